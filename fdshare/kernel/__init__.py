@@ -1,0 +1,1 @@
+"""What the operating system does with descriptors: no names, no protocol."""

@@ -1,0 +1,157 @@
+"""Descriptor: owns one open file descriptor and closes it exactly once.
+
+A descriptor number is a promise about somebody else's table: nothing in the integer says who closes
+it. Everything in fdshare that owns one holds a `Descriptor`; everything that only uses one for the
+length of a call takes anything with `fileno()`, or a bare int, and says so.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import os
+import socket
+import warnings
+from typing import IO, Any, Final, Protocol, runtime_checkable
+
+from fdshare.errors import ClosedDescriptor, UnsupportedKind
+
+__all__ = ["Descriptor", "HasFileno", "borrow"]
+
+# States of Descriptor._fd that are not a descriptor number.
+_CLOSED: Final = -1
+_DETACHED: Final = -2
+
+
+@runtime_checkable
+class HasFileno(Protocol):
+    """Anything that knows its descriptor: a socket, a file, a Connection, a Descriptor."""
+
+    def fileno(self) -> int: ...
+
+
+def borrow(obj: HasFileno | int) -> int:
+    """The descriptor number of *obj*, without taking it over. *obj* must outlive the use.
+
+    Raises:
+        ClosedDescriptor: *obj* is closed, or a negative number.
+        UnsupportedKind: *obj* has no `fileno()`.
+    """
+    if isinstance(obj, int):
+        if isinstance(obj, bool) or obj < 0:
+            raise ClosedDescriptor(f"{obj!r} is no descriptor")
+        return obj
+    try:
+        fd = obj.fileno()
+    except AttributeError:
+        raise UnsupportedKind(type(obj).__qualname__, "it has no fileno()") from None
+    except io.UnsupportedOperation:
+        raise UnsupportedKind(
+            type(obj).__qualname__, "it is a file without a descriptor"
+        ) from None
+    except ClosedDescriptor:
+        raise
+    except (ValueError, OSError) as error:  # "I/O operation on closed file", "handle is closed"
+        raise ClosedDescriptor(f"{type(obj).__qualname__}: {error}") from None
+    if fd < 0:  # what a closed socket answers
+        raise ClosedDescriptor(f"the {type(obj).__qualname__} is closed")
+    return fd
+
+
+class Descriptor:
+    """Owns one open descriptor, in one of three states: open, closed, detached.
+
+    `Descriptor(fd)` takes over *fd*, which must be open; `Descriptor.dup_of(obj)` makes a copy and
+    leaves *obj* alone. Dropped without close(), it closes and warns (ResourceWarning). Not safe for
+    one thread to close while another uses: the number could already be somebody else's.
+    """
+
+    __slots__ = ("__weakref__", "_fd")
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    @classmethod
+    def dup_of(cls, obj: HasFileno | int) -> Descriptor:
+        """A new, close-on-exec descriptor for the open file description of *obj*.
+
+        It is safe to close *obj* after this call. The caller owns the result.
+        Raises: ClosedDescriptor, UnsupportedKind (see `borrow`), OSError (EMFILE).
+        """
+        try:
+            return cls(fcntl.fcntl(borrow(obj), fcntl.F_DUPFD_CLOEXEC, 0))
+        except OSError as error:
+            if error.errno == 9:  # EBADF
+                raise ClosedDescriptor(f"descriptor {borrow(obj)} is not open") from None
+            raise
+
+    def fileno(self) -> int:
+        """The descriptor number; still owned by this object."""
+        if self._fd < 0:
+            state = "closed" if self._fd == _CLOSED else "detached"
+            raise ClosedDescriptor(f"the descriptor is {state}")
+        return self._fd
+
+    @property
+    def closed(self) -> bool:
+        """True once closed or detached."""
+        return self._fd < 0
+
+    def close(self) -> None:
+        """Close it; does nothing where it is closed or detached already."""
+        fd, self._fd = self._fd, _CLOSED
+        if fd >= 0:
+            # close(2) on Linux frees the number whatever it returns; a retry could hit another's.
+            os.close(fd)
+
+    def detach(self) -> int:
+        """The number, of which the caller is now the owner; this object is done."""
+        fd = self.fileno()
+        self._fd = _DETACHED
+        return fd
+
+    def dup(self) -> Descriptor:
+        """A second descriptor of the same open file description. The caller owns the result."""
+        return Descriptor.dup_of(self)
+
+    def open(self, mode: str = "r", **options: Any) -> IO[Any]:
+        """A file object that takes the descriptor over; *options* as for builtin `open`.
+
+        The caller owns the result; this object is detached, unless open() raises.
+        """
+        file: IO[Any] = open(self.fileno(), mode, **options)  # noqa: SIM115
+        self._fd = _DETACHED
+        return file
+
+    def socket(self) -> socket.socket:
+        """A socket that takes the descriptor over; family, type and protocol asked of the kernel.
+
+        The caller owns the result; this object is detached, unless the descriptor is no socket
+        (OSError ENOTSOCK).
+        """
+        sock = socket.socket(fileno=self.fileno())
+        self._fd = _DETACHED
+        return sock
+
+    def __enter__(self) -> Descriptor:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = {_CLOSED: "closed", _DETACHED: "detached"}.get(self._fd, f"fd={self._fd}")
+        return f"<Descriptor {state}>"
+
+    def __reduce__(self) -> str:
+        # The number means nothing in another process; the reducers of fdshare.mp carry the thing.
+        raise TypeError(
+            "a Descriptor cannot be pickled by itself: call fdshare.install(), or send it through "
+            "a channel of fdshare.get_context()"
+        )
+
+    def __del__(self) -> None:
+        fd = getattr(self, "_fd", _CLOSED)
+        if fd >= 0:
+            self.close()
+            warnings.warn(f"descriptor {fd} was never closed", ResourceWarning, stacklevel=2)
