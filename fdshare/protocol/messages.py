@@ -1,0 +1,459 @@
+"""Every message of the rendezvous, as a typed Struct.
+
+A message is the body of one frame (see `wire`), a msgpack map with its name under "type". The
+request's id is in the frame's header and not in here, so that a reply's body is the same whoever
+asked and need be encoded once. Every request gets exactly one answer under its id, the last
+`more=False` where an answer comes in parts; events come under id 0.
+
+Unknown fields are ignored, missing ones have the default: both sides may be of different releases.
+Times are seconds; ages and time left are relative, for clocks differ.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final, Literal, TypeAlias
+
+import msgspec
+
+from fdshare.errors import BadRequest, FdshareError, error_from_wire
+from fdshare.protocol.kind import Kind
+
+__all__ = [
+    "Bind",
+    "Cancel",
+    "DescriptorInfo",
+    "Done",
+    "Entry",
+    "EntryInfo",
+    "Event",
+    "EventKind",
+    "Explain",
+    "Explained",
+    "Fetch",
+    "FetchMany",
+    "Given",
+    "GivenMany",
+    "Hello",
+    "Info",
+    "InfoList",
+    "Infos",
+    "Item",
+    "Kind",
+    "Lifetime",
+    "NameList",
+    "Names",
+    "Overflowed",
+    "Ping",
+    "Prove",
+    "Proved",
+    "Refused",
+    "Register",
+    "Registered",
+    "Registrant",
+    "Reload",
+    "Rename",
+    "Reply",
+    "Request",
+    "Shutdown",
+    "Snapshot",
+    "Stats",
+    "StatsReply",
+    "Take",
+    "Unregister",
+    "Upgrade",
+    "Watch",
+    "Welcome",
+    "decode_reply",
+    "decode_request",
+    "encode",
+    "refusal",
+    "refusal_error",
+]
+
+MAGIC: Final = "fdshare"
+VERSION: Final = 1
+
+Lifetime: TypeAlias = Literal["server", "connection", "process"]
+EventKind: TypeAlias = Literal[
+    "registered", "replaced", "taken", "returned", "unregistered", "expired", "hung_up"
+]
+
+
+class Message(msgspec.Struct, tag_field="type", omit_defaults=True, frozen=True):
+    """The root of all. A Struct's tag is its name in lower case."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+
+
+def _tag(name: str) -> str:
+    return name.lower()
+
+
+class Request(Message, tag=_tag):
+    """Client to server."""
+
+
+class Reply(Message, tag=_tag):
+    """Server to client."""
+
+
+# The greeting: the first frame each way; the client pipelines its first request behind it.
+
+
+class Hello(Request):
+    """*session* is the client's connection id, kept when it reconnects: a request repeated with
+    the same (session, id) is answered from memory. *nonce* only with an authkey."""
+
+    magic: str
+    version: int
+    session: str
+    nonce: bytes = b""
+
+
+class Welcome(Reply):
+    """*epoch* changes when the server lost its table; *nonce* is not empty where an authkey is
+    asked for."""
+
+    magic: str
+    version: int
+    pid: int
+    epoch: str
+    max_frame: int
+    max_descriptors: int
+    in_flight: int
+    nonce: bytes = b""
+
+
+class Prove(Request):
+    """HMAC-SHA256(authkey, b"client" + client nonce + server nonce)."""
+
+    mac: bytes
+
+
+class Proved(Reply):
+    """HMAC-SHA256(authkey, b"server" + client nonce + server nonce)."""
+
+    mac: bytes
+
+
+# The verbs.
+
+
+class Register(Request):
+    """The frame's descriptors are the entry's; with lifetime "connection" one more comes last: one
+    end of a socket pair whose other end the client keeps."""
+
+    name: str
+    kind: Kind
+    replace: bool = False
+    if_generation: int | None = None
+    lifetime: Lifetime = "server"
+    ttl: float | None = None
+    grace: float = 0.0
+    drop_on_hangup: bool = False
+    metadata: dict[str, str] = {}
+
+
+class Fetch(Request):
+    """*wait* seconds for the name to appear; None is for ever."""
+
+    name: str
+    wait: float | None = 0.0
+
+
+class Take(Request):
+    """As Fetch; the entry is leased. The last descriptor of the reply is the lease: one byte
+    written to it confirms, closing it unwritten returns the entry."""
+
+    name: str
+    wait: float | None = 0.0
+
+
+class FetchMany(Request):
+    """Answered for as many of *names*, from the first, as one frame carries: ask for the rest."""
+
+    names: list[str]
+
+
+class Unregister(Request):
+    name: str
+    if_generation: int | None = None
+
+
+class Rename(Request):
+    old: str
+    new: str
+
+
+class Bind(Request):
+    """Answered as a Fetch. *address*: tcp://HOST:PORT, udp://HOST:PORT or unix:///PATH."""
+
+    name: str
+    address: str
+    backlog: int = 4096
+    reuse_port: bool = False
+
+
+class Names(Request):
+    pattern: str = "*"
+
+
+class Info(Request):
+    name: str
+
+
+class Infos(Request):
+    pattern: str = "*"
+
+
+class Watch(Request):
+    """Answered by a Snapshot under its id, then by events until a Cancel names it."""
+
+    pattern: str = "*"
+
+
+class Cancel(Request):
+    """The request *target* is answered at once, with a refusal if it still waited. No answer of
+    its own."""
+
+    target: int
+
+
+class Explain(Request):
+    verb: str
+    name: str
+    uid: int
+    gid: int
+    groups: list[int] = []
+
+
+class Stats(Request):
+    pass
+
+
+class Ping(Request):
+    pass
+
+
+class Shutdown(Request):
+    pass
+
+
+class Reload(Request):
+    """Read the policy file again."""
+
+
+class Upgrade(Request):
+    """Run the code that is installed now, with the table that is held now."""
+
+
+# The answers.
+
+
+class Done(Reply):
+    pass
+
+
+class Registered(Reply):
+    name: str
+    generation: int
+
+
+class Given(Reply):
+    name: str
+    generation: int
+    kind: Kind
+    metadata: dict[str, str] = {}
+    lease: bool = False
+
+
+class Item(msgspec.Struct, frozen=True):
+    """One of a GivenMany: *count* of the frame's descriptors are its own, in order."""
+
+    name: str
+    generation: int
+    kind: Kind
+    count: int
+
+
+class GivenMany(Reply):
+    items: list[Item]
+
+
+class NameList(Reply):
+    names: list[str]
+    more: bool = False
+
+
+class Registrant(msgspec.Struct, frozen=True):
+    """Who registered it, as the kernel said when it connected; *command* as /proc said."""
+
+    pid: int
+    uid: int
+    gid: int
+    command: str = ""
+
+
+class DescriptorInfo(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What the kernel says of one descriptor. *type* is "socket", "file", "directory", "pipe",
+    "memfd", "tty", "device" or the word of /proc/PID/fd ("pidfd", "eventfd", "eventpoll" ...)."""
+
+    type: str
+    access: str = ""  # "r", "w" or "rw"
+    family: str = ""
+    socket_type: str = ""
+    local: str = ""
+    peer: str = ""
+    listening: bool = False
+    queue: int | None = None  # connections waiting to be accepted
+    backlog: int | None = None
+    path: str = ""
+    offset: int | None = None
+    size: int | None = None
+    seals: list[str] = []
+    health: str = ""  # what is wrong with it, empty if nothing is known
+
+
+class EntryInfo(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What `info` tells of an entry."""
+
+    name: str
+    generation: int
+    kind: str
+    registrant: Registrant
+    age: float
+    count: int
+    lifetime: Lifetime = "server"
+    ttl: float | None = None  # seconds left
+    grace: float = 0.0
+    drop_on_hangup: bool = False
+    fetches: int = 0
+    leased: bool = False
+    metadata: dict[str, str] = {}
+    descriptors: list[DescriptorInfo] = []
+
+
+class InfoList(Reply):
+    entries: list[EntryInfo]
+    more: bool = False
+
+
+class Entry(msgspec.Struct, frozen=True):
+    """What a client is told of the entry that it registered, or that is there."""
+
+    name: str
+    generation: int
+
+
+class Snapshot(Reply):
+    """What is held at *serial*, in parts where `more`."""
+
+    serial: int
+    entries: list[Entry]
+    more: bool = False
+
+
+class Event(Reply):
+    """One change. *serial* grows by one with each change of the server; *old* is the former name
+    of an entry that was renamed (then *event* is "registered" or "replaced")."""
+
+    serial: int
+    event: EventKind
+    name: str
+    generation: int
+    old: str = ""
+
+
+class Overflowed(Reply):
+    """Events were dropped for this connection; a fresh Snapshot under the watch's id follows."""
+
+
+class Explained(Reply):
+    allowed: bool
+    rule: str
+
+
+class StatsReply(Reply):
+    stats: dict[str, Any]
+
+
+class Refused(Reply):
+    """The exception tree of `fdshare.errors` as data; *traceback* as tblib's `to_dict` has it."""
+
+    code: str
+    fields: dict[str, Any]
+    message: str
+    traceback: dict[str, Any] | None = None
+
+
+AnyRequest: TypeAlias = (
+    Hello
+    | Prove
+    | Register
+    | Fetch
+    | Take
+    | FetchMany
+    | Unregister
+    | Rename
+    | Bind
+    | Names
+    | Info
+    | Infos
+    | Watch
+    | Cancel
+    | Explain
+    | Stats
+    | Ping
+    | Shutdown
+    | Reload
+    | Upgrade
+)
+AnyReply: TypeAlias = (
+    Welcome
+    | Proved
+    | Done
+    | Registered
+    | Given
+    | GivenMany
+    | NameList
+    | InfoList
+    | Snapshot
+    | Event
+    | Overflowed
+    | Explained
+    | StatsReply
+    | Refused
+)
+
+_encoder: Final = msgspec.msgpack.Encoder()
+_requests: Final = msgspec.msgpack.Decoder(AnyRequest)
+_replies: Final = msgspec.msgpack.Decoder(AnyReply)
+
+encode = _encoder.encode
+
+
+def decode_request(body: bytes | memoryview) -> AnyRequest:
+    """The request in *body*. Raises: BadRequest."""
+    try:
+        return _requests.decode(body)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise BadRequest(str(error)) from None
+
+
+def decode_reply(body: bytes | memoryview) -> AnyReply:
+    """The reply or event in *body*. Raises: BadRequest (a server that answers nonsense)."""
+    try:
+        return _replies.decode(body)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise BadRequest(str(error)) from None
+
+
+def refusal(error: FdshareError) -> Refused:
+    """*error* as the message that carries it."""
+    return Refused(error.code, error.fields, error.message)
+
+
+def refusal_error(refused: Refused) -> FdshareError:
+    """The exception that *refused* carries."""
+    return error_from_wire(refused.code, refused.fields, refused.message)

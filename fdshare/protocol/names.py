@@ -1,0 +1,64 @@
+"""The rules for names and metadata, the same on both sides of the wire."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from fnmatch import translate
+from typing import Final
+
+from fdshare.errors import InvalidArgument, InvalidName
+
+__all__ = [
+    "MAX_ENTRY_DESCRIPTORS",
+    "MAX_METADATA",
+    "MAX_NAME",
+    "check_metadata",
+    "check_name",
+    "matcher",
+]
+
+MAX_NAME: Final = 255  # bytes of UTF-8; systemd's limit for a descriptor's name, too
+MAX_METADATA: Final = 4096  # bytes of all keys and values together
+# SCM_MAX_FD is 253; an entry shares its message with a lifeline, and the journal adds its own.
+MAX_ENTRY_DESCRIPTORS: Final = 250
+
+_CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+
+
+def check_name(name: str) -> str:
+    """*name* itself. Raises: InvalidName, saying which rule it breaks."""
+    if not isinstance(name, str):
+        raise InvalidName(repr(name), "a name is a str")
+    try:
+        size = len(name.encode())
+    except UnicodeEncodeError:
+        raise InvalidName(ascii(name), "it cannot be encoded as UTF-8") from None
+    if not size:
+        raise InvalidName(name, "it is empty")
+    if size > MAX_NAME:
+        raise InvalidName(name[:40] + "...", f"{size} bytes of UTF-8, at most {MAX_NAME}")
+    if _CONTROL.search(name):
+        raise InvalidName(name, "it has a control character")
+    if "/../" in f"/{name}/":
+        raise InvalidName(name, "'..' is no group")
+    return name
+
+
+def check_metadata(metadata: Mapping[str, str]) -> None:
+    """Raises InvalidArgument unless *metadata* maps str to str, 4 KiB in all."""
+    for key, value in metadata.items():
+        if not isinstance(key, str) or not isinstance(value, str):
+            raise InvalidArgument("metadata", f"str to str only, not {key!r}: {value!r}")
+    size = sum(len(k.encode()) + len(v.encode()) for k, v in metadata.items())
+    if size > MAX_METADATA:
+        raise InvalidArgument("metadata", f"{size} bytes, at most {MAX_METADATA} in all")
+
+
+def matcher(pattern: str) -> Callable[[str], object]:
+    """A test for names: shell wildcards as in fnmatch(3) without flags, `*` crosses `/`."""
+    if pattern == "*":
+        return lambda name: True
+    if not any(special in pattern for special in "*?["):
+        return pattern.__eq__
+    return re.compile(translate(pattern)).match

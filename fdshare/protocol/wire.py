@@ -1,0 +1,149 @@
+"""The framing: (bytes, descriptors) in, frames out, and back. No I/O.
+
+A frame is a header of 12 bytes and a body of msgpack::
+
+    offset  size  big-endian
+         0     4  length of the body in bytes, at most MAX_FRAME
+         4     2  number of descriptors that came with the frame, at most 253
+         6     1  protocol version
+         7     1  0
+         8     4  id of the request that this frame is, or answers; 0 for events and the greeting
+
+Theory of operation. On a stream the kernel merges bytes that were sent *before* a
+descriptor-bearing message into one read with it, and never bytes that were sent after (unix_stream_
+read_generic: a skb with other credentials or descriptors ends the read). So the descriptors of one
+read belong to its *last* message, and a reader cannot know from the read alone to which frame. The
+header's count decides: bytes and descriptors go into two queues, and a frame whose body is complete
+draws its count from the front of the second. A sender must pass all descriptors of a frame with the
+frame's first byte, in one sendmsg(2).
+
+Whoever feeds this automaton owns the descriptors again when it raises: `drain()` returns them.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections import deque
+from collections.abc import Iterator
+from typing import Final, Generic, NamedTuple, TypeVar
+
+from fdshare.errors import FdshareError, ProtocolError, VersionMismatch
+from fdshare.protocol.messages import VERSION
+
+__all__ = ["HEADER", "MAX_FRAME", "MAX_FRAME_DESCRIPTORS", "Frame", "Receiver", "header"]
+
+HEADER: Final = struct.Struct(">IHBBI")
+# A thousand names of 255 bytes fit well; a peer cannot make us hold more than this unasked.
+MAX_FRAME: Final = 1 << 20
+MAX_FRAME_DESCRIPTORS: Final = 253  # SCM_MAX_FD
+
+D = TypeVar("D")
+
+
+class Frame(NamedTuple, Generic[D]):
+    """One frame. *lost* says why its descriptors are not here although it announced some."""
+
+    id: int
+    body: bytes | memoryview
+    descriptors: list[D]
+    lost: FdshareError | None
+
+
+def header(length: int, descriptors: int, id: int) -> bytes:
+    """The 12 bytes before a body of *length* bytes."""
+    return HEADER.pack(length, descriptors, VERSION, 0, id)
+
+
+class Receiver(Generic[D]):
+    """Turns what recvmsg(2) returned into frames, whatever it was cut into.
+
+    The descriptors may be of any type: the automaton only counts them.
+    """
+
+    def __init__(self, max_frame: int = MAX_FRAME) -> None:
+        self._max_frame = max_frame
+        self._bytes = bytearray()
+        self._descriptors: deque[D] = deque()
+        self._lost: FdshareError | None = None
+
+    @property
+    def idle(self) -> bool:
+        """True between two frames: an end of stream here is a clean one."""
+        return not self._bytes
+
+    def feed(
+        self,
+        data: bytes | memoryview,
+        descriptors: list[D] | tuple[()] = (),
+        lost: FdshareError | None = None,
+    ) -> Iterator[Frame[D]]:
+        """The frames that *data* completes. A frame's body is good until the next call.
+
+        *lost* is the reason where the kernel dropped descriptors of this read: the next frame that
+        announced some carries it instead of them.
+        Raises: ProtocolError, VersionMismatch; then call `drain()` and close the connection.
+        """
+        self._descriptors += descriptors
+        self._lost = self._lost or lost
+        if self._bytes:
+            self._bytes += data
+            # A copy: the frames outlive the buffer, which moves on as they are drawn.
+            data = bytes(self._bytes)
+        view = memoryview(data)
+        at = 0
+        try:
+            while (frame_end := self._frame_end(view, at)) is not None:
+                yield self._draw(view, at, frame_end)
+                at = frame_end
+        finally:
+            self._bytes[:] = view[at:]
+        self._check_rest()
+
+    def drain(self) -> list[D]:
+        """The descriptors that belong to no frame yet; the caller owns them."""
+        left = list(self._descriptors)
+        self._descriptors.clear()
+        return left
+
+    def _frame_end(self, view: memoryview, at: int) -> int | None:
+        """Where the frame that starts at *at* ends, or None where more bytes are needed."""
+        if len(view) - at < HEADER.size:
+            return None
+        length, count, version, reserved, _ = HEADER.unpack_from(view, at)
+        if version != VERSION:
+            raise VersionMismatch(version, VERSION)
+        if reserved:
+            raise ProtocolError(f"byte 7 of a header is {reserved}, not 0")
+        if length > self._max_frame:
+            raise ProtocolError(f"a frame of {length} bytes, at most {self._max_frame}")
+        if count > MAX_FRAME_DESCRIPTORS:
+            raise ProtocolError(f"a frame with {count} descriptors, at most 253")
+        end: int = at + HEADER.size + length
+        return end if end <= len(view) else None
+
+    def _draw(self, view: memoryview, at: int, end: int) -> Frame[D]:
+        _, count, _, _, id = HEADER.unpack_from(view, at)
+        body = view[at + HEADER.size : end]
+        if not count:
+            return Frame(id, body, [], None)
+        if len(self._descriptors) < count:
+            lost, self._lost = self._lost, None
+            if lost is None:
+                raise ProtocolError(
+                    f"a frame announced {count} descriptors, {len(self._descriptors)} came"
+                )
+            return Frame(id, body, [], lost)
+        queue = self._descriptors
+        return Frame(id, body, [queue.popleft() for _ in range(count)], None)
+
+    def _check_rest(self) -> None:
+        """Descriptors left over must belong to the frame that has begun, if there is one."""
+        queued = len(self._descriptors)
+        if not queued:
+            return
+        if len(self._bytes) >= HEADER.size:
+            announced = HEADER.unpack_from(self._bytes)[1]
+        else:
+            announced = MAX_FRAME_DESCRIPTORS if self._bytes else 0
+        if queued > announced:
+            raise ProtocolError(f"{queued} descriptors came where {announced} were announced")
