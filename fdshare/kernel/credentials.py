@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import struct
@@ -49,11 +50,20 @@ def peer_credentials(sock: socket.socket) -> Credentials:
     if sys.platform != "linux":
         raise UnsupportedPlatform("peer credentials", f"no means known on {sys.platform}")
     pid, uid, gid = UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, UCRED.size))
-    try:
-        raw = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, 256)
-    except OSError:
-        raw = b""
-    return Credentials(pid, uid, gid, struct.unpack(f"{len(raw) // 4}I", raw))
+    return Credentials(pid, uid, gid, _peer_groups(sock))
+
+
+def _peer_groups(sock: socket.socket) -> tuple[int, ...]:
+    """The peer's supplementary groups; none where the kernel does not tell."""
+    for size in (256, 65536 * 4):  # NGROUPS_MAX is 65536; Python allocates what it is told
+        try:
+            raw = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, min(size, 1024 * 256))
+        except OSError as error:
+            if error.errno == errno.ERANGE:
+                continue
+            return ()
+        return struct.unpack(f"{len(raw) // 4}I", raw)
+    return ()
 
 
 def peer_pidfd(sock: socket.socket) -> Descriptor | None:
@@ -61,8 +71,10 @@ def peer_pidfd(sock: socket.socket) -> Descriptor | None:
 
     The caller owns the result.
     """
+    if sys.platform != "linux":
+        return None
     try:
         fd = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
-    except OSError:
+    except OSError:  # ENOPROTOOPT before 6.5, ESRCH for a peer that is gone, ENODATA, EMFILE
         return None
     return Descriptor(fd)

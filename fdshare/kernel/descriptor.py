@@ -46,9 +46,7 @@ def borrow(obj: HasFileno | int) -> int:
     except AttributeError:
         raise UnsupportedKind(type(obj).__qualname__, "it has no fileno()") from None
     except io.UnsupportedOperation:
-        raise UnsupportedKind(
-            type(obj).__qualname__, "it is a file without a descriptor"
-        ) from None
+        raise UnsupportedKind(type(obj).__qualname__, "it is a file without a descriptor") from None
     except ClosedDescriptor:
         raise
     except (ValueError, OSError) as error:  # "I/O operation on closed file", "handle is closed"
@@ -119,7 +117,7 @@ class Descriptor:
 
         The caller owns the result; this object is detached, unless open() raises.
         """
-        file: IO[Any] = open(self.fileno(), mode, **options)  # noqa: SIM115
+        file: IO[Any] = open(self.fileno(), mode, **options)
         self._fd = _DETACHED
         return file
 

@@ -1,0 +1,146 @@
+"""Addresses of UNIX sockets: pathnames, paths longer than `sun_path`, abstract names.
+
+An address is a pathname, or `@name` for a name in Linux's abstract namespace (unix(7)), which no
+file mode guards: whoever can name it can connect to it. A path of which the first character is an
+@ is written `./@name`.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final, TypeAlias
+
+from fdshare.errors import EndpointError, UnsupportedPlatform
+
+__all__ = ["SUN_PATH", "Address", "absolute", "file_type", "is_abstract", "sockaddr", "trouble"]
+
+Address: TypeAlias = str | bytes | os.PathLike[str] | os.PathLike[bytes]
+
+# sizeof(sockaddr_un.sun_path), <sys/un.h>; a pathname needs one byte less, for the NUL.
+SUN_PATH: Final = 108 if sys.platform == "linux" else 104
+
+_KINDS: Final = {
+    stat.S_IFREG: "a regular file",
+    stat.S_IFDIR: "a directory",
+    stat.S_IFLNK: "a symbolic link",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+}
+
+
+def is_abstract(address: str) -> bool:
+    """True for `@name`."""
+    return address.startswith("@")
+
+
+def absolute(address: Address) -> str:
+    """*address* as text, a pathname made absolute (so that chdir() does not change its meaning).
+
+    Raises: EndpointError for an empty address, one with a NUL, or an abstract one that is too long;
+    UnsupportedPlatform for an abstract one outside Linux.
+    """
+    text = os.fsdecode(address)
+    if not text.strip("@"):
+        raise EndpointError(text, "the address is empty; give a path, or @name", errno.EINVAL)
+    if "\0" in text:
+        raise EndpointError(
+            text,
+            "the address holds a NUL byte; @name is how an abstract one is written",
+            errno.EINVAL,
+        )
+    if not is_abstract(text):
+        return str(Path.cwd() / text) if not os.path.isabs(text) else text
+    if sys.platform != "linux":
+        raise UnsupportedPlatform("an abstract address", f"{sys.platform} has pathnames only")
+    if len(os.fsencode(text)) > SUN_PATH:
+        raise EndpointError(
+            text, f"an abstract name has at most {SUN_PATH - 1} bytes", errno.ENAMETOOLONG
+        )
+    return text
+
+
+@contextmanager
+def sockaddr(address: str, *, exists: bool) -> Iterator[bytes]:
+    """What to give bind(2), or connect(2) where the socket *exists*, for an absolute *address*.
+
+    A path longer than `sun_path` goes through a descriptor of its directory, or of the socket
+    itself, in /proc/self/fd (Linux); it is open as long as the context.
+    Raises: EndpointError where that cannot help; OSError of open(2).
+    """
+    raw = os.fsencode(address)
+    if is_abstract(address):
+        yield b"\0" + raw[1:]
+        return
+    if len(raw) < SUN_PATH:
+        yield raw
+        return
+    if sys.platform != "linux":
+        raise EndpointError(
+            address,
+            f"{len(raw)} bytes, a socket's path has at most {SUN_PATH - 1} here; "
+            "choose a shorter one",
+            errno.ENAMETOOLONG,
+        )
+    folder, name = os.path.split(raw)
+    # "/proc/self/fd/" + up to 10 digits + "/": what is left is for the name.
+    fits = len(name) < SUN_PATH - 25
+    if not fits and not exists:
+        raise EndpointError(
+            address,
+            f"its last part has {len(name)} bytes, at most {SUN_PATH - 26} can be bound "
+            "at the end of a path this long; choose a shorter one",
+            errno.ENAMETOOLONG,
+        )
+    flags = os.O_PATH | os.O_CLOEXEC | (os.O_DIRECTORY if fits else 0)
+    fd = os.open(folder if fits else raw, flags)
+    try:
+        link = b"/proc/self/fd/%d" % fd
+        yield link + b"/" + name if fits else link
+    finally:
+        os.close(fd)
+
+
+def file_type(mode: int) -> str:
+    """What an st_mode is, in words: "a regular file"."""
+    return _KINDS.get(stat.S_IFMT(mode), "something else")
+
+
+def trouble(address: str, error: OSError) -> EndpointError:
+    """The EndpointError that says what *error*, from making a file at *address*, means and what to
+    do about it."""
+    folder = os.path.dirname(address)
+    code = error.errno or errno.EIO
+    if code == errno.ENOENT:
+        reason = f"the folder {folder} does not exist; create it: mkdir -p {folder}"
+    elif code == errno.ENOTDIR:
+        reason = f"{folder} is not a directory; choose a path in one"
+    elif code in (errno.EACCES, errno.EPERM):
+        reason = _who_may_write(folder)
+    elif code == errno.EROFS:
+        reason = f"{folder} is on a read-only file system; choose another, such as /run or /tmp"
+    elif code == errno.ENAMETOOLONG:
+        reason = "the path, or a part of it, is too long; choose a shorter one"
+    else:
+        reason = f"{error.strerror or error}"
+    return EndpointError(address, reason, code)
+
+
+def _who_may_write(folder: str) -> str:
+    """Why uid so-and-so cannot make a file in *folder*."""
+    me = f"uid {os.geteuid()}"
+    try:
+        info = os.stat(folder)
+    except OSError:
+        return f"{me} may not look into {folder}; choose another folder, or run as its owner"
+    return (
+        f"{me} may not write to {folder} (owner uid {info.st_uid}, mode "
+        f"{stat.S_IMODE(info.st_mode):04o}); choose another folder, or run as uid {info.st_uid}"
+    )

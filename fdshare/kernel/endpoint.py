@@ -1,0 +1,506 @@
+"""Endpoints with a name: listen, connect and datagram sockets on a path, and unnamed pairs.
+
+`listen` answers three questions that bind(2) throws together as "Address already in use": a live
+server (its pid), a dead one's socket (removed and taken), or something that is no socket (never
+touched). Who may do that is settled by flock(2) on PATH.lock, held as long as the listener lives
+and never unlinked: the lock of an unlinked file excludes nobody who opens the path anew.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import socket
+import stat
+import sys
+import threading
+import time
+from typing import Final
+
+from fdshare.errors import AddressInUse, EndpointError, NoServer, ServerTimeout
+from fdshare.kernel.address import (
+    Address,
+    absolute,
+    file_type,
+    is_abstract,
+    sockaddr,
+    trouble,
+)
+from fdshare.kernel.credentials import Credentials, peer_credentials
+from fdshare.kernel.descriptor import Descriptor
+
+__all__ = [
+    "Listener",
+    "cli_conn",
+    "connect",
+    "datagram",
+    "listen",
+    "s_pipe",
+    "serv_accept",
+    "serv_listen",
+]
+
+BACKLOG: Final = 1024  # the kernel cuts it to net.core.somaxconn
+_FIRST_WAIT: Final = 0.001  # seconds between tries on a full backlog, doubled each time ...
+_LONGEST_WAIT: Final = 0.05  # ... up to this
+_STARTING: Final = 1.0  # seconds that a lock's holder gets to listen, so that we can tell its pid
+
+# umask(2) belongs to the process: two binds at once would restore each other's.
+_umask_lock = threading.Lock()
+
+Inode = tuple[int, int]  # st_dev, st_ino
+
+
+class Listener:
+    """Owns a bound socket, and PATH.lock where it took one.
+
+    close() removes the path only while it is still our inode, and only in the process that made
+    this object: a forked child that drops its copy leaves the path alone. To hand the endpoint to
+    another process pass it `fileno()`, `lock_fileno()`, `address` and `inode`, and build a Listener
+    of the four there.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        sock: socket.socket,
+        lock: Descriptor | None = None,
+        inode: Inode | None = None,
+    ) -> None:
+        """Takes *sock* and *lock* over. Without *inode* the path is never removed."""
+        self.address = address
+        self.socket = sock
+        self.lock = lock
+        self.inode = inode
+        self._pid = os.getpid()
+
+    @classmethod
+    def adopt(cls, sock: socket.socket) -> Listener:
+        """A Listener for a listening UNIX socket that somebody else bound (LISTEN_FDS).
+
+        There is no lock, and the path is never removed: both are the binder's. Takes *sock* over.
+        Raises: EndpointError: *sock* is not a listening UNIX socket; it is still the caller's.
+        """
+        if sock.family != socket.AF_UNIX:
+            raise EndpointError(str(sock.getsockname()), "it is no UNIX socket", errno.EAFNOSUPPORT)
+        name = sock.getsockname()
+        address = "@" + os.fsdecode(name[1:]) if isinstance(name, bytes) else name
+        if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            raise EndpointError(address, "the inherited socket does not listen", errno.EINVAL)
+        return cls(address, sock)
+
+    def fileno(self) -> int:
+        """The socket's descriptor; still owned by this object."""
+        return self.socket.fileno()
+
+    def lock_fileno(self) -> int | None:
+        """The descriptor of PATH.lock, or None; still owned by this object."""
+        return None if self.lock is None else self.lock.fileno()
+
+    def accept(self) -> tuple[socket.socket, Credentials]:
+        """The next connection and who made it, according to the kernel.
+
+        The caller owns the result. Raises: OSError of accept(2).
+        """
+        connection, _ = self.socket.accept()
+        try:
+            return connection, peer_credentials(connection)
+        except BaseException:
+            connection.close()
+            raise
+
+    def detach(self) -> tuple[socket.socket, Descriptor | None]:
+        """The socket and the lock, of which the caller is now the owner; the path stays."""
+        lock, self.lock, self.inode = self.lock, None, None
+        return socket.socket(fileno=self.socket.detach()), lock
+
+    def close(self) -> None:
+        """Remove the path if it is still ours, close the socket, let the lock go."""
+        try:
+            # Before the socket closes: until then its inode's number cannot be used again.
+            if self.inode is not None and self._pid == os.getpid():
+                _remove(self.address, self.inode)
+        finally:
+            self.inode = None
+            self.socket.close()
+            if self.lock is not None:
+                self.lock.close()
+
+    def __enter__(self) -> Listener:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Listener {self.address}{' closed' if self.socket.fileno() < 0 else ''}>"
+
+
+def listen(
+    path: Address,
+    *,
+    mode: int = 0o600,
+    backlog: int = BACKLOG,
+    kind: int = socket.SOCK_STREAM,
+    reclaim: bool = True,
+) -> Listener:
+    """A socket bound to *path* (a pathname, or `@name`), listening unless it is SOCK_DGRAM.
+
+    A dead server's socket on the path is replaced, unless *reclaim* is false. *mode* is the file's
+    from its first moment on. The caller owns the result.
+
+    Raises:
+        AddressInUse: a live server (`pid`), a stale socket and no *reclaim*, or no socket at all.
+        EndpointError: the folder is missing, not writable, no directory; the lock is another's.
+    """
+    address = absolute(path)
+    sock = socket.socket(socket.AF_UNIX, kind)
+    try:
+        if is_abstract(address):
+            return _listen_abstract(address, sock, backlog)
+        _refuse_other_files(address)  # before PATH.lock is made beside something not ours
+        with _lock(address) as lock:
+            _clear(address, kind, reclaim)
+            inode = _bind(address, sock, mode)
+            _start(sock, backlog)
+            return Listener(address, sock, Descriptor(lock.detach()), inode)
+    except BaseException:
+        sock.close()
+        raise
+
+
+def datagram(path: Address | None = None, *, mode: int = 0o600) -> Listener:
+    """A datagram socket bound to a name of its own, to which answers can be sent.
+
+    For a client: no lock, and nothing on *path* is ever replaced (a server's well-known name is
+    for `listen(path, kind=SOCK_DGRAM)`). Without *path* the kernel chooses an abstract name
+    (Linux). The caller owns the result. Raises: AddressInUse, EndpointError.
+    """
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    try:
+        if path is None:
+            absolute("@any")  # UnsupportedPlatform outside Linux
+            sock.bind("")
+            return Listener("@" + os.fsdecode(sock.getsockname()[1:]), sock)
+        address = absolute(path)
+        if is_abstract(address):
+            return _listen_abstract(address, sock, 0)
+        _clear(address, socket.SOCK_DGRAM, reclaim=False)
+        return Listener(address, sock, None, _bind(address, sock, mode))
+    except BaseException:
+        sock.close()
+        raise
+
+
+def connect(
+    path: Address, *, timeout: float | None = None, kind: int = socket.SOCK_STREAM
+) -> socket.socket:
+    """A blocking socket connected to the server at *path* (a pathname, or `@name`).
+
+    A full backlog is waited for, at most *timeout* seconds (None: without limit; 0: not at all).
+    The caller owns the result.
+
+    Raises:
+        NoServer: nothing there, or its server died.
+        ServerTimeout: the backlog stayed full.
+        EndpointError: not a socket, no permission, a socket of another type.
+    """
+    address = absolute(path)
+    sock = socket.socket(socket.AF_UNIX, kind)
+    try:
+        # Not blocking: Python takes a blocking connect that a signal interrupted for done.
+        sock.setblocking(False)
+        with sockaddr(address, exists=True) as name:
+            _connect_within(sock, address, name, timeout)
+        sock.setblocking(True)
+        return sock
+    except OSError as error:
+        sock.close()
+        if isinstance(error, (EndpointError, ServerTimeout)):
+            raise
+        raise _unreachable(address, error) from None
+    except BaseException:
+        sock.close()
+        raise
+
+
+def s_pipe() -> tuple[socket.socket, socket.socket]:
+    """A full-duplex pipe: two connected stream sockets that carry descriptors both ways.
+
+    The caller owns the result.
+    """
+    return socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+
+
+# The textbook's names, Stevens and Rago, "Advanced Programming in the UNIX Environment", 17.3.
+
+
+def serv_listen(path: Address) -> Listener:
+    """`listen(path)`. The caller owns the result."""
+    return listen(path)
+
+
+def serv_accept(listener: Listener) -> tuple[socket.socket, Credentials]:
+    """`listener.accept()`: the connection, and who made it, from the kernel and not the client.
+
+    The caller owns the result.
+    """
+    return listener.accept()
+
+
+def cli_conn(path: Address) -> socket.socket:
+    """`connect(path)`: a connection that no other client shares. The caller owns the result."""
+    return connect(path)
+
+
+def _listen_abstract(address: str, sock: socket.socket, backlog: int) -> Listener:
+    """Bound and listening. No lock: the kernel frees an abstract name with its last socket."""
+    with sockaddr(address, exists=False) as name:
+        try:
+            sock.bind(name)
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise _live(address, sock.type) from None
+            raise trouble(address, error) from None
+    _start(sock, backlog)
+    return Listener(address, sock)
+
+
+def _start(sock: socket.socket, backlog: int) -> None:
+    if sock.type != socket.SOCK_DGRAM:
+        sock.listen(backlog)
+
+
+def _lock(address: str) -> Descriptor:
+    """PATH.lock, opened and locked. The lock lasts as long as any copy of the descriptor."""
+    path = address + ".lock"
+    # O_NOFOLLOW, and the owner below: in a shared folder the name could be anybody's.
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+    try:
+        lock = Descriptor(os.open(path, flags, 0o600))
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise _not_our_lock(address, "it is a symbolic link") from None
+        if error.errno == errno.EISDIR or os.path.lexists(path):
+            raise _not_our_lock(address, error.strerror or str(error)) from None
+        raise trouble(address, error) from None
+    try:
+        info = os.fstat(lock.fileno())
+        if not stat.S_ISREG(info.st_mode):
+            raise _not_our_lock(address, f"it is {file_type(info.st_mode)}")
+        if info.st_uid != os.geteuid():
+            raise _not_our_lock(address, f"it belongs to uid {info.st_uid}")
+        _flock(address, lock)
+    except BaseException:
+        lock.close()
+        raise
+    return lock
+
+
+def _flock(address: str, lock: Descriptor) -> None:
+    """Take the lock; where another has it, say who listens."""
+    deadline = time.monotonic() + _STARTING
+    while True:
+        try:
+            fcntl.flock(lock.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            in_use = _live(address, socket.SOCK_STREAM)
+            # The holder may be between its lock and its listen(), or between its close and its end.
+            if in_use.pid is not None or time.monotonic() > deadline:
+                raise in_use from None
+        time.sleep(_LONGEST_WAIT)
+
+
+def _not_our_lock(address: str, why: str) -> EndpointError:
+    reason = f"cannot lock {address}.lock: {why}; remove it or choose another path"
+    return EndpointError(address, reason, errno.EACCES)
+
+
+def _refuse_other_files(address: str) -> os.stat_result | None:
+    """The lstat of the socket on the path, or None where there is nothing."""
+    try:
+        found = os.lstat(address)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise trouble(address, error) from None
+    if not stat.S_ISSOCK(found.st_mode):
+        raise AddressInUse(
+            address,
+            f"it is {file_type(found.st_mode)}, not a socket, and is left alone; "
+            "choose another path or move it away",
+        )
+    return found
+
+
+def _clear(address: str, kind: int, reclaim: bool) -> None:
+    """Make the path free, or raise AddressInUse. The caller holds the lock, if there is one."""
+    found = _refuse_other_files(address)
+    if found is None:
+        return
+    if _alive(address, kind):
+        raise _live(address, kind)
+    if not reclaim:
+        raise AddressInUse(
+            address,
+            "a stale socket: the process that bound it is gone; "
+            "remove the file, or bind with reclaim=True",
+        )
+    _remove(address, (found.st_dev, found.st_ino))
+
+
+def _alive(address: str, kind: int) -> bool:
+    """True unless the kernel says that nobody has the socket on the path open."""
+    with socket.socket(socket.AF_UNIX, kind) as probe:
+        probe.setblocking(False)
+        try:
+            with sockaddr(address, exists=True) as name:
+                probe.connect(name)
+        except (ConnectionRefusedError, FileNotFoundError):
+            return False
+        except OSError:
+            return True  # EAGAIN: its backlog is full; EPROTOTYPE: another type; EACCES: unknown
+        return True
+
+
+def _live(address: str, kind: int) -> AddressInUse:
+    """The error that names the live server's pid, where the kernel tells it."""
+    with socket.socket(socket.AF_UNIX, kind) as probe:
+        probe.setblocking(False)
+        try:
+            with sockaddr(address, exists=True) as name:
+                probe.connect(name)
+            # SO_PEERCRED of a listener is whoever called listen(2). 0: outside our pid namespace,
+            # or a datagram socket.
+            pid = peer_credentials(probe).pid or None
+        except OSError:  # EAGAIN: its backlog is full
+            pid = None
+    pid = pid or _lock_holder(address)
+    who = "another process has it open" if pid is None else f"a live server, pid {pid}"
+    return AddressInUse(address, f"{who}; stop that one, or choose another path", pid)
+
+
+def _lock_holder(address: str) -> int | None:
+    """The pid that locked PATH.lock, while it lives and where /proc/locks tells it (Linux)."""
+    try:
+        inode = os.stat(address + ".lock").st_ino
+        with open("/proc/locks") as table:
+            # 1: FLOCK  ADVISORY  WRITE 3794 fe:00:131 0 EOF
+            rows = [line.split() for line in table]
+        for row in rows:
+            if row[1] == "FLOCK" and row[5].endswith(f":{inode}"):
+                os.stat(f"/proc/{row[4]}")
+                return int(row[4])
+    except (OSError, IndexError):
+        pass
+    return None
+
+
+def _remove(address: str, inode: Inode) -> None:
+    """Unlink the path if it is still that inode."""
+    try:
+        info = os.lstat(address)
+        if (info.st_dev, info.st_ino) == inode:
+            os.unlink(address)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise trouble(address, error) from None
+
+
+def _bind(address: str, sock: socket.socket, mode: int) -> Inode:
+    """Bind, with *mode* right from the start; the new inode."""
+    try:
+        with sockaddr(address, exists=False) as name:
+            if sys.platform == "linux":
+                _bind_linux(sock, name, mode)
+            else:
+                _bind_umask(sock, name, mode)
+        info = os.lstat(address)
+    except OSError as error:
+        if isinstance(error, EndpointError):
+            raise
+        if error.errno == errno.EADDRINUSE:  # somebody who takes no lock was faster
+            raise _live(address, sock.type) from None
+        raise trouble(address, error) from None
+    return info.st_dev, info.st_ino
+
+
+def _bind_linux(sock: socket.socket, name: bytes, mode: int) -> None:
+    """Bind with at most *mode*, then give back what the umask took.
+
+    unix_bind_bsd() (net/unix/af_unix.c) starts from the mode of the socket's own inode, so the
+    umask, which other threads use at the same moment, need not be touched to narrow it.
+    """
+    os.fchmod(sock.fileno(), mode)
+    sock.bind(name)
+    # A descriptor of the inode, not its name: between the two somebody could swap the name.
+    inode = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        info = os.fstat(inode)
+        if stat.S_ISSOCK(info.st_mode) and stat.S_IMODE(info.st_mode) != mode:
+            os.chmod(f"/proc/self/fd/{inode}", mode)
+    finally:
+        os.close(inode)
+
+
+def _bind_umask(sock: socket.socket, name: bytes, mode: int) -> None:
+    with _umask_lock:
+        before = os.umask(0o777 & ~mode)
+        try:
+            sock.bind(name)
+        finally:
+            os.umask(before)
+
+
+def _connect_within(sock: socket.socket, address: str, name: bytes, timeout: float | None) -> None:
+    """connect(2), again and again while the backlog is full."""
+    deadline = None if timeout is None else time.monotonic() + timeout
+    wait = _FIRST_WAIT
+    while True:
+        try:
+            sock.connect(name)
+            return
+        except BlockingIOError:
+            # Full backlog: EAGAIN at once, and the socket never becomes writable for it.
+            if deadline is not None and time.monotonic() >= deadline:
+                raise ServerTimeout(address, timeout or 0) from None
+        if deadline is not None:
+            wait = min(wait, max(0.0, deadline - time.monotonic()))
+        time.sleep(wait)
+        wait = min(max(wait * 2, _FIRST_WAIT), _LONGEST_WAIT)
+
+
+def _unreachable(address: str, error: OSError) -> EndpointError:
+    """What a failed connect means."""
+    code = error.errno or errno.EIO
+    if is_abstract(address) and code == errno.ECONNREFUSED:
+        return NoServer(address, "nobody listens on that abstract name", code)
+    try:
+        found = os.lstat(address)
+    except OSError:
+        found = None
+    if code in (errno.ENOENT, errno.ENOTDIR):
+        return NoServer(address, "there is no such file", code)
+    if code == errno.ECONNREFUSED and found is not None:
+        what = os.stat(address) if stat.S_ISLNK(found.st_mode) else found
+        if not stat.S_ISSOCK(what.st_mode):
+            return EndpointError(address, f"it is {file_type(what.st_mode)}, not a socket", code)
+        return NoServer(address, "the process that bound the socket is gone", code)
+    if code in (errno.EACCES, errno.EPERM):
+        return EndpointError(address, _who_may_connect(address, found), code)
+    if code == errno.EPROTOTYPE:
+        return EndpointError(address, "the socket there is of another type", code)
+    return EndpointError(address, error.strerror or str(error), code)
+
+
+def _who_may_connect(address: str, found: os.stat_result | None) -> str:
+    me = f"uid {os.geteuid()} may not connect"
+    if found is None:
+        return f"{me}: its folder cannot be searched"
+    return (
+        f"{me}: it belongs to uid {found.st_uid}, mode {stat.S_IMODE(found.st_mode):04o}; "
+        "connecting needs write permission"
+    )
