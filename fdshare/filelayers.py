@@ -1,0 +1,384 @@
+"""File objects taken apart and put together again: raw, buffer and text, each around the next.
+
+An open file shares its offset through the kernel, and nothing else: what Python has read ahead or
+not yet written is in one process's memory. Before a file is shared its writers are flushed, and its
+readers give back what they read ahead, by moving the offset to where the file object says it is.
+What cannot be given back (a pipe has no offset) is `UnreadData`, and the file stays as it was.
+
+CPython tells some of this only sideways; each such way stands in a function of its own here, with
+the versions it was read and tested in (3.11, 3.12, 3.13).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import gc
+import io
+import os
+import socket
+from collections.abc import Sequence
+from typing import IO, Any, Final, TypeAlias
+
+import msgspec
+
+from fdshare.errors import ClosedDescriptor, KindMismatch, UnreadData, UnsupportedKind
+from fdshare.kernel.descriptor import Descriptor, borrow
+
+__all__ = ["FileSpec", "RawSpec", "TextSpec", "assemble", "take_apart"]
+
+Buffer: TypeAlias = (
+    io.BufferedReader | io.BufferedWriter | io.BufferedRandom | io.BufferedRWPair | None
+)
+
+_BUFFERS: Final[dict[str, Any]] = {
+    "reader": io.BufferedReader,
+    "writer": io.BufferedWriter,
+    "random": io.BufferedRandom,
+    "pair": io.BufferedRWPair,
+}
+_O_PATH: Final = getattr(os, "O_PATH", 0)
+
+
+class RawSpec(msgspec.Struct, frozen=True, array_like=True):
+    """A FileIO, or the SocketIO of a `makefile()`: then *timeout* is its socket's."""
+
+    mode: str
+    name: str | None = None
+    is_socket: bool = False
+    timeout: float | None = None
+
+
+class TextSpec(msgspec.Struct, frozen=True, array_like=True):
+    encoding: str
+    errors: str | None
+    newline: str | None
+    line_buffering: bool
+    write_through: bool
+    mode: str | None = None
+    # tell() of a decoder that is in the middle of something; more than 64 bits, so as text.
+    cookie: str | None = None
+
+
+class FileSpec(msgspec.Struct, frozen=True, array_like=True):
+    """*buffer* is a key of _BUFFERS, "" for a raw file; a pair has two raws where they differ."""
+
+    buffer: str
+    raws: list[RawSpec]
+    text: TextSpec | None = None
+
+
+def take_apart(file: IO[Any] | io.IOBase) -> tuple[FileSpec, list[int]]:
+    """What it takes to rebuild *file*, and the numbers of its descriptors, borrowed from it.
+
+    Flushes it and moves the offset to its logical position.
+    Raises: ClosedDescriptor, UnreadData, UnsupportedKind (no descriptor below); OSError of a flush.
+    """
+    if file.closed:
+        raise ClosedDescriptor(f"the {type(file).__qualname__} is closed")
+    buffer: Any = file.buffer if isinstance(file, io.TextIOWrapper) else file
+    layer = _layer_of(buffer)
+    raws = _raws_of(buffer, layer)
+    fds = [borrow(raw) for raw in raws]
+    text = _settle_text(file, buffer) if isinstance(file, io.TextIOWrapper) else None
+    if layer:
+        _settle_buffer(buffer, layer)
+    return FileSpec(layer, [_raw_spec(raw) for raw in raws], text), fds
+
+
+def assemble(spec: FileSpec, descriptors: Sequence[Descriptor]) -> IO[Any]:
+    """The file object that *spec* describes, around *descriptors*, which it takes over one by one.
+
+    Raises: KindMismatch: not the right number, or not opened for what the mode says. The caller
+    closes what was not taken over.
+    """
+    if len(descriptors) != len(spec.raws) or len(spec.raws) not in (1, 2):
+        raise KindMismatch("file", f"{len(descriptors)} descriptors for {len(spec.raws)}")
+    opened: list[Any] = []
+    try:
+        for raw, descriptor in zip(spec.raws, descriptors, strict=True):
+            opened.append(_open_raw(raw, descriptor))
+        file: Any = opened[0]
+        if spec.buffer == "pair":
+            file = io.BufferedRWPair(opened[0], opened[-1])
+        elif spec.buffer:
+            file = _BUFFERS[spec.buffer](file)
+        return file if spec.text is None else _wrap_text(file, spec.text)
+    except BaseException as error:
+        for raw_file in opened:
+            raw_file.close()
+        if isinstance(error, KeyError | ValueError | LookupError | TypeError):
+            raise KindMismatch("file", str(error)) from error
+        raise
+
+
+def _layer_of(buffer: Any) -> str:
+    for name, cls in _BUFFERS.items():
+        if isinstance(buffer, cls):
+            return name
+    if isinstance(buffer, io.FileIO | socket.SocketIO):
+        return ""
+    raise UnsupportedKind(
+        type(buffer).__qualname__, "it is no file of the io module; share the file beneath it"
+    )
+
+
+def _raws_of(buffer: Any, layer: str) -> list[Any]:
+    if layer == "pair":
+        reader, writer = _halves(buffer)
+        raws = [reader.raw, writer.raw]
+        if raws[0] is raws[1]:
+            del raws[1]
+    else:
+        raws = [buffer.raw if layer else buffer]
+    for raw in raws:
+        if not isinstance(raw, io.FileIO | socket.SocketIO):
+            raise UnsupportedKind(type(raw).__qualname__, "it is a file without a descriptor")
+    return raws
+
+
+def _raw_spec(raw: io.FileIO | socket.SocketIO) -> RawSpec:
+    if isinstance(raw, socket.SocketIO):
+        # `_sock` is the only way to the timeout; there under that name since 3.0.
+        return RawSpec(raw.mode, None, True, raw._sock.gettimeout())  # type: ignore[attr-defined]
+    # An integer name is a number in *this* process; a path stays worth knowing.
+    name: object = getattr(raw, "name", None)
+    if isinstance(name, bytes):
+        name = os.fsdecode(name)
+    if isinstance(name, str):
+        name = name.encode("utf-8", "replace").decode()  # surrogates are no msgpack
+    return RawSpec(raw.mode, name if isinstance(name, str) else None)
+
+
+def _open_raw(spec: RawSpec, descriptor: Descriptor) -> Any:
+    if spec.is_socket:
+        return _open_socket_file(spec, descriptor)
+    fd = descriptor.fileno()
+    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+    access = flags & os.O_ACCMODE
+    reads, writes = "r" in spec.mode or "+" in spec.mode, spec.mode.strip("b") != "r"
+    if flags & _O_PATH or (reads and access == os.O_WRONLY) or (writes and access == os.O_RDONLY):
+        raise KindMismatch("file", f"it is not open for {spec.mode!r}")
+    # FileIO in an appending mode seeks to the end, which would move the sender's position too.
+    position = _position(fd) if "a" in spec.mode else None
+    raw = io.FileIO(fd, spec.mode)  # an OSError here: a directory
+    descriptor.detach()
+    if position is not None:
+        os.lseek(fd, position, os.SEEK_SET)
+    if spec.name is not None:
+        raw.name = spec.name
+    return raw
+
+
+def _position(fd: int) -> int | None:
+    try:
+        return os.lseek(fd, 0, os.SEEK_CUR)
+    except OSError:  # ESPIPE
+        return None
+
+
+def _open_socket_file(spec: RawSpec, descriptor: Descriptor) -> Any:
+    try:
+        sock = descriptor.socket()
+    except OSError as error:
+        raise KindMismatch("socket file", f"no socket ({error.strerror})") from None
+    # The file keeps the socket open until it is closed itself (socket.makefile's documentation).
+    with sock:
+        if sock.gettimeout() != spec.timeout:
+            sock.settimeout(spec.timeout)
+        return sock.makefile(spec.mode, buffering=0)  # type: ignore[call-overload]
+
+
+# Buffers
+
+
+def _settle_buffer(buffer: Any, layer: str) -> None:
+    """Nothing is left in *buffer*: written out, or given back to the kernel."""
+    if layer != "reader":
+        # For a BufferedRandom this also moves the offset back (bufferedio.c, flush_and_rewind).
+        buffer.flush()
+    if layer in ("reader", "pair"):
+        unread = _read_ahead(buffer, _halves(buffer)[0].raw if layer == "pair" else buffer.raw)
+        if not unread:
+            return
+        if not buffer.seekable():
+            raise UnreadData(unread)
+        position = buffer.tell()
+        buffer.read(unread)  # or seek() would stay inside the buffer and ask nothing of the kernel
+        buffer.seek(position)
+
+
+def _read_ahead(buffer: Any, raw: Any) -> int:
+    """How many bytes *buffer* holds unread. Reads nothing from *raw*.
+
+    peek() would read where the buffer is empty, and block. A raw file whose readinto() returns None
+    has "nothing now" (io.RawIOBase), so for the length of one peek() ours says that.
+    """
+    raw.readinto = _nothing_now  # instances of FileIO and SocketIO have a __dict__
+    try:
+        return len(buffer.peek(0))
+    finally:
+        del raw.readinto
+
+
+def _nothing_now(_: object) -> None:
+    return None
+
+
+def _halves(pair: io.BufferedRWPair) -> tuple[io.BufferedReader, io.BufferedWriter]:
+    """The reader and the writer of *pair*, which has no attribute for them."""
+    parts = gc.get_referents(pair)
+    readers = [part for part in parts if type(part) is io.BufferedReader]
+    writers = [part for part in parts if type(part) is io.BufferedWriter]
+    if readers and writers:
+        return readers[0], writers[0]
+    # Before 3.12 the collector is not told of them. They are the first two words after the object
+    # header (rwpair, Modules/_io/bufferedio.c), and 3.11's layout will not change any more.
+    import ctypes
+
+    word = ctypes.sizeof(ctypes.c_void_p)
+    start = id(pair) + object.__basicsize__
+    if type(pair).__basicsize__ < object.__basicsize__ + 4 * word:
+        raise UnsupportedKind("BufferedRWPair", "this Python does not tell its two halves")
+    reader: Any = ctypes.py_object.from_address(start).value
+    writer: Any = ctypes.py_object.from_address(start + word).value
+    return reader, writer
+
+
+# Text
+
+
+def _settle_text(text: io.TextIOWrapper, buffer: Any) -> TextSpec:
+    """Flushes *text*, and moves *buffer* to where *text* is."""
+    text.flush()
+    cookie = None
+    if buffer.readable():
+        if text.seekable():
+            cookie = _rewind_text(text)
+        else:
+            _refuse_unread_text(text, buffer)
+    return TextSpec(
+        text.encoding,
+        text.errors,
+        newline_of(text),
+        text.line_buffering,
+        text.write_through,
+        vars(text).get("mode"),
+        cookie,
+    )
+
+
+def _rewind_text(text: io.TextIOWrapper) -> str | None:
+    try:
+        cookie = text.tell()
+    except OSError as error:  # "telling position disabled by next() call"
+        raise UnsupportedKind(
+            "TextIOWrapper", f"its position is not known ({error}): read it with readline()"
+        ) from None
+    text.seek(cookie)
+    # Past 64 bits stands the decoder's state (textiowrapper_build_cookie): the receiver seeks too.
+    return str(cookie) if cookie >> 64 else None
+
+
+def _refuse_unread_text(text: io.TextIOWrapper, buffer: Any) -> None:
+    """Raises UnreadData where *text* has decoded more of a pipe than was read from it.
+
+    The characters can only be counted by reading them, so they are served again to the next read.
+    """
+    stash = vars(buffer).get("read1")  # of an earlier refusal, not read since
+    if stash is None:
+        if len(_strings(text)) - (newline_of(text) is not None) <= 2:
+            return  # it has decoded nothing yet
+        unread = _drain(text, buffer)
+        if not unread:
+            return
+        stash = buffer.read1 = buffer.read = _Stash(
+            buffer, unread.encode(text.encoding, text.errors or "strict")
+        )
+    raise UnreadData(len(stash.data))
+
+
+class _DrainedError(Exception):
+    pass
+
+
+def _drain(text: io.TextIOWrapper, buffer: Any) -> str:
+    """The characters that *text* has decoded and not yet given out; it gives them out now."""
+
+    def stop(_: int = -1) -> bytes:
+        raise _DrainedError
+
+    chars: list[str] = []
+    buffer.read1 = stop
+    try:
+        while True:
+            chars.append(text.read(1))
+    except _DrainedError:
+        return "".join(chars)
+    finally:
+        del buffer.read1
+
+
+class _Stash:
+    """Stands before read1() and read() of *buffer* until the first call, which gets *data*."""
+
+    def __init__(self, buffer: Any, data: bytes) -> None:
+        self.buffer = buffer
+        self.data = data
+
+    def __call__(self, size: int | None = -1) -> bytes:
+        del self.buffer.read1, self.buffer.read
+        if size is None or size < 0:
+            return self.data + bytes(self.buffer.read())
+        return self.data  # TextIOWrapper takes what comes, its size is a hint
+
+
+def _wrap_text(buffer: Any, spec: TextSpec) -> io.TextIOWrapper:
+    text = io.TextIOWrapper(
+        buffer,
+        encoding=spec.encoding,
+        errors=spec.errors,
+        newline=spec.newline,
+        line_buffering=spec.line_buffering,
+        write_through=spec.write_through,
+    )
+    if spec.mode is not None:
+        vars(text)["mode"] = spec.mode  # as open() does
+    if spec.cookie is not None:
+        text.seek(int(spec.cookie))
+    return text
+
+
+def newline_of(text: io.TextIOWrapper) -> str | None:
+    """The *newline* that *text* was made with; None, the default, where CPython does not tell."""
+    return _newline(text) if _tells_newline() else None
+
+
+def _strings(text: io.TextIOWrapper) -> list[str]:
+    """What a TextIOWrapper shows the collector, in order: encoding, newline?, decoded?, errors."""
+    return [part for part in gc.get_referents(text) if type(part) is str]
+
+
+def _newline(text: io.TextIOWrapper) -> str | None:
+    between = _strings(text)[1:-1]
+    if not between:
+        return None
+    if len(between) == 1 and text.readable():
+        universal = any(
+            isinstance(part, io.IncrementalNewlineDecoder) for part in gc.get_referents(text)
+        )
+        # None and "" are decoded universally; a newline of any other kind is not.
+        if universal != (between[0] == ""):
+            return None
+    return between[0] if between[0] in ("", "\n", "\r", "\r\n") else None
+
+
+_tells: list[bool] = []
+
+
+def _tells_newline() -> bool:
+    """Whether this Python shows its newline as 3.11, 3.12 and 3.13 do; tried once."""
+    if not _tells:
+        samples: list[str | None] = [None, "", "\n", "\r", "\r\n"]
+        read = [_newline(io.TextIOWrapper(io.BytesIO(), "utf-8", newline=nl)) for nl in samples]
+        _tells.append(read == samples)
+    return _tells[0]

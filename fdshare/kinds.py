@@ -1,0 +1,331 @@
+"""Kinds: a Python object to (Kind, descriptors), and back.
+
+A kind says how to rebuild an object around its descriptors. It is data, a tag and a typed Struct,
+never a pickle: whoever sends one can make us build a socket or a file of the wrong kind, and
+nothing else. The receiver checks the kind against the descriptor all the same.
+
+===========================================  ==========================================
+shared                                       rebuilt as
+===========================================  ==========================================
+socket.socket and subclasses                 socket.socket, with its timeout
+FileIO, Buffered*, TextIOWrapper             the same class, at the same position
+files of makefile()                          the same class, with a socket of its own
+temporary files                              the file; its creator deletes it
+Connection: multiprocessing, multiprocess,   the same class, readable and writable alike
+fdshare
+Descriptor, a number, anything with fileno() Descriptor
+ssl.SSLSocket                                refused: its state is not in the descriptor
+yours                                        what you registered: `register_kind`
+===========================================  ==========================================
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import os
+import socket
+import stat
+import sys
+from _socket import socket as _Socket
+from collections.abc import Callable, Sequence
+from typing import Any, Final, TypeAlias
+
+import msgspec
+
+from fdshare.errors import (
+    ClosedDescriptor,
+    InvalidArgument,
+    KindMismatch,
+    UnknownKind,
+    UnsupportedKind,
+)
+from fdshare.filelayers import FileSpec, assemble, take_apart
+from fdshare.kernel.ancillary import close_all
+from fdshare.kernel.descriptor import Descriptor, HasFileno, borrow
+from fdshare.protocol.kind import Kind
+
+__all__ = ["Kind", "describe", "is_shareable", "rebuild", "register_kind", "unregister_kind"]
+
+Described: TypeAlias = tuple[Kind, list[int]]
+UserDescribe: TypeAlias = Callable[[Any], tuple[Any, Sequence[HasFileno | int]]]
+UserRebuild: TypeAlias = Callable[[Any, list[Descriptor]], Any]
+
+_encode: Final = msgspec.msgpack.Encoder().encode
+_decode_any: Final = msgspec.msgpack.Decoder().decode
+
+
+def describe(obj: Any) -> Described:
+    """The kind of *obj* and the numbers of its descriptors, borrowed: valid while *obj* stays open.
+
+    Flushes writers, and moves the offset of a seekable reader to its logical position.
+
+    Raises: UnsupportedKind: no descriptor, or the state is not in it; ClosedDescriptor; UnreadData:
+    a pipe's file object has read ahead; OSError of a flush. *obj* is borrowed for the call.
+    """
+    describe_it = _describers.get(type(obj))
+    if describe_it is None:
+        describe_it = _describer_of(type(obj)) or _describe_descriptor
+    return describe_it(obj)
+
+
+def rebuild(kind: Kind, descriptors: list[Descriptor]) -> Any:
+    """The object that *kind* describes, around *descriptors*, which now belong to it.
+
+    Raises: KindMismatch: they are not what the kind says; UnknownKind. Whatever is raised, every
+    one of *descriptors* is closed. The caller owns the result.
+    """
+    try:
+        rebuild_it = _rebuilders.get(kind.tag)
+        if rebuild_it is None:
+            raise UnknownKind(kind.tag)
+        return rebuild_it(kind.spec, descriptors)
+    except BaseException as error:
+        close_all(descriptors)
+        if isinstance(error, msgspec.MsgspecError):
+            raise KindMismatch(kind.tag, f"its description is not one: {error}") from None
+        raise
+
+
+def is_shareable(cls: type) -> bool:
+    """True if objects of *cls* have a kind of their own: more than "something with fileno()"."""
+    return cls in _describers or _describer_of(cls) is not None
+
+
+def register_kind(cls: type, tag: str, describe: UserDescribe, rebuild: UserRebuild) -> None:
+    """From now on objects of *cls* and its subclasses are shared under *tag*, in this process.
+
+    `describe(obj)` returns (what msgpack can carry, things with fileno() or numbers), which stay
+    *obj*'s. `rebuild(that, descriptors)` gets the Descriptors and returns the object; the ones it
+    neither keeps, detaches nor closes are its to lose; if it raises, all are closed. The receiver
+    must register the same tag.
+
+    Raises: InvalidArgument: the tag is empty, one of fdshare's, or another class's.
+    """
+    if not tag or tag in _BUILT_IN_TAGS:
+        raise InvalidArgument("tag", f"{tag!r} belongs to fdshare" if tag else "it is empty")
+    owner = _registered.get(tag)
+    if owner is not None and owner is not cls:
+        raise InvalidArgument("tag", f"{tag!r} is already the tag of {owner.__qualname__}")
+
+    def describe_user(obj: Any) -> Described:
+        spec, holders = describe(obj)
+        return Kind(tag, msgspec.Raw(_encode(spec))), [borrow(holder) for holder in holders]
+
+    def rebuild_user(spec: msgspec.Raw, descriptors: list[Descriptor]) -> Any:
+        return rebuild(_decode_any(spec), descriptors)
+
+    _registered[tag] = cls
+    _user_describers[cls] = _describers[cls] = describe_user
+    _rebuilders[tag] = rebuild_user
+
+
+def unregister_kind(tag: str) -> None:
+    """The tag is unknown again. Raises: UnknownKind: it was not registered by `register_kind`."""
+    cls = _registered.pop(tag, None)
+    if cls is None:
+        raise UnknownKind(tag)
+    del _user_describers[cls], _rebuilders[tag]
+    if cls in _BUILT_IN_DESCRIBERS:
+        _describers[cls] = _BUILT_IN_DESCRIBERS[cls]
+    else:
+        del _describers[cls]
+
+
+# Sockets
+
+
+class SocketSpec(msgspec.Struct, frozen=True, array_like=True):
+    family: int
+    type: int
+    proto: int
+    # O_NONBLOCK lives in the shared description: both ends must agree on the timeout.
+    timeout: float | None
+
+
+_decode_socket: Final = msgspec.msgpack.Decoder(SocketSpec).decode
+# The properties of socket.socket make enums of them, which cost more than all the rest here.
+_family: Final[Callable[[Any], int]] = _Socket.family.__get__
+_type: Final[Callable[[Any], int]] = _Socket.type.__get__
+# Programs share few kinds of sockets, many times.
+_socket_kinds: Final[dict[tuple[int, int, int, float | None], Kind]] = {}
+_socket_specs: Final[dict[bytes, SocketSpec]] = {}
+_REMEMBERED: Final = 64
+
+
+def _describe_socket(sock: socket.socket) -> Described:
+    fd = sock.fileno()
+    if fd < 0:
+        raise ClosedDescriptor("the socket is closed")
+    key = _family(sock), _type(sock), sock.proto, sock.gettimeout()
+    kind = _socket_kinds.get(key)
+    if kind is None:
+        kind = Kind("socket", msgspec.Raw(_encode(SocketSpec(*key))))
+        if len(_socket_kinds) < _REMEMBERED:
+            _socket_kinds[key] = kind
+    return kind, [fd]
+
+
+def _rebuild_socket(raw: msgspec.Raw, descriptors: list[Descriptor]) -> socket.socket:
+    key = bytes(raw)
+    spec = _socket_specs.get(key)
+    if spec is None:
+        spec = _decode_socket(key)
+        if len(_socket_specs) < _REMEMBERED:
+            _socket_specs[key] = spec
+    (descriptor,) = _exactly(1, "socket", descriptors)
+    try:
+        # Without a family it asks the kernel for family, type and protocol: that is our check.
+        sock = socket.socket(fileno=descriptor.fileno())
+    except OSError as error:
+        raise KindMismatch("socket", f"{error.strerror}") from None
+    descriptor.detach()
+    if _family(sock) != spec.family or _type(sock) != spec.type:
+        found = f"family {_family(sock)}, type {_type(sock)}"
+        sock.close()
+        raise KindMismatch("socket", f"{found}; the kind says {spec.family} and {spec.type}")
+    if sock.gettimeout() != spec.timeout:
+        sock.settimeout(spec.timeout)
+    return sock
+
+
+def _refuse_tls(sock: Any) -> Described:
+    raise UnsupportedKind(
+        type(sock).__qualname__,
+        "the state of its TLS session is not in the descriptor; share the socket before wrapping",
+    )
+
+
+# Files
+
+
+_decode_file: Final = msgspec.msgpack.Decoder(FileSpec).decode
+
+
+def _describe_file(file: Any) -> Described:
+    spec, fds = take_apart(file)
+    return Kind("file", msgspec.Raw(_encode(spec))), fds
+
+
+def _rebuild_file(raw: msgspec.Raw, descriptors: list[Descriptor]) -> Any:
+    return assemble(_decode_file(raw), descriptors)
+
+
+def _describe_temporary(wrapper: Any) -> Described:
+    return _describe_file(wrapper.file)
+
+
+def _describe_spooled(spooled: Any) -> Described:
+    spooled.rollover()  # from memory into a file that has a descriptor
+    return _describe_file(spooled._file)  # the only way to it; there since 2.6
+
+
+# Connections
+
+
+class ConnectionSpec(msgspec.Struct, frozen=True, array_like=True):
+    family: str  # a key of _CONNECTIONS
+    readable: bool
+    writable: bool
+
+
+# What a Connection of each family is called and who defines it. Looked up by name, so that neither
+# multiprocess (it brings dill) nor multiprocessing is imported before an object of theirs is seen.
+_CONNECTIONS: Final = {
+    "multiprocessing": ("multiprocessing.connection", "Connection"),
+    "multiprocess": ("multiprocess.connection", "Connection"),
+    "fdshare": ("fdshare.mp.connection", "Connection"),
+    "fdshare-multiprocess": ("fdshare.mp.connection", "MultiprocessConnection"),
+}
+_FAMILIES: Final = {name: family for family, name in _CONNECTIONS.items()}
+_decode_connection: Final = msgspec.msgpack.Decoder(ConnectionSpec).decode
+
+
+def _describe_connection(connection: Any) -> Described:
+    fd = borrow(connection)
+    for cls in type(connection).__mro__:
+        family = _FAMILIES.get((cls.__module__, cls.__qualname__))
+        if family is not None:
+            break
+    else:
+        raise UnsupportedKind(type(connection).__qualname__, "it is no Connection we know")
+    spec = ConnectionSpec(family, connection.readable, connection.writable)
+    return Kind("connection", msgspec.Raw(_encode(spec))), [fd]
+
+
+def _rebuild_connection(raw: msgspec.Raw, descriptors: list[Descriptor]) -> Any:
+    spec = _decode_connection(raw)
+    (descriptor,) = _exactly(1, "connection", descriptors)
+    if spec.family not in _CONNECTIONS or not (spec.readable or spec.writable):
+        raise KindMismatch("connection", "it is of no family we know, or for nothing")
+    mode = os.fstat(descriptor.fileno()).st_mode
+    if not (stat.S_ISSOCK(mode) or stat.S_ISFIFO(mode)):
+        raise KindMismatch("connection", "neither a socket nor a pipe")
+    module, name = _CONNECTIONS[spec.family]
+    cls = getattr(sys.modules.get(module) or importlib.import_module(module), name)
+    return cls(descriptor.detach(), spec.readable, spec.writable)
+
+
+# Descriptors
+
+_DESCRIPTOR: Final = Kind("descriptor", msgspec.Raw(_encode(None)))
+
+
+def _describe_descriptor(obj: Any) -> Described:
+    return _DESCRIPTOR, [borrow(obj)]
+
+
+def _rebuild_descriptor(_: msgspec.Raw, descriptors: list[Descriptor]) -> Descriptor:
+    (descriptor,) = _exactly(1, "descriptor", descriptors)
+    return descriptor
+
+
+def _exactly(count: int, tag: str, descriptors: list[Descriptor]) -> list[Descriptor]:
+    if len(descriptors) != count:
+        raise KindMismatch(tag, f"{len(descriptors)} descriptors instead of {count}")
+    return descriptors
+
+
+# The tables
+
+Describer: TypeAlias = Callable[[Any], Described]
+
+_BUILT_IN_DESCRIBERS: Final[dict[type, Describer]] = {
+    socket.socket: _describe_socket,
+    Descriptor: _describe_descriptor,
+    io.FileIO: _describe_file,
+    io.BufferedReader: _describe_file,
+    io.BufferedWriter: _describe_file,
+    io.BufferedRandom: _describe_file,
+    io.BufferedRWPair: _describe_file,
+    io.TextIOWrapper: _describe_file,
+    socket.SocketIO: _describe_file,
+}
+# Classes of modules that a program may never import, by module and name.
+_BY_NAME: Final[dict[tuple[str, str], Describer]] = {
+    ("ssl", "SSLSocket"): _refuse_tls,
+    ("ssl", "SSLObject"): _refuse_tls,
+    ("tempfile", "_TemporaryFileWrapper"): _describe_temporary,
+    ("tempfile", "SpooledTemporaryFile"): _describe_spooled,
+    **dict.fromkeys(_CONNECTIONS.values(), _describe_connection),
+}
+_describers: Final[dict[type, Describer]] = dict(_BUILT_IN_DESCRIBERS)
+_user_describers: Final[dict[type, Describer]] = {}
+_registered: Final[dict[str, type]] = {}
+
+_rebuilders: Final[dict[str, Callable[[msgspec.Raw, list[Descriptor]], Any]]] = {
+    "socket": _rebuild_socket,
+    "file": _rebuild_file,
+    "connection": _rebuild_connection,
+    "descriptor": _rebuild_descriptor,
+}
+_BUILT_IN_TAGS: Final = frozenset(_rebuilders)
+
+
+def _describer_of(cls: type) -> Describer | None:
+    """The one of the nearest base class that has one."""
+    for base in cls.__mro__:
+        found = _describers.get(base) or _BY_NAME.get((base.__module__, base.__qualname__))
+        if found is not None:
+            return found
+    return None
