@@ -11,6 +11,7 @@ the versions it was read and tested in (3.11, 3.12, 3.13).
 
 from __future__ import annotations
 
+import codecs
 import fcntl
 import gc
 import io
@@ -249,13 +250,12 @@ def _halves(pair: io.BufferedRWPair) -> tuple[io.BufferedReader, io.BufferedWrit
 
 def _settle_text(text: io.TextIOWrapper, buffer: Any) -> TextSpec:
     """Flushes *text*, and moves *buffer* to where *text* is."""
-    text.flush()
     cookie = None
-    if buffer.readable():
-        if text.seekable():
-            cookie = _rewind_text(text)
-        else:
-            _refuse_unread_text(text, buffer)
+    if buffer.readable() and text.seekable():
+        cookie = _rewind_text(text)  # before flush(), which forgets that a loop forbids to tell
+    text.flush()
+    if buffer.readable() and not text.seekable():
+        _refuse_unread_text(text, buffer)
     return TextSpec(
         text.encoding,
         text.errors,
@@ -275,8 +275,10 @@ def _rewind_text(text: io.TextIOWrapper) -> str | None:
             "TextIOWrapper", f"its position is not known ({error}): read it with readline()"
         ) from None
     text.seek(cookie)
-    # Past 64 bits stands the decoder's state (textiowrapper_build_cookie): the receiver seeks too.
-    return str(cookie) if cookie >> 64 else None
+    # The receiver seeks too, where its decoder would not start in the right state: past 64 bits
+    # stands that of ours (textiowrapper_build_cookie), and utf-16 expects a mark at its start.
+    fresh = codecs.getincrementaldecoder(text.encoding)(text.errors or "strict").getstate()
+    return str(cookie) if cookie >> 64 or (cookie and fresh[1]) else None
 
 
 def _refuse_unread_text(text: io.TextIOWrapper, buffer: Any) -> None:

@@ -82,7 +82,7 @@ def rebuild(kind: Kind, descriptors: list[Descriptor]) -> Any:
         return rebuild_it(kind.spec, descriptors)
     except BaseException as error:
         close_all(descriptors)
-        if isinstance(error, msgspec.MsgspecError):
+        if isinstance(error, msgspec.MsgspecError | UnicodeDecodeError):
             raise KindMismatch(kind.tag, f"its description is not one: {error}") from None
         raise
 
