@@ -1,1 +1,59 @@
-"""What the operating system does with descriptors: no names, no protocol."""
+"""What the operating system does with descriptors: no names, no protocol.
+
+The classic calls of descriptor passing, each importable from here.
+"""
+
+from fdshare.kernel.ancillary import MAX_DESCRIPTORS, Received, close_all, recv_fds, send_fds
+from fdshare.kernel.credentials import (
+    Credentials,
+    enable_credentials,
+    own_credentials,
+    peer_credentials,
+    peer_pidfd,
+)
+from fdshare.kernel.descriptor import Descriptor, HasFileno, borrow
+from fdshare.kernel.endpoint import (
+    Listener,
+    cli_conn,
+    connect,
+    datagram,
+    listen,
+    s_pipe,
+    serv_accept,
+    serv_listen,
+)
+from fdshare.kernel.handoff import ask_traceback, asked_traceback, recv_fd, send_err, send_fd
+
+__all__ = [
+    # one descriptor, owned
+    "Descriptor",
+    "HasFileno",
+    "borrow",
+    "close_all",
+    # the textbook's calls
+    "s_pipe",
+    "serv_listen",
+    "serv_accept",
+    "cli_conn",
+    "send_fd",
+    "send_err",
+    "recv_fd",
+    "ask_traceback",
+    "asked_traceback",
+    # the general pair
+    "MAX_DESCRIPTORS",
+    "Received",
+    "send_fds",
+    "recv_fds",
+    # endpoints
+    "Listener",
+    "listen",
+    "connect",
+    "datagram",
+    # who is there
+    "Credentials",
+    "enable_credentials",
+    "own_credentials",
+    "peer_credentials",
+    "peer_pidfd",
+]

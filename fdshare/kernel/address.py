@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Final, TypeAlias
 
 from fdshare.errors import EndpointError, UnsupportedPlatform
+from fdshare.kernel.credentials import platform
 
 __all__ = ["SUN_PATH", "Address", "absolute", "file_type", "is_abstract", "sockaddr", "trouble"]
 
 Address: TypeAlias = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 
-# sizeof(sockaddr_un.sun_path), <sys/un.h>; a pathname needs one byte less, for the NUL.
-SUN_PATH: Final = 108 if sys.platform == "linux" else 104
+# A pathname needs one byte less, for the NUL.
+SUN_PATH: Final = platform().sun_path
 
 _KINDS: Final = {
     stat.S_IFREG: "a regular file",

@@ -14,27 +14,63 @@ net/unix/af_unix.c, net/core/scm.c; measured on Linux 6.18):
     MSG_CTRUNC. `peek_descriptors` therefore looks first: a truncated peek leaves the message.
 6.  Descriptors in flight are counted against the *sender's user* and limit (ETOOMANYREFS).
 7.  With SO_PASSCRED on, credentials come first and take room: leave it.
+8.  A peek that fills its buffer looks on, and brings descriptors of a later message. `recv_fds`
+    peeks with one byte more than it wants, so that it knows.
 """
 
 from __future__ import annotations
 
 import array
 import errno
+import fcntl
+import os
 import resource
+import select
 import socket
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Final, TypeAlias
 
-from fdshare.errors import DescriptorLimit, FdshareError, TooManyDescriptors, TruncatedControl
-from fdshare.kernel.descriptor import Descriptor
+from fdshare.errors import (
+    AccessDenied,
+    ClosedDescriptor,
+    DescriptorLimit,
+    FdshareError,
+    InvalidArgument,
+    MagicMismatch,
+    ServerGone,
+    TooManyDescriptors,
+    TruncatedControl,
+)
+from fdshare.kernel import credentials as creds
+from fdshare.kernel.credentials import Credentials
+from fdshare.kernel.descriptor import Descriptor, HasFileno, borrow
 
-__all__ = ["MAX_DESCRIPTORS", "close_all", "peek_descriptors", "receive_into", "send_message"]
+__all__ = [
+    "MAX_DESCRIPTORS",
+    "Received",
+    "close_all",
+    "own",
+    "peek_descriptors",
+    "receive_into",
+    "recv_fds",
+    "send_fds",
+    "send_message",
+]
 
 Bytes: TypeAlias = bytes | bytearray | memoryview
+Control: TypeAlias = Sequence[tuple[int, int, bytes]]
 
 MAX_DESCRIPTORS: Final = 253  # SCM_MAX_FD, include/net/scm.h
 _INT: Final = array.array("i").itemsize
-_ROOM: Final = socket.CMSG_SPACE(MAX_DESCRIPTORS * _INT)
+# Room for the most descriptors, and beside them credentials, a pidfd and what else a socket option
+# may add (a time stamp is 16 bytes): none of that may cost a descriptor.
+_ROOM: Final = (
+    socket.CMSG_SPACE(MAX_DESCRIPTORS * _INT)
+    + socket.CMSG_SPACE(max(creds.UCRED.size, creds.HERE.attach_size))
+    + socket.CMSG_SPACE(_INT)
+    + 256
+)
 _CLOEXEC: Final = getattr(socket, "MSG_CMSG_CLOEXEC", 0)  # macOS has none
 
 
@@ -86,7 +122,7 @@ def receive_into(
         return count, [], None
     descriptors = own(control)
     if got & socket.MSG_CTRUNC:
-        return count, [], _dropped(descriptors, MAX_DESCRIPTORS)
+        return count, [], _dropped(descriptors, control, _ROOM)
     return count, descriptors, None
 
 
@@ -103,30 +139,52 @@ def peek_descriptors(sock: socket.socket, count: int) -> list[Descriptor]:
     _, control, got, _ = sock.recvmsg(1, _ROOM, socket.MSG_PEEK | _CLOEXEC)
     descriptors = own(control)
     if got & socket.MSG_CTRUNC:
-        raise _dropped(descriptors, MAX_DESCRIPTORS)
+        raise _dropped(descriptors, control, _ROOM)
     if len(descriptors) > count:
         close_all(descriptors)
         raise TooManyDescriptors(len(descriptors), count)
     return descriptors
 
 
-def own(control: Sequence[tuple[int, int, bytes]]) -> list[Descriptor]:
-    """A Descriptor for every int of every SCM_RIGHTS message in *control*. Cannot raise."""
-    owned: list[Descriptor] = []
-    for level, kind, data in control:
-        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-            # A truncated message may end in the middle of an int.
-            numbers = array.array("i", data[: len(data) - len(data) % _INT])
-            owned += map(Descriptor, numbers)
+def own(control: Control) -> list[Descriptor]:
+    """A Descriptor for every int of every SCM_RIGHTS message in *control*. Cannot raise.
+
+    A pidfd that came along (SO_PASSPIDFD) is closed: only `recv_fds` hands it out.
+    """
+    owned, pidfd = _split(control)
+    if pidfd is not None:
+        pidfd.close()
     return owned
 
 
-def _dropped(descriptors: list[Descriptor], room: int) -> FdshareError:
+def _split(control: Control) -> tuple[list[Descriptor], Descriptor | None]:
+    """The descriptors of every SCM_RIGHTS message, and the pidfd of an SCM_PIDFD."""
+    owned: list[Descriptor] = []
+    pidfd: Descriptor | None = None
+    for level, kind, data in control:
+        if level != socket.SOL_SOCKET:
+            continue
+        # A truncated message may end in the middle of an int.
+        whole = data[: len(data) - len(data) % _INT]
+        if kind == socket.SCM_RIGHTS:
+            owned += map(Descriptor, array.array("i", whole))
+        elif kind == creds.HERE.scm_pidfd and whole:
+            pidfd = Descriptor(array.array("i", whole)[0])
+    if not _CLOEXEC:
+        for descriptor in owned:
+            os.set_inheritable(descriptor.fileno(), False)
+    return owned, pidfd
+
+
+def _dropped(descriptors: list[Descriptor], control: Control, room: int) -> FdshareError:
     """Closes what fitted; the error that says why the rest did not."""
     received = len(descriptors)
     close_all(descriptors)
-    if received >= room:
-        return TruncatedControl(received, room)
+    used = sum(socket.CMSG_SPACE(len(data)) for _, _, data in control)
+    # The next descriptor would have needed a place after the last one, or a header of its own.
+    lacking = socket.CMSG_LEN(_INT) if not descriptors else 1
+    if room - used < lacking:
+        return TruncatedControl(received, received)
     # There was room for more: the descriptor table was full (scm_detach_fds stops at -EMFILE).
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return DescriptorLimit(errno.EMFILE, "RLIMIT_NOFILE", limit, None, "receiver")
@@ -144,3 +202,208 @@ def in_flight_limit() -> DescriptorLimit:
         "that many descriptors of this user are in flight, sent and not yet received: "
         "let the receivers read, or raise it (ulimit -n)",
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """What one message brought. `data` is empty at the end of a stream.
+
+    `credentials` is None unless the socket asked for them (`enable_credentials`) or the system
+    lets a sender attach them unasked; `pidfd` the same (SO_PASSPIDFD). `address` is the sender's,
+    of datagrams: give it to `send_fds` to answer. `flags` are recvmsg's (MSG_TRUNC: a datagram was
+    longer than `max_bytes`). The caller owns the descriptors; close() or `with` closes them all.
+    """
+
+    data: bytes
+    descriptors: list[Descriptor] = field(default_factory=list)
+    credentials: Credentials | None = None
+    flags: int = 0
+    address: str | bytes | None = None
+    pidfd: Descriptor | None = None
+
+    def close(self) -> None:
+        """Close every descriptor that is still open."""
+        close_all([*self.descriptors, *([self.pidfd] if self.pidfd else [])])
+
+    def __enter__(self) -> Received:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def send_fds(
+    sock: socket.socket,
+    fds: Iterable[HasFileno | int],
+    data: Bytes = b"\0",
+    *,
+    credentials: bool | Credentials | None = None,
+    address: str | bytes | None = None,
+) -> None:
+    """Send *data* whole, with copies of *fds* (at most 253) and the sender's credentials.
+
+    *credentials* may be True (pid, effective uid and gid of this process) or, for privileged
+    senders, whose to claim. *address* is where to, on a datagram socket that is not connected. The
+    descriptors go with the first byte; the rest of a long stream message follows in further writes,
+    for which this waits even on a non-blocking socket. *fds* are borrowed for the call: it is safe
+    to close them after it.
+
+    Raises:
+        InvalidArgument: no data; a claimed pid that does not exist.
+        ClosedDescriptor, UnsupportedKind, TooManyDescriptors: *fds*; nothing was sent.
+        DescriptorLimit: ETOOMANYREFS, too many in flight; nothing was sent.
+        AccessDenied: credentials that are not the sender's, or a receiver that takes none.
+        UnsupportedPlatform: credentials, where the system has none; OSError of sendmsg(2).
+    """
+    numbers = [borrow(fd) for fd in fds]
+    if not data:
+        raise InvalidArgument("data", "at least one byte must go along, or nothing is delivered")
+    if len(numbers) > MAX_DESCRIPTORS:
+        raise TooManyDescriptors(len(numbers), MAX_DESCRIPTORS)
+    control: list[tuple[int, int, Bytes | array.array[int]]] = []
+    claimed = credentials if isinstance(credentials, Credentials) else None
+    if credentials is not None and credentials is not False:
+        control.append(creds.control_message(claimed))
+    if numbers:
+        control.append((socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", numbers)))
+    try:
+        sent = sock.sendmsg([data], control, 0, *(() if address is None else (address,)))
+    except OSError as error:
+        raise _send_failure(error, numbers, claimed) from None
+    _send_rest(sock, memoryview(data).cast("B")[sent:])
+
+
+def _send_rest(sock: socket.socket, rest: memoryview) -> None:
+    """What a short write left over, of a message whose descriptors have gone."""
+    while rest:
+        try:
+            rest = rest[sock.send(rest) :]
+        except BlockingIOError:
+            ready = select.poll()
+            ready.register(sock, select.POLLOUT)
+            ready.poll()
+
+
+def _send_failure(error: OSError, fds: Sequence[int], claimed: Credentials | None) -> OSError:
+    """*error* of sendmsg(2), in words where there are better ones."""
+    if error.errno == errno.ETOOMANYREFS:
+        return in_flight_limit()
+    if error.errno == errno.EPERM and claimed is not None:
+        return creds.refused(claimed)
+    if error.errno == errno.EPERM and fds:
+        return AccessDenied(
+            "send", "descriptors", os.geteuid(), "the receiving socket takes none (SO_PASSRIGHTS)"
+        )
+    if error.errno == errno.ESRCH and claimed is not None:
+        raise InvalidArgument("credentials", f"no process has the pid {claimed.pid}") from None
+    if error.errno == errno.EBADF:
+        for fd in fds:
+            if not _is_open(fd):
+                raise ClosedDescriptor(f"descriptor {fd} is not open") from None
+    return error
+
+
+def _is_open(fd: int) -> bool:
+    try:
+        fcntl.fcntl(fd, fcntl.F_GETFD)
+    except OSError:
+        return False
+    return True
+
+
+def recv_fds(
+    sock: socket.socket,
+    max_bytes: int,
+    max_fds: int,
+    *,
+    expect: bytes | None = None,
+    lossless: bool = True,
+) -> Received:
+    """The next at most *max_bytes* of *sock* and the at most *max_fds* descriptors with them.
+
+    With *expect*, the data must begin so. *lossless* looks before it takes, so that at the limit
+    of open descriptors nothing is lost: it needs one more system call, and that no other thread or
+    process reads from the same socket. Without it the message is gone when DescriptorLimit is
+    raised. The caller owns the result.
+
+    Raises:
+        DescriptorLimit: this process has no descriptors free; the message is still there.
+        TooManyDescriptors: more than *max_fds* came, and all were closed; `count` says how many.
+        MagicMismatch: not what was *expect*ed; the descriptors were closed.
+        ServerGone: the stream ended, where something was *expect*ed.
+        ProtocolError: credentials that are no credentials. OSError of recvmsg(2), TimeoutError,
+        BlockingIOError.
+    """
+    if max_bytes < 1:
+        raise InvalidArgument("max_bytes", "descriptors come with data; at least 1 is needed")
+    got = _receive_looking(sock, max_bytes) if lossless else receive(sock, max_bytes)
+    try:
+        if len(got.descriptors) > max_fds:
+            raise TooManyDescriptors(len(got.descriptors), max_fds)
+        if expect is not None and not got.data.startswith(expect):
+            if not got.data and sock.type != socket.SOCK_DGRAM:
+                raise ServerGone(peer_name(sock), f"it closed the connection before {expect!r}")
+            raise MagicMismatch(expect, got.data)
+    except BaseException:
+        got.close()
+        raise
+    return got
+
+
+def receive(sock: socket.socket, max_bytes: int, room: int = _ROOM, flags: int = 0) -> Received:
+    """One recvmsg(2) with *room* bytes for control messages. The caller owns the result.
+
+    Raises: DescriptorLimit or TruncatedControl: descriptors were dropped, those that fitted closed.
+    Without MSG_PEEK in *flags* the data are gone then.
+    """
+    data, control, got, address = sock.recvmsg(max_bytes, room, flags | _CLOEXEC)
+    descriptors, pidfd = _split(control)
+    result = Received(data, descriptors, None, int(got) & ~_CLOEXEC, address or None, pidfd)
+    try:
+        if got & socket.MSG_CTRUNC:
+            raise _dropped(descriptors, control, room)
+        who = _credentials(control)
+    except BaseException:
+        result.close()
+        raise
+    return replace(result, credentials=who)
+
+
+def _receive_looking(sock: socket.socket, max_bytes: int) -> Received:
+    """As `receive`, but a message whose descriptors find no place stays unread."""
+    seen = receive(sock, max_bytes + 1, _ROOM, socket.MSG_PEEK)
+    stream = sock.type == socket.SOCK_STREAM
+    if len(seen.data) > max_bytes and stream:
+        # Descriptors of this peek may belong to the bytes beyond max_bytes. There was a place for
+        # them a moment ago, so what the real read brings will find one.
+        seen.close()
+        return receive(sock, max_bytes)
+    try:
+        # Without a control buffer: the kernel drops its references, the copies are ours.
+        if seen.data or not stream:
+            sock.recv(max(1, min(len(seen.data), max_bytes)))
+    except BaseException:
+        seen.close()
+        raise
+    if len(seen.data) > max_bytes:
+        return replace(seen, data=seen.data[:max_bytes], flags=seen.flags | socket.MSG_TRUNC)
+    return seen
+
+
+def _credentials(control: Control) -> Credentials | None:
+    """The last credentials among *control*; kinds that nobody knows are passed over."""
+    found = None
+    for level, kind, data in control:
+        if level == socket.SOL_SOCKET and kind in creds.HERE.control:
+            found = creds.HERE.control[kind](data)
+    return found
+
+
+def peer_name(sock: socket.socket) -> str:
+    """The address of the other end, for messages."""
+    try:
+        name = sock.getpeername() or sock.getsockname()
+    except OSError:
+        name = ""
+    text = os.fsdecode(name) if isinstance(name, (str, bytes)) else str(name)
+    return text.replace("\0", "@", 1) or "the other end"

@@ -1,4 +1,8 @@
-"""Credentials: who is at the other end of a socket, asked of the kernel and never of the peer."""
+"""Credentials: who is at the other end of a socket, asked of the kernel and never of the peer.
+
+What differs from system to system stands in one table, `PLATFORMS`. Its parsers take bytes, so
+that those of the other systems run in the tests of this one.
+"""
 
 from __future__ import annotations
 
@@ -7,28 +11,36 @@ import os
 import socket
 import struct
 import sys
-from dataclasses import dataclass
-from typing import Final
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Final, TypeAlias
 
-from fdshare.errors import UnsupportedPlatform
+from fdshare.errors import AccessDenied, ProtocolError, UnsupportedPlatform
 from fdshare.kernel.descriptor import Descriptor
 
-__all__ = ["Credentials", "own_credentials", "peer_credentials", "peer_pidfd"]
-
-# Linux, <asm-generic/socket.h>; Python names none of these.
-_SO_PEERGROUPS: Final = 59
-_SO_PEERPIDFD: Final = 77  # since 6.5
-
-UCRED: Final = struct.Struct("iII")  # struct ucred: pid_t, uid_t, gid_t (unix(7))
+__all__ = [
+    "PLATFORMS",
+    "Credentials",
+    "Platform",
+    "enable_credentials",
+    "own_credentials",
+    "parse_cmsgcred",
+    "parse_sockcred2",
+    "parse_ucred",
+    "parse_xucred",
+    "peer_credentials",
+    "peer_pidfd",
+    "platform",
+]
 
 
 @dataclass(frozen=True, slots=True)
 class Credentials:
     """pid, uid and gid as the receiving side's namespaces see them.
 
-    pid is 0 where the peer lives in a pid namespace we cannot see, uid and gid are 65534 where its
-    user namespace has no mapping (user_namespaces(7)). `groups` are the supplementary ones, where
-    the kernel tells.
+    pid is 0 where the peer lives in a pid namespace we cannot see, or where the system does not
+    tell; uid and gid are 65534 where its user namespace has no mapping (user_namespaces(7)).
+    `groups` are the supplementary ones, where the kernel tells.
     """
 
     pid: int
@@ -37,27 +49,164 @@ class Credentials:
     groups: tuple[int, ...] = ()
 
 
+Parser: TypeAlias = Callable[[bytes], Credentials]
+
+# struct ucred: pid_t pid, uid_t uid, gid_t gid. unix(7), Linux.
+UCRED: Final = struct.Struct("iII")
+# struct xucred: u_int cr_version, uid_t cr_uid, short cr_ngroups, gid_t cr_groups[16].
+# <sys/ucred.h>, FreeBSD and macOS.
+_XUCRED: Final = struct.Struct("@IIh16I")
+# ... and since FreeBSD 13 a union of a pointer and pid_t cr_pid, aligned as the pointer.
+_XUCRED_PID: Final = struct.Struct("@IIh16I0Pi")
+# struct cmsgcred: pid_t pid, uid_t uid, uid_t euid, gid_t gid, short ngroups, gid_t groups[16].
+# <sys/socket.h>, FreeBSD.
+_CMSGCRED: Final = struct.Struct("@iIIIh16I")
+# struct sockcred2: int version, pid_t pid, uid_t uid, uid_t euid, gid_t gid, gid_t egid,
+# int ngroups, gid_t groups[]. <sys/socket.h>, FreeBSD 13.
+_SOCKCRED2: Final = struct.Struct("@iiIIIIi")
+_XUCRED_VERSION: Final = 0
+
+
+def parse_ucred(data: bytes) -> Credentials:
+    """Linux: SO_PEERCRED and SCM_CREDENTIALS. Raises: ProtocolError: truncated."""
+    _whole(data, UCRED.size, "struct ucred")
+    return Credentials(*UCRED.unpack_from(data))
+
+
+def parse_xucred(data: bytes) -> Credentials:
+    """FreeBSD and macOS: LOCAL_PEERCRED; the pid is 0 where the structure has none.
+
+    Raises: ProtocolError: truncated, or of another version.
+    """
+    _whole(data, _XUCRED.size, "struct xucred")
+    version, uid, count, *groups = _XUCRED.unpack_from(data)
+    if version != _XUCRED_VERSION:
+        raise ProtocolError(f"struct xucred has version {version}, known is {_XUCRED_VERSION}")
+    pid = _XUCRED_PID.unpack_from(data)[-1] if len(data) >= _XUCRED_PID.size else 0
+    # The first group is the effective one.
+    groups = groups[: max(0, count)]
+    return Credentials(pid, uid, groups[0] if groups else 0, tuple(groups[1:]))
+
+
+def parse_cmsgcred(data: bytes) -> Credentials:
+    """FreeBSD: SCM_CREDS that the sender attached and the kernel filled in (effective uid).
+
+    Raises: ProtocolError: truncated.
+    """
+    _whole(data, _CMSGCRED.size, "struct cmsgcred")
+    pid, _, euid, gid, count, *groups = _CMSGCRED.unpack_from(data)
+    groups = groups[: max(0, count)]
+    return Credentials(pid, euid, groups[0] if groups else gid, tuple(groups[1:]))
+
+
+def parse_sockcred2(data: bytes) -> Credentials:
+    """FreeBSD: SCM_CREDS2, which LOCAL_CREDS_PERSISTENT adds to every message.
+
+    Raises: ProtocolError: truncated.
+    """
+    _whole(data, _SOCKCRED2.size, "struct sockcred2")
+    _, pid, _, euid, _, egid, count = _SOCKCRED2.unpack_from(data)
+    tail = data[_SOCKCRED2.size :]
+    groups = struct.unpack_from(f"{min(max(0, count), len(tail) // 4)}I", tail)
+    return Credentials(pid, euid, egid, tuple(group for group in groups if group != egid))
+
+
+def _whole(data: bytes, size: int, what: str) -> None:
+    if len(data) < size:
+        raise ProtocolError(f"truncated credentials: {len(data)} of the {size} bytes of {what}")
+
+
+@dataclass(frozen=True, slots=True)
+class Platform:
+    """What one system offers; numbers from its headers, because Python names few of them."""
+
+    sun_path: int  # sizeof(sockaddr_un.sun_path), <sys/un.h>
+    abstract: bool = False  # names without a file
+    # getsockopt(level, option, size) that tells the peer, and how to read it.
+    peer: tuple[int, int, int, Parser] | None = None
+    peer_pid: tuple[int, int] | None = None  # (level, option) of an int, where `peer` has no pid
+    peer_groups: tuple[int, int] | None = None
+    peer_pidfd: tuple[int, int] | None = None
+    pass_credentials: tuple[int, int] | None = None  # asks for them with every message
+    # cmsg_type (of level SOL_SOCKET) -> how to read the credentials in it.
+    control: Mapping[int, Parser] = field(default_factory=dict)
+    attach: int | None = None  # the cmsg_type with which a sender attaches its own
+    attach_size: int = 0  # bytes of that message
+    may_name_others: bool = False  # a privileged sender chooses what is attached
+    scm_pidfd: int | None = None  # the cmsg_type of a message that holds one descriptor, a pidfd
+
+
+PLATFORMS: Final[Mapping[str, Platform]] = {
+    # <asm-generic/socket.h>, <linux/socket.h>: SO_PASSCRED 16, SO_PEERCRED 17, SO_PEERGROUPS 59,
+    # SO_PEERPIDFD 77 (6.5), SCM_CREDENTIALS 2, SCM_PIDFD 4.
+    "linux": Platform(
+        sun_path=108,
+        abstract=True,
+        peer=(1, 17, UCRED.size, parse_ucred),
+        peer_groups=(1, 59),
+        peer_pidfd=(1, 77),
+        pass_credentials=(1, 16),
+        control={2: parse_ucred},
+        attach=2,
+        attach_size=UCRED.size,
+        may_name_others=True,
+        scm_pidfd=4,
+    ),
+    # <sys/un.h>: SOL_LOCAL 0, LOCAL_PEERCRED 1, LOCAL_CREDS_PERSISTENT 3 (13.0);
+    # <sys/socket.h>: SCM_CREDS 3, SCM_CREDS2 8.
+    "freebsd": Platform(
+        sun_path=104,
+        peer=(0, 1, 88, parse_xucred),
+        pass_credentials=(0, 3),
+        control={3: parse_cmsgcred, 8: parse_sockcred2},
+        attach=3,
+        attach_size=_CMSGCRED.size,
+    ),
+    # <sys/un.h>: SOL_LOCAL 0, LOCAL_PEERCRED 1, LOCAL_PEERPID 2. No credentials in messages.
+    "darwin": Platform(
+        sun_path=104,
+        peer=(0, 1, _XUCRED.size, parse_xucred),
+        peer_pid=(0, 2),
+    ),
+}
+
+
+def platform(name: str = sys.platform) -> Platform:
+    """The row of this system ("freebsd14" is "freebsd"); one that offers nothing where unknown."""
+    return PLATFORMS.get(name.rstrip("0123456789."), Platform(sun_path=104))
+
+
+HERE: Final = platform()
+
+
 def own_credentials() -> Credentials:
     """This process's, as a peer would see them: effective uid and gid."""
     return Credentials(os.getpid(), os.geteuid(), os.getegid(), tuple(os.getgroups()))
 
 
 def peer_credentials(sock: socket.socket) -> Credentials:
-    """Who was at the other end when the connection was made (SO_PEERCRED, SO_PEERGROUPS).
+    """Who was at the other end when the connection was made, according to the kernel.
 
-    Raises: UnsupportedPlatform.
+    SO_PEERCRED and SO_PEERGROUPS on Linux, LOCAL_PEERCRED on FreeBSD and macOS. For the socket of
+    a connect(2) that is whoever called listen(2).
+    Raises: UnsupportedPlatform; OSError where *sock* has no peer (ENOTCONN, FreeBSD and macOS).
     """
-    if sys.platform != "linux":
+    if HERE.peer is None:
         raise UnsupportedPlatform("peer credentials", f"no means known on {sys.platform}")
-    pid, uid, gid = UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, UCRED.size))
-    return Credentials(pid, uid, gid, _peer_groups(sock))
+    level, option, size, parse = HERE.peer
+    who = parse(sock.getsockopt(level, option, size))
+    if HERE.peer_pid is not None:
+        who = replace(who, pid=sock.getsockopt(*HERE.peer_pid))
+    if HERE.peer_groups is not None:
+        who = replace(who, groups=_peer_groups(sock, *HERE.peer_groups))
+    return who
 
 
-def _peer_groups(sock: socket.socket) -> tuple[int, ...]:
-    """The peer's supplementary groups; none where the kernel does not tell."""
-    for size in (256, 65536 * 4):  # NGROUPS_MAX is 65536; Python allocates what it is told
+def _peer_groups(sock: socket.socket, level: int, option: int) -> tuple[int, ...]:
+    """The peer's supplementary groups; none where the kernel does not tell, or of more than 256."""
+    for size in (256, 1024):  # bytes; socket.getsockopt() accepts no larger buffer
         try:
-            raw = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, min(size, 1024 * 256))
+            raw = sock.getsockopt(level, option, size)
         except OSError as error:
             if error.errno == errno.ERANGE:
                 continue
@@ -69,12 +218,55 @@ def _peer_groups(sock: socket.socket) -> tuple[int, ...]:
 def peer_pidfd(sock: socket.socket) -> Descriptor | None:
     """A pidfd for the peer, safe against pid reuse; None where the kernel has none to give.
 
-    The caller owns the result.
+    SO_PEERPIDFD, Linux 6.5. The caller owns the result.
     """
-    if sys.platform != "linux":
+    if HERE.peer_pidfd is None:
         return None
     try:
-        fd = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
+        fd = sock.getsockopt(*HERE.peer_pidfd)
     except OSError:  # ENOPROTOOPT before 6.5, ESRCH for a peer that is gone, ENODATA, EMFILE
         return None
     return Descriptor(fd)
+
+
+def enable_credentials(sock: socket.socket, on: bool = True) -> None:
+    """Every message received from now on brings its sender's credentials.
+
+    Linux: SO_PASSCRED, also for what is queued already. FreeBSD 13: LOCAL_CREDS_PERSISTENT.
+    Raises: UnsupportedPlatform.
+    """
+    if HERE.pass_credentials is None:
+        raise UnsupportedPlatform(
+            "credentials with messages", f"{sys.platform} has them for connections only"
+        )
+    sock.setsockopt(*HERE.pass_credentials, int(on))
+
+
+def control_message(credentials: Credentials | None) -> tuple[int, int, bytes]:
+    """The control message that attaches *credentials*, None being this process's own.
+
+    Raises: UnsupportedPlatform.
+    """
+    if HERE.attach is None:
+        raise UnsupportedPlatform(
+            "credentials with messages", f"{sys.platform} has them for connections only"
+        )
+    if not HERE.may_name_others:
+        if credentials is not None:
+            raise UnsupportedPlatform(
+                "naming other credentials", f"the kernel of {sys.platform} fills in your own"
+            )
+        return socket.SOL_SOCKET, HERE.attach, bytes(HERE.attach_size)
+    who = credentials or own_credentials()
+    return socket.SOL_SOCKET, HERE.attach, UCRED.pack(who.pid, who.uid, who.gid)
+
+
+def refused(credentials: Credentials) -> AccessDenied:
+    """The error for EPERM on a message that claims *credentials* (scm_check_creds)."""
+    return AccessDenied(
+        "send as",
+        f"pid={credentials.pid} uid={credentials.uid} gid={credentials.gid}",
+        os.geteuid(),
+        "the kernel lets only CAP_SYS_ADMIN name another pid, CAP_SETUID another uid and "
+        "CAP_SETGID another gid (unix(7), SCM_CREDENTIALS)",
+    )

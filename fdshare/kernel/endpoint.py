@@ -1,15 +1,13 @@
 """Endpoints with a name: listen, connect and datagram sockets on a path, and unnamed pairs.
 
-`listen` answers three questions that bind(2) throws together as "Address already in use": a live
-server (its pid), a dead one's socket (removed and taken), or something that is no socket (never
-touched). Who may do that is settled by flock(2) on PATH.lock, held as long as the listener lives
-and never unlinked: the lock of an unlinked file excludes nobody who opens the path anew.
+`listen` tells apart what bind(2) throws together as "Address already in use": a live server (its
+pid), a dead one's socket (removed and taken), or something that is no socket (never touched).
+claim.py has the rules.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import socket
 import stat
@@ -18,7 +16,7 @@ import threading
 import time
 from typing import Final
 
-from fdshare.errors import AddressInUse, EndpointError, NoServer, ServerTimeout
+from fdshare.errors import EndpointError, NoServer, ServerTimeout
 from fdshare.kernel.address import (
     Address,
     absolute,
@@ -27,6 +25,7 @@ from fdshare.kernel.address import (
     sockaddr,
     trouble,
 )
+from fdshare.kernel.claim import Inode, clear, live, lock, refuse_other_files, remove
 from fdshare.kernel.credentials import Credentials, peer_credentials
 from fdshare.kernel.descriptor import Descriptor
 
@@ -44,12 +43,9 @@ __all__ = [
 BACKLOG: Final = 1024  # the kernel cuts it to net.core.somaxconn
 _FIRST_WAIT: Final = 0.001  # seconds between tries on a full backlog, doubled each time ...
 _LONGEST_WAIT: Final = 0.05  # ... up to this
-_STARTING: Final = 1.0  # seconds that a lock's holder gets to listen, so that we can tell its pid
 
 # umask(2) belongs to the process: two binds at once would restore each other's.
 _umask_lock = threading.Lock()
-
-Inode = tuple[int, int]  # st_dev, st_ino
 
 
 class Listener:
@@ -120,7 +116,7 @@ class Listener:
         try:
             # Before the socket closes: until then its inode's number cannot be used again.
             if self.inode is not None and self._pid == os.getpid():
-                _remove(self.address, self.inode)
+                remove(self.address, self.inode)
         finally:
             self.inode = None
             self.socket.close()
@@ -159,12 +155,12 @@ def listen(
     try:
         if is_abstract(address):
             return _listen_abstract(address, sock, backlog)
-        _refuse_other_files(address)  # before PATH.lock is made beside something not ours
-        with _lock(address) as lock:
-            _clear(address, kind, reclaim)
+        refuse_other_files(address)  # before PATH.lock is made beside something not ours
+        with lock(address) as held:
+            clear(address, kind, reclaim)
             inode = _bind(address, sock, mode)
             _start(sock, backlog)
-            return Listener(address, sock, Descriptor(lock.detach()), inode)
+            return Listener(address, sock, Descriptor(held.detach()), inode)
     except BaseException:
         sock.close()
         raise
@@ -186,7 +182,7 @@ def datagram(path: Address | None = None, *, mode: int = 0o600) -> Listener:
         address = absolute(path)
         if is_abstract(address):
             return _listen_abstract(address, sock, 0)
-        _clear(address, socket.SOCK_DGRAM, reclaim=False)
+        clear(address, socket.SOCK_DGRAM, reclaim=False)
         return Listener(address, sock, None, _bind(address, sock, mode))
     except BaseException:
         sock.close()
@@ -261,7 +257,7 @@ def _listen_abstract(address: str, sock: socket.socket, backlog: int) -> Listene
             sock.bind(name)
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
-                raise _live(address, sock.type) from None
+                raise live(address, sock.type) from None
             raise trouble(address, error) from None
     _start(sock, backlog)
     return Listener(address, sock)
@@ -270,144 +266,6 @@ def _listen_abstract(address: str, sock: socket.socket, backlog: int) -> Listene
 def _start(sock: socket.socket, backlog: int) -> None:
     if sock.type != socket.SOCK_DGRAM:
         sock.listen(backlog)
-
-
-def _lock(address: str) -> Descriptor:
-    """PATH.lock, opened and locked. The lock lasts as long as any copy of the descriptor."""
-    path = address + ".lock"
-    # O_NOFOLLOW, and the owner below: in a shared folder the name could be anybody's.
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
-    try:
-        lock = Descriptor(os.open(path, flags, 0o600))
-    except OSError as error:
-        if error.errno == errno.ELOOP:
-            raise _not_our_lock(address, "it is a symbolic link") from None
-        if error.errno == errno.EISDIR or os.path.lexists(path):
-            raise _not_our_lock(address, error.strerror or str(error)) from None
-        raise trouble(address, error) from None
-    try:
-        info = os.fstat(lock.fileno())
-        if not stat.S_ISREG(info.st_mode):
-            raise _not_our_lock(address, f"it is {file_type(info.st_mode)}")
-        if info.st_uid != os.geteuid():
-            raise _not_our_lock(address, f"it belongs to uid {info.st_uid}")
-        _flock(address, lock)
-    except BaseException:
-        lock.close()
-        raise
-    return lock
-
-
-def _flock(address: str, lock: Descriptor) -> None:
-    """Take the lock; where another has it, say who listens."""
-    deadline = time.monotonic() + _STARTING
-    while True:
-        try:
-            fcntl.flock(lock.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            in_use = _live(address, socket.SOCK_STREAM)
-            # The holder may be between its lock and its listen(), or between its close and its end.
-            if in_use.pid is not None or time.monotonic() > deadline:
-                raise in_use from None
-        time.sleep(_LONGEST_WAIT)
-
-
-def _not_our_lock(address: str, why: str) -> EndpointError:
-    reason = f"cannot lock {address}.lock: {why}; remove it or choose another path"
-    return EndpointError(address, reason, errno.EACCES)
-
-
-def _refuse_other_files(address: str) -> os.stat_result | None:
-    """The lstat of the socket on the path, or None where there is nothing."""
-    try:
-        found = os.lstat(address)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise trouble(address, error) from None
-    if not stat.S_ISSOCK(found.st_mode):
-        raise AddressInUse(
-            address,
-            f"it is {file_type(found.st_mode)}, not a socket, and is left alone; "
-            "choose another path or move it away",
-        )
-    return found
-
-
-def _clear(address: str, kind: int, reclaim: bool) -> None:
-    """Make the path free, or raise AddressInUse. The caller holds the lock, if there is one."""
-    found = _refuse_other_files(address)
-    if found is None:
-        return
-    if _alive(address, kind):
-        raise _live(address, kind)
-    if not reclaim:
-        raise AddressInUse(
-            address,
-            "a stale socket: the process that bound it is gone; "
-            "remove the file, or bind with reclaim=True",
-        )
-    _remove(address, (found.st_dev, found.st_ino))
-
-
-def _alive(address: str, kind: int) -> bool:
-    """True unless the kernel says that nobody has the socket on the path open."""
-    with socket.socket(socket.AF_UNIX, kind) as probe:
-        probe.setblocking(False)
-        try:
-            with sockaddr(address, exists=True) as name:
-                probe.connect(name)
-        except (ConnectionRefusedError, FileNotFoundError):
-            return False
-        except OSError:
-            return True  # EAGAIN: its backlog is full; EPROTOTYPE: another type; EACCES: unknown
-        return True
-
-
-def _live(address: str, kind: int) -> AddressInUse:
-    """The error that names the live server's pid, where the kernel tells it."""
-    with socket.socket(socket.AF_UNIX, kind) as probe:
-        probe.setblocking(False)
-        try:
-            with sockaddr(address, exists=True) as name:
-                probe.connect(name)
-            # SO_PEERCRED of a listener is whoever called listen(2). 0: outside our pid namespace,
-            # or a datagram socket.
-            pid = peer_credentials(probe).pid or None
-        except OSError:  # EAGAIN: its backlog is full
-            pid = None
-    pid = pid or _lock_holder(address)
-    who = "another process has it open" if pid is None else f"a live server, pid {pid}"
-    return AddressInUse(address, f"{who}; stop that one, or choose another path", pid)
-
-
-def _lock_holder(address: str) -> int | None:
-    """The pid that locked PATH.lock, while it lives and where /proc/locks tells it (Linux)."""
-    try:
-        inode = os.stat(address + ".lock").st_ino
-        with open("/proc/locks") as table:
-            # 1: FLOCK  ADVISORY  WRITE 3794 fe:00:131 0 EOF
-            rows = [line.split() for line in table]
-        for row in rows:
-            if row[1] == "FLOCK" and row[5].endswith(f":{inode}"):
-                os.stat(f"/proc/{row[4]}")
-                return int(row[4])
-    except (OSError, IndexError):
-        pass
-    return None
-
-
-def _remove(address: str, inode: Inode) -> None:
-    """Unlink the path if it is still that inode."""
-    try:
-        info = os.lstat(address)
-        if (info.st_dev, info.st_ino) == inode:
-            os.unlink(address)
-    except (FileNotFoundError, NotADirectoryError):
-        pass
-    except OSError as error:
-        raise trouble(address, error) from None
 
 
 def _bind(address: str, sock: socket.socket, mode: int) -> Inode:
@@ -423,7 +281,7 @@ def _bind(address: str, sock: socket.socket, mode: int) -> Inode:
         if isinstance(error, EndpointError):
             raise
         if error.errno == errno.EADDRINUSE:  # somebody who takes no lock was faster
-            raise _live(address, sock.type) from None
+            raise live(address, sock.type) from None
         raise trouble(address, error) from None
     return info.st_dev, info.st_ino
 
