@@ -300,7 +300,7 @@ class DescriptorInfo(msgspec.Struct, frozen=True, omit_defaults=True):
     "memfd", "tty", "device" or the word of /proc/PID/fd ("pidfd", "eventfd", "eventpoll" ...)."""
 
     type: str
-    access: str = ""  # "r", "w" or "rw"
+    access: str = ""  # "r", "w", "rw", or "path" (O_PATH)
     family: str = ""
     socket_type: str = ""
     local: str = ""
