@@ -180,10 +180,12 @@ def _dropped(descriptors: list[Descriptor], control: Control, room: int) -> Fdsh
     """Closes what fitted; the error that says why the rest did not."""
     received = len(descriptors)
     close_all(descriptors)
-    used = sum(socket.CMSG_SPACE(len(data)) for _, _, data in control)
-    # The next descriptor would have needed a place after the last one, or a header of its own.
-    lacking = socket.CMSG_LEN(_INT) if not descriptors else 1
-    if room - used < lacking:
+    sizes = [len(data) for _, _, data in control]
+    if descriptors:  # the next one would have needed a place after the last
+        needed = sum(map(socket.CMSG_SPACE, sizes[:-1])) + socket.CMSG_LEN(sizes[-1] + _INT)
+    else:
+        needed = sum(map(socket.CMSG_SPACE, sizes)) + socket.CMSG_LEN(_INT)
+    if room < needed:
         return TruncatedControl(received, received)
     # There was room for more: the descriptor table was full (scm_detach_fds stops at -EMFILE).
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]

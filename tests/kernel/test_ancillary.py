@@ -1,0 +1,682 @@
+"""Bytes and descriptors in one message: what arrives, what is refused, and that nothing leaks.
+
+The autouse fixture of conftest.py counts this process's descriptors around every test.
+"""
+
+from __future__ import annotations
+
+import array
+import errno
+import os
+import resource
+import select
+import socket
+import struct
+import subprocess
+import sys
+import textwrap
+import warnings
+from collections.abc import Iterator
+
+import pytest
+
+from fdshare.errors import (
+    AccessDenied,
+    ClosedDescriptor,
+    FdshareError,
+    InvalidArgument,
+    MagicMismatch,
+    ServerGone,
+    TooManyDescriptors,
+    TruncatedControl,
+)
+from fdshare.kernel import (
+    Credentials,
+    Descriptor,
+    close_all,
+    enable_credentials,
+    own_credentials,
+    recv_fds,
+    send_fds,
+)
+from fdshare.kernel.ancillary import (
+    own,
+    peek_descriptors,
+    receive,
+    receive_into,
+    send_message,
+)
+
+Pair = tuple[socket.socket, socket.socket]
+KINDS = [socket.SOCK_STREAM, socket.SOCK_DGRAM, socket.SOCK_SEQPACKET]
+
+
+def open_count() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def run(code: str) -> str:
+    """What a new interpreter prints that runs *code*, which has the sockets `left` and `right`."""
+    code = textwrap.dedent(code) + "\nleft.close()\nright.close()\n"
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr
+    return str(done.stdout)
+
+
+@pytest.fixture
+def pair() -> Iterator[Pair]:
+    left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    left.settimeout(20)
+    right.settimeout(20)
+    with left, right:
+        yield left, right
+
+
+@pytest.fixture
+def file(tmp_path: object) -> Iterator[Descriptor]:
+    with Descriptor(os.open(f"{tmp_path}/file", os.O_RDWR | os.O_CREAT)) as descriptor:
+        yield descriptor
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_data_and_descriptors_arrive(kind: int, file: Descriptor) -> None:
+    left, right = socket.socketpair(socket.AF_UNIX, kind)
+    with left, right:
+        send_fds(left, [file, left, 0], b"abc")
+        with recv_fds(right, 100, 3) as got:
+            assert got.data == b"abc"
+            assert got.credentials is None
+            assert os.path.sameopenfile(got.descriptors[0].fileno(), file.fileno())
+            assert os.path.sameopenfile(got.descriptors[1].fileno(), left.fileno())
+            assert not any(os.get_inheritable(d.fileno()) for d in got.descriptors)
+        assert all(d.closed for d in got.descriptors)
+
+
+def test_the_open_file_description_is_shared(pair: Pair, file: Descriptor) -> None:
+    send_fds(pair[0], [file])
+    with recv_fds(pair[1], 1, 1) as got:
+        os.write(file.fileno(), b"12345")
+        assert os.lseek(got.descriptors[0].fileno(), 0, os.SEEK_CUR) == 5
+
+
+def test_bytes_only(pair: Pair) -> None:
+    send_fds(pair[0], [], b"plain")
+    got = recv_fds(pair[1], 3, 0)
+    assert (got.data, got.descriptors) == (b"pla", [])
+    assert recv_fds(pair[1], 3, 0).data == b"in"
+
+
+@pytest.mark.parametrize("count", [252, 253])
+def test_as_many_as_the_kernel_takes(pair: Pair, count: int) -> None:
+    send_fds(pair[0], [0] * count)
+    with recv_fds(pair[1], 1, count) as got:
+        assert len(got.descriptors) == count
+        assert len({d.fileno() for d in got.descriptors}) == count
+
+
+def test_one_more_than_the_kernel_takes(pair: Pair) -> None:
+    with pytest.raises(TooManyDescriptors) as caught:
+        send_fds(pair[0], [0] * 254)
+    assert (caught.value.count, caught.value.limit) == (254, 253)
+    with pytest.raises(TooManyDescriptors):
+        send_message(pair[0], [b"x"], [0] * 254)
+    # That it is the kernel's limit, and nothing was sent:
+    with pytest.raises(OSError) as refused:
+        socket.send_fds(pair[0], [b"x"], [0] * 254)
+    assert refused.value.errno == errno.EINVAL
+    assert not select.select([pair[1]], [], [], 0)[0]
+
+
+def test_no_data_no_descriptors(pair: Pair) -> None:
+    with pytest.raises(InvalidArgument, match="at least one byte"):
+        send_fds(pair[0], [0], b"")
+    with pytest.raises(InvalidArgument, match="max_bytes"):
+        recv_fds(pair[1], 0, 1)
+    # The kernel's side of it: accepted, and never delivered.
+    assert send_message(pair[0], [b""], [0]) == 0
+    assert not select.select([pair[1]], [], [], 0)[0]
+
+
+def test_more_than_wanted_are_closed_and_counted(pair: Pair) -> None:
+    send_fds(pair[0], [0] * 5)
+    before = open_count()
+    with pytest.raises(TooManyDescriptors) as caught:
+        recv_fds(pair[1], 1, 2)
+    assert (caught.value.count, caught.value.limit) == (5, 2)
+    assert open_count() == before
+
+
+def test_magic(pair: Pair) -> None:
+    send_fds(pair[0], [0], b"\xab")
+    recv_fds(pair[1], 1, 1, expect=b"\xab").close()
+    send_fds(pair[0], [0], b"\xac")
+    before = open_count()
+    with pytest.raises(MagicMismatch) as caught:
+        recv_fds(pair[1], 1, 1, expect=b"\xab")
+    assert (caught.value.expected, caught.value.received) == (b"\xab", b"\xac")
+    assert open_count() == before
+
+
+def test_end_of_stream(pair: Pair) -> None:
+    send_fds(pair[0], [0], b"ab")
+    pair[0].close()
+    with recv_fds(pair[1], 1, 1) as got:
+        assert (got.data, len(got.descriptors)) == (b"a", 1)
+    # The descriptor went with the first byte.
+    assert recv_fds(pair[1], 10, 1).descriptors == []
+    assert recv_fds(pair[1], 10, 1).data == b""
+    with pytest.raises(ServerGone):
+        recv_fds(pair[1], 1, 1, expect=b"\xab")
+
+
+def test_bytes_before_are_merged_and_bytes_after_are_not(pair: Pair) -> None:
+    pair[0].sendall(b"before")
+    send_fds(pair[0], [0], b"with")
+    pair[0].sendall(b"after")
+    with recv_fds(pair[1], 100, 1) as got:
+        assert (got.data, len(got.descriptors)) == (b"beforewith", 1)
+    assert recv_fds(pair[1], 100, 1).data == b"after"
+
+
+@pytest.mark.parametrize("lossless", [True, False])
+@pytest.mark.parametrize("size", range(1, 14))
+def test_a_read_of_any_size_gets_the_descriptors_of_its_own_bytes(
+    pair: Pair, size: int, lossless: bool
+) -> None:
+    """Both ways of reading see the same, though a peek alone looks past the bytes it returns."""
+    for data, count in ((b"aaaa", 0), (b"bbb", 1), (b"cc", 2), (b"d", 0), (b"ee", 3)):
+        send_fds(pair[0], [0] * count, data)
+    pair[0].shutdown(socket.SHUT_WR)
+    seen = b""
+    descriptors_at = {}
+    while got := recv_fds(pair[1], size, 3, lossless=lossless):
+        if not got.data:
+            break
+        if got.descriptors:
+            descriptors_at[len(seen)] = len(got.descriptors), len(got.data)
+        seen += got.data
+        got.close()
+    assert seen == b"aaaabbbccdee"
+    assert sum(count for count, _ in descriptors_at.values()) == 6
+    for start, (count, length) in descriptors_at.items():
+        first = {1: 4, 2: 7, 3: 10}[count]  # where the message with that many begins
+        assert start <= first < start + length
+
+
+@pytest.mark.parametrize("order", [(1, 2, "who"), ("who", 1, 2), (2, "who", 1)], ids=str)
+def test_several_rights_messages_and_credentials_in_one(
+    pair: Pair, order: tuple[int | str, ...]
+) -> None:
+    """However the sender split and ordered them, all descriptors are owned."""
+    enable_credentials(pair[1])
+    who = struct.pack("iII", os.getpid(), os.geteuid(), os.getegid())
+    messages = [
+        (socket.SOL_SOCKET, socket.SCM_CREDENTIALS, who)
+        if part == "who"
+        else (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [0] * int(part)))
+        for part in order
+    ]
+    pair[0].sendmsg([b"x"], messages)
+    with recv_fds(pair[1], 1, 3) as got:
+        assert len(got.descriptors) == 3
+        assert got.credentials == Credentials(os.getpid(), os.geteuid(), os.getegid())
+
+
+def test_unknown_control_messages_are_passed_over(pair: Pair) -> None:
+    left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with left, right:
+        right.setsockopt(socket.SOL_SOCKET, 29, 1)  # SO_TIMESTAMP
+        enable_credentials(right)
+        send_fds(left, [0, 0], b"x")
+        control = right.recvmsg(1, 1000, socket.MSG_PEEK)[1]
+        close_all(own(control))
+        assert {kind for _, kind, _ in control} > {socket.SCM_RIGHTS}
+        close_all(peek_descriptors(right, 2))
+        with recv_fds(right, 1, 2) as got:
+            assert len(got.descriptors) == 2
+            assert got.credentials == Credentials(os.getpid(), os.geteuid(), os.getegid())
+
+
+def test_pidfd_with_a_message(pair: Pair) -> None:
+    try:
+        pair[1].setsockopt(socket.SOL_SOCKET, 76, 1)  # SO_PASSPIDFD, Linux 6.5
+    except OSError:
+        pytest.skip("this kernel has no SO_PASSPIDFD")
+    send_fds(pair[0], [0], b"x")
+    with recv_fds(pair[1], 1, 1) as got:
+        assert len(got.descriptors) == 1
+        assert got.pidfd is not None
+        with open(f"/proc/self/fdinfo/{got.pidfd.fileno()}") as info:
+            assert f"Pid:\t{os.getpid()}" in info.read()
+    # Where nobody asked for it, it is not left open.
+    send_fds(pair[0], [0], b"x")
+    _, descriptors, error = receive_into(pair[1], bytearray(1))
+    assert error is None
+    close_all(descriptors)
+
+
+def attempt(sock: socket.socket, room: int, flags: int) -> int | FdshareError:
+    """How many descriptors arrived, or the error."""
+    try:
+        got = receive(sock, 1, room, flags)
+    except FdshareError as error:
+        return error
+    got.close()
+    return len(got.descriptors)
+
+
+@pytest.mark.parametrize("room", range(socket.CMSG_SPACE(4 * 4) + 9))
+@pytest.mark.parametrize("credentials", [False, True])
+def test_a_control_buffer_of_every_size(pair: Pair, room: int, credentials: bool) -> None:
+    """All four arrive, or none and an error, and the message can still be looked at first."""
+    if credentials:
+        enable_credentials(pair[1])
+    send_fds(pair[0], [0] * 4, b"x")
+    before = open_count()
+    with warnings.catch_warnings():
+        # CPython warns of credentials that were cut ("improperly-truncated").
+        warnings.simplefilter("ignore", RuntimeWarning)
+        for flags in (socket.MSG_PEEK, 0):
+            result = attempt(pair[1], room, flags)
+            assert open_count() == before
+            assert result == 4 or (
+                isinstance(result, TruncatedControl)
+                and result.received < 4
+                and room < socket.CMSG_SPACE(4 * 4) + (32 if credentials else 0)
+            )
+    if not credentials:
+        assert (result == 4) == (room >= socket.CMSG_LEN(4 * 4))
+
+
+def test_truncation_that_raises_in_python_leaks_nothing(pair: Pair) -> None:
+    enable_credentials(pair[1])
+    before = open_count()
+    for room in range(100):
+        send_fds(pair[0], [0] * 4, b"x")
+        try:
+            receive(pair[1], 1, room).close()
+        except (RuntimeWarning, TruncatedControl):
+            pass
+        assert open_count() == before
+
+
+def test_room_for_credentials_is_never_missing(pair: Pair) -> None:
+    """With SO_PASSCRED on, a buffer sized for descriptors alone delivers none; ours is not."""
+    enable_credentials(pair[1])
+    send_fds(pair[0], [0] * 253, b"x")
+    close_all(peek_descriptors(pair[1], 253))
+    count, descriptors, error = receive_into(pair[1], bytearray(10))
+    assert (count, len(descriptors), error) == (1, 253, None)
+    close_all(descriptors)
+    # The kernel's side of it:
+    send_fds(pair[0], [0], b"x")
+    _, control, flags, _ = pair[1].recvmsg(1, socket.CMSG_SPACE(4))
+    assert flags & socket.MSG_CTRUNC
+    assert all(kind != socket.SCM_RIGHTS for _, kind, _ in control)
+
+
+def test_credentials_are_seen_even_when_the_sender_gave_none(pair: Pair) -> None:
+    enable_credentials(pair[1])
+    pair[0].sendall(b"x")
+    mine = Credentials(os.getpid(), os.geteuid(), os.getegid())
+    assert recv_fds(pair[1], 1, 0).credentials == mine
+    send_fds(pair[0], [], b"x", credentials=True)
+    assert recv_fds(pair[1], 1, 0).credentials == mine
+    enable_credentials(pair[1], False)
+    pair[0].sendall(b"x")
+    assert recv_fds(pair[1], 1, 0).credentials is None
+
+
+def test_peek_leaves_the_message(pair: Pair) -> None:
+    send_fds(pair[0], [0, 0], b"xy")
+    for _ in range(3):
+        copies = peek_descriptors(pair[1], 2)
+        assert len(copies) == 2
+        assert not any(os.get_inheritable(copy.fileno()) for copy in copies)
+        close_all(copies)
+    with pytest.raises(TooManyDescriptors):
+        peek_descriptors(pair[1], 1)
+    # Taken without a control buffer, the descriptors are dropped by the kernel.
+    assert pair[1].recv(10) == b"xy"
+
+
+def test_receive_into_reports_instead_of_raising(pair: Pair) -> None:
+    send_message(pair[0], [b"ab", b"cd"], [0])
+    buffer = bytearray(10)
+    count, descriptors, error = receive_into(pair[1], buffer)
+    assert (bytes(buffer[:count]), len(descriptors), error) == (b"abcd", 1, None)
+    assert not os.get_inheritable(descriptors[0].fileno())
+    close_all(descriptors)
+    pair[0].close()
+    assert receive_into(pair[1], buffer) == (0, [], None)
+
+
+def test_short_send_the_descriptors_are_gone_with_the_first_byte() -> None:
+    left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    with left, right:
+        left.setblocking(False)
+        data = b"x" * 5_000_000
+        sent = send_message(left, [data], [0])
+        assert 0 < sent < len(data)
+        with pytest.raises(BlockingIOError):
+            send_message(left, [data[sent:]], [0])
+        got = receive(right, 100)
+        assert len(got.descriptors) == 1
+        got.close()
+        assert receive(right, 100).descriptors == []
+
+
+def test_send_fds_sends_all_even_where_the_socket_does_not_block() -> None:
+    code = """
+        import socket, sys
+        sock = socket.socket(fileno=int(sys.argv[1]))
+        total = 0
+        while data := sock.recv(65536):
+            total += len(data)
+        print(total)
+    """
+    left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    with left, right:
+        reader = subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(code), str(right.fileno())],
+            pass_fds=[right.fileno()],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        right.close()
+        left.setblocking(False)
+        send_fds(left, [0], b"x" * 5_000_000)
+        left.close()
+        out, _ = reader.communicate(timeout=60)
+    assert int(out) == 5_000_000
+
+
+def test_close_on_exec(pair: Pair, file: Descriptor) -> None:
+    send_fds(pair[0], [file])
+    with recv_fds(pair[1], 1, 1) as got:
+        number = got.descriptors[0].fileno()
+        code = f"import os\ntry: print(os.readlink('/proc/self/fd/{number}'))\n"
+        code += "except FileNotFoundError: print('none')"
+        done = subprocess.run(
+            [sys.executable, "-c", code], close_fds=False, capture_output=True, text=True
+        )
+        assert done.stdout == "none\n"
+
+
+def test_datagrams_keep_boundaries_and_say_who_sent_them(folder: object) -> None:
+    with (
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as server,
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as client,
+    ):
+        server.bind(f"{folder}/server")
+        client.bind(f"{folder}/client")
+        send_fds(client, [0], b"first", address=f"{folder}/server")
+        send_fds(client, [], b"second", address=f"{folder}/server")
+        with recv_fds(server, 3, 1) as got:
+            assert got.data == b"fir"  # the rest of a datagram is lost, and that is said
+            assert got.flags & socket.MSG_TRUNC
+            assert got.address == f"{folder}/client"
+            send_fds(server, got.descriptors, b"back", address=got.address)
+        assert recv_fds(server, 100, 1).data == b"second"
+        with recv_fds(client, 100, 1) as answer:
+            assert (answer.data, len(answer.descriptors)) == (b"back", 1)
+
+
+def test_an_empty_datagram_is_no_end() -> None:
+    left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with left, right:
+        left.send(b"")
+        left.send(b"next")
+        assert recv_fds(right, 10, 0).data == b""
+        assert recv_fds(right, 10, 0).data == b"next"
+
+
+def test_a_socket_passed_inside_itself() -> None:
+    """The kernel's garbage collector frees what only the queue of a dead socket refers to."""
+    before = open_count()
+    for _ in range(20):
+        left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        send_fds(left, [left, right], b"ouroboros")
+        send_fds(right, [left, right], b"ouroboros")
+        with recv_fds(right, 100, 2) as got:
+            with got.descriptors[0].socket() as again:
+                again.sendall(b"from inside")
+            assert recv_fds(right, 100, 0).data == b"from inside"
+        left.close()
+        right.close()
+    assert open_count() == before
+
+
+@pytest.mark.parametrize("bad", [10**6, -1])
+def test_descriptors_that_are_not_open(pair: Pair, bad: int) -> None:
+    with pytest.raises(ClosedDescriptor, match=str(bad)):
+        send_fds(pair[0], [0, bad])
+    assert not select.select([pair[1]], [], [], 0)[0]
+
+
+def test_a_peer_that_is_gone(pair: Pair) -> None:
+    pair[1].close()
+    with pytest.raises(BrokenPipeError):
+        send_fds(pair[0], [0])
+
+
+def test_waiting_obeys_the_socket(pair: Pair) -> None:
+    pair[1].setblocking(False)
+    with pytest.raises(BlockingIOError):
+        recv_fds(pair[1], 1, 1)
+    pair[1].settimeout(0.001)
+    with pytest.raises(TimeoutError):
+        recv_fds(pair[1], 1, 1)
+
+
+@pytest.mark.parametrize("kind", [kind.name for kind in KINDS])
+def test_at_the_limit_the_message_stays(kind: str) -> None:
+    out = run(
+        f"""
+        import os, resource, socket
+        from fdshare.kernel import recv_fds, send_fds
+        from fdshare.errors import DescriptorLimit
+
+        left, right = socket.socketpair(socket.AF_UNIX, socket.{kind})
+        send_fds(left, [0, 0, 0], b"precious")
+        resource.setrlimit(resource.RLIMIT_NOFILE, (32, 32))
+        hoard = []
+        try:
+            while True:
+                hoard.append(os.dup(0))
+        except OSError:
+            pass
+        os.close(hoard.pop())  # one is free, three are needed
+        for _ in range(3):
+            try:
+                recv_fds(right, 100, 3)
+            except DescriptorLimit as error:
+                print(error.errno, error.limit, error.whose, len(os.listdir("/proc/self/fd")))
+        for fd in (hoard.pop(), hoard.pop(), hoard.pop()):
+            os.close(fd)
+        with recv_fds(right, 100, 3) as got:
+            print(got.data.decode(), len(got.descriptors))
+        """
+    )
+    # listdir's own descriptor is the 32nd
+    assert out == f"{errno.EMFILE} 32 receiver 32\n" * 3 + "precious 3\n"
+
+
+def test_at_the_limit_peek_loses_nothing_and_receive_into_says_so() -> None:
+    out = run(
+        """
+        import os, resource, socket
+        from fdshare.kernel.ancillary import peek_descriptors, receive_into, send_message, close_all
+        from fdshare.errors import DescriptorLimit
+
+        left, right = socket.socketpair()
+        send_message(left, [b"one"], [0, 0, 0])
+        send_message(left, [b"two"], [0, 0, 0])
+        resource.setrlimit(resource.RLIMIT_NOFILE, (32, 32))
+        hoard = []
+        try:
+            while True:
+                hoard.append(os.dup(0))
+        except OSError:
+            pass
+        os.close(hoard.pop())
+        try:
+            peek_descriptors(right, 3)
+        except DescriptorLimit as error:
+            print(error.errno)
+        buffer = bytearray(10)
+        count, got, error = receive_into(right, buffer)
+        print(bytes(buffer[:count]), got, type(error).__name__)
+        for fd in hoard[:4]:
+            os.close(fd)
+        copies = peek_descriptors(right, 3)
+        print(len(copies), right.recv(10))
+        close_all(copies)
+        """
+    )
+    assert out == f"{errno.EMFILE}\nb'one' [] DescriptorLimit\n3 b'two'\n"
+
+
+IN_FLIGHT = """
+    import os, resource, socket
+    from fdshare.kernel import recv_fds, send_fds
+    from fdshare.kernel.ancillary import send_message
+    from fdshare.errors import DescriptorLimit
+
+    os.setgroups([])
+    os.setresgid(61234, 61234, 61234)
+    # A uid that nobody else uses: what is in flight is counted for the user, not the process.
+    os.setresuid(61234, 61234, 61234)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+    left, right = socket.socketpair()
+    sent = 0
+    try:
+        for _ in range(90):
+            send_fds(left, [0], b"x")
+            sent += 1
+    except DescriptorLimit as error:
+        print(error.errno, error.limit, error.whose)
+        print(error)
+    try:
+        send_message(left, [b"x"], [0])
+    except DescriptorLimit as error:
+        print(error.errno)
+    arrived = 0
+    while arrived < 90:
+        with recv_fds(right, 1, 1) as got:
+            arrived += len(got.descriptors)
+        if sent < 90:
+            try:
+                send_fds(left, [0], b"x")
+                sent += 1
+            except DescriptorLimit:
+                pass
+    print(sent, arrived)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become a user with nothing in flight")
+def test_too_many_in_flight_as_an_unprivileged_user() -> None:
+    out = run(IN_FLIGHT)
+    first, message, again, totals = out.splitlines()
+    assert first == f"{errno.ETOOMANYREFS} 64 sender"
+    assert "RLIMIT_NOFILE" in message
+    assert "in flight" in message
+    assert again == str(errno.ETOOMANYREFS)
+    assert totals == "90 90"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become somebody else")
+@pytest.mark.parametrize(
+    "lie",
+    ["os.getpid(), 0, os.getgid()", "os.getpid(), os.getuid(), 0", "1, os.getuid(), os.getgid()"],
+)
+def test_a_lie_is_refused_by_the_kernel(lie: str) -> None:
+    out = run(
+        f"""
+        import os, socket
+        from fdshare.kernel import Credentials, recv_fds, send_fds, enable_credentials
+        from fdshare.errors import AccessDenied
+        os.setgroups([])
+        os.setresgid(65534, 65534, 65534)
+        os.setresuid(65534, 65534, 65534)
+        left, right = socket.socketpair()
+        enable_credentials(right)
+        try:
+            send_fds(left, [0], b"x", credentials=Credentials({lie}))
+        except PermissionError as error:
+            assert isinstance(error, AccessDenied)
+            print(error.errno, error)
+        right.setblocking(False)
+        try:
+            right.recv(1)
+        except BlockingIOError:
+            print("nothing was sent")
+        """
+    )
+    refused, nothing = out.splitlines()
+    assert refused.startswith(f"{errno.EACCES} uid 65534 may not send as")
+    assert "CAP_SETUID" in refused
+    assert nothing == "nothing was sent"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may name another uid")
+def test_a_privileged_sender_may_name_others(pair: Pair) -> None:
+    enable_credentials(pair[1])
+    send_fds(pair[0], [0], b"x", credentials=Credentials(1, 1234, 5678))
+    with recv_fds(pair[1], 1, 1) as got:
+        assert got.credentials == Credentials(1, 1234, 5678)
+
+
+def test_credentials_of_nobody(pair: Pair) -> None:
+    if os.geteuid() == 0:
+        with pytest.raises(InvalidArgument, match="no process has the pid"):
+            send_fds(pair[0], [0], b"x", credentials=Credentials(2**22 + 1, 0, 0))
+    else:
+        with pytest.raises(AccessDenied):
+            send_fds(pair[0], [0], b"x", credentials=Credentials(2**22 + 1, 0, 0))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become somebody else")
+def test_a_child_that_dropped_its_uid_is_seen_with_it(pair: Pair) -> None:
+    enable_credentials(pair[1])
+    code = """
+        import os, socket, sys
+        from fdshare.kernel import send_fds
+        os.setgroups([])
+        os.setresgid(65533, 65533, 65533)
+        os.setresuid(65534, 65534, 65534)
+        sock = socket.socket(fileno=int(sys.argv[1]))
+        send_fds(sock, [0], b"x", credentials=True)
+    """
+    child = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code), str(pair[0].fileno())],
+        pass_fds=[pair[0].fileno()],
+    )
+    with recv_fds(pair[1], 1, 1) as got:
+        assert got.credentials == Credentials(child.pid, 65534, 65533)
+    assert child.wait(60) == 0
+
+
+def test_a_receiver_that_takes_no_descriptors(pair: Pair) -> None:
+    try:
+        pair[1].setsockopt(socket.SOL_SOCKET, 83, 0)  # SO_PASSRIGHTS, Linux 6.16
+    except OSError:
+        pytest.skip("this kernel has no SO_PASSRIGHTS")
+    with pytest.raises(AccessDenied, match="SO_PASSRIGHTS"):
+        send_fds(pair[0], [0])
+    send_fds(pair[0], [], b"bytes are welcome")
+    assert recv_fds(pair[1], 100, 0).data == b"bytes are welcome"
+
+
+def test_own_credentials_name_this_process() -> None:
+    mine = own_credentials()
+    assert (mine.pid, mine.uid, mine.gid) == (os.getpid(), os.geteuid(), os.getegid())
+    assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 253  # what the tests above need

@@ -1,0 +1,184 @@
+"""Descriptor: who closes, and that it is closed exactly once. The kernel is asked."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import io
+import os
+import pickle
+import resource
+import socket
+import subprocess
+import sys
+import warnings
+
+import pytest
+
+from fdshare.errors import ClosedDescriptor, UnsupportedKind
+from fdshare.kernel import Descriptor, borrow
+
+
+def is_open(fd: int) -> bool:
+    try:
+        os.fstat(fd)
+    except OSError:
+        return False
+    return True
+
+
+@pytest.fixture
+def null() -> int:
+    return os.open(os.devnull, os.O_RDONLY)
+
+
+def test_close_closes_once(null: int) -> None:
+    descriptor = Descriptor(null)
+    assert descriptor.fileno() == null
+    assert not descriptor.closed
+    descriptor.close()
+    assert descriptor.closed
+    assert not is_open(null)
+    # Whoever gets the number next must not lose it to a second close.
+    again = os.open(os.devnull, os.O_RDONLY)
+    assert again == null
+    descriptor.close()
+    assert is_open(again)
+    os.close(again)
+
+
+def test_use_after_close_and_after_detach_say_which(null: int) -> None:
+    descriptor = Descriptor(null)
+    assert descriptor.detach() == null
+    with pytest.raises(ClosedDescriptor, match="detached"):
+        descriptor.fileno()
+    assert is_open(null)
+    closed = Descriptor(null)
+    closed.close()
+    with pytest.raises(ClosedDescriptor, match="closed"):
+        closed.detach()
+    with pytest.raises(ValueError, match="closed"):
+        closed.dup()
+
+
+def test_with_closes_even_when_the_body_raises(null: int) -> None:
+    with pytest.raises(KeyError), Descriptor(null):
+        raise KeyError
+    assert not is_open(null)
+
+
+def test_dropped_it_closes_and_warns(null: int) -> None:
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        Descriptor(null)
+        gc.collect()
+    assert not is_open(null)
+    assert [str(w.message) for w in seen] == [f"descriptor {null} was never closed"]
+    assert seen[0].category is ResourceWarning
+
+
+def test_dup_of_is_another_number_for_the_same_description(null: int) -> None:
+    os.set_inheritable(null, True)
+    with Descriptor.dup_of(null) as copy, copy.dup() as second:
+        assert len({null, copy.fileno(), second.fileno()}) == 3
+        assert not os.get_inheritable(copy.fileno())
+        assert os.path.sameopenfile(null, copy.fileno())
+        os.close(null)
+        assert is_open(copy.fileno())
+
+
+def test_dup_of_a_number_that_is_not_open(null: int) -> None:
+    os.close(null)
+    with pytest.raises(ClosedDescriptor, match=f"descriptor {null} is not open"):
+        Descriptor.dup_of(null)
+
+
+def test_dup_of_at_the_limit_is_emfile() -> None:
+    code = (
+        "import resource\n"
+        "from fdshare.kernel import Descriptor\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))\n"
+        "try:\n    Descriptor.dup_of(0)\n"
+        "except OSError as error:\n    print(error.errno)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) == errno.EMFILE
+    assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 3
+
+
+def test_open_and_socket_take_it_over(null: int) -> None:
+    descriptor = Descriptor(null)
+    with descriptor.open("rb", buffering=0) as file:
+        assert file.fileno() == null
+        assert descriptor.closed
+    assert not is_open(null)
+
+    left, right = socket.socketpair()
+    with left, right:
+        taken = Descriptor(os.dup(left.fileno()))
+        with taken.socket() as sock:
+            assert sock.family == socket.AF_UNIX
+            assert taken.closed
+            sock.send(b"x")
+            assert right.recv(1) == b"x"
+
+
+def test_socket_of_something_else_leaves_it_owned(null: int) -> None:
+    with Descriptor(null) as descriptor:
+        with pytest.raises(OSError) as caught:
+            descriptor.socket()
+        assert caught.value.errno == errno.ENOTSOCK
+        assert not descriptor.closed
+
+
+def test_it_is_not_pickled_as_a_number(null: int) -> None:
+    with Descriptor(null) as descriptor, pytest.raises(TypeError, match=r"fdshare\.install"):
+        pickle.dumps(descriptor)
+
+
+def test_repr_tells_the_state(null: int) -> None:
+    descriptor = Descriptor(null)
+    assert repr(descriptor) == f"<Descriptor fd={null}>"
+    descriptor.close()
+    assert repr(descriptor) == "<Descriptor closed>"
+    other = Descriptor(os.open(os.devnull, os.O_RDONLY))
+    os.close(other.detach())
+    assert repr(other) == "<Descriptor detached>"
+
+
+def test_borrow_takes_what_has_a_fileno(null: int) -> None:
+    with Descriptor(null) as descriptor, open(os.devnull) as file, socket.socket() as sock:
+        assert borrow(descriptor) == null
+        assert borrow(file) == file.fileno()
+        assert borrow(sock) == sock.fileno()
+        assert borrow(null) == null
+
+
+def _closed_socket() -> socket.socket:
+    sock = socket.socket()
+    sock.close()
+    return sock
+
+
+def _closed_file() -> object:
+    file = open(os.devnull)
+    file.close()
+    return file
+
+
+@pytest.mark.parametrize(
+    ("thing", "error"),
+    [
+        (-1, ClosedDescriptor),
+        (True, ClosedDescriptor),
+        (_closed_socket(), ClosedDescriptor),
+        (_closed_file(), ClosedDescriptor),
+        ("3", UnsupportedKind),
+        (None, UnsupportedKind),
+        (io.BytesIO(), UnsupportedKind),
+    ],
+    ids=["negative", "bool", "socket", "file", "text", "none", "memory"],
+)
+def test_borrow_refuses(thing: object, error: type[Exception]) -> None:
+    with pytest.raises(error):
+        borrow(thing)  # type: ignore[arg-type]
