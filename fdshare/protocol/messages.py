@@ -54,6 +54,7 @@ __all__ = [
     "Rename",
     "Reply",
     "Request",
+    "ServerStats",
     "Shutdown",
     "Snapshot",
     "Stats",
@@ -79,7 +80,7 @@ EventKind: TypeAlias = Literal[
 ]
 
 
-class Message(msgspec.Struct, tag_field="type", omit_defaults=True, frozen=True):
+class Message(msgspec.Struct, tag_field="type", omit_defaults=True):
     """The root of all. A Struct's tag is its name in lower case."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -374,8 +375,27 @@ class Explained(Reply):
     rule: str
 
 
+class ServerStats(msgspec.Struct, frozen=True):
+    """How the server is. *redundant*: both halves hold everything, either may die now."""
+
+    server_pid: int
+    keeper_pid: int | None
+    redundant: bool
+    uptime: float
+    names: int
+    descriptors: int
+    leases: int
+    connections: int
+    in_flight: int
+    generation: int
+    serial: int
+    counters: dict[str, int]
+    limits: dict[str, float]
+    notes: dict[str, str] = {}  # what an operator should know: why the last upgrade failed ...
+
+
 class StatsReply(Reply):
-    stats: dict[str, Any]
+    stats: ServerStats
 
 
 class Refused(Reply):
@@ -436,7 +456,8 @@ encode = _encoder.encode
 def decode_request(body: bytes | memoryview) -> AnyRequest:
     """The request in *body*. Raises: BadRequest."""
     try:
-        return _requests.decode(body)
+        request: AnyRequest = _requests.decode(body)
+        return request
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise BadRequest(str(error)) from None
 
@@ -444,7 +465,8 @@ def decode_request(body: bytes | memoryview) -> AnyRequest:
 def decode_reply(body: bytes | memoryview) -> AnyReply:
     """The reply or event in *body*. Raises: BadRequest (a server that answers nonsense)."""
     try:
-        return _replies.decode(body)
+        reply: AnyReply = _replies.decode(body)
+        return reply
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise BadRequest(str(error)) from None
 

@@ -17,14 +17,13 @@ header's count decides: bytes and descriptors go into two queues, and a frame wh
 draws its count from the front of the second. A sender must pass all descriptors of a frame with the
 frame's first byte, in one sendmsg(2).
 
-Whoever feeds this automaton owns the descriptors again when it raises: `drain()` returns them.
+Whoever feeds this automaton gets back what belongs to no frame when it gives up: `drain()`.
 """
 
 from __future__ import annotations
 
 import struct
 from collections import deque
-from collections.abc import Iterator
 from typing import Final, Generic, NamedTuple, TypeVar
 
 from fdshare.errors import FdshareError, ProtocolError, VersionMismatch
@@ -63,8 +62,12 @@ class Receiver(Generic[D]):
     def __init__(self, max_frame: int = MAX_FRAME) -> None:
         self._max_frame = max_frame
         self._bytes = bytearray()
+        # What _bytes must hold before looking at it again makes sense: a frame that trickles in
+        # byte by byte costs no more than one that comes whole.
+        self._need = HEADER.size
         self._descriptors: deque[D] = deque()
         self._lost: FdshareError | None = None
+        self.failure: ProtocolError | None = None
 
     @property
     def idle(self) -> bool:
@@ -76,28 +79,35 @@ class Receiver(Generic[D]):
         data: bytes | memoryview,
         descriptors: list[D] | tuple[()] = (),
         lost: FdshareError | None = None,
-    ) -> Iterator[Frame[D]]:
-        """The frames that *data* completes. A frame's body is good until the next call.
+    ) -> list[Frame[D]]:
+        """The frames that *data* completes. Never raises: anything else is a bug.
 
         *lost* is the reason where the kernel dropped descriptors of this read: the next frame that
-        announced some carries it instead of them.
-        Raises: ProtocolError, VersionMismatch; then call `drain()` and close the connection.
+        announced some carries it instead of them. Where the peer broke the framing, `failure` says
+        how; the frames before it are still good, and `drain()` returns what belongs to none. Feed
+        no more then. Bodies may be views of *data*: use them before its buffer is used again.
         """
         self._descriptors += descriptors
         self._lost = self._lost or lost
         if self._bytes:
             self._bytes += data
-            # A copy: the frames outlive the buffer, which moves on as they are drawn.
-            data = bytes(self._bytes)
+            if len(self._bytes) < self._need:
+                self._check_rest()
+                return []
+            data = bytes(self._bytes)  # the frames outlive our buffer, which is used again
+        frames: list[Frame[D]] = []
         view = memoryview(data)
         at = 0
         try:
-            while (frame_end := self._frame_end(view, at)) is not None:
-                yield self._draw(view, at, frame_end)
-                at = frame_end
-        finally:
-            self._bytes[:] = view[at:]
+            while (end := self._frame_end(view, at)) is not None:
+                frames.append(self._draw(view, at, end))
+                at = end
+        except ProtocolError as failure:
+            self.failure = failure
+            return frames
+        self._bytes[:] = view[at:]
         self._check_rest()
+        return frames
 
     def drain(self) -> list[D]:
         """The descriptors that belong to no frame yet; the caller owns them."""
@@ -107,6 +117,7 @@ class Receiver(Generic[D]):
 
     def _frame_end(self, view: memoryview, at: int) -> int | None:
         """Where the frame that starts at *at* ends, or None where more bytes are needed."""
+        self._need = HEADER.size
         if len(view) - at < HEADER.size:
             return None
         length, count, version, reserved, _ = HEADER.unpack_from(view, at)
@@ -118,7 +129,8 @@ class Receiver(Generic[D]):
             raise ProtocolError(f"a frame of {length} bytes, at most {self._max_frame}")
         if count > MAX_FRAME_DESCRIPTORS:
             raise ProtocolError(f"a frame with {count} descriptors, at most 253")
-        end: int = at + HEADER.size + length
+        self._need = HEADER.size + length
+        end = at + self._need
         return end if end <= len(view) else None
 
     def _draw(self, view: memoryview, at: int, end: int) -> Frame[D]:
@@ -126,14 +138,12 @@ class Receiver(Generic[D]):
         body = view[at + HEADER.size : end]
         if not count:
             return Frame(id, body, [], None)
-        if len(self._descriptors) < count:
+        queue = self._descriptors
+        if len(queue) < count:
             lost, self._lost = self._lost, None
             if lost is None:
-                raise ProtocolError(
-                    f"a frame announced {count} descriptors, {len(self._descriptors)} came"
-                )
+                raise ProtocolError(f"a frame announced {count} descriptors, {len(queue)} came")
             return Frame(id, body, [], lost)
-        queue = self._descriptors
         return Frame(id, body, [queue.popleft() for _ in range(count)], None)
 
     def _check_rest(self) -> None:
@@ -146,4 +156,6 @@ class Receiver(Generic[D]):
         else:
             announced = MAX_FRAME_DESCRIPTORS if self._bytes else 0
         if queued > announced:
-            raise ProtocolError(f"{queued} descriptors came where {announced} were announced")
+            self.failure = ProtocolError(
+                f"{queued} descriptors came where {announced} were announced"
+            )

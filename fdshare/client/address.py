@@ -1,0 +1,42 @@
+"""Where the server is, when nobody says."""
+
+from __future__ import annotations
+
+import os
+import stat
+import tempfile
+
+from fdshare.errors import EndpointError
+
+__all__ = ["default_path"]
+
+
+def default_path(*, create: bool = False) -> str:
+    """`$FDSHARE_PATH`, else `$XDG_RUNTIME_DIR/fdshare.sock`, else `/run/fdshare.sock` for root and
+    `/tmp/fdshare-UID/fdshare.sock` for others.
+
+    The folder under /tmp is made by a server (*create*), with mode 0700. Anybody may make folders
+    there first, so one that is not ours alone is refused.
+    Raises: EndpointError.
+    """
+    if path := os.environ.get("FDSHARE_PATH"):
+        return path
+    if folder := os.environ.get("XDG_RUNTIME_DIR"):
+        return os.path.join(folder, "fdshare.sock")
+    if os.geteuid() == 0:
+        return "/run/fdshare.sock"
+    folder = os.path.join(tempfile.gettempdir(), f"fdshare-{os.geteuid()}")
+    if create:
+        try:
+            os.mkdir(folder, 0o700)
+        except FileExistsError:
+            pass
+    try:
+        found = os.lstat(folder)
+    except FileNotFoundError:
+        return os.path.join(folder, "fdshare.sock")
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
+        raise EndpointError(
+            folder, f"it must be a folder of uid {os.geteuid()} with mode 0700; set FDSHARE_PATH"
+        )
+    return os.path.join(folder, "fdshare.sock")

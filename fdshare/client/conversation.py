@@ -1,0 +1,155 @@
+"""Conversation: the client's half of the protocol without the waiting. Bytes in, answers out.
+
+Both clients talk through it: the blocking one has one for each connection of its pool, the
+asynchronous one a single one with many requests under way.
+"""
+
+from __future__ import annotations
+
+import hmac
+import os
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, NamedTuple
+
+from fdshare.errors import AuthenticationFailed, FdshareError, ProtocolError, VersionMismatch
+from fdshare.kernel.ancillary import close_all
+from fdshare.kernel.descriptor import Descriptor
+from fdshare.protocol import messages as m
+from fdshare.protocol.auth import NONCE_SIZE, prove
+from fdshare.protocol.wire import Receiver, header
+
+__all__ = ["Answer", "Conversation", "Exchange", "Parts"]
+
+
+@dataclass(slots=True)
+class Exchange:
+    """A request to be made: *fds* are borrowed until it is answered. *wait* is how many seconds
+    more than usual the answer may take, None for ever."""
+
+    request: m.Request
+    fds: Sequence[int] = ()
+    wait: float | None = 0.0
+
+
+class Answer(NamedTuple):
+    """What came under one id: the receiver of it owns the descriptors."""
+
+    id: int
+    reply: m.AnyReply
+    descriptors: list[Descriptor]
+    lost: FdshareError | None
+
+
+@dataclass(slots=True)
+class Parts:
+    """The whole answer to one request, its parts in order."""
+
+    replies: list[Any] = field(default_factory=list)
+    descriptors: list[Descriptor] = field(default_factory=list)
+    lost: FdshareError | None = None
+
+    def add(self, answer: Answer) -> bool:
+        """Takes one part over; True where it was the last."""
+        self.replies.append(answer.reply)
+        self.descriptors += answer.descriptors
+        self.lost = self.lost or answer.lost
+        return not getattr(answer.reply, "more", False)
+
+    def finish(self) -> Parts:
+        """Itself. Raises the refusal, or why descriptors are missing; all are closed then."""
+        reply = self.replies[-1]
+        failure = m.refusal_error(reply) if type(reply) is m.Refused else self.lost
+        if failure is not None:
+            close_all(self.descriptors)
+            raise failure
+        return self
+
+
+class Conversation:
+    """One connection id and the requests made under it; outlives the connections themselves."""
+
+    def __init__(self, authkey: bytes | None = None) -> None:
+        self.session: Final = secrets.token_hex(8)
+        self.welcome: m.Welcome | None = None
+        self._authkey = authkey
+        self._nonce = b""
+        self._server_nonce = b""
+        self._last_id = 0
+        self._receiver: Receiver[Descriptor] = Receiver()
+
+    def next_id(self) -> int:
+        """An id for a new request; a repeated one keeps its own."""
+        self._last_id = self._last_id % 0xFFFFFFFF + 1
+        return self._last_id
+
+    def hello(self) -> bytes:
+        """The first frame of a new connection; what was half received on the old one is closed."""
+        close_all(self._receiver.drain())
+        self._receiver = Receiver()
+        self.welcome = None
+        self._nonce = os.urandom(NONCE_SIZE) if self._authkey is not None else b""
+        hello = m.Hello(m.MAGIC, m.VERSION, self.session, self._nonce)
+        return self.frame(0, hello, 0)
+
+    def frame(self, id: int, request: m.Request, count: int) -> bytes:
+        """The bytes of a request that goes with *count* descriptors."""
+        body = m.encode(request)
+        return header(len(body), count, id) + body
+
+    def feed(
+        self, data: memoryview, descriptors: list[Descriptor], lost: FdshareError | None
+    ) -> list[Answer]:
+        """The answers and events in what was received; the Welcome is kept, not returned.
+
+        Raises: ProtocolError, VersionMismatch, BadRequest: hang up; everything received is closed.
+        """
+        receiver = self._receiver
+        frames = receiver.feed(data, descriptors, lost)
+        answers: list[Answer] = []
+        try:
+            for frame in frames:
+                reply = m.decode_reply(frame.body)
+                if type(reply) is m.Welcome:
+                    self._check(reply)
+                    continue
+                answers.append(Answer(frame.id, reply, frame.descriptors, frame.lost))
+            if receiver.failure is not None:
+                raise receiver.failure
+        except BaseException:
+            for frame in frames:
+                close_all(frame.descriptors)
+            close_all(receiver.drain())
+            raise
+        return answers
+
+    def _check(self, welcome: m.Welcome) -> None:
+        if welcome.magic != m.MAGIC:
+            raise ProtocolError("the first frame is no Welcome")
+        if welcome.version != m.VERSION:
+            raise VersionMismatch(welcome.version, m.VERSION)
+        self.welcome = welcome
+
+    # The authkey, where there is one: two more frames before the first request.
+
+    def proof(self) -> bytes:
+        """The frame that answers the Welcome. Raises: AuthenticationFailed: none was asked for."""
+        assert self._authkey is not None
+        assert self.welcome is not None
+        self._server_nonce = self.welcome.nonce
+        if not self._server_nonce:
+            raise AuthenticationFailed("the server asks for no authkey, so it proves none either")
+        mac = prove(self._authkey, "client", self._nonce, self._server_nonce)
+        return self.frame(0, m.Prove(mac), 0)
+
+    def check_proof(self, answer: Answer) -> None:
+        """Raises AuthenticationFailed unless *answer* is the server's proof."""
+        assert self._authkey is not None
+        if type(answer.reply) is m.Refused:
+            raise m.refusal_error(answer.reply)
+        expected = prove(self._authkey, "server", self._nonce, self._server_nonce)
+        if type(answer.reply) is not m.Proved or not hmac.compare_digest(
+            answer.reply.mac, expected
+        ):
+            raise AuthenticationFailed("the server has another authkey")

@@ -1,0 +1,126 @@
+"""The addresses of `bind`: tcp://HOST:PORT, udp://HOST:PORT, unix:///PATH, unix:@NAME. Pure.
+
+One thing has one spelling, because a policy compares spellings: whatever could be written in two
+ways is refused with the one way to write it, and `localhost` is read as 127.0.0.1.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from typing import Final, Literal, NamedTuple, TypeAlias
+
+from fdshare.errors import InvalidArgument
+
+__all__ = ["BindAddress", "parse_address"]
+
+Scheme: TypeAlias = Literal["tcp", "udp", "unix"]
+
+_MODE: Final = re.compile(r"(.*)\?mode=(0?[0-7]{3})")
+_NETWORK: Final = re.compile(r"(?:\[([^\[\]]+)\]|([^\[\]:]+)):(0|[1-9][0-9]{0,4})")
+_CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+_FORMS: Final = "tcp://HOST:PORT, udp://HOST:PORT, unix:///PATH or unix:@NAME"
+
+
+class BindAddress(NamedTuple):
+    """*host* and *port* of tcp and udp; *path* of unix, where a first `@` means an abstract name.
+
+    str() is the one spelling of it.
+    """
+
+    scheme: Scheme
+    host: str = ""
+    port: int = 0
+    path: str = ""
+    mode: int | None = None  # of the socket's file; None is the default
+
+    @property
+    def is_ipv6(self) -> bool:
+        return ":" in self.host
+
+    def __str__(self) -> str:
+        if self.scheme == "unix":
+            text = f"unix:{self.path}" if self.path.startswith("@") else f"unix://{self.path}"
+            return text if self.mode is None else f"{text}?mode={self.mode:04o}"
+        host = f"[{self.host}]" if self.is_ipv6 else self.host
+        return f"{self.scheme}://{host}:{self.port}"
+
+
+def parse_address(text: str) -> BindAddress:
+    """What *text* names.
+
+    HOST is an IPv4 address, an IPv6 address in brackets, or `localhost`; other names are not
+    looked up, since that may block for seconds. PORT 0 lets the kernel choose. A path is absolute;
+    `?mode=0660` behind it is the mode of the socket's file.
+    Raises: InvalidArgument, saying how to write it.
+    """
+    if _CONTROL.search(text):
+        raise _bad(text, "it has a control character")
+    if text.startswith("unix:"):
+        return _unix(text, text.removeprefix("unix:"))
+    for scheme in ("tcp", "udp"):
+        if text.startswith(f"{scheme}://"):
+            return _network(text, scheme, text[len(scheme) + 3 :])  # type: ignore[arg-type]
+    raise _bad(text, f"write {_FORMS}")
+
+
+def _network(text: str, scheme: Scheme, rest: str) -> BindAddress:
+    match = _NETWORK.fullmatch(rest)
+    if match is None:
+        raise _bad(text, f"write {scheme}://127.0.0.1:PORT or {scheme}://[::1]:PORT")
+    v6, host, digits = match.groups()
+    if int(digits) > 65535:
+        raise _bad(text, "a port is at most 65535")
+    if v6 is not None:
+        return BindAddress(scheme, _ipv6(text, v6), int(digits))
+    if host == "localhost":
+        return BindAddress(scheme, "127.0.0.1", int(digits))
+    try:
+        # Four decimal numbers without leading zeros, nothing else that inet_aton(3) would take.
+        return BindAddress(scheme, str(ipaddress.IPv4Address(host)), int(digits))
+    except ValueError:
+        raise _bad(
+            text,
+            f"{host!r} is no numeric address; names other than localhost are not looked up, "
+            "and all interfaces are 0.0.0.0 or [::]",
+        ) from None
+
+
+def _ipv6(text: str, host: str) -> str:
+    try:
+        address = ipaddress.IPv6Address(host)
+    except ValueError:
+        raise _bad(text, f"{host!r} is no IPv6 address") from None
+    if address.ipv4_mapped is not None:
+        raise _bad(text, f"write the IPv4 address: {address.ipv4_mapped}")
+    if address.scope_id is not None and not address.is_link_local:
+        raise _bad(text, "only a link-local address has a scope")
+    if str(address) != host.lower():
+        raise _bad(text, f"write [{address}]")
+    return str(address)
+
+
+def _unix(text: str, rest: str) -> BindAddress:
+    mode = None
+    if match := _MODE.fullmatch(rest):
+        rest, mode = match[1], int(match[2], 8)
+    if rest.startswith("@"):
+        if mode is not None:
+            raise _bad(text, "an abstract name has no mode")
+        if not rest.strip("@"):
+            raise _bad(text, "the abstract name is empty")
+        return BindAddress("unix", path=rest)
+    path = rest.removeprefix("//")
+    if not rest.startswith("///") or len(path) < 2:
+        raise _bad(text, "write unix:///PATH with an absolute path, or unix:@NAME")
+    if any(part in ("", ".", "..") for part in path[1:].split("/")):
+        raise _bad(text, "a path without '//', '.', '..' and a slash at its end")
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise _bad(text, "it cannot be encoded as UTF-8") from None
+    return BindAddress("unix", path=path, mode=mode)
+
+
+def _bad(text: str, reason: str) -> InvalidArgument:
+    return InvalidArgument("address", f"{ascii(text)} is no address to bind: {reason}")

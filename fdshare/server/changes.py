@@ -1,0 +1,117 @@
+"""Every change of the table, as data: what the server decides, journals, and only then applies.
+
+A `Record` is one atomic step: all of its changes or none. The server and its keeper hold one
+`Registry` each and apply the same records in the same order, so both hold the same table. Times are
+of CLOCK_MONOTONIC, which both read.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final, Literal, TypeAlias
+
+import msgspec
+
+from fdshare.protocol.messages import EventKind, Kind, Lifetime, Registrant
+
+__all__ = [
+    "Change",
+    "Drop",
+    "Forget",
+    "Grant",
+    "Linger",
+    "Move",
+    "Put",
+    "Record",
+    "Settle",
+    "decode_record",
+    "encode_record",
+]
+
+
+class _Change(msgspec.Struct, tag_field="type", omit_defaults=True):
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+
+
+class Put(_Change, tag="put"):
+    """An entry appears under *name*, in the place of the one that was there, if any.
+
+    Draws *count* handles of the record, and one more, its guard, where *guarded*: a lifeline or a
+    pidfd whose end is the entry's end.
+    """
+
+    name: str
+    generation: int
+    kind: Kind
+    count: int
+    registrant: Registrant
+    at: float
+    lifetime: Lifetime = "server"
+    guarded: bool = False
+    expires: float | None = None
+    grace: float = 0.0
+    drop_on_hangup: bool = False
+    metadata: dict[str, str] = {}
+
+
+class Drop(_Change, tag="drop"):
+    """The entry of this generation is gone; *event* says why."""
+
+    name: str
+    generation: int
+    event: EventKind
+
+
+class Move(_Change, tag="move"):
+    old: str
+    new: str
+    generation: int
+
+
+class Grant(_Change, tag="grant"):
+    """The entry is leased to a taker. Draws one handle: our end of the lease."""
+
+    name: str
+    lease: int
+    at: float
+
+
+class Settle(_Change, tag="settle"):
+    """The lease has ended: the entry is the taker's, or back under its name."""
+
+    lease: int
+    outcome: Literal["taken", "returned"]
+
+
+class Linger(_Change, tag="linger"):
+    """The owner of the entry is gone; its guard is closed and the grace runs until *expires*."""
+
+    name: str
+    generation: int
+    expires: float
+
+
+class Forget(_Change, tag="forget"):
+    """The client of this session will not repeat a request any more."""
+
+    session: str
+
+
+Change: TypeAlias = Put | Drop | Move | Grant | Settle | Linger | Forget
+
+
+class Record(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One step. (*session*, *id*) is the request that asked for it and *reply* the body that
+    answers it, kept so that a repeat of the request is answered and not carried out again."""
+
+    changes: list[Change]
+    session: str = ""
+    id: int = 0
+    reply: bytes = b""
+
+
+_encoder: Final = msgspec.msgpack.Encoder()
+_decoder: Final = msgspec.msgpack.Decoder(Record)
+
+encode_record = _encoder.encode
+decode_record = _decoder.decode

@@ -1,0 +1,54 @@
+"""How much the server lets itself be asked for; sized from RLIMIT_NOFILE, all settable."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import msgspec
+
+__all__ = ["Limits"]
+
+# Held back from every limit: the listener, the epoll, the journal, the log, files opened for a
+# moment, one administrative connection, and what the interpreter itself has open.
+RESERVE: Final = 32
+
+
+class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Counts, bytes and seconds. A limit for each uid does not bind root and the server's uid."""
+
+    max_descriptors: int
+    max_names: int
+    max_connections: int
+    max_names_per_uid: int
+    max_descriptors_per_uid: int
+    max_connections_per_uid: int
+    in_flight_per_connection: int
+    in_flight: int
+    max_output: int = 4 << 20  # bytes queued for one connection before it is cut off
+    max_waiting: int = 4096  # requests of one connection that wait for a name
+    request_timeout: float = 30.0  # seconds for a half-sent request, or an unread answer
+    lease_timeout: float = 60.0  # seconds for a take to be confirmed
+    session_timeout: float = 300.0  # seconds a client may take to come back after a server's death
+    journal_timeout: float = 2.0  # seconds a change may wait for the keeper
+
+    @classmethod
+    def for_rlimit(cls, nofile: int, **changed: float | int) -> Limits:
+        """What fits into *nofile* descriptors: a quarter for connections, the rest for entries.
+
+        *changed* replaces single limits. Half of *nofile* at most is ever in flight: the kernel
+        counts what was sent and not yet read against the whole user (unix(7), ETOOMANYREFS).
+        """
+        usable = max(nofile - RESERVE, 16)
+        connections = max(usable // 4, 4)
+        descriptors = usable - connections
+        defaults: dict[str, float | int] = {
+            "max_descriptors": descriptors,
+            "max_names": descriptors,
+            "max_connections": connections,
+            "max_names_per_uid": descriptors // 2,
+            "max_descriptors_per_uid": descriptors // 2,
+            "max_connections_per_uid": max(connections // 2, 2),
+            "in_flight": max(nofile // 2 - 1, 8),
+            "in_flight_per_connection": max(min(nofile // 4, 1012), 8),
+        }
+        return cls(**{**defaults, **changed})  # type: ignore[arg-type]

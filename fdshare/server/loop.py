@@ -1,0 +1,444 @@
+"""Server: the event loop. One thread; accepts, reads, writes, keeps time, and never blocks.
+
+The loop is the `World` of a `Service` (see world.py) and the owner of every connection. The order
+of one turn: wait, accept, read and serve, write, then what is due. A connection is *slow* while a
+request is half sent, an answer unread or the Hello missing, and slow ones are dropped in time; an
+idle one never is, until the door is full.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import Final
+
+from fdshare.errors import (
+    BadRequest,
+    DescriptorLimit,
+    FdshareError,
+    KeeperUnavailable,
+    ProtocolError,
+)
+from fdshare.kernel.ancillary import receive_into
+from fdshare.protocol import messages as m
+from fdshare.protocol.wire import Frame, header
+from fdshare.server.connection import Connection
+from fdshare.server.door import Door
+from fdshare.server.handles import Handle
+from fdshare.server.poller import ERROR, HANGUP, READ, WRITE, Poller
+from fdshare.server.service import JournalBusy, Service
+
+__all__ = ["Loop"]
+
+log = logging.getLogger("fdshare.server")
+
+_BUFFER: Final = 1 << 16  # bytes a read takes at most, so that one client cannot fill a turn
+_BACKPRESSURE: Final = 1 << 16  # bytes of unread answers above which a client is not served
+_RETRY: Final = 0.005  # seconds until a throttled connection is looked at again
+
+
+class Loop:
+    """Turns readiness into calls. `service`, `door` and `closer` are set by who builds it."""
+
+    service: Service
+    door: Door
+
+    def __init__(self, close_handle: Callable[[Handle], None]) -> None:
+        self.poller = Poller()
+        self.connections: dict[Connection, None] = {}  # in the order of their last request
+        self.in_flight = 0
+        self._close_handle = close_handle
+        self._buffer = bytearray(_BUFFER)
+        self._view = memoryview(self._buffer)
+        self._slow: dict[Connection, None] = {}
+        self._throttled: set[Connection] = set()
+        self._stalled: dict[Connection, None] = {}
+        self._retries: list[Callable[[float], None]] = []
+        self._posted: list[Callable[[], None]] = []
+        self._post_lock = threading.Lock()
+        self._stopping = False
+        self._wake, self._waker = socket.socketpair()
+        for end in (self._wake, self._waker):
+            end.setblocking(False)
+        self.poller.register(self._wake.fileno(), READ, self._on_wake)
+
+    # Running and stopping.
+
+    def run(self) -> None:
+        """Serves until `stop()`; the connections are closed when this returns."""
+        try:
+            while not self._stopping:
+                self.turn()
+            self._finish()
+        finally:
+            for connection in list(self.connections):
+                self.drop(connection)
+
+    def turn(self) -> None:
+        """Waits once, and does all that came of it."""
+        ready = self.poller.wait(self._timeout())
+        now = time.monotonic()
+        for key, events in ready:
+            if type(key) is Connection:
+                self._on_connection(key, events, now)
+            else:
+                key(events, now)  # type: ignore[operator]
+        self._do_due(now)
+
+    def stop(self) -> None:
+        """Makes `run` return soon; from any thread, or a signal handler."""
+        self._stopping = True
+        self._wake_up()
+
+    def post(self, call: Callable[[], None]) -> None:
+        """Has *call* made by the loop's thread; from any thread."""
+        with self._post_lock:
+            self._posted.append(call)
+        self._wake_up()
+
+    def close(self) -> None:
+        self.poller.close()
+        self._wake.close()
+        self._waker.close()
+
+    def _wake_up(self) -> None:
+        try:
+            self._waker.send(b"\0")
+        except (BlockingIOError, OSError):
+            pass  # full: it will wake anyway; closed: nobody is there to wake
+
+    def _on_wake(self, events: int, now: float) -> None:
+        try:
+            self._wake.recv(4096)
+        except BlockingIOError:
+            pass
+        with self._post_lock:
+            calls, self._posted = self._posted, []
+        for call in calls:
+            call()
+
+    def _finish(self) -> None:
+        """Gives the last answers a moment to leave."""
+        deadline = time.monotonic() + 1.0
+        while any(c.output for c in self.connections) and time.monotonic() < deadline:
+            for connection in list(self.connections):
+                self.flush(connection, time.monotonic())
+            self.poller.wait(_RETRY)
+
+    # Time.
+
+    def _timeout(self) -> float | None:
+        if self._throttled or self._stalled or self._retries:
+            return _RETRY
+        due = self.service.next_deadline()
+        if self._slow:
+            oldest = next(iter(self._slow))
+            since = oldest.slow_since or 0.0
+            slow = since + self.service.limits.request_timeout
+            due = slow if due is None else min(due, slow)
+        if (paused := self.door.paused_until) is not None:
+            due = paused if due is None else min(due, paused)
+        return None if due is None else max(due - time.monotonic(), 0.0)
+
+    def _do_due(self, now: float) -> None:
+        for connection in list(self._throttled):
+            self._throttled.discard(connection)
+            self.flush(connection, now)
+            self._resume(connection, now)
+        for connection in list(self._stalled):
+            self._stalled.pop(connection, None)
+            self._resume(connection, now)
+        retries, self._retries = self._retries, []
+        for retry in retries:
+            self.attempt(retry, now)
+        self.attempt(self.service.tick, now)
+        while self._slow:
+            oldest = next(iter(self._slow))
+            if now < (oldest.slow_since or 0.0) + self.service.limits.request_timeout:
+                break
+            log.warning("pid %d is too slow, dropped", oldest.session.pid)
+            self.drop(oldest)
+        self.door.reopen(now)
+
+    def attempt(self, change: Callable[[float], None], now: float) -> None:
+        """Makes a change that nobody asked for; again later if the keeper cannot take it now."""
+        try:
+            change(now)
+        except (JournalBusy, KeeperUnavailable):
+            if change != self.service.tick:  # that one comes round by itself
+                self._retries.append(change)
+        except FdshareError:
+            log.exception("a change failed")
+
+    # One connection.
+
+    def add(self, connection: Connection) -> None:
+        self.connections[connection] = None
+        connection.interest = READ
+        self.poller.register(connection.fileno(), READ, connection)
+        self._slow[connection] = None
+
+    def drop(self, connection: Connection) -> None:
+        """Closes it and forgets all that waited for it."""
+        if connection.closed:
+            return
+        connection.closed = True
+        self.connections.pop(connection, None)
+        self._slow.pop(connection, None)
+        self._throttled.discard(connection)
+        self._stalled.pop(connection, None)
+        self.poller.unregister(connection.fileno())
+        connection.sock.close()
+        self.in_flight -= connection.in_flight
+        for output in connection.output:
+            self.unpin(output.handles)
+        connection.output.clear()
+        for handle in connection.receiver.drain():
+            self._close_handle(handle)
+        for frame in connection.pending:
+            self._close_all(frame.descriptors)
+        connection.pending.clear()
+        self.service.disconnected(connection.session)
+        self.door.left(connection)
+
+    def _on_connection(self, connection: Connection, events: int, now: float) -> None:
+        if connection.closed:
+            return
+        if events & WRITE:
+            self.flush(connection, now)
+        if events & (READ | HANGUP | ERROR) and not connection.closed:
+            if connection.interest & READ:
+                self._read(connection, now)
+            elif events & (HANGUP | ERROR):
+                self.drop(connection)
+
+    def _read(self, connection: Connection, now: float) -> None:
+        try:
+            count, descriptors, lost = receive_into(connection.sock, self._buffer)
+        except BlockingIOError:
+            return
+        except OSError:
+            self.drop(connection)
+            return
+        if not count:
+            self.drop(connection)
+            return
+        if lost is not None:
+            lost = self._own_limit(lost)
+        handles = [Handle(d) for d in descriptors] if descriptors else []
+        receiver = connection.receiver
+        frames = receiver.feed(self._view[:count], handles, lost)
+        connection.last_active = now
+        if frames:
+            self._end_slow(connection)  # a request was complete: the clock starts anew
+            # To the end of the order: the front is who has been idle longest.
+            self.connections.pop(connection, None)
+            self.connections[connection] = None
+            self._serve(connection, frames, now)
+        if receiver.failure is not None and not connection.closed:
+            self.expel(connection, receiver.failure, now)
+        self._mark_slow(connection, now)
+
+    def _serve(self, connection: Connection, frames: list[Frame[Handle]], now: float) -> None:
+        """Handles *frames* in order, or keeps those that have to wait."""
+        for index, frame in enumerate(frames):
+            if connection.closed:
+                self._close_all(frame.descriptors)
+            elif self._busy(connection) or not self._handle(connection, frame, now):
+                rest = [f._replace(body=bytes(f.body)) for f in frames[index:]]
+                connection.pending.extend(rest)
+                self._update(connection)
+                return
+
+    def _resume(self, connection: Connection, now: float) -> None:
+        """Goes on with the frames that had to wait."""
+        while connection.pending and not connection.closed and not self._busy(connection):
+            # Taken off first: a drop while it is served must not close its descriptors again.
+            frame = connection.pending.popleft()
+            if not self._handle(connection, frame, now):
+                connection.pending.appendleft(frame)
+                break
+        if not connection.closed:
+            self._update(connection)
+
+    def _busy(self, connection: Connection) -> bool:
+        """True where the client has to read before more is done for it."""
+        return bool(connection.output) and (
+            connection.output_bytes > _BACKPRESSURE or connection in self._throttled
+        )
+
+    def _handle(self, connection: Connection, frame: Frame[Handle], now: float) -> bool:
+        """Carries out one frame. False where it must be tried again: nothing has happened then."""
+        handles = frame.descriptors
+        try:
+            if not connection.greeted:
+                self.door.greet(connection, frame, now)
+                kept = False
+            elif frame.lost is not None:
+                raise frame.lost
+            else:
+                request = m.decode_request(frame.body)
+                kept = self.service.handle(connection.session, frame.id, request, handles, now)
+        except JournalBusy:
+            if self._may_stall(connection, now):
+                return False
+            self._refuse(connection, frame.id, KeeperUnavailable("it does not read its journal"))
+            kept = False
+        except ProtocolError as error:
+            self.expel(connection, error, now)
+            kept = False
+        except FdshareError as error:
+            self._refuse(connection, frame.id, error)
+            kept = False
+        except Exception as error:
+            log.exception("a request could not be handled")
+            self._refuse(connection, frame.id, FdshareError(f"the server failed: {error!r}"))
+            kept = False
+        connection.stalled_since = None
+        if not kept:
+            self._close_all(handles)
+        return True
+
+    def _may_stall(self, connection: Connection, now: float) -> bool:
+        since = connection.stalled_since
+        if since is None:
+            connection.stalled_since = now
+        elif now - since > self.service.limits.journal_timeout:
+            return False
+        self._stalled[connection] = None
+        return True
+
+    def _refuse(self, connection: Connection, id: int, error: FdshareError) -> None:
+        self.service.counters["refused"] += 1
+        if not isinstance(error, BadRequest):
+            log.info("refused pid %d: %s", connection.session.pid, error)
+        self.send(connection, id, m.encode(m.refusal(error)), ())
+
+    def expel(self, connection: Connection, error: FdshareError, now: float) -> None:
+        """One error frame, and the door."""
+        log.warning("expelled pid %d: %s", connection.session.pid, error)
+        connection.draining = True
+        self.send(connection, 0, m.encode(m.refusal(error)), ())
+
+    @staticmethod
+    def _own_limit(lost: FdshareError) -> FdshareError:
+        """What receiving failed on, as the sender has to be told it."""
+        if isinstance(lost, DescriptorLimit):
+            fields = {**lost.fields, "whose": "server", "advice": "unregister some or raise it"}
+            return DescriptorLimit(**fields)
+        return lost
+
+    # Sending.
+
+    def send(
+        self, connection: Connection, id: int, body: bytes, handles: tuple[Handle, ...]
+    ) -> None:
+        """Queues a frame and sends what can be sent now."""
+        if connection.closed:
+            return
+        connection.queue(header(len(body), len(handles), id) + body, handles)
+        if len(connection.output) == 1:
+            self.flush(connection, connection.last_active)
+        elif connection.output_bytes > self.service.limits.max_output:
+            log.warning("pid %d does not read its answers, dropped", connection.session.pid)
+            self.drop(connection)
+
+    def flush(self, connection: Connection, now: float) -> None:
+        """Sends from the queue until it is empty, the socket full, or too much in flight."""
+        before = connection.output_bytes
+        try:
+            while connection.output and not connection.closed:
+                count = len(connection.output[0].handles)
+                if count and not self._may_fly(connection, count):
+                    self._throttled.add(connection)
+                    break
+                gone = connection.send_next()
+                if gone is None:
+                    break
+                if gone:
+                    self.in_flight += len(gone)
+                    self.unpin(gone)
+        except DescriptorLimit:
+            self._throttled.add(connection)
+        except OSError:
+            self.drop(connection)
+            return
+        if connection.closed:
+            return
+        if connection.output_bytes < before and connection.greeted:
+            self._end_slow(connection)  # the client reads, however slowly
+        if not connection.output:
+            self._emptied(connection, now)
+        self._mark_slow(connection, now)
+        self._update(connection)
+
+    def _emptied(self, connection: Connection, now: float) -> None:
+        if connection.draining:
+            self.drop(connection)
+        elif connection.overflowed:
+            connection.overflowed = False
+            self.send(connection, 0, m.encode(m.Overflowed()), ())
+            for watch in list(connection.session.watches):
+                self.service.snapshot(connection.session, watch)
+
+    def _may_fly(self, connection: Connection, count: int) -> bool:
+        """True where *count* more descriptors unread keep within both budgets."""
+        limits = self.service.limits
+        if connection.in_flight + count > limits.in_flight_per_connection:
+            self._measure(connection)
+            if connection.in_flight and (
+                connection.in_flight + count > limits.in_flight_per_connection
+            ):
+                return False
+        if self.in_flight + count > limits.in_flight:
+            for other in self.connections:
+                self._measure(other)
+            return not self.in_flight or self.in_flight + count <= limits.in_flight
+        return True
+
+    def _measure(self, connection: Connection) -> None:
+        before = connection.in_flight
+        if before and not connection.unread():
+            self.in_flight -= before
+
+    def _update(self, connection: Connection) -> None:
+        """Asks the poller for what can be used: no reading while something waits to be served."""
+        if connection.closed:
+            return
+        interest = 0
+        if not connection.pending and not connection.draining and not self._busy(connection):
+            interest |= READ
+        if connection.output and connection not in self._throttled:
+            interest |= WRITE
+        if interest != connection.interest:
+            connection.interest = interest
+            self.poller.modify(connection.fileno(), interest)
+
+    def _mark_slow(self, connection: Connection, now: float) -> None:
+        """Starts or ends the clock for half-sent requests and unread answers."""
+        if connection.closed:
+            return
+        slow = not connection.greeted or not connection.receiver.idle or bool(connection.output)
+        if not slow:
+            self._end_slow(connection)
+        elif connection.slow_since is None:
+            connection.slow_since = now
+            self._slow[connection] = None
+
+    def _end_slow(self, connection: Connection) -> None:
+        if connection.slow_since is not None:
+            connection.slow_since = None
+            self._slow.pop(connection, None)
+
+    def unpin(self, handles: tuple[Handle, ...]) -> None:
+        for handle in handles:
+            handle.pins -= 1
+            if handle.closing and not handle.pins:
+                self._close_handle(handle)
+
+    def _close_all(self, handles: list[Handle]) -> None:
+        for handle in handles:
+            self._close_handle(handle)

@@ -1,0 +1,379 @@
+"""Server: a service, the loop that serves it, and the world between them.
+
+What a request changes is planned by `Service`; what that takes of sockets, processes and clocks is
+here: leases, guards, hang-up watching, closing, binding, probing, the audit log.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import resource
+import secrets
+import socket
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Final, Literal, Protocol
+
+import msgspec
+
+from fdshare.errors import InvalidArgument, UnsupportedPlatform
+from fdshare.kernel.credentials import peer_pidfd
+from fdshare.kernel.descriptor import Descriptor
+from fdshare.protocol import messages as m
+from fdshare.server.binding import bind_address
+from fdshare.server.changes import Record
+from fdshare.server.connection import Connection
+from fdshare.server.door import Door
+from fdshare.server.handles import Closer, Handle
+from fdshare.server.limits import Limits
+from fdshare.server.loop import Loop
+from fdshare.server.policy import Policy
+from fdshare.server.poller import HANGUP, READ
+from fdshare.server.probe import describe_descriptor
+from fdshare.server.registry import Entry, Registry
+from fdshare.server.service import LeaseState, Service, Session
+
+__all__ = ["Journal", "Options", "Server"]
+
+log = logging.getLogger("fdshare.server")
+audit_log = logging.getLogger("fdshare.audit")
+
+# info() of a descriptor on a dead FUSE mount blocks its worker for ever; the others go on.
+_PROBES: Final = 4
+_OUTPUT_FOR_EVENTS: Final = 1 << 20  # bytes queued above which a watcher is told Overflow instead
+
+
+class Journal(Protocol):
+    """Where a record must be before its client hears "ok": the link to the keeper."""
+
+    def write(self, record: Record, fds: Sequence[int]) -> None:
+        """Raises: JournalBusy, KeeperUnavailable; nothing was written then."""
+
+    def state(self) -> tuple[int | None, bool]:
+        """(the keeper's pid, whether it holds everything that the server holds)."""
+
+
+@dataclass(slots=True)
+class Options:
+    """What a server is told when it starts."""
+
+    limits: dict[str, float | int] = field(default_factory=dict)
+    authkey: bytes | None = None
+    policy: Callable[[], Policy] = lambda: Policy(os.geteuid())
+
+
+class Server:
+    """Serves *registry* on *listener*. Both stay the caller's; the handles in the registry are
+    closed by `shut_down()`."""
+
+    def __init__(
+        self,
+        listener: socket.socket,
+        options: Options,
+        *,
+        registry: Registry | None = None,
+        journal: Journal | None = None,
+        epoch: str | None = None,
+    ) -> None:
+        nofile = raise_descriptor_limit()
+        self.registry = registry or Registry()
+        self.policy = options.policy()
+        self.service = Service(
+            self.registry, self.policy, Limits.for_rlimit(nofile, **options.limits), self
+        )
+        self.journal_link = journal
+        self.on_command: Callable[[str], None] = lambda verb: self.loop.stop()
+        self.notes: dict[str, str] = {}
+        self._options = options
+        self._closer = Closer()
+        self._probes: ThreadPoolExecutor | None = None
+        self._started = time.monotonic()
+        self.loop = Loop(self._close)
+        self.loop.service = self.service
+        epoch = epoch or secrets.token_hex(8)
+        self.loop.door = Door(self.loop, listener, self.policy, epoch, options.authkey)
+        for entry in self.registry.entries.values():
+            self.watch(entry)
+
+    def run(self) -> None:
+        """Serves until `stop()`."""
+        self.loop.run()
+
+    def stop(self) -> None:
+        """Makes `run` return; from any thread, or a signal handler."""
+        self.loop.stop()
+
+    def shut_down(self) -> None:
+        """Closes every handle of the table; the server is of no use afterwards."""
+        self.loop.door.close()
+        self.close(list(self.registry.handles()))
+        if self._probes is not None:
+            self._probes.shutdown(wait=False, cancel_futures=True)
+        self.loop.close()
+        self._closer.stop(timeout=1.0)
+
+    # The World of the service.
+
+    def answer(
+        self, session: Session, id: int, body: bytes, handles: Sequence[Handle] = ()
+    ) -> None:
+        self.loop.send(session.route, id, body, tuple(handles))
+
+    def publish(self, sessions: Sequence[Session], body: bytes) -> None:
+        for session in sessions:
+            connection: Connection = session.route
+            if connection.overflowed or connection.output_bytes > _OUTPUT_FOR_EVENTS:
+                connection.overflowed = True
+            else:
+                self.loop.send(connection, 0, body, ())
+
+    def journal(self, record: Record, handles: Sequence[Handle]) -> None:
+        if self.journal_link is not None:
+            self.journal_link.write(record, [handle.fd for handle in handles])
+
+    def lease_pair(self) -> tuple[Handle, Handle]:
+        ours, theirs = socket.socketpair()
+        return Handle(Descriptor(ours.detach())), Handle(Descriptor(theirs.detach()))
+
+    def lease_state(self, ours: Handle, *, revoke: bool = False) -> LeaseState:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, ours.fd)
+        try:
+            if revoke:
+                # What was confirmed before stays readable; a later byte is EPIPE for the taker.
+                sock.shutdown(socket.SHUT_RD)
+            confirmed = sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return "held"
+        except OSError:
+            return "dropped"
+        finally:
+            sock.detach()
+        return "confirmed" if confirmed else "dropped"
+
+    def owner_guard(self, session: Session) -> Handle:
+        guard = peer_pidfd(session.route.sock)
+        if guard is None:
+            if not hasattr(os, "pidfd_open"):
+                raise UnsupportedPlatform('lifetime="process"', "it needs a pidfd")
+            try:
+                guard = Descriptor(os.pidfd_open(session.pid))
+            except OSError as error:
+                raise InvalidArgument("lifetime", f"no process {session.pid}: {error}") from None
+        return Handle(guard)
+
+    def registrant(self, session: Session) -> m.Registrant:
+        return m.Registrant(
+            session.pid, session.subject.uid, session.subject.gid, _command_of(session.pid)
+        )
+
+    def watch(self, entry: Entry) -> None:
+        if entry.guard is not None:
+            self._watch(entry.guard, READ, _GuardKey(self, entry))
+        if entry.lease is not None:
+            self._watch(entry.lease.handle, READ, _LeaseKey(self, entry.lease.id))
+        if entry.drop_on_hangup:
+            for handle in entry.handles:
+                if _can_hang_up(handle.fd):
+                    # A pidfd's hang-up is that it becomes readable; data on a socket is none.
+                    events = READ if _target(handle.fd).endswith("[pidfd]") else 0
+                    self._watch(handle, HANGUP | events, _HangupKey(self, entry))
+
+    def close(self, handles: Sequence[Handle]) -> None:
+        for handle in handles:
+            self._close(handle)
+
+    def probe(self, session: Session, id: int, entries: Sequence[Entry], now: float) -> None:
+        if self._probes is None:
+            self._probes = ThreadPoolExecutor(_PROBES, thread_name_prefix="fdshare-probe")
+        shown = [(_entry_info(entry, now), entry.handles) for entry in entries]
+        for _, handles in shown:
+            for handle in handles:
+                handle.pins += 1
+        self._probes.submit(self._probe, session, id, shown)
+
+    def bind(self, address: str, backlog: int, reuse_port: bool) -> tuple[m.Kind, Handle]:
+        from fdshare.kinds import describe
+
+        sock = bind_address(address, backlog=backlog, reuse_port=reuse_port)
+        kind, _ = describe(sock)
+        return kind, Handle(Descriptor(sock.detach()))
+
+    def stats(self) -> m.ServerStats:
+        loop, limits = self.loop, self.service.limits
+        keeper_pid, redundant = self.journal_link.state() if self.journal_link else (None, False)
+        return m.ServerStats(
+            server_pid=os.getpid(),
+            keeper_pid=keeper_pid,
+            redundant=redundant,
+            uptime=time.monotonic() - self._started,
+            names=len(self.registry),
+            descriptors=self.registry.descriptors,
+            leases=len(self.registry.leases),
+            connections=len(loop.connections),
+            in_flight=loop.in_flight,
+            generation=self.registry.generation,
+            serial=self.registry.serial,
+            counters={
+                **self.service.counters,
+                "accepted": loop.door.accepted,
+                "evicted": loop.door.evicted,
+            },
+            limits=msgspec.structs.asdict(limits),
+            notes=self.notes,
+        )
+
+    def reload_policy(self) -> None:
+        policy = self._options.policy()  # raises PolicyError: the old one stays
+        self.policy = self.service.policy = policy
+        self.loop.door.use(policy)
+
+    def command(self, verb: Literal["shutdown", "upgrade"]) -> None:
+        self.on_command(verb)
+
+    def audit(self, verb: str, name: str, session: Session | None, outcome: str) -> None:
+        if audit_log.isEnabledFor(logging.INFO):
+            who = session.subject if session else None
+            pid = session.pid if session else None
+            audit_log.info(
+                "%s %s: %s", verb, name, outcome, extra={"pid_": pid, "uid": who and who.uid}
+            )
+
+    # Behind it.
+
+    def _watch(self, handle: Handle, events: int, key: object) -> None:
+        if handle.key is not None:
+            self.loop.poller.unregister(handle.fd)
+        handle.key = key
+        self.loop.poller.register(handle.fd, events, key)
+
+    def unwatch(self, handle: Handle) -> None:
+        if handle.key is not None:
+            self.loop.poller.unregister(handle.fd)
+            handle.key = None
+
+    def _close(self, handle: Handle) -> None:
+        """Closes it once nothing that still has to be sent refers to it."""
+        self.unwatch(handle)
+        if handle.pins:
+            handle.closing = True
+        elif handle.fd >= 0:
+            fd, handle.fd = handle.fd, -1
+            self._closer.close(fd)
+
+    def _probe(
+        self, session: Session, id: int, shown: list[tuple[m.EntryInfo, tuple[Handle, ...]]]
+    ) -> None:
+        """In a worker: the kernel may take its time over a descriptor on FUSE or NFS."""
+        found = []
+        for info, handles in shown:
+            described = [describe_descriptor(handle.fd) for handle in handles]
+            found.append(msgspec.structs.replace(info, descriptors=described))
+        parts = [found[i : i + 500] for i in range(0, max(len(found), 1), 500)]
+        bodies = [m.encode(m.InfoList(p, more=p is not parts[-1])) for p in parts]
+
+        def answer() -> None:
+            for body in bodies:
+                self.answer(session, id, body)
+            for _, handles in shown:
+                self.loop.unpin(handles)
+
+        self.loop.post(answer)
+
+
+class _GuardKey:
+    """A lifeline or pidfd has stirred: the owner is gone."""
+
+    __slots__ = ("entry", "server")
+
+    def __init__(self, server: Server, entry: Entry) -> None:
+        self.server, self.entry = server, entry
+
+    def __call__(self, events: int, now: float) -> None:
+        entry, server = self.entry, self.server
+        if entry.guard is not None:
+            server.unwatch(entry.guard)  # it stays readable
+        server.loop.attempt(lambda now: server.service.hung_up(entry, now, guard=True), now)
+
+
+class _HangupKey:
+    """The peer of one of the entry's descriptors is gone."""
+
+    __slots__ = ("entry", "server")
+
+    def __init__(self, server: Server, entry: Entry) -> None:
+        self.server, self.entry = server, entry
+
+    def __call__(self, events: int, now: float) -> None:
+        entry, server = self.entry, self.server
+        for handle in entry.handles:
+            server.unwatch(handle)
+        server.loop.attempt(lambda now: server.service.hung_up(entry, now, guard=False), now)
+
+
+class _LeaseKey:
+    """The taker has confirmed, or let go."""
+
+    __slots__ = ("lease", "server")
+
+    def __init__(self, server: Server, lease: int) -> None:
+        self.server, self.lease = server, lease
+
+    def __call__(self, events: int, now: float) -> None:
+        entry = self.server.registry.leases.get(self.lease)
+        if entry is not None and entry.lease is not None:
+            self.server.unwatch(entry.lease.handle)
+        self.server.loop.attempt(lambda now: self.server.service.lease_moved(self.lease, now), now)
+
+
+def raise_descriptor_limit() -> int:
+    """Raises the soft RLIMIT_NOFILE to the hard one; the limit that holds then."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        except (ValueError, OSError):
+            return soft
+    return hard
+
+
+def _entry_info(entry: Entry, now: float) -> m.EntryInfo:
+    return m.EntryInfo(
+        name=entry.name,
+        generation=entry.generation,
+        kind=entry.kind.tag,
+        registrant=entry.registrant,
+        age=now - entry.at,
+        count=len(entry.handles),
+        lifetime=entry.lifetime,
+        ttl=None if entry.expires is None else entry.expires - now,
+        grace=entry.grace,
+        drop_on_hangup=entry.drop_on_hangup,
+        fetches=entry.fetches,
+        leased=entry.lease is not None,
+        metadata=entry.metadata,
+    )
+
+
+def _target(fd: int) -> str:
+    """What /proc calls it: never blocks, where fstat(2) on a dead mount does."""
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}")
+    except OSError:
+        return ""
+
+
+def _can_hang_up(fd: int) -> bool:
+    return _target(fd).startswith(("socket:", "pipe:", "anon_inode:[pidfd]"))
+
+
+def _command_of(pid: int) -> str:
+    """The command line of *pid*, at most 80 characters; empty where /proc does not show it."""
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            raw = file.read(256)
+    except OSError:
+        return ""
+    return raw.rstrip(b"\0").replace(b"\0", b" ").decode(errors="replace")[:80]
