@@ -1,5 +1,52 @@
-"""fdshare: share open descriptors between Python processes."""
+"""fdshare: share open descriptors between Python processes.
+
+Register a socket, a file or any other descriptor under a name, fetch it by that name from an
+unrelated process; send descriptors through the queues, pipes and pools of multiprocessing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 from fdshare.version import __version__
 
-__all__ = ["__version__"]
+if TYPE_CHECKING:
+    from fdshare.client.blocking import Client, connect
+    from fdshare.kernel.descriptor import Descriptor
+    from fdshare.kinds import register_kind, unregister_kind
+    from fdshare.manager import Manager
+
+# name -> module. Imported on first use: a program pays for what it uses.
+_LAZY = {
+    "Client": "fdshare.client.blocking",
+    "connect": "fdshare.client.blocking",
+    "Manager": "fdshare.manager",
+    "Descriptor": "fdshare.kernel.descriptor",
+    "register_kind": "fdshare.kinds",
+    "unregister_kind": "fdshare.kinds",
+}
+
+__all__ = [
+    "Client",
+    "Descriptor",
+    "Manager",
+    "__version__",
+    "connect",
+    "register_kind",
+    "unregister_kind",
+]
+
+
+def __getattr__(name: str) -> Any:
+    module = _LAZY.get(name)
+    if module is None:
+        raise AttributeError(f"module 'fdshare' has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(module), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

@@ -453,7 +453,7 @@ _replies: Final = msgspec.msgpack.Decoder(AnyReply)
 encode = _encoder.encode
 
 
-def decode_request(body: bytes | memoryview) -> AnyRequest:
+def decode_request(body: bytes) -> AnyRequest:
     """The request in *body*. Raises: BadRequest."""
     try:
         request: AnyRequest = _requests.decode(body)
@@ -462,7 +462,7 @@ def decode_request(body: bytes | memoryview) -> AnyRequest:
         raise BadRequest(str(error)) from None
 
 
-def decode_reply(body: bytes | memoryview) -> AnyReply:
+def decode_reply(body: bytes) -> AnyReply:
     """The reply or event in *body*. Raises: BadRequest (a server that answers nonsense)."""
     try:
         reply: AnyReply = _replies.decode(body)

@@ -43,7 +43,7 @@ class Frame(NamedTuple, Generic[D]):
     """One frame. *lost* says why its descriptors are not here although it announced some."""
 
     id: int
-    body: bytes | memoryview
+    body: bytes
     descriptors: list[D]
     lost: FdshareError | None
 
@@ -85,7 +85,7 @@ class Receiver(Generic[D]):
         *lost* is the reason where the kernel dropped descriptors of this read: the next frame that
         announced some carries it instead of them. Where the peer broke the framing, `failure` says
         how; the frames before it are still good, and `drain()` returns what belongs to none. Feed
-        no more then. Bodies may be views of *data*: use them before its buffer is used again.
+        no more then.
         """
         self._descriptors += descriptors
         self._lost = self._lost or lost
@@ -135,7 +135,8 @@ class Receiver(Generic[D]):
 
     def _draw(self, view: memoryview, at: int, end: int) -> Frame[D]:
         _, count, _, _, id = HEADER.unpack_from(view, at)
-        body = view[at + HEADER.size : end]
+        # A copy: msgspec.Raw keeps a view of what it was decoded from, and *view* is used again.
+        body = bytes(view[at + HEADER.size : end])
         if not count:
             return Frame(id, body, [], None)
         queue = self._descriptors

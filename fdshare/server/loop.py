@@ -248,8 +248,7 @@ class Loop:
             if connection.closed:
                 self._close_all(frame.descriptors)
             elif self._busy(connection) or not self._handle(connection, frame, now):
-                rest = [f._replace(body=bytes(f.body)) for f in frames[index:]]
-                connection.pending.extend(rest)
+                connection.pending.extend(frames[index:])
                 self._update(connection)
                 return
 

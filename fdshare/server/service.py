@@ -84,7 +84,7 @@ class Waiter:
 
 
 class World(Protocol):
-    """What the service may ask for. The handles are the world's own; the service only moves them."""
+    """What the service may ask for. Handles are the world's own; the service only moves them."""
 
     def answer(
         self, session: Session, id: int, body: bytes, handles: Sequence[Handle] = ()

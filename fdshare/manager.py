@@ -1,0 +1,223 @@
+"""Manager: a rendezvous server and a client of it, shaped like multiprocessing's BaseManager.
+
+The first module that knows both sides. `Manager(path).start()` runs a server for as long as its
+owner lives, `Manager(path).connect()` finds one that runs, `Manager(path).get_server()` is one.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import weakref
+from collections.abc import Collection
+from typing import Any, Final
+
+import fdshare
+from fdshare.client.blocking import Client
+from fdshare.errors import InvalidArgument, ServerGone
+from fdshare.kernel.endpoint import Listener, listen
+from fdshare.protocol import messages as m
+from fdshare.server.__main__ import read_message, send_message
+from fdshare.server.serving import Settings, options
+from fdshare.server.world import Server
+
+__all__ = ["Manager", "ManagedServer"]
+
+_GRACE: Final = 5.0  # seconds a server gets to end by itself
+
+
+class Manager(Client):
+    """Every verb of `Client`, and a server of its own to say them to.
+
+    Without a *path* the server listens in a new private folder. *keeper*: run the twin process that
+    makes a `kill -9` of either harmless. *limits*: fields of `Limits` by name. *policy*: a TOML
+    file. *authkey* as BaseManager's. As a context manager it starts and shuts down.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        authkey: bytes | None = None,
+        *,
+        keeper: bool = True,
+        mode: int = 0o600,
+        limits: dict[str, float | int] | None = None,
+        policy: str | os.PathLike[str] | None = None,
+        timeout: float | None = 30.0,
+        reconnect: float = 2.0,
+        trust: Collection[int] | None = None,
+    ) -> None:
+        self._folder: str | None = None
+        if path is None:
+            self._folder = tempfile.mkdtemp(prefix="fdshare-")
+            path = os.path.join(self._folder, "fdshare.sock")
+        super().__init__(path, authkey=authkey, timeout=timeout, reconnect=reconnect, trust=trust)
+        self._settings = Settings(
+            path=self.address,
+            mode=mode,
+            keeper=keeper,
+            limits=limits or {},
+            authkey=self._authkey,
+            policy=None if policy is None else os.fspath(policy),
+        )
+        self._process: subprocess.Popen[bytes] | None = None
+        self._control: socket.socket | None = None
+        self._finalizer: weakref.finalize[..., Manager] | None = None
+        if self._folder is not None:
+            self._finalizer = weakref.finalize(self, _end, os.getpid(), None, None, self._folder)
+
+    def start(self) -> Manager:
+        """Starts the server in a process of its own, that ends with this one; returns itself.
+
+        Raises: AddressInUse, EndpointError, PolicyError; InvalidArgument: started already.
+        """
+        if self._process is not None:
+            raise InvalidArgument("start", "this manager's server has been started")
+        process, control = _spawn(self._settings)
+        if self._finalizer is not None:
+            self._finalizer.detach()
+        self._process, self._control = process, control
+        self._finalizer = weakref.finalize(self, _end, os.getpid(), process, control, self._folder)
+        return self
+
+    def connect(self) -> Manager:
+        """Makes sure that a server answers at the address; returns itself. Raises: NoServer and
+        the others of `fdshare.connect`."""
+        self.ping()
+        return self
+
+    def get_server(self) -> ManagedServer:
+        """A server to run in this process, listening from now on. The caller owns the result."""
+        return ManagedServer(self._settings)
+
+    def shutdown(self) -> None:
+        """Ends the server: the one that was started here, or the one that is connected to."""
+        if self._process is None:
+            super().shutdown()
+        elif self._finalizer is not None:
+            self._finalizer()
+        self.close()
+
+    def join(self, timeout: float | None = None) -> None:
+        """Waits for the server that was started here, at most *timeout* seconds."""
+        if self._process is None:
+            raise InvalidArgument("join", "this manager has started no server")
+        try:
+            self._process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            pass
+
+    def __enter__(self) -> Manager:
+        if self._process is None:
+            self.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.shutdown()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        Manager.__init__(self, state.pop("path"), **state)
+
+    def _after_fork(self) -> None:
+        super()._after_fork()
+        if self._control is not None:  # the server must not outlive the parent through our copy
+            self._control.close()
+
+
+class ManagedServer:
+    """A server in this process: `serve_forever()` until `stop()` or a client's shutdown."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._listener: Listener = listen(settings.path, mode=settings.mode)
+        try:
+            self._server = Server(self._listener.socket, options(settings))
+        except BaseException:
+            self._listener.close()
+            raise
+        self.address = self._listener.address
+
+    def serve_forever(self) -> None:
+        """Serves; everything it holds is closed when it returns."""
+        try:
+            self._server.run()
+        finally:
+            self.close()
+
+    def stop(self) -> None:
+        """Makes `serve_forever` return; from any thread, or a signal handler."""
+        self._server.stop()
+
+    def close(self) -> None:
+        """Ends a server that is not serving."""
+        if self._listener.fileno() >= 0:
+            self._server.shut_down()
+            self._listener.close()
+
+
+def _spawn(settings: Settings) -> tuple[subprocess.Popen[bytes], socket.socket]:
+    """A server process that is ready, and its control socket."""
+    ours, theirs = socket.socketpair()
+    try:
+        with theirs:
+            process = subprocess.Popen(
+                _command(theirs.fileno()), pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL
+            )
+        send_message(ours, settings)
+        said = read_message(ours)
+        if not said:
+            process.wait()
+            raise ServerGone(settings.path, f"it ended with status {process.returncode}")
+        reply = m.decode_reply(said)
+        if type(reply) is m.Refused:
+            process.wait()
+            raise m.refusal_error(reply)
+        return process, ours
+    except BaseException:
+        ours.close()
+        raise
+
+
+def _command(control: int) -> list[str]:
+    """A fresh interpreter with this one's flags that finds the same fdshare."""
+    root = os.path.dirname(os.path.dirname(os.path.abspath(fdshare.__file__)))
+    code = (
+        f"import sys; sys.path.insert(0, {root!r}); "
+        f"from fdshare.server.__main__ import main; sys.exit(main({control}))"
+    )
+    flags: list[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+    return [sys.executable, *flags, "-c", code]
+
+
+def _end(
+    owner: int,
+    process: subprocess.Popen[bytes] | None,
+    control: socket.socket | None,
+    folder: str | None,
+) -> None:
+    """Ends the server with its owner; does nothing in a forked child."""
+    if os.getpid() != owner:
+        return
+    if control is not None:
+        control.close()
+    if process is not None:
+        try:
+            process.wait(_GRACE)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    if folder is not None:
+        for name in ("fdshare.sock.lock", "fdshare.sock"):
+            try:
+                os.unlink(os.path.join(folder, name))
+            except FileNotFoundError:
+                pass
+        try:
+            os.rmdir(folder)
+        except OSError:
+            pass

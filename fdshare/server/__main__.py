@@ -1,0 +1,72 @@
+"""A server as a child: `python -m fdshare.server CONTROL-FD`, for `Manager.start()` and its like.
+
+The other end of CONTROL-FD sends the settings, is told "ready" or the error, and is the owner: when
+it is closed, by intent or because its process died, the server ends.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import struct
+import sys
+import threading
+from typing import NoReturn
+
+import msgspec
+
+from fdshare.errors import FdshareError
+from fdshare.protocol import messages as m
+from fdshare.server.serving import Settings, serve
+
+__all__ = ["main", "read_message", "send_message"]
+
+_LENGTH = struct.Struct(">I")
+
+
+def send_message(control: socket.socket, message: object) -> None:
+    """Sends a Struct over the control socket."""
+    body = msgspec.msgpack.encode(message)
+    control.sendall(_LENGTH.pack(len(body)) + body)
+
+
+def read_message(control: socket.socket) -> bytes:
+    """The body of the next message; empty at the end of the stream."""
+    with control.makefile("rb") as stream:
+        start = stream.read(_LENGTH.size)
+        return stream.read(_LENGTH.unpack(start)[0]) if len(start) == _LENGTH.size else b""
+
+
+def main(fd: int) -> int:
+    """Exit status 0, or 1 where it could not start, which the owner is told."""
+    control = socket.socket(fileno=fd)
+    control.set_inheritable(False)
+    logging.basicConfig(level=logging.WARNING, format="fdshare[%(process)d]: %(message)s")
+    settings = msgspec.msgpack.decode(read_message(control), type=Settings)
+
+    def ready() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is the owner's
+        send_message(control, m.Done())
+        threading.Thread(target=_end_with_owner, args=(control,), daemon=True).start()
+
+    try:
+        serve(settings, ready)
+    except FdshareError as error:
+        send_message(control, m.refusal(error))
+        return 1
+    return 0
+
+
+def _end_with_owner(control: socket.socket) -> None:
+    control.recv(1)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def run() -> NoReturn:
+    sys.exit(main(int(sys.argv[1])))
+
+
+if __name__ == "__main__":
+    run()
