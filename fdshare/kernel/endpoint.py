@@ -14,6 +14,7 @@ import stat
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from typing import Final
 
 from fdshare.errors import EndpointError, NoServer, ServerTimeout
@@ -140,11 +141,13 @@ def listen(
     backlog: int = BACKLOG,
     kind: int = socket.SOCK_STREAM,
     reclaim: bool = True,
+    locked: bool = True,
 ) -> Listener:
     """A socket bound to *path* (a pathname, or `@name`), listening unless it is SOCK_DGRAM.
 
     A dead server's socket on the path is replaced, unless *reclaim* is false. *mode* is the file's
-    from its first moment on. The caller owns the result.
+    from its first moment on. Without *locked* there is no PATH.lock, which only *reclaim* needs.
+    The caller owns the result.
 
     Raises:
         AddressInUse: a live server (`pid`), a stale socket and no *reclaim*, or no socket at all.
@@ -156,11 +159,11 @@ def listen(
         if is_abstract(address):
             return _listen_abstract(address, sock, backlog)
         refuse_other_files(address)  # before PATH.lock is made beside something not ours
-        with lock(address) as held:
+        with lock(address) if locked else nullcontext() as held:
             clear(address, kind, reclaim)
             inode = _bind(address, sock, mode)
             _start(sock, backlog)
-            return Listener(address, sock, Descriptor(held.detach()), inode)
+            return Listener(address, sock, held and Descriptor(held.detach()), inode)
     except BaseException:
         sock.close()
         raise

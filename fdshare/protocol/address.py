@@ -60,7 +60,7 @@ def parse_address(text: str) -> BindAddress:
         return _unix(text, text.removeprefix("unix:"))
     for scheme in ("tcp", "udp"):
         if text.startswith(f"{scheme}://"):
-            return _network(text, scheme, text[len(scheme) + 3 :])  # type: ignore[arg-type]
+            return _network(text, scheme, text[len(scheme) + 3 :])
     raise _bad(text, f"write {_FORMS}")
 
 
@@ -123,4 +123,4 @@ def _unix(text: str, rest: str) -> BindAddress:
 
 
 def _bad(text: str, reason: str) -> InvalidArgument:
-    return InvalidArgument("address", f"{ascii(text)} is no address to bind: {reason}")
+    return InvalidArgument("address", f"{text!a} is no address to bind: {reason}")
