@@ -192,6 +192,7 @@ class Door:
         else:
             connection.greeted = True
         connection.session.name = request.session
+        self._loop.service.greeted(connection.session)
         welcome = m.Welcome(
             m.MAGIC,
             m.VERSION,

@@ -122,7 +122,8 @@ class World(Protocol):
 
     def reload_policy(self) -> None: ...
 
-    def command(self, verb: Literal["shutdown", "upgrade"]) -> None: ...
+    def command(self, verb: Literal["shutdown", "upgrade"], session: Session, id: int) -> bool:
+        """Has it done; False where the answer comes later, from `upgraded` or a successor."""
 
     def audit(self, verb: str, name: str, session: Session | None, outcome: str) -> None: ...
 
@@ -141,6 +142,7 @@ class Service:
         self._waiting: dict[str, deque[Waiter]] = {}
         self._wait_deadlines: list[tuple[float, int, Waiter]] = []
         self._watchers: dict[Session, None] = {}
+        self._absent: dict[str, float] = {}
         self._order = count()  # between waits that end at the same moment
         self._handlers: dict[type, Callable[..., bool]] = {
             m.Fetch: self._fetch,
@@ -226,6 +228,8 @@ class Service:
                 changes = [Drop(entry.name, entry.generation, "expired")]
                 self.counters["expired"] += 1
             self._commit(Record(changes), [], now)
+        if self._absent:
+            self._forget_absent(now)
         for entry in self._leases_too_old(now):
             self._commit(Record(self._settle(entry, revoke=True)), [], now)
 
@@ -236,15 +240,28 @@ class Service:
         due = [self._wait_deadlines[0][0]] if self._wait_deadlines else []
         if (expiry := self.registry.next_deadline()) is not None:
             due.append(expiry)
+        if self._absent:
+            due.append(next(iter(self._absent.values())))
         if self.registry.leases:
             oldest = next(iter(self.registry.leases.values()))
             if oldest.lease is not None:
                 due.append(oldest.lease.at + self.limits.lease_timeout)
         return min(due, default=None)
 
-    def forget(self, session_name: str) -> None:
-        """Drops the remembered answers of a client that did not come back."""
-        self._commit(Record([Forget(session_name)]), [], 0.0)
+    def expect(self, now: float) -> None:
+        """After a server's death: the clients whose answers are remembered have until the session
+        timeout to come back."""
+        until = now + self.limits.session_timeout
+        self._absent = dict.fromkeys(self.registry.answers, until)
+
+    def greeted(self, session: Session) -> None:
+        """The client of *session* is here, or here again."""
+        self._absent.pop(session.name, None)
+
+    def _forget_absent(self, now: float) -> None:
+        for name in [name for name, until in self._absent.items() if until <= now]:
+            self._commit(Record([Forget(name)]), [], now)
+            del self._absent[name]
 
     # Reading verbs.
 
@@ -668,8 +685,10 @@ class Service:
             "shutdown" if type(request) is m.Shutdown else "upgrade"
         )
         self._permit(verb, "", session)
-        self.world.command(verb)
-        self.world.answer(session, id, _DONE)
+        if (known := self.registry.answer(session.name, id)) is not None:
+            self.world.answer(session, id, known)  # we are the successor that was asked for
+        elif self.world.command(verb, session, id):
+            self.world.answer(session, id, _DONE)
         return False
 
     # The steps that the verbs share.

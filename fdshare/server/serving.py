@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 from collections.abc import Callable
+from typing import Literal
 
 import msgspec
 
@@ -23,7 +24,8 @@ log = logging.getLogger("fdshare.server")
 
 
 class Settings(msgspec.Struct, kw_only=True):
-    """How to serve; plain data, so that it can be handed to a new process."""
+    """How to serve. Plain data alone: a new process is handed it, and so is new code when the
+    server upgrades itself by exec; a callable would be lost there."""
 
     path: str
     mode: int = 0o600
@@ -32,6 +34,9 @@ class Settings(msgspec.Struct, kw_only=True):
     limits: dict[str, float | int] = {}
     authkey: bytes | None = None
     policy: str | None = None  # path of a TOML file
+    log_format: Literal["text", "json"] = "text"
+    log_level: str = "INFO"
+    metrics: str | None = None  # HOST:PORT for Prometheus text over HTTP
 
 
 def options(settings: Settings) -> Options:

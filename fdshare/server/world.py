@@ -55,6 +55,9 @@ class Journal(Protocol):
     def state(self) -> tuple[int | None, bool]:
         """(the keeper's pid, whether it holds everything that the server holds)."""
 
+    def command(self, verb: Literal["shutdown", "upgrade"], session: str, id: int) -> bool:
+        """Passes it on; False where the answer comes later."""
+
 
 @dataclass(slots=True)
 class Options:
@@ -85,7 +88,6 @@ class Server:
             self.registry, self.policy, Limits.for_rlimit(nofile, **options.limits), self
         )
         self.journal_link = journal
-        self.on_command: Callable[[str], None] = lambda verb: self.loop.stop()
         self.notes: dict[str, str] = {}
         self._options = options
         self._closer = Closer()
@@ -230,8 +232,13 @@ class Server:
         self.policy = self.service.policy = policy
         self.loop.door.use(policy)
 
-    def command(self, verb: Literal["shutdown", "upgrade"]) -> None:
-        self.on_command(verb)
+    def command(self, verb: Literal["shutdown", "upgrade"], session: Session, id: int) -> bool:
+        if self.journal_link is not None:
+            return self.journal_link.command(verb, session.name, id)
+        if verb == "upgrade":
+            raise InvalidArgument("upgrade", "a server without a keeper cannot be upgraded")
+        self.loop.stop()
+        return True
 
     def audit(self, verb: str, name: str, session: Session | None, outcome: str) -> None:
         if audit_log.isEnabledFor(logging.INFO):
