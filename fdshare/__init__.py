@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fdshare.version import __version__
 
 if TYPE_CHECKING:
+    from fdshare.activation import listen_fds, notify
     from fdshare.client.blocking import Client, connect
     from fdshare.kernel.descriptor import Descriptor
     from fdshare.kinds import register_kind, unregister_kind
@@ -22,6 +23,8 @@ _LAZY = {
     "connect": "fdshare.client.blocking",
     "Manager": "fdshare.manager",
     "Descriptor": "fdshare.kernel.descriptor",
+    "listen_fds": "fdshare.activation",
+    "notify": "fdshare.activation",
     "register_kind": "fdshare.kinds",
     "unregister_kind": "fdshare.kinds",
 }
@@ -32,6 +35,8 @@ __all__ = [
     "Manager",
     "__version__",
     "connect",
+    "listen_fds",
+    "notify",
     "register_kind",
     "unregister_kind",
 ]
