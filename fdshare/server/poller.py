@@ -18,6 +18,9 @@ WRITE: Final = select.POLLOUT
 HANGUP: Final = select.POLLHUP | getattr(select, "POLLRDHUP", 0)
 ERROR: Final = select.POLLERR
 
+# epoll_wait(2) and poll(2) take an int of milliseconds, 24 days; whoever waits longer looks again.
+_LONGEST: Final = 86400.0
+
 
 class Poller:
     """Level-triggered. HANGUP and ERROR are always reported, RDHUP where it was asked for."""
@@ -41,7 +44,10 @@ class Poller:
             self._poll.unregister(fd)
 
     def wait(self, timeout: float | None) -> list[tuple[object, int]]:
-        """(key, events) of what is ready within *timeout* seconds; None: without limit."""
+        """(key, events) of what is ready within *timeout* seconds; None: without limit. Nothing
+        may be ready even before that, once a day."""
+        if timeout is not None:
+            timeout = min(timeout, _LONGEST)
         if self._epoll is not None:
             # epoll counts in milliseconds and Python rounds up: never early, never a busy loop.
             ready = self._epoll.poll(-1 if timeout is None else timeout, 256)
