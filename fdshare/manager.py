@@ -9,19 +9,18 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
-import sys
 import tempfile
 import weakref
 from collections.abc import Collection
 from typing import Any, Final
 
-import fdshare
 from fdshare.client.blocking import Client
 from fdshare.errors import InvalidArgument, ServerGone
 from fdshare.kernel.endpoint import Listener, listen
 from fdshare.protocol import messages as m
 from fdshare.server.__main__ import read_message, send_message
-from fdshare.server.serving import Settings, options
+from fdshare.server.interpreter import fresh_interpreter
+from fdshare.server.settings import Settings
 from fdshare.server.world import Server
 
 __all__ = ["Manager", "ManagedServer"]
@@ -136,7 +135,7 @@ class ManagedServer:
     def __init__(self, settings: Settings) -> None:
         self._listener: Listener = listen(settings.path, mode=settings.mode)
         try:
-            self._server = Server(self._listener.socket, options(settings))
+            self._server = Server(self._listener.socket, settings)
         except BaseException:
             self._listener.close()
             raise
@@ -166,7 +165,9 @@ def _spawn(settings: Settings) -> tuple[subprocess.Popen[bytes], socket.socket]:
     try:
         with theirs:
             process = subprocess.Popen(
-                _command(theirs.fileno()), pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL
+                fresh_interpreter("fdshare.server.__main__", f"main({theirs.fileno()})"),
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
             )
         send_message(ours, settings)
         said = read_message(ours)
@@ -183,17 +184,6 @@ def _spawn(settings: Settings) -> tuple[subprocess.Popen[bytes], socket.socket]:
         raise
 
 
-def _command(control: int) -> list[str]:
-    """A fresh interpreter with this one's flags that finds the same fdshare."""
-    root = os.path.dirname(os.path.dirname(os.path.abspath(fdshare.__file__)))
-    code = (
-        f"import sys; sys.path.insert(0, {root!r}); "
-        f"from fdshare.server.__main__ import main; sys.exit(main({control}))"
-    )
-    flags: list[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
-    return [sys.executable, *flags, "-c", code]
-
-
 def _end(
     owner: int,
     process: subprocess.Popen[bytes] | None,
@@ -203,14 +193,8 @@ def _end(
     """Ends the server with its owner; does nothing in a forked child."""
     if os.getpid() != owner:
         return
-    if control is not None:
-        control.close()
-    if process is not None:
-        try:
-            process.wait(_GRACE)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+    if control is not None and process is not None:
+        _wait_for_the_end(control, process)
     if folder is not None:
         for name in ("fdshare.sock.lock", "fdshare.sock"):
             try:
@@ -221,3 +205,17 @@ def _end(
             os.rmdir(folder)
         except OSError:
             pass
+
+
+def _wait_for_the_end(control: socket.socket, process: subprocess.Popen[bytes]) -> None:
+    """Asks the server to end, and returns when every process of it has: the one that was started
+    may be dead and followed by others, all of which hold the other end of *control*."""
+    with control:
+        try:
+            control.shutdown(socket.SHUT_WR)
+            control.settimeout(_GRACE)
+            while control.recv(64):
+                pass
+        except OSError:  # a timeout, too
+            process.kill()
+    process.wait()

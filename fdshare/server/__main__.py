@@ -7,19 +7,18 @@ it is closed, by intent or because its process died, the server ends.
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import socket
 import struct
 import sys
-import threading
 from typing import NoReturn
 
 import msgspec
 
 from fdshare.errors import FdshareError
 from fdshare.protocol import messages as m
-from fdshare.server.serving import Settings, serve
+from fdshare.server.serving import serve
+from fdshare.server.settings import Settings
 
 __all__ = ["main", "read_message", "send_message"]
 
@@ -49,19 +48,13 @@ def main(fd: int) -> int:
     def ready() -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is the owner's
         send_message(control, m.Done())
-        threading.Thread(target=_end_with_owner, args=(control,), daemon=True).start()
 
     try:
-        serve(settings, ready)
+        serve(settings, ready, control=control)
     except FdshareError as error:
         send_message(control, m.refusal(error))
         return 1
     return 0
-
-
-def _end_with_owner(control: socket.socket) -> None:
-    control.recv(1)
-    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def run() -> NoReturn:

@@ -100,7 +100,7 @@ class Forget(_Change, tag="forget"):
 Change: TypeAlias = Put | Drop | Move | Grant | Settle | Linger | Forget
 
 
-class Record(msgspec.Struct, frozen=True, omit_defaults=True):
+class Record(msgspec.Struct, tag="record", frozen=True, omit_defaults=True):
     """One step. (*session*, *id*) is the request that asked for it and *reply* the body that
     answers it, kept so that a repeat of the request is answered and not carried out again."""
 

@@ -8,11 +8,13 @@ idle one never is, until the door is full.
 
 from __future__ import annotations
 
+import heapq
 import logging
 import socket
 import threading
 import time
 from collections.abc import Callable
+from itertools import count
 from typing import Final
 
 from fdshare.errors import (
@@ -56,7 +58,8 @@ class Loop:
         self._slow: dict[Connection, None] = {}
         self._throttled: set[Connection] = set()
         self._stalled: dict[Connection, None] = {}
-        self._retries: list[Callable[[float], None]] = []
+        self._timers: list[tuple[float, int, Callable[[float], None]]] = []
+        self._order = count()
         self._posted: list[Callable[[], None]] = []
         self._post_lock = threading.Lock()
         self._stopping = False
@@ -99,6 +102,14 @@ class Loop:
             self._posted.append(call)
         self._wake_up()
 
+    def abandon(self) -> None:
+        """In a forked child: the connections are the parent's."""
+        self.poller.close()
+        for connection in self.connections:
+            connection.sock.detach()
+        self._wake.detach()
+        self._waker.detach()
+
     def close(self) -> None:
         self.poller.close()
         self._wake.close()
@@ -131,9 +142,11 @@ class Loop:
     # Time.
 
     def _timeout(self) -> float | None:
-        if self._throttled or self._stalled or self._retries:
+        if self._throttled or self._stalled:
             return _RETRY
         due = self.service.next_deadline()
+        if self._timers:
+            due = self._timers[0][0] if due is None else min(due, self._timers[0][0])
         if self._slow:
             oldest = next(iter(self._slow))
             since = oldest.slow_since or 0.0
@@ -151,9 +164,8 @@ class Loop:
         for connection in list(self._stalled):
             self._stalled.pop(connection, None)
             self._resume(connection, now)
-        retries, self._retries = self._retries, []
-        for retry in retries:
-            self.attempt(retry, now)
+        while self._timers and self._timers[0][0] <= now:
+            self.attempt(heapq.heappop(self._timers)[2], now)
         self.attempt(self.service.tick, now)
         while self._slow:
             oldest = next(iter(self._slow))
@@ -169,9 +181,13 @@ class Loop:
             change(now)
         except (JournalBusy, KeeperUnavailable):
             if change != self.service.tick:  # that one comes round by itself
-                self._retries.append(change)
+                self.later(_RETRY, change)
         except FdshareError:
             log.exception("a change failed")
+
+    def later(self, delay: float, change: Callable[[float], None]) -> None:
+        """Attempts *change* in *delay* seconds; from the loop's thread."""
+        heapq.heappush(self._timers, (time.monotonic() + delay, next(self._order), change))
 
     # One connection.
 

@@ -32,6 +32,7 @@ from fdshare.errors import (
 )
 from fdshare.protocol import messages as m
 from fdshare.protocol.names import MAX_ENTRY_DESCRIPTORS, check_metadata, check_name, matcher
+from fdshare.protocol.patterns import Subscriptions
 from fdshare.protocol.wire import MAX_FRAME_DESCRIPTORS
 from fdshare.server.changes import (
     Change,
@@ -50,6 +51,7 @@ from fdshare.server.registry import Applied, Entry, Handle, Registry
 
 __all__ = ["JournalBusy", "LeaseState", "Service", "Session", "World"]
 
+Awaiting: TypeAlias = m.Fetch | m.Take | m.Wait
 LeaseState: TypeAlias = Literal["held", "confirmed", "dropped"]
 _PART = 1000  # names or entries in one part of a long answer
 
@@ -68,17 +70,17 @@ class Session:
     name: str = ""  # the client's connection id, from its Hello
     registrant: m.Registrant | None = None
     waiting: dict[int, Waiter] = field(default_factory=dict)
-    watches: dict[int, Callable[[str], object]] = field(default_factory=dict)
+    watches: dict[int, str] = field(default_factory=dict)  # id -> pattern
     route: Any = None  # how the world finds the client
 
 
 @dataclass(slots=True, eq=False)
 class Waiter:
-    """A fetch or take that waits for its name."""
+    """A request that waits for its name."""
 
     session: Session
     id: int
-    request: m.Fetch | m.Take
+    request: Awaiting
     deadline: float | None
     done: bool = False
 
@@ -141,12 +143,13 @@ class Service:
         )
         self._waiting: dict[str, deque[Waiter]] = {}
         self._wait_deadlines: list[tuple[float, int, Waiter]] = []
-        self._watchers: dict[Session, None] = {}
+        self._watchers: Subscriptions[Session] = Subscriptions()
         self._absent: dict[str, float] = {}
         self._order = count()  # between waits that end at the same moment
         self._handlers: dict[type, Callable[..., bool]] = {
             m.Fetch: self._fetch,
             m.Take: self._take,
+            m.Wait: self._wait,
             m.FetchMany: self._fetch_many,
             m.Register: self._register,
             m.Unregister: self._unregister,
@@ -186,7 +189,8 @@ class Service:
         """The client's connection has ended: nothing waits for it any more."""
         for waiter in list(session.waiting.values()):
             self._stop_waiting(waiter)
-        self._watchers.pop(session, None)
+        for id in list(session.watches):
+            self._stop_watching(session, id)
         if session.name in self.registry.answers:
             try:
                 self._commit(Record([Forget(session.name)]), [], 0.0)
@@ -367,7 +371,18 @@ class Service:
 
     # Waiting.
 
-    def _wait_for(self, session: Session, id: int, request: m.Fetch | m.Take, now: float) -> None:
+    def _wait(
+        self, session: Session, id: int, request: m.Wait, handles: list[Handle], now: float
+    ) -> bool:
+        self._permit("fetch", request.name, session)
+        entry = self._present(request.name, now)
+        if entry is None:
+            self._wait_for(session, id, request, now)
+        else:
+            self.world.answer(session, id, m.encode(m.Registered(entry.name, entry.generation)))
+        return False
+
+    def _wait_for(self, session: Session, id: int, request: Awaiting, now: float) -> None:
         """Keeps the request until its name appears."""
         check_name(request.name)
         wait = request.wait
@@ -390,6 +405,9 @@ class Service:
             try:
                 if type(waiter.request) is m.Take:
                     self._lease(waiter.session, waiter.id, entry, now)
+                elif type(waiter.request) is m.Wait:
+                    there = m.Registered(entry.name, entry.generation)
+                    self.world.answer(waiter.session, waiter.id, m.encode(there))
                 else:
                     self._give(waiter.session, waiter.id, entry)
             except JournalBusy:
@@ -419,9 +437,8 @@ class Service:
         waiter = session.waiting.get(request.target)
         if waiter is not None:
             self._give_up(waiter, FetchTimeout(waiter.request.name, 0.0))
-        elif session.watches.pop(request.target, None) is not None:
-            if not session.watches:
-                self._watchers.pop(session, None)
+        elif request.target in session.watches:
+            self._stop_watching(session, request.target)
             self.world.answer(session, request.target, _DONE)
         return False
 
@@ -432,14 +449,17 @@ class Service:
     ) -> bool:
         self._permit("watch", "", session)
         self._settle_all(now)
-        session.watches[id] = matcher(request.pattern)
-        self._watchers[session] = None
+        session.watches[id] = request.pattern
+        self._watchers.add(request.pattern, session)
         self.snapshot(session, id)
         return False
 
+    def _stop_watching(self, session: Session, id: int) -> None:
+        self._watchers.remove(session.watches.pop(id), session)
+
     def snapshot(self, session: Session, id: int) -> None:
         """Sends what is visible now to the watch *id*; later events carry later serials."""
-        matches = session.watches[id]
+        matches = matcher(session.watches[id])
         found = [
             m.Entry(e.name, e.generation)
             for e in self.registry.entries.values()
@@ -452,13 +472,8 @@ class Service:
 
     def _publish(self, events: Sequence[m.Event]) -> None:
         for event in events:
-            interested = [
-                session
-                for session in self._watchers
-                if any(
-                    w(event.name) or (event.old and w(event.old)) for w in session.watches.values()
-                )
-            ]
+            names = (event.name, event.old) if event.old else (event.name,)
+            interested = self._watchers.of(*names)
             if interested:
                 self.world.publish(interested, m.encode(event))
 

@@ -1,66 +1,61 @@
-"""One server process from its settings: listen, say that it is ready, serve, leave nothing behind.
+"""A server from its settings: listen, say that it is ready, serve, leave nothing behind.
 
-Everybody starts a server through here: the command line, `Manager.start()`, the private server of a
-process tree, and the keeper.
+Everybody starts a server through here: the command line, `Manager.start()` and the private server
+of a process tree.
 """
 
 from __future__ import annotations
 
 import logging
-import os
+import secrets
 import signal
+import socket
 from collections.abc import Callable
-from typing import Literal
-
-import msgspec
 
 from fdshare.kernel.endpoint import Listener, listen
-from fdshare.server.policy import Policy
-from fdshare.server.world import Options, Server
+from fdshare.server.keeper import run_keeper
+from fdshare.server.poller import READ
+from fdshare.server.registry import Registry
+from fdshare.server.settings import Settings, read_policy
+from fdshare.server.twin import Holdings
+from fdshare.server.world import Server, raise_descriptor_limit
 
-__all__ = ["Settings", "serve"]
+__all__ = ["serve"]
 
 log = logging.getLogger("fdshare.server")
 
 
-class Settings(msgspec.Struct, kw_only=True):
-    """How to serve. Plain data alone: a new process is handed it, and so is new code when the
-    server upgrades itself by exec; a callable would be lost there."""
-
-    path: str
-    mode: int = 0o600
-    backlog: int = 4096
-    keeper: bool = True
-    limits: dict[str, float | int] = {}
-    authkey: bytes | None = None
-    policy: str | None = None  # path of a TOML file
-    log_format: Literal["text", "json"] = "text"
-    log_level: str = "INFO"
-    metrics: str | None = None  # HOST:PORT for Prometheus text over HTTP
-
-
-def options(settings: Settings) -> Options:
-    """What of *settings* concerns the server itself. Raises: PolicyError, InvalidArgument."""
-    return Options(settings.limits, settings.authkey, lambda: _policy(settings.policy))
-
-
-def serve(settings: Settings, ready: Callable[[], None], listener: Listener | None = None) -> None:
-    """Serves until SIGTERM, SIGINT or a shutdown request; must run in the main thread.
+def serve(
+    settings: Settings,
+    ready: Callable[[], None],
+    listener: Listener | None = None,
+    control: socket.socket | None = None,
+) -> None:
+    """Serves until SIGTERM, SIGINT, a shutdown request or the end of *control*; in the main thread.
 
     *ready* is called once clients can connect. *listener*, taken over, replaces `settings.path`.
-    Raises: AddressInUse, EndpointError, PolicyError.
+    *control* is borrowed. Raises: AddressInUse, EndpointError, PolicyError.
     """
-    with listener or listen(settings.path, mode=settings.mode, backlog=settings.backlog) as bound:
-        server = Server(bound.socket, options(settings))
+    raise_descriptor_limit()
+    read_policy(settings)
+    bound = listener or listen(settings.path, mode=settings.mode, backlog=settings.backlog)
+    if settings.keeper:
+        holdings = Holdings(settings, bound, Registry(), secrets.token_hex(8), control)
+        run_keeper(holdings, ready)
+        return
+    with bound:
+        server = Server(bound.socket, settings)
+        if control is not None:
+            server.loop.poller.register(control.fileno(), READ, lambda events, now: server.stop())
         try:
-            with _signals(server):
+            with _Signals(server):
                 ready()
                 server.run()
         finally:
             server.shut_down()
 
 
-class _signals:
+class _Signals:
     """SIGTERM and SIGINT stop, SIGHUP reloads; the former handlers come back at the end."""
 
     def __init__(self, server: Server) -> None:
@@ -68,8 +63,8 @@ class _signals:
         self._former: dict[int, object] = {}
 
     def __enter__(self) -> None:
-        stop = {signal.SIGTERM: self._stop, signal.SIGINT: self._stop, signal.SIGHUP: self._reload}
-        for number, handler in stop.items():
+        ours = {signal.SIGTERM: self._stop, signal.SIGINT: self._stop, signal.SIGHUP: self._reload}
+        for number, handler in ours.items():
             self._former[number] = signal.signal(number, handler)
 
     def __exit__(self, *exc: object) -> None:
@@ -80,29 +75,4 @@ class _signals:
         self._server.stop()
 
     def _reload(self, number: int, frame: object) -> None:
-        self._server.loop.post(self._try_reload)
-
-    def _try_reload(self) -> None:
-        try:
-            self._server.reload_policy()
-            log.info("policy reloaded")
-        except ValueError as error:
-            log.error("the policy stays as it was: %s", error)
-
-
-def _policy(file: str | None) -> Policy:
-    """The default policy, or the one in *file*."""
-    if file is None:
-        return Policy(os.geteuid())
-    import grp
-    import pwd
-
-    with open(file, "rb") as stream:
-        text = stream.read()
-    return Policy.from_toml(
-        text,
-        file=file,
-        own_uid=os.geteuid(),
-        uid_of=lambda name: pwd.getpwnam(name).pw_uid,
-        gid_of=lambda name: grp.getgrnam(name).gr_gid,
-    )
+        self._server.loop.post(self._server.try_to_reload)

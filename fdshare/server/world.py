@@ -12,9 +12,8 @@ import resource
 import secrets
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import Final, Literal, Protocol
 
 import msgspec
@@ -30,13 +29,13 @@ from fdshare.server.door import Door
 from fdshare.server.handles import Closer, Handle
 from fdshare.server.limits import Limits
 from fdshare.server.loop import Loop
-from fdshare.server.policy import Policy
 from fdshare.server.poller import HANGUP, READ
 from fdshare.server.probe import describe_descriptor
 from fdshare.server.registry import Entry, Registry
 from fdshare.server.service import LeaseState, Service, Session
+from fdshare.server.settings import Settings, policy_of, read_policy
 
-__all__ = ["Journal", "Options", "Server"]
+__all__ = ["Journal", "Server", "raise_descriptor_limit"]
 
 log = logging.getLogger("fdshare.server")
 audit_log = logging.getLogger("fdshare.audit")
@@ -58,14 +57,8 @@ class Journal(Protocol):
     def command(self, verb: Literal["shutdown", "upgrade"], session: str, id: int) -> bool:
         """Passes it on; False where the answer comes later."""
 
-
-@dataclass(slots=True)
-class Options:
-    """What a server is told when it starts."""
-
-    limits: dict[str, float | int] = field(default_factory=dict)
-    authkey: bytes | None = None
-    policy: Callable[[], Policy] = lambda: Policy(os.geteuid())
+    def keep_policy(self, text: bytes | None) -> None:
+        """For a successor."""
 
 
 class Server:
@@ -75,7 +68,7 @@ class Server:
     def __init__(
         self,
         listener: socket.socket,
-        options: Options,
+        settings: Settings,
         *,
         registry: Registry | None = None,
         journal: Journal | None = None,
@@ -83,20 +76,20 @@ class Server:
     ) -> None:
         nofile = raise_descriptor_limit()
         self.registry = registry or Registry()
-        self.policy = options.policy()
+        self.policy = policy_of(settings)
         self.service = Service(
-            self.registry, self.policy, Limits.for_rlimit(nofile, **options.limits), self
+            self.registry, self.policy, Limits.for_rlimit(nofile, **settings.limits), self
         )
         self.journal_link = journal
         self.notes: dict[str, str] = {}
-        self._options = options
+        self.settings = settings
         self._closer = Closer()
         self._probes: ThreadPoolExecutor | None = None
         self._started = time.monotonic()
         self.loop = Loop(self._close)
         self.loop.service = self.service
         epoch = epoch or secrets.token_hex(8)
-        self.loop.door = Door(self.loop, listener, self.policy, epoch, options.authkey)
+        self.loop.door = Door(self.loop, listener, self.policy, epoch, settings.authkey)
         for entry in self.registry.entries.values():
             self.watch(entry)
 
@@ -116,6 +109,11 @@ class Server:
             self._probes.shutdown(wait=False, cancel_futures=True)
         self.loop.close()
         self._closer.stop(timeout=1.0)
+
+    def abandon(self) -> None:
+        """In a forked child: gives up all that is this process's alone, and closes none of it in
+        a way that the parent would feel."""
+        self.loop.abandon()
 
     # The World of the service.
 
@@ -228,9 +226,19 @@ class Server:
         )
 
     def reload_policy(self) -> None:
-        policy = self._options.policy()  # raises PolicyError: the old one stays
+        policy = read_policy(self.settings)  # raises PolicyError: the old one stays
         self.policy = self.service.policy = policy
         self.loop.door.use(policy)
+        if self.journal_link is not None:
+            self.journal_link.keep_policy(self.settings.policy_text)
+
+    def try_to_reload(self) -> None:
+        """As asked for by a signal, whose sender reads the log."""
+        try:
+            self.reload_policy()
+            log.info("policy reloaded")
+        except ValueError as error:
+            log.error("the policy stays as it was: %s", error)
 
     def command(self, verb: Literal["shutdown", "upgrade"], session: Session, id: int) -> bool:
         if self.journal_link is not None:

@@ -1,0 +1,446 @@
+"""Keeper: the twin that makes `kill -9` harmless. Speaks no protocol and to no client.
+
+It is the process that was started. It owns the listening socket and a copy of every descriptor,
+follows the server's journal, and forks a new server when the old one is dead. When the keeper dies
+it is the server that forks a new keeper. Either way round the survivor fences first (twin.py).
+
+    keeper ── fork ──> server       SOCK_SEQPACKET: records up, notes both ways
+       │  listener, lock, table        │  listener, table, connections
+       └── pidfd of the server         └── pidfd of the keeper
+
+Why no record is lost. The server writes it to the journal before it answers. If the server dies
+then, the record is in the socket's buffer and the keeper reads it before it forks a successor. If
+the keeper dies, the server has the table. A client whose answer was lost repeats the request, and
+finds the answer beside the table (`Registry.answers`).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Final, NoReturn, TypeAlias
+
+from fdshare.activation import notify
+from fdshare.kernel.ancillary import receive_into
+from fdshare.kernel.descriptor import Descriptor
+from fdshare.protocol import messages as m
+from fdshare.server import logs
+from fdshare.server.changes import Record
+from fdshare.server.handles import Closer, Handle
+from fdshare.server.link import Link
+from fdshare.server.poller import READ, Poller
+from fdshare.server.twin import (
+    Holdings,
+    Note,
+    close_all_but,
+    decode_letter,
+    encode_letter,
+    fence,
+    pidfd_of,
+)
+from fdshare.server.upgrade import (
+    Table,
+    Trial,
+    adopt,
+    dump_table,
+    exec_new_code,
+    read_table,
+)
+from fdshare.server.world import Server
+
+__all__ = ["Keeper", "Spawner"]
+
+log = logging.getLogger("fdshare.keeper")
+
+# What a server that has lost its keeper does about it: (journal, pidfd, pid) of a new one.
+Spawner: TypeAlias = Callable[[Server, Link], tuple[socket.socket, Descriptor, int]]
+
+_LETTER: Final = 1 << 17
+_CRASHES: Final = 5  # deaths of the server ...
+_WITHIN: Final = 10.0  # ... in so many seconds are a crash loop:
+_BACK_OFF: Final = 5.0  # wait this long before the next
+_DRAIN: Final = 5.0  # seconds a server that was told to end gets for its last answers
+_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
+
+
+class Keeper:
+    """One keeper: `run` is its life. *journal* and *server* are None until there is a server."""
+
+    def __init__(
+        self,
+        holdings: Holdings,
+        ready: Callable[[], None],
+        journal: socket.socket | None = None,
+        server: Descriptor | None = None,
+    ) -> None:
+        self._holdings = holdings
+        self._ready: Callable[[], None] | None = ready
+        self._journal = journal
+        self._server = server
+        self._poller = Poller()
+        self._closer = Closer()
+        self._fencing = False
+        self._deaths: deque[float] = deque(maxlen=_CRASHES)
+        self._start_at: float | None = None if journal is not None else 0.0
+        self._stopping_since: float | None = None
+        self._wake, self._waker = socket.socketpair()
+        self._signals: list[int] = []
+        self._buffer = bytearray(_LETTER)
+        self._trial: Trial | None = None
+        self._trial_until = 0.0
+        self._upgrade = Note("upgrade")
+
+    # Its life.
+
+    def run(self) -> None:
+        """Returns when the server has been told to end and has; nothing is held any more."""
+        for end in (self._wake, self._waker):
+            end.setblocking(False)
+        self._poller.register(self._wake.fileno(), READ, self._on_signal)
+        if self._holdings.control is not None:
+            self._poller.register(self._holdings.control.fileno(), READ, self._on_owner_gone)
+        for number in _SIGNALS:
+            signal.signal(number, self._note_signal)
+        if self._journal is not None:
+            self._follow()
+        while not self._ended():
+            self._turn()
+        notify("STOPPING=1")
+        self._let_go()
+
+    def _turn(self) -> None:
+        if self._start_at is not None and time.monotonic() >= self._start_at:
+            self._start_server()
+            if self._journal is None:
+                return
+        for key, events in self._poller.wait(self._timeout()):
+            key(events)  # type: ignore[operator]
+        if self._trial is not None and time.monotonic() > self._trial_until:
+            self._on_trial_over(0)
+        since = self._stopping_since
+        if since is not None and time.monotonic() > since + _DRAIN and self._server is not None:
+            log.warning("the server does not end, killed")
+            self._on_server_gone()
+
+    def _timeout(self) -> float | None:
+        if self._stopping_since is not None or self._trial is not None:
+            return 0.2
+        return None if self._start_at is None else max(self._start_at - time.monotonic(), 0.0)
+
+    def _ended(self) -> bool:
+        return self._stopping_since is not None and self._server is None
+
+    def _let_go(self) -> None:
+        self._holdings.listener.close()
+        for handle in list(self._holdings.registry.handles()):
+            self._closer.close(handle.fd)
+        self._closer.stop(timeout=1.0)
+        self._poller.close()
+        self._wake.close()
+        self._waker.close()
+
+    # Signals, and the owner.
+
+    def _note_signal(self, number: int, frame: object) -> None:
+        self._signals.append(number)
+        try:
+            self._waker.send(b"\0")
+        except OSError:
+            pass  # full: it wakes anyway
+
+    def _on_signal(self, events: int) -> None:
+        try:
+            self._wake.recv(4096)
+        except BlockingIOError:
+            pass
+        signals, self._signals = self._signals, []
+        for number in signals:
+            if number == signal.SIGUSR2:
+                self._start_upgrade(Note("upgrade"))
+            elif number == signal.SIGHUP:
+                self._tell(Note("reload"))
+            else:
+                self._stop()
+
+    def _on_owner_gone(self, events: int) -> None:
+        assert self._holdings.control is not None
+        self._poller.unregister(self._holdings.control.fileno())
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._stopping_since is None:
+            self._stopping_since = time.monotonic()
+            self._start_at = None
+            self._tell(Note("drain"))
+
+    # The server.
+
+    def _start_server(self) -> None:
+        self._start_at = None
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with pidfd_of(os.getpid()) as me:
+            try:
+                pid = os.fork()
+            except OSError as error:
+                log.error("no new server: %s", error)
+                ours.close()
+                theirs.close()
+                self._start_at = time.monotonic() + 1.0
+                return
+            if pid == 0:
+                _live(lambda: self._become_server(theirs, Descriptor(me.detach())))
+        theirs.close()
+        self._journal, self._server = ours, pidfd_of(pid)
+        self._follow()
+
+    def _follow(self) -> None:
+        """Watches the server and its journal, and says that we do."""
+        assert self._journal is not None
+        assert self._server is not None
+        self._journal.setblocking(False)
+        self._poller.register(self._journal.fileno(), READ, self._on_journal)
+        self._poller.register(self._server.fileno(), READ, self._on_death)
+        self._tell(Note("hello"))
+
+    def _become_server(self, journal: socket.socket, keeper: Descriptor) -> None:
+        """In the forked child: a server half, until it is drained."""
+        holdings, pid = self._holdings, os.getppid()
+        self._abandon()
+        close_all_but(holdings.descriptors() | {journal.fileno(), keeper.fileno()})
+        for number in _SIGNALS:
+            signal.signal(number, signal.SIG_IGN)  # the keeper commands
+        holdings.forget_other_half()
+        link = Link(journal, keeper, pid, spawn_keeper(holdings))
+        server = Server(
+            holdings.listener.socket,
+            holdings.settings,
+            registry=holdings.registry,
+            journal=link,
+            epoch=holdings.epoch,
+        )
+        link.attach(server)
+        link.hello()
+        server.service.expect(time.monotonic())
+        server.run()
+
+    def _abandon(self) -> None:
+        """In a forked child: gives up what is this keeper's alone."""
+        self._poller.close()
+        for sock in (self._wake, self._waker, self._journal):
+            if sock is not None:
+                sock.detach()
+        if self._server is not None:
+            self._server.detach()
+
+    def _on_death(self, events: int) -> None:
+        self._on_server_gone()
+
+    def _on_server_gone(self) -> None:
+        """Fence, read the journal to its end, and only then think of a successor."""
+        assert self._server is not None
+        assert self._journal is not None
+        self._poller.unregister(self._server.fileno())
+        self._poller.unregister(self._journal.fileno())
+        self._fencing = True
+        fence(self._server)
+        self._server.close()
+        while self._read_letter():
+            pass
+        self._fencing = False
+        self._journal.close()
+        self._server = self._journal = None
+        if self._stopping_since is None:
+            self._plan_successor()
+
+    def _plan_successor(self) -> None:
+        now = time.monotonic()
+        self._deaths.append(now)
+        self._start_at = now
+        if len(self._deaths) == _CRASHES and now - self._deaths[0] < _WITHIN:
+            log.error(
+                "the server died %d times in %d s; the table is kept, the next start is in %d s",
+                _CRASHES,
+                _WITHIN,
+                _BACK_OFF,
+            )
+            self._start_at = now + _BACK_OFF
+            self._deaths.clear()
+
+    # The journal.
+
+    def _on_journal(self, events: int) -> None:
+        # A few at a time: signals and the owner want to be heard too.
+        for _ in range(64):
+            if not self._read_letter():
+                return
+
+    def _read_letter(self) -> bool:
+        """Applies the next record; False where there is none now, or none any more."""
+        assert self._journal is not None
+        try:
+            count, descriptors, lost = receive_into(self._journal, self._buffer)
+        except (BlockingIOError, ConnectionResetError):
+            return False
+        if not count:
+            if not self._fencing:
+                self._on_server_gone()  # EOF is not death, but it will be
+            return False
+        if lost is not None:
+            # We hold what the server holds and no more, so this is a limit lowered under us. The
+            # server has the table: it makes a new keeper, and that one holds all of it.
+            log.critical("the journal lost descriptors (%s); making way for a new keeper", lost)
+            os._exit(1)
+        letter = decode_letter(bytes(memoryview(self._buffer)[:count]))
+        if isinstance(letter, Record):
+            self._apply(letter, [Handle(d) for d in descriptors])
+        else:
+            self._on_note(letter)
+        return True
+
+    def _apply(self, record: Record, handles: list[Handle]) -> None:
+        for handle in self._holdings.registry.apply(record, handles).closed:
+            self._closer.close(handle.fd)
+
+    def _on_note(self, note: Note) -> None:
+        if note.verb == "hello":
+            if self._ready is not None:
+                ready, self._ready = self._ready, None
+                ready()
+        elif note.verb == "shutdown":
+            self._stop()
+        elif note.verb == "upgrade":
+            self._start_upgrade(note)
+        elif note.verb == "policy":
+            self._holdings.settings.policy_text = note.data
+
+    def _tell(self, note: Note) -> None:
+        if self._journal is not None:
+            try:
+                self._journal.send(encode_letter(note))
+            except OSError as error:
+                log.warning("the server does not hear %r: %s", note.verb, error)
+
+    # New code.
+
+    def _start_upgrade(self, note: Note) -> None:
+        """Has the new code try the table, beside everything else that goes on."""
+        if self._trial is not None or self._stopping_since is not None or self._journal is None:
+            return
+        try:
+            self._trial = Trial(self._table(note))
+        except OSError as error:
+            self._upgrade_failed(str(error))
+            return
+        self._upgrade, self._trial_until = note, time.monotonic() + Trial.limit
+        self._poller.register(self._trial.fileno(), READ, self._on_trial_over)
+
+    def _on_trial_over(self, events: int) -> None:
+        trial, self._trial = self._trial, None
+        assert trial is not None
+        self._poller.unregister(trial.fileno())
+        if why := trial.verdict():
+            self._upgrade_failed(why)
+        elif self._journal is not None and self._stopping_since is None:
+            self._exec()
+
+    def _exec(self) -> None:
+        """Replaces this process's code; returns only if that failed.
+
+        The server stays as it is meanwhile. What it journals waits for the new code, and if that
+        dies or hangs, the server makes a keeper of the old.
+        """
+        self._tell(Note("upgrading"))
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # until the new code can hear them
+        try:
+            exec_new_code(self._table(self._upgrade))
+        except OSError as error:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+            self._upgrade_failed(str(error))
+            self._tell(Note("hello"))
+
+    def _upgrade_failed(self, why: str) -> None:
+        log.error("upgrade failed: %s; the old code goes on", why)
+        self._tell(Note("failed", data=why.encode()))
+
+    def _table(self, note: Note) -> Table:
+        assert self._journal is not None
+        assert self._server is not None
+        return dump_table(self._holdings, self._journal, self._server, note.session, note.id)
+
+    def relieve(self) -> None:
+        """Has the server of the old code answer what it has begun, and make room."""
+        self._tell(Note("drain"))
+
+
+def run_keeper(holdings: Holdings, ready: Callable[[], None]) -> None:
+    """Keeper and server, until they are told to end."""
+    Keeper(holdings, ready).run()
+
+
+def _live(life: Callable[[], None]) -> NoReturn:
+    """A forked half's life, from here to its end: what its parent had begun before the fork is not
+    its to unwind."""
+    status = 1
+    try:
+        life()
+        status = 0
+    except BaseException:
+        log.exception("process %d failed", os.getpid())
+    finally:
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def spawn_keeper(holdings: Holdings) -> Spawner:
+    """For a server whose keeper died: forks one that holds all that the server holds."""
+
+    def spawn(server: Server, link: Link) -> tuple[socket.socket, Descriptor, int]:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with pidfd_of(os.getpid()) as me:
+            try:
+                pid = os.fork()
+            except OSError:
+                ours.close()
+                theirs.close()
+                raise
+            if pid == 0:
+                parent = Descriptor(me.detach())
+                _live(lambda: _become_keeper(holdings, server, link, theirs, parent))
+        theirs.close()
+        return ours, pidfd_of(pid), pid
+
+    return spawn
+
+
+def _become_keeper(
+    holdings: Holdings, server: Server, link: Link, journal: socket.socket, parent: Descriptor
+) -> None:
+    """In the forked child of a server: a keeper, until it is told to end."""
+    server.abandon()
+    link.abandon()
+    close_all_but(holdings.descriptors() | {journal.fileno(), parent.fileno()})
+    holdings.forget_other_half()
+    holdings.take_listener()
+    notify(f"MAINPID={os.getpid()}")
+    Keeper(holdings, lambda: None, journal, parent).run()
+
+
+def resume(fd: int) -> int:
+    """The new code's first words, in the process that was the old keeper: exit status 0."""
+    table = read_table(fd)
+    logs.configure(table.settings)
+    journal, server = socket.socket(fileno=table.journal), Descriptor(table.server)
+    holdings = adopt(table)
+    if table.session:
+        done = Record([], table.session, table.id, m.encode(m.Done()))
+        holdings.registry.apply(done, [])
+    keeper = Keeper(holdings, lambda: None, journal, server)
+    keeper.relieve()
+    keeper.run()
+    return 0

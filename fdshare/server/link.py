@@ -1,0 +1,177 @@
+"""Link: the server's end of the journal, and what it does when its keeper dies."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import socket
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+from fdshare.errors import DescriptorLimit, FdshareError, KeeperUnavailable
+from fdshare.kernel.ancillary import send_message
+from fdshare.kernel.descriptor import Descriptor
+from fdshare.protocol import messages as m
+from fdshare.server.changes import Record
+from fdshare.server.poller import READ
+from fdshare.server.service import JournalBusy
+from fdshare.server.twin import Note, decode_letter, encode_letter, fence
+
+if TYPE_CHECKING:
+    from fdshare.server.keeper import Spawner
+    from fdshare.server.world import Server
+
+__all__ = ["Link"]
+
+log = logging.getLogger("fdshare.server")
+
+_LETTER = 1 << 17  # bytes; no letter is longer than a socket's send buffer
+_SILENCE = 15.0  # seconds that new code gets from the exec to its first word
+_RETRY = 0.1  # seconds until the next attempt to make a new keeper
+
+
+class Link:
+    """The `Journal` of a server that has a keeper.
+
+    A record is written before its client hears "ok", and needs no answer: what is in the buffer of
+    a SOCK_SEQPACKET pair survives the death of its writer.
+    """
+
+    def __init__(self, sock: socket.socket, keeper: Descriptor, pid: int, spawn: Spawner) -> None:
+        """Takes *sock* and the pidfd *keeper* over."""
+        self._sock = sock
+        self._keeper = keeper
+        self._pid: int | None = pid
+        self._spawn = spawn
+        self._acquainted = False  # the keeper has said hello: it holds what we hold
+        self._lost = False
+        self._asked: dict[tuple[str, int], None] = {}  # upgrades that wait for word
+        self._server: Server
+
+    def attach(self, server: Server) -> None:
+        """Watches the keeper from the server's loop."""
+        self._server = server
+        self._sock.setblocking(False)
+        server.loop.poller.register(self._sock.fileno(), READ, self._on_letter)
+        server.loop.poller.register(self._keeper.fileno(), READ, self._on_death)
+
+    def abandon(self) -> None:
+        """In a forked keeper: this end is the server's."""
+        self._sock.detach()
+        self._keeper.detach()
+
+    # Journal.
+
+    def write(self, record: Record, fds: Sequence[int]) -> None:
+        if self._lost:
+            raise JournalBusy
+        try:
+            send_message(self._sock, (encode_letter(record),), fds)
+        except (BlockingIOError, DescriptorLimit):  # full, or too much in flight: let it read
+            raise JournalBusy from None
+        except (BrokenPipeError, ConnectionResetError):
+            self._lose()
+            raise JournalBusy from None
+        except OSError as error:
+            if error.errno in (errno.ENOBUFS, errno.ENOMEM):
+                raise JournalBusy from None
+            raise KeeperUnavailable(str(error)) from None
+
+    def state(self) -> tuple[int | None, bool]:
+        return self._pid, self._acquainted and not self._lost
+
+    def command(self, verb: Literal["shutdown", "upgrade"], session: str, id: int) -> bool:
+        self._tell(Note(verb, session, id))
+        if verb == "upgrade":
+            self._asked[session, id] = None
+        return verb == "shutdown"
+
+    def keep_policy(self, text: bytes | None) -> None:
+        self._tell(Note("policy", data=text))
+
+    def hello(self) -> None:
+        """Tells the keeper that the server serves."""
+        self._tell(Note("hello"))
+
+    def _tell(self, note: Note) -> None:
+        try:
+            send_message(self._sock, (encode_letter(note),))
+        except OSError as error:
+            raise KeeperUnavailable(str(error)) from None
+
+    # What comes from the keeper.
+
+    def _on_letter(self, events: int, now: float) -> None:
+        try:
+            data = self._sock.recv(_LETTER)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self._lose()
+            return
+        note = decode_letter(data)
+        assert isinstance(note, Note)
+        if note.verb == "hello":
+            self._acquainted = True
+        elif note.verb == "drain":
+            self._server.stop()
+        elif note.verb == "reload":
+            self._server.try_to_reload()
+        elif note.verb == "upgrading":
+            self._acquainted = False
+            self._server.loop.later(_SILENCE, self._check_silence)
+        elif note.verb == "failed":
+            self._upgrade_failed((note.data or b"").decode())
+
+    def _check_silence(self, now: float) -> None:
+        """The keeper has put new code in its place, and that has not said a word since."""
+        if not self._acquainted and not self._lost:
+            self._upgrade_failed("the new code started and then hung; it was replaced by the old")
+            self._lose()
+
+    def _upgrade_failed(self, why: str) -> None:
+        """The old code goes on; those who asked are told why."""
+        self._server.notes["upgrade"] = why
+        body = m.encode(m.refusal(FdshareError(f"the upgrade failed, nothing has changed: {why}")))
+        asked, self._asked = self._asked, {}
+        for connection in list(self._server.loop.connections):
+            for session, id in asked:
+                if connection.session.name == session:
+                    self._server.loop.send(connection, id, body, ())
+
+    # The keeper's death.
+
+    def _on_death(self, events: int, now: float) -> None:
+        self._lose()
+
+    def _lose(self) -> None:
+        """The keeper is gone, or as good as: replaced between two requests, not in one."""
+        if not self._lost:
+            self._lost = True
+            self._server.loop.post(self._replace)
+
+    def _replace(self) -> None:
+        server = self._server
+        poller = server.loop.poller
+        poller.unregister(self._sock.fileno())
+        poller.unregister(self._keeper.fileno())
+        log.warning("keeper %s is gone, making a new one", self._pid)
+        if self._asked:
+            self._upgrade_failed("the new code died at its start; the old one goes on")
+        fence(self._keeper)
+        self._sock.close()
+        self._keeper.close()
+        self._try_to_replace(0.0)
+
+    def _try_to_replace(self, now: float) -> None:
+        try:
+            sock, keeper, pid = self._spawn(self._server, self)
+        except OSError as error:
+            log.error("no new keeper (%s); the table cannot be changed until there is one", error)
+            self._server.loop.later(_RETRY, self._try_to_replace)
+            return
+        self._sock, self._keeper, self._pid = sock, keeper, pid
+        self._lost = self._acquainted = False
+        self.attach(self._server)

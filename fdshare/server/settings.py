@@ -1,0 +1,65 @@
+"""Settings: how to serve, as plain data; and the policy that they name."""
+
+from __future__ import annotations
+
+import grp
+import os
+import pwd
+from typing import Literal
+
+import msgspec
+
+from fdshare.errors import PolicyError
+from fdshare.server.policy import Policy
+
+__all__ = ["Settings", "policy_of", "read_policy"]
+
+
+class Settings(msgspec.Struct, kw_only=True):
+    """Plain data alone: a new process is handed it, and so is new code when the server upgrades
+    itself by exec; a callable would be lost there."""
+
+    path: str
+    mode: int = 0o600
+    backlog: int = 4096
+    keeper: bool = True
+    limits: dict[str, float | int] = {}  # fields of Limits, by name
+    authkey: bytes | None = None
+    policy: str | None = None  # path of a TOML file
+    policy_text: bytes | None = None  # what was read there last, and was good
+    log_format: Literal["text", "json"] = "text"
+    log_level: str = "INFO"
+    metrics: str | None = None  # HOST:PORT for Prometheus text over HTTP
+
+
+def read_policy(settings: Settings) -> Policy:
+    """The policy in the file that *settings* name, whose text they remember from now on; the
+    default where they name none. Raises: PolicyError: the text they had stays."""
+    if settings.policy is None:
+        return Policy(os.geteuid())
+    try:
+        with open(settings.policy, "rb") as stream:
+            text = stream.read()
+    except OSError as error:
+        raise PolicyError(settings.policy, "the file", error.strerror or str(error)) from None
+    policy = _parse(settings.policy, text)
+    settings.policy_text = text
+    return policy
+
+
+def policy_of(settings: Settings) -> Policy:
+    """The policy of the remembered text: a successor decides as its predecessor did, whatever
+    the file has become since."""
+    if settings.policy is None or settings.policy_text is None:
+        return read_policy(settings)
+    return _parse(settings.policy, settings.policy_text)
+
+
+def _parse(file: str, text: bytes) -> Policy:
+    return Policy.from_toml(
+        text,
+        file=file,
+        own_uid=os.geteuid(),
+        uid_of=lambda name: pwd.getpwnam(name).pw_uid,
+        gid_of=lambda name: grp.getgrnam(name).gr_gid,
+    )

@@ -1,0 +1,146 @@
+"""What the two halves of a server have in common: what both hold, how one is told apart from its
+own death, and how a forked half starts clean.
+
+Rules found by killing a prototype a thousand times. EOF is not death: whoever takes over first
+kills the other by pidfd and waits for the pidfd. A new process closes every descriptor that is not
+in its table: one copy of a lease's other end that is left open, and the lease never ends.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import msgspec
+
+from fdshare.kernel.descriptor import Descriptor
+from fdshare.kernel.endpoint import Listener
+from fdshare.server.changes import Record
+from fdshare.server.registry import Registry
+from fdshare.server.settings import Settings
+
+__all__ = [
+    "Holdings",
+    "Note",
+    "close_all_but",
+    "decode_letter",
+    "encode_letter",
+    "fence",
+    "pidfd_of",
+    "reap",
+]
+
+
+@dataclass(slots=True)
+class Holdings:
+    """What survives either half. *control*: the owner's socket, whose end is the server's end."""
+
+    settings: Settings
+    listener: Listener
+    registry: Registry
+    epoch: str
+    control: socket.socket | None = None
+
+    def descriptors(self) -> set[int]:
+        """Every number that a new half must keep."""
+        kept = {self.listener.fileno(), *(handle.fd for handle in self.registry.handles())}
+        if (lock := self.listener.lock_fileno()) is not None:
+            kept.add(lock)
+        if self.control is not None:
+            kept.add(self.control.fileno())
+        return kept
+
+    def forget_other_half(self) -> None:
+        """In the forked process: the handles were watched and pinned over there."""
+        for handle in self.registry.handles():
+            handle.key, handle.pins, handle.closing = None, 0, False
+
+    def take_listener(self) -> None:
+        """Makes this process the one that is seen to listen, and that removes the path.
+
+        A Listener removes its path only in the process that made it, so it is made anew; and
+        SO_PEERCRED of a listening socket is whoever called listen(2) last.
+        """
+        address, inode = self.listener.address, self.listener.inode
+        sock, lock = self.listener.detach()
+        self.listener = Listener(address, sock, lock, inode)
+        sock.listen(self.settings.backlog)
+
+
+class Note(msgspec.Struct, tag="note"):
+    """Between the halves, beside the records.
+
+    From the server: "hello" (it serves), "policy" (*data* is the text of a new one), "shutdown" and
+    "upgrade" (a client's request, (*session*, *id*)). From the keeper: "hello" (it holds what the
+    server holds), "drain" (answer and end), "reload", "upgrading" (it will say hello again soon, or
+    is dead), "failed" (the upgrade, and why).
+    """
+
+    verb: Literal[
+        "hello", "policy", "shutdown", "upgrade", "drain", "reload", "upgrading", "failed"
+    ]
+    session: str = ""
+    id: int = 0
+    data: bytes | None = None
+
+
+Letter: TypeAlias = Record | Note
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(Letter)
+
+encode_letter = _encoder.encode
+decode_letter = _decoder.decode
+
+
+def pidfd_of(pid: int) -> Descriptor:
+    """A pidfd. The caller owns the result. *pid* must be this process or its unreaped child."""
+    return Descriptor(os.pidfd_open(pid))
+
+
+def fence(pidfd: Descriptor) -> None:
+    """Returns when the process is dead, by our hand if need be. Then, and not before, what it
+    wrote to us is all there is."""
+    try:
+        signal.pidfd_send_signal(pidfd.fileno(), signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    wait = select.poll()
+    wait.register(pidfd.fileno(), select.POLLIN)
+    wait.poll()
+    reap(pidfd)
+
+
+def reap(pidfd: Descriptor) -> None:
+    """Takes the exit status of the process, if it is our child and has ended."""
+    try:
+        os.waitid(os.P_PIDFD, pidfd.fileno(), os.WEXITED | os.WNOHANG)
+    except ChildProcessError:
+        pass
+
+
+def close_all_but(kept: Collection[int]) -> None:
+    """Closes every descriptor of this process but 0-2 and *kept*.
+
+    Objects that own one of the others must have been detached: closed later by its finalizer, the
+    number would be somebody else's.
+    """
+    low = 3
+    for fd in sorted(kept):
+        if fd >= low:
+            os.closerange(low, fd)
+            low = fd + 1
+    os.closerange(low, _highest() + 1)
+
+
+def _highest() -> int:
+    return max(map(int, _numbers()), default=2)
+
+
+def _numbers() -> Iterable[str]:
+    return os.listdir("/proc/self/fd")
