@@ -62,6 +62,7 @@ __all__ = [
     "Take",
     "Unregister",
     "Upgrade",
+    "Wait",
     "Watch",
     "Welcome",
     "decode_reply",
@@ -169,6 +170,13 @@ class Take(Request):
 
     name: str
     wait: float | None = 0.0
+
+
+class Wait(Request):
+    """Answered by a Registered when the name is there: a Fetch that moves no descriptors."""
+
+    name: str
+    wait: float | None = None
 
 
 class FetchMany(Request):
@@ -413,6 +421,7 @@ AnyRequest: TypeAlias = (
     | Register
     | Fetch
     | Take
+    | Wait
     | FetchMany
     | Unregister
     | Rename

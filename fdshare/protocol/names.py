@@ -15,6 +15,7 @@ __all__ = [
     "MAX_NAME",
     "check_metadata",
     "check_name",
+    "has_wildcards",
     "matcher",
 ]
 
@@ -55,10 +56,15 @@ def check_metadata(metadata: Mapping[str, str]) -> None:
         raise InvalidArgument("metadata", f"{size} bytes, at most {MAX_METADATA} in all")
 
 
+def has_wildcards(pattern: str) -> bool:
+    """False where *pattern* matches itself and nothing else."""
+    return any(special in pattern for special in "*?[")
+
+
 def matcher(pattern: str) -> Callable[[str], object]:
     """A test for names: shell wildcards as in fnmatch(3) without flags, `*` crosses `/`."""
     if pattern == "*":
         return lambda name: True
-    if not any(special in pattern for special in "*?["):
+    if not has_wildcards(pattern):
         return pattern.__eq__
     return re.compile(translate(pattern)).match

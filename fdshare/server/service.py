@@ -449,6 +449,8 @@ class Service:
     ) -> bool:
         self._permit("watch", "", session)
         self._settle_all(now)
+        if id in session.watches:
+            self._stop_watching(session, id)
         session.watches[id] = request.pattern
         self._watchers.add(request.pattern, session)
         self.snapshot(session, id)

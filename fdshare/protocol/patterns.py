@@ -1,0 +1,62 @@
+"""Subscriptions: who is interested in which names, so that one event costs one look-up a pattern.
+
+Thousands wait for a name of their own, and thousands watch the same few patterns: a plain name is
+found in a dictionary, and each pattern with wildcards is tried once, however many share it. The
+server and the asynchronous client both route their events through it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Generic, TypeVar
+
+from fdshare.protocol.names import has_wildcards, matcher
+
+__all__ = ["Subscriptions"]
+
+S = TypeVar("S", bound=Hashable)
+
+
+class Subscriptions(Generic[S]):
+    """A multiset of (pattern, subscriber)."""
+
+    def __init__(self) -> None:
+        self._plain: dict[str, dict[S, int]] = {}
+        self._wild: dict[str, tuple[Callable[[str], object], dict[S, int]]] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._plain or self._wild)
+
+    def add(self, pattern: str, subscriber: S) -> None:
+        """*subscriber* is found for names that match, until it was removed as often as added."""
+        counts = self._counts(pattern)
+        counts[subscriber] = counts.get(subscriber, 0) + 1
+
+    def remove(self, pattern: str, subscriber: S) -> None:
+        """Undoes one `add`; KeyError where there was none."""
+        wild = has_wildcards(pattern)
+        counts = self._wild[pattern][1] if wild else self._plain[pattern]
+        counts[subscriber] -= 1
+        if not counts[subscriber]:
+            del counts[subscriber]
+        if not counts:
+            del (self._wild if wild else self._plain)[pattern]
+
+    def of(self, *names: str) -> list[S]:
+        """The subscribers of at least one of *names*, each once, in no order that is promised."""
+        found: dict[S, None] = {}
+        for name in names:
+            if name in self._plain:
+                found.update(dict.fromkeys(self._plain[name]))
+        for matches, counts in self._wild.values():
+            if any(map(matches, names)):
+                found.update(dict.fromkeys(counts))
+        return list(found)
+
+    def _counts(self, pattern: str) -> dict[S, int]:
+        if not has_wildcards(pattern):
+            return self._plain.setdefault(pattern, {})
+        known = self._wild.get(pattern)
+        if known is None:
+            known = self._wild[pattern] = (matcher(pattern), {})
+        return known[1]
