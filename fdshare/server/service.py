@@ -54,6 +54,7 @@ __all__ = ["JournalBusy", "LeaseState", "Service", "Session", "World"]
 Awaiting: TypeAlias = m.Fetch | m.Take | m.Wait
 LeaseState: TypeAlias = Literal["held", "confirmed", "dropped"]
 _PART = 1000  # names or entries in one part of a long answer
+_AGAIN = 0.01  # seconds until those who wait for a name are looked at again
 
 
 class JournalBusy(Exception):
@@ -100,20 +101,23 @@ class World(Protocol):
         """Returns once the keeper is bound to learn it. Raises: JournalBusy, KeeperUnavailable."""
 
     def lease_pair(self) -> tuple[Handle, Handle]:
-        """A new lease: (our end, the taker's)."""
+        """A new lease: (our end, the taker's). Raises: DescriptorLimit."""
 
     def lease_state(self, ours: Handle, *, revoke: bool = False) -> LeaseState:
         """What the taker has done; with *revoke* it can do nothing more: never "held"."""
 
     def owner_guard(self, session: Session) -> Handle:
-        """A pidfd of the client's process."""
+        """A pidfd of the client's process. Raises: DescriptorLimit, InvalidArgument,
+        UnsupportedPlatform."""
 
     def registrant(self, session: Session) -> m.Registrant: ...
 
     def watch(self, entry: Entry) -> None:
-        """Tell `hung_up` and `lease_moved` when guard, descriptors or lease of *entry* stir."""
+        """Tell `hung_up` and `lease_moved` when guard, descriptors or lease of *entry* stir.
+        Never fails: the change is made, what cannot be watched is not."""
 
-    def close(self, handles: Sequence[Handle]) -> None: ...
+    def close(self, handles: Sequence[Handle]) -> None:
+        """Never fails, never blocks."""
 
     def probe(self, session: Session, id: int, entries: Sequence[Entry], now: float) -> None:
         """Answers with an InfoList, when the kernel has been asked; may take a while."""
@@ -143,6 +147,8 @@ class Service:
         )
         self._waiting: dict[str, deque[Waiter]] = {}
         self._wait_deadlines: list[tuple[float, int, Waiter]] = []
+        self._stale = 0  # how many of them are of waits that are over
+        self._unserved: dict[str, float] = {}  # names whose waiters were not served: when to try
         self._watchers: Subscriptions[Session] = Subscriptions()
         self._absent: dict[str, float] = {}
         self._order = count()  # between waits that end at the same moment
@@ -206,7 +212,10 @@ class Service:
             self._commit(Record(changes), [], now)
             return
         if guard and entry.grace:
-            changes.append(Linger(entry.name, entry.generation, now + entry.grace))
+            until = now + entry.grace
+            if entry.expires is not None:  # the grace does not prolong the time to live
+                until = min(until, entry.expires)
+            changes.append(Linger(entry.name, entry.generation, until))
         else:
             changes.append(Drop(entry.name, entry.generation, "hung_up"))
         self._commit(Record(changes), [], now)
@@ -222,11 +231,15 @@ class Service:
 
     def tick(self, now: float) -> None:
         """Everything that is due at *now*: expiries, leases held too long, waits that are over."""
-        while self._wait_deadlines and self._wait_deadlines[0][0] <= now:
-            _, _, waiter = heapq.heappop(self._wait_deadlines)
-            if not waiter.done:
-                self._give_up(waiter, FetchTimeout(waiter.request.name, waiter.request.wait or 0.0))
+        while (deadline := self._next_wait()) is not None and deadline <= now:
+            waiter = self._wait_deadlines[0][2]
+            self._give_up(waiter, FetchTimeout(waiter.request.name, waiter.request.wait or 0.0))
+        for name in [name for name, again in self._unserved.items() if again <= now]:
+            del self._unserved[name]
+            self._wake(name, now)
         for entry in self.registry.expired(now):
+            if self.registry.entries.get(entry.name) is not entry:
+                continue  # it was due twice
             changes = self._settle(entry, revoke=True)
             if not self._is_taken(changes):
                 changes = [Drop(entry.name, entry.generation, "expired")]
@@ -235,13 +248,14 @@ class Service:
         if self._absent:
             self._forget_absent(now)
         for entry in self._leases_too_old(now):
-            self._commit(Record(self._settle(entry, revoke=True)), [], now)
+            if changes := self._settle(entry, revoke=True):
+                self._commit(Record(changes), [], now)
 
     def next_deadline(self) -> float | None:
         """When to call `tick` next; None where nothing is due."""
-        while self._wait_deadlines and self._wait_deadlines[0][2].done:
-            heapq.heappop(self._wait_deadlines)
-        due = [self._wait_deadlines[0][0]] if self._wait_deadlines else []
+        due = list(self._unserved.values())
+        if (wait := self._next_wait()) is not None:
+            due.append(wait)
         if (expiry := self.registry.next_deadline()) is not None:
             due.append(expiry)
         if self._absent:
@@ -251,6 +265,13 @@ class Service:
             if oldest.lease is not None:
                 due.append(oldest.lease.at + self.limits.lease_timeout)
         return min(due, default=None)
+
+    def _next_wait(self) -> float | None:
+        """When the next wait is over."""
+        while self._wait_deadlines and self._wait_deadlines[0][2].done:
+            heapq.heappop(self._wait_deadlines)
+            self._stale -= 1
+        return self._wait_deadlines[0][0] if self._wait_deadlines else None
 
     def expect(self, now: float) -> None:
         """After a server's death: the clients whose answers are remembered have until the session
@@ -388,13 +409,27 @@ class Service:
         wait = request.wait
         if wait is not None and not wait > 0:
             raise NameNotFound(request.name)
-        if len(session.waiting) >= self.limits.max_waiting:
-            raise QuotaExceeded("max_waiting", self.limits.max_waiting, len(session.waiting))
+        self._check_waiting(session, id)
         waiter = Waiter(session, id, request, None if wait is None else now + wait)
         session.waiting[id] = waiter
         self._waiting.setdefault(request.name, deque()).append(waiter)
         if waiter.deadline is not None:
             heapq.heappush(self._wait_deadlines, (waiter.deadline, next(self._order), waiter))
+
+    def _check_waiting(self, session: Session, id: int) -> None:
+        """Refuses one wait or watch too many, and an id that one goes by already."""
+        if id in session.waiting or id in session.watches:
+            raise InvalidArgument("id", f"request {id} of this connection is still under way")
+        used = len(session.waiting) + len(session.watches)
+        self._quota("max_waiting", self.limits.max_waiting, used, 1)
+
+    def _keep_waiting(self, waiter: Waiter) -> None:
+        """Puts *waiter* back to the front of its queue."""
+        waiter.done = False
+        waiter.session.waiting[waiter.id] = waiter
+        self._waiting.setdefault(waiter.request.name, deque()).appendleft(waiter)
+        if waiter.deadline is not None:
+            self._stale -= 1
 
     def _wake(self, name: str, now: float) -> None:
         """Serves those who wait for *name*, in their order, while it is there."""
@@ -402,6 +437,10 @@ class Service:
             entry = self.registry.visible(name)
             if entry is None:
                 return
+            if waiter.done:  # answering one of them showed that this one's client is gone
+                continue
+            # Before it is answered: should the client turn out to be gone, its waits end here too.
+            self._stop_waiting(waiter)
             try:
                 if type(waiter.request) is m.Take:
                     self._lease(waiter.session, waiter.id, entry, now)
@@ -411,25 +450,34 @@ class Service:
                 else:
                     self._give(waiter.session, waiter.id, entry)
             except JournalBusy:
-                return  # still waiting; the next change of the name wakes it again
+                self._keep_waiting(waiter)
+                self._unserved[name] = now + _AGAIN
+                return
             except FdshareError as error:
-                self._give_up(waiter, error)
-                continue
-            self._stop_waiting(waiter)
+                self._refuse(waiter, error)
 
     def _give_up(self, waiter: Waiter, error: FdshareError) -> None:
         self._stop_waiting(waiter)
+        self._refuse(waiter, error)
+
+    def _refuse(self, waiter: Waiter, error: FdshareError) -> None:
         self.counters["refused"] += 1
         self.world.answer(waiter.session, waiter.id, m.encode(m.refusal(error)))
 
     def _stop_waiting(self, waiter: Waiter) -> None:
         waiter.done = True
-        waiter.session.waiting.pop(waiter.id, None)
-        queue = self._waiting.get(waiter.request.name)
-        if queue is not None:
-            queue.remove(waiter)
-            if not queue:
-                del self._waiting[waiter.request.name]
+        del waiter.session.waiting[waiter.id]
+        queue = self._waiting[waiter.request.name]
+        queue.remove(waiter)
+        if not queue:
+            del self._waiting[waiter.request.name]
+        if waiter.deadline is None:
+            return
+        self._stale += 1  # its deadline, in the heap
+        if self._stale > 64 + len(self._wait_deadlines) // 2:
+            self._wait_deadlines = [item for item in self._wait_deadlines if not item[2].done]
+            heapq.heapify(self._wait_deadlines)
+            self._stale = 0
 
     def _cancel(
         self, session: Session, id: int, request: m.Cancel, handles: list[Handle], now: float
@@ -448,9 +496,8 @@ class Service:
         self, session: Session, id: int, request: m.Watch, handles: list[Handle], now: float
     ) -> bool:
         self._permit("watch", "", session)
+        self._check_waiting(session, id)
         self._settle_all(now)
-        if id in session.watches:
-            self._stop_watching(session, id)
         session.watches[id] = request.pattern
         self._watchers.add(request.pattern, session)
         self.snapshot(session, id)
@@ -484,8 +531,7 @@ class Service:
     def _register(
         self, session: Session, id: int, request: m.Register, handles: list[Handle], now: float
     ) -> bool:
-        if (known := self.registry.answer(session.name, id)) is not None:
-            self.world.answer(session, id, known)
+        if self._answered_before(session, id):
             return False
         guarded = request.lifetime != "server"
         own = len(handles) - (request.lifetime == "connection")
@@ -529,6 +575,15 @@ class Service:
     def _told(self, session: Session, id: int, reply: bytes) -> None:
         self.world.answer(session, id, reply)
 
+    def _answered_before(self, session: Session, id: int) -> bool:
+        """True where the request is a repeat: its client has its first answer now."""
+        # Clients without a session repeat nothing, and must not get each other's answers.
+        known = self.registry.answer(session.name, id) if session.name else None
+        if known is None:
+            return False
+        self.world.answer(session, id, known)
+        return True
+
     def _check_registration(self, request: m.Register, count: int) -> None:
         check_name(request.name)
         check_metadata(request.metadata)
@@ -565,6 +620,8 @@ class Service:
         usage = registry.usage(session.subject.uid)
         mine = former is not None and former.registrant.uid == session.subject.uid
         self._quota("max_names_per_uid", limits.max_names_per_uid, usage.names - mine, 1)
+        # Of the replaced one all but the lease: that counts for nobody.
+        freed -= former is not None and former.lease is not None
         used = usage.descriptors - (freed if mine else 0)
         self._quota("max_descriptors_per_uid", limits.max_descriptors_per_uid, used, count)
 
@@ -604,8 +661,7 @@ class Service:
     def _unregister(
         self, session: Session, id: int, request: m.Unregister, handles: list[Handle], now: float
     ) -> bool:
-        if (known := self.registry.answer(session.name, id)) is not None:
-            self.world.answer(session, id, known)
+        if self._answered_before(session, id):
             return False
         self._permit("unregister", request.name, session)
         entry = self.registry.entries.get(request.name)
@@ -630,8 +686,7 @@ class Service:
     def _rename(
         self, session: Session, id: int, request: m.Rename, handles: list[Handle], now: float
     ) -> bool:
-        if (known := self.registry.answer(session.name, id)) is not None:
-            self.world.answer(session, id, known)
+        if self._answered_before(session, id):
             return False
         check_name(request.new)
         self._permit("unregister", request.old, session)
@@ -702,9 +757,9 @@ class Service:
             "shutdown" if type(request) is m.Shutdown else "upgrade"
         )
         self._permit(verb, "", session)
-        if (known := self.registry.answer(session.name, id)) is not None:
-            self.world.answer(session, id, known)  # we are the successor that was asked for
-        elif self.world.command(verb, session, id):
+        if self._answered_before(session, id):  # we are the successor that was asked for
+            return False
+        if self.world.command(verb, session, id):
             self.world.answer(session, id, _DONE)
         return False
 
