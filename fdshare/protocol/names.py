@@ -24,6 +24,7 @@ MAX_METADATA: Final = 4096  # bytes of all keys and values together
 # SCM_MAX_FD is 253; an entry shares its message with a lifeline, and the journal adds its own.
 MAX_ENTRY_DESCRIPTORS: Final = 250
 
+_MAX_PATTERN: Final = 4 * MAX_NAME  # a name whose every character is in brackets, and more
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
@@ -62,9 +63,14 @@ def has_wildcards(pattern: str) -> bool:
 
 
 def matcher(pattern: str) -> Callable[[str], object]:
-    """A test for names: shell wildcards as in fnmatch(3) without flags, `*` crosses `/`."""
+    """A test for names: shell wildcards as in fnmatch(3) without flags, `*` crosses `/`.
+
+    Raises: InvalidArgument: it is longer than any that a name needs.
+    """
     if pattern == "*":
         return lambda name: True
+    if len(pattern) > _MAX_PATTERN:  # translating one takes time that grows with its square
+        raise InvalidArgument("pattern", f"{len(pattern)} characters, at most {_MAX_PATTERN}")
     if not has_wildcards(pattern):
         return pattern.__eq__
     return re.compile(translate(pattern)).match
