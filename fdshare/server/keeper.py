@@ -36,6 +36,9 @@ from fdshare.server.handles import Closer, Handle
 from fdshare.server.link import Link
 from fdshare.server.poller import READ, Poller
 from fdshare.server.twin import (
+    BACK_OFF,
+    DEATHS,
+    WITHIN,
     Holdings,
     Note,
     close_all_but,
@@ -59,12 +62,9 @@ __all__ = ["Keeper", "Spawner"]
 log = logging.getLogger("fdshare.keeper")
 
 # What a server that has lost its keeper does about it: (journal, pidfd, pid) of a new one.
-Spawner: TypeAlias = Callable[[Server, Link], tuple[socket.socket, Descriptor, int]]
+Spawner: TypeAlias = Callable[[Server], tuple[socket.socket, Descriptor, int]]
 
 _LETTER: Final = 1 << 17
-_CRASHES: Final = 5  # deaths of the server ...
-_WITHIN: Final = 10.0  # ... in so many seconds are a crash loop:
-_BACK_OFF: Final = 5.0  # wait this long before the next
 _DRAIN: Final = 5.0  # seconds a server that was told to end gets for its last answers
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
 
@@ -86,7 +86,7 @@ class Keeper:
         self._poller = Poller()
         self._closer = Closer()
         self._fencing = False
-        self._deaths: deque[float] = deque(maxlen=_CRASHES)
+        self._deaths: deque[float] = deque(maxlen=DEATHS)
         self._start_at: float | None = None if journal is not None else 0.0
         self._stopping_since: float | None = None
         self._wake, self._waker = socket.socketpair()
@@ -239,7 +239,8 @@ class Keeper:
             self._server.detach()
 
     def _on_death(self, events: int) -> None:
-        self._on_server_gone()
+        if self._server is not None:  # else its journal had ended in the same batch
+            self._on_server_gone()
 
     def _on_server_gone(self) -> None:
         """Fence, read the journal to its end, and only then think of a successor."""
@@ -262,14 +263,14 @@ class Keeper:
         now = time.monotonic()
         self._deaths.append(now)
         self._start_at = now
-        if len(self._deaths) == _CRASHES and now - self._deaths[0] < _WITHIN:
+        if len(self._deaths) == DEATHS and now - self._deaths[0] < WITHIN:
             log.error(
                 "the server died %d times in %d s; the table is kept, the next start is in %d s",
-                _CRASHES,
-                _WITHIN,
-                _BACK_OFF,
+                DEATHS,
+                WITHIN,
+                BACK_OFF,
             )
-            self._start_at = now + _BACK_OFF
+            self._start_at = now + BACK_OFF
             self._deaths.clear()
 
     # The journal.
@@ -277,7 +278,7 @@ class Keeper:
     def _on_journal(self, events: int) -> None:
         # A few at a time: signals and the owner want to be heard too.
         for _ in range(64):
-            if not self._read_letter():
+            if self._journal is None or not self._read_letter():
                 return
 
     def _read_letter(self) -> bool:
@@ -400,7 +401,7 @@ def _live(life: Callable[[], None]) -> NoReturn:
 def spawn_keeper(holdings: Holdings) -> Spawner:
     """For a server whose keeper died: forks one that holds all that the server holds."""
 
-    def spawn(server: Server, link: Link) -> tuple[socket.socket, Descriptor, int]:
+    def spawn(server: Server) -> tuple[socket.socket, Descriptor, int]:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with pidfd_of(os.getpid()) as me:
             try:
@@ -411,7 +412,7 @@ def spawn_keeper(holdings: Holdings) -> Spawner:
                 raise
             if pid == 0:
                 parent = Descriptor(me.detach())
-                _live(lambda: _become_keeper(holdings, server, link, theirs, parent))
+                _live(lambda: _become_keeper(holdings, server, theirs, parent))
         theirs.close()
         return ours, pidfd_of(pid), pid
 
@@ -419,11 +420,10 @@ def spawn_keeper(holdings: Holdings) -> Spawner:
 
 
 def _become_keeper(
-    holdings: Holdings, server: Server, link: Link, journal: socket.socket, parent: Descriptor
+    holdings: Holdings, server: Server, journal: socket.socket, parent: Descriptor
 ) -> None:
     """In the forked child of a server: a keeper, until it is told to end."""
     server.abandon()
-    link.abandon()
     close_all_but(holdings.descriptors() | {journal.fileno(), parent.fileno()})
     holdings.forget_other_half()
     holdings.take_listener()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import logging
 import socket
+import time
+from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
@@ -15,7 +17,7 @@ from fdshare.protocol import messages as m
 from fdshare.server.changes import Record
 from fdshare.server.poller import READ
 from fdshare.server.service import JournalBusy
-from fdshare.server.twin import Note, decode_letter, encode_letter, fence
+from fdshare.server.twin import BACK_OFF, DEATHS, WITHIN, Note, decode_letter, encode_letter, fence
 
 if TYPE_CHECKING:
     from fdshare.server.keeper import Spawner
@@ -45,6 +47,7 @@ class Link:
         self._spawn = spawn
         self._acquainted = False  # the keeper has said hello: it holds what we hold
         self._lost = False
+        self._deaths: deque[float] = deque(maxlen=DEATHS)
         self._asked: dict[tuple[str, int], None] = {}  # upgrades that wait for word
         self._server: Server
 
@@ -54,11 +57,6 @@ class Link:
         self._sock.setblocking(False)
         server.loop.poller.register(self._sock.fileno(), READ, self._on_letter)
         server.loop.poller.register(self._keeper.fileno(), READ, self._on_death)
-
-    def abandon(self) -> None:
-        """In a forked keeper: this end is the server's."""
-        self._sock.detach()
-        self._keeper.detach()
 
     # Journal.
 
@@ -163,11 +161,18 @@ class Link:
         fence(self._keeper)
         self._sock.close()
         self._keeper.close()
-        self._try_to_replace(0.0)
+        now = time.monotonic()
+        self._deaths.append(now)
+        if len(self._deaths) == DEATHS and now - self._deaths[0] < WITHIN:
+            log.error("%d keepers died in %d s; the next is made in %d s", DEATHS, WITHIN, BACK_OFF)
+            self._deaths.clear()
+            server.loop.later(BACK_OFF, self._try_to_replace)
+        else:
+            self._try_to_replace(now)
 
     def _try_to_replace(self, now: float) -> None:
         try:
-            sock, keeper, pid = self._spawn(self._server, self)
+            sock, keeper, pid = self._spawn(self._server)
         except OSError as error:
             log.error("no new keeper (%s); the table cannot be changed until there is one", error)
             self._server.loop.later(_RETRY, self._try_to_replace)

@@ -14,7 +14,7 @@ import signal
 import socket
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Final, Literal, TypeAlias
 
 import msgspec
 
@@ -25,6 +25,9 @@ from fdshare.server.registry import Registry
 from fdshare.server.settings import Settings
 
 __all__ = [
+    "BACK_OFF",
+    "DEATHS",
+    "WITHIN",
     "Holdings",
     "Note",
     "close_all_but",
@@ -34,6 +37,13 @@ __all__ = [
     "pidfd_of",
     "reap",
 ]
+
+
+# A half that dies so many times within so many seconds has a reason that will not go away: the
+# survivor keeps the table and waits a while before it makes the next.
+DEATHS: Final = 5
+WITHIN: Final = 10.0
+BACK_OFF: Final = 5.0
 
 
 @dataclass(slots=True)
