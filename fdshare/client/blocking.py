@@ -304,6 +304,10 @@ class Client:
         back under its name if this process dies before. The caller owns the result."""
         return self._do(verbs.take(name, timeout))
 
+    def take_raw(self, name: str, *, timeout: float | None = 0) -> list[Descriptor]:
+        """As `take`, but the bare descriptors, whatever their kind. The caller owns the result."""
+        return self._do(verbs.take_raw(name, timeout))
+
     def unregister(self, name: str, *, if_generation: int | None = None) -> None:
         """The server lets go of the entry. Raises: NameNotFound, GenerationMismatch,
         AccessDenied."""

@@ -104,6 +104,15 @@ def take(name: str, timeout: float | None) -> Steps[Any]:
         obj.close()
 
 
+def take_raw(name: str, timeout: float | None) -> Steps[list[Descriptor]]:
+    while True:
+        parts = yield Exchange(m.Take(name, timeout), wait=timeout)
+        with parts.descriptors.pop() as lease:
+            if _confirm(lease):
+                return parts.descriptors
+        close_all(parts.descriptors)
+
+
 def _confirm(lease: Descriptor) -> bool:
     """One byte on the lease; False where it was revoked. Never blocks: the buffer is empty."""
     sock = lease.socket()
