@@ -60,6 +60,7 @@ class Manager(Client):
             keeper=keeper,
             limits=limits or {},
             authkey=self._authkey,
+            log_level="WARNING",
             policy=None if policy is None else os.fspath(policy),
         )
         self._process: subprocess.Popen[bytes] | None = None

@@ -358,6 +358,11 @@ class Client:
         """The server reads its policy file again. Raises: PolicyError; the old one stays."""
         self._do(verbs.simple(m.Reload()))
 
+    def upgrade(self) -> None:
+        """Returns when the server runs the code that is installed now, with all that it holds; the
+        keeper's pid stays. Raises: FdshareError: why not; nothing has changed then."""
+        self._do(verbs.simple(m.Upgrade()))
+
     def shutdown(self) -> None:
         """Ends the server and all that it holds."""
         self._do(verbs.simple(m.Shutdown()))

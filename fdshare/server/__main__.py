@@ -6,7 +6,6 @@ it is closed, by intent or because its process died, the server ends.
 
 from __future__ import annotations
 
-import logging
 import signal
 import socket
 import struct
@@ -17,6 +16,7 @@ import msgspec
 
 from fdshare.errors import FdshareError
 from fdshare.protocol import messages as m
+from fdshare.server import logs
 from fdshare.server.serving import serve
 from fdshare.server.settings import Settings
 
@@ -42,8 +42,8 @@ def main(fd: int) -> int:
     """Exit status 0, or 1 where it could not start, which the owner is told."""
     control = socket.socket(fileno=fd)
     control.set_inheritable(False)
-    logging.basicConfig(level=logging.WARNING, format="fdshare[%(process)d]: %(message)s")
     settings = msgspec.msgpack.decode(read_message(control), type=Settings)
+    logs.configure(settings)
 
     def ready() -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is the owner's

@@ -98,8 +98,12 @@ class Keeper:
 
     # Its life.
 
-    def run(self) -> None:
-        """Returns when the server has been told to end and has; nothing is held any more."""
+    def run(self, *, relieve: bool = False) -> None:
+        """Returns when the server has been told to end and has; nothing is held any more.
+
+        With *relieve* the server that is there is of older code: it answers what it has begun, and
+        makes room for one of ours.
+        """
         for end in (self._wake, self._waker):
             end.setblocking(False)
         self._poller.register(self._wake.fileno(), READ, self._on_signal)
@@ -109,6 +113,8 @@ class Keeper:
             signal.signal(number, self._note_signal)
         if self._journal is not None:
             self._follow()
+            if relieve:
+                self._tell(Note("drain"))
         while not self._ended():
             self._turn()
         notify("STOPPING=1")
@@ -374,10 +380,6 @@ class Keeper:
         assert self._server is not None
         return dump_table(self._holdings, self._journal, self._server, note.session, note.id)
 
-    def relieve(self) -> None:
-        """Has the server of the old code answer what it has begun, and make room."""
-        self._tell(Note("drain"))
-
 
 def run_keeper(holdings: Holdings, ready: Callable[[], None]) -> None:
     """Keeper and server, until they are told to end."""
@@ -440,7 +442,5 @@ def resume(fd: int) -> int:
     if table.session:
         done = Record([], table.session, table.id, m.encode(m.Done()))
         holdings.registry.apply(done, [])
-    keeper = Keeper(holdings, lambda: None, journal, server)
-    keeper.relieve()
-    keeper.run()
+    Keeper(holdings, lambda: None, journal, server).run(relieve=True)
     return 0

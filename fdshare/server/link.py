@@ -47,6 +47,7 @@ class Link:
         self._spawn = spawn
         self._acquainted = False  # the keeper has said hello: it holds what we hold
         self._lost = False
+        self._upgrading = False  # it has begun to exec new code
         self._deaths: deque[float] = deque(maxlen=DEATHS)
         self._asked: dict[tuple[str, int], None] = {}  # upgrades that wait for word
         self._server: Server
@@ -112,13 +113,13 @@ class Link:
         note = decode_letter(data)
         assert isinstance(note, Note)
         if note.verb == "hello":
-            self._acquainted = True
+            self._acquainted, self._upgrading = True, False
         elif note.verb == "drain":
             self._server.stop()
         elif note.verb == "reload":
             self._server.try_to_reload()
         elif note.verb == "upgrading":
-            self._acquainted = False
+            self._acquainted, self._upgrading = False, True
             self._server.loop.later(_SILENCE, self._check_silence)
         elif note.verb == "failed":
             self._upgrade_failed((note.data or b"").decode())
@@ -131,6 +132,7 @@ class Link:
 
     def _upgrade_failed(self, why: str) -> None:
         """The old code goes on; those who asked are told why."""
+        self._upgrading = False
         self._server.notes["upgrade"] = why
         body = m.encode(m.refusal(FdshareError(f"the upgrade failed, nothing has changed: {why}")))
         asked, self._asked = self._asked, {}
@@ -156,7 +158,7 @@ class Link:
         poller.unregister(self._sock.fileno())
         poller.unregister(self._keeper.fileno())
         log.warning("keeper %s is gone, making a new one", self._pid)
-        if self._asked:
+        if self._upgrading:
             self._upgrade_failed("the new code died at its start; the old one goes on")
         fence(self._keeper)
         self._sock.close()
@@ -180,3 +182,5 @@ class Link:
         self._sock, self._keeper, self._pid = sock, keeper, pid
         self._lost = self._acquainted = False
         self.attach(self._server)
+        for session, id in self._asked:  # of the one that died
+            self._tell(Note("upgrade", session, id))
