@@ -1,0 +1,58 @@
+"""Bind a name in the file system to a socket, and meet it again.
+
+    $ python bind_name.py
+    UNIX domain socket bound to foo.socket
+    $ ls -l foo.socket
+    srw------- 1 you you 0 Nov 22 10:30 foo.socket
+    $ python bind_name.py
+    bind_name.py: address already in use: foo.socket
+    A stale socket: the process that bound it is gone.
+    Remove the file (rm foo.socket), or take the name over: python bind_name.py --reclaim
+    $ python bind_name.py --reclaim
+    UNIX domain socket bound to foo.socket
+
+The name outlives the process, because nobody removed it: that is how UNIX does it. While a
+process has the socket open, or where the file is no socket at all, --reclaim is refused too, and
+says whose it is. Another name may be given as the last argument.
+"""
+
+import argparse
+import sys
+
+from fdshare.errors import AddressInUse, EndpointError
+from fdshare.kernel import listen
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Bind a name to a UNIX domain socket.")
+    parser.add_argument("--reclaim", action="store_true", help="take over a stale name")
+    parser.add_argument("path", nargs="?", default="foo.socket")
+    options = parser.parse_args()
+    try:
+        listener = listen(options.path, reclaim=options.reclaim)
+    except AddressInUse as error:
+        print(f"bind_name.py: address already in use: {options.path}", file=sys.stderr)
+        if error.reason.startswith("a stale socket"):
+            print("A stale socket: the process that bound it is gone.", file=sys.stderr)
+            print(
+                f"Remove the file (rm {options.path}), or take the name over: "
+                "python bind_name.py --reclaim",
+                file=sys.stderr,
+            )
+        else:
+            print(error.reason, file=sys.stderr)
+        return 1
+    except EndpointError as error:
+        print(f"bind_name.py: {error}", file=sys.stderr)
+        return 1
+    print(f"UNIX domain socket bound to {options.path}")
+    # A Listener that is closed removes its name. Here it is to stay: only the descriptors close.
+    sock, lock = listener.detach()
+    sock.close()
+    if lock is not None:
+        lock.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

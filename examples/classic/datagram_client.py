@@ -1,0 +1,33 @@
+"""Sends each line as one datagram from a name of its own, where the answer finds it.
+
+    $ python datagram_client.py demo.socket
+    bound to client.5001
+    good morning
+    GOOD MORNING
+
+The name stands beside the server's and goes when the client ends (Ctrl-D). datagram_server.py
+shows the other side.
+"""
+
+import os
+import sys
+
+from fdshare.kernel import datagram, recv_fds, send_fds
+
+
+def main() -> None:
+    server = os.path.abspath(sys.argv[1])
+    name = os.path.join(os.path.dirname(server), f"client.{os.getpid()}")
+    with datagram(name) as client:
+        print(f"bound to {os.path.basename(name)}", flush=True)
+        for line in sys.stdin:
+            try:
+                send_fds(client.socket, [], line.rstrip("\n").encode() or b" ", address=server)
+            except (FileNotFoundError, ConnectionRefusedError):
+                sys.exit(f"datagram_client.py: nobody reads {sys.argv[1]}")
+            with recv_fds(client.socket, 65536, 0) as answer:
+                print(answer.data.decode(), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""Without connections: one socket for everybody, and every message arrives as it was sent.
+
+In one terminal:
+
+    $ python datagram_server.py demo.socket
+    bound to demo.socket
+    12 bytes from client.5001: good morning
+    10 bytes from client.5002: and to you
+
+and in others what datagram_client.py shows. A client that binds no name of its own can be heard,
+but not answered:
+
+    no answer: the sender has no name
+
+Ctrl-C ends the server.
+"""
+
+import os
+import signal
+import socket
+import sys
+
+from fdshare.kernel import listen, recv_fds, send_fds
+
+LONGEST = 65536
+
+
+def main() -> None:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with listen(sys.argv[1], kind=socket.SOCK_DGRAM) as server:
+        print(f"bound to {sys.argv[1]}", flush=True)
+        try:
+            while True:
+                answer_one(server.socket)
+        except KeyboardInterrupt:
+            pass
+
+
+def answer_one(sock: socket.socket) -> None:
+    with recv_fds(sock, LONGEST, 0) as message:
+        if message.address is None:
+            print("no answer: the sender has no name", flush=True)
+            return
+        name = os.path.basename(os.fsdecode(message.address))
+        text = message.data.decode(errors="replace")
+        print(f"{len(message.data)} bytes from {name}: {text}", flush=True)
+        try:
+            send_fds(sock, [], message.data.upper() or b"?", address=message.address)
+        except OSError as error:  # it did not wait for the answer
+            print(f"no answer to {name}: {error.strerror}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

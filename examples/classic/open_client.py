@@ -1,0 +1,53 @@
+"""Asks the open server for a file and reads it, or appends to it what you type.
+
+    $ python open_client.py demo.socket r /srv/reports/may.txt
+    Nothing happened in May.
+    $ python open_client.py demo.socket r /etc/shadow
+    open_client.py: no rule allows uid 1000 to open it for r (EACCES)
+
+This program opens nothing itself: the descriptor it reads was opened by open_server.py, with the
+server's rights. --traceback shows where in the server an error arose.
+"""
+
+import argparse
+import errno
+import shutil
+import sys
+import traceback
+
+from fdshare.errors import FdshareError, RemoteError
+from fdshare.kernel import ask_traceback, cli_conn, recv_fd
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Have a file opened by the open server.")
+    parser.add_argument("--traceback", action="store_true")
+    parser.add_argument("server")
+    parser.add_argument("mode", choices=["r", "w", "a"])
+    parser.add_argument("path")
+    options = parser.parse_args()
+    request = f"open {options.mode} {options.path}".encode() + b"\0"
+    try:
+        with cli_conn(options.server) as conn:
+            conn.sendall(ask_traceback(request) if options.traceback else request)
+            descriptor = recv_fd(conn)
+    except RemoteError as error:
+        if options.traceback:
+            traceback.print_exception(error)
+        name = errno.errorcode.get(error.status, f"status {error.status}")
+        print(f"open_client.py: {error} ({name})", file=sys.stderr)
+        return 1
+    except FdshareError as error:
+        print(f"open_client.py: {error}", file=sys.stderr)
+        return 1
+    if options.mode == "r":
+        with descriptor.open("rb") as file:
+            shutil.copyfileobj(file, sys.stdout.buffer)
+    else:
+        with descriptor.open("wb") as file:
+            shutil.copyfileobj(sys.stdin.buffer, file)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

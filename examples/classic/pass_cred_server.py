@@ -1,0 +1,51 @@
+"""Gives its standard output away, with its credentials, which the kernel vouches for.
+
+In one terminal:
+
+    $ python pass_cred_server.py demo.socket
+    listening on demo.socket
+    descriptor sent, pid 5000, uid 1000, gid 1000
+    this was typed at the client
+
+and in another what pass_cred_client.py shows. The client may have thrown its own output away:
+
+    $ python pass_cred_client.py demo.socket >/dev/null 2>&1
+    this was typed at the client
+
+and the line still appears at the server, because it goes through the server's open file. Ctrl-C
+ends the server.
+"""
+
+import signal
+import socket
+import sys
+
+from fdshare.kernel import own_credentials, send_fds, serv_accept, serv_listen
+
+MAGIC = b"\xab"
+
+
+def main() -> None:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with serv_listen(sys.argv[1]) as listener:
+        print(f"listening on {sys.argv[1]}", flush=True)
+        try:
+            while True:
+                conn, _ = serv_accept(listener)
+                with conn:
+                    give(conn)
+        except KeyboardInterrupt:
+            pass
+
+
+def give(conn: socket.socket) -> None:
+    try:
+        send_fds(conn, [sys.stdout], MAGIC, credentials=True)
+    except ConnectionError:
+        return  # it went before it was served
+    me = own_credentials()
+    print(f"descriptor sent, pid {me.pid}, uid {me.uid}, gid {me.gid}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+"""Receives a descriptor and writes what you type to it.
+
+    $ python pass_fd_client.py demo.socket
+    descriptor 4 received
+    this was typed at the client
+
+The line is not printed here but at pass_fd_server.py. End it with Ctrl-D.
+"""
+
+import os
+import sys
+
+from fdshare.errors import FdshareError
+from fdshare.kernel import cli_conn, recv_fds
+
+MAGIC = b"\xab"
+
+
+def main() -> None:
+    try:
+        with cli_conn(sys.argv[1]) as conn, recv_fds(conn, 1, 1, expect=MAGIC) as got:
+            if not got.descriptors:
+                sys.exit("pass_fd_client.py: the server sent no descriptor")
+            descriptor = got.descriptors[0].dup()
+    except FdshareError as error:
+        sys.exit(f"pass_fd_client.py: {error}")
+    with descriptor:
+        print(f"descriptor {descriptor.fileno()} received", flush=True)
+        for line in sys.stdin:
+            os.write(descriptor.fileno(), line.encode())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""Gives its own standard output to whoever connects.
+
+In one terminal:
+
+    $ python pass_fd_server.py demo.socket
+    listening on demo.socket
+    descriptor sent
+    this was typed at the client
+
+and in another what pass_fd_client.py shows: lines typed there appear here, and this program does
+not touch them. The client writes to the same open file as this one. Ctrl-C ends the server.
+"""
+
+import signal
+import sys
+
+from fdshare.kernel import send_fds, serv_accept, serv_listen
+
+MAGIC = b"\xab"
+
+
+def main() -> None:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with serv_listen(sys.argv[1]) as listener:
+        print(f"listening on {sys.argv[1]}", flush=True)
+        try:
+            while True:
+                conn, _ = serv_accept(listener)
+                with conn:
+                    try:
+                        send_fds(conn, [sys.stdout], MAGIC)
+                    except ConnectionError:
+                        continue  # it went before it was served
+                print("descriptor sent", flush=True)
+        except KeyboardInterrupt:
+            pass
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""Connections: every client has its own, and the kernel says who each one is.
+
+In one terminal:
+
+    $ python stream_server.py demo.socket
+    listening on demo.socket
+    connected: pid 5001, uid 1000, gid 1000
+    connected: pid 5002, uid 1000, gid 1000
+    pid 5001: good morning
+    pid 5002: and to you
+    disconnected: pid 5001
+    disconnected: pid 5002
+
+and in two others, at the same time, what stream_client.py shows. Ctrl-C ends the server, and
+removes the name.
+"""
+
+import signal
+import socket
+import sys
+import threading
+
+from fdshare.kernel import Credentials, serv_accept, serv_listen
+
+
+def serve(conn: socket.socket, who: Credentials) -> None:
+    print(f"connected: pid {who.pid}, uid {who.uid}, gid {who.gid}", flush=True)
+    with conn, conn.makefile("rw", errors="replace") as lines:
+        try:
+            for line in lines:
+                print(f"pid {who.pid}: {line}", end="", flush=True)
+                lines.write(line.upper())
+                lines.flush()
+        except ConnectionError:
+            pass  # it went without listening to the answer
+    print(f"disconnected: pid {who.pid}", flush=True)
+
+
+def main() -> None:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with serv_listen(sys.argv[1]) as listener:
+        print(f"listening on {sys.argv[1]}", flush=True)
+        try:
+            while True:
+                conn, who = serv_accept(listener)
+                threading.Thread(target=serve, args=(conn, who), daemon=True).start()
+        except KeyboardInterrupt:
+            pass
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,419 @@
+"""Every program of examples/classic runs as a real process and shows what its docstring shows."""
+
+from __future__ import annotations
+
+import ast
+import errno
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from fdshare.errors import RemoteError
+from fdshare.kernel import cli_conn, recv_fd
+
+PROGRAMS = Path(__file__).parents[2] / "examples" / "classic"
+ALL = sorted(path.name for path in PROGRAMS.glob("*.py"))
+AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become somebody else")
+
+# Runs a program as uid 65534. What it imports is loaded before: that user may not read Python.
+AS_NOBODY = """
+import argparse, errno, fdshare.kernel, gettext, json, locale, os
+import shutil, signal, socket, sys, traceback
+os.setgroups([])
+os.setresgid(65534, 65534, 65534)
+os.setresuid(65534, 65534, 65534)
+sys.argv = sys.argv[1:]
+with open(sys.argv[0]) as program:
+    code = compile(program.read(), sys.argv[0], "exec")
+exec(code, {"__name__": "__main__"})
+"""
+
+
+class Running:
+    """A started program, its output read line by line."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+        self.pid = process.pid
+        self.seen: list[str] = []
+
+    def line(self) -> str:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline().rstrip("\n")
+        self.seen.append(line)
+        return line
+
+    def type(self, text: str) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(text)
+        self.process.stdin.flush()
+
+    def finish(self) -> tuple[str, str]:
+        """End of input; (the rest of its output, its errors)."""
+        out, err = self.process.communicate(timeout=30)
+        self.seen += out.splitlines()
+        return out, err
+
+    def stop(self) -> None:
+        """Ctrl-C."""
+        self.process.send_signal(signal.SIGTERM)
+        assert self.finish()[1] == ""
+        assert self.process.returncode == 0
+
+
+Start = Callable[..., Running]
+
+
+@pytest.fixture
+def start(folder: Path) -> Iterator[Start]:
+    """Starts a program of examples/classic in *folder*."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(name: str, *arguments: object, nobody: bool = False, **options: object) -> Running:
+        wrapper = ["-c", AS_NOBODY] if nobody else []
+        process = subprocess.Popen(
+            [sys.executable, "-W", "error", *wrapper, PROGRAMS / name, *map(str, arguments)],
+            **{  # type: ignore[call-overload]
+                "cwd": folder,
+                "stdin": subprocess.PIPE,
+                "stdout": subprocess.PIPE,
+                "stderr": subprocess.PIPE,
+                "text": True,
+                **options,
+            },
+        )
+        started.append(process)
+        return Running(process)
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def plain(line: str) -> str:
+    """A line with the numbers that differ from run to run taken out."""
+    return re.sub(r"\d+", "#", line.strip())
+
+
+def assert_documented(name: str, lines: list[str]) -> None:
+    """Each of *lines* stands in the transcript of the program's docstring."""
+    docstring = ast.get_docstring(ast.parse((PROGRAMS / name).read_text()))
+    assert docstring is not None
+    transcript = {plain(line) for line in docstring.splitlines()}
+    for line in filter(None, lines):
+        assert plain(line) in transcript, f"not in the docstring of {name}"
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_each_has_its_transcript(name: str) -> None:
+    docstring = ast.get_docstring(ast.parse((PROGRAMS / name).read_text()))
+    assert docstring is not None
+    assert f"$ python {name}" in docstring
+
+
+def test_hello_pipe(start: Start) -> None:
+    program = start("hello_pipe.py")
+    out, err = program.finish()
+    assert (out.splitlines()[-1], err) == ("hello, world!", "")
+    assert f"parent {program.pid} received 'world!'" in out
+    assert_documented("hello_pipe.py", program.seen)
+
+
+def test_bind_name(start: Start, folder: Path) -> None:
+    assert start("bind_name.py").finish() == ("UNIX domain socket bound to foo.socket\n", "")
+    listing = subprocess.run(
+        ["ls", "-l", folder / "foo.socket"], capture_output=True, text=True, check=True
+    ).stdout
+    assert listing.startswith("srw-------")
+
+    second = start("bind_name.py")
+    out, err = second.finish()
+    assert (second.process.returncode, out) == (1, "")
+    assert "address already in use" in err
+    assert "--reclaim" in err
+    assert_documented("bind_name.py", err.splitlines())
+
+    inode = (folder / "foo.socket").stat().st_ctime_ns
+    assert start("bind_name.py", "--reclaim").finish()[1] == ""
+    assert (folder / "foo.socket").stat().st_ctime_ns != inode
+
+
+def test_bind_name_never_takes_what_is_alive_or_no_socket(start: Start, folder: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(folder / "foo.socket"))
+        sock.listen()
+        alive = start("bind_name.py", "--reclaim")
+        err = alive.finish()[1]
+        assert alive.process.returncode == 1
+        assert "address already in use" in err
+        assert f"pid {os.getpid()}" in err
+    (folder / "file").write_text("precious")
+    assert "a regular file, not a socket" in start("bind_name.py", "--reclaim", "file").finish()[1]
+    assert (folder / "file").read_text() == "precious"
+    assert "mkdir -p" in start("bind_name.py", "no/socket").finish()[1]
+
+
+def test_stream(start: Start, folder: Path) -> None:
+    server = start("stream_server.py", "demo.socket")
+    assert server.line() == "listening on demo.socket"
+    clients = [start("stream_client.py", "demo.socket") for _ in range(3)]
+    said = {server.line() for _ in clients}
+    who = f"uid {os.geteuid()}, gid {os.getegid()}"
+    assert said == {f"connected: pid {client.pid}, {who}" for client in clients}
+    # All are connected; the last is served first.
+    for client in reversed(clients):
+        client.type("good morning\n")
+        assert client.line() == "GOOD MORNING"
+        assert server.line() == f"pid {client.pid}: good morning"
+        assert_documented("stream_client.py", client.seen)
+    for client in clients:
+        assert client.finish() == ("", "")
+        assert server.line() == f"disconnected: pid {client.pid}"
+    server.stop()
+    assert_documented("stream_server.py", server.seen)
+    assert not (folder / "demo.socket").exists()
+
+
+def test_stream_client_without_a_server(start: Start) -> None:
+    client = start("stream_client.py", "demo.socket")
+    assert "no server at" in client.finish()[1]
+    assert client.process.returncode == 1
+
+
+def test_datagram(start: Start, folder: Path) -> None:
+    server = start("datagram_server.py", "demo.socket")
+    assert server.line() == "bound to demo.socket"
+    clients = [start("datagram_client.py", "demo.socket") for _ in range(2)]
+    for client in clients:
+        assert client.line() == f"bound to client.{client.pid}"
+    for client in clients:
+        client.type("good morning\nand to you\n")
+        assert client.line() == "GOOD MORNING"
+        assert client.line() == "AND TO YOU"
+        assert server.line() == f"12 bytes from client.{client.pid}: good morning"
+        assert server.line() == f"10 bytes from client.{client.pid}: and to you"
+    assert_documented("datagram_client.py", clients[0].seen[:2])
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as nameless:
+        nameless.connect(str(folder / "demo.socket"))
+        nameless.send(b"who am I?")
+    assert server.line() == "no answer: the sender has no name"
+    for client in clients:
+        assert client.finish() == ("", "")
+    server.stop()
+    assert_documented("datagram_server.py", server.seen)
+    assert os.listdir(folder) == ["demo.socket.lock"]
+
+
+def test_pass_fd(start: Start, folder: Path) -> None:
+    server = start("pass_fd_server.py", "demo.socket")
+    assert server.line() == "listening on demo.socket"
+    client = start("pass_fd_client.py", "demo.socket")
+    assert re.fullmatch(r"descriptor \d+ received", client.line())
+    assert server.line() == "descriptor sent"
+    assert_documented("pass_fd_client.py", client.seen)
+    client.type("this was typed at the client\n")
+    assert server.line() == "this was typed at the client"
+    assert client.finish() == ("", "")
+    server.stop()
+    assert_documented("pass_fd_server.py", server.seen)
+
+
+def test_pass_fd_client_checks_the_magic(start: Start, folder: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(folder / "demo.socket"))
+        sock.listen()
+        client = start("pass_fd_client.py", "demo.socket")
+        conn, _ = sock.accept()
+        with conn:
+            socket.send_fds(conn, [b"\xcd"], [1])
+        assert "expected the data" in client.finish()[1]
+        assert client.process.returncode == 1
+
+
+@pytest.mark.parametrize("nobody", [False, pytest.param(True, marks=AS_ROOT)])
+def test_pass_cred(start: Start, folder: Path, nobody: bool) -> None:
+    if nobody:
+        os.chown(folder, 65534, 65534)
+    server = start("pass_cred_server.py", "demo.socket", nobody=nobody)
+    assert server.line() == "listening on demo.socket"
+    client = start("pass_cred_client.py", "demo.socket")
+    uid, gid = (65534, 65534) if nobody else (os.geteuid(), os.getegid())
+    assert server.line() == f"descriptor sent, pid {server.pid}, uid {uid}, gid {gid}"
+    assert client.line() == f"received from pid {server.pid}, uid {uid}, gid {gid}"
+    assert re.fullmatch(r"descriptor \d+ received\.", client.line())
+    assert_documented("pass_cred_client.py", client.seen)
+    client.type("this was typed at the client\n")
+    assert server.line() == "this was typed at the client"
+    assert client.finish() == ("", "")
+    server.stop()
+    assert_documented("pass_cred_server.py", server.seen)
+
+
+def test_pass_cred_with_a_client_that_threw_its_output_away(start: Start) -> None:
+    server = start("pass_cred_server.py", "demo.socket")
+    assert server.line() == "listening on demo.socket"
+    client = start(
+        "pass_cred_client.py", "demo.socket", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    client.type("this was typed at the client\n")
+    assert server.line().startswith("descriptor sent, pid")
+    assert server.line() == "this was typed at the client"
+    client.process.communicate(timeout=30)
+    server.stop()
+    assert_documented("pass_cred_server.py", server.seen)
+
+
+@pytest.fixture
+def reports(folder: Path) -> Path:
+    """A folder with what may be asked for, and what lies in wait there."""
+    (folder / "reports").mkdir()
+    (folder / "reports" / "may.txt").write_text("Nothing happened in May.\n")
+    (folder / "secret.txt").write_text("secret\n")
+    (folder / "reports" / "link").symlink_to(folder / "secret.txt")
+    (folder / "reports" / "good link").symlink_to("may.txt")
+    os.mkfifo(folder / "reports" / "fifo")
+    return folder / "reports"
+
+
+def open_server(start: Start, *rules: str, mode: str = "600") -> Running:
+    options = [part for rule in rules for part in ("--allow", rule)]
+    server = start("open_server.py", "demo.socket", "--mode", mode, *options)
+    assert server.line() == "listening on demo.socket"
+    return server
+
+
+def test_open_server(start: Start, reports: Path) -> None:
+    uid = os.geteuid()
+    server = open_server(start, f"{uid}:{reports}:ra")
+    client = start("open_client.py", "demo.socket", "r", reports / "may.txt")
+    assert client.finish() == ("Nothing happened in May.\n", "")
+    assert server.line() == f"pid {client.pid}, uid {uid}: open r {reports}/may.txt: opened"
+
+    client = start("open_client.py", "demo.socket", "a", reports / "may.txt")
+    client.type("Nor in June.\n")
+    assert client.finish() == ("", "")
+    assert server.line() == f"pid {client.pid}, uid {uid}: open a {reports}/may.txt: opened"
+
+    client = start("open_client.py", "demo.socket", "r", reports / "good link")
+    assert client.finish() == ("Nothing happened in May.\nNor in June.\n", "")
+    assert server.line().endswith("good link: opened")
+
+    client = start("open_client.py", "demo.socket", "r", "/etc/shadow")
+    out, err = client.finish()
+    assert (client.process.returncode, out) == (1, "")
+    assert err == f"open_client.py: no rule allows uid {uid} to open it for r (EACCES)\n"
+    refused = server.line()
+    assert_documented("open_client.py", err.splitlines())
+    assert_documented("open_server.py", [refused, server.seen[0]])
+    server.stop()
+
+
+def test_open_server_gives_an_error_for_everything_else(start: Start, reports: Path) -> None:
+    server = open_server(start, f"any:{reports}:r")
+    cases = {
+        ("r", reports / "link"): "(EACCES)",  # what counts is what the link leads to
+        ("r", reports / ".." / "secret.txt"): "(EACCES)",
+        ("r", reports / "fifo"): "not a regular file",
+        ("r", reports): "not a regular file",
+        ("w", reports / "may.txt"): "(EACCES)",
+        ("r", reports / "no such"): "(ENOENT)",
+        ("r", reports / "may.txt" / "x"): "(ENOTDIR)",
+        ("r", "x" * 300): "does not start with /",
+        ("r", "/" + "x" * 300): "(ENAMETOOLONG)",
+        ("r", "/" + "x" * 6000): "EMSGSIZE",
+    }
+    for (mode, path), expected in cases.items():
+        client = start("open_client.py", "demo.socket", mode, path)
+        out, err = client.finish()
+        assert (client.process.returncode, out) == (1, "")
+        assert expected in err
+    traced = start("open_client.py", "demo.socket", "--traceback", "r", reports / "no such")
+    err = traced.finish()[1]
+    assert "in open_allowed" in err
+    assert "FileNotFoundError: [Errno 2]" in err
+    server.stop()
+
+
+REQUESTS = [
+    (b"\0", errno.EINVAL),
+    (b"open\0", errno.EINVAL),
+    (b"open r\0", errno.EINVAL),
+    (b"open x /etc/passwd\0", errno.EINVAL),
+    (b"close r /etc/passwd\0", errno.EINVAL),
+    (b"OPEN r /etc/passwd\0", errno.EINVAL),
+    (b"open r relative\0", errno.EINVAL),
+    (b"open r \0", errno.EINVAL),
+    (b"open r /\xff\0", errno.EINVAL),
+    (b"\xff\xfe\xfd\0", errno.EINVAL),
+    (b"x" * 20_000, errno.EMSGSIZE),
+    (b"open r /etc/pass", errno.EINVAL),  # and then the end
+]
+
+
+def test_open_server_answers_malformed_requests(start: Start, folder: Path) -> None:
+    server = open_server(start)
+    for request, status in REQUESTS:
+        with cli_conn(folder / "demo.socket") as conn:
+            conn.settimeout(20)
+            conn.sendall(request)
+            conn.shutdown(socket.SHUT_WR)
+            with pytest.raises(RemoteError) as caught:
+                recv_fd(conn)
+        assert caught.value.status == status, request
+        assert "refused" in server.line()
+    server.stop()
+
+
+def test_open_server_takes_several_requests_and_any_split(start: Start, reports: Path) -> None:
+    server = open_server(start, f"any:{reports}:r")
+    request = f"open r {reports}/may.txt\0".encode()
+    with cli_conn(reports.parent / "demo.socket") as silent:  # holds nobody up
+        with cli_conn(reports.parent / "demo.socket") as conn:
+            conn.settimeout(20)
+            for byte in request:
+                conn.send(bytes([byte]))
+            recv_fd(conn).close()
+            conn.sendall(request * 3)
+            for _ in range(3):
+                recv_fd(conn).close()
+        assert {plain(server.line()) for _ in range(4)} == {plain(server.seen[1])}
+        silent.send(b"op")
+    server.stop()
+
+
+@AS_ROOT
+def test_open_server_asks_the_kernel_who_asks(start: Start, reports: Path) -> None:
+    reports.parent.chmod(0o711)
+    (reports / "may.txt").chmod(0o600)
+    server = open_server(start, f"65534:{reports}:r", mode="666")
+    mine = start("open_client.py", "demo.socket", "r", reports / "may.txt")
+    assert "no rule allows uid 0" in mine.finish()[1]
+    theirs = start("open_client.py", "demo.socket", "r", reports / "may.txt", nobody=True)
+    # A file that this user could not open by itself.
+    assert theirs.finish() == ("Nothing happened in May.\n", "")
+    server.line()
+    assert server.line().startswith(f"pid {theirs.pid}, uid 65534: open r")
+    server.stop()
+
+
+def test_fd_to_many(start: Start) -> None:
+    program = start("fd_to_many.py")
+    out, err = program.finish()
+    assert err == ""
+    first, *workers, last = out.splitlines()
+    assert first == f"parent {program.pid} opened a file of 5 records"
+    assert last == f"parent {program.pid}, which read nothing, is at offset 45"
+    found = [re.fullmatch(r"worker (\d+) read 'record (\d)' at offset (\d+)", w) for w in workers]
+    assert len({match[1] for match in found if match}) == 5
+    assert [int(match[2]) for match in found if match] == [0, 1, 2, 3, 4]
+    assert [int(match[3]) for match in found if match] == [0, 9, 18, 27, 36]
+    assert_documented("fd_to_many.py", program.seen)
