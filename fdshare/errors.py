@@ -34,6 +34,7 @@
     ├── UnknownKind            (LookupError)       no rebuild is registered under the tag
     ├── KindMismatch           (ValueError)        the descriptor is not what the kind says
     ├── UnreadData             (ValueError)        read-ahead that cannot be put back
+    ├── MemoryBusy             (BufferError)       shared memory that somebody still writes to
     ├── NoTransit              (TypeError)         this channel carries no descriptors
     ├── ForeignHost            (LookupError)       a reference made on another machine or boot
     ├── PolicyError            (ValueError)        the policy file is wrong, and where
@@ -83,6 +84,7 @@ __all__ = [
     "UnknownKind",
     "KindMismatch",
     "UnreadData",
+    "MemoryBusy",
     "NoTransit",
     "ForeignHost",
     "PolicyError",
@@ -454,9 +456,7 @@ class UnsupportedKind(FdshareError, TypeError, code="unsupported_kind"):
     reason: str
 
     def __init__(self, type_name: str, reason: str) -> None:
-        super().__init__(
-            f"cannot share {type_name}: {reason}", type_name=type_name, reason=reason
-        )
+        super().__init__(f"cannot share {type_name}: {reason}", type_name=type_name, reason=reason)
 
 
 class UnknownKind(FdshareError, LookupError, code="unknown_kind"):
@@ -487,6 +487,13 @@ class UnreadData(FdshareError, ValueError, code="unread_data"):
             "read them first, or open the file with buffering=0",
             count=count,
         )
+
+
+class MemoryBusy(FdshareError, BufferError, code="memory_busy"):
+    reason: str
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"the memory cannot be sealed: {reason}", reason=reason)
 
 
 class NoTransit(FdshareError, TypeError, code="no_transit"):
