@@ -20,6 +20,7 @@
     │   └── VersionMismatch                        ... or another version of it
     ├── BadRequest             (ValueError)        the server could not read a request's body
     ├── FetchTimeout           (TimeoutError)      the name did not appear in time
+    ├── WatchTimeout           (TimeoutError)      nothing changed in time
     ├── ServerTimeout          (TimeoutError)      the server did not answer in time
     ├── DescriptorLimit        (OSError)           RLIMIT_NOFILE, somewhere; says whose
     ├── QuotaExceeded          (OSError)           a limit of the server
@@ -70,6 +71,7 @@ __all__ = [
     "VersionMismatch",
     "BadRequest",
     "FetchTimeout",
+    "WatchTimeout",
     "ServerTimeout",
     "DescriptorLimit",
     "QuotaExceeded",
@@ -316,6 +318,19 @@ class FetchTimeout(FdshareError, TimeoutError, code="fetch_timeout"):
         super().__init__(
             f"nothing was registered under {name!r} within {timeout:g} s",
             name=name,
+            timeout=timeout,
+        )
+        self.errno = errno.ETIMEDOUT
+
+
+class WatchTimeout(FdshareError, TimeoutError, code="watch_timeout"):
+    pattern: str
+    timeout: float
+
+    def __init__(self, pattern: str, timeout: float) -> None:
+        super().__init__(
+            f"nothing changed under {pattern!r} within {timeout:g} s",
+            pattern=pattern,
             timeout=timeout,
         )
         self.errno = errno.ETIMEDOUT

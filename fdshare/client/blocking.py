@@ -7,202 +7,38 @@ only its caller. Timeouts are the kernel's (SO_RCVTIMEO): a fetch is one sendmsg
 from __future__ import annotations
 
 import os
-import socket
-import struct
-import sys
 import threading
 import time
 import weakref
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, Final, TypeVar
 
-import msgspec
-
 from fdshare.client import verbs
-from fdshare.client.address import default_path
-from fdshare.client.conversation import Answer, Conversation, Exchange, Parts
+from fdshare.client.base import BaseClient, Lifeline, Search
+from fdshare.client.channel import Channel, Gone
+from fdshare.client.conversation import Answer, Exchange, Parts
+from fdshare.client.watching import Change, Watching
 from fdshare.errors import (
     ClosedDescriptor,
-    FdshareError,
-    InvalidArgument,
     NoServer,
     ServerGone,
     ServerTimeout,
-    UntrustedServer,
+    WatchTimeout,
 )
-from fdshare.kernel.ancillary import receive_into, send_message
-from fdshare.kernel.credentials import peer_credentials
+from fdshare.kernel.ancillary import close_all
 from fdshare.kernel.descriptor import Descriptor
-from fdshare.kernel.endpoint import connect as connect_socket
 from fdshare.protocol import messages as m
 
-__all__ = ["Client", "connect"]
+__all__ = ["Client", "Watch", "connect"]
 
 T = TypeVar("T")
 
 _POOL: Final = 4  # idle connections kept
-_BUFFER: Final = 1 << 16
-_TIMEVAL: Final = struct.Struct("@ll")  # struct timeval
 _FIRST_PAUSE: Final = 0.005  # seconds between attempts to reconnect, doubled each time ...
 _LONGEST_PAUSE: Final = 0.2  # ... up to this
 
 
-class _Gone(Exception):
-    """The connection ended; another one may do."""
-
-
-class _Channel:
-    """One connection to the server, and the conversation that outlives it. For one caller."""
-
-    def __init__(self, address: str, trust: Collection[int], authkey: bytes | None) -> None:
-        self._address = address
-        self._trust = trust
-        self._authkey = authkey
-        self._sock: socket.socket | None = None
-        self._greeting = b""
-        self._conversation = Conversation(authkey)
-        self._buffer = bytearray(_BUFFER)
-        self._view = memoryview(self._buffer)
-        self._kernel_timeout = 0.0
-        self.was_open = False
-
-    def open(self, deadline: float | None) -> None:
-        """Connects, unless it is connected. The Hello goes out with the first request."""
-        if self._sock is not None:
-            return
-        left = None if deadline is None else max(deadline - time.monotonic(), 0.0)
-        sock = connect_socket(self._address, timeout=left)
-        try:
-            who = peer_credentials(sock)
-            if who.uid not in self._trust:
-                raise UntrustedServer(self._address, who.uid)
-            self._sock = sock
-            self._kernel_timeout = 0.0
-            self.was_open = True
-            self._greeting = self._conversation.hello()
-            if self._authkey is not None:
-                self._authenticate(deadline)
-        except BaseException:
-            self._sock = None
-            sock.close()
-            raise
-
-    def close(self) -> None:
-        if self._sock is not None:
-            self._sock.close()
-            self._sock = None
-            # What was half received belongs to nobody.
-            self._conversation.hello()
-
-    def exchange(self, exchange: Exchange, deadline: float | None, id: int) -> Parts:
-        """The whole answer to *exchange*. Raises: _Gone, ServerTimeout, or the refusal."""
-        try:
-            self._send(exchange, id, deadline)
-            parts = Parts()
-            while True:
-                for answer in self._receive(deadline):
-                    if self._part_of(answer, id) and parts.add(answer):
-                        return parts.finish()
-        except BaseException as error:
-            # A refusal leaves the connection in order; after anything else an answer may come late.
-            if not isinstance(error, FdshareError) or isinstance(
-                error, (ConnectionError, ServerTimeout)
-            ):
-                self.close()
-            raise
-
-    def new_id(self) -> int:
-        return self._conversation.next_id()
-
-    def _part_of(self, answer: Answer, id: int) -> bool:
-        if answer.id == id:
-            return True
-        for descriptor in answer.descriptors:
-            descriptor.close()
-        if answer.id == 0 and type(answer.reply) is m.Refused:
-            raise m.refusal_error(answer.reply)  # the door, and the reason
-        return False
-
-    def _authenticate(self, deadline: float | None) -> None:
-        self._write(b"", (), deadline)
-        while self._conversation.welcome is None:
-            for answer in self._receive(deadline):
-                self._part_of(answer, -1)
-        self._write(self._conversation.proof(), (), deadline)
-        while not (answers := self._receive(deadline)):
-            pass
-        self._conversation.check_proof(answers[0])
-
-    def _send(self, exchange: Exchange, id: int, deadline: float | None) -> None:
-        frame = self._conversation.frame(id, exchange.request, len(exchange.fds))
-        self._write(frame, exchange.fds, deadline)
-
-    def _write(self, data: bytes | memoryview, fds: Iterable[int], deadline: float | None) -> None:
-        sock = self._connected()
-        if self._greeting:
-            data, self._greeting = self._greeting + data, b""
-        numbers = list(fds)
-        while data:
-            self._limit(deadline)
-            try:
-                sent = send_message(sock, (data,), numbers)
-            except BlockingIOError:
-                self._check_time(deadline)
-                continue
-            except (BrokenPipeError, ConnectionResetError) as error:
-                # What the server said before it closed the door is still there to be read.
-                return self._last_words(error, deadline)
-            numbers = []
-            data = memoryview(data)[sent:]
-
-    def _last_words(self, error: OSError, deadline: float | None) -> None:
-        try:
-            for answer in self._receive(deadline):
-                self._part_of(answer, -1)
-        except OSError as reading:
-            if isinstance(reading, FdshareError):
-                raise
-        raise _Gone(str(error)) from None
-
-    def _receive(self, deadline: float | None) -> list[Answer]:
-        sock = self._connected()
-        while True:
-            self._limit(deadline)
-            try:
-                count, descriptors, lost = receive_into(sock, self._buffer)
-                break
-            except BlockingIOError:  # the kernel's timeout
-                self._check_time(deadline)
-            except ConnectionResetError as error:
-                raise _Gone(str(error)) from None
-        if not count:
-            raise _Gone("it closed the connection")
-        return self._conversation.feed(self._view[:count], descriptors, lost)
-
-    def _connected(self) -> socket.socket:
-        if self._sock is None:
-            raise _Gone("not connected")
-        return self._sock
-
-    def _check_time(self, deadline: float | None) -> None:
-        if deadline is not None and time.monotonic() >= deadline:
-            raise ServerTimeout(self._address, 0.0)
-
-    def _limit(self, deadline: float | None) -> None:
-        """Sets the kernel's timeouts, unless what is set still fits."""
-        assert self._sock is not None
-        left = 0.0 if deadline is None else max(deadline - time.monotonic(), 0.001)
-        # Waking too early or a little late is harmless, for the deadline is looked at again then;
-        # a system call for every request is not.
-        if left / 2 <= self._kernel_timeout <= left * 1.5 + 1 and self._kernel_timeout:
-            return
-        self._kernel_timeout = left or 3600.0
-        value = _TIMEVAL.pack(int(self._kernel_timeout), int(self._kernel_timeout % 1 * 1e6))
-        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)
-        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, value)
-
-
-class Client:
+class Client(BaseClient):
     """The verbs of one server. Thread-safe, fork-safe, picklable (it travels as its address).
 
     *timeout* is how many seconds the server may take to answer, None for ever; the timeout of a
@@ -221,20 +57,16 @@ class Client:
         reconnect: float = 2.0,
         trust: Collection[int] | None = None,
     ) -> None:
-        self.address = default_path() if path is None else os.fspath(path)
-        self.timeout = timeout
-        self.reconnect = reconnect
-        self._authkey = None if authkey is None else bytes(authkey)
-        self._trust = frozenset((0, os.geteuid()) if trust is None else trust)
-        self._closed = False
+        super().__init__(path, authkey=authkey, timeout=timeout, reconnect=reconnect, trust=trust)
+        self._lifeline = Lifeline()
         self._reset()
         _clients.add(self)
 
     def _reset(self) -> None:
         """As new; in a forked child, whose copies of the connections are the parent's."""
         self._lock = threading.Lock()
-        self._idle: list[_Channel] = []
-        self._lifeline: tuple[socket.socket, socket.socket] | None = None
+        self._idle: list[Channel] = []
+        self._watches: weakref.WeakSet[Watch] = weakref.WeakSet()
 
     # The verbs.
 
@@ -263,7 +95,7 @@ class Client:
         GenerationMismatch, AccessDenied, QuotaExceeded, TooManyDescriptors, UnsupportedKind,
         UnreadData, ClosedDescriptor, DescriptorLimit.
         """
-        lifeline = self._lifeline_end() if lifetime == "connection" else None
+        lifeline = self._lifeline.end() if lifetime == "connection" else None
         return self._do(
             verbs.register(
                 name,
@@ -307,6 +139,21 @@ class Client:
     def take_raw(self, name: str, *, timeout: float | None = 0) -> list[Descriptor]:
         """As `take`, but the bare descriptors, whatever their kind. The caller owns the result."""
         return self._do(verbs.take_raw(name, timeout))
+
+    def wait(self, name: str, *, timeout: float | None = None) -> m.Entry:
+        """The entry under *name*, as soon as there is one; no descriptor moves.
+
+        Waits up to *timeout* seconds, None for ever. Raises: FetchTimeout, AccessDenied;
+        NameNotFound where *timeout* is 0.
+        """
+        return self._do(verbs.wait(name, timeout))
+
+    def watch(self, pattern: str = "*", *, timeout: float | None = None) -> Watch:
+        """An iterator over what changes: first a Snapshot, then each Event, in order.
+
+        *timeout* bounds each wait, in seconds. See `Watch`. The caller owns the result.
+        """
+        return Watch(self, pattern, timeout)
 
     def unregister(self, name: str, *, if_generation: int | None = None) -> None:
         """The server lets go of the entry. Raises: NameNotFound, GenerationMismatch,
@@ -394,11 +241,9 @@ class Client:
         with self._lock:
             self._closed = True
             idle, self._idle = self._idle, []
-            lifeline, self._lifeline = self._lifeline, None
         for channel in idle:
             channel.close()
-        for end in lifeline or ():
-            end.close()
+        self._lifeline.close()
 
     def __enter__(self) -> Client:
         return self
@@ -407,30 +252,8 @@ class Client:
         self.close()
 
     def __del__(self) -> None:
-        if hasattr(self, "_lifeline"):
+        if hasattr(self, "_idle"):
             self.close()
-
-    def __bool__(self) -> bool:
-        return True  # an empty server is still one
-
-    def __repr__(self) -> str:
-        return f"<Client of {self.address}{' closed' if self._closed else ''}>"
-
-    def __getstate__(self) -> dict[str, Any]:
-        if self._authkey is not None and not _spawning():
-            raise InvalidArgument(
-                "authkey", "a client with one is pickled only while a child is spawned"
-            )
-        return {
-            "path": self.address,
-            "authkey": self._authkey,
-            "timeout": self.timeout,
-            "reconnect": self.reconnect,
-            "trust": self._trust,
-        }
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        Client.__init__(self, state.pop("path"), **state)
 
     # How a call is made.
 
@@ -450,64 +273,169 @@ class Client:
             steps.close()
             raise
 
-    def _exchange(self, channel: _Channel, exchange: Exchange) -> Parts:
+    def _exchange(self, channel: Channel, exchange: Exchange) -> Parts:
         id = channel.new_id()
-        wait, request = exchange.wait, exchange.request
-        deadline = None
-        if self.timeout is not None and wait is not None:
-            deadline = time.monotonic() + self.timeout + wait
-        name_deadline = time.monotonic() + wait if wait else None
-        give_up: float | None = None  # set when the server was first found missing
+        started = time.monotonic()
+        deadline = exchange.deadline(started, self.timeout)
+
+        def attempt() -> Parts:
+            if channel.opened != before:  # a repeat: of the wait for a name, the rest is left
+                exchange.shorten(started)
+            return channel.exchange(exchange, deadline, id)
+
+        before = channel.opened or 1
+        try:
+            return self._persist(channel, deadline, attempt)
+        except ServerTimeout:
+            assert deadline is not None
+            raise ServerTimeout(self.address, deadline - started) from None
+
+    def _persist(self, channel: Channel, deadline: float | None, attempt: Callable[[], T]) -> T:
+        """What *attempt* returns on an open *channel*; again on another connection if one ends.
+
+        Raises: ServerGone: it was looked for in vain; NoServer: there never was one.
+        """
+        search = Search(self.reconnect)
         pause = _FIRST_PAUSE
         while True:
+            before = channel.opened
             try:
                 channel.open(deadline)
-                return channel.exchange(exchange, deadline, id)
-            except (_Gone, NoServer) as error:
-                now = time.monotonic()
-                if isinstance(error, NoServer) and not channel.was_open:
+                if channel.opened != before:
+                    search.found()
+                return attempt()
+            except (Gone, NoServer) as error:
+                if isinstance(error, NoServer) and not channel.opened:
                     raise
-                give_up = give_up or now + self.reconnect
-                if now >= give_up or (deadline is not None and now >= deadline):
+                late = deadline is not None and time.monotonic() >= deadline
+                if search.missed() or late:
                     raise ServerGone(self.address, str(error)) from None
                 if isinstance(error, NoServer):
                     time.sleep(pause)
                     pause = min(pause * 2, _LONGEST_PAUSE)
-            if name_deadline is not None:  # of the wait for a name, only the rest is left
-                left = max(name_deadline - time.monotonic(), 0.001)
-                exchange.request = msgspec.structs.replace(request, wait=left)
 
-    def _borrow(self) -> _Channel:
+    def _borrow(self) -> Channel:
         with self._lock:
             if self._closed:
                 raise ClosedDescriptor("the client is closed")
             if self._idle:
                 return self._idle.pop()
-        return _Channel(self.address, self._trust, self._authkey)
+        return Channel(self.address, self._trust, self._authkey)
 
-    def _give_back(self, channel: _Channel) -> None:
+    def _give_back(self, channel: Channel) -> None:
         with self._lock:
             if not self._closed and len(self._idle) < _POOL:
                 self._idle.append(channel)
                 return
         channel.close()
 
-    def _lifeline_end(self) -> int:
-        """The end that goes with entries of lifetime "connection"; the other one is their life."""
-        with self._lock:
-            if self._lifeline is None:
-                self._lifeline = socket.socketpair()
-            return self._lifeline[1].fileno()
-
     def _after_fork(self) -> None:
-        """In the child: lets go of the parent's connections and, above all, of its lifeline."""
-        idle, lifeline, closed = self._idle, self._lifeline, self._closed
+        """In the child: lets go of the parent's connections."""
+        idle, watches, closed = self._idle, list(self._watches), self._closed
         self._reset()
         self._closed = closed
         for channel in idle:
             channel.close()
-        for end in lifeline or ():
-            end.close()
+        for watch in watches:
+            watch._channel.close()
+            self._watches.add(watch)
+
+
+class Watch:
+    """Snapshots and events of the names that match a pattern; ends when it is closed.
+
+    The first item is a Snapshot, then come the Events in the order of their serial, none missing,
+    none twice. Where this side was too slow, or the server was lost, another Snapshot says what is
+    held now. `held` maps name -> generation as of the last item, so a loop need not look at the
+    items at all. It has a connection of its own; for one thread at a time.
+
+    Iterating raises WatchTimeout, after which it goes on; ServerGone, after which it may be tried
+    again; AccessDenied; ClosedDescriptor where the client is closed.
+    """
+
+    def __init__(self, client: Client, pattern: str, timeout: float | None) -> None:
+        self.pattern = pattern
+        self.timeout = timeout
+        self._client = client
+        self._watching = Watching(pattern)
+        self._channel = Channel(client.address, client._trust, client._authkey)
+        self._id = self._channel.new_id()
+        self._asked = 0  # which connection has our request
+        self._closed = False
+        client._watches.add(self)
+
+    @property
+    def held(self) -> dict[str, int]:
+        """name -> generation, as of the last item; do not change it."""
+        return self._watching.held
+
+    def __iter__(self) -> Watch:
+        return self
+
+    def __next__(self) -> Change:
+        end = None if self.timeout is None else time.monotonic() + self.timeout
+        while (change := self._watching.draw()) is None:
+            if self._closed:
+                raise StopIteration
+            if self._client._closed:
+                raise ClosedDescriptor("the client is closed")
+            self._receive(end)
+        return change
+
+    def _receive(self, end: float | None) -> None:
+        """Feeds what comes next, at most until *end*."""
+        deadline, patience = end, self._client.timeout
+        if not self._watching.live and patience is not None:
+            answer_due = time.monotonic() + patience
+            deadline = answer_due if end is None else min(end, answer_due)
+        try:
+            answers = self._client._persist(self._channel, deadline, lambda: self._ask(deadline))
+        except ServerTimeout:
+            if end is not None and time.monotonic() >= end:
+                raise WatchTimeout(self.pattern, self.timeout or 0.0) from None
+            self._channel.close()
+            raise
+        for answer in answers:
+            self._feed(answer)
+
+    def _ask(self, deadline: float | None) -> list[Answer]:
+        if self._asked != self._channel.opened:
+            self._watching.lost()
+            self._channel.send(Exchange(m.Watch(self.pattern)), deadline, self._id)
+            self._asked = self._channel.opened
+        try:
+            return self._channel.receive(deadline)
+        except Gone:
+            self._channel.close()
+            raise
+
+    def _feed(self, answer: Answer) -> None:
+        reply = answer.reply
+        close_all(answer.descriptors)
+        if type(reply) is m.Event:
+            self._watching.event(reply)
+        elif type(reply) is m.Snapshot:
+            self._watching.snapshot(reply)
+        elif type(reply) is m.Overflowed:
+            self._watching.overflowed()
+        elif type(reply) is m.Refused:
+            self._channel.close()
+            raise m.refusal_error(reply)
+
+    def close(self) -> None:
+        """Ends it: the iterator has no further item."""
+        self._closed = True
+        self._channel.close()
+
+    def __enter__(self) -> Watch:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_channel"):
+            self._channel.close()
 
 
 _clients: weakref.WeakSet[Client] = weakref.WeakSet()
@@ -541,12 +469,3 @@ def connect(
         client.close()
         raise
     return client
-
-
-def _spawning() -> bool:
-    """True while multiprocessing, of either family, pickles for a child."""
-    for family in ("multiprocessing", "multiprocess"):
-        context = sys.modules.get(f"{family}.context")
-        if context is not None and context.get_spawning_popen() is not None:
-            return True
-    return False

@@ -9,9 +9,12 @@ from __future__ import annotations
 import hmac
 import os
 import secrets
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
+
+import msgspec
 
 from fdshare.errors import AuthenticationFailed, FdshareError, ProtocolError, VersionMismatch
 from fdshare.kernel.ancillary import close_all
@@ -31,6 +34,18 @@ class Exchange:
     request: m.Request
     fds: Sequence[int] = ()
     wait: float | None = 0.0
+
+    def deadline(self, started: float, timeout: float | None) -> float | None:
+        """When the answer must be there, if the server may take *timeout* seconds."""
+        if timeout is None or self.wait is None:
+            return None
+        return started + timeout + self.wait
+
+    def shorten(self, started: float) -> None:
+        """For a repeat: of the wait that began at *started*, the request keeps what is left."""
+        if self.wait:
+            left = max(started + self.wait - time.monotonic(), 0.001)
+            self.request = msgspec.structs.replace(self.request, wait=left)
 
 
 class Answer(NamedTuple):

@@ -124,6 +124,11 @@ def _confirm(lease: Descriptor) -> bool:
     return True
 
 
+def wait(name: str, timeout: float | None) -> Steps[m.Entry]:
+    parts = yield Exchange(m.Wait(name, timeout), wait=timeout)
+    return m.Entry(parts.replies[0].name, parts.replies[0].generation)
+
+
 def unregister(name: str, if_generation: int | None) -> Steps[None]:
     yield Exchange(m.Unregister(name, if_generation))
 

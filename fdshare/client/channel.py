@@ -1,0 +1,195 @@
+"""Channel: one blocking connection to the server, with its timeouts kept by the kernel.
+
+SO_RCVTIMEO and SO_SNDTIMEO bound each call, so that a request and its answer are one sendmsg(2) and
+one recvmsg(2), without a poll between them.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+import time
+from collections.abc import Collection, Iterable
+from typing import Final
+
+from fdshare.client.base import dial
+from fdshare.client.conversation import Answer, Conversation, Exchange, Parts
+from fdshare.errors import FdshareError, ServerTimeout
+from fdshare.kernel.ancillary import receive_into, send_message
+from fdshare.protocol import messages as m
+
+__all__ = ["Channel", "Gone"]
+
+_BUFFER: Final = 1 << 16
+_TIMEVAL: Final = struct.Struct("@ll")  # struct timeval
+
+
+class Gone(Exception):
+    """The connection ended; another one may do."""
+
+
+class Channel:
+    """One connection to the server, and the conversation that outlives it. For one caller."""
+
+    def __init__(self, address: str, trust: Collection[int], authkey: bytes | None) -> None:
+        self._address = address
+        self._trust = trust
+        self._authkey = authkey
+        self._sock: socket.socket | None = None
+        self._greeting = b""
+        self._conversation = Conversation(authkey)
+        self._buffer = bytearray(_BUFFER)
+        self._view = memoryview(self._buffer)
+        self._kernel_timeout = 0.0
+        self.opened = 0  # how many connections there were
+
+    def open(self, deadline: float | None) -> None:
+        """Connects, unless it is connected. The Hello goes out with the first request.
+
+        Raises: NoServer, UntrustedServer, ServerTimeout, AuthenticationFailed.
+        """
+        if self._sock is not None:
+            return
+        left = None if deadline is None else max(deadline - time.monotonic(), 0.0)
+        sock = dial(self._address, self._trust, left)
+        try:
+            self._sock = sock
+            self.opened += 1
+            self._kernel_timeout = 0.0
+            self._greeting = self._conversation.hello()
+            if self._authkey is not None:
+                self._authenticate(deadline)
+        except BaseException:
+            self._sock = None
+            sock.close()
+            raise
+
+    def close(self) -> None:
+        """The next `open` makes a new connection, in the same session."""
+        if self._sock is not None:
+            self._sock.close()
+            self._sock = None
+            # What was half received belongs to nobody.
+            self._conversation.hello()
+
+    def exchange(self, exchange: Exchange, deadline: float | None, id: int) -> Parts:
+        """The whole answer to *exchange*. Raises: Gone, ServerTimeout, or the refusal."""
+        try:
+            self._send(exchange, id, deadline)
+            parts = Parts()
+            while True:
+                for answer in self._receive(deadline):
+                    if self._part_of(answer, id) and parts.add(answer):
+                        return parts.finish()
+        except BaseException as error:
+            # A refusal leaves the connection in order; after anything else an answer may come late.
+            if not isinstance(error, FdshareError) or isinstance(
+                error, (ConnectionError, ServerTimeout)
+            ):
+                self.close()
+            raise
+
+    def send(self, exchange: Exchange, deadline: float | None, id: int) -> None:
+        """Sends a request whose answers the caller will `receive`. Raises: Gone, ServerTimeout."""
+        try:
+            self._send(exchange, id, deadline)
+        except BaseException:
+            self.close()  # it may have gone in part
+            raise
+
+    def receive(self, deadline: float | None) -> list[Answer]:
+        """The next answers and events, at least one. Raises: Gone, ServerTimeout: none came."""
+        while not (answers := self._receive(deadline)):
+            pass
+        return answers
+
+    def new_id(self) -> int:
+        """An id that no other request of this session has."""
+        return self._conversation.next_id()
+
+    def _part_of(self, answer: Answer, id: int) -> bool:
+        if answer.id == id:
+            return True
+        for descriptor in answer.descriptors:
+            descriptor.close()
+        if answer.id == 0 and type(answer.reply) is m.Refused:
+            raise m.refusal_error(answer.reply)  # the door, and the reason
+        return False
+
+    def _authenticate(self, deadline: float | None) -> None:
+        self._write(b"", (), deadline)
+        while self._conversation.welcome is None:
+            for answer in self._receive(deadline):
+                self._part_of(answer, -1)
+        self._write(self._conversation.proof(), (), deadline)
+        while not (answers := self._receive(deadline)):
+            pass
+        self._conversation.check_proof(answers[0])
+
+    def _send(self, exchange: Exchange, id: int, deadline: float | None) -> None:
+        frame = self._conversation.frame(id, exchange.request, len(exchange.fds))
+        self._write(frame, exchange.fds, deadline)
+
+    def _write(self, data: bytes | memoryview, fds: Iterable[int], deadline: float | None) -> None:
+        sock = self._connected()
+        data = self._greeting + data if self._greeting else data
+        numbers = list(fds)
+        while data:
+            self._limit(deadline)
+            try:
+                sent = send_message(sock, (data,), numbers)
+            except BlockingIOError:
+                self._check_time(deadline)
+                continue
+            except (BrokenPipeError, ConnectionResetError) as error:
+                # What the server said before it closed the door is still there to be read.
+                return self._last_words(error, deadline)
+            numbers = []
+            self._greeting = b""  # not before: what was refused for its descriptors has not gone
+            data = memoryview(data)[sent:]
+
+    def _last_words(self, error: OSError, deadline: float | None) -> None:
+        try:
+            for answer in self._receive(deadline):
+                self._part_of(answer, -1)
+        except OSError as reading:
+            if isinstance(reading, FdshareError):
+                raise
+        raise Gone(str(error)) from None
+
+    def _receive(self, deadline: float | None) -> list[Answer]:
+        sock = self._connected()
+        while True:
+            self._limit(deadline)
+            try:
+                count, descriptors, lost = receive_into(sock, self._buffer)
+                break
+            except BlockingIOError:  # the kernel's timeout
+                self._check_time(deadline)
+            except ConnectionResetError as error:
+                raise Gone(str(error)) from None
+        if not count:
+            raise Gone("it closed the connection")
+        return self._conversation.feed(self._view[:count], descriptors, lost)
+
+    def _connected(self) -> socket.socket:
+        if self._sock is None:
+            raise Gone("not connected")
+        return self._sock
+
+    def _check_time(self, deadline: float | None) -> None:
+        if deadline is not None and time.monotonic() >= deadline:
+            raise ServerTimeout(self._address, 0.0)
+
+    def _limit(self, deadline: float | None) -> None:
+        """Sets the kernel's timeouts, unless what is set still fits."""
+        assert self._sock is not None
+        left = 0.0 if deadline is None else max(deadline - time.monotonic(), 0.001)
+        # Waking too early or a little late is harmless, for the deadline is looked at again then;
+        # a system call for every request is not.
+        if left / 2 <= self._kernel_timeout <= left * 1.5 + 1 and self._kernel_timeout:
+            return
+        self._kernel_timeout = left or 3600.0
+        value = _TIMEVAL.pack(int(self._kernel_timeout), int(self._kernel_timeout % 1 * 1e6))
+        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)
+        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, value)

@@ -1,0 +1,130 @@
+"""Watching: what a watch has to know, without the waiting. Replies in, snapshots and events out.
+
+Theory of operation. A watch is answered by a Snapshot that is true at one serial; every change of
+the server takes the next serial and is told once to each connection, under id 0. So a watch counts
+for itself only the events that match its pattern and come after its snapshot::
+
+    lost() ──> waiting for a snapshot ──(last part)──> live ──(Overflowed)──> waiting ...
+
+While it waits, events are not its business: the snapshot holds what they did. What nobody draws is
+kept up to a bound; beyond it all that is kept is folded into one snapshot, as if it had been asked
+for now. History may be shortened, then; the state always converges.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import ClassVar, Final, Literal, TypeAlias
+
+import msgspec
+
+from fdshare.protocol import messages as m
+from fdshare.protocol.names import matcher
+
+__all__ = ["Change", "Snapshot", "Watching"]
+
+# Above what one read of the blocking client brings (64 KiB), so that only the other one folds.
+_KEPT: Final = 4096
+_THERE: Final = frozenset(("registered", "replaced", "returned"))
+
+
+class Snapshot(msgspec.Struct, frozen=True):
+    """What is held, all of it, at *serial*: name -> generation.
+
+    *reason* is "start"; "overflow" where this watcher was too slow and events were dropped; or
+    "reconnect" where the server was lost and perhaps is another one now, with serials of its own.
+    """
+
+    entries: dict[str, int]
+    serial: int
+    reason: Literal["start", "overflow", "reconnect"]
+    event: ClassVar[Literal["snapshot"]] = "snapshot"
+
+
+Change: TypeAlias = Snapshot | m.Event
+
+
+class Watching:
+    """The state of one watch. `held` is the table as of what was drawn: name -> generation."""
+
+    def __init__(self, pattern: str) -> None:
+        self.pattern = pattern
+        self.held: dict[str, int] = {}
+        self.live = False
+        self._matches = matcher(pattern)
+        self._reason: Literal["start", "overflow", "reconnect"] = "start"
+        self._serial = 0
+        self._parts: list[m.Entry] = []
+        self._queue: deque[Change] = deque()
+
+    # What came.
+
+    def lost(self) -> None:
+        """The connection ended: a snapshot of the next one has to come first."""
+        if self.live:
+            self._reason = "reconnect"
+        self.live = False
+        self._parts = []
+
+    def overflowed(self) -> None:
+        """The server dropped events; it sends a fresh snapshot unasked."""
+        if self.live:
+            self._reason = "overflow"
+        self.live = False
+        self._parts = []
+
+    def snapshot(self, part: m.Snapshot) -> None:
+        """A part of the answer to the Watch, or of a fresh one."""
+        self._parts += part.entries
+        if part.more:
+            return
+        entries = {entry.name: entry.generation for entry in self._parts}
+        self._parts = []
+        self._serial, self.live = part.serial, True
+        self._keep(Snapshot(entries, part.serial, self._reason))
+
+    def event(self, event: m.Event) -> bool:
+        """An event of the connection, whomever it concerns. True where there is more to draw."""
+        if not self.live or event.serial <= self._serial:
+            return False
+        if not self._matches(event.name):
+            if not (event.old and self._matches(event.old)):
+                return False
+            # Renamed out of sight: for this watcher it is gone.
+            event = m.Event(event.serial, "unregistered", event.old, event.generation)
+        self._serial = event.serial
+        self._keep(event)
+        return True
+
+    # What goes.
+
+    def draw(self) -> Change | None:
+        """The next snapshot or event, in the order of serials; None where nothing new is known."""
+        if not self._queue:
+            return None
+        change = self._queue.popleft()
+        self.held = _applied(self.held, change)
+        return change
+
+    def _keep(self, change: Change) -> None:
+        self._queue.append(change)
+        if len(self._queue) > _KEPT:
+            table = dict(self.held)
+            for kept in self._queue:
+                table = _applied(table, kept)
+            self._queue.clear()
+            self._queue.append(Snapshot(table, change.serial, "overflow"))
+
+
+def _applied(table: dict[str, int], change: Change) -> dict[str, int]:
+    """*table* after *change*: itself, or another one."""
+    if type(change) is Snapshot:
+        return dict(change.entries)
+    assert isinstance(change, m.Event)
+    if change.old:
+        table.pop(change.old, None)
+    if change.event in _THERE:
+        table[change.name] = change.generation
+    else:
+        table.pop(change.name, None)
+    return table
