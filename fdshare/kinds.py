@@ -13,6 +13,8 @@ files of makefile()                          the same class, with a socket of it
 temporary files                              the file; its creator deletes it
 Connection: multiprocessing, multiprocess,   the same class, readable and writable alike
 fdshare
+SharedMemory                                 the same memory, not a copy
+a numpy array that lies in one               a numpy array in the same memory
 Descriptor, a number, anything with fileno() Descriptor
 ssl.SSLSocket                                refused: its state is not in the descriptor
 yours                                        what you registered: `register_kind`
@@ -45,7 +47,16 @@ from fdshare.kernel.ancillary import close_all
 from fdshare.kernel.descriptor import Descriptor, HasFileno, borrow
 from fdshare.protocol.kind import Kind
 
-__all__ = ["Kind", "describe", "is_shareable", "rebuild", "register_kind", "unregister_kind"]
+__all__ = [
+    "Kind",
+    "describe",
+    "describers",
+    "is_shareable",
+    "rebuild",
+    "register_kind",
+    "unregister_kind",
+    "user_kinds",
+]
 
 Described: TypeAlias = tuple[Kind, list[int]]
 UserDescribe: TypeAlias = Callable[[Any], tuple[Any, Sequence[HasFileno | int]]]
@@ -63,7 +74,7 @@ def describe(obj: Any) -> Described:
     Raises: UnsupportedKind: no descriptor, or the state is not in it; ClosedDescriptor; UnreadData:
     a pipe's file object has read ahead; OSError of a flush. *obj* is borrowed for the call.
     """
-    describe_it = _describers.get(type(obj))
+    describe_it = describers.get(type(obj))
     if describe_it is None:
         describe_it = _describer_of(type(obj)) or _describe_descriptor
     return describe_it(obj)
@@ -89,7 +100,7 @@ def rebuild(kind: Kind, descriptors: list[Descriptor]) -> Any:
 
 def is_shareable(cls: type) -> bool:
     """True if objects of *cls* have a kind of their own: more than "something with fileno()"."""
-    return cls in _describers or _describer_of(cls) is not None
+    return cls in describers or _describer_of(cls) is not None
 
 
 def register_kind(cls: type, tag: str, describe: UserDescribe, rebuild: UserRebuild) -> None:
@@ -116,7 +127,7 @@ def register_kind(cls: type, tag: str, describe: UserDescribe, rebuild: UserRebu
         return rebuild(_decode_any(spec), descriptors)
 
     _registered[tag] = cls
-    _user_describers[cls] = _describers[cls] = describe_user
+    user_kinds[cls] = describers[cls] = describe_user
     _rebuilders[tag] = rebuild_user
 
 
@@ -125,11 +136,11 @@ def unregister_kind(tag: str) -> None:
     cls = _registered.pop(tag, None)
     if cls is None:
         raise UnknownKind(tag)
-    del _user_describers[cls], _rebuilders[tag]
+    del user_kinds[cls], _rebuilders[tag]
     if cls in _BUILT_IN_DESCRIBERS:
-        _describers[cls] = _BUILT_IN_DESCRIBERS[cls]
+        describers[cls] = _BUILT_IN_DESCRIBERS[cls]
     else:
-        del _describers[cls]
+        del describers[cls]
 
 
 # Sockets
@@ -234,8 +245,8 @@ class ConnectionSpec(msgspec.Struct, frozen=True, array_like=True):
 _CONNECTIONS: Final = {
     "multiprocessing": ("multiprocessing.connection", "Connection"),
     "multiprocess": ("multiprocess.connection", "Connection"),
-    "fdshare": ("fdshare.mp.connection", "Connection"),
-    "fdshare-multiprocess": ("fdshare.mp.connection", "MultiprocessConnection"),
+    "fdshare": ("fdshare.mp.on_multiprocessing", "Connection"),
+    "fdshare-multiprocess": ("fdshare.mp.on_multiprocess", "Connection"),
 }
 _FAMILIES: Final = {name: family for family, name in _CONNECTIONS.items()}
 _decode_connection: Final = msgspec.msgpack.Decoder(ConnectionSpec).decode
@@ -266,12 +277,47 @@ def _rebuild_connection(raw: msgspec.Raw, descriptors: list[Descriptor]) -> Any:
     return cls(descriptor.detach(), spec.readable, spec.writable)
 
 
+# Memory. It is imported when there is some: most programs share none.
+
+
+def _describe_memory(memory: Any) -> Described:
+    from fdshare.memorykinds import take_memory_apart
+
+    spec, fd = take_memory_apart(memory)
+    return Kind("memory", msgspec.Raw(_encode(spec))), [fd]
+
+
+def _describe_array(array: Any) -> Described:
+    from fdshare.memorykinds import take_array_apart
+
+    spec, fd = take_array_apart(array)
+    return Kind("array", msgspec.Raw(_encode(spec))), [fd]
+
+
+def _rebuild_memory(raw: msgspec.Raw, descriptors: list[Descriptor]) -> Any:
+    from fdshare.memorykinds import MemorySpec, assemble_memory
+
+    spec = msgspec.msgpack.decode(raw, type=MemorySpec)
+    (descriptor,) = _exactly(1, "memory", descriptors)
+    return assemble_memory(spec, descriptor)
+
+
+def _rebuild_array(raw: msgspec.Raw, descriptors: list[Descriptor]) -> Any:
+    from fdshare.memorykinds import ArraySpec, assemble_array
+
+    spec = msgspec.msgpack.decode(raw, type=ArraySpec)
+    (descriptor,) = _exactly(1, "array", descriptors)
+    return assemble_array(spec, descriptor)
+
+
 # Descriptors
 
 _DESCRIPTOR: Final = Kind("descriptor", msgspec.Raw(_encode(None)))
 
 
 def _describe_descriptor(obj: Any) -> Described:
+    if hasattr(type(obj), "__array_interface__"):
+        return _describe_array(obj)  # not by type: an array is shareable by where it lies
     return _DESCRIPTOR, [borrow(obj)]
 
 
@@ -307,10 +353,12 @@ _BY_NAME: Final[dict[tuple[str, str], Describer]] = {
     ("ssl", "SSLObject"): _refuse_tls,
     ("tempfile", "_TemporaryFileWrapper"): _describe_temporary,
     ("tempfile", "SpooledTemporaryFile"): _describe_spooled,
+    ("fdshare.kernel.memory", "SharedMemory"): _describe_memory,
     **dict.fromkeys(_CONNECTIONS.values(), _describe_connection),
 }
-_describers: Final[dict[type, Describer]] = dict(_BUILT_IN_DESCRIBERS)
-_user_describers: Final[dict[type, Describer]] = {}
+# Exact types, and those that a program has registered, for who must know them at a glance.
+describers: Final[dict[type, Describer]] = dict(_BUILT_IN_DESCRIBERS)
+user_kinds: Final[dict[type, Describer]] = {}
 _registered: Final[dict[str, type]] = {}
 
 _rebuilders: Final[dict[str, Callable[[msgspec.Raw, list[Descriptor]], Any]]] = {
@@ -318,6 +366,8 @@ _rebuilders: Final[dict[str, Callable[[msgspec.Raw, list[Descriptor]], Any]]] = 
     "file": _rebuild_file,
     "connection": _rebuild_connection,
     "descriptor": _rebuild_descriptor,
+    "memory": _rebuild_memory,
+    "array": _rebuild_array,
 }
 _BUILT_IN_TAGS: Final = frozenset(_rebuilders)
 
@@ -325,7 +375,7 @@ _BUILT_IN_TAGS: Final = frozenset(_rebuilders)
 def _describer_of(cls: type) -> Describer | None:
     """The one of the nearest base class that has one."""
     for base in cls.__mro__:
-        found = _describers.get(base) or _BY_NAME.get((base.__module__, base.__qualname__))
+        found = describers.get(base) or _BY_NAME.get((base.__module__, base.__qualname__))
         if found is not None:
             return found
     return None

@@ -1,0 +1,230 @@
+"""Connections that carry descriptors beside the bytes, and Pipe, Listener and Client of them.
+
+Over multiprocessing/connection.py of CPython 3.11 to 3.13: the classes derive from the package's
+own and keep everything that they promise. What changes: a message may have descriptors (frames.py
+says how), `Pipe(duplex=False)` is a socket pair too (a pipe carries none), large messages are read
+into one buffer, and a connection pickles itself through the transit of the pickle. Where there is
+no AF_UNIX socket below, a pipe or TCP, a connection does what the package's own does.
+
+Of the package's private names these are used, the same from 3.3 to 3.14: `_handle`, `_close`,
+`_check_closed`, `_check_readable`, `_check_writable`, `_bad_message_length`, `_send_bytes`,
+`_recv_bytes` (which returns a BytesIO), `_poll`.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import select
+import socket
+from typing import Any, ClassVar
+
+from fdshare.errors import DescriptorLimit, InvalidArgument, NoTransit
+from fdshare.mp.family import Family
+from fdshare.mp.frames import Outgoing, marked, read_bytes, read_message, read_without
+from fdshare.mp.reducers import dumps
+from fdshare.mp.transit import Bundle
+from fdshare.mp.transit import loads as loads_envelope
+
+__all__ = ["ConnectionMixin", "ListenerMixin", "make_client", "make_pipe"]
+
+
+class ConnectionMixin:
+    """A Connection that carries descriptors beside the bytes."""
+
+    _family: ClassVar[Family]
+    _handle: int | None
+    _socket: socket.socket | None = None
+    _tried = False
+    # Set where several processes read from this socket, each under a lock: a message that one had
+    # to leave is then marked on the socket alone.
+    _shared = False
+    _announced = False
+
+    def send(self: Any, obj: Any) -> None:
+        """Send *obj* with its descriptors. It is safe to close *obj* after this call.
+
+        Raises: what pickling raises; DescriptorLimit (ETOOMANYREFS): nobody received for long.
+        """
+        self._check_closed()
+        self._check_writable()
+        sock = self._socket or self._open()
+        if sock is None:
+            super().send(obj)  # type: ignore[misc]
+            return
+        Outgoing(dumps(self._family, obj)).push_patiently(sock)
+
+    def recv(self: Any) -> Any:
+        """The next object. The caller owns the result.
+
+        Raises: EOFError; DescriptorLimit: at this process's limit; the object is still there, and
+        comes with the next recv() once descriptors are free.
+        """
+        self._check_closed()
+        self._check_readable()
+        sock = self._socket or self._open()
+        if sock is None:
+            return super().recv()  # type: ignore[misc]
+        return self.decode(self._receive(sock))
+
+    def poll(self: Any, timeout: float | None = 0.0) -> bool:
+        """Whether something can be read, within *timeout* seconds (None: no limit)."""
+        self._check_closed()
+        self._check_readable()
+        return self._poll(timeout)  # type: ignore[no-any-return]
+
+    def carrier(self) -> socket.socket:
+        """The socket below; it stays the connection's. Raises: NoTransit: it is none of AF_UNIX."""
+        sock = self._socket or self._open()
+        if sock is None:
+            raise NoTransit("a descriptor")
+        return sock
+
+    def send_bundle(self: Any, bundle: Bundle) -> None:
+        """Send what is pickled already. Raises: as `send`."""
+        self._check_closed()
+        Outgoing(bundle).push_patiently(self.carrier())
+
+    def receive(self: Any) -> bytes | Bundle:
+        """The next message, not yet unpickled. Raises: as `recv`."""
+        self._check_closed()
+        return self._receive(self.carrier())  # type: ignore[no-any-return]
+
+    def decode(self, message: bytes | Bundle) -> Any:
+        """What is in a received message. The caller owns the result."""
+        loads = self._family.loads
+        return loads(message) if type(message) is bytes else message.load(loads)  # type: ignore[union-attr]
+
+    def receive_without(self: Any, reason: BaseException) -> Any:
+        """The message that was left at the limit, without its descriptors, which are lost.
+
+        Bundles in it raise *reason* when they are opened.
+        """
+        data = read_without(self.carrier())
+        self._announced = False
+        if data is None:
+            return self.decode(self.receive())
+        return loads_envelope(self._family.loads, data, [], reason)
+
+    def discard(self: Any) -> None:
+        """Let go of the message that was left at the limit."""
+        read_without(self.carrier())
+        self._announced = False
+
+    def _receive(self, sock: socket.socket) -> bytes | Bundle:
+        announced = marked(sock) if self._shared else self._announced
+        try:
+            message = read_message(sock, announced)
+        except DescriptorLimit:
+            self._announced = True
+            raise
+        self._announced = False
+        return message
+
+    def _open(self: Any) -> socket.socket | None:
+        """The socket below, where it is one that carries descriptors."""
+        if self._tried:
+            return None
+        try:
+            sock = socket.socket(fileno=self._handle)
+        except OSError:  # a pipe
+            self._tried = True
+            return None
+        self._tried = True
+        if sock.family != socket.AF_UNIX:
+            sock.detach()
+            return None
+        if sock.gettimeout() is not None:  # socket.setdefaulttimeout()
+            sock.settimeout(None)
+        if not self._shared:
+            self._announced = marked(sock)
+        self._socket = sock
+        return sock
+
+    def _send_bytes(self: Any, buf: Any) -> None:
+        sock = self._socket or self._open()
+        if sock is None:
+            super()._send_bytes(buf)  # type: ignore[misc]
+        else:
+            Outgoing(Bundle(buf)).push_patiently(sock)
+
+    def _recv_bytes(self: Any, maxsize: int | None = None) -> io.BytesIO | None:
+        sock = self._socket or self._open()
+        if sock is None:
+            return super()._recv_bytes(maxsize)  # type: ignore[misc, no-any-return]
+        announced = marked(sock) if self._shared else self._announced
+        try:
+            data = read_bytes(sock, announced, maxsize)
+        except InvalidArgument:
+            self._announced = True
+            raise
+        return None if data is None else io.BytesIO(data)
+
+    def _poll(self: Any, timeout: float | None) -> bool:
+        # wait([self]) does the same by way of a new selector, at three times the price.
+        poller = select.poll()
+        poller.register(self._handle, select.POLLIN)
+        if timeout is not None and timeout > 0:
+            return bool(poller.poll(math.ceil(timeout * 1000)))
+        return bool(poller.poll(timeout))
+
+    def _close(self: Any, _close: Any = os.close) -> None:
+        # Both know the number; one closes it.
+        if self._socket is not None:
+            self._socket.detach()
+        _close(self._handle)
+
+    def __reduce__(self: Any) -> Any:
+        # Only a pickler that is none of ours, nor armed by install(), comes here.
+        if self._family.spawning is None:
+            raise NoTransit("Connection")
+        copy = self._family.module("reduction").DupFd(self.fileno())
+        return _inherited, (type(self), copy, self.readable, self.writable)
+
+
+def _inherited(cls: Any, copy: Any, readable: bool, writable: bool) -> Any:
+    return cls(copy.detach(), readable, writable)
+
+
+def make_pipe(connection: Any) -> Any:
+    """`Pipe` that returns two of the class *connection*."""
+
+    def Pipe(duplex: bool = True) -> tuple[Any, Any]:
+        """Two connections, the ends of one socket pair: (reader, writer) where not *duplex*.
+
+        The caller owns the result.
+        """
+        left, right = socket.socketpair()
+        return (
+            connection(left.detach(), writable=duplex),
+            connection(right.detach(), readable=duplex),
+        )
+
+    return Pipe
+
+
+class ListenerMixin:
+    """A Listener whose accepted connections carry descriptors, where its address is a path."""
+
+    _connection: ClassVar[Any]
+
+    def accept(self: Any) -> Any:
+        """A connection to the next client. The caller owns the result."""
+        return _turned_into(self._connection, super().accept())  # type: ignore[misc]
+
+
+def make_client(family: Family, connection: Any) -> Any:
+    """`Client` that returns objects of the class *connection*."""
+    stock = family.module("connection").Client
+
+    def Client(*args: Any, **kwargs: Any) -> Any:
+        """A connection to the address of a Listener. The caller owns the result."""
+        return _turned_into(connection, stock(*args, **kwargs))
+
+    return Client
+
+
+def _turned_into(cls: Any, connection: Any) -> Any:
+    handle, connection._handle = connection._handle, None
+    return cls(handle, connection.readable, connection.writable)

@@ -1,0 +1,227 @@
+"""How descriptors travel beside a pickle.
+
+A reducer hands each object's descriptors to the *transit* of the pickle in hand, and writes what
+the transit returns into the stream. `Inline` is the transit of our own channels: the descriptors
+leave in the sendmsg(2) of the pickle itself, and the stream holds their positions in it. (`Parked`
+is the one of everybody else's channels: a server holds them, and the stream holds a name.)
+
+A pickle and its descriptors together are a `Bundle`. It is made at the call (`put`, `submit`), so
+that the object may be closed straight after, and decoded by whoever it is for, so that what fails
+to decode fails there.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, Final, Protocol, TypeAlias
+
+from msgspec import Raw
+
+from fdshare.errors import NoTransit
+from fdshare.kernel.ancillary import close_all
+from fdshare.kernel.descriptor import Descriptor
+from fdshare.kinds import Kind, rebuild
+
+__all__ = ["Bundle", "Inline", "Reduced", "Transit", "loads"]
+
+Reduced: TypeAlias = tuple[Callable[..., Any], tuple[Any, ...]]
+Loads: TypeAlias = Callable[[Any], Any]
+
+
+class Transit(Protocol):
+    """Carries the descriptors of one pickle. Made before it, told how it ended."""
+
+    def carry(self, obj: Any, kind: Kind, fds: list[int]) -> Reduced:
+        """What `reduce` returns for *obj*: a callable that rebuilds it, and picklable arguments.
+
+        *fds* are borrowed from *obj*, which the transit keeps alive as long as it needs them.
+        """
+        ...
+
+    def commit(self) -> None:
+        """The pickle is complete. May raise; then the pickle is void."""
+        ...
+
+    def rollback(self) -> None:
+        """The pickle failed; let go of everything. Never raises."""
+        ...
+
+
+class Inline:
+    """The descriptors go with the bytes, in the order in which they were pickled."""
+
+    __slots__ = ("fds", "holders")
+
+    def __init__(self) -> None:
+        self.fds: list[int] = []
+        self.holders: list[Any] = []
+
+    def carry(self, obj: Any, kind: Kind, fds: list[int]) -> Reduced:
+        first = len(self.fds)
+        self.fds += fds
+        self.holders.append(obj)
+        if len(fds) == 1:
+            return _arrive, (kind.tag, bytes(kind.spec), first)
+        return _arrive, (kind.tag, bytes(kind.spec), first, len(fds))
+
+    def commit(self) -> None:
+        pass
+
+    def rollback(self) -> None:
+        self.fds.clear()
+        self.holders.clear()
+
+
+class Bundle:
+    """A pickle and its descriptors; borrowed from the objects pickled, or owned.
+
+    Borrowed: valid while the objects are open, so for the length of one call. `own()` duplicates
+    them. Dropped, it closes what it owns.
+    """
+
+    __slots__ = ("__weakref__", "_missing", "data", "fds", "holders", "owned")
+
+    def __init__(
+        self,
+        data: bytes | memoryview,
+        fds: Sequence[int] = (),
+        holders: Sequence[Any] = (),
+        owned: list[Descriptor] | None = None,
+    ) -> None:
+        self.data = data
+        self.fds: Sequence[int] = fds
+        self.holders: Sequence[Any] = holders
+        self.owned: list[Descriptor] = [] if owned is None else owned
+        self._missing: BaseException | None = None
+
+    def own(self) -> Bundle:
+        """This bundle, with duplicates. It is safe to close what was pickled after this call.
+
+        Raises: DescriptorLimit or OSError (EMFILE); ClosedDescriptor. The bundle stays borrowed.
+        """
+        if len(self.owned) < len(self.fds):
+            copies: list[Descriptor] = []
+            try:
+                copies.extend(map(Descriptor.dup_of, self.fds))
+            except BaseException:
+                close_all(copies)
+                raise
+            self.owned = copies
+            self.fds = [copy.fileno() for copy in copies]
+        self.holders = ()
+        return self
+
+    def load(self, load: Loads) -> Any:
+        """The object; only once. The caller owns what is in it.
+
+        Raises: whatever unpickling raises; every descriptor is closed then.
+        """
+        owned, self.owned, self.fds = self.owned, [], ()
+        return loads(load, self.data, owned, self._missing)
+
+    def close(self) -> None:
+        """Close what it owns."""
+        owned, self.owned, self.fds, self.holders = self.owned, [], (), ()
+        close_all(owned)
+
+    def __del__(self) -> None:
+        owned = getattr(self, "owned", None)
+        if owned:
+            close_all(owned)
+
+    def __reduce__(self) -> Reduced:
+        # A bundle inside another pickle: the tasks and results of pools. The receiver opens the
+        # envelope, and decodes what is in it where a failure concerns this item alone.
+        return _rebundle, (bytes(self.data), self.own().owned)
+
+
+class _Missing:
+    """Stands in an envelope for a descriptor that could not be received."""
+
+    def __init__(self, reason: BaseException) -> None:
+        self.reason = reason
+
+
+def _rebundle(data: bytes, descriptors: list[Any]) -> Bundle:
+    bundle = Bundle(data)
+    for descriptor in descriptors:
+        if isinstance(descriptor, _Missing):
+            bundle._missing = descriptor.reason
+        else:
+            bundle.owned.append(descriptor)
+    bundle.fds = [descriptor.fileno() for descriptor in bundle.owned]
+    return bundle
+
+
+# Loading
+
+
+class _Frame:
+    """The descriptors of the message that this thread is decoding."""
+
+    __slots__ = ("built", "descriptors", "missing")
+
+    def __init__(self, descriptors: list[Descriptor], missing: BaseException | None) -> None:
+        self.descriptors: list[Descriptor | None] = list(descriptors)
+        self.missing = missing
+        self.built: list[Any] = []
+
+    def close(self, built: bool) -> None:
+        close_all(descriptor for descriptor in self.descriptors if descriptor is not None)
+        if built:
+            for obj in self.built:
+                getattr(obj, "close", _nothing)()
+
+
+def _nothing() -> None:
+    pass
+
+
+class _Local(threading.local):
+    frame: _Frame | None = None
+
+
+_local: Final = _Local()
+
+
+def loads(
+    load: Loads, data: Any, descriptors: list[Descriptor], missing: BaseException | None = None
+) -> Any:
+    """What *load* makes of *data*, in which the tickets stand for *descriptors*.
+
+    Takes *descriptors* over: what nothing in the pickle claims is closed, and all of them if
+    loading fails. *missing* is the reason why they did not arrive with an envelope of bundles: then
+    the envelope opens, and a bundle that needs them raises it when it is loaded itself.
+    """
+    outer = _local.frame
+    frame = _local.frame = _Frame(descriptors, missing)
+    try:
+        obj = load(data)
+    except BaseException:
+        frame.close(built=True)
+        raise
+    finally:
+        _local.frame = outer
+    frame.close(built=False)
+    return obj
+
+
+def _arrive(tag: str, spec: bytes, first: int, count: int = 1) -> Any:
+    """An object of the pickle in hand (named in every pickle of ours: do not move or rename)."""
+    frame = _local.frame
+    if frame is None:
+        raise NoTransit(f"a {tag} whose descriptors came beside the pickle")
+    if frame.missing is not None:
+        return _Missing(frame.missing)
+    mine: list[Descriptor] = []
+    for index in range(first, first + count):
+        descriptor = frame.descriptors[index]
+        if descriptor is None:
+            close_all(mine)
+            raise NoTransit(f"a {tag} that was rebuilt before")
+        frame.descriptors[index] = None
+        mine.append(descriptor)
+    obj = rebuild(Kind(tag, Raw(spec)), mine)
+    frame.built.append(obj)
+    return obj
