@@ -26,7 +26,7 @@ from fdshare.kernel.descriptor import Descriptor
 if TYPE_CHECKING:
     import numpy
 
-__all__ = ["ArrayPlace", "SharedMemory", "array_place", "shared_copy"]
+__all__ = ["ArrayPlace", "SharedMemory", "array_place", "is_sealed", "shared_copy"]
 
 # <linux/fcntl.h>; Python names F_SEAL_FUTURE_WRITE (Linux 5.1) from 3.14 on.
 _FUTURE_WRITE: Final = 0x10
@@ -121,7 +121,7 @@ class SharedMemory:
     @property
     def sealed(self) -> bool:
         """True if nobody, in any process, can change the contents any more."""
-        return bool(_seals(self._descriptor) & fcntl.F_SEAL_WRITE)
+        return is_sealed(self.fileno())
 
     @property
     def readonly(self) -> bool:
@@ -247,6 +247,11 @@ def array_place(array: Any) -> ArrayPlace | None:
     if base is None:
         return None
     return ArrayPlace(base.descriptor.fileno(), len(base), _address(array) - _start(base))
+
+
+def is_sealed(fd: int) -> bool:
+    """True if nobody can change the contents any more. *fd* is borrowed for the call."""
+    return bool(fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_WRITE)
 
 
 def _address(array: Any) -> int:
