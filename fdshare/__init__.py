@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fdshare.activation import listen_fds, notify
     from fdshare.client.blocking import Client, connect
     from fdshare.kernel.descriptor import Descriptor
+    from fdshare.kernel.memory import SharedMemory, shared_copy
     from fdshare.kinds import register_kind, unregister_kind
     from fdshare.manager import Manager
 
@@ -26,6 +27,8 @@ _LAZY = {
     "listen_fds": "fdshare.activation",
     "notify": "fdshare.activation",
     "register_kind": "fdshare.kinds",
+    "SharedMemory": "fdshare.kernel.memory",
+    "shared_copy": "fdshare.kernel.memory",
     "unregister_kind": "fdshare.kinds",
 }
 
@@ -33,11 +36,13 @@ __all__ = [
     "Client",
     "Descriptor",
     "Manager",
+    "SharedMemory",
     "__version__",
     "connect",
     "listen_fds",
     "notify",
     "register_kind",
+    "shared_copy",
     "unregister_kind",
 ]
 

@@ -51,6 +51,7 @@ __all__ = [
     "Kind",
     "describe",
     "describers",
+    "in_shared_memory",
     "is_shareable",
     "rebuild",
     "register_kind",
@@ -101,6 +102,17 @@ def rebuild(kind: Kind, descriptors: list[Descriptor]) -> Any:
 def is_shareable(cls: type) -> bool:
     """True if objects of *cls* have a kind of their own: more than "something with fileno()"."""
     return cls in describers or _describer_of(cls) is not None
+
+
+def in_shared_memory(array: Any) -> bool:
+    """True if a numpy array lies in a SharedMemory that is not closed: it need not be copied."""
+    memory = sys.modules.get("fdshare.kernel.memory")
+    if memory is None:
+        return False
+    try:
+        return memory.array_place(array) is not None
+    except ClosedDescriptor:
+        return False
 
 
 def register_kind(cls: type, tag: str, describe: UserDescribe, rebuild: UserRebuild) -> None:

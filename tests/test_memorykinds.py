@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -14,7 +17,7 @@ from hypothesis import strategies as st
 from fdshare.errors import ClosedDescriptor, FdshareError, KindMismatch, UnsupportedKind
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.kernel.memory import SharedMemory, array_place, shared_copy
-from fdshare.kinds import Kind, describe, rebuild
+from fdshare.kinds import Kind, describe, in_shared_memory, rebuild
 from fdshare.memorykinds import ArraySpec, MemorySpec
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="no memfd here")
@@ -103,6 +106,52 @@ def test_arrays_of_no_length(shape: tuple[int, ...]) -> None:
 def test_an_array_in_ordinary_memory_says_what_to_do() -> None:
     with pytest.raises(UnsupportedKind, match="shared_copy"):
         describe(np.arange(3))
+
+
+def test_what_lies_in_shared_memory() -> None:
+    array = shared_copy(np.arange(3))
+    assert in_shared_memory(array[1:])
+    assert not in_shared_memory(array + 1)
+    assert not in_shared_memory(np.float64(1))
+    with SharedMemory(8) as memory:
+        array = memory.as_array()
+    assert not in_shared_memory(array)  # closed: it is copied like any other
+
+
+CROSSING = """
+import multiprocessing, sys
+import numpy as np
+import fdshare
+from fdshare.mp import get_context
+
+def work(queue, back):
+    array, memory = queue.get(timeout=60)
+    array[0] = 42
+    back.put((type(array).__name__, array.flags.writeable, bytes(memory.buf[:3])))
+    back.put(array[1:])
+
+if __name__ == "__main__":
+    context = get_context("spawn")
+    queue, back = context.Queue(), context.Queue()
+    child = context.Process(target=work, args=(queue, back))
+    child.start()
+    with fdshare.SharedMemory(80) as memory, fdshare.SharedMemory.from_bytes(b"abc") as other:
+        array = memory.as_array("f8")
+        queue.put((array, other))
+        print(back.get(timeout=60), array[0])
+        tail = back.get(timeout=60)
+        tail[0] = 7
+        print(array[1])
+    child.join()
+"""
+
+
+def test_arrays_cross_a_queue_without_a_copy(tmp_path: Path) -> None:
+    program = tmp_path / "crossing.py"
+    program.write_text(CROSSING)
+    run = [sys.executable, str(program)]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=100)
+    assert done.stdout == "('ndarray', True, b'abc') 42.0\n7.0\n", done.stderr
 
 
 # Descriptions that lie. The descriptor is closed whatever they say.

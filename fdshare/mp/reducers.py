@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from tblib.pickling_support import pickle_exception, pickle_traceback
 
-from fdshare.kinds import describe, describers, is_shareable, user_kinds
+from fdshare.kinds import describe, describers, in_shared_memory, is_shareable, user_kinds
 from fdshare.mp.transit import Bundle, Inline, Transit
 
 __all__ = ["dumps", "make_pickler", "reduce_with"]
@@ -83,6 +83,8 @@ def reduce_with(transit: Transit, pickler: Any, obj: Any, cls: type) -> Any:
         return NotImplemented if pickler.bare_exceptions else pickle_traceback(obj)
     if hasattr(cls, "fileno"):
         return _reduce_with_fileno(transit, pickler, obj, cls)
+    if hasattr(cls, "__array_interface__") and in_shared_memory(obj):
+        return transit.carry(obj, *describe(obj))
     if cls.__module__ == "tempfile" or user_kinds:
         return transit.carry(obj, *describe(obj)) if is_shareable(cls) else NotImplemented
     return NotImplemented
