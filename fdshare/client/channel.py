@@ -6,6 +6,7 @@ one recvmsg(2), without a poll between them.
 
 from __future__ import annotations
 
+import errno
 import socket
 import struct
 import time
@@ -14,7 +15,7 @@ from typing import Final
 
 from fdshare.client.base import dial
 from fdshare.client.conversation import Answer, Conversation, Exchange, Parts
-from fdshare.errors import FdshareError, ServerTimeout
+from fdshare.errors import ClosedDescriptor, FdshareError, ServerTimeout
 from fdshare.kernel.ancillary import receive_into, send_message
 from fdshare.protocol import messages as m
 
@@ -22,6 +23,7 @@ __all__ = ["Channel", "Gone"]
 
 _BUFFER: Final = 1 << 16
 _TIMEVAL: Final = struct.Struct("@ll")  # struct timeval
+_LONGEST: Final = 86400.0  # seconds; struct timeval ends somewhere, and we look again after these
 
 
 class Gone(Exception):
@@ -132,8 +134,11 @@ class Channel:
 
     def _write(self, data: bytes | memoryview, fds: Iterable[int], deadline: float | None) -> None:
         sock = self._connected()
-        data = self._greeting + data if self._greeting else data
         numbers = list(fds)
+        if self._greeting:
+            if numbers and data:  # descriptors go with the first byte of their own frame
+                self._write(b"", (), deadline)
+            data = self._greeting + data
         while data:
             self._limit(deadline)
             try:
@@ -144,6 +149,10 @@ class Channel:
             except (BrokenPipeError, ConnectionResetError) as error:
                 # What the server said before it closed the door is still there to be read.
                 return self._last_words(error, deadline)
+            except OSError as error:
+                if error.errno == errno.EBADF and numbers:
+                    raise ClosedDescriptor(f"one of {numbers} is not open") from None
+                raise
             numbers = []
             self._greeting = b""  # not before: what was refused for its descriptors has not gone
             data = memoryview(data)[sent:]
@@ -185,11 +194,12 @@ class Channel:
         """Sets the kernel's timeouts, unless what is set still fits."""
         assert self._sock is not None
         left = 0.0 if deadline is None else max(deadline - time.monotonic(), 0.001)
+        left = min(left, _LONGEST)
         # Waking too early or a little late is harmless, for the deadline is looked at again then;
         # a system call for every request is not.
         if left / 2 <= self._kernel_timeout <= left * 1.5 + 1 and self._kernel_timeout:
             return
-        self._kernel_timeout = left or 3600.0
+        self._kernel_timeout = left or _LONGEST
         value = _TIMEVAL.pack(int(self._kernel_timeout), int(self._kernel_timeout % 1 * 1e6))
         self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)
         self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, value)
