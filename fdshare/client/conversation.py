@@ -16,12 +16,19 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
-from fdshare.errors import AuthenticationFailed, FdshareError, ProtocolError, VersionMismatch
+from fdshare.errors import (
+    AuthenticationFailed,
+    FdshareError,
+    InvalidArgument,
+    InvalidName,
+    ProtocolError,
+    VersionMismatch,
+)
 from fdshare.kernel.ancillary import close_all
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.protocol import messages as m
 from fdshare.protocol.auth import NONCE_SIZE, prove
-from fdshare.protocol.wire import Receiver, header
+from fdshare.protocol.wire import MAX_FRAME, Receiver, header
 
 __all__ = ["Answer", "Conversation", "Exchange", "Parts"]
 
@@ -37,6 +44,8 @@ class Exchange:
 
     def deadline(self, started: float, timeout: float | None) -> float | None:
         """When the answer must be there, if the server may take *timeout* seconds."""
+        if self.wait != self.wait:
+            raise InvalidArgument("timeout", "nan is no number of seconds")
         if timeout is None or self.wait is None:
             return None
         return started + timeout + self.wait
@@ -109,8 +118,21 @@ class Conversation:
         return self.frame(0, hello, 0)
 
     def frame(self, id: int, request: m.Request, count: int) -> bytes:
-        """The bytes of a request that goes with *count* descriptors."""
-        body = m.encode(request)
+        """The bytes of a request that goes with *count* descriptors.
+
+        Raises: InvalidName: it has a str that is not Unicode; InvalidArgument: no message can
+        carry it.
+        """
+        try:
+            body = m.encode(request)
+        except UnicodeEncodeError as error:
+            raise InvalidName(ascii(error.object), "it cannot be encoded as UTF-8") from None
+        except (TypeError, OverflowError) as error:
+            raise InvalidArgument(type(request).__name__, str(error)) from None
+        if len(body) > MAX_FRAME:
+            raise InvalidArgument(
+                type(request).__name__, f"a message of {len(body)} bytes, at most {MAX_FRAME}"
+            )
         return header(len(body), count, id) + body
 
     def feed(
@@ -118,7 +140,7 @@ class Conversation:
     ) -> list[Answer]:
         """The answers and events in what was received; the Welcome is kept, not returned.
 
-        Raises: ProtocolError, VersionMismatch, BadRequest: hang up; everything received is closed.
+        Raises: ProtocolError, VersionMismatch: hang up; everything received is closed.
         """
         receiver = self._receiver
         frames = receiver.feed(data, descriptors, lost)

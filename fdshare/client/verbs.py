@@ -7,17 +7,21 @@ So a verb is written once for the blocking and the asynchronous client.
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Mapping
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, Final, TypeAlias, TypeVar
 
 from fdshare.client.conversation import Exchange, Parts
-from fdshare.errors import NameNotFound, TooManyDescriptors
+from fdshare.errors import NameNotFound, ProtocolError, TooManyDescriptors
 from fdshare.kernel.ancillary import close_all
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.kinds import describe, rebuild
 from fdshare.protocol import messages as m
 from fdshare.protocol.names import MAX_ENTRY_DESCRIPTORS, check_metadata, check_name
+from fdshare.protocol.wire import MAX_FRAME_DESCRIPTORS
 
 T = TypeVar("T")
+R = TypeVar("R", bound=m.Reply)
+# So many of 255 bytes, with msgpack's own, stay below MAX_FRAME.
+_MOST_NAMES: Final = 4000
 Steps: TypeAlias = Generator[Exchange, Parts, T]
 
 
@@ -52,17 +56,27 @@ def register(
     )
     given = [*fds] if lifeline is None else [*fds, lifeline]
     parts = yield Exchange(request, given)
-    reply: m.Registered = parts.replies[0]
+    reply = _answer(parts, m.Registered)
     return m.Entry(reply.name, reply.generation)
+
+
+def _answer(parts: Parts, cls: type[R]) -> R:
+    """The only part of an answer. Raises: ProtocolError: it is of another type, and closed."""
+    reply = parts.replies[0]
+    if type(reply) is not cls:
+        close_all(parts.descriptors)
+        raise ProtocolError(f"{type(reply).__name__} where {cls.__name__} was asked for")
+    return reply
 
 
 def fetch(name: str, timeout: float | None) -> Steps[Any]:
     parts = yield Exchange(m.Fetch(name, timeout), wait=timeout)
-    return rebuild(parts.replies[0].kind, parts.descriptors)
+    return rebuild(_answer(parts, m.Given).kind, parts.descriptors)
 
 
 def fetch_raw(name: str, timeout: float | None) -> Steps[list[Descriptor]]:
     parts = yield Exchange(m.Fetch(name, timeout), wait=timeout)
+    _answer(parts, m.Given)
     return parts.descriptors
 
 
@@ -71,8 +85,11 @@ def fetch_many(names: Iterable[str]) -> Steps[dict[str, Any]]:
     found: dict[str, Any] = {}
     try:
         while len(found) < len(wanted):
-            parts = yield Exchange(m.FetchMany(wanted[len(found) :]))
-            _rebuild_items(parts, found)
+            left = wanted[len(found) :]
+            # All at first, to hear what is missing; then no more than one answer can have.
+            most = MAX_FRAME_DESCRIPTORS if found else _MOST_NAMES
+            parts = yield Exchange(m.FetchMany(left[:most]))
+            _rebuild_items(parts, found, left)
     except BaseException:
         for obj in found.values():
             obj.close()
@@ -80,11 +97,16 @@ def fetch_many(names: Iterable[str]) -> Steps[dict[str, Any]]:
     return found
 
 
-def _rebuild_items(parts: Parts, found: dict[str, Any]) -> None:
-    """Adds the objects of one answer to *found*."""
+def _rebuild_items(parts: Parts, found: dict[str, Any], names: list[str]) -> None:
+    """Adds the objects of one answer to *found*: they are those of *names*, from the first."""
+    items = _answer(parts, m.GivenMany).items
     left = parts.descriptors
     try:
-        for item in parts.replies[0].items:
+        if not items or [item.name for item in items] != names[: len(items)]:
+            raise ProtocolError("other names than were asked for")
+        if sum(item.count for item in items) != len(left) or any(i.count < 0 for i in items):
+            raise ProtocolError(f"{len(left)} descriptors are not what its items need")
+        for item in items:
             mine, left = left[: item.count], left[item.count :]
             found[item.name] = rebuild(item.kind, mine)
     except BaseException:
@@ -95,9 +117,9 @@ def _rebuild_items(parts: Parts, found: dict[str, Any]) -> None:
 def take(name: str, timeout: float | None) -> Steps[Any]:
     while True:
         parts = yield Exchange(m.Take(name, timeout), wait=timeout)
-        lease = parts.descriptors.pop()
-        with lease:
-            obj = rebuild(parts.replies[0].kind, parts.descriptors)
+        given = _answer(parts, m.Given)
+        with _lease_of(parts) as lease:
+            obj = rebuild(given.kind, parts.descriptors)
             if _confirm(lease):
                 return obj
         # Revoked: the entry was replaced, removed or given back before we said that we have it.
@@ -107,10 +129,18 @@ def take(name: str, timeout: float | None) -> Steps[Any]:
 def take_raw(name: str, timeout: float | None) -> Steps[list[Descriptor]]:
     while True:
         parts = yield Exchange(m.Take(name, timeout), wait=timeout)
-        with parts.descriptors.pop() as lease:
+        _answer(parts, m.Given)
+        with _lease_of(parts) as lease:
             if _confirm(lease):
                 return parts.descriptors
         close_all(parts.descriptors)
+
+
+def _lease_of(parts: Parts) -> Descriptor:
+    """The last of the descriptors, which is not the entry's."""
+    if not parts.descriptors:
+        raise ProtocolError("it gave no lease")
+    return parts.descriptors.pop()
 
 
 def _confirm(lease: Descriptor) -> bool:
@@ -126,26 +156,37 @@ def _confirm(lease: Descriptor) -> bool:
 
 def wait(name: str, timeout: float | None) -> Steps[m.Entry]:
     parts = yield Exchange(m.Wait(name, timeout), wait=timeout)
-    return m.Entry(parts.replies[0].name, parts.replies[0].generation)
+    reply = _answer(parts, m.Registered)
+    return m.Entry(reply.name, reply.generation)
 
 
 def unregister(name: str, if_generation: int | None) -> Steps[None]:
-    yield Exchange(m.Unregister(name, if_generation))
+    _answer((yield Exchange(m.Unregister(name, if_generation))), m.Done)
 
 
 def rename(old: str, new: str) -> Steps[m.Entry]:
     parts = yield Exchange(m.Rename(old, new))
-    return m.Entry(parts.replies[0].name, parts.replies[0].generation)
+    reply = _answer(parts, m.Registered)
+    return m.Entry(reply.name, reply.generation)
 
 
 def bind(name: str, address: str, backlog: int, reuse_port: bool) -> Steps[Any]:
     parts = yield Exchange(m.Bind(name, address, backlog, reuse_port))
-    return rebuild(parts.replies[0].kind, parts.descriptors)
+    return rebuild(_answer(parts, m.Given).kind, parts.descriptors)
 
 
 def names(pattern: str) -> Steps[list[str]]:
     parts = yield Exchange(m.Names(pattern))
-    return [name for reply in parts.replies for name in reply.names]
+    return [name for reply in _answers(parts, m.NameList) for name in reply.names]
+
+
+def _answers(parts: Parts, cls: type[R]) -> list[R]:
+    """All parts of an answer, as `_answer` checks them."""
+    for reply in parts.replies:
+        if type(reply) is not cls:
+            close_all(parts.descriptors)
+            raise ProtocolError(f"{type(reply).__name__} where {cls.__name__} was asked for")
+    return parts.replies
 
 
 def holds(name: str) -> Steps[bool]:
@@ -156,7 +197,7 @@ def holds(name: str) -> Steps[bool]:
 
 def info(name: str) -> Steps[m.EntryInfo]:
     parts = yield Exchange(m.Info(name))
-    entries: list[m.EntryInfo] = parts.replies[0].entries
+    entries = _answer(parts, m.InfoList).entries
     if not entries:
         raise NameNotFound(name)
     return entries[0]
@@ -164,21 +205,19 @@ def info(name: str) -> Steps[m.EntryInfo]:
 
 def infos(pattern: str) -> Steps[list[m.EntryInfo]]:
     parts = yield Exchange(m.Infos(pattern))
-    return [entry for reply in parts.replies for entry in reply.entries]
+    return [entry for reply in _answers(parts, m.InfoList) for entry in reply.entries]
 
 
 def explain(verb: str, name: str, uid: int, gid: int, groups: Iterable[int]) -> Steps[m.Explained]:
     parts = yield Exchange(m.Explain(verb, name, uid, gid, list(groups)))
-    reply: m.Explained = parts.replies[0]
-    return reply
+    return _answer(parts, m.Explained)
 
 
 def stats() -> Steps[m.ServerStats]:
     parts = yield Exchange(m.Stats())
-    found: m.ServerStats = parts.replies[0].stats
-    return found
+    return _answer(parts, m.StatsReply).stats
 
 
 def simple(request: m.Request) -> Steps[None]:
     """A request whose answer says only that it was done."""
-    yield Exchange(request)
+    _answer((yield Exchange(request)), m.Done)

@@ -15,7 +15,7 @@ from typing import Any, Final, Literal, TypeAlias
 
 import msgspec
 
-from fdshare.errors import BadRequest, FdshareError, error_from_wire
+from fdshare.errors import BadRequest, FdshareError, ProtocolError, error_from_wire
 from fdshare.protocol.kind import Kind
 
 __all__ = [
@@ -472,12 +472,12 @@ def decode_request(body: bytes) -> AnyRequest:
 
 
 def decode_reply(body: bytes) -> AnyReply:
-    """The reply or event in *body*. Raises: BadRequest (a server that answers nonsense)."""
+    """The reply or event in *body*. Raises: ProtocolError (a server that answers nonsense)."""
     try:
         reply: AnyReply = _replies.decode(body)
         return reply
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise BadRequest(str(error)) from None
+        raise ProtocolError(f"its answer cannot be read: {error}") from None
 
 
 def refusal(error: FdshareError) -> Refused:

@@ -52,7 +52,11 @@ def check_metadata(metadata: Mapping[str, str]) -> None:
     for key, value in metadata.items():
         if not isinstance(key, str) or not isinstance(value, str):
             raise InvalidArgument("metadata", f"str to str only, not {key!r}: {value!r}")
-    size = sum(len(k.encode()) + len(v.encode()) for k, v in metadata.items())
+    try:
+        size = sum(len(k.encode()) + len(v.encode()) for k, v in metadata.items())
+    except UnicodeEncodeError as error:
+        reason = f"{error.object!a} cannot be encoded as UTF-8"
+        raise InvalidArgument("metadata", reason) from None
     if size > MAX_METADATA:
         raise InvalidArgument("metadata", f"{size} bytes, at most {MAX_METADATA} in all")
 
