@@ -1,4 +1,4 @@
-"""What holds for every test: no descriptor more after it than before, and no process left behind."""
+"""What holds for every test: no descriptor more after it than before, no process left behind."""
 
 from __future__ import annotations
 
@@ -7,10 +7,16 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, TypeVar
 
 import pytest
+
+from fdshare.client.blocking import Client
+from fdshare.manager import Manager
+
+T = TypeVar("T")
 
 
 def census(pid: int | str = "self") -> dict[int, str]:
@@ -48,3 +54,109 @@ def folder() -> Iterator[Path]:
     path = Path(tempfile.mkdtemp(prefix="fds-"))
     yield path
     shutil.rmtree(path, ignore_errors=True)
+
+
+def wait_until(condition: Callable[[], T], what: str = "the condition", seconds: float = 20) -> T:
+    """The first true result of *condition*; fails the test after *seconds*.
+
+    The only place of the suite where time passes by itself: what another process or the kernel
+    does at its own pace is asked for again and again.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        result = condition()
+        if result:
+            return result
+        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
+        time.sleep(0.002)
+
+
+@pytest.fixture
+def until() -> Callable[..., Any]:
+    """`wait_until`, for tests whose folder has a conftest of its own."""
+    return wait_until
+
+
+class Watched:
+    """A server process whose descriptors can be accounted for: it holds what its registry says."""
+
+    def __init__(self, manager: Manager) -> None:
+        self.manager = manager
+        self.address = manager.address
+        with Client(self.address, **self._key()) as admin:
+            self.pid = admin.stats().server_pid
+            # Its log, listener, lock, poller, and what the interpreter has open.
+            self.fixed = len(census(self.pid)) - admin.stats().connections
+
+    def _key(self) -> dict[str, Any]:
+        return {"authkey": self.manager._settings.authkey, "trust": self.manager._trust}
+
+    def excess(self, admin: Client) -> int:
+        """How many more descriptors it has open than it should; negative: fewer."""
+        stats = admin.stats()
+        return len(census(self.pid)) - self.fixed - stats.descriptors - stats.connections
+
+    def check(self) -> None:
+        """Fails unless it holds exactly what its registry says, soon: a thread closes."""
+        with Client(self.address, **self._key()) as admin:
+            try:
+                wait_until(lambda: self.excess(admin) == 0, "the server's census", 5)
+            except AssertionError:
+                entries = [(e.name, e.count, e.lifetime, e.leased) for e in admin.infos()]
+                raise AssertionError(
+                    f"the server has {self.excess(admin)} descriptors too many: "
+                    f"{census(self.pid)}, {admin.stats()}, {entries}"
+                ) from None
+
+    def empty(self) -> None:
+        """Unregisters everything."""
+        with Client(self.address, **self._key()) as admin:
+            for name in admin.names():
+                admin.unregister(name)
+
+    def alive(self) -> bool:
+        process = self.manager._process
+        return process is not None and process.poll() is None
+
+
+@pytest.fixture(scope="module")
+def module_server() -> Iterator[Watched]:
+    """One server, without a keeper, for all tests of a module; use `server`, which checks it."""
+    with Manager(keeper=False) as manager:
+        yield Watched(manager)
+
+
+@pytest.fixture
+def server(module_server: Watched) -> Iterator[Watched]:
+    """A server that is empty before and after, and holds exactly what its registry says."""
+    yield module_server
+    assert module_server.alive(), "the test ended the server"
+    module_server.check()
+    module_server.empty()
+    module_server.check()
+
+
+@pytest.fixture
+def client(server: Watched) -> Iterator[Client]:
+    """A client of `server`."""
+    with Client(server.address) as client:
+        yield client
+
+
+@pytest.fixture
+def serve(folder: Path) -> Iterator[Callable[..., Manager]]:
+    """Starts servers of the test's own, with options of `Manager`; each is checked and ended."""
+    started: list[Watched] = []
+
+    def start(path: str | None = None, **options: Any) -> Manager:
+        options.setdefault("keeper", False)
+        manager = Manager(path or folder / f"{len(started)}.sock", **options).start()
+        started.append(Watched(manager))
+        return manager
+
+    yield start
+    for watched in started:
+        if watched.alive():
+            watched.check()
+            watched.manager.shutdown()
+        watched.manager.close()
