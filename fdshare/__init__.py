@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from fdshare.kernel.memory import SharedMemory, shared_copy
     from fdshare.kinds import register_kind, unregister_kind
     from fdshare.manager import Manager
+    from fdshare.mp.hold import hold
+    from fdshare.mp.install import install, uninstall
 
 # name -> module. Imported on first use: a program pays for what it uses.
 _LAZY = {
@@ -24,6 +26,9 @@ _LAZY = {
     "connect": "fdshare.client.blocking",
     "Manager": "fdshare.manager",
     "Descriptor": "fdshare.kernel.descriptor",
+    "hold": "fdshare.mp.hold",
+    "install": "fdshare.mp.install",
+    "uninstall": "fdshare.mp.install",
     "listen_fds": "fdshare.activation",
     "notify": "fdshare.activation",
     "register_kind": "fdshare.kinds",
@@ -39,10 +44,13 @@ __all__ = [
     "SharedMemory",
     "__version__",
     "connect",
+    "hold",
+    "install",
     "listen_fds",
     "notify",
     "register_kind",
     "shared_copy",
+    "uninstall",
     "unregister_kind",
 ]
 

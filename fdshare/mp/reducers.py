@@ -21,10 +21,10 @@ from tblib.pickling_support import pickle_exception, pickle_traceback
 from fdshare.kinds import describe, describers, in_shared_memory, is_shareable, user_kinds
 from fdshare.mp.transit import Bundle, Inline, Transit
 
-__all__ = ["dumps", "make_pickler", "reduce_with"]
+__all__ = ["PLAIN", "dumps", "make_pickler", "reduce_with"]
 
 # Types that never hold a descriptor themselves; for dill's pickler, which asks about each of them.
-_PLAIN: Final = frozenset(
+PLAIN: Final = frozenset(
     {int, str, bytes, float, bool, complex, type(None), tuple, list, dict, set, frozenset}
     | {type, FunctionType, BuiltinFunctionType, bytearray}
 )
@@ -38,7 +38,7 @@ def make_pickler(forking_pickler: Any) -> Any:
 
     def reducer_override(self: Any, obj: Any) -> Any:
         cls = type(obj)
-        return NotImplemented if cls in _PLAIN else reduce_with(self.transit, self, obj, cls)
+        return NotImplemented if cls in PLAIN else reduce_with(self.transit, self, obj, cls)
 
     namespace = {"transit": None, "bare_exceptions": False, "saw_exception": False}
     return type("Pickler", (forking_pickler,), namespace | {"reducer_override": reducer_override})
