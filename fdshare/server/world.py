@@ -75,7 +75,8 @@ class Server:
         epoch: str | None = None,
     ) -> None:
         nofile = raise_descriptor_limit()
-        self.registry = registry or Registry()
+        # Not `or`: an empty registry is false, and a successor of ours would get the other one.
+        self.registry = Registry() if registry is None else registry
         self.policy = policy_of(settings)
         self.service = Service(
             self.registry, self.policy, Limits.for_rlimit(nofile, **settings.limits), self
