@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 from fdshare.version import __version__
 
 if TYPE_CHECKING:
+    from fdshare import aio
     from fdshare.activation import listen_fds, notify
     from fdshare.client.blocking import Client, connect
+    from fdshare.client.ref import ref
     from fdshare.kernel.descriptor import Descriptor
     from fdshare.kernel.memory import SharedMemory, shared_copy
     from fdshare.kinds import register_kind, unregister_kind
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
 # name -> module. Imported on first use: a program pays for what it uses.
 _LAZY = {
+    "aio": "fdshare.aio",
     "Client": "fdshare.client.blocking",
     "connect": "fdshare.client.blocking",
     "Manager": "fdshare.manager",
@@ -31,6 +34,7 @@ _LAZY = {
     "uninstall": "fdshare.mp.install",
     "listen_fds": "fdshare.activation",
     "notify": "fdshare.activation",
+    "ref": "fdshare.client.ref",
     "register_kind": "fdshare.kinds",
     "SharedMemory": "fdshare.kernel.memory",
     "shared_copy": "fdshare.kernel.memory",
@@ -43,11 +47,13 @@ __all__ = [
     "Manager",
     "SharedMemory",
     "__version__",
+    "aio",
     "connect",
     "hold",
     "install",
     "listen_fds",
     "notify",
+    "ref",
     "register_kind",
     "shared_copy",
     "uninstall",
@@ -61,7 +67,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'fdshare' has no attribute {name!r}")
     from importlib import import_module
 
-    value = getattr(import_module(module), name)
+    found = import_module(module)
+    value = found if module == f"fdshare.{name}" else getattr(found, name)
     globals()[name] = value
     return value
 
