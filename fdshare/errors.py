@@ -5,7 +5,7 @@
     FdshareError
     ├── InvalidName            (ValueError)        a name the rules do not allow
     ├── NameNotFound           (KeyError)          nothing is held under it
-    │   └── AlreadyTaken                           a pickled descriptor was loaded before, or expired
+    │   └── AlreadyTaken                           a pickled descriptor was loaded, or expired
     ├── NameTaken              (FileExistsError)   something else is held under it
     ├── GenerationMismatch     (ValueError)        it was replaced since you looked
     ├── InvalidArgument        (ValueError)        a value no request may have
@@ -131,12 +131,17 @@ def error_from_wire(code: str, fields: dict[str, Any], message: str) -> FdshareE
     """The exception that a peer described; a code or fields of a newer peer make a plain
     FdshareError with the peer's message."""
     cls = _by_code.get(code, FdshareError)
-    if cls is FdshareError:
-        return FdshareError(message, **fields)
-    try:
-        return cls(**fields)
-    except TypeError:
-        return FdshareError(message, **fields)
+    if cls is not FdshareError:
+        try:
+            return cls(**fields)
+        except Exception:  # whatever a constructor does with what it was not made for
+            pass
+    error = FdshareError(message)
+    error.fields = fields
+    for key, value in fields.items():
+        if not hasattr(error, key):  # a peer does not overwrite what every exception has
+            setattr(error, key, value)
+    return error
 
 
 class InvalidName(FdshareError, ValueError, code="invalid_name"):
