@@ -1,0 +1,202 @@
+"""Every message there and back, the tolerance for other releases, and bodies that are none."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fdshare import errors
+from fdshare.errors import BadRequest, FdshareError, NameNotFound, ProtocolError
+from fdshare.protocol import messages as m
+
+REQUESTS = get_args(m.AnyRequest)
+REPLIES = get_args(m.AnyReply)
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=5,
+)
+seconds = st.floats(allow_nan=False)
+
+
+def from_type(hint: Any) -> st.SearchStrategy[Any]:
+    """What a field of this type may hold."""
+    info = msgspec.inspect.type_info(hint)
+    return from_info(info)
+
+
+def from_info(info: Any) -> st.SearchStrategy[Any]:
+    i = msgspec.inspect
+    match info:
+        case i.StructType():
+            return struct(info.cls)
+        case i.UnionType():
+            return st.one_of([from_info(one) for one in info.types])
+        case i.LiteralType():
+            return st.sampled_from(info.values)
+        case i.ListType():
+            return st.lists(from_info(info.item_type), max_size=3)
+        case i.DictType():
+            return st.dictionaries(from_info(info.key_type), from_info(info.value_type), max_size=3)
+        case i.RawType():
+            return anything.map(lambda value: msgspec.Raw(msgspec.msgpack.encode(value)))
+        case i.IntType():
+            return st.integers(-(2**63), 2**64 - 1)
+        case i.StrType():
+            return st.text(max_size=10)
+        case i.FloatType():
+            return seconds
+        case i.BoolType():
+            return st.booleans()
+        case i.BytesType():
+            return st.binary(max_size=40)
+        case i.NoneType():
+            return st.none()
+        case i.AnyType():
+            return anything
+    raise AssertionError(f"no strategy for {info}")
+
+
+def struct(cls: type[Any]) -> st.SearchStrategy[Any]:
+    fields = msgspec.inspect.type_info(cls).fields  # type: ignore[attr-defined]
+    return st.builds(cls, **{field.name: from_info(field.type) for field in fields})
+
+
+@pytest.mark.parametrize("cls", REQUESTS, ids=lambda cls: cls.__name__)
+def test_requests_there_and_back(cls: type[Any]) -> None:
+    @given(struct(cls))
+    def check(request: Any) -> None:
+        body = m.encode(request)
+        assert msgspec.msgpack.decode(body)["type"] == cls.__name__.lower()
+        assert m.decode_request(body) == request
+
+    check()
+
+
+@pytest.mark.parametrize("cls", REPLIES, ids=lambda cls: cls.__name__)
+def test_replies_there_and_back(cls: type[Any]) -> None:
+    @given(struct(cls))
+    def check(reply: Any) -> None:
+        body = m.encode(reply)
+        assert msgspec.msgpack.decode(body)["type"] == cls.__name__.lower()
+        assert m.decode_reply(body) == reply
+
+    check()
+
+
+def test_every_message_is_in_a_union() -> None:
+    everything = {cls for cls in vars(m).values() if isinstance(cls, type)}
+    for root, members in ((m.Request, REQUESTS), (m.Reply, REPLIES)):
+        leaves = {cls for cls in everything if issubclass(cls, root) and cls is not root}
+        assert leaves == set(members)
+
+
+def test_tags_are_unique_among_their_kind() -> None:
+    for members in (REQUESTS, REPLIES):
+        tags = [cls.__name__.lower() for cls in members]
+        assert len(set(tags)) == len(tags)
+
+
+def test_fields_of_a_newer_release_are_ignored() -> None:
+    body = msgspec.msgpack.encode({"type": "fetch", "name": "web", "shiny": [1, 2]})
+    assert m.decode_request(body) == m.Fetch("web")
+
+
+def test_fields_of_an_older_release_have_defaults() -> None:
+    body = msgspec.msgpack.encode({"type": "fetch", "name": "web"})
+    assert m.decode_request(body) == m.Fetch("web", 0.0)
+    assert m.encode(m.Fetch("web")) == body
+
+
+BODIES = {
+    "empty": b"",
+    "nil": b"\xc0",
+    "no-map": msgspec.msgpack.encode([1, 2]),
+    "no-type": msgspec.msgpack.encode({"name": "web"}),
+    "unknown-type": msgspec.msgpack.encode({"type": "explode"}),
+    "wrong-field": msgspec.msgpack.encode({"type": "fetch", "name": 5}),
+    "missing-field": msgspec.msgpack.encode({"type": "fetch"}),
+    "trailing": msgspec.msgpack.encode({"type": "ping"}) + b"\0",
+    "truncated": msgspec.msgpack.encode({"type": "ping"})[:-1],
+    "not-utf8": b"\x82\xa4type\xa5fetch\xa4name\xa1\xff",
+    "deep": b"\x91" * 100_000,
+    "deep-in-a-field": b"\x82\xa4type\xa5fetch\xa4wait" + b"\x91" * 100_000,
+    "huge-announced": b"\xdf\xff\xff\xff\xff",
+}
+
+
+@pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
+def test_bodies_that_are_none(body: bytes) -> None:
+    with pytest.raises(BadRequest):
+        m.decode_request(body)
+    with pytest.raises(ProtocolError):
+        m.decode_reply(body)
+
+
+@given(st.binary(max_size=200))
+def test_garbage(body: bytes) -> None:
+    try:
+        m.decode_request(body)
+    except BadRequest:
+        pass
+    try:
+        m.decode_reply(body)
+    except ProtocolError:
+        pass
+
+
+def test_a_deep_spec_is_only_carried() -> None:
+    """A kind is opaque to the server: it is stored unread."""
+    spec = msgspec.Raw(b"\x91" * 5000 + b"\xc0")
+    request = m.Register("web", m.Kind("odd", spec))
+    try:
+        got = m.decode_request(m.encode(request))
+    except BadRequest:
+        return  # refused is as good
+    assert isinstance(got, m.Register)
+    assert bytes(got.kind.spec) == bytes(spec)
+
+
+# Refusals
+
+
+def test_a_refusal_carries_the_exception() -> None:
+    there = m.decode_reply(m.encode(m.refusal(NameNotFound(["a", "b"]))))
+    assert isinstance(there, m.Refused)
+    back = m.refusal_error(there)
+    assert type(back) is NameNotFound
+    assert back.names == ["a", "b"]
+
+
+def test_a_refusal_of_a_newer_release() -> None:
+    error = m.refusal_error(m.Refused("out_of_cheese", {"cheese": 5}, "no cheese"))
+    assert type(error) is FdshareError
+    assert str(error) == "no cheese"
+    assert error.cheese == 5  # type: ignore[attr-defined]
+
+
+def test_fields_of_a_refusal_that_do_not_fit() -> None:
+    error = m.refusal_error(m.Refused("name_taken", {"colour": "red"}, "taken"))
+    assert isinstance(error, FdshareError)
+    assert str(error) == "taken"
+
+
+# Names that an exception or its constructor has a use for.
+awkward = st.sampled_from(
+    ["message", "self", "fields", "code", "args", "errno", "__class__", "__dict__", "__cause__"]
+)
+
+
+@given(
+    st.sampled_from(sorted(errors._by_code)),
+    st.dictionaries(awkward | st.text(max_size=8), anything),
+)
+def test_a_refusal_of_any_shape_is_an_error_of_ours(code: str, fields: dict[str, Any]) -> None:
+    error = m.refusal_error(m.Refused(code, fields, "text"))
+    assert isinstance(error, FdshareError)
+    assert isinstance(str(error), str)
