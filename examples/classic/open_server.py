@@ -19,6 +19,7 @@ import os
 import signal
 import socket
 import stat
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -100,6 +101,11 @@ def requests(conn: socket.socket) -> Iterator[bytes]:
         raise Refused(errno.EINVAL, "the request does not end with NUL")
 
 
+def say(text: str) -> None:
+    sys.stdout.write(text + "\n")  # one write: threads that print() mix their lines
+    sys.stdout.flush()
+
+
 def answer(conn: socket.socket, who: Credentials, rules: list[Rule], request: bytes) -> None:
     traceback, request = asked_traceback(request)
     label = f"pid {who.pid}, uid {who.uid}"
@@ -108,14 +114,14 @@ def answer(conn: socket.socket, who: Credentials, rules: list[Rule], request: by
         label += f": open {mode} {path}"
         with open_allowed(rules, who.uid, mode, path) as file:
             send_fd(conn, file)
-        print(f"{label}: opened", flush=True)
+        say(f"{label}: opened")
     except Refused as error:
-        print(f"{label}: refused, {error}", flush=True)
+        say(f"{label}: refused, {error}")
         send_err(conn, error.status, str(error))
     except (OSError, ValueError) as error:
         if isinstance(error, ConnectionError):
             raise
-        print(f"{label}: failed, {error}", flush=True)
+        say(f"{label}: failed, {error}")
         send_err(conn, getattr(error, "errno", None) or errno.EINVAL, error, traceback=traceback)
 
 
@@ -126,7 +132,7 @@ def serve(conn: socket.socket, who: Credentials, rules: list[Rule]) -> None:
             for request in requests(conn):
                 answer(conn, who, rules, request)
         except Refused as error:
-            print(f"pid {who.pid}, uid {who.uid}: refused, {error}", flush=True)
+            say(f"pid {who.pid}, uid {who.uid}: refused, {error}")
             try:
                 send_err(conn, error.status, str(error))
             except OSError:

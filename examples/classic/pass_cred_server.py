@@ -44,7 +44,9 @@ def give(conn: socket.socket) -> None:
     except ConnectionError:
         return  # it went before it was served
     me = own_credentials()
-    print(f"descriptor sent, pid {me.pid}, uid {me.uid}, gid {me.gid}", flush=True)
+    # One write, where print() may do two: others write to the same file now.
+    sys.stdout.write(f"descriptor sent, pid {me.pid}, uid {me.uid}, gid {me.gid}\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -31,7 +31,9 @@ def main() -> None:
                         send_fds(conn, [sys.stdout], MAGIC)
                     except ConnectionError:
                         continue  # it went before it was served
-                print("descriptor sent", flush=True)
+                # One write, where print() may do two: others write to the same file now.
+                sys.stdout.write("descriptor sent\n")
+                sys.stdout.flush()
         except KeyboardInterrupt:
             pass
 

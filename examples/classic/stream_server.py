@@ -23,17 +23,22 @@ import threading
 from fdshare.kernel import Credentials, serv_accept, serv_listen
 
 
+def say(text: str) -> None:
+    sys.stdout.write(text + "\n")  # one write: threads that print() mix their lines
+    sys.stdout.flush()
+
+
 def serve(conn: socket.socket, who: Credentials) -> None:
-    print(f"connected: pid {who.pid}, uid {who.uid}, gid {who.gid}", flush=True)
+    say(f"connected: pid {who.pid}, uid {who.uid}, gid {who.gid}")
     with conn, conn.makefile("rw", errors="replace") as lines:
         try:
             for line in lines:
-                print(f"pid {who.pid}: {line}", end="", flush=True)
+                say(f"pid {who.pid}: {line.rstrip()}")
                 lines.write(line.upper())
                 lines.flush()
         except ConnectionError:
             pass  # it went without listening to the answer
-    print(f"disconnected: pid {who.pid}", flush=True)
+    say(f"disconnected: pid {who.pid}")
 
 
 def main() -> None:
