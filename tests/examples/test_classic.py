@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -419,3 +420,26 @@ def test_fd_to_many(start: Start) -> None:
     assert [int(match[2]) for match in found if match] == [0, 1, 2, 3, 4]
     assert [int(match[3]) for match in found if match] == [0, 9, 18, 27, 36]
     assert_documented("fd_to_many.py", program.seen)
+
+
+def test_the_page_shows_what_the_programs_show() -> None:
+    page = (PROGRAMS.parents[1] / "docs" / "classic.md").read_text()
+    blocks = re.findall(r"^```\n(\$ python .*?)```", page, flags=re.M | re.S)
+    assert len(blocks) == 8
+    shown = {match[1] for block in blocks if (match := re.match(r"\$ python (\S+)", block))}
+    assert shown <= set(ALL)
+    for block in blocks:
+        name = block.split()[2]
+        assert_documented(name, block.splitlines())
+    for name in ALL:
+        assert name.removesuffix(".py").rsplit("_", 1)[0] in page, name
+
+
+def test_the_picture_is_there() -> None:
+    docs = PROGRAMS.parents[1] / "docs"
+    assert "(descriptor-tables.svg)" in (docs / "classic.md").read_text()
+    root = ElementTree.parse(docs / "descriptor-tables.svg").getroot()
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    text = " ".join(root.itertext())
+    for words in ("open file description", "process A", "process B", "descriptor table"):
+        assert words in text
