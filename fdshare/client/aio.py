@@ -176,6 +176,10 @@ class AsyncClient(BaseClient):
         """The server reads its policy file again. Raises: PolicyError; the old one stays."""
         await self._do(verbs.simple(m.Reload()))
 
+    async def upgrade(self) -> None:
+        """The server becomes the code that is installed now; see `Client.upgrade`."""
+        await self._do(verbs.simple(m.Upgrade()))
+
     async def shutdown(self) -> None:
         """Ends the server and all that it holds."""
         await self._do(verbs.simple(m.Shutdown()))

@@ -13,6 +13,7 @@ closed here: so a take goes back, since nobody confirmed it.
 from __future__ import annotations
 
 import copy
+import errno
 import socket
 import time
 from collections import deque
@@ -217,12 +218,14 @@ class _Link:
             else:
                 piece.data, piece.fds = memoryview(piece.data)[sent:], ()
 
-    def _not_sent(self, error: OSError) -> None:
+    def _not_sent(self, error: Exception) -> None:
         """The first piece was refused: its descriptors are to blame, or the connection is gone."""
         piece = self._output[0]
         gone = isinstance(error, (BrokenPipeError, ConnectionResetError))
         if not gone and piece.pending is not None and not piece.pending.sent:
             self._output.popleft()
+            if isinstance(error, OSError) and error.errno == errno.EBADF:
+                error = ClosedDescriptor(f"one of {list(piece.fds)} is not open")
             self._pipeline.fail(piece.pending, error)
             return
         # What the server said before is still there to be read; the reader finds the end of it.
