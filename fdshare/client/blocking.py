@@ -277,6 +277,18 @@ class Client(BaseClient):
         id = channel.new_id()
         started = time.monotonic()
         deadline = exchange.deadline(started, self.timeout)
+        try:
+            return channel.exchange(exchange, deadline, id)
+        except Gone:  # or not yet there
+            return self._repeat(channel, exchange, started, deadline, id)
+        except ServerTimeout:
+            assert deadline is not None
+            raise ServerTimeout(self.address, deadline - started) from None
+
+    def _repeat(
+        self, channel: Channel, exchange: Exchange, started: float, deadline: float | None, id: int
+    ) -> Parts:
+        """The answer to a request whose connection ended, or was never made."""
 
         def attempt() -> Parts:
             if channel.opened != before:  # a repeat: of the wait for a name, the rest is left

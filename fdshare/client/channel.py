@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable
 from typing import Final
 
 from fdshare.client.base import dial
-from fdshare.client.conversation import Answer, Conversation, Exchange, Parts
+from fdshare.client.conversation import Answer, Conversation, Exchange, Parts, Received
 from fdshare.errors import ClosedDescriptor, FdshareError, ServerTimeout
 from fdshare.kernel.ancillary import receive_into, send_message
 from fdshare.protocol import messages as m
@@ -78,11 +78,16 @@ class Channel:
         """The whole answer to *exchange*. Raises: Gone, ServerTimeout, or the refusal."""
         try:
             self._send(exchange, id, deadline)
+            received = self._read(deadline)
+            if (whole := self._conversation.whole(*received, id)) is not None:
+                return whole
+            answers = self._conversation.feed(*received)
             parts = Parts()
             while True:
-                for answer in self._receive(deadline):
+                for answer in answers:
                     if self._part_of(answer, id) and parts.add(answer):
                         return parts.finish()
+                answers = self._receive(deadline)
         except BaseException as error:
             # A refusal leaves the connection in order; after anything else an answer may come late.
             if not isinstance(error, FdshareError) or isinstance(
@@ -101,6 +106,8 @@ class Channel:
 
     def receive(self, deadline: float | None) -> list[Answer]:
         """The next answers and events, at least one. Raises: Gone, ServerTimeout: none came."""
+        if self._sock is not None:
+            self._limit(deadline)  # which may be another one than that of the request
         while not (answers := self._receive(deadline)):
             pass
         return answers
@@ -134,7 +141,7 @@ class Channel:
 
     def _write(self, data: bytes | memoryview, fds: Iterable[int], deadline: float | None) -> None:
         sock = self._connected()
-        numbers = list(fds)
+        numbers = list(fds) if fds else []
         if self._greeting:
             if numbers and data:  # descriptors go with the first byte of their own frame
                 self._write(b"", (), deadline)
@@ -143,6 +150,9 @@ class Channel:
             self._limit(deadline)
             try:
                 sent = send_message(sock, (data,), numbers)
+                if sent == len(data):
+                    self._greeting = b""
+                    return
             except BlockingIOError:
                 self._check_time(deadline)
                 continue
@@ -167,19 +177,23 @@ class Channel:
         raise Gone(str(error)) from None
 
     def _receive(self, deadline: float | None) -> list[Answer]:
+        return self._conversation.feed(*self._read(deadline))
+
+    def _read(self, deadline: float | None) -> Received:
+        """What one recvmsg(2) brought: bytes, at least one, descriptors, why some are missing."""
         sock = self._connected()
         while True:
-            self._limit(deadline)
             try:
                 count, descriptors, lost = receive_into(sock, self._buffer)
                 break
             except BlockingIOError:  # the kernel's timeout
                 self._check_time(deadline)
+                self._limit(deadline)
             except ConnectionResetError as error:
                 raise Gone(str(error)) from None
         if not count:
             raise Gone("it closed the connection")
-        return self._conversation.feed(self._view[:count], descriptors, lost)
+        return self._view[:count], descriptors, lost
 
     def _connected(self) -> socket.socket:
         if self._sock is None:

@@ -12,7 +12,7 @@ import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import msgspec
 
@@ -28,9 +28,9 @@ from fdshare.kernel.ancillary import close_all
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.protocol import messages as m
 from fdshare.protocol.auth import NONCE_SIZE, prove
-from fdshare.protocol.wire import MAX_FRAME, Receiver, header
+from fdshare.protocol.wire import HEADER, MAX_FRAME, Receiver, header, only_frame
 
-__all__ = ["Answer", "Conversation", "Exchange", "Parts"]
+__all__ = ["Answer", "Conversation", "Exchange", "Parts", "Received"]
 
 
 @dataclass(slots=True)
@@ -55,6 +55,9 @@ class Exchange:
         if self.wait:
             left = max(started + self.wait - time.monotonic(), 0.001)
             self.request = msgspec.structs.replace(self.request, wait=left)
+
+
+Received: TypeAlias = tuple[memoryview, list[Descriptor], FdshareError | None]
 
 
 class Answer(NamedTuple):
@@ -134,6 +137,25 @@ class Conversation:
                 type(request).__name__, f"a message of {len(body)} bytes, at most {MAX_FRAME}"
             )
         return header(len(body), count, id) + body
+
+    def whole(
+        self,
+        data: memoryview,
+        descriptors: list[Descriptor],
+        lost: FdshareError | None,
+        id: int,
+    ) -> Parts | None:
+        """The whole answer to request *id*, where *data* is that and nothing else, as it nearly
+        always is. None for all other cases: nothing has been taken then, `feed` them."""
+        if lost is not None or not self._receiver.idle or only_frame(data, len(descriptors)) != id:
+            return None
+        try:
+            reply = m.decode_reply(bytes(data[HEADER.size :]))
+        except ProtocolError:
+            return None
+        if type(reply) is m.Refused or getattr(reply, "more", False):
+            return None
+        return Parts([reply], descriptors)
 
     def feed(
         self, data: memoryview, descriptors: list[Descriptor], lost: FdshareError | None

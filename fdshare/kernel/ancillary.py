@@ -71,7 +71,12 @@ _ROOM: Final = (
     + socket.CMSG_SPACE(_INT)
     + 256
 )
-_CLOEXEC: Final = getattr(socket, "MSG_CMSG_CLOEXEC", 0)  # macOS has none
+# As plain ints: an operation on the enum's members costs as much as the system call.
+_SOCKET: Final = int(socket.SOL_SOCKET)
+_RIGHTS: Final = int(socket.SCM_RIGHTS)
+_CTRUNC: Final = int(socket.MSG_CTRUNC)
+_PEEK: Final = int(socket.MSG_PEEK)
+_CLOEXEC: Final = int(getattr(socket, "MSG_CMSG_CLOEXEC", 0))  # macOS has none
 
 
 def close_all(descriptors: Iterable[Descriptor]) -> None:
@@ -99,7 +104,7 @@ def send_message(
         return sock.sendmsg(buffers, (), flags)
     if len(fds) > MAX_DESCRIPTORS:
         raise TooManyDescriptors(len(fds), MAX_DESCRIPTORS)
-    control = ((socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds)),)
+    control = ((_SOCKET, _RIGHTS, array.array("i", fds)),)
     try:
         return sock.sendmsg(buffers, control, flags)
     except OSError as error:
@@ -118,10 +123,10 @@ def receive_into(
     is closed, and the bytes in *buffer* are good. The caller owns the descriptors.
     """
     count, control, got, _ = sock.recvmsg_into((buffer,), _ROOM, flags | _CLOEXEC)
-    if not control and not got & socket.MSG_CTRUNC:
+    if not control and not got & _CTRUNC:
         return count, [], None
     descriptors = own(control)
-    if got & socket.MSG_CTRUNC:
+    if got & _CTRUNC:
         return count, [], _dropped(descriptors, control, _ROOM)
     return count, descriptors, None
 
@@ -136,9 +141,9 @@ def peek_descriptors(sock: socket.socket, count: int) -> list[Descriptor]:
 
     Raises: DescriptorLimit (EMFILE): nothing is consumed, peek again when descriptors are free.
     """
-    _, control, got, _ = sock.recvmsg(1, _ROOM, socket.MSG_PEEK | _CLOEXEC)
+    _, control, got, _ = sock.recvmsg(1, _ROOM, _PEEK | _CLOEXEC)
     descriptors = own(control)
-    if got & socket.MSG_CTRUNC:
+    if got & _CTRUNC:
         raise _dropped(descriptors, control, _ROOM)
     if len(descriptors) > count:
         close_all(descriptors)
@@ -151,6 +156,10 @@ def own(control: Control) -> list[Descriptor]:
 
     A pidfd that came along (SO_PASSPIDFD) is closed: only `recv_fds` hands it out.
     """
+    if len(control) == 1 and _CLOEXEC:
+        level, kind, data = control[0]
+        if level == _SOCKET and kind == _RIGHTS and not len(data) % _INT:
+            return list(map(Descriptor, array.array("i", data)))
     owned, pidfd = _split(control)
     if pidfd is not None:
         pidfd.close()
@@ -162,11 +171,11 @@ def _split(control: Control) -> tuple[list[Descriptor], Descriptor | None]:
     owned: list[Descriptor] = []
     pidfd: Descriptor | None = None
     for level, kind, data in control:
-        if level != socket.SOL_SOCKET:
+        if level != _SOCKET:
             continue
         # A truncated message may end in the middle of an int.
         whole = data[: len(data) - len(data) % _INT]
-        if kind == socket.SCM_RIGHTS:
+        if kind == _RIGHTS:
             owned += map(Descriptor, array.array("i", whole))
         elif kind == creds.HERE.scm_pidfd and whole:
             pidfd = Descriptor(array.array("i", whole)[0])

@@ -29,7 +29,7 @@ from typing import Final, Generic, NamedTuple, TypeVar
 from fdshare.errors import FdshareError, ProtocolError, VersionMismatch
 from fdshare.protocol.messages import VERSION
 
-__all__ = ["HEADER", "MAX_FRAME", "MAX_FRAME_DESCRIPTORS", "Frame", "Receiver", "header"]
+__all__ = ["HEADER", "MAX_FRAME", "MAX_FRAME_DESCRIPTORS", "Frame", "Receiver", "header", "only_frame"]
 
 HEADER: Final = struct.Struct(">IHBBI")
 # A thousand names of 255 bytes fit well; a peer cannot make us hold more than this unasked.
@@ -51,6 +51,26 @@ class Frame(NamedTuple, Generic[D]):
 def header(length: int, descriptors: int, id: int) -> bytes:
     """The 12 bytes before a body of *length* bytes."""
     return HEADER.pack(length, descriptors, VERSION, 0, id)
+
+
+def only_frame(data: bytes | memoryview, descriptors: int) -> int:
+    """The id of the frame that *data* is, no more and no less, with just so many descriptors.
+
+    The common case, told without taking anything apart; -1 for all others, which are for the
+    automaton. The body is data[HEADER.size:].
+    """
+    if len(data) < HEADER.size:
+        return -1
+    length, count, version, reserved, id = HEADER.unpack_from(data)
+    if (
+        length != len(data) - HEADER.size
+        or count != descriptors
+        or version != VERSION
+        or reserved
+        or length > MAX_FRAME
+    ):
+        return -1
+    return int(id)
 
 
 class Receiver(Generic[D]):

@@ -129,6 +129,11 @@ class Registry:
         for entry in self.entries.values():
             yield from entry.all_handles()
 
+    @property
+    def timed(self) -> bool:
+        """False where nothing in here will ever be due."""
+        return bool(self._deadlines or self.leases)
+
     def next_deadline(self) -> float | None:
         """When the next entry expires; None where none does."""
         while self._deadlines:

@@ -82,6 +82,7 @@ class Server:
             self.registry, self.policy, Limits.for_rlimit(nofile, **settings.limits), self
         )
         self.journal_link = journal
+        self.auditing = audit_log.isEnabledFor(logging.INFO)
         self.notes: dict[str, str] = {}
         self.settings = settings
         self._closer = Closer()
