@@ -20,13 +20,11 @@ import logging
 import os
 import signal
 import socket
-import sys
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Final, NoReturn, TypeAlias
+from typing import Final, TypeAlias
 
-from fdshare.activation import notify
 from fdshare.kernel.ancillary import receive_into
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.protocol import messages as m
@@ -35,6 +33,7 @@ from fdshare.server.changes import Record
 from fdshare.server.handles import Closer, Handle
 from fdshare.server.link import Link
 from fdshare.server.poller import READ, Poller
+from fdshare.server.reporting import Watchdog, announce_main_pid, report
 from fdshare.server.twin import (
     BACK_OFF,
     DEATHS,
@@ -45,7 +44,7 @@ from fdshare.server.twin import (
     decode_letter,
     encode_letter,
     fence,
-    pidfd_of,
+    fork_half,
 )
 from fdshare.server.upgrade import (
     Table,
@@ -84,6 +83,7 @@ class Keeper:
         self._journal = journal
         self._server = server
         self._poller = Poller()
+        self._watchdog = Watchdog()
         self._closer = Closer()
         self._fencing = False
         self._deaths: deque[float] = deque(maxlen=DEATHS)
@@ -95,6 +95,7 @@ class Keeper:
         self._trial: Trial | None = None
         self._trial_until = 0.0
         self._upgrade = Note("upgrade")
+        self._relieved = False  # the server was told to make room for one of newer code
 
     # Its life.
 
@@ -109,15 +110,14 @@ class Keeper:
         self._poller.register(self._wake.fileno(), READ, self._on_signal)
         if self._holdings.control is not None:
             self._poller.register(self._holdings.control.fileno(), READ, self._on_owner_gone)
-        for number in _SIGNALS:
-            signal.signal(number, self._note_signal)
+        self._hear_signals()
         if self._journal is not None:
             self._follow()
             if relieve:
+                self._relieved = True
                 self._tell(Note("drain"))
         while not self._ended():
             self._turn()
-        notify("STOPPING=1")
         self._let_go()
 
     def _turn(self) -> None:
@@ -129,6 +129,7 @@ class Keeper:
             key(events)  # type: ignore[operator]
         if self._trial is not None and time.monotonic() > self._trial_until:
             self._on_trial_over(0)
+        self._watchdog.feed()
         since = self._stopping_since
         if since is not None and time.monotonic() > since + _DRAIN and self._server is not None:
             log.warning("the server does not end, killed")
@@ -137,12 +138,15 @@ class Keeper:
     def _timeout(self) -> float | None:
         if self._stopping_since is not None or self._trial is not None:
             return 0.2
-        return None if self._start_at is None else max(self._start_at - time.monotonic(), 0.0)
+        due = [at for at in (self._start_at, self._watchdog.due) if at is not None]
+        return max(min(due) - time.monotonic(), 0.0) if due else None
 
     def _ended(self) -> bool:
         return self._stopping_since is not None and self._server is None
 
     def _let_go(self) -> None:
+        if self._trial is not None:
+            self._trial.verdict()  # ends it
         self._holdings.listener.close()
         for handle in list(self._holdings.registry.handles()):
             self._closer.close(handle.fd)
@@ -152,6 +156,13 @@ class Keeper:
         self._waker.close()
 
     # Signals, and the owner.
+
+    def _hear_signals(self) -> None:
+        for number in _SIGNALS:
+            signal.signal(number, self._note_signal)
+        if self._holdings.control is not None:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is the owner's
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)  # our old code blocked them
 
     def _note_signal(self, number: int, frame: object) -> None:
         self._signals.append(number)
@@ -183,26 +194,19 @@ class Keeper:
         if self._stopping_since is None:
             self._stopping_since = time.monotonic()
             self._start_at = None
+            report("STOPPING=1")
             self._tell(Note("drain"))
 
     # The server.
 
     def _start_server(self) -> None:
         self._start_at = None
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with pidfd_of(os.getpid()) as me:
-            try:
-                pid = os.fork()
-            except OSError as error:
-                log.error("no new server: %s", error)
-                ours.close()
-                theirs.close()
-                self._start_at = time.monotonic() + 1.0
-                return
-            if pid == 0:
-                _live(lambda: self._become_server(theirs, Descriptor(me.detach())))
-        theirs.close()
-        self._journal, self._server = ours, pidfd_of(pid)
+        try:
+            self._journal, self._server, _ = fork_half(self._become_server)
+        except OSError as error:
+            log.error("no new server: %s", error)
+            self._start_at = time.monotonic() + 1.0
+            return
         self._follow()
 
     def _follow(self) -> None:
@@ -255,20 +259,24 @@ class Keeper:
         self._poller.unregister(self._server.fileno())
         self._poller.unregister(self._journal.fileno())
         self._fencing = True
-        fence(self._server)
-        self._server.close()
+        how = fence(self._server)
         while self._read_letter():
             pass
         self._fencing = False
+        self._server.close()
         self._journal.close()
         self._server = self._journal = None
         if self._stopping_since is None:
+            if not self._relieved:
+                log.warning("the server is gone (%s), making a new one", how)
             self._plan_successor()
+        self._relieved = False
 
     def _plan_successor(self) -> None:
-        now = time.monotonic()
+        now = self._start_at = time.monotonic()
+        if self._relieved:  # as it was told to
+            return
         self._deaths.append(now)
-        self._start_at = now
         if len(self._deaths) == DEATHS and now - self._deaths[0] < WITHIN:
             log.error(
                 "the server died %d times in %d s; the table is kept, the next start is in %d s",
@@ -339,6 +347,8 @@ class Keeper:
         """Has the new code try the table, beside everything else that goes on."""
         if self._trial is not None or self._stopping_since is not None or self._journal is None:
             return
+        if self._fencing:  # who asked will ask the successor again
+            return
         try:
             self._trial = Trial(self._table(note))
         except OSError as error:
@@ -373,7 +383,7 @@ class Keeper:
 
     def _upgrade_failed(self, why: str) -> None:
         log.error("upgrade failed: %s; the old code goes on", why)
-        self._tell(Note("failed", data=why.encode()))
+        self._tell(Note("failed", data=why[:1000].encode()))
 
     def _table(self, note: Note) -> Table:
         assert self._journal is not None
@@ -386,37 +396,11 @@ def run_keeper(holdings: Holdings, ready: Callable[[], None]) -> None:
     Keeper(holdings, ready).run()
 
 
-def _live(life: Callable[[], None]) -> NoReturn:
-    """A forked half's life, from here to its end: what its parent had begun before the fork is not
-    its to unwind."""
-    status = 1
-    try:
-        life()
-        status = 0
-    except BaseException:
-        log.exception("process %d failed", os.getpid())
-    finally:
-        sys.stderr.flush()
-        os._exit(status)
-
-
 def spawn_keeper(holdings: Holdings) -> Spawner:
     """For a server whose keeper died: forks one that holds all that the server holds."""
 
     def spawn(server: Server) -> tuple[socket.socket, Descriptor, int]:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with pidfd_of(os.getpid()) as me:
-            try:
-                pid = os.fork()
-            except OSError:
-                ours.close()
-                theirs.close()
-                raise
-            if pid == 0:
-                parent = Descriptor(me.detach())
-                _live(lambda: _become_keeper(holdings, server, theirs, parent))
-        theirs.close()
-        return ours, pidfd_of(pid), pid
+        return fork_half(lambda journal, us: _become_keeper(holdings, server, journal, us))
 
     return spawn
 
@@ -429,7 +413,7 @@ def _become_keeper(
     close_all_but(holdings.descriptors() | {journal.fileno(), parent.fileno()})
     holdings.forget_other_half()
     holdings.take_listener()
-    notify(f"MAINPID={os.getpid()}")
+    announce_main_pid()
     Keeper(holdings, lambda: None, journal, parent).run()
 
 

@@ -157,10 +157,10 @@ class Link:
         poller = server.loop.poller
         poller.unregister(self._sock.fileno())
         poller.unregister(self._keeper.fileno())
-        log.warning("keeper %s is gone, making a new one", self._pid)
+        how = fence(self._keeper)
+        log.warning("keeper %s is gone (%s), making a new one", self._pid, how)
         if self._upgrading:
             self._upgrade_failed("the new code died at its start; the old one goes on")
-        fence(self._keeper)
         self._sock.close()
         self._keeper.close()
         now = time.monotonic()

@@ -8,13 +8,15 @@ in its table: one copy of a lease's other end that is left open, and the lease n
 
 from __future__ import annotations
 
+import logging
 import os
 import select
 import signal
 import socket
-from collections.abc import Collection, Iterable
+import sys
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
-from typing import Final, Literal, TypeAlias
+from typing import Final, Literal, NoReturn, TypeAlias
 
 import msgspec
 
@@ -34,10 +36,10 @@ __all__ = [
     "decode_letter",
     "encode_letter",
     "fence",
-    "pidfd_of",
-    "reap",
+    "fork_half",
 ]
 
+log = logging.getLogger("fdshare.server")
 
 # A half that dies so many times within so many seconds has a reason that will not go away: the
 # survivor keeps the table and waits a while before it makes the next.
@@ -108,14 +110,9 @@ encode_letter = _encoder.encode
 decode_letter = _decoder.decode
 
 
-def pidfd_of(pid: int) -> Descriptor:
-    """A pidfd. The caller owns the result. *pid* must be this process or its unreaped child."""
-    return Descriptor(os.pidfd_open(pid))
-
-
-def fence(pidfd: Descriptor) -> None:
-    """Returns when the process is dead, by our hand if need be. Then, and not before, what it
-    wrote to us is all there is."""
+def fence(pidfd: Descriptor) -> str:
+    """Returns when the process is dead, by our hand if need be; says how it died. Then, and not
+    before, what it wrote to us is all there is."""
     try:
         signal.pidfd_send_signal(pidfd.fileno(), signal.SIGKILL)
     except ProcessLookupError:
@@ -123,15 +120,55 @@ def fence(pidfd: Descriptor) -> None:
     wait = select.poll()
     wait.register(pidfd.fileno(), select.POLLIN)
     wait.poll()
-    reap(pidfd)
+    return _reap(pidfd)
 
 
-def reap(pidfd: Descriptor) -> None:
-    """Takes the exit status of the process, if it is our child and has ended."""
+def _reap(pidfd: Descriptor) -> str:
+    """Takes the exit status of a process that has ended; only a parent learns it."""
     try:
-        os.waitid(os.P_PIDFD, pidfd.fileno(), os.WEXITED | os.WNOHANG)
+        ended = os.waitid(os.P_PIDFD, pidfd.fileno(), os.WEXITED | os.WNOHANG)
     except ChildProcessError:
-        pass
+        ended = None
+    if ended is None:
+        return "it is not known how, for it was no child of ours"
+    if ended.si_code == os.CLD_EXITED:
+        return f"it ended with status {ended.si_status}"
+    return f"it was killed by signal {ended.si_status}"
+
+
+def fork_half(
+    life: Callable[[socket.socket, Descriptor], None],
+) -> tuple[socket.socket, Descriptor, int]:
+    """Forks the other half: our end of a new journal, its pidfd and pid. The caller owns the
+    result. *life* is all that the child does, with its end and a pidfd of ours.
+
+    Raises: OSError: there is no child then.
+    """
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        # Held until the fork has succeeded, so that a number is free for the child's pidfd.
+        with theirs, Descriptor(os.pidfd_open(os.getpid())) as us:
+            pid = os.fork()
+            if pid == 0:
+                _live(lambda: life(theirs, Descriptor(us.detach())))
+        return ours, Descriptor(os.pidfd_open(pid)), pid
+    except BaseException:
+        ours.close()
+        raise
+
+
+def _live(life: Callable[[], None]) -> NoReturn:
+    """A forked half's life, from here to its end: what its parent had begun before the fork is not
+    its to unwind."""
+    status = 1
+    try:
+        life()
+        status = 0
+    except BaseException:
+        log.exception("process %d failed", os.getpid())
+    finally:
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def close_all_but(kept: Collection[int]) -> None:

@@ -1,0 +1,64 @@
+"""What the service manager hears of a keeper: sd_notify(3), where there is one to hear it.
+
+A manager that is gone, or does not read, is no reason to fail: every report is given up in time.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from typing import Final
+
+from fdshare.activation import notify, watchdog_seconds
+from fdshare.errors import FdshareError
+
+__all__ = ["Watchdog", "announce_main_pid", "report"]
+
+log = logging.getLogger("fdshare.keeper")
+
+_PATIENCE: Final = 1.0  # seconds for a manager that does not read
+
+
+def report(state: str) -> None:
+    """Tells the service manager *state*, if there is one. Never fails."""
+    try:
+        notify(state, timeout=_PATIENCE)
+    except (OSError, FdshareError) as error:
+        log.warning("the service manager was not told %s: %s", state, error)
+
+
+def announce_main_pid() -> None:
+    """This process is the one to watch from now on, in the place of one that died.
+
+    systemd believes it of any process of the unit where NotifyAccess=all.
+    """
+    if "WATCHDOG_PID" in os.environ:
+        os.environ["WATCHDOG_PID"] = str(os.getpid())
+    report(f"MAINPID={os.getpid()}")
+
+
+class Watchdog:
+    """Reports WATCHDOG=1 at half the time that the service manager allows, sd_watchdog_enabled(3).
+
+    *due* is when, None where nobody asks for it.
+    """
+
+    def __init__(self) -> None:
+        self._every = _interval()
+        self.due = None if self._every is None else time.monotonic()
+
+    def feed(self) -> None:
+        """Reports, if it is time to."""
+        if self.due is not None and self._every is not None and time.monotonic() >= self.due:
+            report("WATCHDOG=1")
+            self.due = time.monotonic() + self._every
+
+
+def _interval() -> float | None:
+    try:
+        seconds = watchdog_seconds()
+    except FdshareError as error:
+        log.warning("the watchdog is not fed: %s", error)
+        return None
+    return None if seconds is None else seconds / 2
