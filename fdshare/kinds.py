@@ -196,13 +196,13 @@ def _rebuild_socket(raw: msgspec.Raw, descriptors: list[Descriptor]) -> socket.s
         spec = _decode_socket(key)
         if len(_socket_specs) < _REMEMBERED:
             _socket_specs[key] = spec
-    (descriptor,) = _exactly(1, "socket", descriptors)
+    fd = _exactly(1, "socket", descriptors)[0].detach()
     try:
         # Without a family it asks the kernel for family, type and protocol: that is our check.
-        sock = socket.socket(fileno=descriptor.fileno())
+        sock = socket.socket(fileno=fd)
     except OSError as error:
+        os.close(fd)
         raise KindMismatch("socket", f"{error.strerror}") from None
-    descriptor.detach()
     if _family(sock) != spec.family or _type(sock) != spec.type:
         found = f"family {_family(sock)}, type {_type(sock)}"
         sock.close()

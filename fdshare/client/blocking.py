@@ -7,7 +7,6 @@ only its caller. Timeouts are the kernel's (SO_RCVTIMEO): a fetch is one sendmsg
 from __future__ import annotations
 
 import os
-import threading
 import time
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -64,7 +63,6 @@ class Client(BaseClient):
 
     def _reset(self) -> None:
         """As new; in a forked child, whose copies of the connections are the parent's."""
-        self._lock = threading.Lock()
         self._idle: list[Channel] = []
         self._watches: weakref.WeakSet[Watch] = weakref.WeakSet()
 
@@ -238,11 +236,8 @@ class Client(BaseClient):
 
     def close(self) -> None:
         """Closes the connections; entries with lifetime "connection" go. Others stay."""
-        with self._lock:
-            self._closed = True
-            idle, self._idle = self._idle, []
-        for channel in idle:
-            channel.close()
+        self._closed = True
+        self._close_idle()
         self._lifeline.close()
 
     def __enter__(self) -> Client:
@@ -260,7 +255,10 @@ class Client(BaseClient):
     def _do(self, steps: verbs.Steps[T]) -> T:
         try:
             exchange = next(steps)
-            channel = self._borrow()
+            try:
+                channel = self._idle.pop()  # atomic, without a lock
+            except IndexError:
+                channel = self._new_channel()
             try:
                 while True:
                     exchange = steps.send(self._exchange(channel, exchange))
@@ -276,7 +274,11 @@ class Client(BaseClient):
     def _exchange(self, channel: Channel, exchange: Exchange) -> Parts:
         id = channel.new_id()
         started = time.monotonic()
-        deadline = exchange.deadline(started, self.timeout)
+        timeout = self.timeout
+        if exchange.wait == 0 and timeout is not None:
+            deadline: float | None = started + timeout
+        else:
+            deadline = exchange.deadline(started, timeout)
         try:
             return channel.exchange(exchange, deadline, id)
         except Gone:  # or not yet there
@@ -326,20 +328,26 @@ class Client(BaseClient):
                     time.sleep(pause)
                     pause = min(pause * 2, _LONGEST_PAUSE)
 
-    def _borrow(self) -> Channel:
-        with self._lock:
-            if self._closed:
-                raise ClosedDescriptor("the client is closed")
-            if self._idle:
-                return self._idle.pop()
+    def _new_channel(self) -> Channel:
+        if self._closed:
+            raise ClosedDescriptor("the client is closed")
         return Channel(self.address, self._trust, self._authkey)
 
     def _give_back(self, channel: Channel) -> None:
-        with self._lock:
-            if not self._closed and len(self._idle) < _POOL:
-                self._idle.append(channel)
+        if len(self._idle) >= _POOL:
+            channel.close()
+            return
+        self._idle.append(channel)
+        if self._closed:  # perhaps since we looked
+            self._close_idle()
+
+    def _close_idle(self) -> None:
+        while True:
+            try:
+                channel = self._idle.pop()
+            except IndexError:
                 return
-        channel.close()
+            channel.close()
 
     def _after_fork(self) -> None:
         """In the child: lets go of the parent's connections."""

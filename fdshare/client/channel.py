@@ -11,7 +11,7 @@ import socket
 import struct
 import time
 from collections.abc import Collection, Iterable
-from typing import Final
+from typing import Final, NoReturn
 
 from fdshare.client.base import dial
 from fdshare.client.conversation import Answer, Conversation, Exchange, Parts, Received
@@ -43,6 +43,7 @@ class Channel:
         self._buffer = bytearray(_BUFFER)
         self._view = memoryview(self._buffer)
         self._kernel_timeout = 0.0
+        self._usual = False  # the timeouts are those of a request that does not wait
         self.opened = 0  # how many connections there were
 
     def open(self, deadline: float | None) -> None:
@@ -58,6 +59,7 @@ class Channel:
             self._sock = sock
             self.opened += 1
             self._kernel_timeout = 0.0
+            self._usual = False
             self._greeting = self._conversation.hello()
             if self._authkey is not None:
                 self._authenticate(deadline)
@@ -77,7 +79,11 @@ class Channel:
     def exchange(self, exchange: Exchange, deadline: float | None, id: int) -> Parts:
         """The whole answer to *exchange*. Raises: Gone, ServerTimeout, or the refusal."""
         try:
-            self._send(exchange, id, deadline)
+            if self._sock is None:
+                raise Gone("not connected")
+            frame = self._conversation.frame(id, exchange.request, len(exchange.fds))
+            if not self._sent_at_once(frame, exchange, deadline):
+                self._write(frame, exchange.fds, deadline)
             received = self._read(deadline)
             if (whole := self._conversation.whole(*received, id)) is not None:
                 return whole
@@ -95,6 +101,21 @@ class Channel:
             ):
                 self.close()
             raise
+
+    def _sent_at_once(self, frame: bytes, exchange: Exchange, deadline: float | None) -> bool:
+        """The common case: no greeting, no descriptors, no wait, timeouts set. True: it is gone."""
+        sock = self._sock
+        if self._greeting or exchange.fds or exchange.wait != 0 or not self._usual:
+            self._usual = exchange.wait == 0  # the next one will find the timeouts that it needs
+            return False
+        assert sock is not None
+        try:
+            sent = sock.send(frame)
+        except OSError:
+            return False  # the long way knows what each of them means
+        if sent < len(frame):
+            self._write(memoryview(frame)[sent:], (), deadline)
+        return True
 
     def send(self, exchange: Exchange, deadline: float | None, id: int) -> None:
         """Sends a request whose answers the caller will `receive`. Raises: Gone, ServerTimeout."""
@@ -158,7 +179,7 @@ class Channel:
                 continue
             except (BrokenPipeError, ConnectionResetError) as error:
                 # What the server said before it closed the door is still there to be read.
-                return self._last_words(error, deadline)
+                self._last_words(error, deadline)
             except OSError as error:
                 if error.errno == errno.EBADF and numbers:
                     raise ClosedDescriptor(f"one of {numbers} is not open") from None
@@ -167,7 +188,7 @@ class Channel:
             self._greeting = b""  # not before: what was refused for its descriptors has not gone
             data = memoryview(data)[sent:]
 
-    def _last_words(self, error: OSError, deadline: float | None) -> None:
+    def _last_words(self, error: OSError, deadline: float | None) -> NoReturn:
         try:
             for answer in self._receive(deadline):
                 self._part_of(answer, -1)

@@ -28,7 +28,7 @@ from fdshare.kernel.ancillary import close_all
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.protocol import messages as m
 from fdshare.protocol.auth import NONCE_SIZE, prove
-from fdshare.protocol.wire import HEADER, MAX_FRAME, Receiver, header, only_frame
+from fdshare.protocol.wire import HEADER, MAX_FRAME, Receiver, only_frame
 
 __all__ = ["Answer", "Conversation", "Exchange", "Parts", "Received"]
 
@@ -136,7 +136,7 @@ class Conversation:
             raise InvalidArgument(
                 type(request).__name__, f"a message of {len(body)} bytes, at most {MAX_FRAME}"
             )
-        return header(len(body), count, id) + body
+        return HEADER.pack(len(body), count, m.VERSION, 0, id) + body
 
     def whole(
         self,
@@ -147,13 +147,15 @@ class Conversation:
     ) -> Parts | None:
         """The whole answer to request *id*, where *data* is that and nothing else, as it nearly
         always is. None for all other cases: nothing has been taken then, `feed` them."""
-        if lost is not None or not self._receiver.idle or only_frame(data, len(descriptors)) != id:
+        if lost is not None or only_frame(data, len(descriptors)) != id or not self._receiver.idle:
             return None
         try:
             reply = m.decode_reply(bytes(data[HEADER.size :]))
         except ProtocolError:
             return None
-        if type(reply) is m.Refused or getattr(reply, "more", False):
+        if type(reply) is not m.Given and (
+            type(reply) is m.Refused or getattr(reply, "more", False)
+        ):
             return None
         return Parts([reply], descriptors)
 

@@ -104,7 +104,9 @@ class Descriptor:
 
     def detach(self) -> int:
         """The number, of which the caller is now the owner; this object is done."""
-        fd = self.fileno()
+        fd = self._fd
+        if fd < 0:
+            return self.fileno()  # which says in which way it is gone
         self._fd = _DETACHED
         return fd
 
@@ -149,7 +151,11 @@ class Descriptor:
         )
 
     def __del__(self) -> None:
-        fd = getattr(self, "_fd", _CLOSED)
+        # Not getattr: half of all descriptors die detached, and this runs for each.
+        try:
+            fd = self._fd
+        except AttributeError:  # __init__ was never reached
+            return
         if fd >= 0:
             self.close()
             warnings.warn(f"descriptor {fd} was never closed", ResourceWarning, stacklevel=2)

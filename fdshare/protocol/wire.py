@@ -29,7 +29,15 @@ from typing import Final, Generic, NamedTuple, TypeVar
 from fdshare.errors import FdshareError, ProtocolError, VersionMismatch
 from fdshare.protocol.messages import VERSION
 
-__all__ = ["HEADER", "MAX_FRAME", "MAX_FRAME_DESCRIPTORS", "Frame", "Receiver", "header", "only_frame"]
+__all__ = [
+    "HEADER",
+    "MAX_FRAME",
+    "MAX_FRAME_DESCRIPTORS",
+    "Frame",
+    "Receiver",
+    "header",
+    "only_frame",
+]
 
 HEADER: Final = struct.Struct(">IHBBI")
 # A thousand names of 255 bytes fit well; a peer cannot make us hold more than this unasked.
@@ -87,12 +95,8 @@ class Receiver(Generic[D]):
         self._need = HEADER.size
         self._descriptors: deque[D] = deque()
         self._lost: FdshareError | None = None
+        self.idle = True  # between two frames: an end of stream here is a clean one
         self.failure: ProtocolError | None = None
-
-    @property
-    def idle(self) -> bool:
-        """True between two frames: an end of stream here is a clean one."""
-        return not self._bytes
 
     def feed(
         self,
@@ -126,6 +130,7 @@ class Receiver(Generic[D]):
             self.failure = failure
             return frames
         self._bytes[:] = view[at:]
+        self.idle = not self._bytes
         self._check_rest()
         return frames
 

@@ -75,17 +75,6 @@ class Connection:
     def fileno(self) -> int:
         return self.sock.fileno()
 
-    @property
-    def in_order(self) -> bool:
-        """True where nothing of this client is under way: the next read starts afresh."""
-        return (
-            self.greeted
-            and not self.output
-            and not self.pending
-            and not self.draining
-            and self.receiver.idle
-        )
-
     def queue(self, data: bytes, handles: tuple[Handle, ...]) -> None:
         """Appends a frame; its handles are pinned until they are sent."""
         for handle in handles:

@@ -78,6 +78,7 @@ class Loop:
                 self.turn()
             self._finish()
         finally:
+            self.service.leaving = True
             for connection in list(self.connections):
                 self.drop(connection)
 
@@ -229,7 +230,7 @@ class Loop:
         for frame in connection.pending:
             self._close_all(frame.descriptors)
         connection.pending.clear()
-        self.service.disconnected(connection.session)
+        self.service.disconnected(connection.session, time.monotonic())
         self.door.left(connection)
 
     def _on_connection(self, connection: Connection, events: int, now: float) -> None:
@@ -257,7 +258,9 @@ class Loop:
         if (
             not descriptors
             and lost is None
-            and connection.in_order
+            and connection.receiver.idle
+            and connection.greeted
+            and not (connection.output or connection.pending or connection.draining)
             and self._answered_at_once(connection, self._view[:count], now)
         ):
             return
