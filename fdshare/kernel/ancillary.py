@@ -307,6 +307,8 @@ def _send_failure(error: OSError, fds: Sequence[int], claimed: Credentials | Non
         )
     if error.errno == errno.ESRCH and claimed is not None:
         raise InvalidArgument("credentials", f"no process has the pid {claimed.pid}") from None
+    if error.errno == errno.EINVAL and claimed is not None:
+        raise InvalidArgument("credentials", "no such uid or gid in this user namespace") from None
     if error.errno == errno.EBADF:
         for fd in fds:
             if not _is_open(fd):
