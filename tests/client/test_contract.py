@@ -599,13 +599,13 @@ def test_a_half_that_dies_is_not_noticed(kind: str, sock: socket.socket) -> None
     async def body(client: Any) -> None:
         watch = client.watch(timeout=20)
         await anext(watch)
-        for i in range(5):
+        for i in range(4):  # with the fifth its keeper would take it for a crash loop
             await client.register(f"n{i}", sock)
             os.kill((await client.stats()).server_pid, 9)
             await client.register(f"m{i}", sock)
             await client.rename(f"m{i}", f"o{i}")
             await client.unregister(f"n{i}")
-        wanted = [f"o{i}" for i in range(5)]
+        wanted = [f"o{i}" for i in range(4)]
         assert await client.names() == wanted
         while sorted(watch.held) != wanted:
             await anext(watch)
