@@ -228,9 +228,11 @@ class AsyncClient(BaseClient):
         try:
             return await self._tasks.__aexit__(exc_type, exc, traceback)
         except BaseExceptionGroup as group:
-            if exc is not None and group.exceptions == (exc,):
+            if len(group.exceptions) > 1:
+                raise
+            if group.exceptions[0] is exc:
                 return False  # the caller's own, without the wrapping
-            raise
+            raise group.exceptions[0] from None
 
     # How a call is made.
 
