@@ -11,8 +11,10 @@ from fdshare.errors import InvalidArgument, InvalidName
 
 __all__ = [
     "MAX_ENTRY_DESCRIPTORS",
+    "MAX_KIND",
     "MAX_METADATA",
     "MAX_NAME",
+    "MAX_SESSION",
     "check_metadata",
     "check_name",
     "has_wildcards",
@@ -21,6 +23,10 @@ __all__ = [
 
 MAX_NAME: Final = 255  # bytes of UTF-8; systemd's limit for a descriptor's name, too
 MAX_METADATA: Final = 4096  # bytes of all keys and values together
+# A record of the server's journal is one message on a SOCK_SEQPACKET socket: everything that a
+# client may put into one has its bound, and together they fit into half of the smallest buffer.
+MAX_KIND: Final = 16384  # bytes of a kind's tag and spec
+MAX_SESSION: Final = 64  # bytes of a client's connection id
 # SCM_MAX_FD is 253; an entry shares its message with a lifeline, and the journal adds its own.
 MAX_ENTRY_DESCRIPTORS: Final = 250
 

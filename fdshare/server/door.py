@@ -14,11 +14,18 @@ import os
 import socket
 from typing import TYPE_CHECKING, Final
 
-from fdshare.errors import AuthenticationFailed, ProtocolError, QuotaExceeded, VersionMismatch
+from fdshare.errors import (
+    AuthenticationFailed,
+    BadRequest,
+    ProtocolError,
+    QuotaExceeded,
+    VersionMismatch,
+)
 from fdshare.kernel.ancillary import MAX_DESCRIPTORS, send_message
 from fdshare.kernel.credentials import peer_credentials
 from fdshare.protocol import messages as m
 from fdshare.protocol.auth import NONCE_SIZE, prove
+from fdshare.protocol.names import MAX_SESSION
 from fdshare.protocol.wire import MAX_FRAME, Frame, header
 from fdshare.server.connection import Connection
 from fdshare.server.handles import Handle
@@ -176,7 +183,10 @@ class Door:
     def greet(self, connection: Connection, frame: Frame[Handle], now: float) -> None:
         """Takes the Hello, or the proof of an authkey. Raises: ProtocolError, VersionMismatch,
         AuthenticationFailed."""
-        request = m.decode_request(frame.body)
+        try:
+            request = m.decode_request(frame.body)
+        except BadRequest as error:
+            raise ProtocolError(f"the greeting cannot be read: {error.reason}") from None
         if connection.proof is not None:
             self._check_proof(connection, frame, request)
             return
@@ -184,6 +194,8 @@ class Door:
             raise ProtocolError("the first frame must be a Hello")
         if request.version != m.VERSION:
             raise VersionMismatch(request.version, m.VERSION)
+        if len(request.session.encode()) > MAX_SESSION:
+            raise ProtocolError(f"a connection id has at most {MAX_SESSION} bytes")
         nonce = b""
         if self._authkey is not None:
             nonce = os.urandom(NONCE_SIZE)

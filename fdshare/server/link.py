@@ -64,8 +64,11 @@ class Link:
     def write(self, record: Record, fds: Sequence[int]) -> None:
         if self._lost:
             raise JournalBusy
+        letter = encode_letter(record)
+        if len(letter) > _LETTER:  # the keeper would read a part of it
+            raise KeeperUnavailable(f"the record has {len(letter)} bytes, at most {_LETTER}")
         try:
-            send_message(self._sock, (encode_letter(record),), fds)
+            send_message(self._sock, (letter,), fds)
         except (BlockingIOError, DescriptorLimit):  # full, or too much in flight: let it read
             raise JournalBusy from None
         except (BrokenPipeError, ConnectionResetError):
@@ -166,7 +169,13 @@ class Link:
         now = time.monotonic()
         self._deaths.append(now)
         if len(self._deaths) == DEATHS and now - self._deaths[0] < WITHIN:
-            log.error("%d keepers died in %d s; the next is made in %d s", DEATHS, WITHIN, BACK_OFF)
+            log.error(
+                "the keeper died %d times in %d s; nothing can be changed before the next start, "
+                "in %d s",
+                DEATHS,
+                WITHIN,
+                BACK_OFF,
+            )
             self._deaths.clear()
             server.loop.later(BACK_OFF, self._try_to_replace)
         else:

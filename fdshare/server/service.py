@@ -31,7 +31,13 @@ from fdshare.errors import (
     TooManyDescriptors,
 )
 from fdshare.protocol import messages as m
-from fdshare.protocol.names import MAX_ENTRY_DESCRIPTORS, check_metadata, check_name, matcher
+from fdshare.protocol.names import (
+    MAX_ENTRY_DESCRIPTORS,
+    MAX_KIND,
+    check_metadata,
+    check_name,
+    matcher,
+)
 from fdshare.protocol.patterns import Subscriptions
 from fdshare.protocol.wire import MAX_FRAME_DESCRIPTORS
 from fdshare.server.changes import (
@@ -106,6 +112,9 @@ class World(Protocol):
     def lease_state(self, ours: Handle, *, revoke: bool = False) -> LeaseState:
         """What the taker has done; with *revoke* it can do nothing more: never "held"."""
 
+    def check_lifeline(self, handle: Handle) -> None:
+        """Raises: InvalidArgument: it is no socket."""
+
     def owner_guard(self, session: Session) -> Handle:
         """A pidfd of the client's process. Raises: DescriptorLimit, InvalidArgument,
         UnsupportedPlatform."""
@@ -152,7 +161,9 @@ class Service:
         self._stale = 0  # how many of them are of waits that are over
         self._unserved: dict[str, float] = {}  # names whose waiters were not served: when to try
         self._watchers: Subscriptions[Session] = Subscriptions()
-        self._absent: dict[str, float] = {}
+        self._absent: dict[str, float] = {}  # clients whose answers are kept, and until when
+        self._here: dict[str, int] = {}  # client -> its connections
+        self.leaving = False  # a successor comes: what is remembered is for it
         self._order = count()  # between waits that end at the same moment
         self._handlers: dict[type, Callable[..., bool]] = {
             m.Fetch: self._fetch,
@@ -193,17 +204,25 @@ class Service:
             raise TooManyDescriptors(len(handles), 0)
         return handler(session, id, request, handles, now)
 
-    def disconnected(self, session: Session) -> None:
+    def disconnected(self, session: Session, now: float) -> None:
         """The client's connection has ended: nothing waits for it any more."""
         for waiter in list(session.waiting.values()):
             self._stop_waiting(waiter)
         for id in list(session.watches):
             self._stop_watching(session, id)
-        if session.name in self.registry.answers:
+        if self._has_left(session.name) and not self.leaving:
             try:
-                self._commit(Record([Forget(session.name)]), [], 0.0)
+                self._commit(Record([Forget(session.name)]), [], now)
             except (JournalBusy, FdshareError):
-                pass  # remembered answers do no harm; a later sweep forgets them
+                self._absent[session.name] = now + self.limits.session_timeout
+
+    def _has_left(self, name: str) -> bool:
+        """Counts one connection less of a client. True where answers for it are remembered and it
+        has no other connection: it may have made a new one before the old one's end was seen."""
+        count = self._here.pop(name, 0) - 1
+        if count > 0:
+            self._here[name] = count
+        return count <= 0 and name in self.registry.answers
 
     def hung_up(self, entry: Entry, now: float, *, guard: bool) -> None:
         """The owner of *entry* is gone (*guard*), or the peer of a descriptor in it."""
@@ -286,6 +305,8 @@ class Service:
     def greeted(self, session: Session) -> None:
         """The client of *session* is here, or here again."""
         self._absent.pop(session.name, None)
+        if session.name:
+            self._here[session.name] = self._here.get(session.name, 0) + 1
 
     def _forget_absent(self, now: float) -> None:
         for name in [name for name, until in self._absent.items() if until <= now]:
@@ -559,6 +580,8 @@ class Service:
         if self._is_taken(changes):
             former = None
         self._check_clash(request, former, session)
+        if request.lifetime == "connection":
+            self.world.check_lifeline(handles[-1])
         self._check_quota(session, len(handles) + (request.lifetime == "process"), former)
         if former is not None and former.lease is not None and not changes:
             changes = self._settle(former, revoke=True)
@@ -604,6 +627,9 @@ class Service:
     def _check_registration(self, request: m.Register, count: int) -> None:
         check_name(request.name)
         check_metadata(request.metadata)
+        size = len(request.kind.tag.encode()) + memoryview(request.kind.spec).nbytes
+        if size > MAX_KIND:
+            raise InvalidArgument("kind", f"{size} bytes, at most {MAX_KIND} of tag and spec")
         if count < 1:
             raise InvalidArgument("descriptors", "an entry has at least one")
         if count > MAX_ENTRY_DESCRIPTORS:
