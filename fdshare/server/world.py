@@ -6,6 +6,7 @@ here: leases, guards, hang-up watching, closing, binding, probing, the audit log
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import resource
@@ -18,7 +19,7 @@ from typing import Final, Literal, Protocol
 
 import msgspec
 
-from fdshare.errors import InvalidArgument, UnsupportedPlatform
+from fdshare.errors import DescriptorLimit, InvalidArgument, UnsupportedPlatform
 from fdshare.kernel.credentials import peer_pidfd
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.protocol import messages as m
@@ -137,7 +138,10 @@ class Server:
             self.journal_link.write(record, [handle.fd for handle in handles])
 
     def lease_pair(self) -> tuple[Handle, Handle]:
-        ours, theirs = socket.socketpair()
+        try:
+            ours, theirs = socket.socketpair()
+        except OSError as error:
+            raise _no_descriptor(error) from None
         return Handle(Descriptor(ours.detach())), Handle(Descriptor(theirs.detach()))
 
     def lease_state(self, ours: Handle, *, revoke: bool = False) -> LeaseState:
@@ -155,6 +159,14 @@ class Server:
             sock.detach()
         return "confirmed" if confirmed else "dropped"
 
+    def check_lifeline(self, handle: Handle) -> None:
+        try:  # asks for SO_TYPE; never blocks, where fstat(2) may
+            socket.socket(fileno=handle.fd).detach()
+        except OSError:  # a file cannot be polled, an eventfd is nobody's life
+            raise InvalidArgument(
+                "lifetime", "the lifeline, which comes last, is no socket"
+            ) from None
+
     def owner_guard(self, session: Session) -> Handle:
         guard = peer_pidfd(session.route.sock)
         if guard is None:
@@ -163,6 +175,8 @@ class Server:
             try:
                 guard = Descriptor(os.pidfd_open(session.pid))
             except OSError as error:
+                if error.errno in (errno.EMFILE, errno.ENFILE):
+                    raise _no_descriptor(error) from None
                 raise InvalidArgument("lifetime", f"no process {session.pid}: {error}") from None
         return Handle(guard)
 
@@ -180,7 +194,7 @@ class Server:
             for handle in entry.handles:
                 if _can_hang_up(handle.fd):
                     # A pidfd's hang-up is that it becomes readable; data on a socket is none.
-                    events = READ if _target(handle.fd).endswith("[pidfd]") else 0
+                    events = READ if _is_pidfd(handle.fd) else 0
                     self._watch(handle, HANGUP | events, _HangupKey(self, entry))
 
     def close(self, handles: Sequence[Handle]) -> None:
@@ -263,8 +277,14 @@ class Server:
     def _watch(self, handle: Handle, events: int, key: object) -> None:
         if handle.key is not None:
             self.loop.poller.unregister(handle.fd)
+            handle.key = None
+        try:
+            self.loop.poller.register(handle.fd, events, key)
+        except OSError as error:
+            # The entry is there and stays; a change that was made cannot be refused any more.
+            log.error("descriptor %d cannot be watched: %s", handle.fd, error)
+            return
         handle.key = key
-        self.loop.poller.register(handle.fd, events, key)
 
     def unwatch(self, handle: Handle) -> None:
         if handle.key is not None:
@@ -356,6 +376,14 @@ def raise_descriptor_limit() -> int:
     return hard
 
 
+def _no_descriptor(error: OSError) -> DescriptorLimit:
+    """The error for a socket or pidfd that could not be made."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    what = "fs.file-max" if error.errno == errno.ENFILE else "RLIMIT_NOFILE"
+    code = error.errno or errno.EMFILE
+    return DescriptorLimit(code, what, limit, None, "server", "unregister some or raise it")
+
+
 def _entry_info(entry: Entry, now: float) -> m.EntryInfo:
     return m.EntryInfo(
         name=entry.name,
@@ -383,7 +411,13 @@ def _target(fd: int) -> str:
 
 
 def _can_hang_up(fd: int) -> bool:
-    return _target(fd).startswith(("socket:", "pipe:", "anon_inode:[pidfd]"))
+    return _target(fd).startswith(("socket:", "pipe:")) or _is_pidfd(fd)
+
+
+def _is_pidfd(fd: int) -> bool:
+    # "anon_inode:[pidfd]", and "pidfd:[1234]" since Linux 6.9 where pidfs shows it.
+    target = _target(fd)
+    return target.startswith("pidfd:") or target == "anon_inode:[pidfd]"
 
 
 def _command_of(pid: int) -> str:
