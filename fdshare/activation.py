@@ -352,6 +352,11 @@ class NotifySocket:
         lines = [line for line in text.rstrip("\0").split("\n") if line]
         return Notification(lines, got.descriptors, got.credentials)
 
+    def abandon(self) -> None:
+        """Leaves it to a forked child: closes this process's copy, the path stays."""
+        sock, _ = self._listener.detach()
+        sock.close()
+
     def close(self) -> None:
         """Closes the socket and removes its path."""
         self._listener.close()

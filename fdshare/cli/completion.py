@@ -1,0 +1,26 @@
+"""completion: what a shell needs to complete commands, options and names."""
+
+from __future__ import annotations
+
+import click
+from click.shell_completion import get_completion_class
+
+__all__ = ["completion"]
+
+
+@click.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print the completion for a shell: commands, options, and the names that are held.
+
+    \b
+    Examples:
+      fdshare completion bash > ~/.local/share/bash-completion/completions/fdshare
+      fdshare completion zsh > "${fpath[1]}/_fdshare"
+      fdshare completion fish > ~/.config/fish/completions/fdshare.fish
+    """
+    from fdshare.cli.main import commands
+
+    found = get_completion_class(shell)
+    assert found is not None
+    click.echo(found(commands, {}, "fdshare", "_FDSHARE_COMPLETE").source())

@@ -1,0 +1,116 @@
+"""Which processes hold an open file description right now: /proc and kcmp(2)."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import platform
+from collections.abc import Iterator, Sequence
+from typing import Final, Literal, NamedTuple, TypeAlias
+
+__all__ = ["Holder", "holders", "same_open_file"]
+
+# <asm/unistd.h>; Python and the C library have no wrapper.
+_SYS_KCMP: Final = {
+    "x86_64": 312,
+    "i386": 349,
+    "i686": 349,
+    "aarch64": 272,
+    "armv7l": 378,
+    "ppc64le": 354,
+    "riscv64": 272,
+    "s390x": 343,
+}.get(platform.machine())
+_KCMP_FILE: Final = 0  # <linux/kcmp.h>
+
+How: TypeAlias = Literal["kcmp", "inode"]
+
+
+class Holder(NamedTuple):
+    """*how*: "kcmp", the kernel says that it is the same open file description; "inode", it is the
+    same file or socket, which may have been opened twice."""
+
+    pid: int
+    uid: int
+    command: str
+    fds: list[int]
+    how: How
+
+
+def same_open_file(pid: int, fd: int, other_pid: int, other_fd: int) -> bool | None:
+    """Whether two descriptors share one open file description (kcmp(2), KCMP_FILE).
+
+    None where the kernel does not tell: it needs the right to trace both processes
+    (ptrace(2), PTRACE_MODE_READ_REALCREDS), or was built without.
+    """
+    if _SYS_KCMP is None:
+        return None
+    libc = ctypes.CDLL(None, use_errno=True)
+    syscall = libc.syscall
+    syscall.restype = ctypes.c_long
+    arguments = map(ctypes.c_ulong, (pid, other_pid, _KCMP_FILE, fd, other_fd))
+    result: int = syscall(ctypes.c_long(_SYS_KCMP), *arguments)
+    if result >= 0:
+        return result == 0
+    # EBADF: closed in the meantime; ESRCH: ended.
+    return False if ctypes.get_errno() in (errno.EBADF, errno.ESRCH) else None
+
+
+def holders(fds: Sequence[int]) -> list[Holder]:
+    """Who else has one of *fds* of this process open, in the order of pids; as much as /proc
+    shows this user. *fds* are borrowed for the call."""
+    ours = {fd: _link(os.getpid(), fd) for fd in fds}
+    found = []
+    for pid in _pids():
+        kcmp: list[int] = []
+        inode: list[int] = []
+        for number, link in _open_files(pid):
+            for fd, own in ours.items():
+                if link != own:
+                    continue
+                same = same_open_file(os.getpid(), fd, pid, number)
+                if same:
+                    kcmp.append(number)
+                elif same is None and not own.startswith("anon_inode:"):
+                    inode.append(number)
+        for numbers, how in ((kcmp, "kcmp"), (inode, "inode")):
+            if numbers:
+                found.append(_holder(pid, sorted(set(numbers)), how))  # type: ignore[arg-type]
+    return found
+
+
+def _pids() -> list[int]:
+    own = os.getpid()
+    return sorted(int(n) for n in os.listdir("/proc") if n.isdigit() and int(n) != own)
+
+
+def _open_files(pid: int) -> Iterator[tuple[int, str]]:
+    """(number, what /proc calls it); nothing of another user's process, or one that has ended."""
+    try:
+        numbers = os.listdir(f"/proc/{pid}/fd")
+    except OSError:
+        return
+    for number in numbers:
+        if link := _link(pid, int(number)):
+            yield int(number), link
+
+
+def _link(pid: int, fd: int) -> str:
+    # Never os.stat(): on a dead network mount it would wait.
+    try:
+        return os.readlink(f"/proc/{pid}/fd/{fd}")
+    except OSError:
+        return ""
+
+
+def _holder(pid: int, fds: list[int], how: How) -> Holder:
+    command, uid = "", -1
+    try:
+        uid = os.stat(f"/proc/{pid}").st_uid
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            raw = file.read(4096)
+        command = raw.rstrip(b"\0").replace(b"\0", b" ").decode(errors="replace")
+    except OSError:
+        pass
+    return Holder(pid, uid, command, fds, how)

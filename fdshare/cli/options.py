@@ -1,0 +1,92 @@
+"""Options that many commands share, and the client that they describe."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+import click
+from click.shell_completion import CompletionItem
+
+if TYPE_CHECKING:
+    from fdshare.client.blocking import Client
+
+__all__ = [
+    "authkey_from_environment",
+    "client_at",
+    "for_server",
+    "json_option",
+    "name_argument",
+    "uid_of",
+]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def client_at(path: str | None, trust: Iterable[str] = (), timeout: float = 30.0) -> Client:
+    """A Client of the server at *path* (None: the default), not connected yet. *trust*: users
+    beside oneself and root whose server is believed. The caller owns the result."""
+    from fdshare.client.blocking import Client
+
+    trusted = {0, os.geteuid(), *map(uid_of, trust)}
+    return Client(path, authkey=authkey_from_environment(), timeout=timeout, trust=trusted)
+
+
+def for_server(command: Callable[..., R]) -> Callable[..., R]:
+    """Gives *command* a Client as its first argument, closed afterwards, and the options for it."""
+
+    @click.option("--path", metavar="PATH", help="Where the server is. [env: FDSHARE_PATH]")
+    @click.option(
+        "--trust", metavar="USER", multiple=True, help="Believe a server of this user, too."
+    )
+    @functools.wraps(command)
+    def call(*args: Any, path: str | None, trust: tuple[str, ...], **options: Any) -> R:
+        with client_at(path, trust) as client:
+            return command(client, *args, **options)
+
+    return call
+
+
+def json_option(command: Callable[P, R]) -> Callable[P, R]:
+    """--json, as the argument *as_json*."""
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)
+
+
+def name_argument(name: str = "name", **options: Any) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """An argument that the shell completes from the names held."""
+    return click.argument(name, shell_complete=_complete_name, **options)
+
+
+def uid_of(user: str) -> int:
+    """The uid of a user name or number. Raises: click.BadParameter."""
+    if user.isascii() and user.isdigit():
+        return int(user)
+    import pwd
+
+    try:
+        return pwd.getpwnam(user).pw_uid
+    except KeyError:
+        raise click.BadParameter(f"there is no user {user!r}") from None
+
+
+def authkey_from_environment() -> bytes | None:
+    """What stands in the file of $FDSHARE_AUTHKEY_FILE, or None. Raises: OSError."""
+    file = os.environ.get("FDSHARE_AUTHKEY_FILE")
+    if not file:
+        return None
+    with open(file, "rb") as stream:
+        return stream.read().strip()
+
+
+def _complete_name(
+    context: click.Context, parameter: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """The names that start so; none where the server does not answer at once."""
+    escaped = "".join(f"[{c}]" if c in "*?[" else c for c in incomplete)
+    with suppress(Exception), client_at(context.params.get("path"), timeout=1.0) as client:
+        return [CompletionItem(name) for name in client.names(f"{escaped}*")]
+    return []
