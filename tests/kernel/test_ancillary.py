@@ -640,7 +640,7 @@ def test_credentials_of_nobody(pair: Pair) -> None:
     no_pid = Credentials(2**22 + 1, me.uid, me.gid)
     # An unprivileged liar is refused before anybody looks for the pid.
     with pytest.raises(
-        (InvalidArgument, AccessDenied), match="no process has the pid|CAP_SYS_ADMIN"
+        (InvalidArgument, AccessDenied), match=r"no process has the pid|CAP_SYS_ADMIN"
     ):
         send_fds(pair[0], [0], b"x", credentials=no_pid)
     with pytest.raises(InvalidArgument, match="no such uid"):
