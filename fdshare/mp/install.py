@@ -54,7 +54,7 @@ def install(path: str | os.PathLike[str] | None = None, *, ttl: float = DEFAULT_
         _install(Rendezvous(address, True, float(ttl), True))
     else:
         rendezvous = Rendezvous(os.path.abspath(os.fspath(path)), False, float(ttl), True)
-        rendezvous.client().ping()
+        rendezvous.depot().check()
         _install(rendezvous)
 
 

@@ -13,8 +13,11 @@ from __future__ import annotations
 
 import os
 import random
+import struct
 import threading
-from typing import Any, Final, NamedTuple
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any, Final, NamedTuple, Protocol
 
 from msgspec import Raw, msgpack
 
@@ -25,15 +28,12 @@ from fdshare.errors import (
     ClosedDescriptor,
     FdshareError,
     NameNotFound,
-    NameTaken,
-    NoServer,
-    ServerGone,
     UntrustedServer,
 )
 from fdshare.kernel.ancillary import close_all
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.kinds import Kind, describers, rebuild
-from fdshare.mp.private import new_address, start
+from fdshare.mp.private import PrivateServer, new_address
 from fdshare.mp.transit import Reduced
 from fdshare.protocol.names import MAX_ENTRY_DESCRIPTORS
 
@@ -49,8 +49,67 @@ __all__ = [
 ]
 
 DEFAULT_TTL: Final = 300.0  # seconds
-_STARTS: Final = 3  # attempts to start a private server that ends as we come to it
-_RECONNECT: Final = 0.1  # seconds; what a dead private server held is gone, so why look for it
+_PART: Final = struct.Struct(">H")  # of a pickle with more descriptors than an entry may have
+
+
+class Depot(Protocol):
+    """Keeps descriptors under a key of 18 bytes that nobody can guess. Thread-safe, fork-safe."""
+
+    def check(self) -> None:
+        """Makes sure that it is there and can be trusted."""
+
+    def put(self, key: bytes, fds: Sequence[int], ttl: float, uses: int) -> None:
+        """It has copies of *fds* (at most 250) when this returns, and gives them *uses* times."""
+
+    def take(self, key: bytes) -> list[Descriptor]:
+        """What was put; the caller owns it. Raises: AlreadyTaken."""
+
+    def take_back(self, key: bytes) -> None:
+        """Nothing is under *key* any more."""
+
+    def close(self) -> None:
+        """Closes this process's connections."""
+
+
+class NamedServer:
+    """The Depot in a rendezvous server: entries whose names nobody can guess.
+
+    One use is one entry: a taker that dies before it has confirmed gives its own use back.
+    """
+
+    def __init__(self, address: str) -> None:
+        self._client = Client(address)
+
+    def check(self) -> None:
+        self._client.ping()
+
+    def put(self, key: bytes, fds: Sequence[int], ttl: float, uses: int) -> None:
+        name = _name(key)
+        cargo = _Cargo(fds)
+        for use in range(uses):
+            self._client.register(name if uses == 1 else f"{name}/{use}", cargo, ttl=ttl)
+
+    def take(self, key: bytes) -> list[Descriptor]:
+        name = _name(key)
+        try:
+            return self._client.take_raw(name)
+        except NameNotFound:
+            pass
+        while left := self._client.names(f"{name}/*"):
+            try:
+                return self._client.take_raw(random.choice(left))
+            except NameNotFound:
+                continue  # somebody was faster
+        raise AlreadyTaken(name) from None
+
+    def take_back(self, key: bytes) -> None:
+        name = _name(key)
+        for found in [name, *self._client.names(f"{name}/*")]:
+            with suppress(NameNotFound):
+                self._client.unregister(found)
+
+    def close(self) -> None:
+        self._client.close()
 
 
 class Rendezvous(NamedTuple):
@@ -61,45 +120,20 @@ class Rendezvous(NamedTuple):
     ttl: float
     armed: bool = False
 
-    def client(self) -> Client:
-        """This process's client there; not ours alone, so never closed."""
-        with _lock:
-            client = _clients.get(self.address)
-            if client is None:
-                reconnect = _RECONNECT if self.private else 2.0
-                client = _clients[self.address] = Client(self.address, reconnect=reconnect)
-            return client
-
-    def park(self, name: str, cargo: _Cargo) -> None:
-        """The server holds *cargo* under *name*, which is new, when this returns."""
-        client = self.client()
-        for attempt in range(_STARTS):
-            try:
-                client.register(name, cargo, ttl=self.ttl)
-                return
-            except (NoServer, ServerGone):
-                if not self.private or attempt == _STARTS - 1:
-                    raise
-                start(self.address)
-            except NameTaken:
-                if not attempt:
-                    raise
-                return  # it was ours, and the answer was lost
-
-    def take(self, name: str) -> list[Descriptor]:
-        """The descriptors under *name*, which is free then. Raises: AlreadyTaken."""
-        try:
-            return self.client().take_raw(name)
-        except NameNotFound:
-            raise AlreadyTaken(name) from None
-        except (NoServer, ServerGone):
-            if not self.private:
-                raise
-            raise AlreadyTaken(name) from None
+    def depot(self) -> Depot:
+        """This process's way there; not ours alone, so never closed."""
+        depot = _depots.get(self.address)
+        if depot is None:
+            with _lock:
+                depot = _depots.get(self.address)
+                if depot is None:
+                    depot = (PrivateServer if self.private else NamedServer)(self.address)
+                    _depots[self.address] = depot
+        return depot
 
 
 _lock = threading.Lock()
-_clients: dict[str, Client] = {}
+_depots: dict[str, Depot] = {}
 _current: Rendezvous | None = None
 
 
@@ -139,33 +173,25 @@ def current() -> Rendezvous:
 def forget() -> None:
     """Closes this process's connections. A private server that nobody else uses ends soon."""
     with _lock:
-        clients = list(_clients.values())
-        _clients.clear()
-    for client in clients:
-        client.close()
+        depots = list(_depots.values())
+        _depots.clear()
+    for depot in depots:
+        depot.close()
 
 
 def _reached() -> Rendezvous:
-    """`current()`, where a server answers now.
+    """`current()`, where the right server answers.
 
     Somebody else's server on a private address of ours (the name is known once it was used) is a
     reason to make up another one, which must be before the address is written into a pickle.
     """
     rendezvous = current()
-    while rendezvous.address not in _clients:
-        client = rendezvous.client()
+    while rendezvous.address not in _depots:
         try:
-            for attempt in range(_STARTS):
-                try:
-                    client.ping()
-                    break
-                except (NoServer, ServerGone):
-                    if not rendezvous.private or attempt == _STARTS - 1:
-                        raise
-                    start(rendezvous.address)
+            rendezvous.depot().check()
         except BaseException as error:
-            _clients.pop(rendezvous.address, None)
-            client.close()
+            with _lock:
+                _depots.pop(rendezvous.address, None)
             if not rendezvous.private or not isinstance(error, UntrustedServer | AccessDenied):
                 raise
             rendezvous = rendezvous._replace(address=new_address())
@@ -188,8 +214,8 @@ class _Cargo:
 
     __slots__ = ("fds",)
 
-    def __init__(self, fds: list[int]) -> None:
-        self.fds = fds
+    def __init__(self, fds: Sequence[int]) -> None:
+        self.fds = list(fds)
 
 
 _CARGO: Final = Kind("parcel", Raw(msgpack.encode(None)))
@@ -203,35 +229,42 @@ class _Parcel:
 
     def __init__(self, rendezvous: Rendezvous, uses: int) -> None:
         self.rendezvous = rendezvous
-        self.token = os.urandom(16).hex()
+        self.token = os.urandom(16)
         self.uses = uses
         self.fds: list[int] = []
 
     def __reduce__(self) -> Reduced:
-        return _open, (self.token, self.uses, *self.rendezvous)
+        return _open, (self.token, *self.rendezvous)
 
-    def send(self, sent: list[str]) -> None:
-        """Parks what it holds; *sent* gets the names."""
-        for start_at in range(0, len(self.fds), MAX_ENTRY_DESCRIPTORS):
-            cargo = _Cargo(self.fds[start_at : start_at + MAX_ENTRY_DESCRIPTORS])
-            name = _name(self.token, start_at // MAX_ENTRY_DESCRIPTORS)
-            for use_number in range(self.uses):
-                full = name if self.uses == 1 else f"{name}/{use_number}"
-                self.rendezvous.park(full, cargo)
-                sent.append(full)
-
-    def take_back(self, names: list[str]) -> None:
-        """Unregisters those of *names* that are its own; never raises."""
+    def send(self) -> None:
+        """Parks what it holds, all or nothing."""
+        _, _, ttl, _ = self.rendezvous
+        depot = self.rendezvous.depot()
+        keys: list[bytes] = []
         try:
-            for name in names:
-                if self.token in name:
-                    self.rendezvous.client().unregister(name)
-        except FdshareError:
-            pass  # the server has gone, or they will when their time has passed
+            for first in range(0, len(self.fds), MAX_ENTRY_DESCRIPTORS):
+                keys.append(_key(self.token, len(keys)))
+                fds = self.fds[first : first + MAX_ENTRY_DESCRIPTORS]
+                depot.put(keys[-1], fds, ttl, self.uses)
+        except BaseException:
+            self.take_back()
+            raise
+
+    def take_back(self) -> None:
+        """Lets go of what was parked; never raises."""
+        depot = self.rendezvous.depot()
+        for first in range(0, len(self.fds), MAX_ENTRY_DESCRIPTORS):
+            # What fails here goes when its time has passed.
+            with suppress(FdshareError, OSError):
+                depot.take_back(_key(self.token, first // MAX_ENTRY_DESCRIPTORS))
 
 
-def _name(token: str, part: int) -> str:
-    return f"parcel/{token}.{part}"
+def _key(token: bytes, part: int) -> bytes:
+    return token + _PART.pack(part)
+
+
+def _name(key: bytes) -> str:
+    return f"parcel/{key.hex()}"
 
 
 class Parked:
@@ -257,17 +290,17 @@ class Parked:
         return _arrive, (parcel, kind.tag, bytes(kind.spec), first, len(fds))
 
     def commit(self) -> None:
-        sent: list[str] = []
+        parcels = self._parcels.values()
         try:
-            for parcel in self._parcels.values():
-                parcel.send(sent)
+            for parcel in parcels:
+                parcel.send()
             # A thread that closed one meanwhile may have had its number used again before it was
             # sent: queues pickle in a thread, and `put(s); s.close()` is a common mistake.
             for obj, fds in self._holders:
                 _check_open(obj, fds)
         except BaseException:
-            for parcel in self._parcels.values():
-                parcel.take_back(sent)
+            for parcel in parcels:
+                parcel.take_back()
             raise
         finally:
             self.rollback()
@@ -295,14 +328,14 @@ def _check_open(obj: Any, fds: list[int]) -> None:
 # Receiving. Every pickle names the next two functions: do not move or rename.
 
 
-def _open(token: str, uses: int, address: str, private: bool, ttl: float, armed: bool) -> _Arrival:
+def _open(token: bytes, address: str, private: bool, ttl: float, armed: bool) -> _Arrival:
     rendezvous = Rendezvous(address, private, ttl, armed)
     if _current is None or (armed and not _current.armed):
         # Here and not at the top: only a process that was started unarmed needs it.
         from fdshare.mp.install import arm_child
 
         arm_child(rendezvous)
-    return _Arrival(rendezvous, token, uses)
+    return _Arrival(rendezvous.depot(), token)
 
 
 def _arrive(arrival: _Arrival, tag: str, spec: bytes, first: int, count: int) -> Any:
@@ -312,12 +345,11 @@ def _arrive(arrival: _Arrival, tag: str, spec: bytes, first: int, count: int) ->
 class _Arrival:
     """The descriptors of the pickle that is being loaded; closes those that nothing claims."""
 
-    __slots__ = ("_parts", "_rendezvous", "_token", "_uses")
+    __slots__ = ("_depot", "_parts", "_token")
 
-    def __init__(self, rendezvous: Rendezvous, token: str, uses: int) -> None:
-        self._rendezvous = rendezvous
+    def __init__(self, depot: Depot, token: bytes) -> None:
+        self._depot = depot
         self._token = token
-        self._uses = uses
         self._parts: dict[int, list[Descriptor | None]] = {}
 
     def claim(self, first: int, count: int) -> list[Descriptor]:
@@ -327,38 +359,16 @@ class _Arrival:
             for position in range(first, first + count):
                 part, index = divmod(position, MAX_ENTRY_DESCRIPTORS)
                 if part not in self._parts:
-                    self._parts[part] = list(self._fetch(part))
+                    self._parts[part] = list(self._depot.take(_key(self._token, part)))
                 descriptor = self._parts[part][index]
                 if descriptor is None:
-                    raise AlreadyTaken(_name(self._token, part))
+                    raise AlreadyTaken(_name(self._token))
                 self._parts[part][index] = None
                 claimed.append(descriptor)
         except BaseException:
             close_all(claimed)
             raise
         return claimed
-
-    def _fetch(self, part: int) -> list[Descriptor]:
-        name = _name(self._token, part)
-        if self._uses == 1:
-            return self._rendezvous.take(name)
-        while True:
-            # One use, one entry: a loader that dies before it has confirmed gives its use back.
-            left = self._left(f"{name}/*")
-            if not left:
-                raise AlreadyTaken(name)
-            try:
-                return self._rendezvous.take(random.choice(left))
-            except AlreadyTaken:
-                continue  # somebody was faster
-
-    def _left(self, pattern: str) -> list[str]:
-        try:
-            return self._rendezvous.client().names(pattern)
-        except (NoServer, ServerGone):
-            if not self._rendezvous.private:
-                raise
-            return []
 
     def __del__(self) -> None:
         for part in self._parts.values():

@@ -4,24 +4,50 @@ The address is made up by whoever needs one first; children inherit it, or learn
 are sent. Who finds nobody there binds it and has a server exec'd: of two that try at once bind(2)
 lets one through, and the other one's connect(2) waits in the same backlog. The server is no child
 of anybody: not of multiprocessing, whose daemons may have none, and not for wait(2).
+
+server/cloakroom.py is what runs there, and says what is sent.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
+import socket
+import struct
 import subprocess
 import sys
 import tempfile
+import threading
+import time
+import weakref
+from collections.abc import Sequence
 from typing import Final
 
-import fdshare
-from fdshare.errors import AddressInUse, UnsupportedPlatform
-from fdshare.kernel.endpoint import listen
+from fdshare.errors import (
+    AddressInUse,
+    AlreadyTaken,
+    DescriptorLimit,
+    NoServer,
+    ServerGone,
+    ServerTimeout,
+    UnsupportedPlatform,
+    UntrustedServer,
+)
+from fdshare.kernel.ancillary import close_all, receive_into, send_message
+from fdshare.kernel.credentials import peer_credentials
+from fdshare.kernel.descriptor import Descriptor
+from fdshare.kernel.endpoint import connect, listen
+from fdshare.server.cloakroom import FULL, PUT
 
-__all__ = ["new_address", "start"]
+__all__ = ["PrivateServer", "new_address"]
 
 _PREFIX: Final = "fdshare-private-"
+_TIMEOUT: Final = 30  # seconds that the server gets to answer; its start is in the first answer
+_TIMEVAL: Final = struct.pack("@ll", _TIMEOUT, 0)
+_ATTEMPTS: Final = 4  # a server may end as we come to it
+_IDLE: Final = 4  # connections kept
+_PAUSE: Final = 0.005
 
 
 def new_address() -> str:
@@ -32,7 +58,155 @@ def new_address() -> str:
     return os.path.join(tempfile.mkdtemp(prefix=_PREFIX), "sock")
 
 
-def start(address: str) -> None:
+class PrivateServer:
+    """The server at *address*, started when it is needed. Thread-safe, fork-safe."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self._renew()
+        _servers.add(self)
+
+    def _renew(self) -> None:
+        self._lock = threading.Lock()
+        self._idle: list[socket.socket] = []
+        self._buffer = bytearray(64)
+
+    def check(self) -> None:
+        """Makes sure that it runs and is ours. Raises: UntrustedServer, UnsupportedPlatform."""
+        self._give_back(self._borrow(start=True))
+
+    def put(self, key: bytes, fds: Sequence[int], ttl: float, uses: int) -> None:
+        """It holds copies of *fds* (1 to 253) for *ttl* seconds when this returns.
+
+        *fds* are borrowed for the call. Raises: DescriptorLimit: the server's; ServerGone,
+        ServerTimeout; OSError of sendmsg(2).
+        """
+        answer, _ = self._call(b"P" + key + PUT.pack(ttl, uses), fds, start=True)
+        if answer[:1] == b"E":
+            limit, used = FULL.unpack_from(answer, 1)
+            advice = "load what was sent, or raise it"
+            raise DescriptorLimit(errno.EMFILE, "RLIMIT_NOFILE", limit, used, "server", advice)
+
+    def take(self, key: bytes) -> list[Descriptor]:
+        """What was put under *key*. The caller owns the result.
+
+        Raises: AlreadyTaken; DescriptorLimit: of this process, and nothing was taken.
+        """
+        try:
+            answer, descriptors = self._call(b"T" + key, (), start=False)
+        except (NoServer, ServerGone):
+            raise AlreadyTaken(key.hex()) from None
+        if answer != b"T":
+            raise AlreadyTaken(key.hex())
+        return descriptors
+
+    def take_back(self, key: bytes) -> None:
+        """Nothing is under *key* any more."""
+        self._call(b"R" + key, (), start=False)
+
+    def close(self) -> None:
+        """Closes this process's connections."""
+        with self._lock:
+            idle, self._idle = self._idle, []
+        for sock in idle:
+            sock.close()
+
+    def __del__(self) -> None:
+        for sock in getattr(self, "_idle", ()):
+            sock.close()
+
+    # One request.
+
+    def _call(
+        self, request: bytes, fds: Sequence[int], *, start: bool
+    ) -> tuple[bytes, list[Descriptor]]:
+        for _ in range(_ATTEMPTS):
+            sock = self._borrow(start)
+            try:
+                answered = self._exchange(sock, request, fds)
+            except BaseException:
+                sock.close()
+                raise
+            if answered is not None:
+                self._give_back(sock)
+                return answered
+            # It was idle too long, or its server has ended: another connection may do.
+            sock.close()
+        raise ServerGone(self.address, "it ended again and again")
+
+    def _exchange(
+        self, sock: socket.socket, request: bytes, fds: Sequence[int]
+    ) -> tuple[bytes, list[Descriptor]] | None:
+        """The answer, or None where the connection has ended."""
+        buffer = bytearray(16)
+        try:
+            send_message(sock, (request,), fds)
+            size, descriptors, lost = receive_into(sock, buffer)
+            if descriptors:
+                sock.send(b"D")
+        except (BrokenPipeError, ConnectionResetError):
+            return None
+        except BlockingIOError:
+            raise ServerTimeout(self.address, _TIMEOUT) from None
+        if lost is not None:
+            close_all(descriptors)
+            raise lost
+        return (bytes(buffer[:size]), descriptors) if size else None
+
+    # Connections.
+
+    def _borrow(self, start: bool) -> socket.socket:
+        with self._lock:
+            if self._idle:
+                return self._idle.pop()
+        return self._connect(start)
+
+    def _give_back(self, sock: socket.socket) -> None:
+        with self._lock:
+            if len(self._idle) < _IDLE:
+                self._idle.append(sock)
+                return
+        sock.close()
+
+    def _connect(self, start: bool) -> socket.socket:
+        for attempt in range(_ATTEMPTS):
+            try:
+                sock = connect(self.address, timeout=_TIMEOUT, kind=socket.SOCK_SEQPACKET)
+                break
+            except NoServer:
+                if not start or attempt == _ATTEMPTS - 1:
+                    raise
+                _start(self.address)
+        try:
+            who = peer_credentials(sock)
+            if who.uid not in (0, os.geteuid()):
+                raise UntrustedServer(self.address, who.uid)
+            for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+                sock.setsockopt(socket.SOL_SOCKET, option, _TIMEVAL)
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+
+
+_servers: weakref.WeakSet[PrivateServer] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for server in list(_servers):
+        inherited = server._idle
+        server._renew()
+        for sock in inherited:
+            sock.close()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+# Starting it
+
+
+def _start(address: str) -> None:
     """Starts the server at *address*, unless somebody else is doing so.
 
     A client can connect when this returns; the first answer takes as long as the server's start.
@@ -41,8 +215,9 @@ def start(address: str) -> None:
     if not sys.executable:
         raise UnsupportedPlatform("a private server", "sys.executable is empty; name a server")
     try:
-        listener = listen(address)
+        listener = listen(address, kind=socket.SOCK_SEQPACKET)
     except AddressInUse:
+        time.sleep(_PAUSE)  # bound, and perhaps not listening yet
         return
     # detach(): the name is the server's now, and not ours to remove.
     sock, lock = listener.detach()
@@ -67,7 +242,7 @@ def _command(fd: int, address: str) -> list[str]:
     Without `site` (-S), which costs more than the rest of the start, and which this interpreter has
     run: its sys.path is the result.
     """
-    root = os.path.dirname(os.path.dirname(os.path.abspath(fdshare.__file__)))
+    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     folder = None if address.startswith("@") else os.path.dirname(address)
     path = [root, *(os.path.abspath(folder) for folder in sys.path if folder)]
     code = (
@@ -75,7 +250,7 @@ def _command(fd: int, address: str) -> list[str]:
         "if os.fork(): os._exit(0)\n"
         "os.setsid()\n"
         f"sys.path[:] = {path!r}\n"
-        "from fdshare.server.private import serve_private\n"
-        f"serve_private({fd}, {folder!r})\n"
+        "from fdshare.server.cloakroom import serve\n"
+        f"serve({fd}, {folder!r})\n"
     )
     return [sys.executable, "-s", "-S", "-c", code]
