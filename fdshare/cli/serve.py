@@ -45,6 +45,17 @@ def _limits(
     return limits
 
 
+def _metrics(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    if value is not None:
+        from fdshare.server.metrics import parse_address
+
+        try:
+            parse_address(value)
+        except ValueError as error:
+            raise click.BadParameter(str(error)) from None
+    return value
+
+
 @click.command()
 @click.argument("address", metavar="[PATH]", required=False)
 @click.option("--path", metavar="PATH", help="The same as PATH.")
@@ -64,7 +75,9 @@ def _limits(
 @click.option("--ready-fd", type=int, metavar="N", help="Write a newline here when ready.")
 @click.option("--keeper/--no-keeper", default=True, help="Survive kill -9 of either half.")
 @click.option("--fdstore", is_flag=True, help="Keep the table in the service manager, too.")
-@click.option("--metrics", metavar="HOST:PORT", help="Serve Prometheus text over HTTP.")
+@click.option(
+    "--metrics", callback=_metrics, metavar="HOST:PORT", help="Serve Prometheus text over HTTP."
+)
 @click.option(
     "--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True
 )

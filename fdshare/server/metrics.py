@@ -9,13 +9,17 @@ import logging
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from queue import SimpleQueue
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from fdshare.errors import InvalidArgument
+from fdshare.errors import FdshareError, InvalidArgument
 from fdshare.protocol.messages import ServerStats
 
-__all__ = ["MetricsDoor", "parse_address", "render"]
+if TYPE_CHECKING:
+    from fdshare.server.world import Server
+
+__all__ = ["MetricsDoor", "metrics_door", "parse_address", "render"]
 
 log = logging.getLogger("fdshare.server")
 
@@ -77,6 +81,25 @@ def parse_address(text: str) -> tuple[str, int]:
     if not colon or not port.isascii() or not port.isdigit() or int(port) > 65535:
         raise InvalidArgument("metrics", f"{text!r} is not HOST:PORT")
     return host.strip("[]") or "127.0.0.1", int(port)
+
+
+@contextmanager
+def metrics_door(server: Server) -> Iterator[None]:
+    """A door for the metrics of *server* while it serves, if its settings ask for one."""
+    address = server.settings.metrics
+    door = None
+    if address:
+        try:
+            door = MetricsDoor(address, server.stats, server.loop.post)
+        except (OSError, FdshareError) as error:
+            # Not worth ending for: what is held is.
+            server.notes["metrics"] = f"not served at {address}: {error}"
+            log.error("no metrics at %s: %s", address, error)
+    try:
+        yield
+    finally:
+        if door is not None:
+            door.close()
 
 
 class MetricsDoor:

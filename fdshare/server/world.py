@@ -30,6 +30,7 @@ from fdshare.server.door import Door
 from fdshare.server.handles import Closer, Handle
 from fdshare.server.limits import Limits
 from fdshare.server.loop import Loop
+from fdshare.server.metrics import metrics_door
 from fdshare.server.poller import HANGUP, READ
 from fdshare.server.probe import describe_descriptor
 from fdshare.server.registry import Entry, Registry
@@ -98,7 +99,8 @@ class Server:
 
     def run(self) -> None:
         """Serves until `stop()`."""
-        self.loop.run()
+        with metrics_door(self):
+            self.loop.run()
 
     def stop(self) -> None:
         """Makes `run` return; from any thread, or a signal handler."""
