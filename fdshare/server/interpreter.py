@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 
-import fdshare
+from fdshare import version
 
 __all__ = ["fresh_interpreter"]
 
@@ -17,7 +17,7 @@ def fresh_interpreter(module: str, call: str) -> list[str]:
 
     The same executable with the same flags, and fdshare found where it was found here.
     """
-    root = os.path.dirname(os.path.dirname(os.path.abspath(fdshare.__file__)))
+    root = os.path.dirname(os.path.dirname(os.path.abspath(version.__file__)))
     function = call.partition("(")[0]
     code = (
         f"import sys; sys.path.insert(0, {root!r}); "
