@@ -10,7 +10,7 @@ from typing import Any
 
 from msgspec import Raw, msgpack, structs
 
-from fdshare.errors import InvalidArgument
+from fdshare.errors import ClosedDescriptor, InvalidArgument
 from fdshare.filelayers import FileSpec
 from fdshare.kernel.ancillary import close_all
 from fdshare.kernel.descriptor import Descriptor
@@ -30,13 +30,13 @@ class Held(Repeatable):
 
     def __init__(self, kind: Kind, descriptors: list[Descriptor], uses: int) -> None:
         self._kind = kind
-        self._descriptors = descriptors
+        self._descriptors: list[Descriptor] | None = descriptors
         self.uses = uses
 
     def close(self) -> None:
         """Lets the descriptors go; it can be sent no more. What was pickled is not concerned."""
-        descriptors, self._descriptors = self._descriptors, []
-        close_all(descriptors)
+        descriptors, self._descriptors = self._descriptors, None
+        close_all(descriptors or ())
 
     def __enter__(self) -> Held:
         return self
@@ -49,7 +49,7 @@ class Held(Repeatable):
             self.close()
 
     def __repr__(self) -> str:
-        state = f"uses={self.uses}" if self._descriptors else "closed"
+        state = "closed" if self._descriptors is None else f"uses={self.uses}"
         return f"<Held {self._kind.tag} {state}>"
 
     def __reduce__(self) -> Any:
@@ -96,6 +96,8 @@ def _with_newline(kind: Kind, newline: str | None) -> Kind:
 
 
 def _describe(held: Held) -> tuple[Kind, list[int]]:
+    if held._descriptors is None:
+        raise ClosedDescriptor("what was held is closed")
     return held._kind, [descriptor.fileno() for descriptor in held._descriptors]
 
 

@@ -292,12 +292,14 @@ class Parked:
     def commit(self) -> None:
         parcels = self._parcels.values()
         try:
-            for parcel in parcels:
-                parcel.send()
-            # A thread that closed one meanwhile may have had its number used again before it was
-            # sent: queues pickle in a thread, and `put(s); s.close()` is a common mistake.
-            for obj, fds in self._holders:
-                _check_open(obj, fds)
+            try:
+                for parcel in parcels:
+                    parcel.send()
+            finally:
+                # A thread that closed one meanwhile may have had its number used again before it
+                # was sent: queues pickle in a thread, `put(s); s.close()` is a common mistake.
+                for obj, fds in self._holders:
+                    _check_open(obj, fds)
         except BaseException:
             for parcel in parcels:
                 parcel.take_back()

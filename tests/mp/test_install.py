@@ -1,0 +1,232 @@
+"""install() and uninstall(): what they change, what they do not, and all that goes through."""
+
+from __future__ import annotations
+
+import io
+import multiprocessing
+import multiprocessing.reduction
+import pickle
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fdshare
+from fdshare.errors import AlreadyTaken, ClosedDescriptor, InvalidArgument, NoServer
+
+ForkingPickler = multiprocessing.reduction.ForkingPickler
+Pair = tuple[socket.socket, socket.socket]
+
+
+def dumps(obj: Any) -> bytes:
+    return bytes(ForkingPickler.dumps(obj))
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+@pytest.mark.parametrize("package", ["multiprocessing", "multiprocess"])
+def test_every_channel(package: str, method: str, program: Callable[..., str]) -> None:
+    passed = program(str(Path(__file__).with_name("stock_channels.py")), package, method)
+    assert passed.split() == [
+        "through_a_queue",
+        "through_a_simple_queue_and_a_pipe",
+        "from_one_who_is_gone",
+        "as_arguments_of_a_process",
+        "through_a_pool",
+        "through_an_executor",
+        "only_once",
+    ]
+
+
+@pytest.mark.parametrize("package", ["multiprocessing", "multiprocess"])
+def test_uninstall_leaves_nothing(package: str) -> None:
+    reduction = pytest.importorskip(f"{package}.reduction")
+    before = dict(vars(reduction.ForkingPickler))
+    tables = dict(reduction.ForkingPickler._extra_reducers)
+    finders = list(sys.meta_path)
+    fdshare.install()
+    assert vars(reduction.ForkingPickler) != before
+    fdshare.install(ttl=5)
+    fdshare.uninstall()
+    assert dict(vars(reduction.ForkingPickler)) == before
+    assert reduction.ForkingPickler._extra_reducers == tables
+    assert sys.meta_path == finders
+    fdshare.uninstall()  # once more does nothing
+
+
+def test_no_import_installs() -> None:
+    code = (
+        "import multiprocessing.reduction as r; before = dict(vars(r.ForkingPickler))\n"
+        "import fdshare.mp.install, fdshare.mp.hold, fdshare.mp.parked; fdshare.hold\n"
+        "assert dict(vars(r.ForkingPickler)) == before\n"
+        "import sys; assert 'dill' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_multiprocess_imported_later() -> None:
+    code = (
+        "import fdshare, sys, socket; fdshare.install(); assert 'multiprocess' not in sys.modules\n"
+        "finders = len(sys.meta_path)\n"
+        "import multiprocess; a, b = socket.socketpair(); q = multiprocess.SimpleQueue()\n"
+        "assert len(sys.meta_path) == finders - 1\n"
+        "q.put([a]); q.get()[0].sendall(b'x'); assert b.recv(1) == b'x'\n"
+        "fdshare.uninstall()\n"
+        "import multiprocess.reduction as r\n"
+        "assert 'reducer_override' not in vars(r.ForkingPickler)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_other_pickles_stay_what_they_are(armed: None, pair: Pair) -> None:
+    near, _ = pair
+    with pytest.raises(TypeError):
+        pickle.dumps(near)
+    with pytest.raises(TypeError):
+        pickle.dumps(io.FileIO(near.fileno(), closefd=False))
+
+
+def test_numbers_and_functions_pickle_the_same(armed: None) -> None:
+    message = {"n": [1, 2.5, None], "f": test_no_import_installs, "e": ValueError("x", 2)}
+    armed_pickle = dumps(message)
+    fdshare.uninstall()
+    assert dumps(message) == armed_pickle
+
+
+def test_loaded_after_uninstall(pair: Pair) -> None:
+    near, far = pair
+    fdshare.install()
+    message = dumps(near)
+    fdshare.uninstall()
+    with pickle.loads(message) as sock:
+        sock.sendall(b"x")
+    assert far.recv(1) == b"x"
+    fdshare.uninstall()  # loading has connected again
+
+
+def test_a_timeout_of_zero_is_none(armed: None) -> None:
+    for bad in (0, -1, float("inf"), float("nan")):
+        with pytest.raises(InvalidArgument, match="ttl"):
+            fdshare.install(ttl=bad)
+
+
+def test_a_path_without_server(folder: Path) -> None:
+    with pytest.raises(NoServer):
+        fdshare.install(folder / "nobody")
+    with pytest.raises(AttributeError):
+        ForkingPickler.reducer_override  # noqa: B018
+
+
+# With a server of one's own
+
+
+@pytest.fixture
+def at_server(server: Any) -> Iterator[fdshare.Client]:
+    """A client of the server at which everything is parked."""
+    fdshare.install(server.address)
+    with fdshare.connect(server.address) as client:
+        yield client
+    fdshare.uninstall()
+
+
+def test_one_entry_one_request_for_all(at_server: fdshare.Client, pair: Pair) -> None:
+    near, far = pair
+    before = at_server.stats()
+    message = dumps([near, {"far": far}, near])
+    after = at_server.stats()
+    assert after.counters["requests"] - before.counters["requests"] == 2  # with stats itself
+    assert (after.names, after.descriptors) == (1, 2)
+    first, second, third = pickle.loads(message)
+    assert first is third
+    assert at_server.names() == []
+    with pytest.raises(AlreadyTaken):
+        pickle.loads(message)
+    first.close()
+    second["far"].close()
+
+
+def test_what_fails_to_pickle_leaves_nothing(at_server: fdshare.Client, pair: Pair) -> None:
+    with pytest.raises((AttributeError, pickle.PicklingError)):
+        dumps([pair[0], lambda: None])
+    assert at_server.names() == []
+
+
+class Closer:
+    """Closes a socket when it is pickled, and lets something else have its number."""
+
+    def __init__(self, sock: socket.socket, reuse: bool) -> None:
+        self.sock, self.reuse = sock, reuse
+        self.file: Any = None
+
+    def __reduce__(self) -> Any:
+        number = self.sock.fileno()
+        self.sock.close()
+        if self.reuse:
+            self.file = open("/dev/null")  # noqa: SIM115
+            assert self.file.fileno() == number
+        return int, ()
+
+
+@pytest.mark.parametrize("reuse", [False, True])
+def test_what_is_closed_meanwhile_is_not_sent(
+    at_server: fdshare.Client, pair: Pair, reuse: bool
+) -> None:
+    closer = Closer(pair[0], reuse)
+    with pytest.raises(ClosedDescriptor, match=r"fdshare\.hold"):
+        dumps([pair[0], closer])
+    assert at_server.names() == []
+    if closer.file is not None:
+        closer.file.close()
+
+
+def test_more_than_an_entry_holds(at_server: fdshare.Client, pair: Pair) -> None:
+    near, far = pair
+    copies = [near.dup() for _ in range(260)]
+    message = dumps(copies)
+    assert at_server.stats().descriptors == 260
+    arrived = pickle.loads(message)
+    assert at_server.names() == []
+    assert len(arrived) == 260
+    for sock in arrived:
+        sock.send(b"x")
+    assert len(far.recv(1000)) == 260
+    for sock in [*copies, *arrived]:
+        sock.close()
+
+
+def test_what_nobody_loads_goes_in_time(server: Any, pair: Pair) -> None:
+    near, far = pair
+    fdshare.install(server.address, ttl=0.05)
+    message = dumps(near)
+    near.close()
+    assert far.recv(1) == b""  # the server's was the last one
+    with pytest.raises(AlreadyTaken):
+        pickle.loads(message)
+    fdshare.uninstall()
+
+
+def test_a_subclass_of_socket(armed: None, pair: Pair) -> None:
+    class Mine(socket.socket):
+        pass
+
+    with Mine(fileno=pair[0].detach()) as sock, pickle.loads(dumps(sock)) as arrived:
+        assert type(arrived) is socket.socket
+        arrived.sendall(b"x")
+        assert pair[1].recv(1) == b"x"
+
+
+def test_the_other_packages_connection(armed: None) -> None:
+    other = pytest.importorskip("multiprocess")
+    reader, writer = other.Pipe(duplex=False)
+    queue = multiprocessing.SimpleQueue()
+    queue.put(reader)
+    arrived = queue.get()
+    assert type(arrived) is type(reader)
+    writer.send(7)
+    assert arrived.recv() == 7
+    for end in (reader, writer, arrived):
+        end.close()
+    queue.close()
