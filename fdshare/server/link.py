@@ -63,7 +63,8 @@ class Link:
 
     def write(self, record: Record, fds: Sequence[int]) -> None:
         if self._lost:
-            raise JournalBusy
+            # Nothing may be acknowledged that only we hold. A new keeper comes, soon or in a while.
+            raise JournalBusy("it died, and there is no other yet", BACK_OFF)
         letter = encode_letter(record)
         if len(letter) > _LETTER:  # the keeper would read a part of it
             raise KeeperUnavailable(f"the record has {len(letter)} bytes, at most {_LETTER}")
@@ -73,7 +74,7 @@ class Link:
             raise JournalBusy from None
         except (BrokenPipeError, ConnectionResetError):
             self._lose()
-            raise JournalBusy from None
+            raise JournalBusy("it has just died", BACK_OFF) from None
         except OSError as error:
             if error.errno in (errno.ENOBUFS, errno.ENOMEM):
                 raise JournalBusy from None

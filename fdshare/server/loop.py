@@ -344,10 +344,10 @@ class Loop:
             else:
                 request = m.decode_request(frame.body)
                 kept = self.service.handle(connection.session, frame.id, request, handles, now)
-        except JournalBusy:
-            if self._may_stall(connection, now):
+        except JournalBusy as busy:
+            if self._may_stall(connection, now, busy.wait):
                 return False
-            self._refuse(connection, frame.id, KeeperUnavailable("it does not read its journal"))
+            self._refuse(connection, frame.id, KeeperUnavailable(busy.reason))
             kept = False
         except ProtocolError as error:
             self.expel(connection, error, now)
@@ -364,11 +364,11 @@ class Loop:
             self._close_all(handles)
         return True
 
-    def _may_stall(self, connection: Connection, now: float) -> bool:
+    def _may_stall(self, connection: Connection, now: float, wait: float) -> bool:
         since = connection.stalled_since
         if since is None:
             connection.stalled_since = now
-        elif now - since > self.service.limits.journal_timeout:
+        elif now - since > self.service.limits.journal_timeout + wait:
             return False
         self._stalled[connection] = None
         return True

@@ -64,7 +64,13 @@ _AGAIN = 0.01  # seconds until those who wait for a name are looked at again
 
 
 class JournalBusy(Exception):
-    """The keeper cannot take a record now; call again when it can."""
+    """The keeper cannot take a record now; call again when it can. *wait*: how many seconds longer
+    than usual that may take."""
+
+    def __init__(self, reason: str = "it does not read its journal", wait: float = 0.0) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.wait = wait
 
 
 @dataclass(slots=True, eq=False)
