@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from fdshare import errors
+from fdshare.errors import *  # noqa: F403  # every refusal by its name, for `except fdshare....`
 from fdshare.version import __version__
 
 if TYPE_CHECKING:
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from fdshare.kernel.memory import SharedMemory, shared_copy
     from fdshare.kinds import register_kind, unregister_kind
     from fdshare.manager import Manager
+    from fdshare.mp.context import get_context
+    from fdshare.mp.executor import ProcessPoolExecutor
     from fdshare.mp.hold import hold
     from fdshare.mp.install import install, uninstall
 
@@ -29,11 +33,13 @@ _LAZY = {
     "connect": "fdshare.client.blocking",
     "Manager": "fdshare.manager",
     "Descriptor": "fdshare.kernel.descriptor",
+    "get_context": "fdshare.mp.context",
     "hold": "fdshare.mp.hold",
     "install": "fdshare.mp.install",
     "uninstall": "fdshare.mp.install",
     "listen_fds": "fdshare.activation",
     "notify": "fdshare.activation",
+    "ProcessPoolExecutor": "fdshare.mp.executor",
     "ref": "fdshare.client.ref",
     "register_kind": "fdshare.kinds",
     "SharedMemory": "fdshare.kernel.memory",
@@ -45,10 +51,13 @@ __all__ = [
     "Client",
     "Descriptor",
     "Manager",
+    "ProcessPoolExecutor",
     "SharedMemory",
     "__version__",
     "aio",
     "connect",
+    "errors",
+    "get_context",
     "hold",
     "install",
     "listen_fds",
@@ -58,6 +67,7 @@ __all__ = [
     "shared_copy",
     "uninstall",
     "unregister_kind",
+    *errors.__all__,
 ]
 
 
