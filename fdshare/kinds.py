@@ -8,6 +8,7 @@ nothing else. The receiver checks the kind against the descriptor all the same.
 shared                                       rebuilt as
 ===========================================  ==========================================
 socket.socket and subclasses                 socket.socket, with its timeout
+what asyncio, trio and uvloop put around it  socket.socket, non-blocking
 FileIO, Buffered*, TextIOWrapper             the same class, at the same position
 files of makefile()                          the same class, with a socket of its own
 temporary files                              the file; its creator deletes it
@@ -189,6 +190,13 @@ def _describe_socket(sock: socket.socket) -> Described:
     return kind, [fd]
 
 
+def _describe_wrapped(wrapper: Any) -> Described:
+    """An event loop's clothes around a socket, which it keeps non-blocking."""
+    fd = borrow(wrapper)
+    spec = SocketSpec(int(wrapper.family), int(wrapper.type), wrapper.proto, 0.0)
+    return Kind("socket", msgspec.Raw(_encode(spec))), [fd]
+
+
 def _rebuild_socket(raw: msgspec.Raw, descriptors: list[Descriptor]) -> socket.socket:
     key = bytes(raw)
     spec = _socket_specs.get(key)
@@ -363,6 +371,9 @@ _BUILT_IN_DESCRIBERS: Final[dict[type, Describer]] = {
 _BY_NAME: Final[dict[tuple[str, str], Describer]] = {
     ("ssl", "SSLSocket"): _refuse_tls,
     ("ssl", "SSLObject"): _refuse_tls,
+    ("asyncio.trsock", "TransportSocket"): _describe_wrapped,
+    ("trio._socket", "_SocketType"): _describe_wrapped,
+    ("uvloop.loop", "PseudoSocket"): _describe_wrapped,
     ("tempfile", "_TemporaryFileWrapper"): _describe_temporary,
     ("tempfile", "SpooledTemporaryFile"): _describe_spooled,
     ("fdshare.kernel.memory", "SharedMemory"): _describe_memory,

@@ -619,9 +619,8 @@ def test_an_accepted_connection_leaves_a_running_server(server: Any, client: Cli
     async def pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         passed.append(await reader.readexactly(6))  # with a StreamReader, all that it has read
         writer.transport.pause_reading()
-        with writer.get_extra_info("socket").dup() as connection:
-            async with fdshare.aio.connect(server.address) as mine:
-                await mine.register("passed", connection)
+        async with fdshare.aio.connect(server.address) as mine:
+            await mine.register("passed", writer.get_extra_info("socket"))
         writer.transport.abort()
 
     async def main() -> None:
@@ -644,6 +643,21 @@ def test_an_accepted_connection_leaves_a_running_server(server: Any, client: Cli
             assert passed == [b"first\n"]
 
     asyncio.run(main())
+
+
+def test_a_trio_socket_is_shared_as_a_socket(server: Any) -> None:
+    import trio
+
+    async def main() -> None:
+        (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        async with listener, fdshare.aio.connect(server.address) as client:
+            await client.register("web", listener.socket)
+            with await client.fetch("web") as fetched:
+                assert type(fetched) is socket.socket
+                assert fetched.getsockname() == listener.socket.getsockname()
+                assert fetched.gettimeout() == 0
+
+    trio.run(main)
 
 
 def test_a_connection_for_connect_accepted_socket(server: Any) -> None:
