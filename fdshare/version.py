@@ -1,3 +1,3 @@
-"""The version of the package, where both setup.cfg and the program can read it without importing more."""
+"""The version: read by setup.cfg and by the program, so it stands where neither imports more."""
 
 __version__ = "0.1.0"
