@@ -185,9 +185,21 @@ class Loop:
             oldest = next(iter(self._slow))
             if now < (oldest.slow_since or 0.0) + self.service.limits.request_timeout:
                 break
+            if self._is_held_up(oldest):
+                self._end_slow(oldest)
+                self._mark_slow(oldest, now)
+                continue
             log.warning("pid %d is too slow, dropped", oldest.session.pid)
             self.drop(oldest)
         self.door.reopen(now)
+
+    def _is_held_up(self, connection: Connection) -> bool:
+        """True where it has read all that it was sent, and waits for us because of others: what is
+        in flight to them leaves no room."""
+        if connection not in self._throttled or not connection.receiver.idle:
+            return False
+        self._measure(connection)
+        return not connection.in_flight
 
     def attempt(self, change: Callable[[float], None], now: float) -> None:
         """Makes a change that nobody asked for; again later if the keeper cannot take it now."""
@@ -238,6 +250,8 @@ class Loop:
             return
         if events & WRITE:
             self.flush(connection, now)
+            if connection.pending:
+                self._resume(connection, now)
         if events & (READ | HANGUP | ERROR) and not connection.closed:
             if connection.interest & READ:
                 self._read(connection, now)
@@ -308,7 +322,7 @@ class Loop:
     def _serve(self, connection: Connection, frames: list[Frame[Handle]], now: float) -> None:
         """Handles *frames* in order, or keeps those that have to wait."""
         for index, frame in enumerate(frames):
-            if connection.closed:
+            if connection.closed or connection.draining:
                 self._close_all(frame.descriptors)
             elif self._busy(connection) or not self._handle(connection, frame, now):
                 connection.pending.extend(frames[index:])
@@ -396,9 +410,16 @@ class Loop:
     # Sending.
 
     def send(
-        self, connection: Connection, id: int, body: bytes, handles: tuple[Handle, ...]
+        self,
+        connection: Connection,
+        id: int,
+        body: bytes,
+        handles: tuple[Handle, ...],
+        *,
+        further: bool = False,
     ) -> None:
-        """Queues a frame and sends what can be sent now."""
+        """Queues a frame and sends what can be sent now. One too many ends the connection, unless
+        it is a *further* part of an answer: what was asked for is sent whole."""
         if connection.closed:
             return
         frame = header(len(body), len(handles), id) + body
@@ -407,7 +428,7 @@ class Loop:
         connection.queue(frame, handles)
         if len(connection.output) == 1:
             self.flush(connection, connection.last_active)
-        elif connection.output_bytes > self.service.limits.max_output:
+        elif connection.output_bytes > self.service.limits.max_output and not further:
             log.warning("pid %d does not read its answers, dropped", connection.session.pid)
             self.drop(connection)
 
@@ -492,6 +513,12 @@ class Loop:
                 self._measure(other)
             return not self.in_flight or self.in_flight + count <= limits.in_flight
         return True
+
+    def measure(self) -> int:
+        """How many descriptors were sent and not yet read."""
+        for connection in self.connections:
+            self._measure(connection)
+        return self.in_flight
 
     def _measure(self, connection: Connection) -> None:
         before = connection.in_flight

@@ -106,6 +106,9 @@ class World(Protocol):
     ) -> None:
         """Sends *body* and copies of *handles*; never fails, never blocks."""
 
+    def answer_in_parts(self, session: Session, id: int, bodies: Sequence[bytes]) -> None:
+        """Sends all of *bodies*, however long they are together; never fails, never blocks."""
+
     def publish(self, sessions: Sequence[Session], body: bytes) -> None:
         """Sends one event to many; a session that cannot take it is `resync`ed later."""
 
@@ -381,10 +384,9 @@ class Service:
         self._settle_all(now)
         matches = matcher(request.pattern)
         names = sorted(n for n, e in self.registry.entries.items() if not e.lease and matches(n))
-        for start in range(0, max(len(names), 1), _PART):
-            more = start + _PART < len(names)
-            body = m.encode(m.NameList(names[start : start + _PART], more))
-            self.world.answer(session, id, body)
+        parts = range(0, max(len(names), 1), _PART)
+        lists = [m.NameList(names[i : i + _PART], i + _PART < len(names)) for i in parts]
+        self.world.answer_in_parts(session, id, list(map(m.encode, lists)))
         return False
 
     def _info(
@@ -558,10 +560,9 @@ class Service:
             for e in self.registry.entries.values()
             if e.lease is None and matches(e.name)
         ]
-        for start in range(0, max(len(found), 1), _PART):
-            more = start + _PART < len(found)
-            part = m.Snapshot(self.registry.serial, found[start : start + _PART], more)
-            self.world.answer(session, id, m.encode(part))
+        serial, parts = self.registry.serial, range(0, max(len(found), 1), _PART)
+        shots = [m.Snapshot(serial, found[i : i + _PART], i + _PART < len(found)) for i in parts]
+        self.world.answer_in_parts(session, id, list(map(m.encode, shots)))
 
     def _publish(self, events: Sequence[m.Event]) -> None:
         for event in events:

@@ -23,6 +23,7 @@ from fdshare.errors import DescriptorLimit, InvalidArgument, UnsupportedPlatform
 from fdshare.kernel.credentials import peer_pidfd
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.protocol import messages as m
+from fdshare.protocol.wire import MAX_FRAME
 from fdshare.server.binding import bind_address
 from fdshare.server.changes import Record
 from fdshare.server.connection import Connection
@@ -44,6 +45,7 @@ audit_log = logging.getLogger("fdshare.audit")
 
 # info() of a descriptor on a dead FUSE mount blocks its worker for ever; the others go on.
 _PROBES: Final = 4
+_PART: Final = MAX_FRAME // 4  # bytes of entries in one part of a long answer
 _OUTPUT_FOR_EVENTS: Final = 1 << 20  # bytes queued above which a watcher is told Overflow instead
 
 
@@ -126,6 +128,10 @@ class Server:
         self, session: Session, id: int, body: bytes, handles: Sequence[Handle] = ()
     ) -> None:
         self.loop.send(session.route, id, body, tuple(handles))
+
+    def answer_in_parts(self, session: Session, id: int, bodies: Sequence[bytes]) -> None:
+        for number, body in enumerate(bodies):
+            self.loop.send(session.route, id, body, (), further=number > 0)
 
     def publish(self, sessions: Sequence[Session], body: bytes) -> None:
         for session in sessions:
@@ -231,7 +237,7 @@ class Server:
             descriptors=self.registry.descriptors,
             leases=len(self.registry.leases),
             connections=len(loop.connections),
-            in_flight=loop.in_flight,
+            in_flight=loop.measure(),
             generation=self.registry.generation,
             serial=self.registry.serial,
             counters={
@@ -310,12 +316,11 @@ class Server:
         for info, handles in shown:
             described = [describe_descriptor(handle.fd) for handle in handles]
             found.append(msgspec.structs.replace(info, descriptors=described))
-        parts = [found[i : i + 500] for i in range(0, max(len(found), 1), 500)]
+        parts = _parts(found)
         bodies = [m.encode(m.InfoList(p, more=p is not parts[-1])) for p in parts]
 
         def answer() -> None:
-            for body in bodies:
-                self.answer(session, id, body)
+            self.answer_in_parts(session, id, bodies)
             for _, handles in shown:
                 self.loop.unpin(handles)
 
@@ -402,6 +407,31 @@ def _entry_info(entry: Entry, now: float) -> m.EntryInfo:
         leased=entry.lease is not None,
         metadata=entry.metadata,
     )
+
+
+def _parts(infos: list[m.EntryInfo]) -> list[list[m.EntryInfo]]:
+    """*infos* in parts that fit into a frame each; one that is too long by itself is shortened."""
+    parts: list[list[m.EntryInfo]] = [[]]
+    room = _PART
+    for info in infos:
+        size = len(m.encode(info))
+        if size > MAX_FRAME - _PART:
+            size = len(m.encode(info := _shortened(info)))
+        if size > room and parts[-1]:
+            parts.append([])
+            room = _PART
+        parts[-1].append(info)
+        room -= size
+    return parts
+
+
+def _shortened(info: m.EntryInfo) -> m.EntryInfo:
+    """*info* with the ends of its paths: 250 paths of PATH_MAX are longer than a frame."""
+    short = [
+        msgspec.structs.replace(each, path=each.path[-256:], local=each.local[-256:])
+        for each in info.descriptors
+    ]
+    return msgspec.structs.replace(info, descriptors=short)
 
 
 def _target(fd: int) -> str:
