@@ -132,6 +132,9 @@ class Receiver(Generic[D]):
         self._bytes[:] = view[at:]
         self.idle = not self._bytes
         self._check_rest()
+        if self.failure is not None and self.idle and frames:
+            # What is left over came with the last one: nobody knows which of them it meant.
+            self._descriptors.extendleft(reversed(frames.pop().descriptors))
         return frames
 
     def drain(self) -> list[D]:
