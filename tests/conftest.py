@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
+from barepeer import Peer
 
 from fdshare.client.blocking import Client
 from fdshare.manager import Manager
@@ -160,3 +161,10 @@ def serve(folder: Path) -> Iterator[Callable[..., Manager]]:
             watched.check()
             watched.manager.shutdown()
         watched.manager.close()
+
+
+@pytest.fixture
+def peer(server: Watched) -> Iterator[Peer]:
+    """A bare connection to `server`, greeted."""
+    with Peer(server.address) as peer:
+        yield peer
