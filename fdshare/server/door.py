@@ -123,11 +123,12 @@ class Door:
         sock.setblocking(False)
         who = peer_credentials(sock)
         trusted = self._policy.trusts(who.uid)
+        session = Session(Subject(who.uid, who.gid, who.groups), who.pid, trusted)
         refusal = self._make_room(who.uid, trusted)
         if refusal is not None:
+            self._loop.service.refused(session, None, refusal)
             self._turn_away(sock, refusal)
             return
-        session = Session(Subject(who.uid, who.gid, who.groups), who.pid, trusted)
         connection = session.route = Connection(sock, session, now)
         self._per_uid[who.uid] = self._per_uid.get(who.uid, 0) + 1
         self.accepted += 1

@@ -349,6 +349,7 @@ class Loop:
     def _handle(self, connection: Connection, frame: Frame[Handle], now: float) -> bool:
         """Carries out one frame. False where it must be tried again: nothing has happened then."""
         handles = frame.descriptors
+        request: m.AnyRequest | None = None
         try:
             if not connection.greeted:
                 self.door.greet(connection, frame, now)
@@ -361,17 +362,18 @@ class Loop:
         except JournalBusy as busy:
             if self._may_stall(connection, now, busy.wait):
                 return False
-            self._refuse(connection, frame.id, KeeperUnavailable(busy.reason))
+            self._refuse(connection, frame.id, KeeperUnavailable(busy.reason), request)
             kept = False
         except ProtocolError as error:
             self.expel(connection, error, now)
             kept = False
         except FdshareError as error:
-            self._refuse(connection, frame.id, error)
+            self._refuse(connection, frame.id, error, request)
             kept = False
         except Exception as error:
             log.exception("a request could not be handled")
-            self._refuse(connection, frame.id, FdshareError(f"the server failed: {error!r}"))
+            failure = FdshareError(f"the server failed: {error!r}")
+            self._refuse(connection, frame.id, failure, request)
             kept = False
         connection.stalled_since = None
         if not kept:
@@ -387,15 +389,19 @@ class Loop:
         self._stalled[connection] = None
         return True
 
-    def _refuse(self, connection: Connection, id: int, error: FdshareError) -> None:
-        self.service.counters["refused"] += 1
-        if not isinstance(error, BadRequest):
-            log.info("refused pid %d: %s", connection.session.pid, error)
+    def _refuse(
+        self,
+        connection: Connection,
+        id: int,
+        error: FdshareError,
+        request: m.AnyRequest | None,
+    ) -> None:
+        self.service.refused(connection.session, request, error)
         self.send(connection, id, m.encode(m.refusal(error)), ())
 
     def expel(self, connection: Connection, error: FdshareError, now: float) -> None:
         """One error frame, and the door."""
-        log.warning("expelled pid %d: %s", connection.session.pid, error)
+        self.service.refused(connection.session, None, error)
         connection.draining = True
         self.send(connection, 0, m.encode(m.refusal(error)), ())
 

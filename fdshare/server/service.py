@@ -151,7 +151,8 @@ class World(Protocol):
 
     auditing: bool  # whether `audit` does anything
 
-    def audit(self, verb: str, name: str, session: Session | None, outcome: str) -> None: ...
+    def audit(self, verb: str, name: str, session: Session | None, outcome: str) -> None:
+        """Notes who was given or refused what; *session* is None for what happened by itself."""
 
 
 class Service:
@@ -212,6 +213,14 @@ class Service:
         if handles and type(request) is not m.Register:
             raise TooManyDescriptors(len(handles), 0)
         return handler(session, id, request, handles, now)
+
+    def refused(self, session: Session, request: m.AnyRequest | None, error: FdshareError) -> None:
+        """Somebody is told *error*; *request* is None for one that was not understood."""
+        self.counters["refused"] += 1
+        if self.world.auditing:
+            verb = "request" if request is None else type(request).__name__.lower()
+            name = str(getattr(request, "name", "") or getattr(request, "old", ""))
+            self.world.audit(verb, name, session, f"refused: {error}")
 
     def disconnected(self, session: Session, now: float) -> None:
         """The client's connection has ended: nothing waits for it any more."""
@@ -507,7 +516,7 @@ class Service:
         self._refuse(waiter, error)
 
     def _refuse(self, waiter: Waiter, error: FdshareError) -> None:
-        self.counters["refused"] += 1
+        self.refused(waiter.session, waiter.request, error)
         self.world.answer(waiter.session, waiter.id, m.encode(m.refusal(error)))
 
     def _stop_waiting(self, waiter: Waiter) -> None:

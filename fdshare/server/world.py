@@ -273,12 +273,22 @@ class Server:
         return True
 
     def audit(self, verb: str, name: str, session: Session | None, outcome: str) -> None:
-        if audit_log.isEnabledFor(logging.INFO):
-            who = session.subject if session else None
-            pid = session.pid if session else None
-            audit_log.info(
-                "%s %s: %s", verb, name, outcome, extra={"pid_": pid, "uid": who and who.uid}
-            )
+        if not self.auditing:
+            return
+        what = {"verb": verb, "entry": name, "outcome": outcome}
+        if session is None:
+            audit_log.info("%s %r: %s", verb, name, outcome, extra=what)
+            return
+        pid, uid = session.pid, session.subject.uid
+        audit_log.info(
+            "pid %d uid %d %s %r: %s",
+            pid,
+            uid,
+            verb,
+            name,
+            outcome,
+            extra={**what, "pid": pid, "uid": uid},
+        )
 
     # Behind it.
 
