@@ -1,5 +1,8 @@
-"""Run by test_install.py as `stock_channels.py PACKAGE METHOD`: descriptors through every channel of
-that package with that start method, there and back. Prints the name of each check that passed."""
+"""Descriptors through every channel of a package, with one start method, there and back.
+
+Run by test_install.py as `stock_channels.py PACKAGE METHOD`. Prints the name of each check that
+passed.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,10 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
+
 import fdshare
+from fdshare.errors import AlreadyTaken
 
 SECONDS = 30
 
@@ -39,7 +45,7 @@ def speak(sock: socket.socket, peer: socket.socket) -> None:
 
 
 def unlinked(text: str) -> Any:
-    file = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115
+    file = tempfile.TemporaryFile("w+", encoding="utf-8")
     file.write(text)
     file.seek(0)
     return file
@@ -189,12 +195,8 @@ def only_once(ctx: Any) -> None:
     queue.put(near)
     message = queue._reader.recv_bytes()
     speak(pickle.loads(message), far)
-    try:
+    with pytest.raises(AlreadyTaken, match=r"fdshare\.hold\(obj, uses=n\)"):
         pickle.loads(message)
-    except fdshare.errors.AlreadyTaken as error:
-        assert "fdshare.hold(obj, uses=n)" in str(error)
-    else:
-        raise AssertionError("it was loaded twice")
 
 
 CHECKS = (
@@ -209,8 +211,6 @@ CHECKS = (
 
 
 def main(package: str, method: str) -> None:
-    import fdshare.errors
-
     ctx = importlib.import_module(package).get_context(method)
     fdshare.install()
     for check in CHECKS:

@@ -165,7 +165,7 @@ class Closer:
         number = self.sock.fileno()
         self.sock.close()
         if self.reuse:
-            self.file = open("/dev/null")  # noqa: SIM115
+            self.file = open("/dev/null")
             assert self.file.fileno() == number
         return int, ()
 
