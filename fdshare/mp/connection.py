@@ -159,15 +159,19 @@ class ConnectionMixin:
         except InvalidArgument:
             self._announced = True
             raise
-        return None if data is None else io.BytesIO(data)
+        if data is None:
+            return None
+        buffer = io.BytesIO(data)  # shares *data* until it is written to
+        buffer.seek(0, io.SEEK_END)  # recv_bytes_into() takes the length from there
+        return buffer
 
     def _poll(self: Any, timeout: float | None) -> bool:
         # wait([self]) does the same by way of a new selector, at three times the price.
         poller = select.poll()
         poller.register(self._handle, select.POLLIN)
-        if timeout is not None and timeout > 0:
-            return bool(poller.poll(math.ceil(timeout * 1000)))
-        return bool(poller.poll(timeout))
+        # poll(2) takes a negative number for no limit; here that is None, and less than 0 is 0.
+        limit = None if timeout is None else max(0, math.ceil(timeout * 1000))
+        return bool(poller.poll(limit))
 
     def _close(self: Any, _close: Any = os.close) -> None:
         # Both know the number; one closes it.
