@@ -1,0 +1,197 @@
+"""fetch and fetch_many on an open connection, beside the floor, s6-fdholderd and BaseManager.
+
+A fetch sends a name, receives the descriptor that a server of its own process holds under it, and
+closes it. The server holds 300 different files. BaseManager can do it inside one process tree only:
+its row has a manager that we started hand out a socket.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.managers import BaseManager, BaseProxy
+from time import perf_counter
+from typing import Any
+
+from benchmarks.measure import Bench, NotHere, Run, each
+from benchmarks.processes import bare_python, c_pingpong, cpu_seconds, held_file, s6, same_file
+from fdshare import Descriptor, Manager
+
+C, PYTHON, S6 = "bare C ping-pong", "bare Python ping-pong", "s6-fdholderd retrieve"
+BASE = "BaseManager, a socket, same process tree"
+BATCHES = (1, 8, 64, 253)
+HELD = 300
+
+
+def run(bench: Bench) -> None:
+    fd = bench.keep(held_file())
+    folder = bench.folder()
+    sides: dict[str, Run] = {PYTHON: bench.keep(bare_python("plain", fd))}
+    for name, make in ((C, c_pingpong), (S6, s6_retrieve), (BASE, base_manager)):
+        try:
+            sides[name] = bench.keep(make(folder, fd))
+        except NotHere as error:
+            bench.absent(name, error)
+    manager = bench.keep(Manager())
+    ours = fetches(manager, fd)
+    server = manager.stats().server_pid
+    times = bench.alternate({**ours, **sides})
+    report(bench, times, set(sides))
+    bench.absent("BaseManager, a socket, unrelated process", unrelated())
+    use_of_processors(bench, manager, server)
+
+
+def fetches(manager: Manager, fd: int) -> dict[str, Run]:
+    """Our sides, each of which has been checked to do what it says."""
+    names = [f"file/{number:03}" for number in range(HELD)]
+    for name in names:
+        with Descriptor(os.memfd_create(name)) as file:
+            manager.register(name, file)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        manager.register("web/http", listener)
+        with manager.fetch("web/http") as fetched:
+            assert type(fetched) is socket.socket
+            assert same_file(fetched.fileno(), listener.fileno())
+    manager.register("web/raw", fd)
+    with manager.fetch("web/raw") as fetched:
+        assert same_file(fetched.fileno(), fd)
+    assert len(manager.names()) == HELD + 2
+    sides = {
+        "fetch, a Descriptor": each(lambda: manager.fetch("web/raw").close()),
+        "fetch, a socket": each(lambda: manager.fetch("web/http").close()),
+        "ping, no descriptor": each(manager.ping),
+    }
+    for size in BATCHES:
+        sides[f"fetch_many of {size}"] = batch(manager, names[:size])
+    return sides
+
+
+def batch(manager: Manager, names: list[str]) -> Run:
+    def fetch() -> None:
+        for found in manager.fetch_many(names).values():
+            found.close()
+
+    many = manager.fetch_many(names)
+    assert list(many) == names
+    files = {(os.fstat(d.fileno()).st_dev, os.fstat(d.fileno()).st_ino) for d in many.values()}
+    assert len(files) == len(names), "the same descriptor came under two names"
+    for found in many.values():
+        found.close()
+    return each(fetch)
+
+
+def report(bench: Bench, times: dict[str, list[float]], peers: set[str]) -> None:
+    bench.ratio(times, "fetch, a Descriptor", PYTHON, goal=1.5)
+    bench.ratio(times, "fetch, a socket", PYTHON, goal=1.5)
+    bench.ratio(times, "ping, no descriptor", PYTHON)
+    for name, goal in ((C, None), (S6, None), (BASE, None)):
+        if name in peers:
+            bench.ratio(times, "fetch, a socket", name, goal=goal)
+    for size in BATCHES:
+        goal = 0.10 if size == 64 else None
+        against = S6 if S6 in peers else PYTHON
+        bench.ratio(times, f"fetch_many of {size}", against, per=size, goal=goal)
+
+
+def use_of_processors(bench: Bench, manager: Manager, server: int) -> None:
+    """How much processor time one fetch takes on each side."""
+    bench.step("processor time")
+    figures: tuple[list[float], list[float]] = ([], [])
+    run = each(lambda: manager.fetch("web/http").close())
+    count = bench.plan.count(1000)
+    for _ in range(5):
+        before = [cpu_seconds(pid) for pid in (os.getpid(), server)]
+        run(count)
+        after = [cpu_seconds(pid) for pid in (os.getpid(), server)]
+        for list_, b, a in zip(figures, before, after, strict=True):
+            list_.append((a - b) / count * 1e6)
+    assert manager.stats().server_pid == server
+    bench.value("processor time of a fetch, client", figures[0], "us")
+    bench.value("processor time of a fetch, server", figures[1], "us")
+
+
+# The peers.
+
+
+@contextmanager
+def s6_retrieve(folder: Any, fd: int) -> Iterator[Run]:
+    with s6(folder, fd) as client:
+        client.ask(f"fill {HELD}")
+        assert client.ask("list 1")[1] == HELD
+        yield client.run("retrieve")
+
+
+class Shelf:
+    """What a BaseManager serves: a socket to whoever asks."""
+
+    def __init__(self) -> None:
+        self._listener = socket.create_server(("127.0.0.1", 0))
+
+    def address(self) -> Any:
+        return self._listener.getsockname()
+
+    def fetch(self) -> socket.socket:
+        return self._listener
+
+
+class Shelves(BaseManager):
+    """A manager that knows them."""
+
+    shelf: Any
+
+
+# Registered in the class, so that a spawned server knows it too. One shelf for all who ask.
+_shelf: list[Shelf] = []
+
+
+def the_shelf() -> Shelf:
+    if not _shelf:
+        _shelf.append(Shelf())
+    return _shelf[0]
+
+
+Shelves.register("shelf", the_shelf, exposed=("address", "fetch"))
+
+
+@contextmanager
+def base_manager(folder: Any, fd: int) -> Iterator[Run]:
+    with Shelves() as manager:
+        shelf: BaseProxy = manager.shelf()
+        address = shelf._callmethod("address")
+
+        def run(count: int) -> float:
+            start = perf_counter()
+            for _ in range(count):
+                with shelf._callmethod("fetch") as fetched:
+                    pass
+            took = perf_counter() - start
+            with shelf._callmethod("fetch") as fetched:
+                assert fetched.getsockname() == address
+            return took
+
+        yield run
+
+
+_STRANGER = """
+import sys
+from benchmarks.fetch import Shelves
+manager = Shelves((sys.argv[1], int(sys.argv[2])), authkey=b"benchmark")
+manager.connect()
+try:
+    manager.shelf()._callmethod("fetch").close()
+    print("works here")
+except Exception as error:
+    print(f"cannot: {type(error).__name__}: {error}")
+"""
+
+
+def unrelated() -> str:
+    """What happens to a process that is none of the manager's children."""
+    with Shelves(("127.0.0.1", 0), authkey=b"benchmark") as manager:
+        host, port = manager.address  # type: ignore[misc]
+        words = [sys.executable, "-c", _STRANGER, str(host), str(port)]
+        return subprocess.run(words, capture_output=True, text=True, timeout=60).stdout.strip()

@@ -1,0 +1,248 @@
+"""The framework: things measured alternately in one run, and what is made of the figures.
+
+An absolute time means little on a machine that others share, a ratio of two things measured in turn
+means a lot. So every family of benchmarks makes *sides*, callables that do an operation n times and
+return the seconds it took, and `Bench.alternate` runs slices of all of them in turn, again and
+again, in an order that rotates. What is reported of two sides is the median and the quartiles of
+the ratios of each round.
+
+A family is a module with `run(bench)`. It sets its sides up with `bench.keep`, asserts its own
+workload, and calls `alternate`, then `ratio`, `value`, `absent` and `curve` for what it found.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
+from itertools import repeat
+from pathlib import Path
+from time import perf_counter, perf_counter_ns
+from typing import Any, TypeAlias, TypeVar
+
+__all__ = ["Bench", "Curve", "Line", "NotHere", "Plan", "Row", "Run", "Spread", "each", "every"]
+
+T = TypeVar("T")
+Run: TypeAlias = Callable[[int], float]  # does it n times, and returns the seconds that took
+Times: TypeAlias = dict[str, list[float]]  # side -> seconds for one operation, round by round
+
+
+class NotHere(Exception):
+    """A peer is not installed, or cannot do the work: the message says which and why."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is measured. *scale* shrinks counts of names and clients in a quick run."""
+
+    rounds: int = 21
+    slice: float = 0.02  # seconds of one side in one round
+    scale: float = 1.0
+
+    def count(self, number: int) -> int:
+        return max(int(number * self.scale), 1)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The median and the quartiles of *rounds* figures."""
+
+    median: float
+    low: float
+    high: float
+    rounds: int
+
+    @classmethod
+    def of(cls, figures: Sequence[float]) -> Spread:
+        if len(figures) < 2:
+            return cls(figures[0], figures[0], figures[0], 1)
+        low, median, high = statistics.quantiles(figures, n=4, method="inclusive")
+        return cls(median, low, high, len(figures))
+
+
+@dataclass
+class Row:
+    """One line of the table. Without a value it says in *note* why there is none."""
+
+    family: str
+    what: str
+    against: str = ""  # what *what* is divided by; empty: the value stands for itself
+    value: Spread | None = None
+    unit: str = "x"
+    ours: Spread | None = None  # seconds for one operation
+    theirs: Spread | None = None
+    goal: float | None = None
+    note: str = ""
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the median meets the goal; None where there is no goal, or nothing measured."""
+        if self.goal is None or self.value is None:
+            return None
+        return self.value.median <= self.goal
+
+
+@dataclass
+class Line:
+    """One line of a chart: points of (x, spread), or the ideal, which has no spread."""
+
+    name: str
+    points: list[tuple[float, Spread]] = field(default_factory=list)
+    ideal: bool = False
+
+    def add(self, x: float, figures: Sequence[float]) -> None:
+        self.points.append((x, Spread.of(figures)))
+
+
+@dataclass
+class Curve:
+    """A chart: what is measured against what it depends on. Times are in microseconds."""
+
+    key: str  # of the file: docs/img/bench-KEY.svg
+    title: str
+    x: str
+    y: str
+    lines: list[Line]
+    note: str = ""
+    log_y: bool = False
+
+
+class Bench:
+    """What a family is given: how much to measure, where to put it, and who is told."""
+
+    def __init__(self, plan: Plan, tell: Callable[[str], None] = lambda text: None) -> None:
+        self.plan = plan
+        self.rows: list[Row] = []
+        self.curves: list[Curve] = []
+        self.family = ""
+        self._tell = tell
+        self._stack = ExitStack()
+
+    @contextmanager
+    def of(self, family: str) -> Iterator[Bench]:
+        """Within, rows are *family*'s; what was kept is ended afterwards."""
+        self.family = family
+        with ExitStack() as self._stack:
+            yield self
+
+    # Setting up.
+
+    def keep(self, thing: AbstractContextManager[T]) -> T:
+        """Enters it; it is left at the end of the family."""
+        return self._stack.enter_context(thing)
+
+    def last(self, call: Callable[..., object], *args: Any) -> None:
+        """Has *call* made at the end of the family."""
+        self._stack.callback(call, *args)
+
+    def folder(self) -> Path:
+        """A new folder with a short path, removed at the end of the family."""
+        return Path(self.keep(tempfile.TemporaryDirectory(prefix="fdb-")))
+
+    def step(self, text: str) -> None:
+        """Says what is being done now."""
+        self._tell(f"{self.family}: {text}")
+
+    # Measuring.
+
+    def alternate(
+        self, sides: Mapping[str, Run], *, rounds: int | None = None, slice: float | None = None
+    ) -> Times:
+        """side -> seconds for one operation in each round; all sides in turn in every round."""
+        names = list(sides)
+        wanted = self.plan.slice if slice is None else min(slice, self.plan.slice)
+        counts = {}
+        for name in names:
+            self.step(name)
+            counts[name] = calibrate(sides[name], wanted)
+        times: Times = {name: [] for name in names}
+        total = min(rounds or self.plan.rounds, self.plan.rounds)
+        for turn in range(total):
+            self.step(f"round {turn + 1} of {total}, {len(names)} sides")
+            first = turn % len(names)
+            for name in names[first:] + names[:first]:
+                gc.collect()  # what one side left is not the next one's to clear
+                times[name].append(sides[name](counts[name]) / counts[name])
+        return times
+
+    # Reporting.
+
+    def ratio(
+        self,
+        times: Times,
+        what: str,
+        against: str,
+        *,
+        goal: float | None = None,
+        note: str = "",
+        per: int = 1,
+    ) -> Row:
+        """A row: *what* divided by *against*, round by round. *per*: *what* did so many at once."""
+        ours = [time / per for time in times[what]]
+        theirs = times[against]
+        ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+        name = what if per == 1 else f"{what}, each"
+        row = Row(self.family, name, against, Spread.of(ratios), "x", goal=goal, note=note)
+        row.ours, row.theirs = Spread.of(ours), Spread.of(theirs)
+        self.rows.append(row)
+        return row
+
+    def value(
+        self,
+        what: str,
+        figures: Sequence[float],
+        unit: str,
+        *,
+        goal: float | None = None,
+        note: str = "",
+    ) -> Row:
+        """A row of a figure that stands for itself."""
+        row = Row(self.family, what, "", Spread.of(figures), unit, goal=goal, note=note)
+        self.rows.append(row)
+        return row
+
+    def absent(self, what: str, why: object, *, goal: float | None = None) -> None:
+        """A row that says why there is no figure."""
+        self.rows.append(Row(self.family, what, goal=goal, note=str(why)))
+
+    def curve(self, curve: Curve) -> None:
+        self.curves.append(curve)
+
+
+def calibrate(run: Run, wanted: float) -> int:
+    """How many operations take about *wanted* seconds. What it runs also warms the side up."""
+    count = 1
+    while True:
+        took = run(count)
+        if took >= wanted / 2 or count >= 1 << 20:
+            return max(round(count * wanted / max(took, 1e-9)), 1)
+        count *= 2 if took <= 0 else max(2, min(16, int(wanted / 2 / took) + 1))
+
+
+def each(call: Callable[[], object]) -> Run:
+    """A side that makes *call* again and again."""
+
+    def run(count: int) -> float:
+        start = perf_counter()
+        for _ in repeat(None, count):
+            call()
+        return perf_counter() - start
+
+    return run
+
+
+def every(call: Callable[[], object]) -> Run:
+    """As `each`, but the time of one is the median of many: for where a tail is not the point."""
+
+    def run(count: int) -> float:
+        took = []
+        for _ in repeat(None, count):
+            start = perf_counter_ns()
+            call()
+            took.append(perf_counter_ns() - start)
+        return statistics.median(took) * count / 1e9
+
+    return run

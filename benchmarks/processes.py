@@ -1,0 +1,185 @@
+"""The processes that a benchmark runs beside its own: peers in C and Python, and what they tell."""
+
+from __future__ import annotations
+
+import array
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from time import perf_counter
+
+from benchmarks.measure import NotHere, Run
+
+__all__ = [
+    "ALIKE",
+    "HERE",
+    "bare_python",
+    "c_pingpong",
+    "compiled",
+    "cpu_seconds",
+    "held_file",
+    "s6",
+    "same_file",
+]
+
+HERE = Path(__file__).parent
+# The bytes of a fetch of "web/http" and of its answer, so that the floor moves as many as we do.
+ALIKE = (31, 61)
+_ROOM = socket.CMSG_SPACE(array.array("i").itemsize)
+_CLOEXEC = int(socket.MSG_CMSG_CLOEXEC)
+
+
+def compiled(source: str, folder: Path, *libraries: str) -> str:
+    """The path of peers/*source*.c, compiled. Raises: NotHere."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        raise NotHere("not installed: a C compiler (Debian: gcc)")
+    target = folder / source
+    command = [compiler, "-O2", "-o", str(target), str(HERE / "peers" / f"{source}.c"), *libraries]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise NotHere(f"does not compile here: {done.stderr.strip().splitlines()[0]}")
+    return str(target)
+
+
+@contextmanager
+def held_file() -> Iterator[int]:
+    """A descriptor to send: a memfd of its own, so that what arrives can be told from all else."""
+    fd = os.memfd_create("benchmark")
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def same_file(one: int, other: int) -> bool:
+    """Whether two descriptors are of the same file."""
+    return os.path.samestat(os.fstat(one), os.fstat(other))
+
+
+class Told:
+    """A child that is told what to do by lines on its input, and answers with nanoseconds."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+
+    def ask(self, line: str) -> list[int]:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(f"{line}\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"{self._process.args!r} ended at {line!r}")
+        return [int(word) for word in answer.split()]
+
+    def run(self, verb: str = "") -> Run:
+        """A side that has the child do *verb*."""
+        return lambda count: self.ask(f"{verb} {count}".strip())[0] / 1e9
+
+
+@contextmanager
+def told(command: Sequence[str], fds: Sequence[int]) -> Iterator[Told]:
+    process = subprocess.Popen(
+        command, pass_fds=fds, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    with process:
+        try:
+            yield Told(process)
+        finally:
+            process.stdin.close()  # type: ignore[union-attr]
+
+
+@contextmanager
+def c_pingpong(folder: Path, fd: int, sizes: tuple[int, int] = ALIKE) -> Iterator[Run]:
+    """The floor in C. Raises: NotHere."""
+    program = compiled("pingpong", folder)
+    with told([program, str(fd), *map(str, sizes)], [fd]) as child:
+        yield child.run()
+
+
+@contextmanager
+def bare_python(mode: str, fd: int, sizes: tuple[int, int] = ALIKE) -> Iterator[Run]:
+    """The floor in Python: our half is a loop of sendmsg, recvmsg and close, and no more."""
+    ours, theirs = socket.socketpair()
+    program = str(HERE / "peers" / "pingpong.py")
+    words = [sys.executable, "-S", program, mode, str(theirs.fileno()), str(fd), str(sizes[1])]
+    with ours, subprocess.Popen(words, pass_fds=[theirs.fileno(), fd]) as process:
+        theirs.close()
+        request = [b"name" + bytes(sizes[0] - 4)]
+
+        def run(count: int) -> float:
+            descriptor = -1
+            start = perf_counter()
+            for left in range(count, 0, -1):
+                ours.sendmsg(request)
+                _, control, _, _ = ours.recvmsg(65536, _ROOM, _CLOEXEC)
+                (descriptor,) = array.array("i", control[0][2])
+                if left > 1:
+                    os.close(descriptor)
+            took = perf_counter() - start
+            assert same_file(descriptor, fd), "another descriptor arrived"
+            os.close(descriptor)
+            return took
+
+        try:
+            yield run
+        finally:
+            ours.close()
+            process.wait()
+
+
+@contextmanager
+def s6(folder: Path, fd: int) -> Iterator[Told]:
+    """A client on a connection to an s6-fdholderd that lets it do everything. Raises: NotHere."""
+    daemon = shutil.which("s6-fdholder-daemon")
+    if daemon is None:
+        raise NotHere("not installed: s6 (Debian: s6, libs6-dev, skalibs-dev)")
+    program = compiled("s6client", folder, "-ls6", "-lskarnet")
+    rules, path = folder / "rules" / "uid" / "default", str(folder / "s6.sock")
+    (rules / "env").mkdir(parents=True)
+    (rules / "allow").touch()
+    for right, value in (("STORE_REGEX", ".*"), ("RETRIEVE_REGEX", ".*"), ("LIST", "1")):
+        (rules / "env" / f"S6_FDHOLDER_{right}").write_text(value)
+    words = [daemon, "-1", "-c", "100", "-n", "15000", "-i", str(folder / "rules"), path]
+    with subprocess.Popen(words, stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None
+            if not process.stdout.readline():
+                raise NotHere("s6-fdholder-daemon does not start here")
+            with told([program, path, str(fd)], [fd]) as child:
+                yield child
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def cpu_seconds(pid: int) -> float:
+    """The processor time, user and system, that *pid* has had, to the nanosecond of its scheduler.
+
+    /proc/PID/schedstat of its one thread would do; this adds up those of all of them.
+    """
+    total = 0
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        total += int((task / "schedstat").read_text().split()[0])
+    return total / 1e9
+
+
+def in_turn(calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
+    """A call that makes one of *calls* after the other, time after time."""
+    iterator = iter(())  # type: Iterator[Callable[[], object]]
+
+    def call() -> object:
+        nonlocal iterator
+        chosen = next(iterator, None)
+        if chosen is None:
+            iterator = iter(calls)
+            chosen = next(iterator)
+        return chosen()
+
+    return call
