@@ -19,6 +19,21 @@ from fdshare.mp.parked import forget
 Pair = tuple[socket.socket, socket.socket]
 
 
+@pytest.fixture
+def pair() -> Iterator[Pair]:
+    near, far = socket.socketpair()
+    far.settimeout(20)
+    with near, far:
+        yield near, far
+
+
+@pytest.fixture
+def armed() -> Iterator[None]:
+    fdshare.install()
+    yield
+    fdshare.uninstall()
+
+
 @pytest.fixture(autouse=True)
 def forgotten() -> Iterator[None]:
     yield

@@ -9,7 +9,7 @@ import pickle
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,38 @@ ForkingPickler = multiprocessing.reduction.ForkingPickler
 Pair = tuple[socket.socket, socket.socket]
 
 
+@pytest.fixture
+def pair() -> Iterator[Pair]:
+    near, far = socket.socketpair()
+    far.settimeout(20)
+    with near, far:
+        yield near, far
+
+
+@pytest.fixture
+def armed() -> Iterator[None]:
+    fdshare.install()
+    yield
+    fdshare.uninstall()
+
+
 def dumps(obj: Any) -> bytes:
     return bytes(ForkingPickler.dumps(obj))
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 @pytest.mark.parametrize("package", ["multiprocessing", "multiprocess"])
-def test_every_channel(package: str, method: str, program: Callable[..., str]) -> None:
-    passed = program(str(Path(__file__).with_name("stock_channels.py")), package, method)
-    assert passed.split() == [
+def test_every_channel(package: str, method: str) -> None:
+    program = Path(__file__).with_name("stock_channels.py")
+    done = subprocess.run(
+        [sys.executable, "-W", "error::ResourceWarning", str(program), package, method],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.split() == [
         "through_a_queue",
         "through_a_simple_queue_and_a_pipe",
         "from_one_who_is_gone",
