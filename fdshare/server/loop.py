@@ -63,6 +63,7 @@ class Loop:
         self._posted: list[Callable[[], None]] = []
         self._post_lock = threading.Lock()
         self._tick_again = 0.0  # not before, for the keeper could not take what was due
+        self._retry_at = 0.0  # when the throttled and the stalled are looked at; 0: not set
         self._stopping = False
         self._wake, self._waker = socket.socketpair()
         for end in (self._wake, self._waker):
@@ -152,7 +153,9 @@ class Loop:
     def _next_due(self) -> float | None:
         """When `_do_due` has something to do; None: not before something else happens."""
         if self._throttled or self._stalled:
-            return time.monotonic() + _RETRY
+            # Set once and not anew in each turn: others who keep us busy must not put it off.
+            self._retry_at = self._retry_at or time.monotonic() + _RETRY
+            return self._retry_at
         due = self.service.next_deadline()
         if due is not None and due < self._tick_again:
             due = self._tick_again
@@ -168,6 +171,7 @@ class Loop:
         return due
 
     def _do_due(self, now: float) -> None:
+        self._retry_at = 0.0
         for connection in list(self._throttled):
             self._throttled.discard(connection)
             self.flush(connection, now)

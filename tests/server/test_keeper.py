@@ -541,9 +541,18 @@ def test_a_stopped_keeper_holds_up_nobody_who_reads(
     fill(manager, read)
     with Wire(manager.address, "waits") as wire, Client(manager.address) as reader:
         wire.send(1, m.Unregister("filler/0"))
-        for _ in range(50):
-            reader.fetch_raw("filler/0")[0].close()
+        fetches = 0
+
+        def refused() -> bool:
+            nonlocal fetches
+            for _ in range(50):  # busy as it is kept, the server finds the time to refuse
+                reader.fetch_raw("filler/0")[0].close()
+                fetches += 1
+            return bool(select.select([wire.sock], [], [], 0)[0])
+
+        wait_until(refused)
         assert isinstance(wire.receive().reply, m.Refused)
+        assert fetches > 50
     os.close(read)
     os.close(write)
 
