@@ -479,12 +479,12 @@ class Service:
         self._quota("max_waiting", self.limits.max_waiting, used, 1)
 
     def _keep_waiting(self, waiter: Waiter) -> None:
-        """Puts *waiter* back to the front of its queue."""
-        waiter.done = False
-        waiter.session.waiting[waiter.id] = waiter
-        self._waiting.setdefault(waiter.request.name, deque()).appendleft(waiter)
-        if waiter.deadline is not None:
-            self._stale -= 1
+        """Puts one like *waiter*, which was stopped, to the front of its queue."""
+        again = Waiter(waiter.session, waiter.id, waiter.request, waiter.deadline)
+        again.session.waiting[again.id] = again
+        self._waiting.setdefault(again.request.name, deque()).appendleft(again)
+        if again.deadline is not None:
+            heapq.heappush(self._wait_deadlines, (again.deadline, next(self._order), again))
 
     def _wake(self, name: str, now: float) -> None:
         """Serves those who wait for *name*, in their order, while it is there."""
