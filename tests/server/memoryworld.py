@@ -1,0 +1,163 @@
+"""A World of the service without a kernel: handles are numbers, and it keeps all promises.
+
+What a client of it sees is in its `Inbox`; the keeper is a second registry, fed with what the
+journal carries, through bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from fdshare.errors import DescriptorLimit, KeeperUnavailable
+from fdshare.protocol import messages as m
+from fdshare.server.changes import Grant, Put, Record, decode_record, encode_record
+from fdshare.server.limits import Limits
+from fdshare.server.policy import Policy, Subject
+from fdshare.server.registry import Entry, Registry
+from fdshare.server.service import JournalBusy, LeaseState, Service, Session
+
+
+@dataclass
+class Inbox:
+    """What one connection was sent: (id, reply, handles)."""
+
+    sent: list[tuple[int, Any, tuple[int, ...]]] = field(default_factory=list)
+    closed: bool = False
+
+    def take(self) -> list[tuple[int, Any, tuple[int, ...]]]:
+        sent, self.sent = self.sent, []
+        return sent
+
+
+class MemoryWorld:
+    """Opens, closes and leases; `busy` and `broken` are the keeper's moods, `full` the server's."""
+
+    auditing = False
+
+    def __init__(self, *, own_uid: int = 1, limits: Limits | None = None) -> None:
+        self.registry = Registry()
+        self.keeper = Registry()
+        self.service = Service(
+            self.registry, Policy(own_uid), limits or Limits.for_rlimit(1000), self
+        )
+        self.open: set[int] = set()
+        self.leases: dict[int, LeaseState] = {}  # our end -> what the taker did
+        self.lease_of: dict[int, int] = {}  # the taker's end -> ours
+        self.revoked: set[int] = set()
+        self.watched: list[Entry] = []
+        self.busy = self.broken = self.full = False
+        self._last = 0
+
+    # For the test.
+
+    def new_handles(self, count: int) -> list[int]:
+        made = []
+        for _ in range(count):
+            self._last += 1
+            self.open.add(self._last)
+            made.append(self._last)
+        return made
+
+    def session(self, uid: int = 1, name: str = "") -> Session:
+        session = Session(Subject(uid, uid), 1000 + uid, uid in (0, self.service.policy.own_uid))
+        session.name = name
+        session.route = Inbox()
+        self.service.greeted(session)
+        return session
+
+    def say(self, taker: int, word: Literal["confirmed", "dropped"]) -> bool:
+        """The taker confirms or closes its end. False where the lease was revoked before."""
+        ours = self.lease_of[taker]
+        if ours in self.revoked or ours not in self.leases:
+            return False
+        if self.leases[ours] == "held":
+            self.leases[ours] = word
+        return True
+
+    # The World of the service.
+
+    def answer(self, session: Session, id: int, body: bytes, handles: Sequence[int] = ()) -> None:
+        assert set(handles) <= self.open
+        if session.route.closed:
+            for handle in set(handles) & set(self.lease_of):
+                self.say(handle, "dropped")  # nobody has the taker's end
+            return
+        session.route.sent.append((id, m.decode_reply(body), tuple(handles)))
+
+    def answer_in_parts(self, session: Session, id: int, bodies: Sequence[bytes]) -> None:
+        for body in bodies:
+            self.answer(session, id, body)
+
+    def publish(self, sessions: Sequence[Session], body: bytes) -> None:
+        assert len(set(map(id, sessions))) == len(sessions)
+        for session in sessions:
+            self.answer(session, 0, body)
+
+    def journal(self, record: Record, handles: Sequence[int]) -> None:
+        assert set(handles) <= self.open
+        drawn = sum(
+            change.count + change.guarded if isinstance(change, Put) else isinstance(change, Grant)
+            for change in record.changes
+        )
+        assert drawn == len(handles)
+        if self.broken:
+            raise KeeperUnavailable("a test")
+        if self.busy:
+            raise JournalBusy
+        self.keeper.apply(decode_record(encode_record(record)), list(handles))
+
+    def lease_pair(self) -> tuple[int, int]:
+        if self.full:
+            raise DescriptorLimit(24, "RLIMIT_NOFILE", 10, None, "server")
+        ours, theirs = self.new_handles(2)
+        self.leases[ours] = "held"
+        self.lease_of[theirs] = ours
+        return ours, theirs
+
+    def lease_state(self, ours: int, *, revoke: bool = False) -> LeaseState:
+        assert ours in self.open
+        if revoke:
+            self.revoked.add(ours)
+            if self.leases[ours] == "held":
+                self.leases[ours] = "dropped"
+        return self.leases[ours]
+
+    def check_lifeline(self, handle: int) -> None:
+        assert handle in self.open
+
+    def owner_guard(self, session: Session) -> int:
+        if self.full:
+            raise DescriptorLimit(24, "RLIMIT_NOFILE", 10, None, "server")
+        return self.new_handles(1)[0]
+
+    def registrant(self, session: Session) -> m.Registrant:
+        return m.Registrant(session.pid, session.subject.uid, session.subject.gid, "test")
+
+    def watch(self, entry: Entry) -> None:
+        assert self.registry.entries[entry.name] is entry
+        assert set(entry.all_handles()) <= self.open
+        self.watched.append(entry)
+
+    def close(self, handles: Sequence[int]) -> None:
+        for handle in handles:
+            self.open.remove(handle)  # KeyError: closed twice
+
+    def probe(self, session: Session, id: int, entries: Sequence[Entry], now: float) -> None:
+        raise NotImplementedError
+
+    def bind(self, address: str, backlog: int, reuse_port: bool) -> tuple[m.Kind, int]:
+        raise NotImplementedError
+
+    def stats(self) -> m.ServerStats:
+        raise NotImplementedError
+
+    def reload_policy(self) -> None:
+        pass
+
+    def command(self, verb: str, session: Session, id: int) -> bool:
+        return True
+
+    def audit(self, verb: str, name: str, session: Session | None, outcome: str) -> None:
+        pass
