@@ -50,6 +50,7 @@ class Connection:
         "session",
         "slow_since",
         "sock",
+        "stale",
         "stalled_since",
     )
 
@@ -66,6 +67,7 @@ class Connection:
         self.counterproof = b""  # ... and what it is answered then
         self.draining = False  # close once the output is gone
         self.overflowed = False  # events were dropped
+        self.stale: list[int] = []  # watches that need a fresh snapshot because of it
         self.closed = False
         self.interest = 0
         self.slow_since: float | None = now  # until the Hello is there

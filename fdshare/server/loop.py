@@ -503,11 +503,19 @@ class Loop:
     def _emptied(self, connection: Connection, now: float) -> None:
         if connection.draining:
             self.drop(connection)
-        elif connection.overflowed:
+            return
+        if connection.overflowed:
             connection.overflowed = False
+            connection.stale = list(connection.session.watches)
             self.send(connection, 0, m.encode(m.Overflowed()), ())
-            for watch in list(connection.session.watches):
+        # No more than the client reads: thousands of watches times thousands of names would be a
+        # second overflow.
+        stale, connection.stale = connection.stale, []
+        while stale and not connection.closed and connection.output_bytes <= _BACKPRESSURE:
+            watch = stale.pop()
+            if watch in connection.session.watches:
                 self.service.snapshot(connection.session, watch)
+        connection.stale += stale
 
     def _may_fly(self, connection: Connection, count: int) -> bool:
         """True where *count* more descriptors unread keep within both budgets."""

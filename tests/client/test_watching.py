@@ -267,6 +267,35 @@ def test_a_slow_watcher_is_told_and_converges(server: Any, client: Client, pipe:
             assert next(watch).event == "unregistered"
 
 
+def test_many_watches_of_a_slow_watcher_converge(server: Any, client: Client, pipe: int) -> None:
+    """Their snapshots together are more than a server keeps for a connection."""
+
+    def change() -> None:
+        for i in range(6000):
+            client.register(f"{i % 200:03}".ljust(255, "-"), pipe, replace=True)
+        client.register("end", pipe)
+
+    async def main() -> None:
+        async with fdshare.aio.connect(server.address) as slow:
+            watches = [slow.watch(timeout=30) for _ in range(100)]
+            for watch in watches:
+                await anext(watch)
+            accepted = client.stats().counters["accepted"]
+            change()  # without an await: nobody reads
+            for watch in watches:
+                while "end" not in watch.held:
+                    await anext(watch)
+                assert len(watch.held) == 201
+            client.unregister("end")
+            for watch in watches:
+                while "end" in watch.held:
+                    await anext(watch)
+                await watch.close()
+            assert client.stats().counters["accepted"] == accepted  # it was never cut off
+
+    anyio.run(main)
+
+
 def test_a_thousand_watchers_of_one_event(server: Any, client: Client, pipe: int) -> None:
     """A hundred connections with ten watches each: the event goes out once a connection."""
 
