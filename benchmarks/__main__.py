@@ -16,6 +16,10 @@ from benchmarks.measure import Bench, Plan
 FAMILIES = (
     "floor",
     "fetch",
+    "names",
+    "queues",
+    "parked",
+    "pool",
 )
 ROOT = Path(__file__).parent.parent
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import array
+import multiprocessing
 import os
 import shutil
 import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from multiprocessing.connection import Connection
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 from benchmarks.measure import NotHere, Run
 
@@ -23,6 +26,7 @@ __all__ = [
     "compiled",
     "cpu_seconds",
     "held_file",
+    "in_child",
     "s6",
     "same_file",
 ]
@@ -170,16 +174,36 @@ def cpu_seconds(pid: int) -> float:
     return total / 1e9
 
 
-def in_turn(calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
-    """A call that makes one of *calls* after the other, time after time."""
-    iterator = iter(())  # type: Iterator[Callable[[], object]]
+@contextmanager
+def in_child(side: Callable[[], AbstractContextManager[Run]]) -> Iterator[Run]:
+    """A side that is measured in a forked process of its own, whose threads, children and armed
+    picklers are nobody else's."""
+    ours, theirs = multiprocessing.Pipe()
+    process = multiprocessing.get_context("fork").Process(target=_obey, args=(theirs, ours, side))
+    process.start()
+    theirs.close()
 
-    def call() -> object:
-        nonlocal iterator
-        chosen = next(iterator, None)
-        if chosen is None:
-            iterator = iter(calls)
-            chosen = next(iterator)
-        return chosen()
+    def run(count: int) -> float:
+        try:
+            ours.send(count)
+            took: float = ours.recv()
+        except (EOFError, BrokenPipeError):
+            raise RuntimeError("the process of a side has failed, see above") from None
+        return took
 
-    return call
+    try:
+        yield run
+    finally:
+        ours.close()
+        process.join()
+
+
+def _obey(orders: Connection, others: Connection, side: Callable[[], Any]) -> None:
+    others.close()
+    with side() as run:
+        while True:
+            try:
+                count = orders.recv()
+            except EOFError:
+                return
+            orders.send(run(count))

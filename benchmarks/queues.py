@@ -1,0 +1,171 @@
+"""Queues and pipes of `get_context()`, beside the stock ones of multiprocessing and multiprocess.
+
+*Streamed*: a child puts n items, we get them all: what a queue of work costs. *To and fro*: a child
+echoes what it is sent, over a second queue: what an answer costs, each way counted as one. Items
+are an int, or a listening socket, which the receiver closes.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from importlib import import_module
+from time import perf_counter
+from typing import Any
+
+from benchmarks.measure import Bench, Run
+from benchmarks.processes import in_child
+from fdshare.mp import get_context
+
+STOCK, OURS = "stock", "fdshare"
+BACKENDS = ("multiprocessing", "multiprocess")
+ITEMS = ("int", "socket")
+_END = 0  # "put none": the child ends
+
+
+def run(bench: Bench) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        for backend in BACKENDS:
+            measure(bench, backend, listener)
+
+
+def measure(bench: Bench, backend: str, listener: socket.socket) -> None:
+    try:
+        import_module(backend)
+    except ImportError:
+        bench.absent(f"queues of {backend}", f"not installed: {backend}")
+        return
+    sides: dict[str, Run] = {}
+    for kind, context in contexts(backend):
+        for item in ITEMS:
+            for shape, make in (("Queue", streamed), ("Queue to and fro", echoed), ("Pipe", piped)):
+                side = partial(make, context, item, listener)
+                sides[f"{kind} {shape}, {item}"] = bench.keep(in_child(side))
+    times = bench.alternate(sides)
+    goals = {"int": 1.2, "socket": 0.10}
+    for shape in ("Queue", "Queue to and fro", "Pipe"):
+        for item in ITEMS:
+            what, against = f"{OURS} {shape}, {item}", f"{STOCK} {shape}, {item}"
+            goal = goals[item] if shape != "Pipe" and backend == "multiprocessing" else None
+            row = bench.ratio(times, what, against, goal=goal)
+            row.what, row.against = f"{what} ({backend})", f"{against} ({backend})"
+
+
+def contexts(backend: str) -> list[tuple[str, Any]]:
+    """The stock context and ours, both of the start method that this Python version prefers."""
+    stock = import_module(backend).get_context("fork")
+    return [(STOCK, stock), (OURS, get_context("fork", backend=backend))]
+
+
+class Checked:
+    """What is sent, and how what arrives is told to be that."""
+
+    def __init__(self, item: str, listener: socket.socket) -> None:
+        self.item: Any = 12345 if item == "int" else listener
+        self._address = listener.getsockname() if item == "socket" else None
+
+    def done_with(self, item: Any) -> None:
+        """What a receiver does with every one."""
+        if self._address is not None:
+            item.close()
+
+    def check(self, item: Any) -> None:
+        if self._address is None:
+            assert item == self.item
+        else:
+            assert item.getsockname() == self._address
+            item.close()
+
+
+@contextmanager
+def streamed(context: Any, item: str, listener: socket.socket) -> Iterator[Run]:
+    """A child that puts as many as it is asked for into one queue."""
+    orders, queue = multiprocessing.SimpleQueue(), context.Queue()
+    sent = Checked(item, listener)
+
+    def child() -> None:
+        while count := orders.get():
+            for _ in range(count):
+                queue.put(sent.item)
+
+    yield from draining(context, child, orders, queue.get, sent)
+    queue.close()
+    queue.join_thread()
+
+
+@contextmanager
+def piped(context: Any, item: str, listener: socket.socket) -> Iterator[Run]:
+    """As `streamed`, over the connections of a Pipe."""
+    orders = multiprocessing.SimpleQueue()
+    ours, theirs = context.Pipe()
+    sent = Checked(item, listener)
+
+    def child() -> None:
+        while count := orders.get():
+            for _ in range(count):
+                theirs.send(sent.item)
+
+    yield from draining(context, child, orders, ours.recv, sent)
+    ours.close()
+    theirs.close()
+
+
+def draining(
+    context: Any, child: Callable[[], None], orders: Any, get: Callable[[], Any], sent: Checked
+) -> Iterator[Run]:
+    """A side that orders items and gets them, the first to the last."""
+    process = context.Process(target=child)
+    process.start()
+
+    def run(count: int) -> float:
+        start = perf_counter()
+        orders.put(count)
+        for _ in range(count - 1):
+            sent.done_with(get())
+        last = get()
+        took = perf_counter() - start
+        sent.check(last)
+        return took
+
+    try:
+        yield run
+    finally:
+        orders.put(_END)
+        process.join()
+
+
+@contextmanager
+def echoed(context: Any, item: str, listener: socket.socket) -> Iterator[Run]:
+    """A child that sends back what it is sent; one way of the two is counted."""
+    there, back = context.Queue(), context.Queue()
+    sent = Checked(item, listener)
+
+    def child() -> None:
+        while (got := there.get()) is not None:
+            back.put(got)
+
+    process = context.Process(target=child)
+    process.start()
+
+    def run(count: int) -> float:
+        start = perf_counter()
+        for _ in range(count - 1):
+            there.put(sent.item)
+            sent.done_with(back.get())
+        there.put(sent.item)
+        last = back.get()
+        took = perf_counter() - start
+        sent.check(last)
+        return took / 2
+
+    try:
+        yield run
+    finally:
+        there.put(None)
+        process.join()
+        for queue in (there, back):
+            queue.close()
+            queue.join_thread()
