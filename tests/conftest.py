@@ -5,7 +5,10 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -168,3 +171,39 @@ def peer(server: Watched) -> Iterator[Peer]:
     """A bare connection to `server`, greeted."""
     with Peer(server.address) as peer:
         yield peer
+
+
+@pytest.fixture
+def child() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Starts programs: `child(code, *arguments)`, with pipes; those still running are killed.
+
+    The code runs in a fresh interpreter, its arguments are sys.argv[1:].
+    """
+    started: list[subprocess.Popen[str]] = []
+
+    def start(code: str, *arguments: object) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+        for pipe in (process.stdin, process.stdout):
+            assert pipe is not None
+            pipe.close()
+
+
+def line(process: subprocess.Popen[str]) -> str:
+    """The next line that *process* prints."""
+    assert process.stdout is not None
+    text = process.stdout.readline()
+    assert text, f"it printed nothing more, status {process.wait()}"
+    return text.strip()
