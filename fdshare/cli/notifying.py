@@ -173,6 +173,7 @@ def run_notified(
     pid = os.fork()
     if pid == 0:
         os.setsid()
+        _leave_standard_streams()
         _execute(launch)
     with said, Descriptor(os.pidfd_open(pid)) as program:
         _fork_helper(_Helper(client, service, sock, program, folder, says, ready_fd))
@@ -185,6 +186,14 @@ def _check_ready_fd(number: int) -> None:
         os.set_inheritable(number, False)  # it is the helper's, not the program's
     except OSError:
         raise click.BadParameter(f"descriptor {number} is not open", param_hint="--ready-fd")
+
+
+def _leave_standard_streams() -> None:
+    """Nothing to read, and standard output goes where errors go: `pid=$(fdshare run --detach ...)`
+    would otherwise wait until the program has ended."""
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.dup2(2, 1)
 
 
 def _execute(launch: Launch) -> NoReturn:
