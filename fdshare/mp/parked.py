@@ -50,6 +50,7 @@ __all__ = [
 
 DEFAULT_TTL: Final = 300.0  # seconds
 _PART: Final = struct.Struct(">H")  # of a pickle with more descriptors than an entry may have
+_FIRST: Final = _PART.pack(0)
 
 
 class Depot(Protocol):
@@ -223,40 +224,39 @@ describers[_Cargo] = lambda cargo: (_CARGO, cargo.fds)
 
 
 class _Parcel:
-    """What the tickets of one pickle have in common; pickled once, by way of the memo."""
+    """What is parked together. *label* is what all its tickets hold, pickled once by way of the
+    memo: a list, for which no pickler asks anybody, and to which the loader adds what it took."""
 
-    __slots__ = ("fds", "rendezvous", "token", "uses")
+    __slots__ = ("depot", "fds", "label", "token", "ttl", "uses")
 
     def __init__(self, rendezvous: Rendezvous, uses: int) -> None:
-        self.rendezvous = rendezvous
         self.token = os.urandom(16)
+        self.label: list[Any] = [self.token, *rendezvous]
+        self.depot = rendezvous.depot()
+        self.ttl = rendezvous.ttl
         self.uses = uses
         self.fds: list[int] = []
 
-    def __reduce__(self) -> Reduced:
-        return _open, (self.token, *self.rendezvous)
-
     def send(self) -> None:
-        """Parks what it holds, all or nothing."""
-        _, _, ttl, _ = self.rendezvous
-        depot = self.rendezvous.depot()
-        keys: list[bytes] = []
-        try:
-            for first in range(0, len(self.fds), MAX_ENTRY_DESCRIPTORS):
-                keys.append(_key(self.token, len(keys)))
-                fds = self.fds[first : first + MAX_ENTRY_DESCRIPTORS]
-                depot.put(keys[-1], fds, ttl, self.uses)
-        except BaseException:
-            self.take_back()
-            raise
+        """Parks it. If this raises, part of it may be parked."""
+        fds = self.fds
+        if len(fds) <= MAX_ENTRY_DESCRIPTORS:
+            self.depot.put(self.token + _FIRST, fds, self.ttl, self.uses)
+            return
+        for key, first in self._parts():
+            part = fds[first : first + MAX_ENTRY_DESCRIPTORS]
+            self.depot.put(key, part, self.ttl, self.uses)
 
     def take_back(self) -> None:
         """Lets go of what was parked; never raises."""
-        depot = self.rendezvous.depot()
-        for first in range(0, len(self.fds), MAX_ENTRY_DESCRIPTORS):
+        for key, _ in self._parts():
             # What fails here goes when its time has passed.
             with suppress(FdshareError, OSError):
-                depot.take_back(_key(self.token, first // MAX_ENTRY_DESCRIPTORS))
+                self.depot.take_back(key)
+
+    def _parts(self) -> list[tuple[bytes, int]]:
+        firsts = range(0, len(self.fds), MAX_ENTRY_DESCRIPTORS)
+        return [(_key(self.token, number), first) for number, first in enumerate(firsts)]
 
 
 def _key(token: bytes, part: int) -> bytes:
@@ -287,7 +287,7 @@ class Parked:
         first = len(parcel.fds)
         parcel.fds += fds
         self._holders.append((obj, fds))
-        return _arrive, (parcel, kind.tag, bytes(kind.spec), first, len(fds))
+        return _arrive, (parcel.label, kind.tag, bytes(kind.spec), first, len(fds))
 
     def commit(self) -> None:
         parcels = self._parcels.values()
@@ -327,21 +327,24 @@ def _check_open(obj: Any, fds: list[int]) -> None:
     )
 
 
-# Receiving. Every pickle names the next two functions: do not move or rename.
+# Receiving
 
 
-def _open(token: bytes, address: str, private: bool, ttl: float, armed: bool) -> _Arrival:
-    rendezvous = Rendezvous(address, private, ttl, armed)
-    if _current is None or (armed and not _current.armed):
+def _arrive(label: list[Any], tag: str, spec: bytes, first: int, count: int) -> Any:
+    """An object of the pickle in hand (named in every such pickle: do not move or rename)."""
+    if type(label[-1]) is not _Arrival:
+        label.append(_open(*label))
+    return rebuild(Kind(tag, Raw(spec)), label[-1].claim(first, count))
+
+
+def _open(token: bytes, *where: Any) -> _Arrival:
+    rendezvous = Rendezvous(*where)
+    if _current is None or (rendezvous.armed and not _current.armed):
         # Here and not at the top: only a process that was started unarmed needs it.
         from fdshare.mp.install import arm_child
 
         arm_child(rendezvous)
     return _Arrival(rendezvous.depot(), token)
-
-
-def _arrive(arrival: _Arrival, tag: str, spec: bytes, first: int, count: int) -> Any:
-    return rebuild(Kind(tag, Raw(spec)), arrival.claim(first, count))
 
 
 class _Arrival:
@@ -358,19 +361,23 @@ class _Arrival:
         """The *count* descriptors from position *first* on; the caller owns them."""
         claimed: list[Descriptor] = []
         try:
-            for position in range(first, first + count):
-                part, index = divmod(position, MAX_ENTRY_DESCRIPTORS)
-                if part not in self._parts:
-                    self._parts[part] = list(self._depot.take(_key(self._token, part)))
-                descriptor = self._parts[part][index]
-                if descriptor is None:
-                    raise AlreadyTaken(_name(self._token))
-                self._parts[part][index] = None
-                claimed.append(descriptor)
+            # In place: those before a failure are kept, to be closed.
+            claimed.extend(map(self._claim, range(first, first + count)))
         except BaseException:
             close_all(claimed)
             raise
         return claimed
+
+    def _claim(self, position: int) -> Descriptor:
+        number, index = divmod(position, MAX_ENTRY_DESCRIPTORS)
+        part = self._parts.get(number)
+        if part is None:
+            part = self._parts[number] = list(self._depot.take(_key(self._token, number)))
+        descriptor = part[index] if index < len(part) else None
+        if descriptor is None:
+            raise AlreadyTaken(_name(self._token))
+        part[index] = None
+        return descriptor
 
     def __del__(self) -> None:
         for part in self._parts.values():

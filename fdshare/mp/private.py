@@ -18,7 +18,6 @@ import struct
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import weakref
 from collections.abc import Sequence
@@ -34,7 +33,7 @@ from fdshare.errors import (
     UnsupportedPlatform,
     UntrustedServer,
 )
-from fdshare.kernel.ancillary import close_all, receive_into, send_message
+from fdshare.kernel.ancillary import MAX_DESCRIPTORS, peek_descriptors, send_message
 from fdshare.kernel.credentials import peer_credentials
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.kernel.endpoint import connect, listen
@@ -47,6 +46,7 @@ _TIMEOUT: Final = 30  # seconds that the server gets to answer; its start is in 
 _TIMEVAL: Final = struct.pack("@ll", _TIMEOUT, 0)
 _ATTEMPTS: Final = 4  # a server may end as we come to it
 _IDLE: Final = 4  # connections kept
+_ANSWER: Final = 16  # bytes, more than any answer has
 _PAUSE: Final = 0.005
 
 
@@ -67,9 +67,9 @@ class PrivateServer:
         _servers.add(self)
 
     def _renew(self) -> None:
-        self._lock = threading.Lock()
+        # Appended to and popped from by many threads, either in one step.
         self._idle: list[socket.socket] = []
-        self._buffer = bytearray(64)
+        self._unread: dict[bytes, socket.socket] = {}
 
     def check(self) -> None:
         """Makes sure that it runs and is ours. Raises: UntrustedServer, UnsupportedPlatform."""
@@ -81,8 +81,8 @@ class PrivateServer:
         *fds* are borrowed for the call. Raises: DescriptorLimit: the server's; ServerGone,
         ServerTimeout; OSError of sendmsg(2).
         """
-        answer, _ = self._call(b"P" + key + PUT.pack(ttl, uses), fds, start=True)
-        if answer[:1] == b"E":
+        answer = self._ask(b"P" + key + PUT.pack(ttl, uses), fds, start=True)
+        if answer != b"P":
             limit, used = FULL.unpack_from(answer, 1)
             advice = "load what was sent, or raise it"
             raise DescriptorLimit(errno.EMFILE, "RLIMIT_NOFILE", limit, used, "server", advice)
@@ -90,83 +90,89 @@ class PrivateServer:
     def take(self, key: bytes) -> list[Descriptor]:
         """What was put under *key*. The caller owns the result.
 
-        Raises: AlreadyTaken; DescriptorLimit: of this process, and nothing was taken.
+        Raises: AlreadyTaken; DescriptorLimit: of this process, where it is still to be had.
         """
-        try:
-            answer, descriptors = self._call(b"T" + key, (), start=False)
-        except (NoServer, ServerGone):
-            raise AlreadyTaken(key.hex()) from None
-        if answer != b"T":
-            raise AlreadyTaken(key.hex())
-        return descriptors
+        for _ in range(_ATTEMPTS):
+            sock = self._unread.pop(key, None)
+            try:
+                if sock is None:
+                    sock = self._borrow(start=False)
+                    sock.send(b"T" + key)
+                # Looked at first: without a place for them the descriptors would be dropped.
+                descriptors = peek_descriptors(sock, MAX_DESCRIPTORS)
+                answer = sock.recv(_ANSWER)
+            except NoServer:
+                break
+            except OSError as error:
+                assert sock is not None
+                if isinstance(error, DescriptorLimit):
+                    self._unread[key] = sock
+                    raise
+                self._no_answer(sock, error)
+                continue
+            if answer:
+                self._give_back(sock)
+                if answer == b"T":
+                    return descriptors
+                break
+            sock.close()
+        raise AlreadyTaken(key.hex())
 
     def take_back(self, key: bytes) -> None:
         """Nothing is under *key* any more."""
-        self._call(b"R" + key, (), start=False)
+        self._ask(b"R" + key, (), start=False)
 
     def close(self) -> None:
         """Closes this process's connections."""
-        with self._lock:
-            idle, self._idle = self._idle, []
-        for sock in idle:
+        inherited = [*self._idle, *self._unread.values()]
+        self._renew()
+        for sock in inherited:
             sock.close()
 
     def __del__(self) -> None:
-        for sock in getattr(self, "_idle", ()):
-            sock.close()
+        if hasattr(self, "_unread"):
+            self.close()
 
     # One request.
 
-    def _call(
-        self, request: bytes, fds: Sequence[int], *, start: bool
-    ) -> tuple[bytes, list[Descriptor]]:
+    def _ask(self, request: bytes, fds: Sequence[int], *, start: bool) -> bytes:
+        """The answer to a request that brings no descriptors."""
         for _ in range(_ATTEMPTS):
             sock = self._borrow(start)
             try:
-                answered = self._exchange(sock, request, fds)
-            except BaseException:
-                sock.close()
-                raise
-            if answered is not None:
+                send_message(sock, (request,), fds)
+                answer = sock.recv(_ANSWER)
+            except OSError as error:
+                answer = self._no_answer(sock, error)
+            if answer:
                 self._give_back(sock)
-                return answered
-            # It was idle too long, or its server has ended: another connection may do.
+                return answer
             sock.close()
         raise ServerGone(self.address, "it ended again and again")
 
-    def _exchange(
-        self, sock: socket.socket, request: bytes, fds: Sequence[int]
-    ) -> tuple[bytes, list[Descriptor]] | None:
-        """The answer, or None where the connection has ended."""
-        buffer = bytearray(16)
-        try:
-            send_message(sock, (request,), fds)
-            size, descriptors, lost = receive_into(sock, buffer)
-            if descriptors:
-                sock.send(b"D")
-        except (BrokenPipeError, ConnectionResetError):
-            return None
-        except BlockingIOError:
+    def _no_answer(self, sock: socket.socket, error: OSError) -> bytes:
+        """Empty, as at the end of a stream, where *sock* was idle too long or its server has ended:
+        another connection may do. Raises what else *error* says."""
+        sock.close()
+        if isinstance(error, BlockingIOError):  # the kernel's timeout
             raise ServerTimeout(self.address, _TIMEOUT) from None
-        if lost is not None:
-            close_all(descriptors)
-            raise lost
-        return (bytes(buffer[:size]), descriptors) if size else None
+        if not isinstance(error, BrokenPipeError | ConnectionResetError):
+            raise error
+        return b""
 
     # Connections.
 
     def _borrow(self, start: bool) -> socket.socket:
-        with self._lock:
-            if self._idle:
-                return self._idle.pop()
-        return self._connect(start)
+        try:
+            return self._idle.pop()
+        except IndexError:
+            return self._connect(start)
 
     def _give_back(self, sock: socket.socket) -> None:
-        with self._lock:
-            if len(self._idle) < _IDLE:
-                self._idle.append(sock)
-                return
-        sock.close()
+        if len(self._idle) < _IDLE:
+            self._idle.append(sock)
+        else:
+            sock.close()
 
     def _connect(self, start: bool) -> socket.socket:
         for attempt in range(_ATTEMPTS):

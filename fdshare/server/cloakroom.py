@@ -4,17 +4,16 @@ What is parked for a pickle needs no names, no policy, no lists and no keeper, b
 and every millisecond of the start is felt by whoever puts a socket into a queue. So this is not the
 rendezvous but a room of its own: packets of one byte and a key, one system call each.
 
-========  =============================================  ===================================
-request                                                  answer
-========  =============================================  ===================================
-``P``     key, ttl, uses; with 1..253 descriptors: keep  ``P``, or ``E`` with limit and used
-``T``     key: give                                      ``T`` with the descriptors, or ``N``
-``D``     what was given last has arrived                none
-``R``     key: let go                                    ``R``
-========  =============================================  ===================================
+=======  ==================================================  ===================================
+request                                                      answer
+=======  ==================================================  ===================================
+``P``    key, seconds, uses; with 1..253 descriptors: keep   ``P``, or ``E`` with limit and used
+``T``    key: give                                           ``T`` with the descriptors, or ``N``
+``R``    key: let go                                         ``R``
+=======  ==================================================  ===================================
 
 The socket is SOCK_SEQPACKET: a packet arrives whole, with its own descriptors and no others. What
-was given is given back to its key if the connection ends, or asks for something else, before ``D``.
+is given is gone: the pickle that it belongs to is in the hands of whoever asks, and of nobody else.
 Only processes of our uid, and root's, are let in.
 
 It ends when no process is connected and nothing is kept. Everything kept has a time to live, so a
@@ -31,7 +30,6 @@ import socket
 import struct
 import threading
 import time
-from dataclasses import dataclass
 from typing import Final
 
 from fdshare.errors import DescriptorLimit, FdshareError
@@ -46,29 +44,34 @@ KEY: Final = 18  # bytes: 16 that nobody can guess, 2 for the part of a large pi
 PUT: Final = struct.Struct("=dI")  # seconds, uses
 FULL: Final = struct.Struct("=II")  # limit, used
 _PACKET: Final = 256  # bytes, more than any request has
+_KEY: Final = slice(1, 1 + KEY)
+_PUT_SIZE: Final = 1 + KEY + PUT.size
+_P, _T, _R = b"PTR"
 _BACKLOG: Final = 4096
 _LINGER: Final = 1.0  # seconds that it waits for somebody else after the last has gone
 _RETRY: Final = 0.005  # seconds until what found too many descriptors in flight is tried again
-_ARRIVED: Final = ord("D")
 _RESERVE: Final = 16  # descriptors for the listener, the epoll, and those that are being received
 
 
-@dataclass(slots=True, eq=False)
 class _Kept:
     """What is kept under one key. *uses*: how often it may still be given."""
 
-    descriptors: list[Descriptor]
-    uses: int
-    expires: float
-    lent: int = 0
+    __slots__ = ("descriptors", "expires", "fds", "uses")
+
+    def __init__(self, descriptors: list[Descriptor], uses: int, expires: float) -> None:
+        self.descriptors = descriptors
+        self.fds = [descriptor.fileno() for descriptor in descriptors]
+        self.uses = uses
+        self.expires = expires
 
 
-@dataclass(slots=True, eq=False)
 class _Guest:
-    """One connection. *lent*: what it was given last and has not confirmed."""
+    """One connection."""
 
-    sock: socket.socket
-    lent: tuple[bytes, _Kept] | None = None
+    __slots__ = ("sock",)
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
 
 
 class _Room:
@@ -77,14 +80,14 @@ class _Room:
     def __init__(self, listener: socket.socket, limit: int) -> None:
         self.listener = listener
         self.limit = limit  # descriptors
-        self.count = 0  # of those kept or lent
+        self.count = 0  # of those kept
         self.kept: dict[bytes, _Kept] = {}
         self.guests: dict[_Guest, None] = {}  # in the order of their last request
         self.deadlines: list[tuple[float, bytes]] = []
         self.waiting: list[tuple[_Guest, bytes]] = []
         self.poller = Poller()
         self.buffer = bytearray(_PACKET)
-        self.full = False  # the door is shut until somebody leaves
+        self.now = time.monotonic()  # when this turn began
 
     # The turn of the loop.
 
@@ -94,13 +97,14 @@ class _Room:
         while True:
             timeout = self._timeout()
             ready = self.poller.wait(timeout)
+            self.now = time.monotonic()
             for key, _ in ready:
                 if type(key) is _Guest:
                     self._serve(key)
                 else:
                     self._admit()
-            if self.deadlines and not ready:
-                self._expire(time.monotonic())
+            if self.deadlines and self.deadlines[0][0] <= self.now:
+                self._expire()
             if self.waiting:
                 self._try_again()
             if not ready and timeout == _LINGER and self._idle():
@@ -116,18 +120,17 @@ class _Room:
             return _LINGER
         if not self.deadlines:
             return None
-        return max(self.deadlines[0][0] - time.monotonic(), 0.0)
+        return max(self.deadlines[0][0] - self.now, 0.0)
 
-    def _expire(self, now: float) -> None:
+    def _expire(self) -> None:
         gone: list[Descriptor] = []
-        while self.deadlines and self.deadlines[0][0] <= now:
+        while self.deadlines and self.deadlines[0][0] <= self.now:
             _, key = heapq.heappop(self.deadlines)
             kept = self.kept.get(key)
-            if kept is not None and kept.expires <= now:
+            if kept is not None and kept.expires <= self.now:
                 del self.kept[key]
-                if not kept.lent:
-                    self.count -= len(kept.descriptors)
-                    gone += kept.descriptors
+                self.count -= len(kept.fds)
+                gone += kept.descriptors
         if gone:
             # Ours may be the last reference, and close(2) may take its time over that (SO_LINGER).
             threading.Thread(target=close_all, args=(gone,), daemon=True).start()
@@ -139,44 +142,34 @@ class _Room:
             sock, _ = self.listener.accept()
         except BlockingIOError:
             return
-        except OSError:  # EMFILE: somebody has to leave first
-            self._make_room()
+        except OSError:  # EMFILE: the guest that was idle longest goes, and comes back some time
+            if self.guests:
+                self._drop(next(iter(self.guests)))
+            else:
+                time.sleep(_RETRY)
             return
         try:
             sock.setblocking(False)
             if peer_credentials(sock).uid not in (0, os.geteuid()):
                 sock.close()
                 return
-        except OSError:
+        except OSError:  # it has gone again
             sock.close()
             return
         guest = _Guest(sock)
         self.guests[guest] = None
         self.poller.register(sock.fileno(), READ, guest)
 
-    def _make_room(self) -> None:
-        """The guest that was idle longest goes: it comes back when it wants something."""
-        for guest in self.guests:
-            if guest.lent is None:
-                self._drop(guest)
-                return
-        self.poller.unregister(self.listener.fileno())
-        self.full = True
-
     def _drop(self, guest: _Guest) -> None:
-        if self.guests.pop(guest, self) is self:
-            return
-        self.poller.unregister(guest.sock.fileno())
-        guest.sock.close()
-        self._reclaim(guest)
-        if self.full:
-            self.full = False
-            self.poller.register(self.listener.fileno(), READ, self)
+        if self.guests.pop(guest, self) is not self:
+            self.poller.unregister(guest.sock.fileno())
+            guest.sock.close()
+            self.waiting = [(other, key) for other, key in self.waiting if other is not guest]
 
     # Requests.
 
     def _serve(self, guest: _Guest) -> None:
-        if guest.sock.fileno() < 0:
+        if guest not in self.guests:
             return  # dropped in this very turn
         try:
             size, descriptors, lost = receive_into(guest.sock, self.buffer)
@@ -185,12 +178,8 @@ class _Room:
         except OSError:
             self._drop(guest)
             return
-        if size == 1 and self.buffer[0] == _ARRIVED and guest.lent is not None:
-            self._arrived(guest)
-            return
         del self.guests[guest]
         self.guests[guest] = None  # to the end of the order
-        self._reclaim(guest)
         try:
             self._answer(guest, size, descriptors, lost)
         except OSError:  # it has gone, or reads no answers
@@ -199,27 +188,29 @@ class _Room:
     def _answer(
         self, guest: _Guest, size: int, descriptors: list[Descriptor], lost: FdshareError | None
     ) -> None:
-        key = bytes(self.buffer[1 : 1 + KEY])
-        verb = self.buffer[:1] if size else b""
-        if verb == b"P" and size == 1 + KEY + PUT.size:
+        verb = self.buffer[0] if size else 0
+        key = bytes(self.buffer[_KEY])
+        if verb == _P and size == _PUT_SIZE and (descriptors or lost):
             guest.sock.send(self._put(key, descriptors, lost))
             return
-        close_all(descriptors)
-        if verb == b"T" and size == 1 + KEY:
-            self._lend(guest, key)
-        elif verb == b"R" and size == 1 + KEY:
-            self._remove(key)
+        if descriptors:
+            close_all(descriptors)
+        if verb == _T and size == 1 + KEY:
+            self._give(guest, key)
+        elif verb == _R and size == 1 + KEY:
+            self._let_go(key)
             guest.sock.send(b"R")
         else:  # the end, or nonsense
             self._drop(guest)
 
     def _put(self, key: bytes, descriptors: list[Descriptor], lost: FdshareError | None) -> bytes:
-        if lost is not None or self.count + len(descriptors) > self.limit or not descriptors:
+        if lost is not None or self.count + len(descriptors) > self.limit:
             close_all(descriptors)
             return b"E" + FULL.pack(self.limit, self.count)
-        ttl, uses = PUT.unpack_from(self.buffer, 1 + KEY)
-        expires = time.monotonic() + ttl
-        self._remove(key)  # the answer to the first attempt was lost
+        seconds, uses = PUT.unpack_from(self.buffer, 1 + KEY)
+        if key in self.kept:  # the answer to a first attempt was lost
+            self._let_go(key)
+        expires = self.now + seconds
         self.kept[key] = _Kept(descriptors, uses, expires)
         self.count += len(descriptors)
         heapq.heappush(self.deadlines, (expires, key))
@@ -228,59 +219,33 @@ class _Room:
             heapq.heapify(self.deadlines)
         return b"P"
 
-    def _lend(self, guest: _Guest, key: bytes) -> None:
+    def _give(self, guest: _Guest, key: bytes) -> None:
         kept = self.kept.get(key)
-        if kept is None or not kept.uses:
+        if kept is None:
             guest.sock.send(b"N")
             return
         try:
-            send_message(guest.sock, (b"T",), [d.fileno() for d in kept.descriptors])
+            send_message(guest.sock, (b"T",), kept.fds)
         except DescriptorLimit:  # too many in flight: they will be read soon
             self.waiting.append((guest, key))
             return
         kept.uses -= 1
-        kept.lent += 1
-        guest.lent = key, kept
+        if kept.uses <= 0:
+            self._let_go(key)
 
     def _try_again(self) -> None:
         waiting, self.waiting = self.waiting, []
         for guest, key in waiting:
             try:
-                self._lend(guest, key)
+                self._give(guest, key)
             except OSError:
                 self._drop(guest)
 
-    def _arrived(self, guest: _Guest) -> None:
-        assert guest.lent is not None
-        key, kept = guest.lent
-        guest.lent = None
-        kept.lent -= 1
-        if not kept.lent and (not kept.uses or self.kept.get(key) is not kept):
-            self._let_go(key, kept)
-
-    def _reclaim(self, guest: _Guest) -> None:
-        """What it was lent or waits for, and has not confirmed, is for others again."""
-        if self.waiting:
-            self.waiting = [(other, key) for other, key in self.waiting if other is not guest]
-        if guest.lent is None:
-            return
-        key, kept = guest.lent
-        guest.lent = None
-        kept.lent -= 1
-        kept.uses += 1
-        if not kept.lent and self.kept.get(key) is not kept:  # it expired, or was removed
-            self._let_go(key, kept)
-
-    def _remove(self, key: bytes) -> None:
+    def _let_go(self, key: bytes) -> None:
         kept = self.kept.pop(key, None)
-        if kept is not None and not kept.lent:
-            self._let_go(key, kept)
-
-    def _let_go(self, key: bytes, kept: _Kept) -> None:
-        if self.kept.get(key) is kept:
-            del self.kept[key]
-        self.count -= len(kept.descriptors)
-        close_all(kept.descriptors)
+        if kept is not None:
+            self.count -= len(kept.fds)
+            close_all(kept.descriptors)
 
 
 def serve(fd: int, folder: str | None = None) -> None:
@@ -294,6 +259,7 @@ def serve(fd: int, folder: str | None = None) -> None:
         listener.setblocking(False)
         # Once more, for SO_PEERCRED names whoever called listen(2) last: the starter may be gone.
         listener.listen(_BACKLOG)
+        # What is kept may fill three quarters; the rest is for the guests.
         _Room(listener, max(hard * 3 // 4 - _RESERVE, 1)).run()
     if folder is not None:
         shutil.rmtree(folder, ignore_errors=True)
