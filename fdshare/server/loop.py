@@ -238,6 +238,7 @@ class Loop:
         self.poller.unregister(connection.fileno())
         connection.sock.close()
         self.in_flight -= connection.in_flight
+        unanswered = bool(connection.output)
         for output in connection.output:
             self.unpin(output.handles)
         connection.output.clear()
@@ -246,7 +247,7 @@ class Loop:
         for frame in connection.pending:
             self._close_all(frame.descriptors)
         connection.pending.clear()
-        self.service.disconnected(connection.session, time.monotonic())
+        self.service.disconnected(connection.session, time.monotonic(), unanswered=unanswered)
         self.door.left(connection)
 
     def _on_connection(self, connection: Connection, events: int, now: float) -> None:

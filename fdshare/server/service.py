@@ -222,13 +222,17 @@ class Service:
             name = str(getattr(request, "name", "") or getattr(request, "old", ""))
             self.world.audit(verb, name, session, f"refused: {error}")
 
-    def disconnected(self, session: Session, now: float) -> None:
-        """The client's connection has ended: nothing waits for it any more."""
+    def disconnected(self, session: Session, now: float, *, unanswered: bool = False) -> None:
+        """The client's connection has ended: nothing waits for it any more. *unanswered*: there
+        are answers that it cannot have read, so it may come back and repeat the requests."""
         for waiter in list(session.waiting.values()):
             self._stop_waiting(waiter)
         for id in list(session.watches):
             self._stop_watching(session, id)
         if self._has_left(session.name) and not self.leaving:
+            if unanswered:
+                self._absent[session.name] = now + self.limits.session_timeout
+                return
             try:
                 self._commit(Record([Forget(session.name)]), [], now)
             except (JournalBusy, FdshareError):

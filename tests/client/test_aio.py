@@ -521,6 +521,36 @@ def test_a_connection_that_the_server_drops_is_opened_again(pipe: int, backend: 
 
 
 @BACKENDS
+def test_what_was_done_for_a_reader_that_was_too_slow_is_done_once(
+    pipe: int, backend: str, until: Callable[..., Any]
+) -> None:
+    """Its loop was busy with something else; the server gave up on it with answers unsent."""
+
+    async def main() -> None:
+        async with fdshare.aio.connect(manager.address) as mine:
+            with fdshare.connect(manager.address) as other:
+                for i in range(1000):
+                    other.register(f"{i:04}".ljust(250, "-"), pipe)
+                connections = other.stats().connections
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(mine.names)  # its answer is more than the socket holds
+                    tasks.start_soon(mine.register, "one", pipe)
+                    tasks.start_soon(mine.rename, "0000".ljust(250, "-"), "two")
+                    while not all(call.sent for call in mine._pipeline._pending.values()) or (
+                        len(mine._pipeline._pending) < 3
+                    ):
+                        await anyio.lowlevel.checkpoint()
+                    until(lambda: "two" in other, "both changes are made")
+                    until(lambda: other.stats().connections < connections, "it is dropped")
+                assert other.stats().generation == 1002
+                assert {"one", "two"} <= set(other.names())
+
+    limits = {"request_timeout": 0.3}
+    with Manager(keeper=False, limits=limits) as manager:
+        anyio.run(main, backend=backend)
+
+
+@BACKENDS
 def test_a_watch_that_is_dropped_ends_at_the_server(
     server: Any, client: Client, pipe: int, backend: str
 ) -> None:
