@@ -20,6 +20,10 @@ FAMILIES = (
     "queues",
     "parked",
     "pool",
+    "startup",
+    "restart",
+    "memory",
+    "scaling",
 )
 ROOT = Path(__file__).parent.parent
 

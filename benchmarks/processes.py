@@ -27,6 +27,7 @@ __all__ = [
     "cpu_seconds",
     "held_file",
     "in_child",
+    "quiet",
     "s6",
     "same_file",
 ]
@@ -161,6 +162,19 @@ def s6(folder: Path, fd: int) -> Iterator[Told]:
         finally:
             process.terminate()
             process.wait()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """What is started within has /dev/null for its standard error."""
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def cpu_seconds(pid: int) -> float:

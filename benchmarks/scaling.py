@@ -1,0 +1,272 @@
+"""How a fetch grows with what the server holds and whom it serves, and a queue with what it carries.
+
+Each point of a curve has a server of its own; all points of a curve are measured in turn. The two
+rows with goals are points of the curves. The ideal is drawn in: constant where more of something
+should cost nothing, a share of one processor where clients are active, the time that a copy of the
+bytes takes where a queue carries more.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from time import perf_counter
+from typing import Any
+
+from benchmarks.measure import Bench, Curve, Line, Run, Spread, every
+from benchmarks.memory import fill
+from benchmarks.processes import HERE, cpu_seconds, held_file, in_child, same_file
+from fdshare import Manager
+from fdshare.mp import get_context
+
+NAMES = (1, 10, 100, 1_000, 10_000, 15_000)
+IDLE = (1, 10, 100, 1_000, 5_000)
+ACTIVE = (1, 2, 4, 8, 16, 32, 64)
+PAYLOADS = (1, 100, 1_000, 10_000, 100_000, 1_000_000, 10_000_000)
+SIDE = "stock fdshare".split()
+
+
+def run(bench: Bench) -> None:
+    fd = bench.keep(held_file())
+    by_names(bench, fd)
+    by_idle_clients(bench, fd)
+    by_active_clients(bench, fd)
+    by_payload(bench)
+
+
+def fetched(manager: Manager, fd: int) -> Run:
+    """A side that fetches one name, checked; its time is the median of many."""
+    manager.register("mark", fd)
+    with manager.fetch("mark") as found:
+        assert same_file(found.fileno(), fd)
+    return every(lambda: manager.fetch("mark").close())
+
+
+def by_names(bench: Bench, fd: int) -> None:
+    sides, line = {}, Line("fetch")
+    for number in NAMES:
+        held = bench.plan.count(number)
+        bench.step(f"{held} names")
+        # The defaults keep a quarter of the descriptors for connections: 14,976 names of 20,000.
+        room = {"max_descriptors": held + 64, "max_names": held + 64, "max_connections": 64}
+        manager = bench.keep(Manager(limits=room))
+        fill(manager, held - 1)
+        sides[f"fetch, {number:,} names held"] = fetched(manager, fd)
+        assert manager.stats().names == held
+    times = bench.alternate(sides)
+    for number, name in zip(NAMES, sides, strict=True):
+        line.add(number, microseconds(times[name]))
+    first = "fetch, 1 names held"
+    bench.ratio(times, "fetch, 10,000 names held", first, goal=1.1)
+    bench.ratio(times, "fetch, 15,000 names held", first)
+    title, note = "A fetch does not grow with what is held", "median of a fetch; the band: quartiles"
+    lines = [line, constant(line)]
+    bench.curve(Curve("names", title, "names held", "time of a fetch, µs", lines, note))
+
+
+def by_idle_clients(bench: Bench, fd: int) -> None:
+    sides, line = {}, Line("fetch")
+    for number in IDLE:
+        count = bench.plan.count(number)
+        bench.step(f"{count} idle clients")
+        room = {"max_connections": count + 64, "max_connections_per_uid": count + 64}
+        manager = bench.keep(Manager(limits=room))
+        bench.keep(others("idle", manager.address, str(count)))
+        sides[f"fetch, {number:,} idle clients"] = fetched(manager, fd)
+        assert manager.stats().connections == count + 1
+    times = bench.alternate(sides)
+    for number, name in zip(IDLE, sides, strict=True):
+        line.add(number, microseconds(times[name]))
+    first = "fetch, 1 idle clients"
+    bench.ratio(times, "fetch, 1,000 idle clients", first, goal=1.2)
+    bench.ratio(times, "fetch, 5,000 idle clients", first)
+    title = "A fetch does not grow with who is connected"
+    note = "median of a fetch while others are connected and idle; the band: quartiles"
+    lines = [line, constant(line)]
+    bench.curve(Curve("idle", title, "idle clients", "time of a fetch, µs", lines, note))
+
+
+def by_active_clients(bench: Bench, fd: int) -> None:
+    """Total throughput and latency with clients that do nothing but fetch."""
+    manager = bench.keep(Manager())
+    manager.register("mark", fd)
+    server = manager.stats().server_pid
+    total, waits = Line("fetches a second, all clients together"), Line("fetch")
+    ceiling = Line("ideal: the server's processor is busy with nothing else", ideal=True)
+    ideal_wait = Line("ideal: each waits for the others' turns", ideal=True)
+    seconds = bench.plan.slice * 10
+    for number in ACTIVE:
+        count = min(number, bench.plan.count(6400))
+        bench.step(f"{count} active clients")
+        with others("active", manager.address, "mark", str(count)) as child:
+            rates, middle, share = [], [], []
+            for _ in range(5):
+                before = cpu_seconds(server), manager.stats().counters["fetched"]
+                fetches, ns, *_ = ask(child, f"{seconds}")
+                used = cpu_seconds(server) - before[0]
+                assert manager.stats().counters["fetched"] - before[1] >= fetches
+                rates.append(fetches / seconds)
+                middle.append(ns / 1e3)
+                share.append(used / fetches)
+        total.add(number, rates)
+        waits.add(number, middle)
+        cost = Spread.of(share).median
+        ceiling.points.append((number, Spread(1 / cost, 1 / cost, 1 / cost, 1)))
+        ideal = max(number * cost * 1e6, waits.points[0][1].median)
+        ideal_wait.points.append((number, Spread(ideal, ideal, ideal, 1)))
+    assert manager.stats().server_pid == server
+    for line, key in ((total, "fetches a second"), (waits, "time of a fetch")):
+        unit = "/s" if line is total else "us"
+        for number in (ACTIVE[0], ACTIVE[-1]):
+            spread = dict(line.points)[number]
+            row = bench.value(f"{key}, {number} active clients", [spread.median], unit)
+            row.value = spread
+    title = "Throughput holds while clients are added"
+    note = f"clients and server share {len(os.sched_getaffinity(0))} cores"
+    lines = [total, ceiling]
+    bench.curve(Curve("throughput", title, "active clients", "fetches a second", lines, note))
+    title, lines = "What each of many active clients waits", [waits, ideal_wait]
+    curve = Curve("active", title, "active clients", "time of a fetch, µs", lines, note, log_y=True)
+    bench.curve(curve)
+
+
+def by_payload(bench: Bench) -> None:
+    sides: dict[str, Run] = {}
+    for who in SIDE:
+        for item in (False, True) if who == "fdshare" else (False,):
+            for size in PAYLOADS:
+                side = partial(carried, who, size, item)
+                sides[f"{who}, {size}, {item}"] = bench.keep(in_child(side))
+    sides |= {f"copy, {size}": bench.keep(in_child(partial(copied, size))) for size in PAYLOADS}
+    times = bench.alternate(sides, rounds=7)
+    lines = [
+        Line("queue of fdshare.get_context(), bytes"),
+        Line("the same, bytes and a socket"),
+        Line("stock multiprocessing.Queue, bytes"),
+        Line("ideal: the bytes through a bare socket pair", ideal=True),
+    ]
+    for size in PAYLOADS:
+        keys = (f"fdshare, {size}, False", f"fdshare, {size}, True", f"stock, {size}, False")
+        for line, key in zip(lines, (*keys, f"copy, {size}"), strict=True):
+            line.add(size, microseconds(times[key]))
+    for size in (1, 1_000_000):
+        row = bench.ratio(times, f"fdshare, {size}, False", f"stock, {size}, False")
+        row.what, row.against = f"{size:,} bytes through our queue", "through the stock queue"
+    title = "A queue costs what its bytes cost"
+    note = "put in one process to get in another, one after the other"
+    curve = Curve("payload", title, "bytes in one item", "time of an item, µs", lines, note)
+    curve.log_y = True
+    bench.curve(curve)
+
+
+def constant(line: Line) -> Line:
+    """The ideal of a line that should not rise: its first point."""
+    spread = line.points[0][1]
+    flat = Spread(spread.median, spread.median, spread.median, 1)
+    return Line("ideal: constant", [(x, flat) for x, _ in line.points], ideal=True)
+
+
+def microseconds(figures: list[float]) -> list[float]:
+    return [figure * 1e6 for figure in figures]
+
+
+# Other processes.
+
+
+@contextmanager
+def others(*words: str) -> Iterator[subprocess.Popen[str]]:
+    """Clients in a process of their own, all of them connected."""
+    command = [sys.executable, str(HERE / "peers" / "clients.py"), *words]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        try:
+            assert child.stdout.readline() == "ready\n", f"{words} could not connect"
+            yield child
+        finally:
+            child.stdin.close()
+
+
+def ask(child: subprocess.Popen[str], line: str) -> list[int]:
+    assert child.stdin is not None
+    assert child.stdout is not None
+    child.stdin.write(f"{line}\n")
+    child.stdin.flush()
+    return [int(word) for word in child.stdout.readline().split()]
+
+
+@contextmanager
+def carried(who: str, size: int, with_socket: bool) -> Iterator[Run]:
+    """*size* bytes, perhaps with a socket, from a child through a queue."""
+    context: Any = multiprocessing if who == "stock" else get_context("fork")
+    orders, queue = multiprocessing.SimpleQueue(), context.Queue()
+    payload = os.urandom(size)
+    listener = socket.create_server(("127.0.0.1", 0))
+    item = (payload, listener) if with_socket else payload
+
+    def child() -> None:
+        while count := orders.get():
+            for _ in range(count):
+                queue.put(item)
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+
+    def run(count: int) -> float:
+        start = perf_counter()
+        orders.put(count)
+        for _ in range(count):
+            got = queue.get()
+            if with_socket:
+                got[1].close()
+        took = perf_counter() - start
+        assert (got[0] if with_socket else got) == payload
+        return took
+
+    try:
+        yield run
+    finally:
+        orders.put(0)
+        process.join()
+        listener.close()
+
+
+@contextmanager
+def copied(size: int) -> Iterator[Run]:
+    """*size* bytes from a child through a socket pair: send and recv, no more."""
+    orders = multiprocessing.SimpleQueue()
+    ours, theirs = socket.socketpair()
+    payload = os.urandom(size)
+
+    def child() -> None:
+        ours.close()
+        while count := orders.get():
+            for _ in range(count):
+                theirs.sendall(payload)
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    theirs.close()
+
+    def run(count: int) -> float:
+        start = perf_counter()
+        orders.put(count)
+        for _ in range(count):
+            got = ours.recv(size, socket.MSG_WAITALL)
+        took = perf_counter() - start
+        assert got == payload
+        return took
+
+    try:
+        yield run
+    finally:
+        orders.put(0)
+        process.join()
+        ours.close()

@@ -1,0 +1,116 @@
+"""What it takes to begin: an import, a server, a command. Each is a new process, or ends with one.
+
+An import is timed from exec to exit of an interpreter that does nothing else, less what one takes
+that imports nothing, measured in the same round.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from multiprocessing.managers import BaseManager
+from time import perf_counter
+
+from benchmarks.measure import Bench, Row, Run, Spread
+from fdshare import Manager
+
+NOTHING = "import nothing"
+IMPORTS = {
+    "import fdshare": "import fdshare",
+    "import fdshare; fdshare.Manager": "import fdshare; fdshare.Manager",
+    "import fdshare; fdshare.connect": "import fdshare; fdshare.connect",
+    "import fdshare; fdshare.install": "import fdshare; fdshare.install",
+    "import multiprocessing.managers": "import multiprocessing.managers",
+}
+STDLIB = "import multiprocessing.managers"
+TRUE, BARE = "fdshare run web -- true", "python -c pass"
+SERVERS = ("Manager().start()", "Manager(keeper=False).start()", "BaseManager().start()")
+
+
+def run(bench: Bench) -> None:
+    imports(bench)
+    commands(bench)
+    servers(bench)
+
+
+def process(words: Sequence[str]) -> Run:
+    """A side that runs a command to its end."""
+
+    def run(count: int) -> float:
+        start = perf_counter()
+        for _ in range(count):
+            subprocess.run(words, check=True, stdin=subprocess.DEVNULL)
+        return perf_counter() - start
+
+    return run
+
+
+def imports(bench: Bench) -> None:
+    code = {NOTHING: "pass", **IMPORTS}
+    sides = {name: process([sys.executable, "-c", words]) for name, words in code.items()}
+    heavy = "import sys, fdshare; print(*sorted({'click', 'rich', 'anyio', 'dill', 'numpy'} & "
+    heavy += "sys.modules.keys()))"
+    got = subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, check=True)
+    assert not got.stdout.strip(), f"import fdshare imports {got.stdout}"
+    times = bench.alternate(sides)
+    bare = times[NOTHING]
+    for name in IMPORTS:
+        times[name] = [max(took - base, 1e-6) for took, base in zip(times[name], bare, strict=True)]
+    for name in IMPORTS:
+        if name != STDLIB:
+            goal = 1.5 if name == "import fdshare" else None
+            bench.ratio(times, name, STDLIB, goal=goal)
+
+
+def commands(bench: Bench) -> None:
+    """`fdshare run` of a command that ends at once, with a server that holds a listener for it."""
+    with Manager() as manager, socket.create_server(("127.0.0.1", 0)) as listener:
+        manager.register("web", listener)
+        fdshare = [sys.executable, "-m", "fdshare"]
+        at = ["--path", manager.address]
+        words = [*fdshare, "run", *at, "web", "--", "true"]
+        shown = subprocess.run(
+            [*words[:-1], sys.executable, "-c", "import os; print(os.environ['LISTEN_FDNAMES'])"],
+            capture_output=True,
+            text=True,
+        )
+        if shown.returncode:
+            bench.absent(TRUE, shown.stderr.strip().splitlines()[-1])
+            return
+        assert shown.stdout.strip() == "web"
+        sides = {TRUE: process(words), BARE: process([sys.executable, "-c", "pass"])}
+        times = bench.alternate(sides)
+    bench.ratio(times, TRUE, BARE)
+
+
+def started(make: type) -> Run:
+    """A server from nothing to its first answer, and none left when it is over."""
+
+    def run(count: int) -> float:
+        took = 0.0
+        for _ in range(count):
+            start = perf_counter()
+            manager = make()
+            manager.start()
+            manager.connect()
+            took += perf_counter() - start
+            manager.shutdown()
+        return took
+
+    return run
+
+
+def servers(bench: Bench) -> None:
+    context = multiprocessing.get_context("spawn")
+    sides = {
+        SERVERS[0]: started(Manager),
+        SERVERS[1]: started(lambda: Manager(keeper=False)),  # type: ignore[arg-type]
+        SERVERS[2]: started(lambda: BaseManager(ctx=context)),  # type: ignore[arg-type]
+    }
+    times = bench.alternate(sides, rounds=9)
+    for name in SERVERS[:2]:
+        bench.ratio(times, name, SERVERS[2], note="spawned, as ours is")
