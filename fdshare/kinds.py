@@ -32,6 +32,7 @@ import stat
 import sys
 from _socket import socket as _Socket
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Final, TypeAlias
 
 import msgspec
@@ -55,6 +56,7 @@ __all__ = [
     "in_shared_memory",
     "is_shareable",
     "rebuild",
+    "rebuilder",
     "register_kind",
     "unregister_kind",
     "user_kinds",
@@ -98,6 +100,13 @@ def rebuild(kind: Kind, descriptors: list[Descriptor]) -> Any:
         if isinstance(error, msgspec.MsgspecError | UnicodeDecodeError):
             raise KindMismatch(kind.tag, f"its description is not one: {error}") from None
         raise
+
+
+def rebuilder(kind: Kind) -> Callable[[list[Descriptor]], Any]:
+    """`rebuild` for *kind*, to be called many times."""
+    if kind.tag == "socket":
+        return partial(_socket_of, _decode_socket(kind.spec))
+    return partial(rebuild, kind)
 
 
 def is_shareable(cls: type) -> bool:
@@ -204,6 +213,10 @@ def _rebuild_socket(raw: msgspec.Raw, descriptors: list[Descriptor]) -> socket.s
         spec = _decode_socket(key)
         if len(_socket_specs) < _REMEMBERED:
             _socket_specs[key] = spec
+    return _socket_of(spec, descriptors)
+
+
+def _socket_of(spec: SocketSpec, descriptors: list[Descriptor]) -> socket.socket:
     fd = _exactly(1, "socket", descriptors)[0].detach()
     try:
         # Without a family it asks the kernel for family, type and protocol: that is our check.

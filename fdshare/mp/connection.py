@@ -22,8 +22,14 @@ from typing import Any, ClassVar
 
 from fdshare.errors import DescriptorLimit, InvalidArgument, NoTransit
 from fdshare.mp.family import Family
-from fdshare.mp.frames import Outgoing, marked, read_bytes, read_message, read_without
-from fdshare.mp.reducers import dumps
+from fdshare.mp.frames import (
+    marked,
+    read_bytes,
+    read_message,
+    read_without,
+    send_now,
+)
+from fdshare.mp.reducers import encode
 from fdshare.mp.transit import Bundle
 from fdshare.mp.transit import loads as loads_envelope
 
@@ -53,7 +59,7 @@ class ConnectionMixin:
         if sock is None:
             super().send(obj)  # type: ignore[misc]
             return
-        Outgoing(dumps(self._family, obj)).push_patiently(sock)
+        _send(sock, encode(self._family, obj))
 
     def recv(self: Any) -> Any:
         """The next object. The caller owns the result.
@@ -81,15 +87,15 @@ class ConnectionMixin:
             raise NoTransit("a descriptor")
         return sock
 
-    def send_bundle(self: Any, bundle: Bundle) -> None:
+    def send_message(self: Any, message: bytes | Bundle) -> None:
         """Send what is pickled already. Raises: as `send`."""
         self._check_closed()
-        Outgoing(bundle).push_patiently(self.carrier())
+        _send(self.carrier(), message)
 
     def receive(self: Any) -> bytes | Bundle:
         """The next message, not yet unpickled. Raises: as `recv`."""
         self._check_closed()
-        return self._receive(self.carrier())  # type: ignore[no-any-return]
+        return self._receive(self._socket or self.carrier())  # type: ignore[no-any-return]
 
     def decode(self, message: bytes | Bundle) -> Any:
         """What is in a received message. The caller owns the result."""
@@ -112,7 +118,7 @@ class ConnectionMixin:
         read_without(self.carrier())
         self._announced = False
 
-    def _receive(self, sock: socket.socket) -> bytes | Bundle:
+    def _receive(self: Any, sock: socket.socket) -> bytes | Bundle:
         announced = marked(sock) if self._shared else self._announced
         try:
             message = read_message(sock, announced)
@@ -147,7 +153,7 @@ class ConnectionMixin:
         if sock is None:
             super()._send_bytes(buf)  # type: ignore[misc]
         else:
-            Outgoing(Bundle(buf)).push_patiently(sock)
+            _send(sock, Bundle(buf))
 
     def _recv_bytes(self: Any, maxsize: int | None = None) -> io.BytesIO | None:
         sock = self._socket or self._open()
@@ -185,6 +191,12 @@ class ConnectionMixin:
             raise NoTransit("Connection")
         copy = self._family.module("reduction").DupFd(self.fileno())
         return _inherited, (type(self), copy, self.readable, self.writable)
+
+
+def _send(sock: socket.socket, message: bytes | Bundle) -> None:
+    rest = send_now(sock, message, 0)
+    if rest is not None:
+        rest.push_patiently(sock)
 
 
 def _inherited(cls: Any, copy: Any, readable: bool, writable: bool) -> Any:

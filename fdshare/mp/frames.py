@@ -29,7 +29,7 @@ import socket
 import struct
 import time
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 from fdshare.errors import DescriptorLimit, InvalidArgument, ProtocolError
 from fdshare.kernel.ancillary import (
@@ -45,11 +45,13 @@ from fdshare.mp.transit import Bundle
 __all__ = [
     "JOINED",
     "Outgoing",
+    "framed",
     "headed",
     "marked",
     "read_bytes",
     "read_message",
     "read_without",
+    "send_now",
 ]
 
 _LENGTH: Final = struct.Struct("!i")
@@ -75,24 +77,79 @@ _FIRST_PAUSE: Final = 0.0005
 _LONGEST_PAUSE: Final = 0.02
 
 
+# (buffers, descriptors on their first byte), one for each sendmsg(2).
+Parts: TypeAlias = list[tuple[list[Bytes], list[int]]]
+
+
+def send_now(sock: socket.socket, message: bytes | Bundle, flags: int) -> Outgoing | None:
+    """Send *message* if the socket takes it; what is left of it, or None. The common case of
+    `Outgoing`, without one."""
+    if type(message) is bytes:
+        if len(message) <= JOINED:
+            data = _LENGTH.pack(len(message)) + message
+            sent = _send(sock, data, flags)
+            if sent == len(data):
+                return None
+            return Outgoing(Bundle(message), [([memoryview(data)[sent:]], [])])
+        message = Bundle(message)
+    fds = message.fds or message.numbers  # type: ignore[union-attr]
+    size = len(message.data)  # type: ignore[union-attr]
+    if not fds or len(fds) > MAX_DESCRIPTORS or size > JOINED:
+        outgoing = Outgoing(message)  # type: ignore[arg-type]
+        return None if outgoing.push_now(sock, flags) else outgoing
+    announcement, body = message.framed or framed(message.data, len(fds))  # type: ignore[union-attr]
+    sent = _send(sock, announcement, flags)
+    if sent < len(announcement):
+        rest: Parts = [([announcement[sent:]], []), ([body], fds)]
+        return Outgoing(message, rest)  # type: ignore[arg-type]
+    refused = False
+    try:
+        sent = send_message(sock, (body,), fds, flags)
+        if sent == len(body):
+            return None
+        rest = [([body[sent:]], [])]
+    except BlockingIOError:
+        rest = [([body], fds)]
+    except DescriptorLimit:
+        rest = [([body], fds)]
+        refused = True
+    outgoing = Outgoing(message, rest)  # type: ignore[arg-type]
+    outgoing.refused = refused
+    return outgoing
+
+
+def framed(data: Bytes, count: int) -> tuple[bytes, bytes]:
+    """(announcement, body) of *data* with *count* descriptors: at most JOINED bytes and 253."""
+    body = _BODY.pack(_PLAIN, count, len(data)) + data
+    return _LENGTH.pack(_SHORT_BODY - len(body)), body
+
+
+def _send(sock: socket.socket, data: bytes, flags: int) -> int:
+    try:
+        return sock.send(data, flags)
+    except BlockingIOError:
+        return 0
+
+
 class Outgoing:
     """A message on its way out: what is left of it, so that another thread may send the rest."""
 
     __slots__ = ("boxes", "bundle", "parts", "refused")
 
-    def __init__(self, bundle: Bundle, rest: list[Bytes] | None = None) -> None:
-        """*rest* is what is left of a message without descriptors."""
+    def __init__(self, bundle: Bundle, rest: Parts | None = None) -> None:
+        """*rest* is what is left of it, where its first part has gone."""
         self.bundle = bundle
         self.boxes: list[Descriptor] = []
         # True once the kernel would not have its descriptors (ETOOMANYREFS).
         self.refused = False
         data = bundle.data
         size = len(data)
-        self.parts: list[tuple[list[Bytes], list[int]]]
+        self.parts: Parts
+        numbers = bundle.numbers
         if rest is not None:
-            self.parts = [(rest, [])]
-        elif bundle.fds:
-            self.parts = self._with_descriptors(bundle.fds, data, size)
+            self.parts = rest
+        elif numbers:
+            self.parts = self._with_descriptors(numbers, data, size)
         elif size <= JOINED:
             self.parts = [([headed(data)], [])]
         elif size <= _LARGEST:
@@ -150,6 +207,13 @@ class Outgoing:
         self.close()
         return True
 
+    def push_now(self, sock: socket.socket, flags: int) -> bool:
+        """As `push`, but False too where descriptors are refused for the time being."""
+        try:
+            return self.push(sock, flags)
+        except DescriptorLimit:
+            return False
+
     def push_patiently(self, sock: socket.socket) -> None:
         """Send all of it, waiting up to PATIENCE seconds for descriptors in flight to land.
 
@@ -174,7 +238,7 @@ class Outgoing:
             return  # what is in a box is the kernel's
         self.bundle.own()
         if self.parts and self.parts[-1][1]:
-            self.parts[-1] = (self.parts[-1][0], list(self.bundle.fds))
+            self.parts[-1] = (self.parts[-1][0], self.bundle.numbers)
 
     def close(self) -> None:
         """Let go of what it holds, sent or not."""
@@ -254,13 +318,13 @@ def read_message(sock: socket.socket, announced: bool) -> bytes | Bundle:
 def _read_body(sock: socket.socket, size: int, announced: bool) -> Bundle | None:
     """The message whose body is next; None if that was cancelled."""
     try:
-        if size == _BODY_FOLLOWS:
+        if size <= _SHORT_BODY:
+            body_size = _SHORT_BODY - size
+            copies = peek_descriptors(sock, MAX_DESCRIPTORS)
+        else:
             status, count, length = _BODY.unpack(_peek_bytes(sock, _BODY.size))
             body_size = _BODY.size + length
             copies = _peek(sock, status)
-        else:
-            body_size = _SHORT_BODY - size
-            copies = _peek(sock, _PLAIN)
     except DescriptorLimit:
         if not announced:
             sock.setsockopt(socket.SOL_SOCKET, _MARK, 1)
@@ -279,8 +343,8 @@ def _read_body(sock: socket.socket, size: int, announced: bool) -> Bundle | None
         if status == _CANCELLED:
             return None
         raise ProtocolError(f"{len(copies)} descriptors arrived with a message of {count}")
-    data = memoryview(body)[_BODY.size :]
-    return Bundle(data, [copy.fileno() for copy in copies], (), copies)
+    data = body[_BODY.size :] if body_size <= JOINED else memoryview(body)[_BODY.size :]
+    return Bundle(data, owned=copies)
 
 
 def _peek(sock: socket.socket, status: int) -> list[Descriptor]:

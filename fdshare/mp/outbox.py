@@ -8,20 +8,21 @@ included. Only what does not fit goes to the feeder thread, with duplicates of i
 
 from __future__ import annotations
 
+import select
 import socket
 import threading
 from collections import deque
 from collections.abc import Callable
 from typing import Any, Final
 
-from fdshare.errors import DescriptorLimit
-from fdshare.mp.frames import JOINED, Outgoing, headed
+from fdshare.mp.frames import JOINED, Outgoing, headed, send_now
 from fdshare.mp.transit import Bundle
 
 __all__ = ["Outbox"]
 
 _STOP: Final = object()
 _DONTWAIT: Final = socket.MSG_DONTWAIT
+_MOMENT: Final = 5  # milliseconds
 
 
 class Outbox:
@@ -44,25 +45,35 @@ class Outbox:
         self._ended = ended
         self._failed = failed
         self._waiting: deque[Any] = deque()
-        self._changed = threading.Condition(threading.Lock())
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
         # True while a message that is no longer in _waiting is on its way.
         self._busy = False
         self.thread: threading.Thread | None = None
+        self._room = select.poll()
+        self._room.register(sock, select.POLLOUT)
+        # False from when a full pipe did not drain in a moment until nothing waits any more.
+        self._drains = True
 
-    def put(self, bundle: Bundle, obj: Any = None) -> bool:
-        """Send *bundle*, or keep it for the thread. True if that was started for it.
+    def put(self, message: bytes | Bundle, obj: Any = None) -> bool:
+        """Send *message*, or keep it for the thread. True if that was started for it.
 
         It is safe to close what was pickled after this call. *obj* is what `failed` is told.
         Raises: DescriptorLimit, or any OSError of sendmsg(2): then it was not accepted.
         """
-        with self._changed:
+        with self._lock:
             if self._waiting or self._busy or not self._acquire(False):
-                message = Outgoing(bundle)
-                message.own()
-                return self._enqueue(message, obj, False)
+                return self._enqueue(_independent(message), obj, False)
             # From here the write lock is ours, until it is released or goes on with the message.
-            rest = self._send_now(bundle)
+            try:
+                rest = send_now(self._sock, message, _DONTWAIT)
+                if rest is not None and self._drains and rest.parts[-1][1]:
+                    rest = self._wait_a_moment(rest)
+            except BaseException:
+                self._release()
+                raise
             if rest is None:
+                self._release()
                 return False
             if _can_wait(rest):
                 return self._enqueue(rest, obj, True)
@@ -70,39 +81,25 @@ class Outbox:
         self._finish(rest)
         return False
 
+    def _wait_a_moment(self, rest: Outgoing) -> Outgoing | None:
+        """What is left of *rest* when the reader, if it is reading, has made room.
+
+        Keeping it for the thread takes a duplicate of each descriptor, of which there are not many.
+        """
+        self._room.poll(_MOMENT)
+        if not rest.refused and rest.push_now(self._sock, _DONTWAIT):
+            return None
+        self._drains = False
+        return rest
+
     def stop(self) -> None:
         """Call `ended` when all that was accepted is sent: at once, where no thread was needed."""
-        with self._changed:
+        with self._lock:
             if self.thread is not None:
                 self._waiting.append(_STOP)
                 self._changed.notify()
                 return
         self._ended()
-
-    def _send_now(self, bundle: Bundle) -> Outgoing | None:
-        """What is left of *bundle*, and the lock is kept; None if all is gone, and it is free.
-
-        Raises: OSError; the lock is free.
-        """
-        message = None
-        try:
-            if not bundle.fds and len(bundle.data) <= JOINED:
-                data = headed(bundle.data)
-                sent = _send(self._sock, data)
-                if sent < len(data):
-                    message = Outgoing(bundle, [memoryview(data)[sent:]])
-            else:
-                message = Outgoing(bundle)
-                if _push(self._sock, message):
-                    message = None
-        except BaseException:
-            self._release()
-            if message is not None:
-                message.close()
-            raise
-        if message is None:
-            self._release()
-        return message
 
     def _finish(self, message: Outgoing) -> None:
         """Send the rest here: it cannot be kept, or the caller must hear of its failure."""
@@ -111,11 +108,11 @@ class Outbox:
         finally:
             self._release()
             message.close()
-            with self._changed:
+            with self._lock:
                 self._busy = False
                 self._changed.notify()
 
-    def _enqueue(self, message: Outgoing, obj: Any, holds_lock: bool) -> bool:
+    def _enqueue(self, message: bytes | Outgoing, obj: Any, holds_lock: bool) -> bool:
         item = (message, obj, holds_lock)
         self._waiting.append(item)
         if self.thread is not None:
@@ -127,54 +124,71 @@ class Outbox:
         except BaseException:  # 3.12 starts none once the interpreter ends
             self.thread = None
             self._waiting.remove(item)
-            if holds_lock:
-                message.push_patiently(self._sock)
-                self._release()
-                return False
-            message.close()
+            if type(message) is Outgoing:
+                if holds_lock:
+                    message.push_patiently(self._sock)
+                    self._release()
+                    return False
+                message.close()
             raise
         return True
 
     def _run(self) -> None:
         while True:
-            with self._changed:
+            with self._lock:
                 self._busy = False
                 while not self._waiting:
+                    self._drains = True
                     self._changed.wait()
-                item = self._waiting.popleft()
+                batch = self._next_batch()
                 self._busy = True
-            if item is _STOP:
+            if batch[0] is _STOP:
                 self._ended()
                 return
-            self._deliver(*item)
-            del item
+            self._deliver(batch)
+            del batch
 
-    def _deliver(self, message: Outgoing, obj: Any, holds_lock: bool) -> None:
+    def _next_batch(self) -> list[Any]:
+        """The next message; with those after it that fit into the same send, if all are bytes."""
+        waiting = self._waiting
+        batch = [waiting.popleft()]
+        if batch[0] is _STOP or type(batch[0][0]) is not bytes:
+            return batch
+        size = len(batch[0][0])
+        while waiting and waiting[0] is not _STOP and type(waiting[0][0]) is bytes:
+            size += len(waiting[0][0])
+            if size > JOINED:
+                break
+            batch.append(waiting.popleft())
+        return batch
+
+    def _deliver(self, batch: list[Any]) -> None:
+        first, _, holds_lock = batch[0]
         try:
             if not holds_lock:
                 self._acquire()
             try:
-                message.push_patiently(self._sock)
+                if type(first) is bytes:
+                    self._sock.sendall(b"".join([headed(item[0]) for item in batch]))
+                else:
+                    first.push_patiently(self._sock)
             finally:
                 self._release()
         except Exception as error:
-            self._failed(error, obj)
+            for _, obj, _ in batch:
+                self._failed(error, obj)
         finally:
-            message.close()
+            if type(first) is Outgoing:
+                first.close()
 
 
-def _send(sock: socket.socket, data: bytes) -> int:
-    try:
-        return sock.send(data, _DONTWAIT)
-    except BlockingIOError:
-        return 0
-
-
-def _push(sock: socket.socket, message: Outgoing) -> bool:
-    try:
-        return message.push(sock, _DONTWAIT)
-    except DescriptorLimit:  # in flight: the caller waits, and hears of it if that does not help
-        return False
+def _independent(message: bytes | Bundle) -> bytes | Outgoing:
+    """*message* in a form that needs nothing of what was pickled. Raises: OSError (EMFILE)."""
+    if type(message) is bytes:
+        return message if len(message) <= JOINED else Outgoing(Bundle(message))
+    outgoing = Outgoing(message)  # type: ignore[arg-type]
+    outgoing.own()
+    return outgoing
 
 
 def _can_wait(message: Outgoing) -> bool:

@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 
 from fdshare.mp.family import Family
 from fdshare.mp.outbox import Outbox
-from fdshare.mp.reducers import dumps
+from fdshare.mp.reducers import encode
 from fdshare.mp.transit import Bundle
 
 __all__ = ["JoinableQueueMixin", "QueueMixin", "SimpleQueueMixin", "register_after_fork"]
@@ -89,15 +89,15 @@ class QueueMixin:
         """
         if self._closed:
             raise ValueError(f"Queue {self!r} is closed")
-        bundle = dumps(self._family, obj)
+        message = encode(self._family, obj)
         if not self._sem.acquire(block, timeout):
             raise Full
-        self._dispatch(bundle, obj)
+        self._dispatch(message, obj)
 
-    def _dispatch(self: Any, bundle: Bundle, obj: Any) -> None:
+    def _dispatch(self: Any, message: bytes | Bundle, obj: Any) -> None:
         outbox = self._outbox or self._open_outbox()
         try:
-            if outbox.put(bundle, obj if self._tells_object else None):
+            if outbox.put(message, obj if self._tells_object else None):
                 self._started(outbox)
         except OSError as error:
             self._sem.release()
@@ -118,15 +118,17 @@ class QueueMixin:
         """
         if self._closed:
             raise ValueError(f"Queue {self!r} is closed")
-        message = self._take() if block and timeout is None else self._take_within(block, timeout)
+        if not block or timeout is not None:
+            message = self._take_within(block, timeout)
+        else:
+            self._rlock.acquire()
+            try:
+                message = self._reader.receive()
+            finally:
+                self._rlock.release()
+            self._sem.release()
         loads = self._family.loads
         return loads(message) if type(message) is bytes else message.load(loads)
-
-    def _take(self: Any) -> bytes | Bundle:
-        with self._rlock:
-            message: bytes | Bundle = self._reader.receive()
-        self._sem.release()
-        return message
 
     def _take_within(self: Any, block: bool, timeout: float | None) -> bytes | Bundle:
         deadline = time.monotonic() + (timeout or 0)
@@ -172,6 +174,11 @@ class QueueMixin:
                 failed = _reporter(
                     self._family, self._sem, self._ignore_epipe, self._on_queue_feeder_error
                 )
+                # The stock handler only prints: then the object need not be kept for it.
+                stock = self._family.module("queues").Queue
+                self._tells_object = (
+                    type(self)._on_queue_feeder_error is not stock._on_queue_feeder_error
+                )
                 self._outbox = Outbox(writer.carrier(), self._wlock, ended, failed)
                 self._close = self._outbox.stop
             outbox: Outbox = self._outbox
@@ -185,14 +192,6 @@ class QueueMixin:
                 outbox.thread, _join, [weakref.ref(outbox.thread)], exitpriority=-5
             )
         self._close = finalize(self, outbox.stop, [], exitpriority=10)
-
-    @property
-    def _tells_object(self: Any) -> bool:
-        # The stock handler only prints: then the object need not be kept.
-        return (
-            type(self)._on_queue_feeder_error
-            is not self._family.module("queues").Queue._on_queue_feeder_error
-        )
 
 
 def register_after_fork(queue: Any) -> None:
@@ -252,12 +251,12 @@ class JoinableQueueMixin(QueueMixin):
         QueueMixin.__setstate__(self, state[:-2])
         self._cond, self._unfinished_tasks = state[-2:]
 
-    def _dispatch(self: Any, bundle: Bundle, obj: Any) -> None:
+    def _dispatch(self: Any, message: bytes | Bundle, obj: Any) -> None:
         # Counted before it can be received: task_done() may follow at once.
         with self._cond:
             self._unfinished_tasks.release()
         try:
-            QueueMixin._dispatch(self, bundle, obj)
+            QueueMixin._dispatch(self, message, obj)
         except BaseException:
             with self._cond:
                 self._unfinished_tasks.acquire(False)
@@ -298,6 +297,6 @@ class SimpleQueueMixin:
 
     def put(self: Any, obj: Any) -> None:
         """Send *obj*. It is safe to close *obj* after this call. Raises: as `Connection.send`."""
-        bundle = dumps(self._family, obj)
+        message = encode(self._family, obj)
         with self._wlock:
-            self._writer.send_bundle(bundle)
+            self._writer.send_message(message)

@@ -11,6 +11,7 @@ Exceptions carry their traceback along, by way of tblib.
 
 from __future__ import annotations
 
+import copyreg
 import io
 import pickle
 from types import BuiltinFunctionType, FunctionType, TracebackType
@@ -18,10 +19,11 @@ from typing import Any, Final
 
 from tblib.pickling_support import pickle_exception, pickle_traceback
 
-from fdshare.kinds import describe, describers, in_shared_memory, is_shareable, user_kinds
+from fdshare.kinds import Kind, describe, describers, in_shared_memory, is_shareable, user_kinds
+from fdshare.mp.frames import framed
 from fdshare.mp.transit import Bundle, Inline, Transit
 
-__all__ = ["PLAIN", "dumps", "make_pickler", "reduce_with"]
+__all__ = ["PLAIN", "dumps", "encode", "make_pickler", "reduce_with"]
 
 # Types that never hold a descriptor themselves; for dill's pickler, which asks about each of them.
 PLAIN: Final = frozenset(
@@ -34,24 +36,51 @@ _plain_dumps: Final = pickle.dumps
 
 
 def make_pickler(forking_pickler: Any) -> Any:
-    """A subclass of a family's ForkingPickler; its instances have a `transit`."""
+    """The pickler of our channels, for the family of *forking_pickler*. Instances have a `transit`.
+
+    On the standard family it is a pickle.Pickler that asks for the reducers registered with
+    *forking_pickler* when it meets a type: ForkingPickler copies the table of them for each pickle.
+    """
+    registered = forking_pickler._extra_reducers
 
     def reducer_override(self: Any, obj: Any) -> Any:
         cls = type(obj)
-        return NotImplemented if cls in PLAIN else reduce_with(self.transit, self, obj, cls)
+        if cls in PLAIN:
+            return NotImplemented
+        reduced = reduce_with(self.transit, self, obj, cls)
+        if reduced is NotImplemented and cls in registered:
+            return registered[cls](obj)
+        return reduced
 
     namespace = {"transit": None, "bare_exceptions": False, "saw_exception": False}
-    return type("Pickler", (forking_pickler,), namespace | {"reducer_override": reducer_override})
+    base = pickle.Pickler if issubclass(forking_pickler, pickle.Pickler) else forking_pickler
+    return type("Pickler", (base,), namespace | {"reducer_override": reducer_override})
 
 
-def dumps(family: Any, obj: Any) -> Bundle:
-    """*obj* pickled, and its descriptors, borrowed from it.
+def encode(family: Any, obj: Any) -> bytes | Bundle:
+    """*obj* pickled: bytes, or a Bundle of what may have descriptors, borrowed from *obj*.
 
     Raises: whatever pickling raises; nothing was duplicated then.
     """
-    if type(obj) in _NUMBERS_AND_TEXT:
-        return Bundle(_plain_dumps(obj, -1))
+    cls = type(obj)
+    if cls in _NUMBERS_AND_TEXT:
+        return _plain_dumps(obj, -1)
+    if cls in describers:
+        kind, fds = describe(obj)
+        known = _bare_pickles.get(id(kind))
+        if known is None or known[0] is not kind:
+            known = _bare_pickle(kind)
+        if known is not None:
+            bundle = Bundle(known[1], fds, obj)
+            bundle.framed = known[2]
+            return bundle
     return _dump(family, obj, False)
+
+
+def dumps(family: Any, obj: Any) -> Bundle:
+    """As `encode`, a Bundle in any case."""
+    message = encode(family, obj)
+    return Bundle(message) if type(message) is bytes else message  # type: ignore[return-value]
 
 
 def _dump(family: Any, obj: Any, bare_exceptions: bool) -> Bundle:
@@ -68,6 +97,33 @@ def _dump(family: Any, obj: Any, bare_exceptions: bool) -> Bundle:
             return _dump(family, obj, True)
         raise
     return Bundle(buffer.getbuffer(), transit.fds, transit.holders)
+
+
+# What is sent most is a socket by itself, and its pickle is the same for all of a kind, whose Kind
+# object `describe` remembers.
+_BARE_TAGS: Final = frozenset({"socket", "descriptor"})
+_bare_pickles: Final[dict[int, tuple[Kind, bytes, tuple[bytes, bytes]]]] = {}
+_REMEMBERED: Final = 256
+
+
+def _bare_pickle(kind: Kind) -> tuple[Kind, bytes, tuple[bytes, bytes]] | None:
+    if kind.tag not in _BARE_TAGS:
+        return None
+    data = _plain_dumps(_Bare(Inline().carry(None, kind, [0])))
+    entry = kind, data, framed(data, 1)
+    if len(_bare_pickles) < _REMEMBERED:
+        _bare_pickles[id(kind)] = entry
+    return entry
+
+
+class _Bare:
+    """Pickles as what it was given."""
+
+    def __init__(self, reduced: Any) -> None:
+        self._reduced = reduced
+
+    def __reduce__(self) -> Any:
+        return self._reduced
 
 
 def reduce_with(transit: Transit, pickler: Any, obj: Any, cls: type) -> Any:
@@ -93,7 +149,7 @@ def reduce_with(transit: Transit, pickler: Any, obj: Any, cls: type) -> Any:
 def _reduce_with_fileno(transit: Transit, pickler: Any, obj: Any, cls: type) -> Any:
     if is_shareable(cls):
         return transit.carry(obj, *describe(obj))
-    if cls in pickler.dispatch_table or cls in getattr(pickler, "dispatch", ()):
+    if cls in copyreg.dispatch_table or cls in getattr(pickler, "dispatch", ()):
         return NotImplemented
     # A class of a program that has a fileno() method is pickled as the program wants. What cannot
     # be pickled at all (select.epoll) is carried as what it is: a descriptor.

@@ -13,7 +13,7 @@ to decode fails there.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Final, Protocol, TypeAlias
 
 from msgspec import Raw
@@ -21,7 +21,7 @@ from msgspec import Raw
 from fdshare.errors import NoTransit
 from fdshare.kernel.ancillary import close_all
 from fdshare.kernel.descriptor import Descriptor
-from fdshare.kinds import Kind, rebuild
+from fdshare.kinds import Kind, rebuild, rebuilder
 
 __all__ = ["Bundle", "Inline", "Reduced", "Transit", "loads"]
 
@@ -80,27 +80,38 @@ class Bundle:
     them. Dropped, it closes what it owns.
     """
 
-    __slots__ = ("__weakref__", "_missing", "data", "fds", "holders", "owned")
+    __slots__ = ("__weakref__", "data", "fds", "framed", "holders", "missing", "owned")
 
     def __init__(
         self,
         data: bytes | memoryview,
-        fds: Sequence[int] = (),
-        holders: Sequence[Any] = (),
+        fds: list[int] | None = None,
+        holders: Any = None,
         owned: list[Descriptor] | None = None,
     ) -> None:
+        """*fds* are borrowed from *holders*, or else it has the descriptors *owned*."""
         self.data = data
-        self.fds: Sequence[int] = fds
-        self.holders: Sequence[Any] = holders
-        self.owned: list[Descriptor] = [] if owned is None else owned
-        self._missing: BaseException | None = None
+        self.fds = fds
+        self.holders = holders
+        self.owned = owned
+        # (announcement, body) of frames.py, where the same was sent before.
+        self.framed: tuple[bytes, bytes] | None = None
+        # Why descriptors that belong to it did not arrive.
+        self.missing: BaseException | None = None
+
+    @property
+    def numbers(self) -> list[int]:
+        """The descriptors' numbers, borrowed from this bundle."""
+        if self.owned:
+            return [descriptor.fileno() for descriptor in self.owned]
+        return self.fds or []
 
     def own(self) -> Bundle:
         """This bundle, with duplicates. It is safe to close what was pickled after this call.
 
         Raises: DescriptorLimit or OSError (EMFILE); ClosedDescriptor. The bundle stays borrowed.
         """
-        if len(self.owned) < len(self.fds):
+        if self.fds:
             copies: list[Descriptor] = []
             try:
                 copies.extend(map(Descriptor.dup_of, self.fds))
@@ -108,8 +119,7 @@ class Bundle:
                 close_all(copies)
                 raise
             self.owned = copies
-            self.fds = [copy.fileno() for copy in copies]
-        self.holders = ()
+        self.fds = self.holders = None
         return self
 
     def load(self, load: Loads) -> Any:
@@ -117,23 +127,29 @@ class Bundle:
 
         Raises: whatever unpickling raises; every descriptor is closed then.
         """
-        owned, self.owned, self.fds = self.owned, [], ()
-        return loads(load, self.data, owned, self._missing)
+        owned, self.owned = self.owned or [], None
+        if len(owned) == 1:
+            data = self.data
+            build = _bare.get(data if type(data) is bytes else bytes(data))
+            if build is not None:
+                return build(owned)
+        return loads(load, self.data, owned, self.missing)
 
     def close(self) -> None:
         """Close what it owns."""
-        owned, self.owned, self.fds, self.holders = self.owned, [], (), ()
-        close_all(owned)
-
-    def __del__(self) -> None:
-        owned = getattr(self, "owned", None)
+        owned, self.owned = self.owned, None
+        self.fds = self.holders = None
         if owned:
             close_all(owned)
+
+    def __del__(self) -> None:
+        if self.owned:
+            close_all(self.owned)
 
     def __reduce__(self) -> Reduced:
         # A bundle inside another pickle: the tasks and results of pools. The receiver opens the
         # envelope, and decodes what is in it where a failure concerns this item alone.
-        return _rebundle, (bytes(self.data), self.own().owned)
+        return _rebundle, (bytes(self.data), self.own().owned or [])
 
 
 class _Missing:
@@ -144,13 +160,12 @@ class _Missing:
 
 
 def _rebundle(data: bytes, descriptors: list[Any]) -> Bundle:
-    bundle = Bundle(data)
+    bundle = Bundle(data, owned=[])
     for descriptor in descriptors:
         if isinstance(descriptor, _Missing):
-            bundle._missing = descriptor.reason
+            bundle.missing = descriptor.reason
         else:
-            bundle.owned.append(descriptor)
-    bundle.fds = [descriptor.fileno() for descriptor in bundle.owned]
+            bundle.owned.append(descriptor)  # type: ignore[union-attr]
     return bundle
 
 
@@ -160,12 +175,13 @@ def _rebundle(data: bytes, descriptors: list[Any]) -> Bundle:
 class _Frame:
     """The descriptors of the message that this thread is decoding."""
 
-    __slots__ = ("built", "descriptors", "missing")
+    __slots__ = ("bare", "built", "descriptors", "missing")
 
     def __init__(self, descriptors: list[Descriptor], missing: BaseException | None) -> None:
         self.descriptors: list[Descriptor | None] = list(descriptors)
         self.missing = missing
         self.built: list[Any] = []
+        self.bare: Kind | None = None  # of the last object built
 
     def close(self, built: bool) -> None:
         close_all(descriptor for descriptor in self.descriptors if descriptor is not None)
@@ -204,7 +220,21 @@ def loads(
     finally:
         _local.frame = outer
     frame.close(built=False)
+    if len(descriptors) == 1 and frame.bare is not None and frame.built[0] is obj:
+        _remember(bytes(data), frame.bare)
     return obj
+
+
+# The pickles that are one object with one descriptor, as reducers.py makes them for sockets: the
+# same few bytes each time. Those seen before need no unpickler.
+_bare: Final[dict[bytes, Callable[[list[Descriptor]], Any]]] = {}
+_REMEMBERED: Final = 256
+_LONGEST: Final = 256  # bytes
+
+
+def _remember(data: bytes, kind: Kind) -> None:
+    if len(_bare) < _REMEMBERED and len(data) <= _LONGEST:
+        _bare[data] = rebuilder(kind)
 
 
 def _arrive(tag: str, spec: bytes, first: int, count: int = 1) -> Any:
@@ -222,6 +252,7 @@ def _arrive(tag: str, spec: bytes, first: int, count: int = 1) -> Any:
             raise NoTransit(f"a {tag} that was rebuilt before")
         frame.descriptors[index] = None
         mine.append(descriptor)
-    obj = rebuild(Kind(tag, Raw(spec)), mine)
+    frame.bare = kind = Kind(tag, Raw(spec))
+    obj = rebuild(kind, mine)
     frame.built.append(obj)
     return obj
