@@ -47,6 +47,7 @@ _PACKET: Final = 256  # bytes, more than any request has
 _KEY: Final = slice(1, 1 + KEY)
 _PUT_SIZE: Final = 1 + KEY + PUT.size
 _P, _T, _R = b"PTR"
+_EVER: Final = float("inf")
 _BACKLOG: Final = 4096
 _LINGER: Final = 1.0  # seconds that it waits for somebody else after the last has gone
 _RETRY: Final = 0.005  # seconds until what found too many descriptors in flight is tried again
@@ -191,8 +192,10 @@ class _Room:
         verb = self.buffer[0] if size else 0
         key = bytes(self.buffer[_KEY])
         if verb == _P and size == _PUT_SIZE and (descriptors or lost):
-            guest.sock.send(self._put(key, descriptors, lost))
-            return
+            seconds, uses = PUT.unpack_from(self.buffer, 1 + KEY)
+            if 0 < seconds < _EVER:
+                guest.sock.send(self._put(key, descriptors, lost, seconds, uses))
+                return
         if descriptors:
             close_all(descriptors)
         if verb == _T and size == 1 + KEY:
@@ -203,11 +206,17 @@ class _Room:
         else:  # the end, or nonsense
             self._drop(guest)
 
-    def _put(self, key: bytes, descriptors: list[Descriptor], lost: FdshareError | None) -> bytes:
+    def _put(
+        self,
+        key: bytes,
+        descriptors: list[Descriptor],
+        lost: FdshareError | None,
+        seconds: float,
+        uses: int,
+    ) -> bytes:
         if lost is not None or self.count + len(descriptors) > self.limit:
             close_all(descriptors)
             return b"E" + FULL.pack(self.limit, self.count)
-        seconds, uses = PUT.unpack_from(self.buffer, 1 + KEY)
         if key in self.kept:  # the answer to a first attempt was lost
             self._let_go(key)
         expires = self.now + seconds
