@@ -20,7 +20,8 @@ from anyio.abc import TaskGroup
 
 from fdshare.client import verbs
 from fdshare.client.base import BaseClient, Lifeline
-from fdshare.client.pipeline import Pipeline, Subscription
+from fdshare.client.pending import Subscription
+from fdshare.client.pipeline import Pipeline
 from fdshare.client.watching import Change, Watching
 from fdshare.errors import ClosedDescriptor, InvalidArgument, ServerTimeout, WatchTimeout
 from fdshare.kernel.descriptor import Descriptor

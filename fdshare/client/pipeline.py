@@ -13,17 +13,16 @@ closed here: so a take goes back, since nobody confirmed it.
 from __future__ import annotations
 
 import copy
-import errno
 import socket
-import time
-from collections import deque
 from collections.abc import Collection, Sequence
-from typing import Final, Protocol
+from typing import Final
 
 import anyio
 
 from fdshare.client.base import Search, dial
 from fdshare.client.conversation import Answer, Conversation, Exchange, Parts
+from fdshare.client.link import Link
+from fdshare.client.pending import Call, Pending, Subscription, discard
 from fdshare.client.watching import Watching
 from fdshare.errors import (
     ClosedDescriptor,
@@ -32,14 +31,11 @@ from fdshare.errors import (
     ServerGone,
     ServerTimeout,
 )
-from fdshare.kernel.ancillary import close_all, receive_into, send_message
-from fdshare.kernel.descriptor import Descriptor
 from fdshare.protocol import messages as m
 from fdshare.protocol.patterns import Subscriptions
 
-__all__ = ["Pipeline", "Subscription"]
+__all__ = ["Pipeline"]
 
-_BUFFER: Final = 1 << 16
 # The server remembers as many answers (ANSWERS_KEPT in server/registry.py): with more changes
 # unanswered, one of them could not be repeated safely.
 _MOST_CHANGES: Final = 64
@@ -47,213 +43,6 @@ _CHANGES: Final = frozenset((m.Register, m.Unregister, m.Rename))
 _WAITS: Final = frozenset((m.Fetch, m.Take, m.Wait))
 _FIRST_PAUSE: Final = 0.005  # seconds between attempts to reconnect, doubled each time ...
 _LONGEST_PAUSE: Final = 0.2  # ... up to this
-
-
-class Pending(Protocol):
-    """Something that answers come for, and that a new connection has to be told again."""
-
-    id: int
-    exchange: Exchange
-    search: Search
-    sent: bool
-    abandoned: bool
-
-    def answer(self, answer: Answer) -> bool:
-        """Takes an answer over; True where it was the last."""
-
-    def lost(self) -> None:
-        """The connection is gone; what came in part counts no more."""
-
-    def fail(self, error: BaseException) -> None:
-        """There will be no answer."""
-
-
-class _Call:
-    """A request that one task waits for."""
-
-    __slots__ = (
-        "_started",
-        "abandoned",
-        "done",
-        "error",
-        "exchange",
-        "id",
-        "parts",
-        "search",
-        "sent",
-    )
-
-    def __init__(self, id: int, exchange: Exchange, search: Search) -> None:
-        self.id = id
-        self.exchange = exchange
-        self.search = search
-        self.sent = False  # at least its first byte, and so its descriptors
-        self.abandoned = False
-        self.done = anyio.Event()
-        self.error: BaseException | None = None
-        self.parts = Parts()
-        self._started = time.monotonic()
-
-    def answer(self, answer: Answer) -> bool:
-        if self.abandoned:
-            _discard(answer.descriptors)
-            return not getattr(answer.reply, "more", False)
-        if not self.parts.add(answer):
-            return False
-        self.done.set()
-        return True
-
-    def lost(self) -> None:
-        self.discard()
-        self.exchange.shorten(self._started)
-
-    def fail(self, error: BaseException) -> None:
-        self.discard()
-        self.error = error
-        self.done.set()
-
-    def discard(self) -> None:
-        """Closes what came so far."""
-        _discard(self.parts.descriptors)
-        self.parts = Parts()
-
-
-class Subscription:
-    """A watch on the connection: it feeds a `Watching`, whose owner waits for `ready`."""
-
-    def __init__(self, id: int, watching: Watching, search: Search) -> None:
-        self.id = id
-        self.watching = watching
-        self.exchange = Exchange(m.Watch(watching.pattern))
-        self.search = search
-        self.sent = False
-        self.abandoned = False
-        self.error: BaseException | None = None
-        self.orphaned = False  # its owner was dropped without closing it
-        self._ready: anyio.Event | None = None
-
-    async def ready(self) -> None:
-        """Returns when something came, or `error` is set."""
-        if self.error is None:
-            self._ready = anyio.Event()
-            await self._ready.wait()
-
-    def notify(self) -> None:
-        """Makes `ready` return."""
-        if self._ready is not None:
-            self._ready.set()
-
-    def answer(self, answer: Answer) -> bool:
-        _discard(answer.descriptors)
-        reply = answer.reply
-        if type(reply) is m.Snapshot:
-            self.watching.snapshot(reply)
-            if self.watching.live:
-                self.notify()
-            return False
-        if type(reply) is m.Refused:
-            self.fail(m.refusal_error(reply))
-        return True
-
-    def event(self, event: m.Event) -> None:
-        if self.watching.event(event):
-            self.notify()
-
-    def lost(self) -> None:
-        self.watching.lost()
-
-    def fail(self, error: BaseException) -> None:
-        self.error = error
-        self.notify()
-
-
-class _Piece:
-    """A frame on its way out, or what is left of it."""
-
-    __slots__ = ("data", "fds", "pending")
-
-    def __init__(self, data: bytes | memoryview, fds: Sequence[int], pending: Pending | None):
-        self.data = data
-        self.fds = fds
-        self.pending = pending
-
-
-class _Link:
-    """One connection: sends at once what the socket takes, and the rest when it is writable."""
-
-    def __init__(self, sock: socket.socket, pipeline: Pipeline) -> None:
-        sock.setblocking(False)
-        self.sock = sock
-        self._pipeline = pipeline
-        self._output: deque[_Piece] = deque()
-        self._blocked = anyio.Event()
-        self._buffer = bytearray(_BUFFER)
-        self._view = memoryview(self._buffer)
-
-    def queue(self, data: bytes, fds: Sequence[int] = (), pending: Pending | None = None) -> None:
-        """Appends a frame; *fds* are borrowed until *pending* is sent, answered or abandoned."""
-        self._output.append(_Piece(data, fds, pending))
-
-    def flush(self) -> None:
-        """Sends until the socket is full, or nothing is left."""
-        output = self._output
-        while output:
-            piece = output[0]
-            pending = piece.pending
-            if pending is not None and pending.abandoned and not pending.sent:
-                output.popleft()
-                continue
-            try:
-                sent = send_message(self.sock, (piece.data,), piece.fds)
-            except BlockingIOError:
-                self._blocked.set()
-                return
-            except OSError as error:
-                self._not_sent(error)
-                continue
-            if pending is not None:
-                pending.sent = True
-            if sent == len(piece.data):
-                output.popleft()
-            else:
-                piece.data, piece.fds = memoryview(piece.data)[sent:], ()
-
-    def _not_sent(self, error: Exception) -> None:
-        """The first piece was refused: its descriptors are to blame, or the connection is gone."""
-        piece = self._output[0]
-        gone = isinstance(error, (BrokenPipeError, ConnectionResetError))
-        if not gone and piece.pending is not None and not piece.pending.sent:
-            self._output.popleft()
-            if isinstance(error, OSError) and error.errno == errno.EBADF:
-                error = ClosedDescriptor(f"one of {list(piece.fds)} is not open")
-            self._pipeline.fail(piece.pending, error)
-            return
-        # What the server said before is still there to be read; the reader finds the end of it.
-        self._output.clear()
-        if not gone:
-            self.sock.shutdown(socket.SHUT_RDWR)
-
-    async def write(self) -> None:
-        """Goes on with what the socket did not take at once; until cancelled."""
-        while True:
-            await self._blocked.wait()
-            self._blocked = anyio.Event()
-            await anyio.wait_writable(self.sock)
-            self.flush()
-
-    async def read(self, conversation: Conversation) -> list[Answer] | None:
-        """The answers that one recvmsg(2) completed; None at the end of the stream.
-
-        Raises: ProtocolError, BadRequest; OSError: the connection is gone.
-        """
-        await anyio.wait_readable(self.sock)
-        try:
-            count, descriptors, lost = receive_into(self.sock, self._buffer)
-        except BlockingIOError:
-            return []
-        if not count:
-            return None
-        return conversation.feed(self._view[:count], descriptors, lost)
 
 
 class Pipeline:
@@ -275,7 +64,7 @@ class Pipeline:
         self._conversation = Conversation(authkey)
         self._pending: dict[int, Pending] = {}
         self._watchers: Subscriptions[Subscription] = Subscriptions()
-        self._link: _Link | None = None
+        self._link: Link | None = None
         self._was_open = False
         self._open = True
         self._work = anyio.Event()
@@ -294,7 +83,7 @@ class Pipeline:
         raise ServerTimeout(self._address, delay or 0.0)
 
     async def _answer(self, exchange: Exchange) -> Parts:
-        call = _Call(self._new_id(), exchange, Search(self._reconnect))
+        call = Call(self._new_id(), exchange, Search(self._reconnect))
         self._pending[call.id] = call
         try:
             self._send(call)
@@ -354,7 +143,7 @@ class Pipeline:
     def _abandon(self, pending: Pending) -> None:
         """Nobody waits for it any more."""
         pending.abandoned = True
-        if isinstance(pending, _Call):
+        if isinstance(pending, Call):
             pending.discard()
         if self._pending.get(pending.id) is not pending:
             return
@@ -411,7 +200,7 @@ class Pipeline:
             self._fail_all(error)
             return
         try:
-            end = await self._converse(_Link(sock, self))
+            end = await self._converse(Link(sock, self.fail))
         finally:
             self._link = None
             sock.close()
@@ -445,7 +234,7 @@ class Pipeline:
             elif pending.search.missed():
                 self.fail(pending, ServerGone(self._address, reason))
 
-    async def _converse(self, link: _Link) -> FdshareError | str:
+    async def _converse(self, link: Link) -> FdshareError | str:
         """Talks until the connection ends; the error that everybody gets, or why it ended."""
         link.queue(self._conversation.hello())
         async with anyio.create_task_group() as tasks:
@@ -465,7 +254,7 @@ class Pipeline:
                 tasks.cancel_scope.cancel()
         raise AssertionError  # for mypy: the task group swallows nothing
 
-    async def _read(self, link: _Link) -> str:
+    async def _read(self, link: Link) -> str:
         self._link = link
         for pending in list(self._pending.values()):
             pending.search.found()
@@ -474,7 +263,7 @@ class Pipeline:
             self._dispatch(answers)
         return "it closed the connection"
 
-    async def _authenticate(self, link: _Link) -> None:
+    async def _authenticate(self, link: Link) -> None:
         link.flush()
         while self._conversation.welcome is None:
             self._dispatch(await self._must_read(link))
@@ -485,7 +274,7 @@ class Pipeline:
         self._conversation.check_proof(answers[0])
         self._dispatch(answers[1:])
 
-    async def _must_read(self, link: _Link) -> list[Answer]:
+    async def _must_read(self, link: Link) -> list[Answer]:
         answers = await link.read(self._conversation)
         if answers is None:
             raise ConnectionResetError("it closed the connection")
@@ -501,11 +290,11 @@ class Pipeline:
             elif answer.id:
                 pending = self._pending.get(answer.id)
                 if pending is None:
-                    _discard(answer.descriptors)
+                    discard(answer.descriptors)
                 elif pending.answer(answer):
                     self._end(pending)
             else:
-                _discard(answer.descriptors)
+                discard(answer.descriptors)
                 if type(reply) is m.Overflowed:
                     self._overflowed()
                 elif type(reply) is m.Refused:
@@ -525,10 +314,3 @@ class Pipeline:
         for pending in self._pending.values():
             if isinstance(pending, Subscription):
                 pending.watching.overflowed()
-
-
-def _discard(descriptors: list[Descriptor]) -> None:
-    try:
-        close_all(descriptors)
-    except OSError:
-        pass  # what close(2) has to say about it concerns the one who wrote to it
