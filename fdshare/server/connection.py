@@ -11,8 +11,8 @@ from typing import Final
 
 from fdshare.kernel.ancillary import send_message
 from fdshare.protocol.wire import Frame, Receiver
+from fdshare.server.contract import Session
 from fdshare.server.handles import Handle
-from fdshare.server.service import Session
 
 __all__ = ["Connection", "Output"]
 

@@ -28,10 +28,10 @@ from fdshare.protocol.auth import NONCE_SIZE, prove
 from fdshare.protocol.names import MAX_SESSION
 from fdshare.protocol.wire import MAX_FRAME, Frame, header
 from fdshare.server.connection import Connection
+from fdshare.server.contract import Session
 from fdshare.server.handles import Handle
 from fdshare.server.policy import Policy, Subject
 from fdshare.server.poller import READ
-from fdshare.server.service import Session
 
 if TYPE_CHECKING:
     from fdshare.server.loop import Loop

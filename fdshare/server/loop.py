@@ -28,10 +28,11 @@ from fdshare.kernel.ancillary import receive_into, send_message
 from fdshare.protocol import messages as m
 from fdshare.protocol.wire import HEADER, Frame, header, only_frame
 from fdshare.server.connection import Connection
+from fdshare.server.contract import JournalBusy
 from fdshare.server.door import Door
 from fdshare.server.handles import Handle
 from fdshare.server.poller import ERROR, HANGUP, READ, WRITE, Poller
-from fdshare.server.service import JournalBusy, Service
+from fdshare.server.service import Service
 
 __all__ = ["Loop"]
 
@@ -65,6 +66,7 @@ class Loop:
         self._tick_again = 0.0  # not before, for the keeper could not take what was due
         self._retry_at = 0.0  # when the throttled and the stalled are looked at; 0: not set
         self._stopping = False
+        self._interrupted = False
         self._wake, self._waker = socket.socketpair()
         for end in (self._wake, self._waker):
             end.setblocking(False)
@@ -72,16 +74,26 @@ class Loop:
 
     # Running and stopping.
 
-    def run(self) -> None:
-        """Serves until `stop()`; the connections are closed when this returns."""
+    def run(self) -> bool:
+        """Serves until `stop()`, the connections are closed then; or until `interrupt()`: True, and
+        it is to be called again."""
         try:
             while not self._stopping:
                 self.turn()
+                if self._interrupted:
+                    self._interrupted = False
+                    return True
             self._finish()
-        finally:
-            self.service.leaving = True
-            for connection in list(self.connections):
-                self.drop(connection)
+        except BaseException:
+            self._leave()
+            raise
+        self._leave()
+        return False
+
+    def _leave(self) -> None:
+        self.service.leaving = True
+        for connection in list(self.connections):
+            self.drop(connection)
 
     def turn(self) -> None:
         """Waits once, and does all that came of it."""
@@ -104,6 +116,10 @@ class Loop:
         """Makes `run` return soon; from any thread, or a signal handler."""
         self._stopping = True
         self._wake_up()
+
+    def interrupt(self) -> None:
+        """Makes `run` return after this turn, with everything as it is; from the loop's thread."""
+        self._interrupted = True
 
     def post(self, call: Callable[[], None]) -> None:
         """Has *call* made by the loop's thread; from any thread."""
