@@ -25,9 +25,9 @@ from memoryworld import MemoryWorld
 
 from fdshare.errors import FdshareError
 from fdshare.protocol import messages as m
+from fdshare.server.contract import JournalBusy
 from fdshare.server.limits import Limits
 from fdshare.server.registry import Registry
-from fdshare.server.service import JournalBusy
 
 KIND = m.Kind("descriptor", msgspec.Raw(b"\xc0"))
 LIMITS = msgspec.structs.replace(

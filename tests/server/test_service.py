@@ -17,10 +17,10 @@ from fdshare.errors import (
     TooManyDescriptors,
 )
 from fdshare.protocol import messages as m
+from fdshare.server.contract import JournalBusy, Session
 from fdshare.server.limits import Limits
 from fdshare.server.policy import Decision, Policy, Subject
 from fdshare.server.registry import ANSWERS_KEPT
-from fdshare.server.service import JournalBusy, Session
 
 KIND = m.Kind("descriptor", msgspec.Raw(b"\xc0"))
 
