@@ -23,7 +23,8 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Final, TypeAlias
+from functools import partial
+from typing import Final
 
 from fdshare.kernel.ancillary import receive_into
 from fdshare.kernel.descriptor import Descriptor
@@ -38,13 +39,16 @@ from fdshare.server.twin import (
     BACK_OFF,
     DEATHS,
     WITHIN,
+    Forked,
     Holdings,
+    Life,
     Note,
     close_all_but,
     decode_letter,
     encode_letter,
     fence,
     fork_half,
+    live,
 )
 from fdshare.server.upgrade import (
     Table,
@@ -56,12 +60,9 @@ from fdshare.server.upgrade import (
 )
 from fdshare.server.world import Server
 
-__all__ = ["Keeper", "Spawner"]
+__all__ = ["Keeper", "resume", "run_keeper"]
 
 log = logging.getLogger("fdshare.keeper")
-
-# What a server that has lost its keeper does about it: (journal, pidfd, pid) of a new one.
-Spawner: TypeAlias = Callable[[Server], tuple[socket.socket, Descriptor, int]]
 
 _LETTER: Final = 1 << 17
 _DRAIN: Final = 5.0  # seconds a server that was told to end gets for its last answers
@@ -99,8 +100,9 @@ class Keeper:
 
     # Its life.
 
-    def run(self, *, relieve: bool = False) -> None:
-        """Returns when the server has been told to end and has; nothing is held any more.
+    def run(self, *, relieve: bool = False) -> Life | None:
+        """Returns when the server has been told to end and has; nothing is held any more. In a
+        forked child: the life of the server that it is to be.
 
         With *relieve* the server that is there is of older code: it answers what it has begun, and
         makes room for one of ours.
@@ -117,14 +119,17 @@ class Keeper:
                 self._relieved = True
                 self._tell(Note("drain"))
         while not self._ended():
-            self._turn()
+            if (life := self._turn()) is not None:
+                return life
         self._let_go()
+        return None
 
-    def _turn(self) -> None:
+    def _turn(self) -> Life | None:
         if self._start_at is not None and time.monotonic() >= self._start_at:
-            self._start_server()
+            if (life := self._start_server()) is not None:
+                return life
             if self._journal is None:
-                return
+                return None
         for key, events in self._poller.wait(self._timeout()):
             key(events)  # type: ignore[operator]
         if self._trial is not None and time.monotonic() > self._trial_until:
@@ -134,6 +139,7 @@ class Keeper:
         if since is not None and time.monotonic() > since + _DRAIN and self._server is not None:
             log.warning("the server does not end, killed")
             self._on_server_gone()
+        return None
 
     def _timeout(self) -> float | None:
         if self._stopping_since is not None or self._trial is not None:
@@ -199,15 +205,20 @@ class Keeper:
 
     # The server.
 
-    def _start_server(self) -> None:
+    def _start_server(self) -> Life | None:
         self._start_at = None
         try:
-            self._journal, self._server, _ = fork_half(self._become_server)
+            half = fork_half()
         except OSError as error:
             log.error("no new server: %s", error)
             self._start_at = time.monotonic() + 1.0
-            return
+            return None
+        if half.born:
+            self._abandon()
+            return partial(_become_server, self._holdings, half)
+        self._journal, self._server = half.journal, half.other
         self._follow()
+        return None
 
     def _follow(self) -> None:
         """Watches the server and its journal, and says that we do."""
@@ -218,35 +229,15 @@ class Keeper:
         self._poller.register(self._server.fileno(), READ, self._on_death)
         self._tell(Note("hello"))
 
-    def _become_server(self, journal: socket.socket, keeper: Descriptor) -> None:
-        """In the forked child: a server half, until it is drained."""
-        holdings, pid = self._holdings, os.getppid()
-        self._abandon()
-        close_all_but(holdings.descriptors() | {journal.fileno(), keeper.fileno()})
+    def _abandon(self) -> None:
+        """In a forked child: closes its copies of what is this keeper's alone."""
         for number in _SIGNALS:
             signal.signal(number, signal.SIG_IGN)  # the keeper commands
-        holdings.forget_other_half()
-        link = Link(journal, keeper, pid, spawn_keeper(holdings))
-        server = Server(
-            holdings.listener.socket,
-            holdings.settings,
-            registry=holdings.registry,
-            journal=link,
-            epoch=holdings.epoch,
-        )
-        link.attach(server)
-        link.hello()
-        server.service.expect(time.monotonic())
-        server.run()
-
-    def _abandon(self) -> None:
-        """In a forked child: gives up what is this keeper's alone."""
         self._poller.close()
-        for sock in (self._wake, self._waker, self._journal):
-            if sock is not None:
-                sock.detach()
-        if self._server is not None:
-            self._server.detach()
+        self._wake.close()
+        self._waker.close()
+        if self._trial is not None:
+            self._trial.abandon()
 
     def _on_death(self, events: int) -> None:
         if self._server is not None:  # else its journal had ended in the same batch
@@ -393,28 +384,38 @@ class Keeper:
 
 def run_keeper(holdings: Holdings, ready: Callable[[], None]) -> None:
     """Keeper and server, until they are told to end."""
-    Keeper(holdings, ready).run()
+    live(Keeper(holdings, ready).run)
 
 
-def spawn_keeper(holdings: Holdings) -> Spawner:
-    """For a server whose keeper died: forks one that holds all that the server holds."""
+def _become_server(holdings: Holdings, half: Forked) -> Life | None:
+    """In the forked child of a keeper: a server, until it is drained."""
+    close_all_but(holdings.descriptors() | {half.journal.fileno(), half.other.fileno()})
+    holdings.forget_other_half()
+    link = Link(half.journal, half.other, half.pid)
+    server = Server(
+        holdings.listener.socket,
+        holdings.settings,
+        registry=holdings.registry,
+        journal=link,
+        epoch=holdings.epoch,
+    )
+    link.attach(server)
+    link.hello()
+    server.service.expect(time.monotonic())
+    while server.run():
+        if (other := link.replace_keeper()) is not None:
+            server.abandon()
+            return partial(_become_keeper, holdings, other)
+    return None
 
-    def spawn(server: Server) -> tuple[socket.socket, Descriptor, int]:
-        return fork_half(lambda journal, us: _become_keeper(holdings, server, journal, us))
 
-    return spawn
-
-
-def _become_keeper(
-    holdings: Holdings, server: Server, journal: socket.socket, parent: Descriptor
-) -> None:
+def _become_keeper(holdings: Holdings, half: Forked) -> Life | None:
     """In the forked child of a server: a keeper, until it is told to end."""
-    server.abandon()
-    close_all_but(holdings.descriptors() | {journal.fileno(), parent.fileno()})
+    close_all_but(holdings.descriptors() | {half.journal.fileno(), half.other.fileno()})
     holdings.forget_other_half()
     holdings.take_listener()
     announce_main_pid()
-    Keeper(holdings, lambda: None, journal, parent).run()
+    return Keeper(holdings, lambda: None, half.journal, half.other).run()
 
 
 def resume(fd: int) -> int:
@@ -426,5 +427,5 @@ def resume(fd: int) -> int:
     if table.session:
         done = Record([], table.session, table.id, m.encode(m.Done()))
         holdings.registry.apply(done, [])
-    Keeper(holdings, lambda: None, journal, server).run(relieve=True)
+    live(partial(Keeper(holdings, lambda: None, journal, server).run, relieve=True))
     return 0

@@ -17,10 +17,19 @@ from fdshare.protocol import messages as m
 from fdshare.server.changes import Record
 from fdshare.server.poller import READ
 from fdshare.server.service import JournalBusy
-from fdshare.server.twin import BACK_OFF, DEATHS, WITHIN, Note, decode_letter, encode_letter, fence
+from fdshare.server.twin import (
+    BACK_OFF,
+    DEATHS,
+    WITHIN,
+    Forked,
+    Note,
+    decode_letter,
+    encode_letter,
+    fence,
+    fork_half,
+)
 
 if TYPE_CHECKING:
-    from fdshare.server.keeper import Spawner
     from fdshare.server.world import Server
 
 __all__ = ["Link"]
@@ -39,14 +48,14 @@ class Link:
     a SOCK_SEQPACKET pair survives the death of its writer.
     """
 
-    def __init__(self, sock: socket.socket, keeper: Descriptor, pid: int, spawn: Spawner) -> None:
+    def __init__(self, sock: socket.socket, keeper: Descriptor, pid: int) -> None:
         """Takes *sock* and the pidfd *keeper* over."""
         self._sock = sock
         self._keeper = keeper
         self._pid: int | None = pid
-        self._spawn = spawn
         self._acquainted = False  # the keeper has said hello: it holds what we hold
         self._lost = False
+        self._buried = False  # it is dead, and what we had of it is closed
         self._upgrading = False  # it has begun to exec new code
         self._deaths: deque[float] = deque(maxlen=DEATHS)
         self._asked: dict[tuple[str, int], None] = {}  # upgrades that wait for word
@@ -151,14 +160,33 @@ class Link:
         self._lose()
 
     def _lose(self) -> None:
-        """The keeper is gone, or as good as: replaced between two requests, not in one."""
+        """The keeper is gone, or as good as: replaced between two turns of the loop."""
         if not self._lost:
             self._lost = True
-            self._server.loop.post(self._replace)
+            self._server.loop.interrupt()
 
-    def _replace(self) -> None:
-        server = self._server
-        poller = server.loop.poller
+    def replace_keeper(self) -> Forked | None:
+        """Makes a new one, after an interrupt. In the forked child: what it has of us."""
+        if not self._buried and not self._bury():
+            return None
+        try:
+            half = fork_half()
+        except OSError as error:
+            log.error("no new keeper (%s); the table cannot be changed until there is one", error)
+            self._interrupt_in(_RETRY)
+            return None
+        if half.born:
+            return half
+        self._sock, self._keeper, self._pid = half.journal, half.other, half.pid
+        self._lost = self._buried = self._acquainted = False
+        self.attach(self._server)
+        for session, id in self._asked:  # of the one that died
+            self._tell(Note("upgrade", session, id))
+        return None
+
+    def _bury(self) -> bool:
+        """Makes sure that the keeper is dead. False where the next has to wait."""
+        poller = self._server.loop.poller
         poller.unregister(self._sock.fileno())
         poller.unregister(self._keeper.fileno())
         how = fence(self._keeper)
@@ -167,30 +195,21 @@ class Link:
             self._upgrade_failed("the new code died at its start; the old one goes on")
         self._sock.close()
         self._keeper.close()
+        self._buried = True
         now = time.monotonic()
         self._deaths.append(now)
-        if len(self._deaths) == DEATHS and now - self._deaths[0] < WITHIN:
-            log.error(
-                "the keeper died %d times in %d s; nothing can be changed before the next start, "
-                "in %d s",
-                DEATHS,
-                WITHIN,
-                BACK_OFF,
-            )
-            self._deaths.clear()
-            server.loop.later(BACK_OFF, self._try_to_replace)
-        else:
-            self._try_to_replace(now)
+        if len(self._deaths) < DEATHS or now - self._deaths[0] >= WITHIN:
+            return True
+        log.error(
+            "the keeper died %d times in %d s; nothing can be changed before the next start, "
+            "in %d s",
+            DEATHS,
+            WITHIN,
+            BACK_OFF,
+        )
+        self._deaths.clear()
+        self._interrupt_in(BACK_OFF)
+        return False
 
-    def _try_to_replace(self, now: float) -> None:
-        try:
-            sock, keeper, pid = self._spawn(self._server)
-        except OSError as error:
-            log.error("no new keeper (%s); the table cannot be changed until there is one", error)
-            self._server.loop.later(_RETRY, self._try_to_replace)
-            return
-        self._sock, self._keeper, self._pid = sock, keeper, pid
-        self._lost = self._acquainted = False
-        self.attach(self._server)
-        for session, id in self._asked:  # of the one that died
-            self._tell(Note("upgrade", session, id))
+    def _interrupt_in(self, seconds: float) -> None:
+        self._server.loop.later(seconds, lambda now: self._server.loop.interrupt())

@@ -16,7 +16,7 @@ import socket
 import sys
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
-from typing import Final, Literal, NoReturn, TypeAlias
+from typing import Final, Literal, NamedTuple, TypeAlias
 
 import msgspec
 
@@ -30,13 +30,16 @@ __all__ = [
     "BACK_OFF",
     "DEATHS",
     "WITHIN",
+    "Forked",
     "Holdings",
+    "Life",
     "Note",
     "close_all_but",
     "decode_letter",
     "encode_letter",
     "fence",
     "fork_half",
+    "live",
 ]
 
 log = logging.getLogger("fdshare.server")
@@ -102,6 +105,8 @@ class Note(msgspec.Struct, tag="note"):
 
 
 Letter: TypeAlias = Record | Note
+# What a process is for, until it returns what it is for from then on.
+Life: TypeAlias = "Callable[[], Life | None]"
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Letter)
@@ -136,39 +141,61 @@ def _reap(pidfd: Descriptor) -> str:
     return f"it was killed by signal {ended.si_status}"
 
 
-def fork_half(
-    life: Callable[[socket.socket, Descriptor], None],
-) -> tuple[socket.socket, Descriptor, int]:
-    """Forks the other half: our end of a new journal, its pidfd and pid. The caller owns the
-    result. *life* is all that the child does, with its end and a pidfd of ours.
+def live(life: Life) -> None:
+    """Lives *life*, and the ones after it; returns only in the process that called it.
 
-    Raises: OSError: there is no child then.
+    A half makes the other by fork, and the child returns from wherever that was up to here, to
+    begin a life of its own. Were it to begin it right there, each generation would stand on the
+    stack of the one before, and after two hundred deaths there would be no stack left.
     """
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    root = os.getpid()
+    status = 1
     try:
-        # Held until the fork has succeeded, so that a number is free for the child's pidfd.
-        with theirs, Descriptor(os.pidfd_open(os.getpid())) as us:
+        next: Life | None = life
+        while next is not None:
+            next = next()
+        status = 0
+    except BaseException:
+        if os.getpid() == root:
+            raise
+        log.exception("process %d failed", os.getpid())
+    if os.getpid() != root:  # what called us is not ours to return to
+        sys.stderr.flush()
+        os._exit(status)
+
+
+class Forked(NamedTuple):
+    """One end of a new journal, and the pidfd and pid of the other half, who has the other end.
+    *born*: this process is the child. The caller owns all."""
+
+    born: bool
+    journal: socket.socket
+    other: Descriptor
+    pid: int
+
+
+def fork_half() -> Forked:
+    """Forks the other half. Returns in both. Raises: OSError: there is no child then."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    me = os.getpid()
+    try:
+        us = Descriptor(os.pidfd_open(me))
+        try:
             pid = os.fork()
-            if pid == 0:
-                _live(lambda: life(theirs, Descriptor(us.detach())))
-        return ours, Descriptor(os.pidfd_open(pid)), pid
+        except BaseException:
+            us.close()
+            raise
+        if pid == 0:
+            ours.close()
+            return Forked(True, theirs, us, me)
+        us.close()  # not before: so a number is free for the child's
+        return Forked(False, ours, Descriptor(os.pidfd_open(pid)), pid)
     except BaseException:
         ours.close()
         raise
-
-
-def _live(life: Callable[[], None]) -> NoReturn:
-    """A forked half's life, from here to its end: what its parent had begun before the fork is not
-    its to unwind."""
-    status = 1
-    try:
-        life()
-        status = 0
-    except BaseException:
-        log.exception("process %d failed", os.getpid())
     finally:
-        sys.stderr.flush()
-        os._exit(status)
+        if os.getpid() == me:
+            theirs.close()
 
 
 def close_all_but(kept: Collection[int]) -> None:

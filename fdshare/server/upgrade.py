@@ -24,7 +24,7 @@ from fdshare.server.changes import Record
 from fdshare.server.handles import Handle
 from fdshare.server.interpreter import fresh_interpreter
 from fdshare.server.registry import Registry
-from fdshare.server.settings import Settings
+from fdshare.server.settings import Settings, policy_of
 from fdshare.server.twin import Holdings
 
 __all__ = [
@@ -103,6 +103,12 @@ class Trial:
 
     limit = _TRIAL
 
+    def abandon(self) -> None:
+        """In a forked child: closes its copies; the trial is the parent's."""
+        self.pidfd.close()
+        self._output.close()
+        self._process.returncode = 0  # or subprocess would wait for it at the end of this object
+
     def fileno(self) -> int:
         return self.pidfd.fileno()
 
@@ -130,7 +136,9 @@ def try_table(fd: int) -> int:
         # Everything that serving takes must be importable, too.
         import fdshare.server.keeper  # noqa: F401
 
-        read_table(fd).record  # noqa: B018
+        table = read_table(fd)
+        table.registry()
+        policy_of(table.settings)
     except Exception as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1

@@ -25,6 +25,7 @@ from breaking import (
     identities,
     identity,
     kill,
+    resident,
 )
 from conftest import census, wait_until
 
@@ -814,6 +815,22 @@ def test_signals_end_it(
         wait_until(lambda pid=pid: ended(pid))
     process.wait()
     assert not (folder / "s").exists()
+
+
+def test_halves_do_not_stand_on_each_other(manager: Manager, halves: Halves) -> None:
+    """Each half is forked by the other; what two hundred generations had begun would fill the
+    stack of the next."""
+    read, write = os.pipe()
+    manager.register("a", read)
+    sizes = []
+    for _ in range(110):
+        halves.kill("keeper")
+        halves.kill("server")
+        sizes.append(resident(halves.pids()["server"]))
+    assert manager.names() == ["a"]
+    assert sizes[-1] < sizes[10] + (4 << 20)
+    os.close(read)
+    os.close(write)
 
 
 def test_the_fixed_descriptors_are_these(manager: Manager, halves: Halves) -> None:
