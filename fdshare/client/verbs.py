@@ -61,11 +61,17 @@ def register(
 
 
 def _answer(parts: Parts, cls: type[R]) -> R:
-    """The only part of an answer. Raises: ProtocolError: it is of another type, and closed."""
+    """The only part of an answer, which brings descriptors only where it may.
+
+    Raises: ProtocolError: it is another one; what came with it is closed.
+    """
     reply = parts.replies[0]
     if type(reply) is not cls:
         close_all(parts.descriptors)
         raise ProtocolError(f"{type(reply).__name__} where {cls.__name__} was asked for")
+    if parts.descriptors and cls is not m.Given and cls is not m.GivenMany:
+        close_all(parts.descriptors)
+        raise ProtocolError(f"{len(parts.descriptors)} descriptors with {cls.__name__}")
     return reply
 
 
@@ -182,11 +188,7 @@ def names(pattern: str) -> Steps[list[str]]:
 
 def _answers(parts: Parts, cls: type[R]) -> list[R]:
     """All parts of an answer, as `_answer` checks them."""
-    for reply in parts.replies:
-        if type(reply) is not cls:
-            close_all(parts.descriptors)
-            raise ProtocolError(f"{type(reply).__name__} where {cls.__name__} was asked for")
-    return parts.replies
+    return [_answer(Parts([reply], parts.descriptors), cls) for reply in parts.replies]
 
 
 def holds(name: str) -> Steps[bool]:
