@@ -162,8 +162,7 @@ def serve(folder: Path) -> Iterator[Callable[..., Manager]]:
     for watched in started:
         if watched.alive():
             watched.check()
-            watched.manager.shutdown()
-        watched.manager.close()
+        watched.manager.shutdown()
 
 
 @pytest.fixture
