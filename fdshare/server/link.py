@@ -15,8 +15,8 @@ from fdshare.kernel.ancillary import send_message
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.protocol import messages as m
 from fdshare.server.changes import Record
+from fdshare.server.contract import JournalBusy
 from fdshare.server.poller import READ
-from fdshare.server.service import JournalBusy
 from fdshare.server.twin import (
     BACK_OFF,
     DEATHS,

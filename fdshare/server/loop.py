@@ -28,10 +28,11 @@ from fdshare.kernel.ancillary import receive_into, send_message
 from fdshare.protocol import messages as m
 from fdshare.protocol.wire import HEADER, Frame, header, only_frame
 from fdshare.server.connection import Connection
+from fdshare.server.contract import JournalBusy
 from fdshare.server.door import Door
 from fdshare.server.handles import Handle
 from fdshare.server.poller import ERROR, HANGUP, READ, WRITE, Poller
-from fdshare.server.service import JournalBusy, Service
+from fdshare.server.service import Service
 
 __all__ = ["Loop"]
 

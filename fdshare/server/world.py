@@ -27,6 +27,7 @@ from fdshare.protocol.wire import MAX_FRAME
 from fdshare.server.binding import bind_address
 from fdshare.server.changes import Record
 from fdshare.server.connection import Connection
+from fdshare.server.contract import LeaseState, Session
 from fdshare.server.door import Door
 from fdshare.server.handles import Closer, Handle
 from fdshare.server.limits import Limits
@@ -35,7 +36,7 @@ from fdshare.server.metrics import metrics_door
 from fdshare.server.poller import HANGUP, READ
 from fdshare.server.probe import describe_descriptor
 from fdshare.server.registry import Entry, Registry
-from fdshare.server.service import LeaseState, Service, Session
+from fdshare.server.service import Service
 from fdshare.server.settings import Settings, policy_of, read_policy
 
 __all__ = ["Journal", "Server", "raise_descriptor_limit"]
