@@ -96,7 +96,7 @@ def serve(address: str | None, path: str | None, **options: Any) -> int:
 
     \b
     Example:
-      fdshare serve /run/fdshare.sock --mode 0660 --group www-data --policy /etc/fdshare.toml
+      fdshare serve --mode 0660 --group www-data --policy /etc/fdshare.toml
     """
     from fdshare.server.logs import configure
     from fdshare.server.serving import serve as serve_settings

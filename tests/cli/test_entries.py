@@ -1,0 +1,150 @@
+"""register, fetch, take, rm, mv: from a shell, to a program."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+from commandline import Shell
+
+from fdshare import connect
+
+
+@pytest.fixture
+def file(folder: Path) -> Path:
+    path = folder / "data"
+    path.write_text("hello\nworld\n")
+    return path
+
+
+def test_a_file_is_registered_and_copied_from(fdshare: Shell, file: Path) -> None:
+    made = fdshare.json("register", "data", "--open", file)
+    assert made == {"name": "data", "generation": 1}
+    assert fdshare("fetch", "data", "--cat") == "hello\nworld\n"
+    # The offset, which all holders share, has not moved.
+    assert fdshare("fetch", "data", "--cat") == "hello\nworld\n"
+
+
+def test_a_program_gets_the_descriptor(fdshare: Shell, file: Path) -> None:
+    fdshare("register", "data", "--open", file)
+    script = 'read line <&{data}; echo "$line $LISTEN_FDS $LISTEN_FDNAMES"'
+    assert fdshare("fetch", "data", "--", "sh", "-c", script) == "hello 1 data\n"
+    # The next reads on where the last one ended: one open file description.
+    assert fdshare("fetch", "data", "--", "sh", "-c", "cat <&{data}") in ("world\n", "")
+
+
+def test_a_descriptor_of_the_shell(fdshare: Shell, file: Path) -> None:
+    with open(file) as stream:
+        number = stream.fileno()
+        fdshare("register", "data", "--fd", number, pass_fds=[number])
+    assert fdshare.json("info", "data")["kind"] == "descriptor"
+    assert fdshare("fetch", "data", "--cat") == "hello\nworld\n"
+    line = fdshare.fails("register", "more", "--fd", "77", status=2)
+    assert "descriptor 77 is not open" in line
+
+
+def test_a_socket_of_the_shell_is_fetched_as_one(fdshare: Shell) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        number = listener.fileno()
+        fdshare("register", "web", "--fd", number, pass_fds=[number])
+        with connect(fdshare.path) as client, client.fetch("web") as copy:
+            assert isinstance(copy, socket.socket)
+            assert copy.getsockname() == listener.getsockname()
+
+
+def test_memory_is_sealed(fdshare: Shell, file: Path) -> None:
+    fdshare("register", "config", "--memory", file)
+    file.write_text("changed")
+    assert fdshare("fetch", "config", "--cat") == "hello\nworld\n"
+    with connect(fdshare.path) as client:
+        (descriptor,) = client.fetch_raw("config")
+        with descriptor, pytest.raises(PermissionError):
+            os.pwrite(descriptor.fileno(), b"!", 0)
+
+
+def test_replacing(fdshare: Shell, file: Path) -> None:
+    fdshare("register", "data", "--open", file)
+    assert "already held" in fdshare.fails("register", "data", "--open", file)
+    fdshare("register", "data", "--open", file, "--replace")
+    fdshare("register", "data", "--open", file, "--if-generation", "2")
+    line = fdshare.fails("register", "data", "--open", file, "--if-generation", "2")
+    assert "generation 3" in line
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["--open", "/dev/null", "--fd", "0"], "give one of"),
+        ([], "give one of"),
+        (["--open", "/dev/null", "--mode", "x-ray"], "invalid mode"),
+        (["--open", "/dev/null", "--meta", "novalue"], "KEY=VALUE"),
+        (["--open", "/dev/null", "--grace", "3"], "--hold"),
+    ],
+)
+def test_what_register_does_not_take(fdshare: Shell, words: list[str], reason: str) -> None:
+    assert reason in fdshare.fails("register", "data", *words, status=2)
+
+
+def test_a_file_that_is_not_there(fdshare: Shell) -> None:
+    line = fdshare.fails("register", "data", "--open", "/nothing/there")
+    assert line == "fdshare: [Errno 2] No such file or directory: '/nothing/there'"
+
+
+def test_hold_lasts_as_long_as_the_command(fdshare: Shell, file: Path, until) -> None:
+    process = fdshare.start("register", "data", "--open", file, "--hold")
+    fdshare("wait", "data", "--timeout", "30")
+    assert fdshare.json("info", "data")["lifetime"] == "connection"
+    process.terminate()
+    until(lambda: fdshare.json("ls") == [], "the entry goes with its command")
+
+
+def test_take_is_once(fdshare: Shell, file: Path) -> None:
+    fdshare("register", "job", "--open", file)
+    assert fdshare("take", "job", "--", "sh", "-c", "cat <&{job}") == "hello\nworld\n"
+    assert "nothing is held" in fdshare.fails("take", "job", "--cat")
+
+
+def test_fetch_waits_for_the_name(fdshare: Shell, file: Path) -> None:
+    process = fdshare.start("fetch", "late", "--cat", "--wait", "30")
+    fdshare("register", "late", "--open", file)
+    assert process.communicate(timeout=30)[0] == "hello\nworld\n"
+    line = fdshare.fails("fetch", "never", "--cat", "--wait", "0.01")
+    assert "nothing was registered under 'never' within" in line
+
+
+def test_a_stream_is_copied_to_its_end(fdshare: Shell) -> None:
+    reads, writes = os.pipe()
+    with open(reads, "rb"), open(writes, "wb") as writer:
+        fdshare("register", "pipe", "--fd", reads, pass_fds=[reads])
+        writer.write(b"through the pipe")
+        writer.close()
+        assert fdshare("fetch", "pipe", "--cat") == "through the pipe"
+
+
+def test_fetch_needs_something_to_do(fdshare: Shell) -> None:
+    assert "--cat" in fdshare.fails("fetch", "web", status=2)
+    assert "--cat" in fdshare.fails("fetch", "web", "--cat", "--", "true", status=2)
+    assert "no such program" in fdshare.fails("take", "web", "--", "no-program-of-mine", status=127)
+
+
+def test_rm_and_mv(fdshare: Shell, file: Path) -> None:
+    fdshare("register", "one", "--open", file)
+    fdshare("register", "two", "--open", file)
+    fdshare("mv", "one", "three")
+    assert [e["name"] for e in fdshare.json("ls")] == ["three", "two"]
+    assert "already held" in fdshare.fails("mv", "two", "three")
+    assert "generation" in fdshare.fails("rm", "two", "--if-generation", "1")
+    fdshare("rm", "two", "three")
+    assert fdshare.json("ls") == []
+
+
+def test_signals_are_as_the_shell_left_them(fdshare: Shell, file: Path) -> None:
+    """Python ignores SIGPIPE; a program that inherited that would not end with its reader."""
+    fdshare("register", "data", "--open", file)
+    script = "grep SigIgn /proc/self/status"
+    said = fdshare("fetch", "data", "--", "sh", "-c", script)
+    plain = subprocess.run(["sh", "-c", script], capture_output=True, text=True).stdout
+    assert said == plain

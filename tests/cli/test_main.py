@@ -1,0 +1,87 @@
+"""The group of commands: help, exit status, errors, and how quickly it starts."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib import import_module
+
+import pytest
+from commandline import Shell
+
+from fdshare.cli.main import _FAMILIES
+from fdshare.version import __version__
+
+
+def test_help_lists_every_command(shell: Shell) -> None:
+    said = shell("--help")
+    for command in _FAMILIES:
+        assert f"\n  {command} " in said
+    assert all(len(line) <= 80 for line in said.splitlines())
+
+
+@pytest.mark.parametrize("command", list(_FAMILIES))
+def test_every_command_has_help_with_an_example(shell: Shell, command: str) -> None:
+    said = shell(command, "--help")
+    assert "Example" in said
+    assert f"fdshare {command}" in said
+    assert all(len(line) <= 88 for line in said.splitlines())
+
+
+def test_each_family_is_a_module_of_its_commands() -> None:
+    for command, family in _FAMILIES.items():
+        assert getattr(import_module(f"fdshare.cli.{family}"), command).name == command
+
+
+def test_version(shell: Shell) -> None:
+    assert shell("--version").strip() == f"fdshare, version {__version__}"
+
+
+def test_the_path_may_stand_before_the_command(fdshare: Shell) -> None:
+    env = {"FDSHARE_PATH": "/nobody/there"}
+    assert "answered" in fdshare("--path", fdshare.path, "ping", env=env)
+    assert "answered" in fdshare("ping", "--path", fdshare.path, env=env)
+
+
+def test_no_server_is_status_69(shell: Shell) -> None:
+    line = shell.fails("ls", status=69)
+    assert line.startswith("fdshare: no server at ")
+    assert "fdshare serve" in line
+
+
+@pytest.mark.parametrize(
+    "words", [["nonsense"], ["ls", "--nonsense"], ["rm"], ["explain"], ["serve", "--mode", "rw"]]
+)
+def test_bad_usage_is_status_2(shell: Shell, words: list[str]) -> None:
+    line = shell.fails(*words, status=2)
+    assert line.startswith("fdshare")
+    assert "--help" in line
+
+
+def test_a_refusal_is_status_1(fdshare: Shell) -> None:
+    assert fdshare.fails("rm", "web") == "fdshare: nothing is held under 'web'"
+
+
+def test_a_reader_that_goes_away_is_no_traceback(fdshare: Shell) -> None:
+    fdshare("register", "entry", "--memory", "/dev/null")
+    process = fdshare.start("ls", "--json", stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    process.wait(30)
+
+
+def test_the_commands_import_neither_rich_nor_anyio(fdshare: Shell) -> None:
+    code = (
+        "import sys; from fdshare.cli.main import run; run(['ls']);"
+        "print([m for m in ('rich', 'anyio', 'dill', 'numpy', 'asyncio') if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=fdshare.environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.splitlines()[-1] == "[]"
