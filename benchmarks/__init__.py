@@ -1,1 +1,1 @@
-"""Every speed claim of fdshare, measured beside what it is compared with. `python -m benchmarks`."""
+"""Where every speed claim of fdshare comes from. `python -m benchmarks` runs all of it."""

@@ -68,11 +68,15 @@ class Scale:
 
 def head(title: str, note: str, height: int) -> list[str]:
     return [
-        f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {WIDTH} {height}' "
-        f"width='{WIDTH}' height='{height}' role='img' {FONT}>",
+        (
+            f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {WIDTH} {height}' "
+            f"width='{WIDTH}' height='{height}' role='img' {FONT}>"
+        ),
         f"<title>{escape(title)}</title>",
-        f"<rect x='0.5' y='0.5' width='{WIDTH - 1}' height='{height - 1}' rx='8' fill='#ffffff' "
-        f"stroke='{GRID}'/>",
+        (
+            f"<rect x='0.5' y='0.5' width='{WIDTH - 1}' height='{height - 1}' rx='8' "
+            f"fill='#ffffff' stroke='{GRID}'/>"
+        ),
         text(20, 30, title, size=17, weight=600),
         text(20, 50, note, size=12, fill=PALE),
     ]
@@ -184,12 +188,14 @@ def goal_bar(row: Row, y: float, across: Scale) -> list[str]:
     unit = "" if row.unit == "x" else f" {row.unit}"
     said = f"{row.value.median:.3g} of {row.goal:g}{unit}"
     below = f"/ {row.against}" if row.against else ""
-    inside = end > across(1.4)
+    inside = end - LABELS > 110
     return [
         text(20, y + 8, shortened(row.what), size=12),
         text(20, y + 22, shortened(below), size=11, fill=PALE),
-        f"<rect x='{LABELS}' y='{y}' width='{max(end - LABELS, 1):.1f}' height='{ROW - 14}' "
-        f"rx='2' fill='{colour}'/>",
+        (
+            f"<rect x='{LABELS}' y='{y}' width='{max(end - LABELS, 1):.1f}' height='{ROW - 14}' "
+            f"rx='2' fill='{colour}'/>"
+        ),
         text(
             end - 6 if inside else end + 6,
             y + 14,

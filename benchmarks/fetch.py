@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from multiprocessing.managers import BaseManager, BaseProxy
+from multiprocessing.managers import BaseManager
 from time import perf_counter
 from typing import Any
 
@@ -160,7 +160,7 @@ Shelves.register("shelf", the_shelf, exposed=("address", "fetch"))
 @contextmanager
 def base_manager(folder: Any, fd: int) -> Iterator[Run]:
     with Shelves() as manager:
-        shelf: BaseProxy = manager.shelf()
+        shelf: Any = manager.shelf()
         address = shelf._callmethod("address")
 
         def run(count: int) -> float:
@@ -192,6 +192,6 @@ except Exception as error:
 def unrelated() -> str:
     """What happens to a process that is none of the manager's children."""
     with Shelves(("127.0.0.1", 0), authkey=b"benchmark") as manager:
-        host, port = manager.address  # type: ignore[misc]
-        words = [sys.executable, "-c", _STRANGER, str(host), str(port)]
+        address: Any = manager.address
+        words = [sys.executable, "-c", _STRANGER, *map(str, address)]
         return subprocess.run(words, capture_output=True, text=True, timeout=60).stdout.strip()

@@ -45,6 +45,10 @@ class Plan:
     def count(self, number: int) -> int:
         return max(int(number * self.scale), 1)
 
+    def points(self, points: Sequence[int]) -> list[int]:
+        """Those of a curve: in a quick run the first and the last two."""
+        return list(points) if self.scale == 1 else [points[0], *points[-2:]]
+
 
 @dataclass(frozen=True)
 class Spread:

@@ -50,7 +50,8 @@ def run(bench: Bench) -> None:
 def streamed(state: str, listener: socket.socket, several: int = 0) -> Iterator[Run]:
     """A child that puts sockets into a multiprocessing.Queue."""
     context = multiprocessing.get_context("fork")
-    orders, queue = multiprocessing.SimpleQueue(), context.Queue()
+    orders: Any = multiprocessing.SimpleQueue()
+    queue = context.Queue()
     sent = Several(listener, several) if several else Checked("socket", listener)
 
     def child() -> None:
@@ -86,7 +87,8 @@ class Several(Checked):
 def numbers(state: str) -> Iterator[Run]:
     """An int through a queue of an armed process: what those pay who send no descriptors."""
     context = multiprocessing.get_context("fork")
-    orders, queue = multiprocessing.SimpleQueue(), context.Queue()
+    orders: Any = multiprocessing.SimpleQueue()
+    queue = context.Queue()
 
     def child() -> None:
         if state == "after install()":

@@ -83,7 +83,8 @@ class Checked:
 @contextmanager
 def streamed(context: Any, item: str, listener: socket.socket) -> Iterator[Run]:
     """A child that puts as many as it is asked for into one queue."""
-    orders, queue = multiprocessing.SimpleQueue(), context.Queue()
+    orders: Any = multiprocessing.SimpleQueue()
+    queue = context.Queue()
     sent = Checked(item, listener)
 
     def child() -> None:
@@ -99,7 +100,7 @@ def streamed(context: Any, item: str, listener: socket.socket) -> Iterator[Run]:
 @contextmanager
 def piped(context: Any, item: str, listener: socket.socket) -> Iterator[Run]:
     """As `streamed`, over the connections of a Pipe."""
-    orders = multiprocessing.SimpleQueue()
+    orders: Any = multiprocessing.SimpleQueue()
     ours, theirs = context.Pipe()
     sent = Checked(item, listener)
 

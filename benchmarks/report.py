@@ -189,13 +189,17 @@ def markdown(bench: Bench, seconds: float, here: dict[str, Any]) -> str:
     lines = [
         "# Results",
         "",
-        f"Written by `python -m benchmarks` on {here['date']}, in {seconds:.0f} s: "
-        f"{here['processor']}, {here['cores']} cores, {here['system']}, "
-        f"CPython {here['python']}, {versions}, s6 {here['s6']}.",
+        (
+            f"Written by `python -m benchmarks` on {here['date']}, in {seconds:.0f} s: "
+            f"{here['processor']}, {here['cores']} cores, {here['system']}, "
+            f"CPython {here['python']}, {versions}, s6 {here['s6']}."
+        ),
         "",
-        "A ratio is the median of the ratios of all rounds, with their quartiles; both sides of a "
-        "row were measured in turn in the same run. What each row does and how is in "
-        "[docs/performance.md](../docs/performance.md).",
+        (
+            "A ratio is the median of the ratios of all rounds, with their quartiles; both sides of "
+            "a row were measured in turn in the same run. What each row does and how is in "
+            "[docs/performance.md](../docs/performance.md)."
+        ),
         "",
         f"Goals met: {met} of {len(goals)}.",
     ]

@@ -11,8 +11,8 @@ import os
 import signal
 from time import perf_counter
 
-from benchmarks.memory import fill
 from benchmarks.measure import Bench
+from benchmarks.memory import fill
 from benchmarks.processes import held_file, quiet, same_file
 from fdshare import Client, Manager
 

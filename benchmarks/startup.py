@@ -7,7 +7,6 @@ that imports nothing, measured in the same round.
 from __future__ import annotations
 
 import multiprocessing
-import os
 import socket
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from collections.abc import Sequence
 from multiprocessing.managers import BaseManager
 from time import perf_counter
 
-from benchmarks.measure import Bench, Row, Run, Spread
+from benchmarks.measure import Bench, Run
 from fdshare import Manager
 
 NOTHING = "import nothing"
