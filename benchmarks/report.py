@@ -196,8 +196,8 @@ def markdown(bench: Bench, seconds: float, here: dict[str, Any]) -> str:
         ),
         "",
         (
-            "A ratio is the median of the ratios of all rounds, with their quartiles; both sides of "
-            "a row were measured in turn in the same run. What each row does and how is in "
+            "A ratio is the median of the ratios of all rounds, with their quartiles; both sides "
+            "of a row were measured in turn in the same run. What each row does and how is in "
             "[docs/performance.md](../docs/performance.md)."
         ),
         "",
