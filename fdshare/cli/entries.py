@@ -10,7 +10,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import click
 
-from fdshare.cli.launch import Launch, find_program
+from fdshare.cli.launch import Launch, find_program, with_own_position
 from fdshare.cli.options import for_server, json_option, name_argument
 from fdshare.cli.words import print_json
 
@@ -197,6 +197,7 @@ def _check_use(command: Sequence[str], cat: bool) -> None:
 def _use(name: str, descriptors: list[Descriptor], command: Sequence[str], cat: bool) -> None:
     """Takes *descriptors* over."""
     with ExitStack() as stack:
+        descriptors = list(map(with_own_position, descriptors))
         for descriptor in descriptors:
             stack.enter_context(descriptor)
         if cat:

@@ -16,7 +16,7 @@ import click
 if TYPE_CHECKING:
     from fdshare.kernel.descriptor import Descriptor
 
-__all__ = ["CANNOT_EXECUTE", "NOT_FOUND", "Launch", "find_program"]
+__all__ = ["CANNOT_EXECUTE", "NOT_FOUND", "Launch", "find_program", "with_own_position"]
 
 # What a shell's status says of a program that could not be started, env(1).
 CANNOT_EXECUTE: Final = 126
@@ -65,6 +65,22 @@ class Launch:
 
     def _places(self) -> dict[int, Descriptor]:
         return {**self.standard, **{3 + at: d for at, (_, d) in enumerate(self.passed)}}
+
+
+def with_own_position(descriptor: Descriptor) -> Descriptor:
+    """*descriptor*, or for sealed memory a new one that only this reader moves: who reads it as a
+    file begins at its beginning. Takes *descriptor* over; the caller owns the result."""
+    from fdshare.kernel.descriptor import Descriptor
+    from fdshare.kernel.memory import is_sealed
+
+    link = f"/proc/self/fd/{descriptor.fileno()}"
+    try:
+        if os.readlink(link).startswith("/memfd:") and is_sealed(descriptor.fileno()):
+            with descriptor:
+                return Descriptor(os.open(link, os.O_RDONLY | os.O_CLOEXEC))
+    except OSError:
+        pass  # no /proc: then it stays as it is
+    return descriptor
 
 
 def find_program(command: Sequence[str]) -> None:

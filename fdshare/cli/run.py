@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import click
 
-from fdshare.cli.launch import Launch, find_program
+from fdshare.cli.launch import Launch, find_program, with_own_position
 from fdshare.cli.options import client_at
 
 if TYPE_CHECKING:
@@ -138,7 +138,8 @@ def _split(words: Sequence[str], command: list[str] | None) -> tuple[list[Wanted
 def _get(client: Client, want: Wanted, options: dict[str, Any]) -> list[Descriptor]:
     """The descriptors of one name. The caller owns the result."""
     if not want.address:
-        return client.fetch_raw(want.name, timeout=options["wait"] or 0)
+        fetched = client.fetch_raw(want.name, timeout=options["wait"] or 0)
+        return list(map(with_own_position, fetched))
     from fdshare.kernel.descriptor import Descriptor
 
     obj = client.bind(

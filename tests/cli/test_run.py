@@ -1,0 +1,189 @@
+"""run: LISTEN_FDS and its kin, placeholders, standard streams, exec."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from commandline import Shell
+
+from fdshare.activation import own_pidfd_id
+
+TELL = """
+import json, os, sys
+fds = {}
+for number in os.listdir("/proc/self/fd"):
+    try:
+        fds[number] = os.readlink(f"/proc/self/fd/{number}")
+    except OSError:
+        pass
+variables = {k: v for k, v in os.environ.items() if k.startswith("LISTEN_")}
+print(json.dumps({"env": variables, "pid": os.getpid(), "fds": fds, "argv": sys.argv[1:]}))
+"""
+
+
+def told(shell: Shell, *words: str, **options: object) -> dict:
+    return json.loads(shell(*words, **options))
+
+
+def test_a_name_is_bound_once_and_passed_from_3_on(fdshare: Shell) -> None:
+    command = ["run", "web=tcp://127.0.0.1:0", "--", sys.executable, "-c", TELL, "{web}"]
+    first, second = told(fdshare, *command), told(fdshare, *command)
+    assert first["argv"] == ["3"]
+    assert first["fds"]["3"].startswith("socket:")
+    assert second["fds"]["3"] == first["fds"]["3"]
+    # Nothing else was left to the program: 0-2, ours, and the folder it lists.
+    assert set(first["fds"]) <= {"0", "1", "2", "3", "4"}
+
+
+def test_the_variables_are_the_programs_own(fdshare: Shell) -> None:
+    said = told(fdshare, "run", "web=tcp://127.0.0.1:0", "--", sys.executable, "-c", TELL)
+    assert said["env"]["LISTEN_PID"] == str(said["pid"])
+    assert said["env"]["LISTEN_FDS"] == "1"
+    assert said["env"]["LISTEN_FDNAMES"] == "web"
+    assert ("LISTEN_PIDFDID" in said["env"]) == (own_pidfd_id() is not None)
+
+
+def test_listen_fds_understands_it(fdshare: Shell) -> None:
+    code = (
+        "import fdshare; p = fdshare.listen_fds();"
+        "print({k: [d.fileno() for d in v] for k, v in p.items()});"
+        "[d.close() for v in p.values() for d in v]"
+    )
+    names = ["b=tcp://127.0.0.1:0", "a=udp://127.0.0.1:0"]
+    said = fdshare("run", *names, "--", sys.executable, "-c", code)
+    assert said == "{'b': [3], 'a': [4]}\n"
+
+
+def test_without_dashes(fdshare: Shell) -> None:
+    said = told(fdshare, "run", "web=tcp://127.0.0.1:0", sys.executable, "-c", TELL, "--path", "x")
+    assert said["argv"] == ["--path", "x"]
+    said = told(fdshare, "run", "web", sys.executable, "-c", TELL)
+    assert said["env"]["LISTEN_FDNAMES"] == "web"
+
+
+def test_options_may_follow_the_names(fdshare: Shell) -> None:
+    said = told(
+        fdshare, "run", "web=tcp://127.0.0.1:0", "--wait", "1", "--", sys.executable, "-c", TELL
+    )
+    assert said["env"]["LISTEN_FDS"] == "1"
+
+
+def test_several_descriptors_and_placeholders(fdshare: Shell) -> None:
+    names = ["c=tcp://127.0.0.1:0", "x/y=tcp://127.0.0.1:0", "a=udp://127.0.0.1:0"]
+    arguments = ["{a}", "fd://{x/y}", "{c}{c}", "{other}", "{}"]
+    said = told(fdshare, "run", *names, "--", sys.executable, "-c", TELL, *arguments)
+    assert said["argv"] == ["5", "fd://4", "33", "{other}", "{}"]
+
+
+def test_standard_streams(fdshare: Shell, folder: Path) -> None:
+    (folder / "in").write_text("from a file\n")
+    fdshare("register", "in", "--open", folder / "in")
+    fdshare("register", "out", "--open", folder / "out", "--mode", "w")
+    fdshare("register", "err", "--open", folder / "err", "--mode", "w")
+    streams = ["--stdin", "in", "--stdout", "out", "--stderr", "err"]
+    assert fdshare("run", *streams, "--", "sh", "-c", "cat; echo trouble >&2") == ""
+    assert (folder / "out").read_text() == "from a file\n"
+    assert (folder / "err").read_text() == "trouble\n"
+
+
+def test_the_program_takes_our_place(fdshare: Shell) -> None:
+    process = fdshare.start(
+        "run", "web=tcp://127.0.0.1:0", "--", "sh", "-c", "echo $$; exec cat", stdin=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    assert int(process.stdout.readline()) == process.pid
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == -signal.SIGTERM
+    done = fdshare.run("run", "web", "--", "sh", "-c", "exit 7")
+    assert done.returncode == 7
+
+
+def test_what_cannot_be_run(fdshare: Shell, folder: Path) -> None:
+    plain = folder / "plain"
+    plain.touch()
+    assert "no such program" in fdshare.fails("run", "web", "no-such-thing", status=127)
+    assert "cannot be executed" in fdshare.fails("run", "web", str(plain), status=126)
+    assert "there is no CMD" in fdshare.fails("run", "web", status=2)
+    assert "--notify" in fdshare.fails("run", "web", "--detach", "--", "true", status=2)
+    assert "nothing is held under 'web'" in fdshare.fails("run", "web", "--", "true")
+    assert "is no address to bind" in fdshare.fails("run", "web=nonsense://1", "--", "true")
+
+
+def test_wait_for_a_name_that_another_registers(fdshare: Shell) -> None:
+    process = fdshare.start("run", "--wait", "60", "late", "--", "sh", "-c", "cat <&{late}")
+    fdshare("register", "late", "--memory", "/proc/version")
+    assert process.communicate(timeout=60)[0] == Path("/proc/version").read_text()
+
+
+def test_an_address_that_changed_is_told(fdshare: Shell) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as one:
+        port = one.getsockname()[1]
+    fdshare("run", f"web=tcp://127.0.0.1:{port}", "--", "true")
+    assert fdshare.run("run", f"web=tcp://localhost:{port}", "--", "true").stderr == ""
+    done = fdshare.run("run", f"web=tcp://127.0.0.1:{port + 1}", "--", "true")
+    assert done.returncode == 0
+    assert f"web is held at 127.0.0.1:{port}, not at tcp://127.0.0.1:{port + 1}" in done.stderr
+
+
+def test_a_unix_socket(fdshare: Shell, folder: Path) -> None:
+    path = folder / "app.sock"
+    done = fdshare.run("run", f"app=unix://{path}", "--", "true")
+    assert (done.returncode, done.stderr) == (0, "")
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(path))
+
+
+def test_names_that_systemd_does_not_allow(fdshare: Shell) -> None:
+    fdshare("register", "a:b", "--memory", "/dev/null")
+    assert "colon" in fdshare.fails("run", "a:b", "--", "true")
+
+
+@pytest.mark.skipif(shutil.which("ss") is None, reason="ss (iproute2) is not installed")
+def test_the_port_is_open_while_nobody_runs(fdshare: Shell) -> None:
+    fdshare("run", "web=tcp://127.0.0.1:0", "--", "true")
+    (entry,) = fdshare.json("ls")
+    port = entry["descriptors"][0]["local"].rpartition(":")[2]
+    said = subprocess.run(["ss", "-ltn"], capture_output=True, text=True, check=True).stdout
+    assert f"127.0.0.1:{port} " in said
+
+
+def test_start_a_server_if_none_answers(shell: Shell, folder: Path) -> None:
+    done = shell.run("run", "--start", "web=tcp://127.0.0.1:0", "--", "true")
+    assert done.returncode == 0
+    assert done.stderr == f"fdshare: started a server at {shell.path}\n"
+    pid = shell.json("stats")["keeper_pid"]
+    # It holds nothing of ours, and is nobody's child.
+    links = [os.readlink(f"/proc/{pid}/fd/{number}") for number in (0, 1, 2)]
+    assert links == ["/dev/null", "/dev/null", f"{shell.path}.log"]
+    stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    assert int(stat[1]) != os.getpid()
+    assert int(stat[3]) != os.getsid(0)
+    # The second finds the first.
+    assert shell.run("run", "--start", "web", "--", "true").stderr == ""
+    shell("stop")
+
+
+def test_two_starters_start_one_server(shell: Shell) -> None:
+    both = [
+        shell.start("run", "--start", "web=tcp://127.0.0.1:0", "--", "true", stderr=subprocess.PIPE)
+        for _ in range(2)
+    ]
+    for process in both:
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 0, errors
+    assert len(shell.json("ls")) == 1
+
+
+def test_a_server_that_cannot_start_says_why(shell: Shell, folder: Path) -> None:
+    blocked = folder / "file"
+    blocked.touch()
+    line = shell.fails("run", "--start", "--path", blocked, "web", "--", "true")
+    assert "it is a regular file, not a socket" in line
