@@ -36,6 +36,19 @@ from fdshare.mp.transit import loads as loads_envelope
 __all__ = ["ConnectionMixin", "ListenerMixin", "make_client", "make_pipe"]
 
 
+class _Channel(socket.socket):
+    """The socket of a connection, which owns the descriptor from then on.
+
+    When both are collected together, the socket may go first: then it closes, without a warning,
+    and the connection finds that it did.
+    """
+
+    __slots__ = ()
+
+    def __del__(self) -> None:
+        self.close()
+
+
 class ConnectionMixin:
     """A Connection that carries descriptors beside the bytes."""
 
@@ -133,7 +146,7 @@ class ConnectionMixin:
         if self._tried:
             return None
         try:
-            sock = socket.socket(fileno=self._handle)
+            sock = _Channel(fileno=self._handle)
         except OSError:  # a pipe
             self._tried = True
             return None
@@ -180,10 +193,10 @@ class ConnectionMixin:
         return bool(poller.poll(limit))
 
     def _close(self: Any, _close: Any = os.close) -> None:
-        # Both know the number; one closes it.
         if self._socket is not None:
-            self._socket.detach()
-        _close(self._handle)
+            self._socket.close()
+        else:
+            _close(self._handle)
 
     def __reduce__(self: Any) -> Any:
         # Only a pickler that is none of ours, nor armed by install(), comes here.

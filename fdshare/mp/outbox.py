@@ -8,6 +8,7 @@ included. Only what does not fit goes to the feeder thread, with duplicates of i
 
 from __future__ import annotations
 
+import errno
 import select
 import socket
 import threading
@@ -18,11 +19,13 @@ from typing import Any, Final
 from fdshare.mp.frames import JOINED, Outgoing, headed, send_now
 from fdshare.mp.transit import Bundle
 
-__all__ = ["Outbox"]
+__all__ = ["READER_GONE", "Outbox"]
 
 _STOP: Final = object()
 _DONTWAIT: Final = socket.MSG_DONTWAIT
 _MOMENT: Final = 5  # milliseconds
+# ECONNRESET where a socket's reader left something unread (unix_release_sock, net/unix/af_unix.c).
+READER_GONE: Final = frozenset({errno.EPIPE, errno.ECONNRESET})
 
 
 class Outbox:
@@ -35,14 +38,18 @@ class Outbox:
         self,
         sock: socket.socket,
         write_lock: Any,
+        closing: Callable[[], None],
         ended: Callable[[], None],
         failed: Callable[[BaseException, Any], None],
     ) -> None:
-        """*ended* is called when `stop` has been obeyed, *failed* when a message was not sent."""
+        """`stop` calls *closing* at once, and *ended* when it has been obeyed; *failed* is told of
+        a message that was not sent."""
         self._sock = sock
         self._acquire = write_lock.acquire
         self._release = write_lock.release
+        self._closing = closing
         self._ended = ended
+        self._stopping = False
         self._failed = failed
         self._waiting: deque[Any] = deque()
         self._lock = threading.Lock()
@@ -93,7 +100,12 @@ class Outbox:
         return rest
 
     def stop(self) -> None:
-        """Call `ended` when all that was accepted is sent: at once, where no thread was needed."""
+        """Call `ended` when all that was accepted is sent: at once, where no thread was needed.
+
+        What no process can receive any more is let go.
+        """
+        self._stopping = True
+        self._closing()
         with self._lock:
             if self.thread is not None:
                 self._waiting.append(_STOP)
@@ -175,7 +187,8 @@ class Outbox:
             finally:
                 self._release()
         except Exception as error:
-            for _, obj, _ in batch:
+            unwanted = self._stopping and getattr(error, "errno", 0) in READER_GONE
+            for _, obj, _ in () if unwanted else batch:
                 self._failed(error, obj)
         finally:
             if type(first) is Outgoing:

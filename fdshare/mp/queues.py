@@ -10,7 +10,6 @@ kept for concurrent.futures.
 
 from __future__ import annotations
 
-import errno
 import os
 import threading
 import time
@@ -20,7 +19,7 @@ from queue import Empty, Full
 from typing import Any, ClassVar
 
 from fdshare.mp.family import Family
-from fdshare.mp.outbox import Outbox
+from fdshare.mp.outbox import READER_GONE, Outbox
 from fdshare.mp.reducers import encode
 from fdshare.mp.transit import Bundle
 
@@ -102,7 +101,7 @@ class QueueMixin:
         except OSError as error:
             self._sem.release()
             # A reader that is gone is no fault of this object: as the stock queue, say it, go on.
-            if error.errno != errno.EPIPE:
+            if error.errno not in READER_GONE:
                 raise
             if not self._ignore_epipe:
                 self._on_queue_feeder_error(error, obj)
@@ -144,7 +143,11 @@ class QueueMixin:
         return message
 
     def close(self: Any) -> None:
-        """No more put or get in this process; what was put is still sent."""
+        """No more put or get in this process; what was put is still sent.
+
+        Unless no process is left that could get it: where the stock queue would wait for ever at
+        exit, it is let go.
+        """
         self._closed = True
         close, self._close = self._close, None
         if close is not None:
@@ -167,10 +170,6 @@ class QueueMixin:
             if self._outbox is None:
                 reader, writer = self._reader, self._writer
 
-                def ended() -> None:
-                    reader.close()
-                    writer.close()
-
                 failed = _reporter(
                     self._family, self._sem, self._ignore_epipe, self._on_queue_feeder_error
                 )
@@ -179,7 +178,9 @@ class QueueMixin:
                 self._tells_object = (
                     type(self)._on_queue_feeder_error is not stock._on_queue_feeder_error
                 )
-                self._outbox = Outbox(writer.carrier(), self._wlock, ended, failed)
+                self._outbox = Outbox(
+                    writer.carrier(), self._wlock, reader.close, writer.close, failed
+                )
                 self._close = self._outbox.stop
             outbox: Outbox = self._outbox
         return outbox
@@ -216,7 +217,7 @@ def _reporter(
     util = family.module("util")
 
     def failed(error: BaseException, obj: Any) -> None:
-        if ignore_epipe and getattr(error, "errno", 0) == errno.EPIPE:
+        if ignore_epipe and getattr(error, "errno", 0) in READER_GONE:
             return
         if util.is_exiting():
             util.info("error in queue thread: %s", error)

@@ -18,7 +18,7 @@ from typing import Any, Final, Protocol, TypeAlias
 
 from msgspec import Raw
 
-from fdshare.errors import NoTransit
+from fdshare.errors import AlreadyTaken
 from fdshare.kernel.ancillary import close_all
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.kinds import Kind, rebuild, rebuilder
@@ -241,15 +241,15 @@ def _arrive(tag: str, spec: bytes, first: int, count: int = 1) -> Any:
     """An object of the pickle in hand (named in every pickle of ours: do not move or rename)."""
     frame = _local.frame
     if frame is None:
-        raise NoTransit(f"a {tag} whose descriptors came beside the pickle")
+        raise AlreadyTaken(tag)
     if frame.missing is not None:
         return _Missing(frame.missing)
     mine: list[Descriptor] = []
     for index in range(first, first + count):
-        descriptor = frame.descriptors[index]
+        descriptor = frame.descriptors[index] if index < len(frame.descriptors) else None
         if descriptor is None:
             close_all(mine)
-            raise NoTransit(f"a {tag} that was rebuilt before")
+            raise AlreadyTaken(tag)
         frame.descriptors[index] = None
         mine.append(descriptor)
     frame.bare = kind = Kind(tag, Raw(spec))

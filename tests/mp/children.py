@@ -1,0 +1,139 @@
+"""What the child processes of these tests do. A module of its own, so that any method finds it."""
+
+from __future__ import annotations
+
+import gc
+import os
+import resource
+import signal
+import socket
+from typing import Any
+
+
+class TwoArguments(Exception):
+    """Cannot be unpickled the way exceptions are: its __init__ wants more than `args` holds."""
+
+    def __init__(self, code: int, text: str) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+class Bomb:
+    """Cannot be unpickled."""
+
+    def __init__(self, *beside: Any) -> None:
+        self.beside = beside
+
+    def __reduce__(self) -> Any:
+        return explode, self.beside
+
+
+class Unpicklable:
+    def __reduce__(self) -> Any:
+        raise AttributeError("not to be pickled")
+
+
+def explode(*_: Any) -> None:
+    raise RuntimeError("it exploded")
+
+
+def echo(inbox: Any, outbox: Any) -> None:
+    """Sends back what arrives, until None does."""
+    while (obj := inbox.get()) is not None:
+        outbox.put(obj)
+        del obj
+
+
+def echo_connection(connection: Any) -> None:
+    while (obj := connection.recv()) is not None:
+        connection.send(obj)
+        del obj
+    connection.close()
+
+
+def same(obj: Any) -> Any:
+    return obj
+
+
+def identity(obj: Any) -> tuple[int, int]:
+    """Which file or socket it is, and closes it."""
+    status = os.fstat(obj.fileno())
+    obj.close()
+    return status.st_dev, status.st_ino
+
+
+def put(queue: Any, *objects: Any) -> None:
+    for obj in objects:
+        queue.put(obj)
+
+
+def put_and_die(queue: Any) -> None:
+    left, right = socket.socketpair()
+    queue.put(left)
+    left.close()
+    right.send(b"posthumous")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def take_and_die(queue: Any, ready: Any) -> None:
+    got = queue.get()
+    ready.send(got.fileno() >= 0)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def raise_two_arguments() -> None:
+    raise TwoArguments(7, "seven")
+
+
+def raise_key_error() -> None:
+    raise KeyError("from the worker")
+
+
+def return_bomb() -> Bomb:
+    return Bomb(socket.socket())
+
+
+def many_sockets(count: int) -> list[socket.socket]:
+    return [socket.socket() for _ in range(count)]
+
+
+def count_open() -> int:
+    gc.collect()
+    return len(os.listdir("/proc/self/fd"))
+
+
+def limit_descriptors(spare: int) -> None:
+    """Leaves this process *spare* free descriptors."""
+    highest = max(map(int, os.listdir("/proc/self/fd")))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1 + spare, highest + 1 + spare))
+
+
+KEPT: list[Any] = []
+
+
+def keep(*objects: Any) -> None:
+    """An initializer."""
+    KEPT[:] = objects
+
+
+def read_kept() -> str:
+    sock, box = KEPT
+    assert sock.getsockname()
+    return str(os.pread(box["file"].fileno(), 5, 0), "ascii")
+
+
+def flags_of(sock: socket.socket) -> tuple[bool, float | None, bool]:
+    """(inheritable, timeout, blocking)."""
+    with sock:
+        return os.get_inheritable(sock.fileno()), sock.gettimeout(), os.get_blocking(sock.fileno())
+
+
+def answer(outbox: Any, *objects: Any) -> None:
+    """Puts what each is, and closes it."""
+    for obj in objects:
+        outbox.put(identity(obj))
+
+
+def close_all(objects: Any) -> None:
+    for obj in objects:
+        obj.close()
