@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 from fdshare.kernel.endpoint import Listener, listen
 from fdshare.server.keeper import run_keeper
+from fdshare.server.limits import Limits
 from fdshare.server.poller import READ
 from fdshare.server.registry import Registry
 from fdshare.server.settings import Settings, read_policy
@@ -34,10 +35,10 @@ def serve(
     """Serves until SIGTERM, SIGINT, a shutdown request or the end of *control*; in the main thread.
 
     *ready* is called once clients can connect. *listener*, taken over, replaces `settings.path`.
-    *control* is borrowed. Raises: AddressInUse, EndpointError, PolicyError.
+    *control* is borrowed. Raises: AddressInUse, EndpointError, PolicyError, InvalidArgument.
     """
-    raise_descriptor_limit()
-    read_policy(settings)
+    Limits.for_rlimit(raise_descriptor_limit(), **settings.limits)
+    settings.policy_text = read_policy(settings)[1]
     bound = listener or listen(settings.path, mode=settings.mode, backlog=settings.backlog)
     if settings.keeper:
         holdings = Holdings(settings, bound, Registry(), secrets.token_hex(8), control)

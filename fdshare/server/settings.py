@@ -5,14 +5,16 @@ from __future__ import annotations
 import grp
 import os
 import pwd
-from typing import Literal
+from typing import Final, Literal
 
 import msgspec
 
 from fdshare.errors import PolicyError
 from fdshare.server.policy import Policy
 
-__all__ = ["Settings", "policy_of", "read_policy"]
+__all__ = ["MAX_POLICY", "Settings", "policy_of", "read_policy"]
+
+MAX_POLICY: Final = 1 << 16  # bytes; the keeper is told of it in one message
 
 
 class Settings(msgspec.Struct, kw_only=True):
@@ -32,26 +34,29 @@ class Settings(msgspec.Struct, kw_only=True):
     metrics: str | None = None  # HOST:PORT for Prometheus text over HTTP
 
 
-def read_policy(settings: Settings) -> Policy:
-    """The policy in the file that *settings* name, whose text they remember from now on; the
-    default where they name none. Raises: PolicyError: the text they had stays."""
+def read_policy(settings: Settings) -> tuple[Policy, bytes | None]:
+    """The policy in the file that *settings* name, and its text; the default where they name none.
+    Raises: PolicyError."""
     if settings.policy is None:
-        return Policy(os.geteuid())
+        return Policy(os.geteuid()), None
     try:
         with open(settings.policy, "rb") as stream:
-            text = stream.read()
+            text = stream.read(MAX_POLICY + 1)
     except OSError as error:
         raise PolicyError(settings.policy, "the file", error.strerror or str(error)) from None
-    policy = _parse(settings.policy, text)
-    settings.policy_text = text
-    return policy
+    if len(text) > MAX_POLICY:
+        raise PolicyError(settings.policy, "the file", f"it has more than {MAX_POLICY} bytes")
+    return _parse(settings.policy, text), text
 
 
 def policy_of(settings: Settings) -> Policy:
-    """The policy of the remembered text: a successor decides as its predecessor did, whatever
-    the file has become since."""
+    """The policy of the text that *settings* remember: a successor decides as its predecessor did,
+    whatever the file has become since.
+
+    Raises: PolicyError: its users and groups are looked up anew, and one may be gone.
+    """
     if settings.policy is None or settings.policy_text is None:
-        return read_policy(settings)
+        return read_policy(settings)[0]
     return _parse(settings.policy, settings.policy_text)
 
 

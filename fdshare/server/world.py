@@ -19,7 +19,13 @@ from typing import Final, Literal, Protocol
 
 import msgspec
 
-from fdshare.errors import DescriptorLimit, InvalidArgument, UnsupportedPlatform
+from fdshare.errors import (
+    DescriptorLimit,
+    FdshareError,
+    InvalidArgument,
+    PolicyError,
+    UnsupportedPlatform,
+)
 from fdshare.kernel.credentials import peer_pidfd
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.protocol import messages as m
@@ -33,6 +39,7 @@ from fdshare.server.handles import Closer, Handle
 from fdshare.server.limits import Limits
 from fdshare.server.loop import Loop
 from fdshare.server.metrics import metrics_door
+from fdshare.server.policy import Policy
 from fdshare.server.poller import HANGUP, READ
 from fdshare.server.probe import describe_descriptor
 from fdshare.server.registry import Entry, Registry
@@ -82,7 +89,7 @@ class Server:
         nofile = raise_descriptor_limit()
         # Not `or`: an empty registry is false, and a successor of ours would get the other one.
         self.registry = Registry() if registry is None else registry
-        self.policy = policy_of(settings)
+        self.policy = _policy(settings)
         self.service = Service(
             self.registry, self.policy, Limits.for_rlimit(nofile, **settings.limits), self
         )
@@ -251,18 +258,19 @@ class Server:
         )
 
     def reload_policy(self) -> None:
-        policy = read_policy(self.settings)  # raises PolicyError: the old one stays
+        policy, text = read_policy(self.settings)  # raises PolicyError: the old one stays
+        if self.journal_link is not None:
+            self.journal_link.keep_policy(text)
+        self.settings.policy_text = text
         self.policy = self.service.policy = policy
         self.loop.door.use(policy)
-        if self.journal_link is not None:
-            self.journal_link.keep_policy(self.settings.policy_text)
 
     def try_to_reload(self) -> None:
         """As asked for by a signal, whose sender reads the log."""
         try:
             self.reload_policy()
             log.info("policy reloaded")
-        except ValueError as error:
+        except FdshareError as error:
             log.error("the policy stays as it was: %s", error)
 
     def command(self, verb: Literal["shutdown", "upgrade"], session: Session, id: int) -> bool:
@@ -392,6 +400,20 @@ def raise_descriptor_limit() -> int:
         except (ValueError, OSError):
             return soft
     return hard
+
+
+def _policy(settings: Settings) -> Policy:
+    """What *settings* remember; where that cannot be read any more nobody but root and we may do
+    anything: a server that does not start would keep everything from everybody."""
+    try:
+        return policy_of(settings)
+    except PolicyError as error:
+        log.error(
+            "the policy cannot be read any more, only root and uid %d are served: %s",
+            os.geteuid(),
+            error,
+        )
+        return Policy(os.geteuid())
 
 
 def _no_descriptor(error: OSError) -> DescriptorLimit:
