@@ -26,6 +26,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Final
 
+from fdshare.errors import FdshareError
 from fdshare.kernel.ancillary import receive_into
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.protocol import messages as m
@@ -269,6 +270,8 @@ class Keeper:
             return
         self._deaths.append(now)
         if len(self._deaths) == DEATHS and now - self._deaths[0] < WITHIN:
+            if self._ready is not None:
+                raise FdshareError(f"the server died {DEATHS} times before it served anybody")
             log.error(
                 "the server died %d times in %d s; the table is kept, the next start is in %d s",
                 DEATHS,
