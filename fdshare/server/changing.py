@@ -68,6 +68,7 @@ class Changing(Audience):
             self.world.close(extra)
             raise
         self.counters["registered"] += 1
+        session.holds = session.holds or request.lifetime != "server"
         self.world.audit("register", request.name, session, f"generation {generation}")
         return True
 

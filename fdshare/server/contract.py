@@ -38,6 +38,7 @@ class Session:
     registrant: m.Registrant | None = None
     waiting: dict[int, Waiter] = field(default_factory=dict)
     watches: dict[int, str] = field(default_factory=dict)  # id -> pattern
+    holds: bool = False  # an entry that lives no longer than the client or its process
     route: Any = None  # how the world finds the client
 
 

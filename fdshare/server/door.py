@@ -153,18 +153,19 @@ class Door:
         return None
 
     def _longest_idle(self, uid: int | None) -> Connection | None:
-        """Of *uid*, or of anybody: first those that said nothing yet, last those that wait."""
-        waiting = None
+        """Of *uid*, or of anybody. Last those that wait, and those whose entries live as long as
+        they do: they lose nothing, but they would notice."""
+        last = None
         for connection in self._loop.connections:
             session = connection.session
             if uid is not None and session.subject.uid != uid:
                 continue
             if connection.output or connection.pending:
                 continue
-            if not session.waiting and not session.watches:
+            if not session.waiting and not session.watches and not session.holds:
                 return connection
-            waiting = waiting or connection
-        return waiting if uid is not None else None
+            last = last or connection
+        return last if uid is not None else None
 
     def _evict(self, connection: Connection) -> None:
         self.evicted += 1
