@@ -102,10 +102,14 @@ def serve(address: str | None, path: str | None, **options: Any) -> int:
     from fdshare.server.serving import serve as serve_settings
 
     _clean_signals()
+    ready_fd = _checked_ready_fd(options["ready_fd"])
     settings, listener = _prepare(address or path, options)
     configure(settings)
-    ready = _ready(options["ready_fd"], settings)
-    serve_settings(settings, ready, listener)
+    try:
+        serve_settings(settings, _ready(ready_fd, settings), listener)
+    except BaseException:
+        listener.close()  # a policy that is wrong must leave no socket behind
+        raise
     return 0
 
 
@@ -197,13 +201,18 @@ def _authkey(file: str | None) -> bytes | None:
     return authkey_from_environment()
 
 
-def _ready(number: int | None, settings: Settings) -> Callable[[], None]:
-    """What to do when clients can connect."""
+def _checked_ready_fd(number: int | None) -> int | None:
+    """*number*, no longer inherited by children."""
     if number is not None:
         try:
             os.set_inheritable(number, False)
         except OSError:
             raise click.BadParameter(f"descriptor {number} is not open", param_hint="--ready-fd")
+    return number
+
+
+def _ready(number: int | None, settings: Settings) -> Callable[[], None]:
+    """What to do when clients can connect."""
 
     def ready() -> None:
         from fdshare.activation import notify
