@@ -355,7 +355,7 @@ class ServerTimeout(FdshareError, TimeoutError, code="server_timeout"):
 
 
 class DescriptorLimit(FdshareError, OSError, code="descriptor_limit"):
-    """`whose` is "sender", "receiver" or "server"; `what` is the name of the limit."""
+    """`whose` is "sender", "receiver", "client" or "server"; `what` is the name of the limit."""
 
     errno: int
     what: str

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import resource
 import socket
 import sys
 import threading
@@ -13,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fdshare.client.address import default_path
-from fdshare.errors import InvalidArgument, UntrustedServer
+from fdshare.errors import DescriptorLimit, FdshareError, InvalidArgument, UntrustedServer
 from fdshare.kernel.credentials import peer_credentials
 from fdshare.kernel.endpoint import connect as connect_socket
 
@@ -66,9 +68,12 @@ def dial(address: str, trust: Collection[int], timeout: float | None) -> socket.
     """A blocking socket connected to a server that is believed. The caller owns the result.
 
     Raises: UntrustedServer, NoServer, EndpointError; ServerTimeout: its backlog stayed full for
-    *timeout* seconds.
+    *timeout* seconds; DescriptorLimit: this process's.
     """
-    sock = connect_socket(address, timeout=timeout)
+    try:
+        sock = connect_socket(address, timeout=timeout)
+    except OSError as error:
+        raise _no_descriptor(error) from None
     try:
         who = peer_credentials(sock)
         if who.uid not in trust:
@@ -77,6 +82,15 @@ def dial(address: str, trust: Collection[int], timeout: float | None) -> socket.
         sock.close()
         raise
     return sock
+
+
+def _no_descriptor(error: OSError) -> OSError:
+    """*error* of making a socket, in words where it is a limit."""
+    if isinstance(error, FdshareError) or error.errno not in (errno.EMFILE, errno.ENFILE):
+        return error
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    what = "RLIMIT_NOFILE" if error.errno == errno.EMFILE else "fs.file-max"
+    return DescriptorLimit(error.errno, what, limit, None, "client")
 
 
 @dataclass(slots=True)
@@ -117,7 +131,10 @@ class Lifeline:
         """The number of the server's end, made at the first call; still owned by this object."""
         with self._lock:
             if self._ends is None:
-                self._ends = socket.socketpair()
+                try:
+                    self._ends = socket.socketpair()
+                except OSError as error:
+                    raise _no_descriptor(error) from None
             return self._ends[1].fileno()
 
     def close(self) -> None:
