@@ -6,6 +6,8 @@ from typing import Final
 
 import msgspec
 
+from fdshare.errors import InvalidArgument
+
 __all__ = ["Limits"]
 
 # Held back from every limit: the listener, the epoll, the journal, the log, files opened for a
@@ -37,7 +39,13 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
         *changed* replaces single limits. Half of *nofile* at most is ever in flight: the kernel
         counts what was sent and not yet read against the whole user (unix(7), ETOOMANYREFS).
+        Raises: InvalidArgument: there is no such limit, or it is no number above zero.
         """
+        for name, value in changed.items():
+            if name not in cls.__struct_fields__:
+                raise InvalidArgument("limits", f"there is no limit {name!r}")
+            if not value > 0:
+                raise InvalidArgument("limits", f"{name} is {value!r}, no number above zero")
         usable = max(nofile - RESERVE, 16)
         connections = max(usable // 4, 4)
         descriptors = usable - connections
