@@ -61,6 +61,7 @@ class Door:
         self.accepted = 0
         self.evicted = 0
         self.paused_until: float | None = None
+        self._crowded = False  # no connection was accepted since the last pause
         self._per_uid: dict[int, int] = {}
         listener.setblocking(False)
         loop.poller.register(listener.fileno(), READ, self._on_knock)
@@ -92,7 +93,7 @@ class Door:
     # Coming in.
 
     def _on_knock(self, events: int, now: float) -> None:
-        for _ in range(_BATCH):
+        for number in range(_BATCH):
             try:
                 sock, _ = self._listener.accept()
             except BlockingIOError:
@@ -102,6 +103,10 @@ class Door:
                     continue
                 if error.errno not in _NO_ROOM:
                     log.error("accept failed: %s", error)
+                elif number:
+                    # accept4(2) reserves a number before it looks whether anybody waits, and then
+                    # says EMFILE to an empty queue: the poller knows better.
+                    return
                 self._pause(now)
                 return
             try:
@@ -112,7 +117,9 @@ class Door:
 
     def _pause(self, now: float) -> None:
         """Frees the place of an idle client, if there is one, and comes back to it."""
-        log.warning("no descriptor is free for a new connection; accepting pauses")
+        if not self._crowded:
+            log.warning("no descriptor is free for a new connection; accepting pauses")
+        self._crowded = True
         self._loop.poller.unregister(self._listener.fileno())
         self.paused_until = now + _PAUSE
         idle = self._longest_idle(None)
@@ -120,6 +127,7 @@ class Door:
             self._evict(idle)
 
     def _admit(self, sock: socket.socket, now: float) -> None:
+        self._crowded = False
         sock.setblocking(False)
         who = peer_credentials(sock)
         trusted = self._policy.trusts(who.uid)
