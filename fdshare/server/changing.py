@@ -34,6 +34,8 @@ class Changing(Audience):
         own = len(handles) - (request.lifetime == "connection")
         self._check_registration(request, own)
         self._permit("register", request.name, session)
+        count = len(handles) + (request.lifetime == "process")
+        self._settle_if_crowded(session, count, now)
         former = self.registry.entries.get(request.name)
         changes = self._settle(former) if former else []
         if self._is_taken(changes):
@@ -41,7 +43,7 @@ class Changing(Audience):
         self._check_clash(request, former, session)
         if request.lifetime == "connection":
             self.world.check_lifeline(handles[-1])
-        self._check_quota(session, len(handles) + (request.lifetime == "process"), former)
+        self._check_quota(session, count, former)
         if former is not None and former.lease is not None and not changes:
             changes = self._settle(former, revoke=True)
         generation = self.registry.generation + 1
@@ -186,6 +188,7 @@ class Changing(Audience):
         clash = self.registry.entries.get(request.name)
         if clash is not None:  # leased: somebody is taking it
             raise NameTaken(request.name, clash.generation)
+        self._settle_if_crowded(session, 1, now)
         self._check_quota(session, 1, None)
         kind, handle = self.world.bind(request.address, request.backlog, request.reuse_port)
         generation = self.registry.generation + 1

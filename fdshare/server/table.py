@@ -104,6 +104,16 @@ class Table:
             if changes := self._settle(entry):
                 self._commit(Record(changes), [], now)
 
+    def _settle_if_crowded(self, session: Session, count: int, now: float) -> None:
+        """What takers have confirmed makes room, where *count* descriptors may find none."""
+        registry, limits = self.registry, self.limits
+        if registry.leases and (
+            not session.trusted
+            or len(registry) >= limits.max_names
+            or registry.descriptors + count > limits.max_descriptors
+        ):
+            self._settle_all(now)
+
     def _settle(self, entry: Entry, *, revoke: bool = False) -> list[Change]:
         """What the taker of *entry* did, as changes; none where it is not leased, or still is."""
         if entry.lease is None:
