@@ -214,9 +214,14 @@ class Rendezvous(RuleBasedStateMachine):
         request = m.Register(
             name, KIND, replace, if_generation, lifetime, ttl, float(grace), False, {"k": name}
         )
+        crowded = self.settle_if_crowded(count + (lifetime != "server"))
+        former = self.model.get(name)
         pending, moody = self.pending(name), self.moody()
         handles = self.world.new_handles(count + (lifetime == "connection"))
         outcome = self.ask(client, request, list(handles))
+        if crowded and moody:
+            assert self.code(outcome) in ("busy", "keeper_unavailable")
+            return
         visible = former
         if (
             pending
@@ -254,6 +259,19 @@ class Rendezvous(RuleBasedStateMachine):
             float(grace),
         )
         self.last[client] = (self.asked, request, reply)
+
+    def settle_if_crowded(self, count: int) -> bool:
+        """Where there is little room, leases that have ended are settled first. True where one
+        was, or would be but for the keeper."""
+        held = list(self.model.values())
+        total = sum(len(h.handles) + h.guarded + (h.lease is not None) for h in held)
+        ended = [name for name in self.model if self.pending(name)]
+        if len(held) < LIMITS.max_names and total + count <= LIMITS.max_descriptors:
+            return False
+        if not self.moody():
+            for name in ended:
+                self.settle(name)
+        return bool(ended)
 
     def quota_says_no(self, count: int, visible: Held | None, former: Held | None) -> bool:
         """A confirmed lease that is still in the table counts until the record is applied."""
