@@ -128,12 +128,15 @@ class Bundle:
         Raises: whatever unpickling raises; every descriptor is closed then.
         """
         owned, self.owned = self.owned or [], None
+        if self.missing is not None:
+            close_all(owned)
+            raise self.missing
         if len(owned) == 1:
             data = self.data
             build = _bare.get(data if type(data) is bytes else bytes(data))
             if build is not None:
                 return build(owned)
-        return loads(load, self.data, owned, self.missing)
+        return loads(load, self.data, owned)
 
     def close(self) -> None:
         """Close what it owns."""

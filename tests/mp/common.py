@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -45,8 +47,7 @@ def finish(queue: Any) -> None:
 @contextmanager
 def descriptor_limit_reached() -> Iterator[None]:
     """No descriptor is free in this process."""
-    import resource
-
+    gc.collect()  # or garbage of before makes room in between
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     highest = max(map(int, os.listdir("/proc/self/fd")))
     fillers = []
