@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     from fdshare.client.blocking import Client
     from fdshare.protocol.messages import EntryInfo
 
-__all__ = ["info", "ls"]
+__all__ = ["COLUMNS", "info", "ls", "row"]
 
 COLUMNS: Final = (
     Column("NAME", give=1, colour="cyan"),
     Column("KIND"),
-    Column("WHAT", give=2),
+    Column("WHAT", give=1),
     Column("OWNER", colour="yellow"),
     Column("AGE", right=True),
     Column("USES", right=True),

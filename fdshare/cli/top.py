@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
+from fdshare.cli.listing import COLUMNS, row
 from fdshare.cli.options import for_server
-from fdshare.cli.words import age, printable, user, whats
+from fdshare.cli.words import age, printable, table_lines
 from fdshare.errors import FdshareError
 
 if TYPE_CHECKING:
@@ -105,14 +106,14 @@ class View:
         found = [entry for entry in self.entries if matches(entry.name)]
         return sorted(found, key=value, reverse=largest_first != self.reverse)
 
-    def draw(self, height: int) -> RenderableType:
-        """All of it, for a terminal of *height* lines."""
+    def draw(self, width: int, height: int) -> RenderableType:
+        """All of it, for a terminal of that size."""
         from rich.console import Group
         from rich.text import Text
 
         room = max(height - 6 - len(self.events), 1)
         shown = self.shown()
-        parts: list[RenderableType] = [self._head(), self._table(shown[:room])]
+        parts: list[RenderableType] = [self._head(), *self._table(shown[:room], width)]
         if len(shown) > room:
             parts.append(Text(f"... and {len(shown) - room} more", style="dim"))
         parts += [
@@ -141,28 +142,13 @@ class View:
         ]
         return Text("\n").join([line, Text("a second: " + ", ".join(words))])
 
-    def _table(self, entries: list[EntryInfo]) -> RenderableType:
-        from rich.markup import escape
-        from rich.table import Table
+    def _table(self, entries: list[EntryInfo], width: int) -> Iterator[RenderableType]:
+        from rich.text import Text
 
-        table = Table(box=None, expand=True, pad_edge=False, header_style="bold reverse")
-        table.add_column("NAME", style="cyan", no_wrap=True, ratio=2)
-        table.add_column("KIND", no_wrap=True)
-        table.add_column("WHAT", no_wrap=True, ratio=4)
-        table.add_column("OWNER", style="yellow", no_wrap=True)
-        for title in ("AGE", "USES", "TTL"):
-            table.add_column(title, justify="right", no_wrap=True)
-        for entry in entries:
-            table.add_row(
-                escape(printable(entry.name)),
-                entry.kind,
-                escape(printable(whats(entry))),
-                user(entry.registrant.uid),
-                age(entry.age),
-                str(entry.fetches),
-                "-" if entry.ttl is None else age(entry.ttl),
-            )
-        return table
+        head, *lines = table_lines(COLUMNS, [row(entry) for entry in entries], width, True)
+        yield Text(Text.from_ansi(head).plain.ljust(width), style="bold reverse")
+        for line in lines:
+            yield Text.from_ansi(line)
 
     def _foot(self) -> RenderableType:
         from rich.text import Text
@@ -206,7 +192,7 @@ def top(client: Client, interval: float) -> None:
             _ask(client, view)
             due = time.monotonic() + interval
             while not view.quit and (left := due - time.monotonic()) > 0:
-                live.update(view.draw(console.height), refresh=True)
+                live.update(view.draw(console.width, console.height), refresh=True)
                 for pressed in keys(left):
                     view.press(pressed)
 
