@@ -33,7 +33,8 @@ class Manager(Client):
 
     Without a *path* the server listens in a new private folder. *keeper*: run the twin process that
     makes a `kill -9` of either harmless. *limits*: fields of `Limits` by name. *policy*: a TOML
-    file. *authkey* as BaseManager's. As a context manager it starts and shuts down.
+    file. *authkey* as BaseManager's. As a context manager it starts and shuts down, unless it was
+    connected before: then it only closes its connections.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Manager(Client):
         )
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
+        self._connected = False
         self._finalizer: weakref.finalize[..., Manager] | None = None
         if self._folder is not None:
             self._finalizer = weakref.finalize(self, _end, os.getpid(), None, None, self._folder)
@@ -87,6 +89,7 @@ class Manager(Client):
         """Makes sure that a server answers at the address; returns itself. Raises: NoServer and
         the others of `fdshare.connect`."""
         self.ping()
+        self._connected = True
         return self
 
     def get_server(self) -> ManagedServer:
@@ -111,12 +114,15 @@ class Manager(Client):
             pass
 
     def __enter__(self) -> Manager:
-        if self._process is None:
+        if self._process is None and not self._connected:
             self.start()
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self.shutdown()
+        if self._process is None:  # another's server, found by connect()
+            self.close()
+        else:
+            self.shutdown()
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__()
@@ -162,6 +168,7 @@ class ManagedServer:
 
 def _spawn(settings: Settings) -> tuple[subprocess.Popen[bytes], socket.socket]:
     """A server process that is ready, and its control socket."""
+    process: subprocess.Popen[bytes] | None = None
     ours, theirs = socket.socketpair()
     try:
         with theirs:
@@ -182,6 +189,9 @@ def _spawn(settings: Settings) -> tuple[subprocess.Popen[bytes], socket.socket]:
         return process, ours
     except BaseException:
         ours.close()
+        if process is not None:
+            process.kill()
+            process.wait()
         raise
 
 

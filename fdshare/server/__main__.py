@@ -40,8 +40,12 @@ def read_message(control: socket.socket) -> bytes:
 
 def main(fd: int) -> int:
     """Exit status 0, or 1 where it could not start, which the owner is told."""
-    control = socket.socket(fileno=fd)
-    control.set_inheritable(False)
+    with socket.socket(fileno=fd) as control:
+        control.set_inheritable(False)
+        return _serve(control)
+
+
+def _serve(control: socket.socket) -> int:
     settings = msgspec.msgpack.decode(read_message(control), type=Settings)
     logs.configure(settings)
 
