@@ -37,7 +37,7 @@ from fdshare.kernel.ancillary import MAX_DESCRIPTORS, peek_descriptors, send_mes
 from fdshare.kernel.credentials import peer_credentials
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.kernel.endpoint import connect, listen
-from fdshare.server.cloakroom import FULL, PUT
+from fdshare.server.cloakroom import CREDIT, FULL, PUT
 
 __all__ = ["PrivateServer", "new_address"]
 
@@ -47,7 +47,8 @@ _TIMEVAL: Final = struct.pack("@ll", _TIMEOUT, 0)
 _ATTEMPTS: Final = 4  # a server may end as we come to it
 _IDLE: Final = 4  # connections kept
 _ANSWER: Final = 16  # bytes, more than any answer has
-_PAUSE: Final = 0.005
+_PAUSE: Final = 0.005  # seconds, before another try
+_TRIES_IN_FLIGHT: Final = 1000
 
 
 def new_address() -> str:
@@ -58,6 +59,16 @@ def new_address() -> str:
     return os.path.join(tempfile.mkdtemp(prefix=_PREFIX), "sock")
 
 
+class _Line:
+    """One connection. *credit*: how many descriptors it may put without waiting for an answer."""
+
+    __slots__ = ("credit", "sock")
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.credit = 0
+
+
 class PrivateServer:
     """The server at *address*, started when it is needed. Thread-safe, fork-safe."""
 
@@ -66,26 +77,55 @@ class PrivateServer:
         self._renew()
         _servers.add(self)
 
-    def _renew(self) -> None:
+    def _renew(self) -> list[_Line]:
+        """As new; returns the connections that it had."""
+        former = [*self._idle, *self._unread.values()] if hasattr(self, "_idle") else []
         # Appended to and popped from by many threads, either in one step.
-        self._idle: list[socket.socket] = []
-        self._unread: dict[bytes, socket.socket] = {}
+        self._idle: list[_Line] = []
+        self._unread: dict[bytes, _Line] = {}
+        return former
 
     def check(self) -> None:
         """Makes sure that it runs and is ours. Raises: UntrustedServer, UnsupportedPlatform."""
         self._give_back(self._borrow(start=True))
 
     def put(self, key: bytes, fds: Sequence[int], ttl: float, uses: int) -> None:
-        """It holds copies of *fds* (1 to 253) for *ttl* seconds when this returns.
+        """Copies of *fds* (1 to 253) are its own, or on their way to it, when this returns, and
+        will be for *ttl* seconds.
 
-        *fds* are borrowed for the call. Raises: DescriptorLimit: the server's; ServerGone,
-        ServerTimeout; OSError of sendmsg(2).
+        *fds* are borrowed for the call. Raises: DescriptorLimit: the server's, or of descriptors in
+        flight; ServerGone, ServerTimeout; OSError of sendmsg(2).
         """
-        answer = self._ask(b"P" + key + PUT.pack(ttl, uses), fds, start=True)
-        if answer != b"P":
+        body = key + PUT.pack(ttl, uses)
+        for _ in range(_ATTEMPTS):
+            line = self._borrow(start=True)
+            try:
+                if len(fds) <= line.credit:
+                    _send(line.sock, b"Q" + body, fds)
+                    line.credit -= len(fds)
+                    self._give_back(line)
+                    return
+                _send(line.sock, b"P" + body, fds)
+                answer = line.sock.recv(_ANSWER)
+            except OSError as error:
+                answer = self._no_answer(line, error)
+            if self._has_put(line, answer):
+                return
+        raise ServerGone(self.address, "it ended again and again")
+
+    def _has_put(self, line: _Line, answer: bytes) -> bool:
+        if not answer:
+            line.sock.close()
+            return False
+        line.credit = 0
+        if answer[:1] == b"P":
+            line.credit = CREDIT.unpack_from(answer, 1)[0]
+        self._give_back(line)
+        if answer[:1] == b"E":
             limit, used = FULL.unpack_from(answer, 1)
             advice = "load what was sent, or raise it"
             raise DescriptorLimit(errno.EMFILE, "RLIMIT_NOFILE", limit, used, "server", advice)
+        return True
 
     def take(self, key: bytes) -> list[Descriptor]:
         """What was put under *key*. The caller owns the result.
@@ -93,86 +133,78 @@ class PrivateServer:
         Raises: AlreadyTaken; DescriptorLimit: of this process, where it is still to be had.
         """
         for _ in range(_ATTEMPTS):
-            sock = self._unread.pop(key, None)
+            line = self._unread.pop(key, None)
             try:
-                if sock is None:
-                    sock = self._borrow(start=False)
-                    sock.send(b"T" + key)
+                if line is None:
+                    line = self._borrow(start=False)
+                    line.sock.send(b"T" + key)
                 # Looked at first: without a place for them the descriptors would be dropped.
-                descriptors = peek_descriptors(sock, MAX_DESCRIPTORS)
-                answer = sock.recv(_ANSWER)
+                descriptors = peek_descriptors(line.sock, MAX_DESCRIPTORS)
+                answer = line.sock.recv(_ANSWER)
             except NoServer:
                 break
             except OSError as error:
-                assert sock is not None
+                assert line is not None
                 if isinstance(error, DescriptorLimit):
-                    self._unread[key] = sock
+                    self._unread[key] = line
                     raise
-                self._no_answer(sock, error)
+                self._no_answer(line, error)
                 continue
             if answer:
-                self._give_back(sock)
+                self._give_back(line)
                 if answer == b"T":
                     return descriptors
                 break
-            sock.close()
+            line.sock.close()
         raise AlreadyTaken(key.hex())
 
     def take_back(self, key: bytes) -> None:
-        """Nothing is under *key* any more."""
-        self._ask(b"R" + key, (), start=False)
+        """Nothing is under *key* any more. Raises: NoServer, ServerTimeout."""
+        answer = b""
+        while not answer:
+            line = self._borrow(start=False)
+            try:
+                line.sock.send(b"R" + key)
+                answer = line.sock.recv(_ANSWER)
+            except OSError as error:
+                self._no_answer(line, error)
+            if answer:
+                self._give_back(line)
+            else:
+                line.sock.close()
 
     def close(self) -> None:
         """Closes this process's connections."""
-        inherited = [*self._idle, *self._unread.values()]
-        self._renew()
-        for sock in inherited:
-            sock.close()
+        for line in self._renew():
+            line.sock.close()
 
     def __del__(self) -> None:
         if hasattr(self, "_unread"):
             self.close()
 
-    # One request.
+    # Connections.
 
-    def _ask(self, request: bytes, fds: Sequence[int], *, start: bool) -> bytes:
-        """The answer to a request that brings no descriptors."""
-        for _ in range(_ATTEMPTS):
-            sock = self._borrow(start)
-            try:
-                send_message(sock, (request,), fds)
-                answer = sock.recv(_ANSWER)
-            except OSError as error:
-                answer = self._no_answer(sock, error)
-            if answer:
-                self._give_back(sock)
-                return answer
-            sock.close()
-        raise ServerGone(self.address, "it ended again and again")
-
-    def _no_answer(self, sock: socket.socket, error: OSError) -> bytes:
-        """Empty, as at the end of a stream, where *sock* was idle too long or its server has ended:
+    def _no_answer(self, line: _Line, error: OSError) -> bytes:
+        """Empty, as at the end of a stream, where it was idle too long or its server has ended:
         another connection may do. Raises what else *error* says."""
-        sock.close()
+        line.sock.close()
         if isinstance(error, BlockingIOError):  # the kernel's timeout
             raise ServerTimeout(self.address, _TIMEOUT) from None
         if not isinstance(error, BrokenPipeError | ConnectionResetError):
             raise error
         return b""
 
-    # Connections.
-
-    def _borrow(self, start: bool) -> socket.socket:
+    def _borrow(self, start: bool) -> _Line:
         try:
             return self._idle.pop()
         except IndexError:
-            return self._connect(start)
+            return _Line(self._connect(start))
 
-    def _give_back(self, sock: socket.socket) -> None:
+    def _give_back(self, line: _Line) -> None:
         if len(self._idle) < _IDLE:
-            self._idle.append(sock)
+            self._idle.append(line)
         else:
-            sock.close()
+            line.sock.close()
 
     def _connect(self, start: bool) -> socket.socket:
         for attempt in range(_ATTEMPTS):
@@ -195,15 +227,23 @@ class PrivateServer:
         return sock
 
 
+def _send(sock: socket.socket, packet: bytes, fds: Sequence[int]) -> None:
+    """Sends *packet*. Raises: DescriptorLimit: too many descriptors stay in flight."""
+    for _ in range(_TRIES_IN_FLIGHT):
+        try:
+            send_message(sock, (packet,), fds)
+            return
+        except DescriptorLimit:
+            time.sleep(_PAUSE)  # the server, or whoever takes from it, is about to read some
+    send_message(sock, (packet,), fds)
+
+
 _servers: weakref.WeakSet[PrivateServer] = weakref.WeakSet()
 
 
 def _after_fork_in_child() -> None:
     for server in list(_servers):
-        inherited = server._idle
-        server._renew()
-        for sock in inherited:
-            sock.close()
+        server.close()
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)

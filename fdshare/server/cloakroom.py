@@ -7,10 +7,18 @@ rendezvous but a room of its own: packets of one byte and a key, one system call
 =======  ==================================================  ===================================
 request                                                      answer
 =======  ==================================================  ===================================
-``P``    key, seconds, uses; with 1..253 descriptors: keep   ``P``, or ``E`` with limit and used
+``P``    key, seconds, uses; with 1..253 descriptors: keep   ``P`` with a credit, or ``E`` with
+                                                             limit and used
+``Q``    the same, on credit                                 none
 ``T``    key: give                                           ``T`` with the descriptors, or ``N``
 ``R``    key: let go                                         ``R``
 =======  ==================================================  ===================================
+
+A credit is a number of descriptors for which there will be room: what is put on credit cannot be
+refused, so nobody waits for the answer, which costs both sides as much again as the request. Who
+has sent it may end: it waits in the socket. What it names may be asked for, by somebody else's
+connection, before it was read here; so a key that is not known is looked for in all that has been
+sent until now before the answer is no.
 
 The socket is SOCK_SEQPACKET: a packet arrives whole, with its own descriptors and no others. What
 is given is gone: the pickle that it belongs to is in the hands of whoever asks, and of nobody else.
@@ -38,15 +46,17 @@ from fdshare.kernel.credentials import peer_credentials
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.server.poller import READ, Poller
 
-__all__ = ["FULL", "KEY", "PUT", "serve"]
+__all__ = ["CREDIT", "FULL", "KEY", "PUT", "serve"]
 
 KEY: Final = 18  # bytes: 16 that nobody can guess, 2 for the part of a large pickle
 PUT: Final = struct.Struct("=dI")  # seconds, uses
 FULL: Final = struct.Struct("=II")  # limit, used
+CREDIT: Final = struct.Struct("=I")  # descriptors
 _PACKET: Final = 256  # bytes, more than any request has
 _KEY: Final = slice(1, 1 + KEY)
 _PUT_SIZE: Final = 1 + KEY + PUT.size
-_P, _T, _R = b"PTR"
+_P, _Q, _T, _R = b"PQTR"
+_MOST_CREDIT: Final = 32  # descriptors of one guest; they count as in flight until they are read
 _EVER: Final = float("inf")
 _BACKLOG: Final = 4096
 _LINGER: Final = 1.0  # seconds that it waits for somebody else after the last has gone
@@ -67,25 +77,31 @@ class _Kept:
 
 
 class _Guest:
-    """One connection."""
+    """One connection, and what it may still put without asking."""
 
-    __slots__ = ("sock",)
+    __slots__ = ("credit", "sock")
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
+        self.credit = 0
 
 
 class _Room:
     """All of it: the guests and what is kept for them."""
 
-    def __init__(self, listener: socket.socket, limit: int) -> None:
+    def __init__(self, listener: socket.socket, nofile: int) -> None:
         self.listener = listener
-        self.limit = limit  # descriptors
-        self.count = 0  # of those kept
+        # Of *nofile* descriptors three quarters are for what is kept, an eighth for what may be put
+        # on credit beyond that, the rest for the guests and ourselves.
+        self.limit = max(nofile * 3 // 4 - _RESERVE, 1)
+        self.most_credit = nofile // 8
+        self.count = 0  # descriptors kept
+        self.credit = 0  # that all guests have together
         self.kept: dict[bytes, _Kept] = {}
         self.guests: dict[_Guest, None] = {}  # in the order of their last request
         self.deadlines: list[tuple[float, bytes]] = []
         self.waiting: list[tuple[_Guest, bytes]] = []
+        self.missing: list[tuple[_Guest, int, bytes]] = []
         self.poller = Poller()
         self.buffer = bytearray(_PACKET)
         self.now = time.monotonic()  # when this turn began
@@ -99,11 +115,9 @@ class _Room:
             timeout = self._timeout()
             ready = self.poller.wait(timeout)
             self.now = time.monotonic()
-            for key, _ in ready:
-                if type(key) is _Guest:
-                    self._serve(key)
-                else:
-                    self._admit()
+            self._serve_all(ready)
+            if self.missing:
+                self._look_for_missing()
             if self.deadlines and self.deadlines[0][0] <= self.now:
                 self._expire()
             if self.waiting:
@@ -111,10 +125,32 @@ class _Room:
             if not ready and timeout == _LINGER and self._idle():
                 return
 
+    def _serve_all(self, ready: list[tuple[object, int]]) -> None:
+        for key, _ in ready:
+            if type(key) is _Guest:
+                self._serve(key)
+            else:
+                self._admit()
+
+    def _look_for_missing(self) -> None:
+        """Reads all that was sent before the requests in `missing`, then answers those."""
+        missing, self.missing = self.missing, []
+        # One packet of each guest a time, 256 guests a time; none has more unread than its credit.
+        for _ in range(_MOST_CREDIT * (1 + len(self.guests) // 256)):
+            ready = self.poller.wait(0)
+            if not ready:
+                break
+            self._serve_all(ready)
+        for guest, verb, key in missing:
+            if guest in self.guests:
+                self._carry_out(guest, verb, key)
+
     def _idle(self) -> bool:
         return not self.guests and not self.kept
 
     def _timeout(self) -> float | None:
+        if self.missing:
+            return 0.0
         if self.waiting:
             return _RETRY
         if self._idle():
@@ -143,11 +179,8 @@ class _Room:
             sock, _ = self.listener.accept()
         except BlockingIOError:
             return
-        except OSError:  # EMFILE: the guest that was idle longest goes, and comes back some time
-            if self.guests:
-                self._drop(next(iter(self.guests)))
-            else:
-                time.sleep(_RETRY)
+        except OSError:  # EMFILE
+            self._make_room()
             return
         try:
             sock.setblocking(False)
@@ -161,10 +194,21 @@ class _Room:
         self.guests[guest] = None
         self.poller.register(sock.fileno(), READ, guest)
 
+    def _make_room(self) -> None:
+        """The guest that was idle longest goes, and comes back some time."""
+        if not self.guests:
+            time.sleep(_RETRY)
+            return
+        guest = next(iter(self.guests))
+        self._serve(guest)  # what it put on credit, if it has just become less idle
+        if next(iter(self.guests), None) is guest:
+            self._drop(guest)
+
     def _drop(self, guest: _Guest) -> None:
         if self.guests.pop(guest, self) is not self:
             self.poller.unregister(guest.sock.fileno())
             guest.sock.close()
+            self.credit -= guest.credit
             self.waiting = [(other, key) for other, key in self.waiting if other is not guest]
 
     # Requests.
@@ -191,42 +235,65 @@ class _Room:
     ) -> None:
         verb = self.buffer[0] if size else 0
         key = bytes(self.buffer[_KEY])
-        if verb == _P and size == _PUT_SIZE and (descriptors or lost):
+        if verb in (_P, _Q) and size == _PUT_SIZE and (descriptors or lost):
             seconds, uses = PUT.unpack_from(self.buffer, 1 + KEY)
             if 0 < seconds < _EVER:
-                guest.sock.send(self._put(key, descriptors, lost, seconds, uses))
+                self._put(guest, verb, key, descriptors, lost, self.now + seconds, uses)
                 return
         if descriptors:
             close_all(descriptors)
-        if verb == _T and size == 1 + KEY:
-            self._give(guest, key)
-        elif verb == _R and size == 1 + KEY:
-            self._let_go(key)
-            guest.sock.send(b"R")
+        if verb in (_T, _R) and size == 1 + KEY:
+            if key in self.kept:
+                self._carry_out(guest, verb, key)
+            else:
+                self.missing.append((guest, verb, key))
         else:  # the end, or nonsense
+            self._drop(guest)
+
+    def _carry_out(self, guest: _Guest, verb: int, key: bytes) -> None:
+        try:
+            if verb == _T:
+                self._give(guest, key)
+            else:
+                self._let_go(key)
+                guest.sock.send(b"R")
+        except OSError:  # it has gone, or reads no answers
             self._drop(guest)
 
     def _put(
         self,
+        guest: _Guest,
+        verb: int,
         key: bytes,
         descriptors: list[Descriptor],
         lost: FdshareError | None,
-        seconds: float,
+        expires: float,
         uses: int,
-    ) -> bytes:
-        if lost is not None or self.count + len(descriptors) > self.limit:
+    ) -> None:
+        on_credit = verb == _Q and len(descriptors) <= guest.credit
+        used = len(descriptors) if on_credit else guest.credit
+        guest.credit -= used
+        self.credit -= used
+        if lost is not None or not (on_credit or self.count + len(descriptors) <= self.limit):
             close_all(descriptors)
-            return b"E" + FULL.pack(self.limit, self.count)
+            if verb == _P:
+                guest.sock.send(b"E" + FULL.pack(self.limit, self.count))
+            return
+        self._keep(key, descriptors, uses, expires)
+        if verb == _P:
+            guest.credit = min((self.most_credit - self.credit) // 4, _MOST_CREDIT)
+            self.credit += guest.credit
+            guest.sock.send(b"P" + CREDIT.pack(guest.credit))
+
+    def _keep(self, key: bytes, descriptors: list[Descriptor], uses: int, expires: float) -> None:
         if key in self.kept:  # the answer to a first attempt was lost
             self._let_go(key)
-        expires = self.now + seconds
         self.kept[key] = _Kept(descriptors, uses, expires)
         self.count += len(descriptors)
         heapq.heappush(self.deadlines, (expires, key))
         if len(self.deadlines) > 2 * len(self.kept) + 64:
             self.deadlines = [(kept.expires, key) for key, kept in self.kept.items()]
             heapq.heapify(self.deadlines)
-        return b"P"
 
     def _give(self, guest: _Guest, key: bytes) -> None:
         kept = self.kept.get(key)
@@ -245,10 +312,7 @@ class _Room:
     def _try_again(self) -> None:
         waiting, self.waiting = self.waiting, []
         for guest, key in waiting:
-            try:
-                self._give(guest, key)
-            except OSError:
-                self._drop(guest)
+            self._carry_out(guest, _T, key)
 
     def _let_go(self, key: bytes) -> None:
         kept = self.kept.pop(key, None)
@@ -268,8 +332,7 @@ def serve(fd: int, folder: str | None = None) -> None:
         listener.setblocking(False)
         # Once more, for SO_PEERCRED names whoever called listen(2) last: the starter may be gone.
         listener.listen(_BACKLOG)
-        # What is kept may fill three quarters; the rest is for the guests.
-        _Room(listener, max(hard * 3 // 4 - _RESERVE, 1)).run()
+        _Room(listener, hard).run()
     if folder is not None:
         shutil.rmtree(folder, ignore_errors=True)
 

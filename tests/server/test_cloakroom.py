@@ -7,17 +7,19 @@ import os
 import random
 import resource
 import select
+import signal
 import socket
 import struct
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 from conftest import wait_until
 
-from fdshare.server.cloakroom import FULL, KEY, PUT
+from fdshare.server.cloakroom import CREDIT, FULL, KEY, PUT
 
 ADDRESS = "\0fdshare-test-cloakroom-"
 Pair = tuple[socket.socket, socket.socket]
@@ -87,7 +89,22 @@ def ask(guest: socket.socket, packet: bytes, fds: tuple[int, ...] = ()) -> tuple
 
 
 def put(guest: socket.socket, key: bytes, *fds: int, ttl: float = 60, uses: int = 1) -> bytes:
-    return ask(guest, b"P" + key + PUT.pack(ttl, uses), fds)[0]
+    """The answer, without the credit."""
+    answer = ask(guest, b"P" + key + PUT.pack(ttl, uses), fds)[0]
+    return b"P" if answer[:1] == b"P" and len(answer) == 1 + CREDIT.size else answer
+
+
+def put_on_credit(guest: socket.socket, key: bytes, *fds: int) -> None:
+    control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
+    guest.sendmsg([b"Q" + key + PUT.pack(60, 1)], control)
+
+
+@contextmanager
+def stopped(room: Room) -> Iterator[None]:
+    """While it sleeps requests pile up; it finds all of them at once."""
+    os.kill(room.process.pid, signal.SIGSTOP)
+    yield
+    os.kill(room.process.pid, signal.SIGCONT)
 
 
 def taken(guest: socket.socket, key: bytes) -> int:
@@ -118,6 +135,67 @@ def test_what_is_given_is_closed(room: Room, guest: socket.socket, pair: Pair) -
     near.close()
     assert taken(guest, A) == 1
     assert far.recv(1) == b""
+
+
+def test_on_credit(room: Room, guest: socket.socket, pair: Pair) -> None:
+    fd = pair[0].fileno()
+    answer, _ = ask(guest, b"P" + A + PUT.pack(60, 1), (fd,))
+    (credit,) = CREDIT.unpack(answer[1:])
+    assert credit == 32
+    keys = [bytes([number]) * KEY for number in range(credit)]
+    other = room.guest()
+    for key in keys[:3]:
+        put_on_credit(guest, key, fd)
+        assert taken(other, key) == 1
+    for key in keys[3:]:
+        put_on_credit(guest, key, fd)
+    assert sum(taken(other, key) for key in keys) == credit - 3
+    other.close()
+
+
+def test_asked_for_before_it_was_read(room: Room, guest: socket.socket, pair: Pair) -> None:
+    fd = pair[0].fileno()
+    put(guest, A, fd)
+    other = room.guest()
+    assert taken(other, B) == 0
+    with stopped(room):
+        for number in range(32):
+            put_on_credit(guest, bytes([number]) * KEY, fd)
+        other.send(b"T" + bytes([31]) * KEY)
+        guest.close()  # who sent it may end
+    data, control, _, _ = other.recvmsg(10, 100, socket.MSG_CMSG_CLOEXEC)
+    assert data == b"T"
+    os.close(array.array("i", control[0][2])[0])
+    assert sum(taken(other, bytes([number]) * KEY) for number in range(32)) == 31
+    other.close()
+
+
+def test_let_go_before_it_was_read(room: Room, guest: socket.socket, pair: Pair) -> None:
+    put(guest, A, pair[0].fileno())
+    other = room.guest()
+    assert taken(other, B) == 0
+    with stopped(room):
+        put_on_credit(guest, B, pair[0].fileno())
+        other.send(b"R" + B)
+    assert other.recv(10) == b"R"
+    assert taken(other, B) == 0
+    other.close()
+
+
+@pytest.mark.parametrize("room", [64], indirect=True)
+def test_what_is_put_on_credit_has_room(room: Room, guest: socket.socket, pair: Pair) -> None:
+    fd = pair[0].fileno()
+    answer, _ = ask(guest, b"P" + A + PUT.pack(60, 1), (fd,))
+    (credit,) = CREDIT.unpack(answer[1:])
+    assert credit == 2  # a quarter of an eighth
+    other = room.guest()
+    assert put(other, B, *[fd] * 31) == b"P"
+    assert put(other, b"c" * KEY, fd)[:1] == b"E"
+    put_on_credit(guest, b"d" * KEY, fd, fd)
+    assert taken(other, b"d" * KEY) == 2
+    put_on_credit(guest, b"e" * KEY, fd)  # it has had its credit, and there is no room
+    assert taken(other, b"e" * KEY) == 0
+    other.close()
 
 
 def test_uses(guest: socket.socket, pair: Pair) -> None:
@@ -289,5 +367,5 @@ def test_it_goes_home(room: Room, guest: socket.socket, pair: Pair) -> None:
 def test_the_formats() -> None:
     """Written down, so that nobody changes one half."""
     assert PUT.pack(1.5, 2) == struct.pack("=dI", 1.5, 2)
-    assert (KEY, PUT.size, FULL.size) == (18, 12, 8)
+    assert (KEY, PUT.size, FULL.size, CREDIT.size) == (18, 12, 8, 4)
     assert resource.RLIMIT_NOFILE is not None
