@@ -50,17 +50,21 @@ from fdshare.kernel.descriptor import Descriptor, HasFileno, borrow
 __all__ = [
     "MAX_DESCRIPTORS",
     "Received",
+    "Rights",
     "close_all",
     "own",
     "peek_descriptors",
     "receive_into",
     "recv_fds",
+    "rights",
     "send_fds",
     "send_message",
+    "send_rights",
 ]
 
 Bytes: TypeAlias = bytes | bytearray | memoryview
 Control: TypeAlias = Sequence[tuple[int, int, bytes]]
+Rights: TypeAlias = tuple[()] | tuple[tuple[int, int, "array.array[int]"]]
 
 MAX_DESCRIPTORS: Final = 253  # SCM_MAX_FD, include/net/scm.h
 _ONE: Final = struct.Struct("@i")
@@ -102,11 +106,25 @@ def send_message(
     Raises: TooManyDescriptors; DescriptorLimit with errno ETOOMANYREFS, nothing sent; any OSError
     of sendmsg(2), BlockingIOError among them.
     """
+    return send_rights(sock, buffers, rights(fds), flags)
+
+
+def rights(fds: Sequence[int]) -> Rights:
+    """The control message that carries *fds* (at most 253), to be sent as often as one likes.
+
+    *fds* stay the caller's, and must be open whenever it is sent. Raises: TooManyDescriptors.
+    """
     if not fds:
-        return sock.sendmsg(buffers, (), flags)
+        return ()
     if len(fds) > MAX_DESCRIPTORS:
         raise TooManyDescriptors(len(fds), MAX_DESCRIPTORS)
-    control = ((_SOCKET, _RIGHTS, array.array("i", fds)),)
+    return ((_SOCKET, _RIGHTS, array.array("i", fds)),)
+
+
+def send_rights(
+    sock: socket.socket, buffers: Sequence[Bytes], control: Rights, flags: int = 0
+) -> int:
+    """As `send_message`, with descriptors that `rights` has prepared."""
     try:
         return sock.sendmsg(buffers, control, flags)
     except OSError as error:

@@ -8,9 +8,12 @@ idle one never is, until the door is full.
 
 from __future__ import annotations
 
+import array
+import fcntl
 import heapq
 import logging
 import socket
+import termios
 import threading
 import time
 from collections.abc import Callable
@@ -18,20 +21,21 @@ from itertools import count
 from typing import Final
 
 from fdshare.errors import (
-    BadRequest,
     DescriptorLimit,
     FdshareError,
     KeeperUnavailable,
     ProtocolError,
 )
-from fdshare.kernel.ancillary import receive_into, send_message
+from fdshare.kernel.ancillary import Rights, receive_into, rights, send_rights
+from fdshare.kernel.descriptor import Descriptor
 from fdshare.protocol import messages as m
-from fdshare.protocol.wire import HEADER, Frame, header, only_frame
+from fdshare.protocol.wire import Frame, header
 from fdshare.server.connection import Connection
 from fdshare.server.contract import JournalBusy
 from fdshare.server.door import Door
 from fdshare.server.handles import Handle
 from fdshare.server.poller import ERROR, HANGUP, READ, WRITE, Poller
+from fdshare.server.quick import Asked, answer
 from fdshare.server.service import Service
 
 __all__ = ["Loop"]
@@ -57,6 +61,7 @@ class Loop:
         self._buffer = bytearray(_BUFFER)
         self._view = memoryview(self._buffer)
         self._slow: dict[Connection, None] = {}
+        self._asked = Asked()
         self._throttled: set[Connection] = set()
         self._stalled: dict[Connection, None] = {}
         self._timers: list[tuple[float, int, Callable[[float], None]]] = []
@@ -252,7 +257,7 @@ class Loop:
         self._throttled.discard(connection)
         self._stalled.pop(connection, None)
         self.poller.unregister(connection.fileno())
-        connection.sock.close()
+        self._hang_up(connection.sock)
         self.in_flight -= connection.in_flight
         unanswered = bool(connection.output)
         for output in connection.output:
@@ -265,6 +270,20 @@ class Loop:
         connection.pending.clear()
         self.service.disconnected(connection.session, time.monotonic(), unanswered=unanswered)
         self.door.left(connection)
+
+    def _hang_up(self, sock: socket.socket) -> None:
+        """Closes *sock*; elsewhere if something is unread, for a descriptor in it may be the last
+        of a file whose close blocks."""
+        try:
+            sock.shutdown(socket.SHUT_RD)  # nothing comes after we have looked
+            unread = array.array("i", [0])
+            fcntl.ioctl(sock, termios.FIONREAD, unread)
+        except OSError:  # the peer is gone: look no further
+            unread = array.array("i", [1])
+        if unread[0]:
+            self._close_handle(Handle(Descriptor(sock.detach())))
+        else:
+            sock.close()
 
     def _on_connection(self, connection: Connection, events: int, now: float) -> None:
         if connection.closed:
@@ -296,7 +315,7 @@ class Loop:
             and connection.receiver.idle
             and connection.greeted
             and not (connection.output or connection.pending or connection.draining)
-            and self._answered_at_once(connection, self._view[:count], now)
+            and self._answered_at_once(connection, self._view[:count].tobytes(), now)
         ):
             return
         if lost is not None:
@@ -316,26 +335,20 @@ class Loop:
         if connection.output or not receiver.idle or connection.slow_since is not None:
             self._mark_slow(connection, now)
 
-    def _answered_at_once(self, connection: Connection, view: memoryview, now: float) -> bool:
-        """The shortest way through the server, for a read that is one fetch of one entry: True
+    def _answered_at_once(self, connection: Connection, data: bytes, now: float) -> bool:
+        """The shortest way through the server (see quick.py), for a read that is one fetch: True
         where it was. Everything here is also done, more generally, on the long way round."""
-        id = only_frame(view, 0)
-        if id <= 0:
+        name = self._asked.name_in(data)
+        if name is None:
             return False
-        try:
-            request = m.decode_request(bytes(view[HEADER.size :]))
-        except BadRequest:
-            return False
-        if type(request) is not m.Fetch:
-            return False
-        entry = self.service.quick_fetch(connection.session, request.name)
+        entry = self.service.quick_fetch(connection.session, name)
         if entry is None:
             return False
         connection.last_active = now
-        self.connections.pop(connection, None)
+        del self.connections[connection]
         self.connections[connection] = None
-        frame = header(len(entry.reply), len(entry.handles), id) + entry.reply
-        if not self._sent_at_once(connection, frame, entry.handles):
+        frame, fds, count = answer(entry, data)
+        if not self._sent_at_once(connection, frame, fds, count):
             connection.queue(frame, entry.handles)
             self.flush(connection, now)
         return True
@@ -450,7 +463,8 @@ class Loop:
         if connection.closed:
             return
         frame = header(len(body), len(handles), id) + body
-        if not connection.output and self._sent_at_once(connection, frame, handles):
+        fds = rights([handle.fd for handle in handles]) if handles else ()
+        if not connection.output and self._sent_at_once(connection, frame, fds, len(handles)):
             return
         connection.queue(frame, handles)
         if len(connection.output) == 1:
@@ -459,11 +473,9 @@ class Loop:
             log.warning("pid %d does not read its answers, dropped", connection.session.pid)
             self.drop(connection)
 
-    def _sent_at_once(
-        self, connection: Connection, frame: bytes, handles: tuple[Handle, ...]
-    ) -> bool:
-        """The common case, without a queue: True where the whole frame has gone."""
-        count = len(handles)
+    def _sent_at_once(self, connection: Connection, frame: bytes, fds: Rights, count: int) -> bool:
+        """The common case, without a queue: True where the whole frame has gone, and its *count*
+        descriptors *fds*."""
         limits = self.service.limits
         if connection.draining or (
             count
@@ -474,7 +486,7 @@ class Loop:
         ):
             return False
         try:
-            sent = send_message(connection.sock, (frame,), [handle.fd for handle in handles])
+            sent = send_rights(connection.sock, (frame,), fds)
         except (BlockingIOError, DescriptorLimit):
             return False
         except OSError:

@@ -45,7 +45,8 @@ class Lease:
 
 @dataclass(slots=True)
 class Entry:
-    """One name's worth. *reply* is the encoded answer to a fetch, made once by the service."""
+    """One name's worth. *reply* is the encoded answer to a fetch, made once by the service, and
+    *packet* what the event loop keeps of it."""
 
     name: str
     generation: int
@@ -62,6 +63,7 @@ class Entry:
     lease: Lease | None = None
     fetches: int = 0
     reply: bytes = b""
+    packet: object = None
 
     def all_handles(self) -> list[Handle]:
         """Those of the entry, its guard and its lease."""

@@ -1,0 +1,78 @@
+"""The shortest way through the server: a frame that asks for an entry, and the frame it is given.
+
+Nine requests of ten are fetches of names that were fetched before. So what such a frame asks for is
+remembered by its bytes, all but the id: decoding is a pure function, what is remembered never
+becomes wrong. And the answer is kept beside the entry, but for the id, with the control message
+that carries its descriptors. Whatever is not as usual is None here and goes the long way round.
+"""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple
+
+from fdshare.errors import BadRequest
+from fdshare.kernel.ancillary import Rights, rights
+from fdshare.protocol import messages as m
+from fdshare.protocol.wire import HEADER, header, only_frame
+from fdshare.server.registry import Entry
+
+__all__ = ["Asked", "Packet", "answer"]
+
+# Where the id is in a header: its last field.
+_ID: Final = slice(8, 12)
+_REMEMBERED: Final = 4096  # frames
+_LONGEST: Final = 400  # bytes of a frame that fetches a name of 255
+
+
+class Asked:
+    """What frames ask for, of those that only fetch."""
+
+    def __init__(self) -> None:
+        self._names: dict[bytes, str] = {}
+
+    def name_in(self, data: bytes) -> str | None:
+        """The name, where *data* is one frame, without descriptors, that fetches one; else None."""
+        if len(data) > _LONGEST:
+            return None
+        key = data[:8] + data[12:]
+        name = self._names.get(key)
+        if name is None:
+            name = _decoded(data)
+            if name is not None:
+                if len(self._names) >= _REMEMBERED:
+                    self._names.clear()
+                self._names[key] = name
+        return name if data[_ID] != b"\0\0\0\0" else None
+
+
+def _decoded(data: bytes) -> str | None:
+    if only_frame(data, 0) < 0:
+        return None
+    try:
+        request = m.decode_request(data[HEADER.size :])
+    except BadRequest:
+        return None
+    return request.name if type(request) is m.Fetch else None
+
+
+class Packet(NamedTuple):
+    """An answer but for its id: the header before it, the body after it, the descriptors."""
+
+    head: bytes
+    body: bytes
+    rights: Rights
+    descriptors: int
+
+
+def answer(entry: Entry, data: bytes) -> tuple[bytes, Rights, int]:
+    """(frame, control message, number of descriptors) that give *entry* to who asked with *data*.
+
+    *entry* has its `reply`.
+    """
+    packet = entry.packet
+    if type(packet) is not Packet or packet.body is not entry.reply:  # it was renamed since
+        count = len(entry.handles)
+        head = header(len(entry.reply), count, 0)[:8]
+        fds = [handle.fd for handle in entry.handles]
+        packet = entry.packet = Packet(head, entry.reply, rights(fds), count)
+    return packet.head + data[_ID] + packet.body, packet.rights, packet.descriptors
