@@ -1,7 +1,7 @@
 """Handle: a held descriptor that is closed off the event loop, and not before it was last sent.
 
-close(2) may block: a TCP socket with SO_LINGER and unsent data, a file on FUSE or NFS. So one
-thread closes, in both halves of the server. A handle that is queued to be sent is pinned; closing
+close(2) may block: a TCP socket with SO_LINGER and unsent data, a file on FUSE or NFS. So a thread
+closes, in both halves of the server. A handle that is queued to be sent is pinned; closing
 it then waits for the last pin.
 """
 
@@ -9,11 +9,16 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from queue import SimpleQueue
+from typing import Final
 
 from fdshare.kernel.descriptor import Descriptor
 
 __all__ = ["Closer", "Handle"]
+
+_MOST: Final = 64  # threads that may be stuck
+_STUCK: Final = 0.1  # seconds in close(2)
 
 
 class Handle:
@@ -33,30 +38,43 @@ class Handle:
 
 
 class Closer:
-    """A thread that closes what it is given, in order; started with the first."""
+    """Threads that close what they are given; started with the first, and one more whenever all of
+    them are stuck: a close on a dead FUSE mount never returns, and must not keep the rest open."""
 
     def __init__(self) -> None:
         self._queue: SimpleQueue[int | None] = SimpleQueue()
-        self._thread: threading.Thread | None = None
+        self._threads: list[threading.Thread] = []
+        self._since: dict[int, float] = {}  # thread -> when the close that it is in began
 
     def close(self, fd: int) -> None:
         """Closes *fd*, soon; the closer owns it now."""
-        if self._thread is None:
-            # A daemon: a close that never returns must not keep the process from ending.
-            self._thread = threading.Thread(target=self._run, name="fdshare-closer", daemon=True)
-            self._thread.start()
         self._queue.put(fd)
+        if not self._threads or (len(self._threads) < _MOST and self._is_stuck()):
+            # Daemons: a close that never returns must not keep the process from ending.
+            thread = threading.Thread(target=self._run, name="fdshare-closer", daemon=True)
+            self._threads.append(thread)
+            thread.start()
 
     def stop(self, timeout: float) -> None:
         """Waits up to *timeout* seconds for what was given so far."""
-        if self._thread is not None:
+        deadline = time.monotonic() + timeout
+        for _ in self._threads:
             self._queue.put(None)
-            self._thread.join(timeout)
-            self._thread = None
+        for thread in self._threads:
+            thread.join(max(deadline - time.monotonic(), 0.0))
+        self._threads = []
+
+    def _is_stuck(self) -> bool:
+        before = time.monotonic() - _STUCK
+        began = list(self._since.values())
+        return len(began) == len(self._threads) and max(began) < before
 
     def _run(self) -> None:
+        me = threading.get_ident()
         while (fd := self._queue.get()) is not None:
+            self._since[me] = time.monotonic()
             try:
                 os.close(fd)
             except OSError:
                 pass  # the number is free whatever close(2) returned; EIO is the writer's loss
+            del self._since[me]
