@@ -28,6 +28,7 @@ from fdshare.errors import (
 )
 from fdshare.kernel.credentials import peer_pidfd
 from fdshare.kernel.descriptor import Descriptor
+from fdshare.kinds import describe
 from fdshare.protocol import messages as m
 from fdshare.protocol.wire import MAX_FRAME
 from fdshare.server.binding import bind_address
@@ -227,8 +228,6 @@ class Server:
         self._probes.submit(self._probe, session, id, shown)
 
     def bind(self, address: str, backlog: int, reuse_port: bool) -> tuple[m.Kind, Handle]:
-        from fdshare.kinds import describe
-
         sock = bind_address(address, backlog=backlog, reuse_port=reuse_port)
         kind, _ = describe(sock)
         return kind, Handle(Descriptor(sock.detach()))
