@@ -6,7 +6,7 @@ from typing import Any, get_args
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fdshare import errors
@@ -69,6 +69,7 @@ def struct(cls: type[Any]) -> st.SearchStrategy[Any]:
 
 @pytest.mark.parametrize("cls", REQUESTS, ids=lambda cls: cls.__name__)
 def test_requests_there_and_back(cls: type[Any]) -> None:
+    @settings(max_examples=20)
     @given(struct(cls))
     def check(request: Any) -> None:
         body = m.encode(request)
@@ -80,6 +81,7 @@ def test_requests_there_and_back(cls: type[Any]) -> None:
 
 @pytest.mark.parametrize("cls", REPLIES, ids=lambda cls: cls.__name__)
 def test_replies_there_and_back(cls: type[Any]) -> None:
+    @settings(max_examples=20)
     @given(struct(cls))
     def check(reply: Any) -> None:
         body = m.encode(reply)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fdshare.errors import DescriptorLimit, ProtocolError, VersionMismatch
@@ -120,6 +120,7 @@ messages = st.lists(
 )
 
 
+@settings(max_examples=50)
 @given(messages, st.data())
 def test_any_cut_of_any_stream(shapes: list[tuple[int, bytes, int]], data: st.DataObject) -> None:
     """Whatever a reader's buffer cuts out of whatever the kernel merged."""
