@@ -240,7 +240,13 @@ def _send(
         send_fds(sock, fds, state.encode(), credentials=speaker, address=name)
 
 
-def store(name: str, fds: Iterable[HasFileno | int], *, poll: bool = True) -> bool:
+def store(
+    name: str,
+    fds: Iterable[HasFileno | int],
+    *,
+    poll: bool = True,
+    timeout: float | None = None,
+) -> bool:
     """True when the service manager was given copies of *fds* (at most 253) to keep under *name*
     (FDSTORE=1): they come back by `listen_fds` at the next start.
 
@@ -248,12 +254,13 @@ def store(name: str, fds: Iterable[HasFileno | int], *, poll: bool = True) -> bo
     call. Raises: InvalidName, and those of `notify`.
     """
     polled = "" if poll else "\nFDPOLL=0"
-    return notify(f"FDSTORE=1\nFDNAME={check_fdname(name)}{polled}", fds=fds)
+    state = f"FDSTORE=1\nFDNAME={check_fdname(name)}{polled}"
+    return notify(state, fds=fds, timeout=timeout)
 
 
-def unstore(name: str) -> bool:
+def unstore(name: str, *, timeout: float | None = None) -> bool:
     """True when the service manager was told to close all that it keeps under *name*."""
-    return notify(f"FDSTOREREMOVE=1\nFDNAME={check_fdname(name)}")
+    return notify(f"FDSTOREREMOVE=1\nFDNAME={check_fdname(name)}", timeout=timeout)
 
 
 def barrier(timeout: float | None = None) -> bool:

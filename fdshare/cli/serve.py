@@ -13,7 +13,10 @@ import click
 from fdshare.cli.options import authkey_from_environment, uid_of
 
 if TYPE_CHECKING:
+    from fdshare.kernel.descriptor import Descriptor
     from fdshare.kernel.endpoint import Listener
+    from fdshare.server.fdstore import FdStore
+    from fdshare.server.registry import Registry
     from fdshare.server.settings import Settings
 
 __all__ = ["serve"]
@@ -103,17 +106,23 @@ def serve(address: str | None, path: str | None, **options: Any) -> int:
 
     _clean_signals()
     ready_fd = _checked_ready_fd(options["ready_fd"])
-    settings, listener = _prepare(address or path, options)
+    passed = _Passed()
+    settings, listener = _prepare(address or path, options, passed.listener)
     configure(settings)
     try:
-        serve_settings(settings, _ready(ready_fd, settings), listener)
+        fdstore, registry = passed.restore(options)
+        serve_settings(
+            settings, _ready(ready_fd, settings), listener, fdstore=fdstore, registry=registry
+        )
     except BaseException:
         listener.close()  # a policy that is wrong must leave no socket behind
         raise
     return 0
 
 
-def _prepare(path: str | None, options: dict[str, Any]) -> tuple[Settings, Listener]:
+def _prepare(
+    path: str | None, options: dict[str, Any], listener: Listener | None
+) -> tuple[Settings, Listener]:
     """How to serve, and the listener to serve on."""
     from fdshare.client.address import default_path
     from fdshare.server.settings import Settings
@@ -131,7 +140,6 @@ def _prepare(path: str | None, options: dict[str, Any]) -> tuple[Settings, Liste
         log_level=options["log_level"].upper(),
         metrics=options["metrics"],
     )
-    listener = _activated()
     if listener is None:
         settings.path = path or default_path(create=True)
         listener = _listen(settings, options["owner"], options["group"])
@@ -139,29 +147,61 @@ def _prepare(path: str | None, options: dict[str, Any]) -> tuple[Settings, Liste
     return settings, listener
 
 
-def _activated() -> Listener | None:
-    """A listener of the socket that a service manager passed, if it passed one."""
-    from fdshare.activation import listen_fds_in_order
-    from fdshare.errors import EndpointError
-    from fdshare.kernel.endpoint import Listener
+class _Passed:
+    """What a service manager passed: a listening socket, and what it kept for a former start."""
 
-    found: Listener | None = None
-    for name, descriptor in listen_fds_in_order():
-        with descriptor:
-            if found is not None:
-                _warn(f"the descriptor {name!r} that was passed is not used")
-                continue
-            try:
-                sock = descriptor.socket()
-            except OSError:
-                _warn(f"the descriptor {name!r} that was passed is no socket")
-                continue
-            try:
-                found = Listener.adopt(sock)
-            except EndpointError as error:
-                sock.close()
-                _warn(f"the socket {name!r} that was passed is not used: {error}")
-    return found
+    def __init__(self) -> None:
+        from fdshare.activation import listen_fds_in_order
+        from fdshare.server.fdstore import PREFIX, TABLE
+
+        self.listener: Listener | None = None
+        self._table: Descriptor | None = None
+        self._kept: dict[str, Descriptor] = {}
+        for name, descriptor in listen_fds_in_order():
+            if name == TABLE and self._table is None:
+                self._table = descriptor
+            elif name.startswith(PREFIX) and name[len(PREFIX) :].isdigit():
+                self._kept[name] = descriptor
+            else:
+                with descriptor:
+                    self._take_listener(name, descriptor)
+
+    def _take_listener(self, name: str, descriptor: Descriptor) -> None:
+        from fdshare.errors import EndpointError
+        from fdshare.kernel.endpoint import Listener
+
+        if self.listener is not None:
+            _warn(f"the descriptor {name!r} that was passed is not used")
+            return
+        try:
+            sock = descriptor.socket()
+        except OSError:
+            _warn(f"the descriptor {name!r} that was passed is no socket")
+            return
+        try:
+            self.listener = Listener.adopt(sock)
+        except EndpointError as error:
+            sock.close()
+            _warn(f"the socket {name!r} that was passed is not used: {error}")
+
+    def restore(self, options: dict[str, Any]) -> tuple[FdStore | None, Registry | None]:
+        """The store, and the table of the former start."""
+        from fdshare.server.fdstore import FdStore
+
+        if self._table is not None:
+            fdstore = FdStore(self._table)
+            return fdstore, fdstore.restore(self._kept)
+        for descriptor in self._kept.values():
+            descriptor.close()
+        if not options["fdstore"]:
+            return None, None
+        if not options["keeper"]:
+            raise click.UsageError("--fdstore goes with --keeper")
+        if not os.environ.get("NOTIFY_SOCKET"):
+            raise click.UsageError("--fdstore needs a service manager: NOTIFY_SOCKET is not set")
+        import secrets
+
+        return FdStore.new(secrets.token_hex(8)), None
 
 
 def _listen(settings: Settings, owner: str | None, group: str | None) -> Listener:

@@ -32,6 +32,7 @@ from fdshare.kernel.descriptor import Descriptor
 from fdshare.protocol import messages as m
 from fdshare.server import logs
 from fdshare.server.changes import Record
+from fdshare.server.fdstore import FdStore
 from fdshare.server.handles import Closer, Handle
 from fdshare.server.link import Link
 from fdshare.server.poller import READ, Poller
@@ -401,6 +402,7 @@ def _become_server(holdings: Holdings, half: Forked) -> Life | None:
         registry=holdings.registry,
         journal=link,
         epoch=holdings.epoch,
+        fdstore=None if holdings.fdstore is None else FdStore(holdings.fdstore),
     )
     link.attach(server)
     link.hello()

@@ -13,6 +13,7 @@ import socket
 from collections.abc import Callable
 
 from fdshare.kernel.endpoint import Listener, listen
+from fdshare.server.fdstore import FdStore
 from fdshare.server.keeper import run_keeper
 from fdshare.server.limits import Limits
 from fdshare.server.poller import READ
@@ -31,17 +32,26 @@ def serve(
     ready: Callable[[], None],
     listener: Listener | None = None,
     control: socket.socket | None = None,
+    *,
+    fdstore: FdStore | None = None,
+    registry: Registry | None = None,
 ) -> None:
     """Serves until SIGTERM, SIGINT, a shutdown request or the end of *control*; in the main thread.
 
     *ready* is called once clients can connect. *listener*, taken over, replaces `settings.path`.
-    *control* is borrowed. Raises: AddressInUse, EndpointError, PolicyError, InvalidArgument.
+    *control* is borrowed. *fdstore*, with a keeper, has the table in the service manager's store,
+    and *registry* is what was restored from it.
+    Raises: AddressInUse, EndpointError, PolicyError, InvalidArgument.
     """
     Limits.for_rlimit(raise_descriptor_limit(), **settings.limits)
     settings.policy_text = read_policy(settings)[1]
     bound = listener or listen(settings.path, mode=settings.mode, backlog=settings.backlog)
     if settings.keeper:
-        holdings = Holdings(settings, bound, Registry(), secrets.token_hex(8), control)
+        table = Registry() if registry is None else registry
+        if fdstore is None:
+            holdings = Holdings(settings, bound, table, secrets.token_hex(8), control)
+        else:
+            holdings = Holdings(settings, bound, table, fdstore.epoch, control, fdstore.table)
         run_keeper(holdings, ready)
         return
     with bound:

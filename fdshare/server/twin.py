@@ -53,13 +53,15 @@ BACK_OFF: Final = 5.0
 
 @dataclass(slots=True)
 class Holdings:
-    """What survives either half. *control*: the owner's socket, whose end is the server's end."""
+    """What survives either half. *control*: the owner's socket, whose end is the server's end.
+    *fdstore*: the memfd of the table in the service manager's store (fdstore.py)."""
 
     settings: Settings
     listener: Listener
     registry: Registry
     epoch: str
     control: socket.socket | None = None
+    fdstore: Descriptor | None = None
 
     def descriptors(self) -> set[int]:
         """Every number that a new half must keep."""
@@ -68,6 +70,8 @@ class Holdings:
             kept.add(lock)
         if self.control is not None:
             kept.add(self.control.fileno())
+        if self.fdstore is not None:
+            kept.add(self.fdstore.fileno())
         return kept
 
     def forget_other_half(self) -> None:

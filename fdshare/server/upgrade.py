@@ -64,10 +64,11 @@ class Table(msgspec.Struct):
     server: int
     session: str = ""  # whose request asked for the upgrade
     id: int = 0
+    fdstore: int | None = None
 
     def numbers(self) -> list[int]:
         """Every descriptor the new code inherits."""
-        single = (self.listener, self.lock, self.control, self.journal, self.server)
+        single = (self.listener, self.lock, self.control, self.journal, self.server, self.fdstore)
         return [*self.handles, *(fd for fd in single if fd is not None)]
 
     def registry(self) -> Registry:
@@ -195,6 +196,7 @@ def dump_table(
         server=server.fileno(),
         session=session,
         id=id,
+        fdstore=None if holdings.fdstore is None else holdings.fdstore.fileno(),
     )
 
 
@@ -206,7 +208,8 @@ def adopt(table: Table) -> Holdings:
     sock = socket.socket(fileno=table.listener)
     listener = Listener(table.address, sock, lock, table.inode)
     control = None if table.control is None else socket.socket(fileno=table.control)
-    return Holdings(table.settings, listener, table.registry(), table.epoch, control)
+    fdstore = None if table.fdstore is None else Descriptor(table.fdstore)
+    return Holdings(table.settings, listener, table.registry(), table.epoch, control, fdstore)
 
 
 class _Version(msgspec.Struct):

@@ -36,6 +36,7 @@ from fdshare.server.changes import Record
 from fdshare.server.connection import Connection
 from fdshare.server.contract import LeaseState, Session
 from fdshare.server.door import Door
+from fdshare.server.fdstore import FdStore
 from fdshare.server.handles import Closer, Handle
 from fdshare.server.limits import Limits
 from fdshare.server.loop import Loop
@@ -86,6 +87,7 @@ class Server:
         registry: Registry | None = None,
         journal: Journal | None = None,
         epoch: str | None = None,
+        fdstore: FdStore | None = None,
     ) -> None:
         nofile = raise_descriptor_limit()
         # Not `or`: an empty registry is false, and a successor of ours would get the other one.
@@ -95,6 +97,9 @@ class Server:
             self.registry, self.policy, Limits.for_rlimit(nofile, **settings.limits), self
         )
         self.journal_link = journal
+        self._fdstore = fdstore
+        if fdstore is not None:
+            fdstore.reconcile(self.registry)
         self.auditing = audit_log.isEnabledFor(logging.INFO)
         self.notes: dict[str, str] = {}
         self.settings = settings
@@ -153,6 +158,8 @@ class Server:
     def journal(self, record: Record, handles: Sequence[Handle]) -> None:
         if self.journal_link is not None:
             self.journal_link.write(record, [handle.fd for handle in handles])
+        if self._fdstore is not None:
+            self._fdstore.record(record, [handle.fd for handle in handles])
 
     def lease_pair(self) -> tuple[Handle, Handle]:
         try:
