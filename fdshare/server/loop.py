@@ -1,19 +1,14 @@
-"""Server: the event loop. One thread; accepts, reads, writes, keeps time, and never blocks.
+"""Loop: the event loop. One thread; accepts, reads, writes, keeps time, and never blocks.
 
-The loop is the `World` of a `Service` (see world.py) and the owner of every connection. The order
-of one turn: wait, accept, read and serve, write, then what is due. A connection is *slow* while a
-request is half sent, an answer unread or the Hello missing, and slow ones are dropped in time; an
-idle one never is, until the door is full.
+The order of one turn: wait, accept, read and serve, write, then what is due. Slow clients are
+dropped in time; an idle one never is, until the door is full.
 """
 
 from __future__ import annotations
 
-import array
-import fcntl
 import heapq
 import logging
 import socket
-import termios
 import threading
 import time
 from collections.abc import Callable
@@ -26,44 +21,32 @@ from fdshare.errors import (
     KeeperUnavailable,
     ProtocolError,
 )
-from fdshare.kernel.ancillary import Rights, receive_into, rights, send_rights
-from fdshare.kernel.descriptor import Descriptor
+from fdshare.kernel.ancillary import receive_into
 from fdshare.protocol import messages as m
-from fdshare.protocol.wire import Frame, header
+from fdshare.protocol.wire import Frame
 from fdshare.server.connection import Connection
 from fdshare.server.contract import JournalBusy
-from fdshare.server.door import Door
+from fdshare.server.delivery import Delivery
 from fdshare.server.handles import Handle
-from fdshare.server.poller import ERROR, HANGUP, READ, WRITE, Poller
+from fdshare.server.poller import ERROR, HANGUP, READ, WRITE
 from fdshare.server.quick import Asked, answer
-from fdshare.server.service import Service
 
 __all__ = ["Loop"]
 
 log = logging.getLogger("fdshare.server")
 
 _BUFFER: Final = 1 << 16  # bytes a read takes at most, so that one client cannot fill a turn
-_BACKPRESSURE: Final = 1 << 16  # bytes of unread answers above which a client is not served
 _RETRY: Final = 0.005  # seconds until a throttled connection is looked at again
 
 
-class Loop:
-    """Turns readiness into calls. `service`, `door` and `closer` are set by who builds it."""
-
-    service: Service
-    door: Door
+class Loop(Delivery):
+    """Turns readiness into calls."""
 
     def __init__(self, close_handle: Callable[[Handle], None]) -> None:
-        self.poller = Poller()
-        self.connections: dict[Connection, None] = {}  # in the order of their last request
-        self.in_flight = 0
-        self._close_handle = close_handle
+        super().__init__(close_handle)
         self._buffer = bytearray(_BUFFER)
         self._view = memoryview(self._buffer)
-        self._slow: dict[Connection, None] = {}
         self._asked = Asked()
-        self._throttled: set[Connection] = set()
-        self._stalled: dict[Connection, None] = {}
         self._timers: list[tuple[float, int, Callable[[float], None]]] = []
         self._order = count()
         self._posted: list[Callable[[], None]] = []
@@ -239,51 +222,7 @@ class Loop:
         """Attempts *change* in *delay* seconds; from the loop's thread."""
         heapq.heappush(self._timers, (time.monotonic() + delay, next(self._order), change))
 
-    # One connection.
-
-    def add(self, connection: Connection) -> None:
-        self.connections[connection] = None
-        connection.interest = READ
-        self.poller.register(connection.fileno(), READ, connection)
-        self._slow[connection] = None
-
-    def drop(self, connection: Connection) -> None:
-        """Closes it and forgets all that waited for it."""
-        if connection.closed:
-            return
-        connection.closed = True
-        self.connections.pop(connection, None)
-        self._slow.pop(connection, None)
-        self._throttled.discard(connection)
-        self._stalled.pop(connection, None)
-        self.poller.unregister(connection.fileno())
-        self._hang_up(connection.sock)
-        self.in_flight -= connection.in_flight
-        unanswered = bool(connection.output)
-        for output in connection.output:
-            self.unpin(output.handles)
-        connection.output.clear()
-        for handle in connection.receiver.drain():
-            self._close_handle(handle)
-        for frame in connection.pending:
-            self._close_all(frame.descriptors)
-        connection.pending.clear()
-        self.service.disconnected(connection.session, time.monotonic(), unanswered=unanswered)
-        self.door.left(connection)
-
-    def _hang_up(self, sock: socket.socket) -> None:
-        """Closes *sock*; elsewhere if something is unread, for a descriptor in it may be the last
-        of a file whose close blocks."""
-        try:
-            sock.shutdown(socket.SHUT_RD)  # nothing comes after we have looked
-            unread = array.array("i", [0])
-            fcntl.ioctl(sock, termios.FIONREAD, unread)
-        except OSError:  # the peer is gone: look no further
-            unread = array.array("i", [1])
-        if unread[0]:
-            self._close_handle(Handle(Descriptor(sock.detach())))
-        else:
-            sock.close()
+    # Reading and serving.
 
     def _on_connection(self, connection: Connection, events: int, now: float) -> None:
         if connection.closed:
@@ -374,12 +313,6 @@ class Loop:
         if not connection.closed:
             self._update(connection)
 
-    def _busy(self, connection: Connection) -> bool:
-        """True where the client has to read before more is done for it."""
-        return bool(connection.output) and (
-            connection.output_bytes > _BACKPRESSURE or connection in self._throttled
-        )
-
     def _handle(self, connection: Connection, frame: Frame[Handle], now: float) -> bool:
         """Carries out one frame. False where it must be tried again: nothing has happened then."""
         handles = frame.descriptors
@@ -446,167 +379,3 @@ class Loop:
             fields = {**lost.fields, "whose": "server", "advice": "unregister some or raise it"}
             return DescriptorLimit(**fields)
         return lost
-
-    # Sending.
-
-    def send(
-        self,
-        connection: Connection,
-        id: int,
-        body: bytes,
-        handles: tuple[Handle, ...],
-        *,
-        further: bool = False,
-    ) -> None:
-        """Queues a frame and sends what can be sent now. One too many ends the connection, unless
-        it is a *further* part of an answer: what was asked for is sent whole."""
-        if connection.closed:
-            return
-        frame = header(len(body), len(handles), id) + body
-        fds = rights([handle.fd for handle in handles]) if handles else ()
-        if not connection.output and self._sent_at_once(connection, frame, fds, len(handles)):
-            return
-        connection.queue(frame, handles)
-        if len(connection.output) == 1:
-            self.flush(connection, connection.last_active)
-        elif connection.output_bytes > self.service.limits.max_output and not further:
-            log.warning("pid %d does not read its answers, dropped", connection.session.pid)
-            self.drop(connection)
-
-    def _sent_at_once(self, connection: Connection, frame: bytes, fds: Rights, count: int) -> bool:
-        """The common case, without a queue: True where the whole frame has gone, and its *count*
-        descriptors *fds*."""
-        limits = self.service.limits
-        if connection.draining or (
-            count
-            and (
-                connection.in_flight + count > limits.in_flight_per_connection
-                or self.in_flight + count > limits.in_flight
-            )
-        ):
-            return False
-        try:
-            sent = send_rights(connection.sock, (frame,), fds)
-        except (BlockingIOError, DescriptorLimit):
-            return False
-        except OSError:
-            self.drop(connection)
-            return True
-        connection.in_flight += count
-        self.in_flight += count
-        if sent < len(frame):
-            connection.queue(frame[sent:], ())
-            self._mark_slow(connection, connection.last_active)
-            self._update(connection)
-        return True
-
-    def flush(self, connection: Connection, now: float) -> None:
-        """Sends from the queue until it is empty, the socket full, or too much in flight."""
-        before = connection.output_bytes
-        try:
-            while connection.output and not connection.closed:
-                count = len(connection.output[0].handles)
-                if count and not self._may_fly(connection, count):
-                    self._throttled.add(connection)
-                    break
-                gone = connection.send_next()
-                if gone is None:
-                    break
-                if gone:
-                    self.in_flight += len(gone)
-                    self.unpin(gone)
-        except DescriptorLimit:
-            self._throttled.add(connection)
-        except OSError:
-            self.drop(connection)
-            return
-        if connection.closed:
-            return
-        if connection.output_bytes < before and connection.greeted:
-            self._end_slow(connection)  # the client reads, however slowly
-        if not connection.output:
-            self._emptied(connection, now)
-        self._mark_slow(connection, now)
-        self._update(connection)
-
-    def _emptied(self, connection: Connection, now: float) -> None:
-        if connection.draining:
-            self.drop(connection)
-            return
-        if connection.overflowed:
-            connection.overflowed = False
-            connection.stale = list(connection.session.watches)
-            self.send(connection, 0, m.encode(m.Overflowed()), ())
-        # No more than the client reads: thousands of watches times thousands of names would be a
-        # second overflow.
-        stale, connection.stale = connection.stale, []
-        while stale and not connection.closed and connection.output_bytes <= _BACKPRESSURE:
-            watch = stale.pop()
-            if watch in connection.session.watches:
-                self.service.snapshot(connection.session, watch)
-        connection.stale += stale
-
-    def _may_fly(self, connection: Connection, count: int) -> bool:
-        """True where *count* more descriptors unread keep within both budgets."""
-        limits = self.service.limits
-        if connection.in_flight + count > limits.in_flight_per_connection:
-            self._measure(connection)
-            if connection.in_flight and (
-                connection.in_flight + count > limits.in_flight_per_connection
-            ):
-                return False
-        if self.in_flight + count > limits.in_flight:
-            for other in self.connections:
-                self._measure(other)
-            return not self.in_flight or self.in_flight + count <= limits.in_flight
-        return True
-
-    def measure(self) -> int:
-        """How many descriptors were sent and not yet read."""
-        for connection in self.connections:
-            self._measure(connection)
-        return self.in_flight
-
-    def _measure(self, connection: Connection) -> None:
-        before = connection.in_flight
-        if before and not connection.unread():
-            self.in_flight -= before
-
-    def _update(self, connection: Connection) -> None:
-        """Asks the poller for what can be used: no reading while something waits to be served."""
-        if connection.closed:
-            return
-        interest = 0
-        if not connection.pending and not connection.draining and not self._busy(connection):
-            interest |= READ
-        if connection.output and connection not in self._throttled:
-            interest |= WRITE
-        if interest != connection.interest:
-            connection.interest = interest
-            self.poller.modify(connection.fileno(), interest)
-
-    def _mark_slow(self, connection: Connection, now: float) -> None:
-        """Starts or ends the clock for half-sent requests and unread answers."""
-        if connection.closed:
-            return
-        slow = not connection.greeted or not connection.receiver.idle or bool(connection.output)
-        if not slow:
-            self._end_slow(connection)
-        elif connection.slow_since is None:
-            connection.slow_since = now
-            self._slow[connection] = None
-
-    def _end_slow(self, connection: Connection) -> None:
-        if connection.slow_since is not None:
-            connection.slow_since = None
-            self._slow.pop(connection, None)
-
-    def unpin(self, handles: tuple[Handle, ...]) -> None:
-        for handle in handles:
-            handle.pins -= 1
-            if handle.closing and not handle.pins:
-                self._close_handle(handle)
-
-    def _close_all(self, handles: list[Handle]) -> None:
-        for handle in handles:
-            self._close_handle(handle)
