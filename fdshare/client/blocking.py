@@ -116,11 +116,11 @@ class Client(BaseClient):
         result. Raises: NameNotFound (no timeout), FetchTimeout, AccessDenied, DescriptorLimit,
         KindMismatch, UnknownKind.
         """
-        return self._do(verbs.fetch(name, timeout))
+        return verbs.given(self._call(verbs.asking(name, timeout)))
 
     def fetch_raw(self, name: str, *, timeout: float | None = 0) -> list[Descriptor]:
         """The bare descriptors of *name*, whatever their kind. The caller owns the result."""
-        return self._do(verbs.fetch_raw(name, timeout))
+        return verbs.given_raw(self._call(verbs.asking(name, timeout)))
 
     def fetch_many(self, names: Iterable[str]) -> dict[str, Any]:
         """name -> object for all of *names*: one round trip for each 253 descriptors.
@@ -270,6 +270,17 @@ class Client(BaseClient):
         except BaseException:
             steps.close()
             raise
+
+    def _call(self, exchange: Exchange) -> Parts:
+        """As `_do`, for one exchange: a tenth of a fetch is saved by not making a generator."""
+        try:
+            channel = self._idle.pop()
+        except IndexError:
+            channel = self._new_channel()
+        try:
+            return self._exchange(channel, exchange)
+        finally:
+            self._give_back(channel)
 
     def _exchange(self, channel: Channel, exchange: Exchange) -> Parts:
         id = channel.new_id()

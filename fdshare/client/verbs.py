@@ -76,12 +76,23 @@ def _answer(parts: Parts, cls: type[R]) -> R:
 
 
 def fetch(name: str, timeout: float | None) -> Steps[Any]:
-    parts = yield Exchange(m.Fetch(name, timeout), wait=timeout)
-    return rebuild(_answer(parts, m.Given).kind, parts.descriptors)
+    return given((yield asking(name, timeout)))
 
 
 def fetch_raw(name: str, timeout: float | None) -> Steps[list[Descriptor]]:
-    parts = yield Exchange(m.Fetch(name, timeout), wait=timeout)
+    return given_raw((yield asking(name, timeout)))
+
+
+def asking(name: str, timeout: float | None) -> Exchange:
+    """The only step of a fetch, for who needs no generator; `given` or `given_raw` ends it."""
+    return Exchange(m.Fetch(name, timeout), wait=timeout)
+
+
+def given(parts: Parts) -> Any:
+    return rebuild(_answer(parts, m.Given).kind, parts.descriptors)
+
+
+def given_raw(parts: Parts) -> list[Descriptor]:
     _answer(parts, m.Given)
     return parts.descriptors
 
