@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["explain", "ping", "reload", "stats", "stop", "upgrade"]
 
 
-@click.command()
+@click.command(short_help="Tell how the server is.")
 @json_option
 @click.option("--prometheus", is_flag=True, help="Print Prometheus text.")
 @for_server
@@ -55,7 +55,7 @@ def stats(client: Client, as_json: bool, prometheus: bool) -> None:
     print_facts(lines.items())
 
 
-@click.command()
+@click.command(short_help="Ask the server for a sign of life.")
 @for_server
 def ping(client: Client) -> None:
     """Ask the server for a sign of life; status 69 where there is none.
@@ -70,7 +70,7 @@ def ping(client: Client) -> None:
     print(f"{client.address} answered in {milliseconds:.1f} ms")
 
 
-@click.command()
+@click.command(short_help="Tell whether a user may, and which rule says so.")
 @click.argument("verb")
 @name_argument(default="")
 @click.option("--uid", "--user", "user", metavar="USER", help="Who; without it, yourself.")
@@ -114,7 +114,7 @@ def _groups_of(uid: int) -> tuple[int, list[int]]:
     return entry.pw_gid, os.getgrouplist(entry.pw_name, entry.pw_gid)
 
 
-@click.command()
+@click.command(short_help="Have the policy file read again.")
 @for_server
 def reload(client: Client) -> None:
     """Have the server read its policy file again; the old one stays where the new one is wrong.
@@ -126,7 +126,7 @@ def reload(client: Client) -> None:
     client.reload()
 
 
-@click.command()
+@click.command(short_help="Have the code that is installed now take over.")
 @for_server
 def upgrade(client: Client) -> None:
     """Have the server run the code that is installed now, with all that it holds.

@@ -37,7 +37,7 @@ class Finding(NamedTuple):
     advice: str = ""
 
 
-@click.command()
+@click.command(short_help="Say what is in the way, and what to do about it.")
 @click.option("--path", metavar="PATH", help="Where the server is. [env: FDSHARE_PATH]")
 @json_option
 def doctor(path: str | None, as_json: bool) -> int:

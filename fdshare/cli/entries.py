@@ -158,7 +158,7 @@ def _getting(command: Any) -> Any:
     return command
 
 
-@click.command()
+@click.command(short_help="Give what is held to a program, or copy from it.")
 @_getting
 @for_server
 def fetch(client: Client, name: str, command: Sequence[str], cat: bool, wait: float) -> None:
@@ -173,7 +173,7 @@ def fetch(client: Client, name: str, command: Sequence[str], cat: bool, wait: fl
     _use(name, client.fetch_raw(name, timeout=wait or 0), command, cat)
 
 
-@click.command()
+@click.command(short_help="The same, and nobody else gets it.")
 @_getting
 @for_server
 def take(client: Client, name: str, command: Sequence[str], cat: bool, wait: float) -> None:

@@ -9,7 +9,7 @@ import click
 __all__ = ["demo"]
 
 
-@click.command()
+@click.command(short_help="Show what fdshare does, with real processes.")
 def demo() -> int:
     """Show what fdshare does, in half a minute, with real processes. Changes nothing.
 

@@ -40,7 +40,11 @@ class _WithCommand(click.Command):
         return super().parse_args(context, args)
 
 
-@click.command(cls=_WithCommand, context_settings={"allow_interspersed_args": False})
+@click.command(
+    short_help="Run a program with descriptors that outlive it.",
+    cls=_WithCommand,
+    context_settings={"allow_interspersed_args": False},
+)
 @click.option("--path", metavar="PATH", help="Where the server is. [env: FDSHARE_PATH]")
 @click.option("--trust", metavar="USER", multiple=True, help="Believe this user's server, too.")
 @click.option(

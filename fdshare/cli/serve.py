@@ -59,7 +59,7 @@ def _metrics(context: click.Context, parameter: click.Parameter, value: str | No
     return value
 
 
-@click.command()
+@click.command(short_help="Run a server in the foreground.")
 @click.argument("address", metavar="[PATH]", required=False)
 @click.option("--path", metavar="PATH", help="The same as PATH.")
 @click.option("--policy", type=click.Path(), metavar="FILE", help="Who may do what (TOML).")

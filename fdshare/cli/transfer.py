@@ -46,7 +46,7 @@ class Copy(msgspec.Struct):
     descriptors: list[Descriptor]
 
 
-@click.command()
+@click.command(short_help="Write what is held to a file, as JSON.")
 @click.argument("file", type=click.File("w", lazy=False), default="-")
 @click.option("--pattern", default="*", show_default=True, help="Which names.")
 @for_server
@@ -64,7 +64,7 @@ def dump(client: Client, file: IO[str], pattern: str) -> None:
     file.write(msgspec.json.format(msgspec.json.encode(plain(made)), indent=2).decode() + "\n")
 
 
-@click.command()
+@click.command(short_help="Hold what a dump of another server lists.")
 @click.argument("file", type=click.File("rb"))
 @click.option("--from", "source", metavar="PATH", help="Another server than the dumped one.")
 @click.option("--replace", is_flag=True, help="Take the place of what is held here.")
@@ -89,7 +89,7 @@ def load(client: Client, file: IO[bytes], source: str | None, replace: bool, as_
         _report(_transfer(origin, client, wanted.entries, replace), as_json)
 
 
-@click.command()
+@click.command(short_help="Copy or move what is held to another server.")
 @click.argument("source", metavar="FROM")
 @click.argument("target", metavar="TO")
 @click.option("--pattern", default="*", show_default=True, help="Which names.")

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["wait", "watch"]
 
 
-@click.command()
+@click.command(short_help="Return when names are held.")
 @name_argument("names", nargs=-1, required=True)
 @click.option("--timeout", type=float, metavar="SECONDS", help="Give up then. [default: never]")
 @for_server
@@ -40,7 +40,7 @@ def wait(client: Client, names: tuple[str, ...], timeout: float | None) -> None:
         client.wait(name, timeout=left)
 
 
-@click.command()
+@click.command(short_help="Print each change as it happens.")
 @click.argument("pattern", default="*")
 @json_option
 @for_server

@@ -26,7 +26,7 @@ _COLUMNS: Final = (
 )
 
 
-@click.command()
+@click.command(short_help="List the processes that have it open now.")
 @name_argument()
 @json_option
 @for_server
