@@ -31,7 +31,7 @@ from fdshare.protocol.wire import HEADER, MAX_FRAME, Receiver, header
 
 __all__ = ["Answer", "Conversation", "Exchange", "Parts", "Received"]
 
-_REMEMBERED: Final = 256  # answers, of at most so many bytes:
+_REMEMBERED: Final = 1024  # answers, of at most so many bytes:
 _SHORT: Final = 512
 
 

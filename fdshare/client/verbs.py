@@ -117,17 +117,18 @@ def fetch_many(names: Iterable[str]) -> Steps[dict[str, Any]]:
 def _rebuild_items(parts: Parts, found: dict[str, Any], names: list[str]) -> None:
     """Adds the objects of one answer to *found*: they are those of *names*, from the first."""
     items = _answer(parts, m.GivenMany).items
-    left = parts.descriptors
+    descriptors, end = parts.descriptors, 0
     try:
+        counts = [item.count for item in items]
         if not items or [item.name for item in items] != names[: len(items)]:
             raise ProtocolError("other names than were asked for")
-        if sum(item.count for item in items) != len(left) or any(i.count < 0 for i in items):
-            raise ProtocolError(f"{len(left)} descriptors are not what its items need")
-        for item in items:
-            mine, left = left[: item.count], left[item.count :]
-            found[item.name] = rebuild(item.kind, mine)
+        if sum(counts) != len(descriptors) or min(counts) < 0:
+            raise ProtocolError(f"{len(descriptors)} descriptors are not what its items need")
+        for item, count in zip(items, counts, strict=True):
+            start, end = end, end + count
+            found[item.name] = rebuild(item.kind, descriptors[start:end])
     except BaseException:
-        close_all(left)
+        close_all(descriptors[end:])
         raise
 
 
