@@ -90,6 +90,8 @@ def rebuild(kind: Kind, descriptors: list[Descriptor]) -> Any:
     Raises: KindMismatch: they are not what the kind says; UnknownKind. Whatever is raised, every
     one of *descriptors* is closed. The caller owns the result.
     """
+    if kind.tag == "descriptor" and len(descriptors) == 1:
+        return descriptors[0]  # what came is what was meant
     try:
         rebuild_it = _rebuilders.get(kind.tag)
         if rebuild_it is None:
