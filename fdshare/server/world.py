@@ -14,7 +14,6 @@ import secrets
 import socket
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Final, Literal, Protocol
 
 import msgspec
@@ -30,7 +29,6 @@ from fdshare.kernel.credentials import peer_pidfd
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.kinds import describe
 from fdshare.protocol import messages as m
-from fdshare.protocol.wire import MAX_FRAME
 from fdshare.server.binding import bind_address
 from fdshare.server.changes import Record
 from fdshare.server.connection import Connection
@@ -42,20 +40,17 @@ from fdshare.server.limits import Limits
 from fdshare.server.loop import Loop
 from fdshare.server.metrics import metrics_door
 from fdshare.server.policy import Policy
-from fdshare.server.poller import HANGUP, READ
-from fdshare.server.probe import describe_descriptor
+from fdshare.server.prober import Prober
 from fdshare.server.registry import Entry, Registry
 from fdshare.server.service import Service
 from fdshare.server.settings import Settings, policy_of, read_policy
+from fdshare.server.vigil import Vigil
 
 __all__ = ["Journal", "Server", "raise_descriptor_limit"]
 
 log = logging.getLogger("fdshare.server")
 audit_log = logging.getLogger("fdshare.audit")
 
-# info() of a descriptor on a dead FUSE mount blocks its worker for ever; the others go on.
-_PROBES: Final = 4
-_PART: Final = MAX_FRAME // 4  # bytes of entries in one part of a long answer
 _OUTPUT_FOR_EVENTS: Final = 1 << 20  # bytes queued above which a watcher is told Overflow instead
 
 
@@ -104,10 +99,11 @@ class Server:
         self.notes: dict[str, str] = {}
         self.settings = settings
         self._closer = Closer()
-        self._probes: ThreadPoolExecutor | None = None
         self._started = time.monotonic()
         self.loop = Loop(self._close)
         self.loop.service = self.service
+        self._vigil = Vigil(self.loop)
+        self._prober = Prober(self.loop, self.answer_in_parts)
         epoch = epoch or secrets.token_hex(8)
         self.loop.door = Door(self.loop, listener, self.policy, epoch, settings.authkey)
         for entry in self.registry.entries.values():
@@ -126,8 +122,7 @@ class Server:
         """Closes every handle of the table; the server is of no use afterwards."""
         self.loop.door.close()
         self.close(list(self.registry.handles()))
-        if self._probes is not None:
-            self._probes.shutdown(wait=False, cancel_futures=True)
+        self._prober.stop()
         self.loop.close()
         self._closer.stop(timeout=1.0)
 
@@ -210,29 +205,14 @@ class Server:
         )
 
     def watch(self, entry: Entry) -> None:
-        if entry.guard is not None:
-            self._watch(entry.guard, READ, _GuardKey(self, entry))
-        if entry.lease is not None:
-            self._watch(entry.lease.handle, READ, _LeaseKey(self, entry.lease.id))
-        if entry.drop_on_hangup:
-            for handle in entry.handles:
-                if _can_hang_up(handle.fd):
-                    # A pidfd's hang-up is that it becomes readable; data on a socket is none.
-                    events = READ if _is_pidfd(handle.fd) else 0
-                    self._watch(handle, HANGUP | events, _HangupKey(self, entry))
+        self._vigil.watch(entry)
 
     def close(self, handles: Sequence[Handle]) -> None:
         for handle in handles:
             self._close(handle)
 
     def probe(self, session: Session, id: int, entries: Sequence[Entry], now: float) -> None:
-        if self._probes is None:
-            self._probes = ThreadPoolExecutor(_PROBES, thread_name_prefix="fdshare-probe")
-        shown = [(_entry_info(entry, now), entry.handles) for entry in entries]
-        for _, handles in shown:
-            for handle in handles:
-                handle.pins += 1
-        self._probes.submit(self._probe, session, id, shown)
+        self._prober.probe(session, id, entries, now)
 
     def bind(self, address: str, backlog: int, reuse_port: bool) -> tuple[m.Kind, Handle]:
         sock = bind_address(address, backlog=backlog, reuse_port=reuse_port)
@@ -307,94 +287,14 @@ class Server:
 
     # Behind it.
 
-    def _watch(self, handle: Handle, events: int, key: object) -> None:
-        if handle.key is not None:
-            self.loop.poller.unregister(handle.fd)
-            handle.key = None
-        try:
-            self.loop.poller.register(handle.fd, events, key)
-        except OSError as error:
-            # The entry is there and stays; a change that was made cannot be refused any more.
-            log.error("descriptor %d cannot be watched: %s", handle.fd, error)
-            return
-        handle.key = key
-
-    def unwatch(self, handle: Handle) -> None:
-        if handle.key is not None:
-            self.loop.poller.unregister(handle.fd)
-            handle.key = None
-
     def _close(self, handle: Handle) -> None:
         """Closes it once nothing that still has to be sent refers to it."""
-        self.unwatch(handle)
+        self._vigil.unwatch(handle)
         if handle.pins:
             handle.closing = True
         elif handle.fd >= 0:
             fd, handle.fd = handle.fd, -1
             self._closer.close(fd)
-
-    def _probe(
-        self, session: Session, id: int, shown: list[tuple[m.EntryInfo, tuple[Handle, ...]]]
-    ) -> None:
-        """In a worker: the kernel may take its time over a descriptor on FUSE or NFS."""
-        found = []
-        for info, handles in shown:
-            described = [describe_descriptor(handle.fd) for handle in handles]
-            found.append(msgspec.structs.replace(info, descriptors=described))
-        parts = _parts(found)
-        bodies = [m.encode(m.InfoList(p, more=p is not parts[-1])) for p in parts]
-
-        def answer() -> None:
-            self.answer_in_parts(session, id, bodies)
-            for _, handles in shown:
-                self.loop.unpin(handles)
-
-        self.loop.post(answer)
-
-
-class _GuardKey:
-    """A lifeline or pidfd has stirred: the owner is gone."""
-
-    __slots__ = ("entry", "server")
-
-    def __init__(self, server: Server, entry: Entry) -> None:
-        self.server, self.entry = server, entry
-
-    def __call__(self, events: int, now: float) -> None:
-        entry, server = self.entry, self.server
-        if entry.guard is not None:
-            server.unwatch(entry.guard)  # it stays readable
-        server.loop.attempt(lambda now: server.service.hung_up(entry, now, guard=True), now)
-
-
-class _HangupKey:
-    """The peer of one of the entry's descriptors is gone."""
-
-    __slots__ = ("entry", "server")
-
-    def __init__(self, server: Server, entry: Entry) -> None:
-        self.server, self.entry = server, entry
-
-    def __call__(self, events: int, now: float) -> None:
-        entry, server = self.entry, self.server
-        for handle in entry.handles:
-            server.unwatch(handle)
-        server.loop.attempt(lambda now: server.service.hung_up(entry, now, guard=False), now)
-
-
-class _LeaseKey:
-    """The taker has confirmed, or let go."""
-
-    __slots__ = ("lease", "server")
-
-    def __init__(self, server: Server, lease: int) -> None:
-        self.server, self.lease = server, lease
-
-    def __call__(self, events: int, now: float) -> None:
-        entry = self.server.registry.leases.get(self.lease)
-        if entry is not None and entry.lease is not None:
-            self.server.unwatch(entry.lease.handle)
-        self.server.loop.attempt(lambda now: self.server.service.lease_moved(self.lease, now), now)
 
 
 def raise_descriptor_limit() -> int:
@@ -428,67 +328,6 @@ def _no_descriptor(error: OSError) -> DescriptorLimit:
     what = "fs.file-max" if error.errno == errno.ENFILE else "RLIMIT_NOFILE"
     code = error.errno or errno.EMFILE
     return DescriptorLimit(code, what, limit, None, "server", "unregister some or raise it")
-
-
-def _entry_info(entry: Entry, now: float) -> m.EntryInfo:
-    return m.EntryInfo(
-        name=entry.name,
-        generation=entry.generation,
-        kind=entry.kind.tag,
-        registrant=entry.registrant,
-        age=now - entry.at,
-        count=len(entry.handles),
-        lifetime=entry.lifetime,
-        ttl=None if entry.expires is None else entry.expires - now,
-        grace=entry.grace,
-        drop_on_hangup=entry.drop_on_hangup,
-        fetches=entry.fetches,
-        leased=entry.lease is not None,
-        metadata=entry.metadata,
-    )
-
-
-def _parts(infos: list[m.EntryInfo]) -> list[list[m.EntryInfo]]:
-    """*infos* in parts that fit into a frame each; one that is too long by itself is shortened."""
-    parts: list[list[m.EntryInfo]] = [[]]
-    room = _PART
-    for info in infos:
-        size = len(m.encode(info))
-        if size > MAX_FRAME - _PART:
-            size = len(m.encode(info := _shortened(info)))
-        if size > room and parts[-1]:
-            parts.append([])
-            room = _PART
-        parts[-1].append(info)
-        room -= size
-    return parts
-
-
-def _shortened(info: m.EntryInfo) -> m.EntryInfo:
-    """*info* with the ends of its paths: 250 paths of PATH_MAX are longer than a frame."""
-    short = [
-        msgspec.structs.replace(each, path=each.path[-256:], local=each.local[-256:])
-        for each in info.descriptors
-    ]
-    return msgspec.structs.replace(info, descriptors=short)
-
-
-def _target(fd: int) -> str:
-    """What /proc calls it: never blocks, where fstat(2) on a dead mount does."""
-    try:
-        return os.readlink(f"/proc/self/fd/{fd}")
-    except OSError:
-        return ""
-
-
-def _can_hang_up(fd: int) -> bool:
-    return _target(fd).startswith(("socket:", "pipe:")) or _is_pidfd(fd)
-
-
-def _is_pidfd(fd: int) -> bool:
-    # "anon_inode:[pidfd]", and "pidfd:[1234]" since Linux 6.9 where pidfs shows it.
-    target = _target(fd)
-    return target.startswith("pidfd:") or target == "anon_inode:[pidfd]"
 
 
 def _command_of(pid: int) -> str:
