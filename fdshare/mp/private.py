@@ -37,7 +37,7 @@ from fdshare.kernel.ancillary import MAX_DESCRIPTORS, peek_descriptors, send_mes
 from fdshare.kernel.credentials import peer_credentials
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.kernel.endpoint import connect, listen
-from fdshare.server.cloakroom import CREDIT, FULL, PUT
+from fdshare.server.cloakroom import CREDIT, FULL, KEY, LOOKS, PUT
 
 __all__ = ["PrivateServer", "new_address"]
 
@@ -48,7 +48,7 @@ _ATTEMPTS: Final = 4  # a server may end as we come to it
 _IDLE: Final = 4  # connections kept
 _ANSWER: Final = 16  # bytes, more than any answer has
 _PAUSE: Final = 0.005  # seconds, before another try
-_TRIES_IN_FLIGHT: Final = 1000
+_TRIES_IN_FLIGHT: Final = 500
 
 
 def new_address() -> str:
@@ -60,13 +60,27 @@ def new_address() -> str:
 
 
 class _Line:
-    """One connection. *credit*: how many descriptors it may put without waiting for an answer."""
+    """One connection, and the hatch beside it, through which as many descriptors as its *credit*
+    says may be put without waking anybody."""
 
-    __slots__ = ("credit", "sock")
+    __slots__ = ("credit", "hatch", "sock")
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
+        self.hatch: socket.socket | None = None
         self.credit = 0
+
+    def close(self) -> None:
+        self.sock.close()
+        if self.hatch is not None:
+            self.hatch.close()
+
+    def open_hatch(self) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.hatch = ours
+        with theirs:
+            send_message(self.sock, (b"L",), [theirs.fileno()])
+        self.sock.recv(_ANSWER)
 
 
 class PrivateServer:
@@ -96,16 +110,13 @@ class PrivateServer:
         *fds* are borrowed for the call. Raises: DescriptorLimit: the server's, or of descriptors in
         flight; ServerGone, ServerTimeout; OSError of sendmsg(2).
         """
-        body = key + PUT.pack(ttl, uses)
+        packet = b"P" + key + PUT.pack(ttl, uses)
         for _ in range(_ATTEMPTS):
             line = self._borrow(start=True)
             try:
-                if len(fds) <= line.credit:
-                    _send(line.sock, b"Q" + body, fds)
-                    line.credit -= len(fds)
-                    self._give_back(line)
+                if len(fds) <= line.credit and ttl > LOOKS and self._put_aside(line, packet, fds):
                     return
-                _send(line.sock, b"P" + body, fds)
+                self._send(line, packet, fds)
                 answer = line.sock.recv(_ANSWER)
             except OSError as error:
                 answer = self._no_answer(line, error)
@@ -113,13 +124,36 @@ class PrivateServer:
                 return
         raise ServerGone(self.address, "it ended again and again")
 
+    def _put_aside(self, line: _Line, packet: bytes, fds: Sequence[int]) -> bool:
+        """Puts it through the hatch, where the server finds it when somebody asks for it."""
+        if line.hatch is None:
+            line.open_hatch()
+        assert line.hatch is not None
+        try:
+            send_message(line.hatch, (packet,), fds)
+        except DescriptorLimit:
+            return False  # too many are in flight; put openly the server makes room for it
+        line.credit -= len(fds)
+        self._give_back(line)
+        return True
+
+    def _send(self, line: _Line, packet: bytes, fds: Sequence[int]) -> None:
+        """Raises: DescriptorLimit: too many descriptors of this user stay in flight."""
+        for _ in range(_TRIES_IN_FLIGHT):
+            try:
+                send_message(line.sock, (packet,), fds)
+                return
+            except DescriptorLimit:
+                # Asked for what it does not have, the server takes in all that waits in hatches.
+                self.take_back(bytes(KEY))
+                time.sleep(_PAUSE)
+        send_message(line.sock, (packet,), fds)
+
     def _has_put(self, line: _Line, answer: bytes) -> bool:
         if not answer:
-            line.sock.close()
+            line.close()
             return False
-        line.credit = 0
-        if answer[:1] == b"P":
-            line.credit = CREDIT.unpack_from(answer, 1)[0]
+        line.credit = CREDIT.unpack_from(answer, 1)[0] if answer[:1] == b"P" else 0
         self._give_back(line)
         if answer[:1] == b"E":
             limit, used = FULL.unpack_from(answer, 1)
@@ -155,7 +189,7 @@ class PrivateServer:
                 if answer == b"T":
                     return descriptors
                 break
-            line.sock.close()
+            line.close()
         raise AlreadyTaken(key.hex())
 
     def take_back(self, key: bytes) -> None:
@@ -171,12 +205,12 @@ class PrivateServer:
             if answer:
                 self._give_back(line)
             else:
-                line.sock.close()
+                line.close()
 
     def close(self) -> None:
         """Closes this process's connections."""
         for line in self._renew():
-            line.sock.close()
+            line.close()
 
     def __del__(self) -> None:
         if hasattr(self, "_unread"):
@@ -187,7 +221,7 @@ class PrivateServer:
     def _no_answer(self, line: _Line, error: OSError) -> bytes:
         """Empty, as at the end of a stream, where it was idle too long or its server has ended:
         another connection may do. Raises what else *error* says."""
-        line.sock.close()
+        line.close()
         if isinstance(error, BlockingIOError):  # the kernel's timeout
             raise ServerTimeout(self.address, _TIMEOUT) from None
         if not isinstance(error, BrokenPipeError | ConnectionResetError):
@@ -204,7 +238,7 @@ class PrivateServer:
         if len(self._idle) < _IDLE:
             self._idle.append(line)
         else:
-            line.sock.close()
+            line.close()
 
     def _connect(self, start: bool) -> socket.socket:
         for attempt in range(_ATTEMPTS):
@@ -225,17 +259,6 @@ class PrivateServer:
             sock.close()
             raise
         return sock
-
-
-def _send(sock: socket.socket, packet: bytes, fds: Sequence[int]) -> None:
-    """Sends *packet*. Raises: DescriptorLimit: too many descriptors stay in flight."""
-    for _ in range(_TRIES_IN_FLIGHT):
-        try:
-            send_message(sock, (packet,), fds)
-            return
-        except DescriptorLimit:
-            time.sleep(_PAUSE)  # the server, or whoever takes from it, is about to read some
-    send_message(sock, (packet,), fds)
 
 
 _servers: weakref.WeakSet[PrivateServer] = weakref.WeakSet()

@@ -1,7 +1,7 @@
 """The private server of a process tree: takes descriptors in, gives them out once, and goes home.
 
-What is parked for a pickle needs no names, no policy, no lists and no keeper, but every round trip
-and every millisecond of the start is felt by whoever puts a socket into a queue. So this is not the
+What is parked for a pickle needs no names, no policy, no lists and no keeper, but every time that
+one process has to wake another is felt by whoever puts a socket into a queue. So this is not the
 rendezvous but a room of its own: packets of one byte and a key, one system call each.
 
 =======  ==================================================  ===================================
@@ -9,23 +9,24 @@ request                                                      answer
 =======  ==================================================  ===================================
 ``P``    key, seconds, uses; with 1..253 descriptors: keep   ``P`` with a credit, or ``E`` with
                                                              limit and used
-``Q``    the same, on credit                                 none
+``L``    with one end of a pair: the guest's *hatch*         ``L``
 ``T``    key: give                                           ``T`` with the descriptors, or ``N``
 ``R``    key: let go                                         ``R``
 =======  ==================================================  ===================================
-
-A credit is a number of descriptors for which there will be room: what is put on credit cannot be
-refused, so nobody waits for the answer, which costs both sides as much again as the request. Who
-has sent it may end: it waits in the socket. What it names may be asked for, by somebody else's
-connection, before it was read here; so a key that is not known is looked for in all that has been
-sent until now before the answer is no.
 
 The socket is SOCK_SEQPACKET: a packet arrives whole, with its own descriptors and no others. What
 is given is gone: the pickle that it belongs to is in the hands of whoever asks, and of nobody else.
 Only processes of our uid, and root's, are let in.
 
-It ends when no process is connected and nothing is kept. Everything kept has a time to live, so a
-tree whose processes are all gone takes it along in the end.
+A guest may put through its hatch, too: the body of a ``P``, without an answer, for as many
+descriptors as its credit says. The server does not wait for that; it looks into the hatches when it
+is asked for a key that it does not have, when the guest puts openly or leaves, and now and then.
+What was sent there was sent before anybody could ask for it, so nothing is missed; until then it
+waits in the kernel, like a letter in a box, and survives its sender. A credit has been set aside
+for, so what is put on it cannot be refused. It saves two of the four wake-ups.
+
+The server ends when no process is connected and nothing is kept. Everything kept has a time to
+live, so a tree whose processes are all gone takes it along in the end.
 """
 
 from __future__ import annotations
@@ -46,16 +47,17 @@ from fdshare.kernel.credentials import peer_credentials
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.server.poller import READ, Poller
 
-__all__ = ["CREDIT", "FULL", "KEY", "PUT", "serve"]
+__all__ = ["CREDIT", "FULL", "KEY", "LOOKS", "PUT", "serve"]
 
 KEY: Final = 18  # bytes: 16 that nobody can guess, 2 for the part of a large pickle
 PUT: Final = struct.Struct("=dI")  # seconds, uses
 FULL: Final = struct.Struct("=II")  # limit, used
 CREDIT: Final = struct.Struct("=I")  # descriptors
+LOOKS: Final = 5.0  # seconds between looks into the hatches; by as much what is there may outlive
 _PACKET: Final = 256  # bytes, more than any request has
 _KEY: Final = slice(1, 1 + KEY)
 _PUT_SIZE: Final = 1 + KEY + PUT.size
-_P, _Q, _T, _R = b"PQTR"
+_P, _L, _T, _R = b"PLTR"
 _MOST_CREDIT: Final = 32  # descriptors of one guest; they count as in flight until they are read
 _EVER: Final = float("inf")
 _BACKLOG: Final = 4096
@@ -77,12 +79,13 @@ class _Kept:
 
 
 class _Guest:
-    """One connection, and what it may still put without asking."""
+    """One connection, its hatch, and how many descriptors may still come through that."""
 
-    __slots__ = ("credit", "sock")
+    __slots__ = ("credit", "hatch", "sock")
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
+        self.hatch: socket.socket | None = None
         self.credit = 0
 
 
@@ -91,9 +94,9 @@ class _Room:
 
     def __init__(self, listener: socket.socket, nofile: int) -> None:
         self.listener = listener
-        # Of *nofile* descriptors three quarters are for what is kept, an eighth for what may be put
-        # on credit beyond that, the rest for the guests and ourselves.
-        self.limit = max(nofile * 3 // 4 - _RESERVE, 1)
+        # Of *nofile* descriptors five eighths are for what is kept, an eighth for what may be put
+        # on credit beyond that, the rest for the guests, their hatches and ourselves.
+        self.limit = max(nofile * 5 // 8 - _RESERVE, 1)
         self.most_credit = nofile // 8
         self.count = 0  # descriptors kept
         self.credit = 0  # that all guests have together
@@ -101,10 +104,11 @@ class _Room:
         self.guests: dict[_Guest, None] = {}  # in the order of their last request
         self.deadlines: list[tuple[float, bytes]] = []
         self.waiting: list[tuple[_Guest, bytes]] = []
-        self.missing: list[tuple[_Guest, int, bytes]] = []
         self.poller = Poller()
+        self.hatches = Poller()  # asked, never waited for
         self.buffer = bytearray(_PACKET)
         self.now = time.monotonic()  # when this turn began
+        self.looked = self.now  # into the hatches
 
     # The turn of the loop.
 
@@ -115,9 +119,13 @@ class _Room:
             timeout = self._timeout()
             ready = self.poller.wait(timeout)
             self.now = time.monotonic()
-            self._serve_all(ready)
-            if self.missing:
-                self._look_for_missing()
+            for key, _ in ready:
+                if type(key) is _Guest:
+                    self._serve(key)
+                else:
+                    self._admit()
+            if self.now >= self.looked + LOOKS:
+                self._look()
             if self.deadlines and self.deadlines[0][0] <= self.now:
                 self._expire()
             if self.waiting:
@@ -125,39 +133,18 @@ class _Room:
             if not ready and timeout == _LINGER and self._idle():
                 return
 
-    def _serve_all(self, ready: list[tuple[object, int]]) -> None:
-        for key, _ in ready:
-            if type(key) is _Guest:
-                self._serve(key)
-            else:
-                self._admit()
-
-    def _look_for_missing(self) -> None:
-        """Reads all that was sent before the requests in `missing`, then answers those."""
-        missing, self.missing = self.missing, []
-        # One packet of each guest a time, 256 guests a time; none has more unread than its credit.
-        for _ in range(_MOST_CREDIT * (1 + len(self.guests) // 256)):
-            ready = self.poller.wait(0)
-            if not ready:
-                break
-            self._serve_all(ready)
-        for guest, verb, key in missing:
-            if guest in self.guests:
-                self._carry_out(guest, verb, key)
-
     def _idle(self) -> bool:
         return not self.guests and not self.kept
 
     def _timeout(self) -> float | None:
-        if self.missing:
-            return 0.0
         if self.waiting:
             return _RETRY
         if self._idle():
             return _LINGER
-        if not self.deadlines:
-            return None
-        return max(self.deadlines[0][0] - self.now, 0.0)
+        due = self.looked + LOOKS if self.guests else _EVER
+        if self.deadlines:
+            due = min(due, self.deadlines[0][0])
+        return max(due - self.now, 0.0)
 
     def _expire(self) -> None:
         gone: list[Descriptor] = []
@@ -179,8 +166,11 @@ class _Room:
             sock, _ = self.listener.accept()
         except BlockingIOError:
             return
-        except OSError:  # EMFILE
-            self._make_room()
+        except OSError:  # EMFILE: the guest that was idle longest goes, and comes back some time
+            if self.guests:
+                self._drop(next(iter(self.guests)))
+            else:
+                time.sleep(_RETRY)
             return
         try:
             sock.setblocking(False)
@@ -194,22 +184,45 @@ class _Room:
         self.guests[guest] = None
         self.poller.register(sock.fileno(), READ, guest)
 
-    def _make_room(self) -> None:
-        """The guest that was idle longest goes, and comes back some time."""
-        if not self.guests:
-            time.sleep(_RETRY)
-            return
-        guest = next(iter(self.guests))
-        self._serve(guest)  # what it put on credit, if it has just become less idle
-        if next(iter(self.guests), None) is guest:
-            self._drop(guest)
-
     def _drop(self, guest: _Guest) -> None:
-        if self.guests.pop(guest, self) is not self:
-            self.poller.unregister(guest.sock.fileno())
-            guest.sock.close()
-            self.credit -= guest.credit
-            self.waiting = [(other, key) for other, key in self.waiting if other is not guest]
+        if self.guests.pop(guest, self) is self:
+            return
+        self.poller.unregister(guest.sock.fileno())
+        guest.sock.close()
+        self._empty(guest)
+        self._close_hatch(guest)
+        self.credit -= guest.credit
+        self.waiting = [(other, key) for other, key in self.waiting if other is not guest]
+
+    # The hatches.
+
+    def _look(self) -> None:
+        """Takes in all that was put through a hatch until now."""
+        self.looked = self.now
+        while ready := self.hatches.wait(0):
+            for guest, _ in ready:
+                assert isinstance(guest, _Guest)
+                self._empty(guest)
+
+    def _empty(self, guest: _Guest) -> None:
+        while guest.hatch is not None:
+            try:
+                size, descriptors, lost = receive_into(guest.hatch, self.buffer)
+            except BlockingIOError:
+                return
+            except OSError:
+                self._close_hatch(guest)
+                return
+            if size != _PUT_SIZE or not self._put(guest, descriptors, lost, guest.credit):
+                close_all(descriptors)
+            if not size:  # its other end is closed: the guest goes, too
+                self._close_hatch(guest)
+
+    def _close_hatch(self, guest: _Guest) -> None:
+        if guest.hatch is not None:
+            self.hatches.unregister(guest.hatch.fileno())
+            guest.hatch.close()
+            guest.hatch = None
 
     # Requests.
 
@@ -226,74 +239,86 @@ class _Room:
         del self.guests[guest]
         self.guests[guest] = None  # to the end of the order
         try:
-            self._answer(guest, size, descriptors, lost)
-        except OSError:  # it has gone, or reads no answers
+            if not self._answer(guest, size, descriptors, lost):
+                self._drop(guest)
+        except Exception:
+            # It has gone, or reads no answers. Whatever else it is costs this guest alone: what is
+            # kept here for the others has nobody else to keep it.
             self._drop(guest)
 
     def _answer(
         self, guest: _Guest, size: int, descriptors: list[Descriptor], lost: FdshareError | None
-    ) -> None:
+    ) -> bool:
+        """Carries a request out; False at the end of the stream, and for nonsense."""
         verb = self.buffer[0] if size else 0
-        key = bytes(self.buffer[_KEY])
-        if verb in (_P, _Q) and size == _PUT_SIZE and (descriptors or lost):
-            seconds, uses = PUT.unpack_from(self.buffer, 1 + KEY)
-            if 0 < seconds < _EVER:
-                self._put(guest, verb, key, descriptors, lost, self.now + seconds, uses)
-                return
+        if verb == _P and size == _PUT_SIZE and (descriptors or lost):
+            return self._put_openly(guest, descriptors, lost)
+        if verb == _L and size == 1 and len(descriptors) == 1 and guest.hatch is None:
+            return self._open_hatch(guest, descriptors[0])
         if descriptors:
             close_all(descriptors)
-        if verb in (_T, _R) and size == 1 + KEY:
-            if key in self.kept:
-                self._carry_out(guest, verb, key)
-            else:
-                self.missing.append((guest, verb, key))
-        else:  # the end, or nonsense
-            self._drop(guest)
+        if verb not in (_T, _R) or size != 1 + KEY:
+            return False
+        key = bytes(self.buffer[_KEY])
+        if key not in self.kept:
+            self._look()
+        if verb == _T:
+            self._give(guest, key)
+        else:
+            self._let_go(key)
+            guest.sock.send(b"R")
+        return True
 
-    def _carry_out(self, guest: _Guest, verb: int, key: bytes) -> None:
+    def _open_hatch(self, guest: _Guest, descriptor: Descriptor) -> bool:
         try:
-            if verb == _T:
-                self._give(guest, key)
-            else:
-                self._let_go(key)
-                guest.sock.send(b"R")
-        except OSError:  # it has gone, or reads no answers
-            self._drop(guest)
+            guest.hatch = descriptor.socket()
+        except OSError:
+            descriptor.close()
+            return False
+        guest.hatch.setblocking(False)
+        self.hatches.register(guest.hatch.fileno(), READ, guest)
+        guest.sock.send(b"L")
+        return True
+
+    def _put_openly(
+        self, guest: _Guest, descriptors: list[Descriptor], lost: FdshareError | None
+    ) -> bool:
+        request = bytes(self.buffer[:_PUT_SIZE])
+        self._empty(guest)
+        self.buffer[:_PUT_SIZE] = request
+        self.credit -= guest.credit
+        guest.credit = 0
+        if not self._put(guest, descriptors, lost, self.limit - self.count):
+            close_all(descriptors)
+            guest.sock.send(b"E" + FULL.pack(self.limit, self.count))
+            return True
+        guest.credit = min((self.most_credit - self.credit) // 4, _MOST_CREDIT)
+        self.credit += guest.credit
+        guest.sock.send(b"P" + CREDIT.pack(guest.credit))
+        return True
 
     def _put(
-        self,
-        guest: _Guest,
-        verb: int,
-        key: bytes,
-        descriptors: list[Descriptor],
-        lost: FdshareError | None,
-        expires: float,
-        uses: int,
-    ) -> None:
-        on_credit = verb == _Q and len(descriptors) <= guest.credit
-        used = len(descriptors) if on_credit else guest.credit
-        guest.credit -= used
-        self.credit -= used
-        if lost is not None or not (on_credit or self.count + len(descriptors) <= self.limit):
-            close_all(descriptors)
-            if verb == _P:
-                guest.sock.send(b"E" + FULL.pack(self.limit, self.count))
-            return
-        self._keep(key, descriptors, uses, expires)
-        if verb == _P:
-            guest.credit = min((self.most_credit - self.credit) // 4, _MOST_CREDIT)
-            self.credit += guest.credit
-            guest.sock.send(b"P" + CREDIT.pack(guest.credit))
-
-    def _keep(self, key: bytes, descriptors: list[Descriptor], uses: int, expires: float) -> None:
+        self, guest: _Guest, descriptors: list[Descriptor], lost: FdshareError | None, room: int
+    ) -> bool:
+        """Keeps *descriptors* as the buffer says; False where it cannot: they are the caller's."""
+        seconds, uses = PUT.unpack_from(self.buffer, 1 + KEY)
+        count = len(descriptors)
+        if lost is not None or not 0 < count <= room or not 0 < seconds < _EVER:
+            return False
+        key = bytes(self.buffer[_KEY])
         if key in self.kept:  # the answer to a first attempt was lost
             self._let_go(key)
+        used = min(count, guest.credit)
+        guest.credit -= used
+        self.credit -= used
+        expires = self.now + seconds
         self.kept[key] = _Kept(descriptors, uses, expires)
-        self.count += len(descriptors)
+        self.count += count
         heapq.heappush(self.deadlines, (expires, key))
         if len(self.deadlines) > 2 * len(self.kept) + 64:
             self.deadlines = [(kept.expires, key) for key, kept in self.kept.items()]
             heapq.heapify(self.deadlines)
+        return True
 
     def _give(self, guest: _Guest, key: bytes) -> None:
         kept = self.kept.get(key)
@@ -303,6 +328,7 @@ class _Room:
         try:
             send_message(guest.sock, (b"T",), kept.fds)
         except DescriptorLimit:  # too many in flight: they will be read soon
+            self._look()
             self.waiting.append((guest, key))
             return
         kept.uses -= 1
@@ -312,7 +338,10 @@ class _Room:
     def _try_again(self) -> None:
         waiting, self.waiting = self.waiting, []
         for guest, key in waiting:
-            self._carry_out(guest, _T, key)
+            try:
+                self._give(guest, key)
+            except OSError:
+                self._drop(guest)
 
     def _let_go(self, key: bytes) -> None:
         kept = self.kept.pop(key, None)

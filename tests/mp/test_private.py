@@ -66,8 +66,8 @@ def test_a_process_of_its_own(private: PrivateServer, pair: Pair) -> None:
     assert parent != os.getpid()
     open_there = census(pid)
     assert [open_there.pop(number) for number in range(3)] == ["/dev/null"] * 3
-    # The listener, the poller, our connection, and what it keeps: nothing of ours came along.
-    assert len(open_there) == 4, open_there
+    # The listener, two pollers, our connection, and what it keeps: nothing of ours came along.
+    assert len(open_there) == 5, open_there
     assert os.readlink(f"/proc/{pid}/cwd") == "/"
 
 
@@ -200,7 +200,7 @@ def test_a_forked_child_has_connections_of_its_own(private: PrivateServer, pair:
 
 
 def test_full_it_says_so(private: PrivateServer, pair: Pair) -> None:
-    """Its own limit: 64 descriptors, of which 32 are for what it keeps."""
+    """Its own limit: 64 descriptors, of which 24 are for what it keeps."""
     code = f"""
 import resource
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
@@ -209,10 +209,10 @@ PrivateServer({private.address!r}).put({KEY!r}, [0], 60, 1)
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
     with pytest.raises(DescriptorLimit) as caught:
-        private.put(b"2" * 18, [pair[0].fileno()] * 32, 60, 1)
-    assert (caught.value.whose, caught.value.limit, caught.value.used) == ("server", 32, 1)
+        private.put(b"2" * 18, [pair[0].fileno()] * 24, 60, 1)
+    assert (caught.value.whose, caught.value.limit, caught.value.used) == ("server", 24, 1)
     assert caught.value.errno == errno.EMFILE
-    private.put(b"2" * 18, [pair[0].fileno()] * 31, 60, 1)
+    private.put(b"2" * 18, [pair[0].fileno()] * 23, 60, 1)
     with pytest.raises(DescriptorLimit):  # more than it can even receive
         private.put(b"3" * 18, [pair[0].fileno()] * 200, 60, 1)
     # Nothing is lost, and idle guests make room at the door.
@@ -221,7 +221,7 @@ PrivateServer({private.address!r}).put({KEY!r}, [0], 60, 1)
         with pytest.raises(AlreadyTaken):
             other.take(b"4" * 18)
     arrived = private.take(b"2" * 18)
-    assert len(arrived) == 31
+    assert len(arrived) == 23
     for descriptor in arrived:
         descriptor.close()
     private.take_back(KEY)

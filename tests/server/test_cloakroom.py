@@ -94,9 +94,17 @@ def put(guest: socket.socket, key: bytes, *fds: int, ttl: float = 60, uses: int 
     return b"P" if answer[:1] == b"P" and len(answer) == 1 + CREDIT.size else answer
 
 
-def put_on_credit(guest: socket.socket, key: bytes, *fds: int) -> None:
+def open_hatch(guest: socket.socket) -> socket.socket:
+    """What the guest puts in here is not waited for."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+        assert ask(guest, b"L", (theirs.fileno(),)) == (b"L", [])
+    return ours
+
+
+def put_aside(hatch: socket.socket, key: bytes, *fds: int) -> None:
     control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
-    guest.sendmsg([b"Q" + key + PUT.pack(60, 1)], control)
+    hatch.sendmsg([b"P" + key + PUT.pack(60, 1)], control)
 
 
 @contextmanager
@@ -137,32 +145,40 @@ def test_what_is_given_is_closed(room: Room, guest: socket.socket, pair: Pair) -
     assert far.recv(1) == b""
 
 
-def test_on_credit(room: Room, guest: socket.socket, pair: Pair) -> None:
+def test_through_the_hatch(room: Room, guest: socket.socket, pair: Pair) -> None:
     fd = pair[0].fileno()
     answer, _ = ask(guest, b"P" + A + PUT.pack(60, 1), (fd,))
-    (credit,) = CREDIT.unpack(answer[1:])
-    assert credit == 32
-    keys = [bytes([number]) * KEY for number in range(credit)]
+    assert CREDIT.unpack(answer[1:]) == (32,)
+    hatch = open_hatch(guest)
     other = room.guest()
+    keys = [bytes([number]) * KEY for number in range(32)]
     for key in keys[:3]:
-        put_on_credit(guest, key, fd)
+        put_aside(hatch, key, fd)
         assert taken(other, key) == 1
+        assert taken(other, key) == 0
     for key in keys[3:]:
-        put_on_credit(guest, key, fd)
-    assert sum(taken(other, key) for key in keys) == credit - 3
+        put_aside(hatch, key, fd)
+    assert sum(taken(other, key) for key in keys) == 29
+    put_aside(hatch, A, fd)  # it has had its credit
+    assert put(guest, B, fd) == b"P"  # and a new one
+    put_aside(hatch, keys[0], fd)
+    assert taken(other, keys[0]) == 1
     other.close()
+    hatch.close()
 
 
-def test_asked_for_before_it_was_read(room: Room, guest: socket.socket, pair: Pair) -> None:
+def test_its_sender_may_end(room: Room, guest: socket.socket, pair: Pair) -> None:
     fd = pair[0].fileno()
     put(guest, A, fd)
+    hatch = open_hatch(guest)
     other = room.guest()
     assert taken(other, B) == 0
     with stopped(room):
         for number in range(32):
-            put_on_credit(guest, bytes([number]) * KEY, fd)
+            put_aside(hatch, bytes([number]) * KEY, fd)
         other.send(b"T" + bytes([31]) * KEY)
-        guest.close()  # who sent it may end
+        hatch.close()
+        guest.close()
     data, control, _, _ = other.recvmsg(10, 100, socket.MSG_CMSG_CLOEXEC)
     assert data == b"T"
     os.close(array.array("i", control[0][2])[0])
@@ -170,31 +186,68 @@ def test_asked_for_before_it_was_read(room: Room, guest: socket.socket, pair: Pa
     other.close()
 
 
-def test_let_go_before_it_was_read(room: Room, guest: socket.socket, pair: Pair) -> None:
+def test_what_waits_in_a_hatch_can_be_let_go(room: Room, guest: socket.socket, pair: Pair) -> None:
     put(guest, A, pair[0].fileno())
+    hatch = open_hatch(guest)
+    put_aside(hatch, B, pair[0].fileno())
     other = room.guest()
-    assert taken(other, B) == 0
-    with stopped(room):
-        put_on_credit(guest, B, pair[0].fileno())
-        other.send(b"R" + B)
-    assert other.recv(10) == b"R"
+    assert ask(other, b"R" + B) == (b"R", [])
     assert taken(other, B) == 0
     other.close()
+    hatch.close()
+
+
+def test_what_waits_in_a_hatch_has_a_time_to_live(
+    room: Room, guest: socket.socket, pair: Pair
+) -> None:
+    near, far = pair
+    put(guest, A, near.fileno())
+    assert taken(guest, A) == 1
+    hatch = open_hatch(guest)
+    control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [near.fileno()]))]
+    hatch.sendmsg([b"P" + B + PUT.pack(0.01, 1)], control)
+    near.close()
+    assert far.recv(1) == b""  # it looks now and then
+    hatch.close()
 
 
 @pytest.mark.parametrize("room", [64], indirect=True)
 def test_what_is_put_on_credit_has_room(room: Room, guest: socket.socket, pair: Pair) -> None:
     fd = pair[0].fileno()
     answer, _ = ask(guest, b"P" + A + PUT.pack(60, 1), (fd,))
-    (credit,) = CREDIT.unpack(answer[1:])
-    assert credit == 2  # a quarter of an eighth
+    assert CREDIT.unpack(answer[1:]) == (2,)  # a quarter of an eighth
+    hatch = open_hatch(guest)
     other = room.guest()
-    assert put(other, B, *[fd] * 31) == b"P"
+    assert put(other, B, *[fd] * 23) == b"P"
     assert put(other, b"c" * KEY, fd)[:1] == b"E"
-    put_on_credit(guest, b"d" * KEY, fd, fd)
-    assert taken(other, b"d" * KEY) == 2
-    put_on_credit(guest, b"e" * KEY, fd)  # it has had its credit, and there is no room
+    put_aside(hatch, b"d" * KEY, fd, fd)
+    put_aside(hatch, b"e" * KEY, fd)  # one too many
     assert taken(other, b"e" * KEY) == 0
+    assert taken(other, b"d" * KEY) == 2
+    other.close()
+    hatch.close()
+
+
+def test_rude_hatches(room: Room, guest: socket.socket, pair: Pair) -> None:
+    fd = pair[0].fileno()
+    put(guest, A, fd)
+    before = room.census()
+    other = room.guest()
+    with open("/dev/null") as file:
+        other.sendmsg(
+            [b"L"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [file.fileno()]))]
+        )
+        assert other.recv(10) == b""
+    hatch = open_hatch(guest)
+    for packet in (b"", b"x", b"T" + A, b"P" * 31):
+        hatch.sendmsg(
+            [packet], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd, fd]))]
+        )
+    assert taken(guest, B) == 0
+    hatch.close()
+    assert taken(guest, B) == 0
+    wait_until(lambda: room.census() == before)
+    assert taken(guest, A) == 1
     other.close()
 
 
@@ -264,14 +317,14 @@ def test_time_passes_while_it_is_busy(guest: socket.socket, pair: Pair) -> None:
 @pytest.mark.parametrize("room", [64], indirect=True)
 def test_its_limit(room: Room, guest: socket.socket, pair: Pair) -> None:
     fd = pair[0].fileno()
-    assert put(guest, A, *[fd] * 30) == b"P"
+    assert put(guest, A, *[fd] * 22) == b"P"
     answer = put(guest, B, *[fd] * 3)
-    assert (answer[:1], FULL.unpack(answer[1:])) == (b"E", (32, 30))
+    assert (answer[:1], FULL.unpack(answer[1:])) == (b"E", (24, 22))
     answer = put(guest, B, *[fd] * 253)  # more than it has numbers for
     assert answer[:1] == b"E"
     assert put(guest, B, fd, fd) == b"P"
-    assert taken(guest, A) == 30
-    assert put(guest, A, *[fd] * 30) == b"P"
+    assert taken(guest, A) == 22
+    assert put(guest, A, *[fd] * 22) == b"P"
     # The door: who was idle longest makes room, and what is kept stays.
     for _ in range(60):
         room.guests.append(room.guest())
@@ -279,7 +332,7 @@ def test_its_limit(room: Room, guest: socket.socket, pair: Pair) -> None:
     with pytest.raises(BrokenPipeError):
         while True:
             put(guest, A, fd)
-    assert (taken(room.guests[-1], A), taken(room.guests[-1], B)) == (30, 2)
+    assert (taken(room.guests[-1], A), taken(room.guests[-1], B)) == (22, 2)
 
 
 def test_rude_guests(room: Room, guest: socket.socket, pair: Pair) -> None:
@@ -314,7 +367,7 @@ def test_rude_guests(room: Room, guest: socket.socket, pair: Pair) -> None:
 
 @pytest.mark.parametrize("seconds", [float("nan"), float("inf"), -1.0, 0.0])
 def test_odd_times(room: Room, guest: socket.socket, pair: Pair, seconds: float) -> None:
-    assert put(guest, A, pair[0].fileno(), ttl=seconds) == b""
+    assert put(guest, A, pair[0].fileno(), ttl=seconds)[:1] == b"E"
     other = room.guest()
     assert put(other, B, pair[0].fileno()) == b"P"
     assert taken(other, B) == 1
