@@ -24,11 +24,12 @@ _STUCK: Final = 0.1  # seconds in close(2)
 class Handle:
     """One descriptor of the table. *key* is what the event loop finds when it stirs."""
 
-    __slots__ = ("closing", "fd", "key", "pins")
+    __slots__ = ("closing", "fd", "key", "pins", "quick")
 
-    def __init__(self, descriptor: Descriptor) -> None:
-        """Takes *descriptor* over."""
+    def __init__(self, descriptor: Descriptor, *, quick: bool = False) -> None:
+        """Takes *descriptor* over. *quick*: closing it cannot block, and is done at once."""
         self.fd = descriptor.detach()
+        self.quick = quick
         self.pins = 0
         self.closing = False
         self.key: object = None  # not None: registered with the poller

@@ -161,7 +161,10 @@ class Server:
             ours, theirs = socket.socketpair()
         except OSError as error:
             raise _no_descriptor(error) from None
-        return Handle(Descriptor(ours.detach())), Handle(Descriptor(theirs.detach()))
+        # Theirs is closed at once when it has gone: the lease of a taker that never got it ends
+        # then, and the entry must be back before its next request.
+        theirs_handle = Handle(Descriptor(theirs.detach()), quick=True)
+        return Handle(Descriptor(ours.detach())), theirs_handle
 
     def lease_state(self, ours: Handle, *, revoke: bool = False) -> LeaseState:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, ours.fd)
@@ -294,7 +297,10 @@ class Server:
             handle.closing = True
         elif handle.fd >= 0:
             fd, handle.fd = handle.fd, -1
-            self._closer.close(fd)
+            if handle.quick:
+                os.close(fd)
+            else:
+                self._closer.close(fd)
 
 
 def raise_descriptor_limit() -> int:
