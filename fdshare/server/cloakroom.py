@@ -196,16 +196,19 @@ class _Room:
 
     # The hatches.
 
-    def _look(self) -> None:
-        """Takes in all that was put through a hatch until now."""
-        self.looked = self.now
+    def _look(self, wanted: bytes | None = None) -> None:
+        """Takes in all that was put through a hatch until now, or until it finds *wanted*."""
+        if wanted is None:
+            self.looked = self.now
         while ready := self.hatches.wait(0):
             for guest, _ in ready:
                 assert isinstance(guest, _Guest)
-                self._empty(guest)
+                self._empty(guest, wanted)
+                if wanted in self.kept:
+                    return
 
-    def _empty(self, guest: _Guest) -> None:
-        while guest.hatch is not None:
+    def _empty(self, guest: _Guest, wanted: bytes | None = None) -> None:
+        while guest.hatch is not None and wanted not in self.kept:
             try:
                 size, descriptors, lost = receive_into(guest.hatch, self.buffer)
             except BlockingIOError:
@@ -261,7 +264,7 @@ class _Room:
             return False
         key = bytes(self.buffer[_KEY])
         if key not in self.kept:
-            self._look()
+            self._look(key)
         if verb == _T:
             self._give(guest, key)
         else:
