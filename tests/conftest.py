@@ -92,7 +92,13 @@ class Watched:
         with Client(self.address, **self._key()) as admin:
             self.pid = admin.stats().server_pid
             # Its log, listener, lock, poller, and what the interpreter has open.
-            self.fixed = len(census(self.pid)) - admin.stats().connections
+            self.fixed = wait_until(lambda: self._fixed(admin), "a quiet moment")
+
+    def _fixed(self, admin: Client) -> int | None:
+        """What is neither a connection nor in the table; None where that changed meanwhile."""
+        before, found, after = admin.stats(), len(census(self.pid)), admin.stats()
+        held = after.connections + after.descriptors
+        return found - held if before.connections + before.descriptors == held else None
 
     def _key(self) -> dict[str, Any]:
         return {"authkey": self.manager._settings.authkey, "trust": self.manager._trust}
