@@ -210,9 +210,9 @@ def close_all_but(kept: Collection[int]) -> None:
     """
     low = 3
     for fd in sorted(kept):
-        if fd >= low:
+        if fd > low:  # most numbers follow one another, and each call is one of the system
             os.closerange(low, fd)
-            low = fd + 1
+        low = max(low, fd + 1)
     os.closerange(low, _highest() + 1)
 
 
