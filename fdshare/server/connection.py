@@ -45,6 +45,7 @@ class Connection:
         "output_bytes",
         "overflowed",
         "pending",
+        "probing",
         "proof",
         "receiver",
         "session",
@@ -68,6 +69,7 @@ class Connection:
         self.draining = False  # close once the output is gone
         self.overflowed = False  # events were dropped
         self.stale: list[int] = []  # watches that need a fresh snapshot because of it
+        self.probing = 0  # how many of its requests ask the kernel about descriptors
         self.closed = False
         self.interest = 0
         self.slow_since: float | None = now  # until the Hello is there

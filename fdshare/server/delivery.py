@@ -32,6 +32,8 @@ __all__ = ["Delivery"]
 log = logging.getLogger("fdshare.server")
 
 _BACKPRESSURE: Final = 1 << 16  # bytes of unread answers above which a client is not served
+# An answer that is not written yet weighs nothing, and a request of a few bytes asks for megabytes.
+_PROBES: Final = 4  # `info`s of one client under way, from which on it is not served
 
 
 class Delivery:
@@ -221,9 +223,10 @@ class Delivery:
     # What is asked of the poller, and of the clock.
 
     def _busy(self, connection: Connection) -> bool:
-        """True where the client has to read before more is done for it."""
-        return bool(connection.output) and (
-            connection.output_bytes > _BACKPRESSURE or connection in self._throttled
+        """True where the client has to read, or we to look, before more is done for it."""
+        return connection.probing >= _PROBES or (
+            bool(connection.output)
+            and (connection.output_bytes > _BACKPRESSURE or connection in self._throttled)
         )
 
     def _update(self, connection: Connection) -> None:

@@ -313,6 +313,11 @@ class Loop(Delivery):
         if not connection.closed:
             self._update(connection)
 
+    def probed(self, connection: Connection) -> None:
+        """An `info` of this client has been answered."""
+        connection.probing -= 1
+        self._resume(connection, time.monotonic())
+
     def _handle(self, connection: Connection, frame: Frame[Handle], now: float) -> bool:
         """Carries out one frame. False where it must be tried again: nothing has happened then."""
         handles = frame.descriptors

@@ -6,12 +6,14 @@ answer is given by the loop's own thread.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 import msgspec
 
+from fdshare.errors import FdshareError
 from fdshare.protocol import messages as m
 from fdshare.protocol.wire import MAX_FRAME
 from fdshare.server.contract import Session
@@ -20,6 +22,8 @@ from fdshare.server.probe import describe_descriptor
 from fdshare.server.registry import Entry, Handle
 
 __all__ = ["Prober"]
+
+log = logging.getLogger("fdshare.server")
 
 # info() of a descriptor on a dead FUSE mount blocks its worker for ever; the others go on.
 _WORKERS: Final = 4
@@ -44,6 +48,7 @@ class Prober:
         for _, handles in shown:
             for handle in handles:
                 handle.pins += 1
+        session.route.probing += 1
         self._workers.submit(self._probe, session, id, shown)
 
     def stop(self) -> None:
@@ -55,19 +60,29 @@ class Prober:
         self, session: Session, id: int, shown: list[tuple[m.EntryInfo, tuple[Handle, ...]]]
     ) -> None:
         """In a worker."""
-        found = []
-        for info, handles in shown:
-            described = [describe_descriptor(handle.fd) for handle in handles]
-            found.append(msgspec.structs.replace(info, descriptors=described))
-        parts = _parts(found)
-        bodies = [m.encode(m.InfoList(p, more=p is not parts[-1])) for p in parts]
+        try:
+            bodies = _bodies(shown)
+        except Exception as error:
+            log.exception("a descriptor could not be described")
+            bodies = [m.encode(m.refusal(FdshareError(f"the server failed: {error!r}")))]
 
         def answer() -> None:
             self._answer_in_parts(session, id, bodies)
             for _, handles in shown:
                 self._loop.unpin(handles)
+            self._loop.probed(session.route)
 
         self._loop.post(answer)
+
+
+def _bodies(shown: list[tuple[m.EntryInfo, tuple[Handle, ...]]]) -> list[bytes]:
+    """The answer, in parts."""
+    found = []
+    for info, handles in shown:
+        described = [describe_descriptor(handle.fd) for handle in handles]
+        found.append(msgspec.structs.replace(info, descriptors=described))
+    parts = _parts(found)
+    return [m.encode(m.InfoList(p, more=p is not parts[-1])) for p in parts]
 
 
 def _entry_info(entry: Entry, now: float) -> m.EntryInfo:
