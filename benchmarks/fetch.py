@@ -11,20 +11,31 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from itertools import cycle
 from multiprocessing.managers import BaseManager
 from time import perf_counter
 from typing import Any
 
 from benchmarks.measure import Bench, NotHere, Run, each
-from benchmarks.processes import bare_python, c_pingpong, cpu_seconds, held_file, s6, same_file
+from benchmarks.processes import (
+    bare_python,
+    c_pingpong,
+    cpu_seconds,
+    held_file,
+    quiet,
+    s6,
+    same_file,
+)
 from fdshare import Descriptor, Manager
 
 C, PYTHON, S6 = "bare C ping-pong", "bare Python ping-pong", "s6-fdholderd retrieve"
 BASE = "BaseManager, a socket, same process tree"
 BATCHES = (1, 8, 64, 253)
 HELD = 300
+ROTATED = f"fetch, {HELD} files in turn"
 
 
 def run(bench: Bench) -> None:
@@ -63,11 +74,22 @@ def fetches(manager: Manager, fd: int) -> dict[str, Run]:
     sides = {
         "fetch, a Descriptor": each(lambda: manager.fetch("web/raw").close()),
         "fetch, a socket": each(lambda: manager.fetch("web/http").close()),
+        ROTATED: each(in_turn([partial(fetch_and_close, manager, name) for name in names])),
         "ping, no descriptor": each(manager.ping),
     }
     for size in BATCHES:
         sides[f"fetch_many of {size}"] = batch(manager, names[:size])
     return sides
+
+
+def fetch_and_close(manager: Manager, name: str) -> None:
+    manager.fetch(name).close()
+
+
+def in_turn(calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
+    """A call that makes one of *calls* after the other."""
+    turns = cycle(calls)
+    return lambda: next(turns)()
 
 
 def batch(manager: Manager, names: list[str]) -> Run:
@@ -87,6 +109,7 @@ def batch(manager: Manager, names: list[str]) -> Run:
 def report(bench: Bench, times: dict[str, list[float]], peers: set[str]) -> None:
     bench.ratio(times, "fetch, a Descriptor", PYTHON, goal=1.5)
     bench.ratio(times, "fetch, a socket", PYTHON, goal=1.5)
+    bench.ratio(times, ROTATED, PYTHON)
     bench.ratio(times, "ping, no descriptor", PYTHON)
     for name, goal in ((C, None), (S6, None), (BASE, None)):
         if name in peers:
@@ -191,7 +214,10 @@ except Exception as error:
 
 def unrelated() -> str:
     """What happens to a process that is none of the manager's children."""
-    with Shelves(("127.0.0.1", 0), authkey=b"benchmark") as manager:
+    with quiet():  # the manager's server says it, too
+        manager = Shelves(("127.0.0.1", 0), authkey=b"benchmark")
+        manager.start()
+    with manager:
         address: Any = manager.address
         words = [sys.executable, "-c", _STRANGER, *map(str, address)]
         return subprocess.run(words, capture_output=True, text=True, timeout=60).stdout.strip()

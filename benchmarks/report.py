@@ -101,7 +101,7 @@ def verdict(row: Row) -> str:
 def cells(row: Row) -> tuple[str, ...]:
     if row.value is None:
         return (row.what, "", row.note, "", "", goal(row), "not measured")
-    against = row.against + (f"; {row.note}" if row.note else "")
+    against = "; ".join(filter(None, (row.against, row.note)))
     theirs = duration(row.theirs)
     return (row.what, duration(row.ours), against, theirs, ratio(row), goal(row), verdict(row))
 
