@@ -12,27 +12,24 @@ The server is the one that was named, or the private one of the process tree (pr
 from __future__ import annotations
 
 import os
-import random
 import struct
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, Final, NamedTuple, Protocol
 
-from msgspec import Raw, msgpack
+from msgspec import Raw
 
-from fdshare.client.blocking import Client
 from fdshare.errors import (
     AccessDenied,
     AlreadyTaken,
     ClosedDescriptor,
     FdshareError,
-    NameNotFound,
     UntrustedServer,
 )
 from fdshare.kernel.ancillary import close_all
 from fdshare.kernel.descriptor import Descriptor
-from fdshare.kinds import Kind, describers, rebuild
+from fdshare.kinds import Kind, rebuild
 from fdshare.mp.private import PrivateServer, new_address
 from fdshare.mp.transit import Reduced
 from fdshare.protocol.names import MAX_ENTRY_DESCRIPTORS
@@ -72,47 +69,6 @@ class Depot(Protocol):
         """Closes this process's connections."""
 
 
-class NamedServer:
-    """The Depot in a rendezvous server: entries whose names nobody can guess.
-
-    One use is one entry: a taker that dies before it has confirmed gives its own use back.
-    """
-
-    def __init__(self, address: str) -> None:
-        self._client = Client(address)
-
-    def check(self) -> None:
-        self._client.ping()
-
-    def put(self, key: bytes, fds: Sequence[int], ttl: float, uses: int) -> None:
-        name = _name(key)
-        cargo = _Cargo(fds)
-        for use in range(uses):
-            self._client.register(name if uses == 1 else f"{name}/{use}", cargo, ttl=ttl)
-
-    def take(self, key: bytes) -> list[Descriptor]:
-        name = _name(key)
-        try:
-            return self._client.take_raw(name)
-        except NameNotFound:
-            pass
-        while left := self._client.names(f"{name}/*"):
-            try:
-                return self._client.take_raw(random.choice(left))
-            except NameNotFound:
-                continue  # somebody was faster
-        raise AlreadyTaken(name) from None
-
-    def take_back(self, key: bytes) -> None:
-        name = _name(key)
-        for found in [name, *self._client.names(f"{name}/*")]:
-            with suppress(NameNotFound):
-                self._client.unregister(found)
-
-    def close(self) -> None:
-        self._client.close()
-
-
 class Rendezvous(NamedTuple):
     """Where descriptors are parked, for how many seconds at most, and whether `install` said so."""
 
@@ -128,9 +84,16 @@ class Rendezvous(NamedTuple):
             with _lock:
                 depot = _depots.get(self.address)
                 if depot is None:
-                    depot = (PrivateServer if self.private else NamedServer)(self.address)
-                    _depots[self.address] = depot
+                    depot = _depots[self.address] = self._new_depot()
         return depot
+
+    def _new_depot(self) -> Depot:
+        if self.private:
+            return PrivateServer(self.address)
+        # Here and not at the top: it brings the whole client, which most children never need.
+        from fdshare.mp.named import NamedServer
+
+        return NamedServer(self.address)
 
 
 _lock = threading.Lock()
@@ -210,19 +173,6 @@ class Repeatable:
     uses: int
 
 
-class _Cargo:
-    """Descriptors on their way to the server: its kind says nothing of what they are."""
-
-    __slots__ = ("fds",)
-
-    def __init__(self, fds: Sequence[int]) -> None:
-        self.fds = list(fds)
-
-
-_CARGO: Final = Kind("parcel", Raw(msgpack.encode(None)))
-describers[_Cargo] = lambda cargo: (_CARGO, cargo.fds)
-
-
 class _Parcel:
     """What is parked together. *label* is what all its tickets hold, pickled once by way of the
     memo: a list, for which no pickler asks anybody, and to which the loader adds what it took."""
@@ -261,10 +211,6 @@ class _Parcel:
 
 def _key(token: bytes, part: int) -> bytes:
     return token + _PART.pack(part)
-
-
-def _name(key: bytes) -> str:
-    return f"parcel/{key.hex()}"
 
 
 class Parked:
@@ -375,7 +321,7 @@ class _Arrival:
             part = self._parts[number] = list(self._depot.take(_key(self._token, number)))
         descriptor = part[index] if index < len(part) else None
         if descriptor is None:
-            raise AlreadyTaken(_name(self._token))
+            raise AlreadyTaken(self._token.hex())
         part[index] = None
         return descriptor
 
