@@ -365,3 +365,24 @@ def test_fetch_many_gives_what_fits(world: MemoryWorld) -> None:
         answers.append([item.name for item in reply.items])
         asked = [name for name in asked if name not in answers[-1]]
     assert answers == [["a", "b"], ["c"], ["d"]]
+
+
+def test_a_renamed_entry_answers_by_its_new_name(world: MemoryWorld) -> None:
+    session = world.session()
+    register(world, session, "old")
+    world.service.handle(session, 1, m.Fetch("old"), [], 0.0)  # its answer is encoded, and kept
+    world.service.handle(session, 2, m.Rename("old", "new"), [], 0.0)
+    world.service.handle(session, 3, m.Fetch("new"), [], 0.0)
+    _, (_, renamed, _), (_, given, _) = session.route.take()
+    assert (given.name, given.generation) == ("new", renamed.generation)
+
+
+def test_what_a_watcher_sees_of_a_leased_name_that_is_replaced(world: MemoryWorld) -> None:
+    """The lease is revoked first: nobody sees a name replaced that he has seen taken."""
+    session, watcher = world.session(), world.session()
+    world.service.handle(watcher, 1, m.Watch("*"), [], 0.0)
+    register(world, session)
+    world.service.handle(session, 1, m.Take("x"), [], 0.0)
+    register(world, session, replace=True)
+    events = [sent[1].event for sent in watcher.route.take()[1:]]
+    assert events == ["registered", "taken", "returned", "replaced"]
