@@ -165,3 +165,40 @@ def test_the_other_packages_connection(armed: None) -> None:
     for end in (reader, writer, arrived):
         end.close()
     queue.close()
+
+
+# Processes that were there before, or come first
+
+
+def _fresh(_: int) -> Any:
+    """In a worker: two ends, of which nobody else knows."""
+    return socket.socketpair()
+
+
+def _known(sock: socket.socket) -> Any:
+    sock.sendall(b"x")
+    return [sock, socket.socketpair()]
+
+
+def test_workers_that_are_older_than_install(pair: Pair) -> None:
+    """The first thing that they are sent arms them, so that they can answer."""
+    near, far = pair
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        fdshare.install()
+        back, others = pool.apply_async(_known, (fdshare.hold(near),)).get(20)
+        assert far.recv(1) == b"x"
+        others[0].sendall(b"y")
+        assert others[1].recv(1) == b"y"
+        for sock in (back, *others):
+            sock.close()
+    fdshare.uninstall()
+
+
+def test_a_daemonic_worker_needs_the_server_first(armed: None) -> None:
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        pairs = pool.map_async(_fresh, range(6), chunksize=1).get(20)
+    for near, far in pairs:
+        near.sendall(b"x")
+        assert far.recv(1) == b"x"
+        near.close()
+        far.close()

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -246,3 +247,29 @@ def test_at_the_limit_of_the_receiver_nothing_is_lost(private: PrivateServer, pa
     for descriptor in arrived:
         assert not os.get_inheritable(descriptor.fileno())
         descriptor.close()
+
+
+def test_many_threads(private: PrivateServer, pair: Pair) -> None:
+    fds = [pair[0].fileno()]
+    failures: list[BaseException] = []
+
+    def work(number: int) -> None:
+        try:
+            for turn in range(100):
+                key = bytes([number, turn]) * 9
+                private.put(key, fds * (1 + turn % 7), 60, 1 + turn % 2)
+                for _ in range(1 + turn % 2):
+                    arrived = private.take(key)
+                    assert len(arrived) == 1 + turn % 7
+                    for descriptor in arrived:
+                        descriptor.close()
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert len(private._idle) <= 4
