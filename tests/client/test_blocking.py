@@ -14,7 +14,9 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from typing import Any
 
+import msgspec
 import pytest
+from barepeer import Peer
 
 import fdshare.client.blocking
 from fdshare.client.blocking import Client
@@ -24,6 +26,7 @@ from fdshare.errors import (
     GenerationMismatch,
     InvalidArgument,
     InvalidName,
+    KindMismatch,
     NameNotFound,
     NameTaken,
     TooManyDescriptors,
@@ -33,6 +36,7 @@ from fdshare.errors import (
 )
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.kinds import register_kind, unregister_kind
+from fdshare.protocol import messages as m
 
 
 def same(a: Any, b: Any) -> bool:
@@ -731,6 +735,21 @@ def test_a_number_is_a_descriptor(client: Client, sock: socket.socket) -> None:
     with client.fetch("number") as fetched:
         assert type(fetched) is Descriptor
         assert same(fetched, sock)
+
+
+@pytest.mark.parametrize("tag", ["socket", "file", "connection", "no such kind"])
+def test_a_kind_that_does_not_fit(client: Client, peer: Peer, tag: str) -> None:
+    """The receiver looks; what it cannot rebuild it has not taken, and has not left open."""
+    spec = msgspec.msgpack.encode([1, 2, 3, None])
+    with open(os.devnull) as null:
+        reply = peer.ask(m.Register("odd", m.Kind(tag, msgspec.Raw(spec))), [null.fileno()] * 2)
+    assert type(reply) is m.Registered
+    for verb in (client.fetch, client.take, lambda name: client.fetch_many([name])):
+        with pytest.raises((KindMismatch, UnknownKind)) as caught:
+            verb("odd")
+        assert caught.value.tag == tag
+    for descriptor in client.take_raw("odd", timeout=20):
+        descriptor.close()
 
 
 # Its own life

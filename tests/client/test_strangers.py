@@ -151,6 +151,23 @@ def test_one_that_closes_in_the_middle(stranger: Callable[..., Stranger], cut: i
         client.ping()
 
 
+def test_one_that_ends_in_the_middle_of_any_verb(stranger: Callable[..., Stranger]) -> None:
+    """The request arrived, with its descriptors; the answer never comes."""
+    arrived: set[str] = set()
+
+    def behave(connection: socket.socket) -> None:
+        for _, request in requests(connection):
+            if type(request) is not m.Hello:
+                arrived.add(type(request).__name__)
+                return
+
+    with Client(stranger(behave).address, reconnect=0.02) as client:
+        for verb, _ in VERBS.values():
+            with pytest.raises(ServerGone):
+                verb(client)
+    assert len(arrived) == len(VERBS)
+
+
 @pytest.mark.parametrize("said", [b"", frame(WELCOME)[:20], frame(WELCOME)], ids=len)
 def test_one_that_says_no_more(stranger: Callable[..., Stranger], said: bytes) -> None:
     with Client(stranger(say(said)).address, timeout=0.1) as client:
