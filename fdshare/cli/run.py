@@ -11,6 +11,7 @@ import click
 
 from fdshare.cli.launch import Launch, find_program, with_own_position
 from fdshare.cli.options import client_at
+from fdshare.kernel.address import absolute
 
 if TYPE_CHECKING:
     from fdshare.client.blocking import Client
@@ -98,6 +99,9 @@ def run(path: str | None, trust: tuple[str, ...], words: Sequence[str], **option
 
             start_unless_there(client)
         launch = Launch(command)
+        if path is not None:
+            # What the program may want of a server, it wants of this one.
+            launch.environment["FDSHARE_PATH"] = absolute(client.address)
         for want in wanted:
             for descriptor in _get(client, want, options):
                 launch.passed.append((want.name, stack.enter_context(descriptor)))

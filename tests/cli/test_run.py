@@ -83,6 +83,12 @@ def test_several_descriptors_and_placeholders(fdshare: Shell) -> None:
     assert said["argv"] == ["5", "fd://4", "33", "{other}", "{}"]
 
 
+def test_the_program_finds_the_same_server(fdshare: Shell) -> None:
+    command = ["run", "--path", fdshare.path, "web=tcp://127.0.0.1:0", "--"]
+    env = {"FDSHARE_PATH": "/nobody/there"}
+    assert "answered" in fdshare(*command, sys.executable, "-m", "fdshare", "ping", env=env)
+
+
 def test_standard_streams(fdshare: Shell, folder: Path) -> None:
     (folder / "in").write_text("from a file\n")
     fdshare("register", "in", "--open", folder / "in")

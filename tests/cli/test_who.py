@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -68,6 +69,41 @@ def test_who(fdshare: Shell) -> None:
     assert len(rows) == 2
     assert all(len(row) <= 80 for row in rows)
     assert "fdshare server:" in said
+
+
+# As a container does it: kcmp(2) is EPERM. seccomp(2), SECCOMP_MODE_FILTER; struct sock_filter.
+WITHOUT_KCMP = """
+import ctypes, struct, sys
+from fdshare.cli.holders import _SYS_KCMP
+filter = b"".join(struct.pack("HBBI", *instruction) for instruction in [
+    (0x20, 0, 0, 0),              # load the number of the system call
+    (0x15, 0, 1, _SYS_KCMP),      # is it kcmp?
+    (0x06, 0, 0, 0x00050001),     # SECCOMP_RET_ERRNO | EPERM
+    (0x06, 0, 0, 0x7FFF0000),     # SECCOMP_RET_ALLOW
+])
+buffer = ctypes.create_string_buffer(filter)
+program = ctypes.create_string_buffer(struct.pack("HP", 4, ctypes.addressof(buffer)))
+libc = ctypes.CDLL(None, use_errno=True)
+if libc.prctl(38, 1, 0, 0, 0) or libc.prctl(22, 2, program, 0, 0):
+    sys.exit(77)
+from fdshare.cli.main import run
+sys.exit(run(sys.argv[1:]))
+"""
+
+
+def test_without_kcmp_the_inode_has_to_do(fdshare: Shell) -> None:
+    fdshare("register", "web", "--listen", "tcp://127.0.0.1:0")
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_KCMP, "who", "web", "--json"],
+        env=fdshare.environment,
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode == 77:
+        pytest.skip("seccomp filters are not allowed here")
+    (server,) = json.loads(done.stdout)
+    assert server["half"] == "server"
+    assert server["how"] == "inode"
 
 
 def test_who_of_nothing(fdshare: Shell) -> None:
