@@ -50,6 +50,7 @@ _FAMILIES: Final = {
     "doctor": "doctor",
     "demo": "playing",
     "completion": "completion",
+    "manual": "manual",
 }
 
 
