@@ -21,9 +21,9 @@ from fdshare.kernel.ancillary import Rights, rights, send_rights
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.protocol import messages as m
 from fdshare.protocol.wire import header
-from fdshare.server.connection import Connection
+from fdshare.server.connection import NO_MEMORY, Connection
 from fdshare.server.door import Door
-from fdshare.server.handles import Handle
+from fdshare.server.handles import Handle, close_quietly
 from fdshare.server.poller import READ, WRITE, Poller
 from fdshare.server.service import Service
 
@@ -93,7 +93,7 @@ class Delivery:
         if unread[0]:
             self._close_handle(Handle(Descriptor(sock.detach())))
         else:
-            sock.close()
+            close_quietly(sock)
 
     # Sending.
 
@@ -135,11 +135,8 @@ class Delivery:
             return False
         try:
             sent = send_rights(connection.sock, (frame,), fds)
-        except (BlockingIOError, DescriptorLimit):
-            return False
         except OSError:
-            self.drop(connection)
-            return True
+            return False  # what to make of it is for flush(), with the answer in its queue
         connection.in_flight += count
         self.in_flight += count
         if sent < len(frame):
@@ -163,11 +160,11 @@ class Delivery:
                 if gone:
                     self.in_flight += len(gone)
                     self.unpin(gone)
-        except DescriptorLimit:
+        except OSError as error:
+            if not isinstance(error, DescriptorLimit) and error.errno not in NO_MEMORY:
+                self.drop(connection)
+                return
             self._throttled.add(connection)
-        except OSError:
-            self.drop(connection)
-            return
         if connection.closed:
             return
         if connection.output_bytes < before and connection.greeted:

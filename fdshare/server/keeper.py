@@ -16,6 +16,7 @@ finds the answer beside the table (`Registry.answers`).
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
@@ -32,8 +33,9 @@ from fdshare.kernel.descriptor import Descriptor
 from fdshare.protocol import messages as m
 from fdshare.server import logs
 from fdshare.server.changes import Record
+from fdshare.server.connection import NO_MEMORY
 from fdshare.server.fdstore import FdStore
-from fdshare.server.handles import Closer, Handle
+from fdshare.server.handles import Closer, Handle, close_quietly
 from fdshare.server.link import Link
 from fdshare.server.poller import READ, Poller
 from fdshare.server.reporting import Watchdog, announce_main_pid, report
@@ -160,8 +162,7 @@ class Keeper:
             self._closer.close(handle.fd)
         self._closer.stop(timeout=1.0)
         self._poller.close()
-        self._wake.close()
-        self._waker.close()
+        close_quietly(self._wake, self._waker)
 
     # Signals, and the owner.
 
@@ -235,9 +236,7 @@ class Keeper:
         """In a forked child: closes its copies of what is this keeper's alone."""
         for number in _SIGNALS:
             signal.signal(number, signal.SIG_IGN)  # the keeper commands
-        self._poller.close()
-        self._wake.close()
-        self._waker.close()
+        close_quietly(self._poller, self._wake, self._waker)
         if self._trial is not None:
             self._trial.abandon()
 
@@ -253,11 +252,11 @@ class Keeper:
         self._poller.unregister(self._journal.fileno())
         self._fencing = True
         how = fence(self._server)
-        while self._read_letter():
-            pass
+        for _ in range(3):  # ECONNRESET, of a note that it has not read, comes before the records
+            while self._read_letter():
+                pass
         self._fencing = False
-        self._server.close()
-        self._journal.close()
+        close_quietly(self._server, self._journal)
         self._server = self._journal = None
         if self._stopping_since is None:
             if not self._relieved:
@@ -295,7 +294,9 @@ class Keeper:
         assert self._journal is not None
         try:
             count, descriptors, lost = receive_into(self._journal, self._buffer)
-        except (BlockingIOError, ConnectionResetError):
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.ECONNRESET, *NO_MEMORY):
+                raise
             return False
         if not count:
             if not self._fencing:
@@ -304,7 +305,9 @@ class Keeper:
         if lost is not None:
             # We hold what the server holds and no more, so this is a limit lowered under us. The
             # server has the table: it makes a new keeper, and that one holds all of it.
-            log.critical("the journal lost descriptors (%s); making way for a new keeper", lost)
+            log.critical("the journal lost descriptors: %s", lost)
+            if self._fencing:  # there is no server any more: what we have is all there is
+                return True
             os._exit(1)
         letter = decode_letter(bytes(memoryview(self._buffer)[:count]))
         if isinstance(letter, Record):

@@ -15,7 +15,9 @@ from fdshare.kernel.ancillary import send_message
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.protocol import messages as m
 from fdshare.server.changes import Record
+from fdshare.server.connection import NO_MEMORY
 from fdshare.server.contract import JournalBusy
+from fdshare.server.handles import close_quietly
 from fdshare.server.poller import READ
 from fdshare.server.twin import (
     BACK_OFF,
@@ -85,7 +87,7 @@ class Link:
             self._lose()
             raise JournalBusy("it has just died", BACK_OFF) from None
         except OSError as error:
-            if error.errno in (errno.ENOBUFS, errno.ENOMEM):
+            if error.errno in NO_MEMORY:
                 raise JournalBusy from None
             raise KeeperUnavailable(str(error)) from None
 
@@ -116,9 +118,9 @@ class Link:
     def _on_letter(self, events: int, now: float) -> None:
         try:
             data = self._sock.recv(_LETTER)
-        except BlockingIOError:
-            return
-        except OSError:
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.ECONNRESET, *NO_MEMORY):
+                return  # EOF comes after it
             data = b""
         if not data:
             self._lose()
@@ -193,8 +195,7 @@ class Link:
         log.warning("keeper %s is gone (%s), making a new one", self._pid, how)
         if self._upgrading:
             self._upgrade_failed("the new code died at its start; the old one goes on")
-        self._sock.close()
-        self._keeper.close()
+        close_quietly(self._sock, self._keeper)
         self._buried = True
         now = time.monotonic()
         self._deaths.append(now)

@@ -27,7 +27,7 @@ from fdshare.protocol.wire import Frame
 from fdshare.server.connection import Connection
 from fdshare.server.contract import JournalBusy
 from fdshare.server.delivery import Delivery
-from fdshare.server.handles import Handle
+from fdshare.server.handles import Handle, close_quietly
 from fdshare.server.poller import ERROR, HANGUP, READ, WRITE
 from fdshare.server.quick import Asked, answer
 
@@ -124,9 +124,7 @@ class Loop(Delivery):
         self._waker.detach()
 
     def close(self) -> None:
-        self.poller.close()
-        self._wake.close()
-        self._waker.close()
+        close_quietly(self.poller, self._wake, self._waker)
 
     def _wake_up(self) -> None:
         try:

@@ -23,6 +23,7 @@ import msgspec
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.kernel.endpoint import Listener
 from fdshare.server.changes import Record
+from fdshare.server.handles import close_quietly
 from fdshare.server.registry import Registry
 from fdshare.server.settings import Settings
 
@@ -187,19 +188,19 @@ def fork_half() -> Forked:
         try:
             pid = os.fork()
         except BaseException:
-            us.close()
+            close_quietly(us)
             raise
         if pid == 0:
-            ours.close()
+            close_quietly(ours)
             return Forked(True, theirs, us, me)
-        us.close()  # not before: so a number is free for the child's
+        close_quietly(us)  # not before: so a number is free for the child's
         return Forked(False, ours, Descriptor(os.pidfd_open(pid)), pid)
     except BaseException:
-        ours.close()
+        close_quietly(ours)
         raise
     finally:
         if os.getpid() == me:
-            theirs.close()
+            close_quietly(theirs)
 
 
 def close_all_but(kept: Collection[int]) -> None:
