@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import errno
 import fcntl
 import socket
 import sys
@@ -14,7 +15,10 @@ from fdshare.protocol.wire import Frame, Receiver
 from fdshare.server.contract import Session
 from fdshare.server.handles import Handle
 
-__all__ = ["Connection", "Output"]
+__all__ = ["NO_MEMORY", "Connection", "Output"]
+
+# What a socket says when the kernel has no memory for a message: later it may have.
+NO_MEMORY: Final = (errno.ENOBUFS, errno.ENOMEM)
 
 # Bytes that we sent and the peer has not read: SIOCOUTQ, <linux/sockios.h>; FIONWRITE elsewhere.
 _UNREAD: Final = 0x5411 if sys.platform == "linux" else 0x40046677
@@ -90,7 +94,7 @@ class Connection:
         """Sends from the front of the queue. The handles that went, or None where it is full.
 
         Raises: DescriptorLimit (ETOOMANYREFS): somebody, perhaps elsewhere, has to read first;
-        OSError where the connection is gone.
+        OSError: NO_MEMORY, or the connection is gone.
         """
         front = self.output[0]
         try:
