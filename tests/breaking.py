@@ -142,7 +142,8 @@ class Wire:
         body = m.encode(request)
         frame = header(len(body), len(fds), id) + body
         sent = send_message(self.sock, (frame,), fds)
-        self.sock.sendall(frame[sent:])
+        if sent < len(frame):  # else the server may have hung up already
+            self.sock.sendall(frame[sent:])
 
     def receive(self) -> Said:
         """The next frame. The caller owns its descriptors. Raises: EOFError."""
