@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import socket
 from collections.abc import Callable, Iterator
 from typing import Any, get_args
@@ -122,6 +123,27 @@ def test_half_a_frame_with_descriptors_and_gone(server: Any, null: int) -> None:
         with Peer(server.address, hello=False) as peer:
             hello = peer.frame(m.Hello(m.MAGIC, m.VERSION, ""), 0, 0) if number % 2 else b""
             peer.write(hello + data[: 1 + number % (len(data) - 1)], [null] * 3)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_fuzzed_frames(server: Any, null: int, seed: int) -> None:
+    """Good requests with bytes changed, cut out and put in, and any number of descriptors."""
+    chance = random.Random(seed)
+    verbs = [verb for name, verb in VERBS.items() if name not in ("Shutdown", "Upgrade")]
+    verbs += [m.Register("x", KIND, replace=True), m.Register("y", KIND, lifetime="connection")]
+    with Client(server.address) as client:
+        for _ in range(150):
+            with Peer(server.address, hello=chance.random() < 0.9) as peer:
+                count = chance.choice([0, 0, 1, 2, 3])
+                data = bytearray()
+                for _ in range(chance.randint(1, 4)):
+                    data += peer.frame(chance.choice(verbs), count)
+                for _ in range(chance.choice([0, 1, 1, 3])):
+                    at = chance.randrange(len(data))
+                    data[at : at + chance.randint(0, 3)] = chance.randbytes(chance.randint(0, 3))
+                if data:
+                    peer.write(bytes(data), [null] * count)
+        client.ping()
 
 
 # The greeting
