@@ -85,12 +85,7 @@ def run(path: str | None, trust: tuple[str, ...], words: Sequence[str], **option
       fdshare run --stdout log -- ./report
     """
     wanted, command = _split(words, click.get_current_context().meta.get(_COMMAND))
-    if not options["notify"]:
-        for option in ("detach", "ready_fd"):
-            if options[option]:
-                raise click.UsageError(f"--{option.replace('_', '-')} goes with --notify")
-    elif not wanted:
-        raise click.UsageError("--notify stores under the first NAME: give one")
+    _check(wanted, options)
     find_program(command)
     with ExitStack() as stack:
         client = stack.enter_context(client_at(path, trust))
@@ -98,31 +93,53 @@ def run(path: str | None, trust: tuple[str, ...], words: Sequence[str], **option
             from fdshare.cli.starting import start_unless_there
 
             start_unless_there(client)
-        launch = Launch(command)
+        launch = _fill(Launch(command), client, wanted, options, stack)
         if path is not None:
             # What the program may want of a server, it wants of this one.
             launch.environment["FDSHARE_PATH"] = absolute(client.address)
-        for want in wanted:
-            for descriptor in _get(client, want, options):
-                launch.passed.append((want.name, stack.enter_context(descriptor)))
-        for number, name in enumerate((options["stdin"], options["stdout"], options["stderr"])):
-            if name is not None:
-                first, *others = _get(client, Wanted(name), options)
-                launch.standard[number] = stack.enter_context(first)
-                for other in others:
-                    other.close()
-        if options["notify"]:
-            from fdshare.cli.notifying import run_notified
+        if not options["notify"]:
+            launch.execute()
+        from fdshare.cli.notifying import run_notified
 
-            return run_notified(
-                client,
-                launch,
-                wanted[0].name,
-                detach=options["detach"],
-                ready_fd=options["ready_fd"],
-                timeout=options["ready_timeout"],
-            )
-        launch.execute()
+        return run_notified(
+            client,
+            launch,
+            wanted[0].name,
+            detach=options["detach"],
+            ready_fd=options["ready_fd"],
+            timeout=options["ready_timeout"],
+        )
+
+
+def _check(wanted: Sequence[Wanted], options: dict[str, Any]) -> None:
+    """Raises: click.UsageError for options that do not go together."""
+    if options["notify"]:
+        if not wanted:
+            raise click.UsageError("--notify stores under the first NAME: give one")
+        return
+    for option in ("detach", "ready_fd"):
+        if options[option]:
+            raise click.UsageError(f"--{option.replace('_', '-')} goes with --notify")
+
+
+def _fill(
+    launch: Launch,
+    client: Client,
+    wanted: Sequence[Wanted],
+    options: dict[str, Any],
+    stack: ExitStack,
+) -> Launch:
+    """*launch* with all that was asked for, which *stack* closes."""
+    for want in wanted:
+        for descriptor in _get(client, want, options):
+            launch.passed.append((want.name, stack.enter_context(descriptor)))
+    for number, name in enumerate((options["stdin"], options["stdout"], options["stderr"])):
+        if name is not None:
+            first, *others = _get(client, Wanted(name), options)
+            launch.standard[number] = stack.enter_context(first)
+            for other in others:
+                other.close()
+    return launch
 
 
 def _split(words: Sequence[str], command: list[str] | None) -> tuple[list[Wanted], list[str]]:

@@ -1,0 +1,43 @@
+"""run --start: a server for who finds none."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+from commandline import Shell
+
+
+def test_start_a_server_if_none_answers(shell: Shell, folder: Path) -> None:
+    done = shell.run("run", "--start", "web=tcp://127.0.0.1:0", "--", "true")
+    assert done.returncode == 0
+    assert done.stderr == f"fdshare: started a server at {shell.path}\n"
+    pid = shell.json("stats")["keeper_pid"]
+    # It holds nothing of ours, and is nobody's child.
+    links = [os.readlink(f"/proc/{pid}/fd/{number}") for number in (0, 1, 2)]
+    assert links == ["/dev/null", "/dev/null", f"{shell.path}.log"]
+    stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    assert int(stat[1]) != os.getpid()
+    assert int(stat[3]) != os.getsid(0)
+    # The second finds the first.
+    assert shell.run("run", "--start", "web", "--", "true").stderr == ""
+    shell("stop")
+
+
+def test_two_starters_start_one_server(shell: Shell) -> None:
+    both = [
+        shell.start("run", "--start", "web=tcp://127.0.0.1:0", "--", "true", stderr=subprocess.PIPE)
+        for _ in range(2)
+    ]
+    for process in both:
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 0, errors
+    assert len(shell.json("ls")) == 1
+
+
+def test_a_server_that_cannot_start_says_why(shell: Shell, folder: Path) -> None:
+    blocked = folder / "file"
+    blocked.touch()
+    line = shell.fails("run", "--start", "--path", blocked, "web", "--", "true")
+    assert "it is a regular file, not a socket" in line
