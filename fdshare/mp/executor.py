@@ -16,6 +16,7 @@ import concurrent.futures
 import concurrent.futures.process as stock
 import traceback
 from concurrent.futures import Future
+from queue import Full
 from typing import Any
 
 from fdshare.errors import InvalidArgument
@@ -134,8 +135,8 @@ class CallQueueMixin(QueueMixin):
         """Send a call. What cannot be pickled or sent fails its future: the caller is a thread."""
         try:
             QueueMixin.put(self, obj, block, timeout)
-        except (TypeError, AttributeError, OSError, ValueError) as error:
-            if not isinstance(obj, stock._CallItem) or self._closed:
+        except Exception as error:
+            if not isinstance(obj, stock._CallItem) or self._closed or isinstance(error, Full):
                 raise
             self._on_queue_feeder_error(error, obj)
         call = getattr(obj, "fn", None)
