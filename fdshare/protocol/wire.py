@@ -111,6 +111,10 @@ class Receiver(Generic[D]):
         how; the frames before it are still good, and `drain()` returns what belongs to none. Feed
         no more then.
         """
+        if self.idle and lost is None and self._lost is None:
+            id = only_frame(data, len(descriptors))
+            if id >= 0 and len(data) <= self._max_frame + HEADER.size:  # nearly always
+                return [Frame(id, bytes(data[HEADER.size :]), list(descriptors), None)]
         self._descriptors += descriptors
         self._lost = self._lost or lost
         if self._bytes:
