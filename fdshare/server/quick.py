@@ -22,6 +22,10 @@ __all__ = ["Asked", "Packet", "answer"]
 _ID: Final = slice(8, 12)
 _REMEMBERED: Final = 4096  # frames
 _LONGEST: Final = 400  # bytes of a frame that fetches a name of 255
+# How such a body goes on after its first byte, which says how many fields there are. Only a hint:
+# who encodes in another order goes the long way.
+_START: Final = b"\xa4type\xa5fetch\xa4name"
+_START_AT: Final = HEADER.size + 1
 
 
 class Asked:
@@ -32,7 +36,7 @@ class Asked:
 
     def name_in(self, data: bytes) -> str | None:
         """The name, where *data* is one frame, without descriptors, that fetches one; else None."""
-        if len(data) > _LONGEST:
+        if len(data) > _LONGEST or not data.startswith(_START, _START_AT):
             return None
         key = data[:8] + data[12:]
         name = self._names.get(key)
