@@ -49,6 +49,7 @@ _IDLE: Final = 4  # connections kept
 _ANSWER: Final = 16  # bytes, more than any answer has
 _PAUSE: Final = 0.005  # seconds, before another try
 _TRIES_IN_FLIGHT: Final = 500
+_UNKNOWN: Final = b"R" + bytes(KEY)  # a request for a key that nobody has
 
 
 def new_address() -> str:
@@ -145,7 +146,9 @@ class PrivateServer:
                 return
             except DescriptorLimit:
                 # Asked for what it does not have, the server takes in all that waits in hatches.
-                self.take_back(bytes(KEY))
+                line.sock.send(_UNKNOWN)
+                if not line.sock.recv(_ANSWER):
+                    raise ConnectionResetError from None
                 time.sleep(_PAUSE)
         send_message(line.sock, (packet,), fds)
 

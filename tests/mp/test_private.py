@@ -19,9 +19,11 @@ from fdshare.errors import AlreadyTaken, DescriptorLimit
 from fdshare.kernel.credentials import peer_credentials
 from fdshare.kernel.endpoint import connect
 from fdshare.mp.private import PrivateServer, new_address
+from fdshare.server.cloakroom import serve
 
 Pair = tuple[socket.socket, socket.socket]
 KEY = b"k" * 18
+AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become somebody else")
 
 
 @pytest.fixture
@@ -273,3 +275,37 @@ def test_many_threads(private: PrivateServer, pair: Pair) -> None:
         thread.join()
     assert not failures
     assert len(private._idle) <= 4
+
+
+@AS_ROOT
+def test_more_in_flight_than_the_sender_may_have(private: PrivateServer, pair: Pair) -> None:
+    """The kernel counts what waits unread against the sender's user, except root."""
+    private.put(KEY, [pair[0].fileno()], 60, 1)  # all is imported now
+    private.take(KEY)[0].close()
+    child = os.fork()
+    if not child:
+        status = 1
+        try:
+            os.setresgid(65534, 65534, 65534)
+            os.setresuid(65534, 65534, 65534)
+            listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            listener.bind("\0" + private.address[1:] + "-nobody")
+            listener.listen()
+            if not os.fork():
+                serve(listener.detach())
+                os._exit(0)
+            listener.close()
+            _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+            mine = PrivateServer(private.address + "-nobody")
+            for number in range(100):
+                mine.put(bytes([number + 1]) * 18, [pair[0].fileno()] * 3, 60, 1)
+                if number == 2:  # connected, and with a hatch
+                    resource.setrlimit(resource.RLIMIT_NOFILE, (8, hard))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+            for number in range(100):
+                for descriptor in mine.take(bytes([number + 1]) * 18):
+                    descriptor.close()
+            status = 0
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
