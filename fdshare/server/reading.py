@@ -144,7 +144,8 @@ class Reading(Audience):
         subject = Subject(request.uid, request.gid, tuple(request.groups))
         allowed, rule = self.policy.decide(request.verb, request.name, subject)
         entry = self.registry.entries.get(request.name)
-        if allowed and entry and request.verb == "unregister":
+        # To register under a name that is held is to replace, which the registrant rule is about.
+        if allowed and entry and request.verb in ("register", "unregister"):
             allowed, rule = self.policy.decide_removal(entry.registrant.uid, subject)
         self.world.answer(session, id, m.encode(m.Explained(allowed, rule)))
         return False
