@@ -33,6 +33,7 @@ from fdshare import Descriptor, Manager
 
 C, PYTHON, S6 = "bare C ping-pong", "bare Python ping-pong", "s6-fdholderd retrieve"
 BASE = "BaseManager, a socket, same process tree"
+BARE_64 = "bare Python, 64 in one message"
 BATCHES = (1, 8, 64, 253)
 HELD = 300
 ROTATED = f"fetch, {HELD} files in turn"
@@ -42,6 +43,7 @@ def run(bench: Bench) -> None:
     fd = bench.keep(held_file())
     folder = bench.folder()
     sides: dict[str, Run] = {PYTHON: bench.keep(bare_python("plain", fd))}
+    sides[BARE_64] = bench.keep(bare_python("plain", fd, (900, 2500), copies=64))
     for name, make in ((C, c_pingpong), (S6, s6_retrieve), (BASE, base_manager)):
         try:
             sides[name] = bench.keep(make(folder, fd))
@@ -118,6 +120,9 @@ def report(bench: Bench, times: dict[str, list[float]], peers: set[str]) -> None
         goal = 0.10 if size == 64 else None
         against = S6 if S6 in peers else PYTHON
         bench.ratio(times, f"fetch_many of {size}", against, per=size, goal=goal)
+    bench.ratio(times, "fetch_many of 64", BARE_64)
+    if S6 in peers:
+        bench.ratio(times, BARE_64, S6, per=64)
 
 
 def use_of_processors(bench: Bench, manager: Manager, server: int) -> None:

@@ -35,7 +35,6 @@ __all__ = [
 HERE = Path(__file__).parent
 # The bytes of a fetch of "web/http" and of its answer, so that the floor moves as many as we do.
 ALIKE = (31, 61)
-_ROOM = socket.CMSG_SPACE(array.array("i").itemsize)
 _CLOEXEC = int(socket.MSG_CMSG_CLOEXEC)
 
 
@@ -109,27 +108,33 @@ def c_pingpong(folder: Path, fd: int, sizes: tuple[int, int] = ALIKE) -> Iterato
 
 
 @contextmanager
-def bare_python(mode: str, fd: int, sizes: tuple[int, int] = ALIKE) -> Iterator[Run]:
+def bare_python(
+    mode: str, fd: int, sizes: tuple[int, int] = ALIKE, copies: int = 1
+) -> Iterator[Run]:
     """The floor in Python: our half is a loop of sendmsg, recvmsg and close, and no more."""
     ours, theirs = socket.socketpair()
     program = str(HERE / "peers" / "pingpong.py")
-    words = [sys.executable, "-S", program, mode, str(theirs.fileno()), str(fd), str(sizes[1])]
+    numbers = map(str, (theirs.fileno(), fd, sizes[1], copies))
+    words = [sys.executable, "-S", program, mode, *numbers]
+    room = socket.CMSG_SPACE(copies * array.array("i").itemsize)
     with ours, subprocess.Popen(words, pass_fds=[theirs.fileno(), fd]) as process:
         theirs.close()
         request = [b"name" + bytes(sizes[0] - 4)]
 
         def run(count: int) -> float:
-            descriptor = -1
             start = perf_counter()
-            for left in range(count, 0, -1):
+            for _ in range(count):
                 ours.sendmsg(request)
-                _, control, _, _ = ours.recvmsg(65536, _ROOM, _CLOEXEC)
-                (descriptor,) = array.array("i", control[0][2])
-                if left > 1:
+                _, control, _, _ = ours.recvmsg(65536, room, _CLOEXEC)
+                for descriptor in array.array("i", control[0][2]):
                     os.close(descriptor)
             took = perf_counter() - start
-            assert same_file(descriptor, fd), "another descriptor arrived"
-            os.close(descriptor)
+            ours.sendmsg(request)
+            got = array.array("i", ours.recvmsg(65536, room, _CLOEXEC)[1][0][2])
+            assert len(got) == copies
+            for descriptor in got:
+                assert same_file(descriptor, fd), "another descriptor arrived"
+                os.close(descriptor)
             return took
 
         try:

@@ -1,6 +1,6 @@
 """The floor in Python: the server of a request and a reply with one descriptor, nothing else.
 
-Usage: pingpong.py plain|epoll SOCKET DESCRIPTOR REPLY-BYTES
+Usage: pingpong.py plain|epoll SOCKET DESCRIPTOR REPLY-BYTES [COPIES]
 
 *plain* blocks in recv(2), so it can serve one client only. *epoll* waits for many, as every server
 must, and looks a name up.
@@ -14,19 +14,19 @@ import socket
 import sys
 
 
-def plain(sock: socket.socket, descriptor: int, reply: bytes) -> None:
-    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [descriptor]))]
+def plain(sock: socket.socket, descriptors: list[int], reply: bytes) -> None:
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))]
     data = [reply]
     while sock.recv(65536):
         sock.sendmsg(data, rights)
 
 
-def epoll(sock: socket.socket, descriptor: int, reply: bytes) -> None:
+def epoll(sock: socket.socket, descriptors: list[int], reply: bytes) -> None:
     sock.setblocking(False)
     waiting = select.epoll()
     waiting.register(sock, select.EPOLLIN)
     clients = {sock.fileno(): sock}
-    held = {b"name": (descriptor, [reply])}
+    held = {b"name": (descriptors, [reply])}
     buffer = bytearray(65536)
     while True:
         for number, _ in waiting.poll():
@@ -35,10 +35,11 @@ def epoll(sock: socket.socket, descriptor: int, reply: bytes) -> None:
             if not count:
                 return
             found, data = held[bytes(buffer[:4])]
-            control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [found]))]
+            control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", found))]
             client.sendmsg(data, control)
 
 
 if __name__ == "__main__":
     serve = {"plain": plain, "epoll": epoll}[sys.argv[1]]
-    serve(socket.socket(fileno=int(sys.argv[2])), int(sys.argv[3]), bytes(int(sys.argv[4])))
+    number, descriptor, size, copies = map(int, [*sys.argv[2:], "1"][:4])
+    serve(socket.socket(fileno=number), [descriptor] * copies, bytes(size))
