@@ -255,9 +255,9 @@ def _ready(number: int | None, settings: Settings) -> Callable[[], None]:
     """What to do when clients can connect."""
 
     def ready() -> None:
-        from fdshare.activation import notify
+        from fdshare.server.reporting import report
 
-        notify(f"READY=1\nMAINPID={os.getpid()}\nSTATUS=Serving at {settings.path}")
+        report(f"READY=1\nMAINPID={os.getpid()}\nSTATUS=Serving at {settings.path}")
         if number is not None:
             try:
                 os.write(number, b"\n")
