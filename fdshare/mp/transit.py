@@ -51,16 +51,15 @@ class Transit(Protocol):
 class Inline:
     """The descriptors go with the bytes, in the order in which they were pickled."""
 
-    __slots__ = ("fds", "holders")
+    __slots__ = ("fds",)
 
     def __init__(self) -> None:
         self.fds: list[int] = []
-        self.holders: list[Any] = []
 
     def carry(self, obj: Any, kind: Kind, fds: list[int]) -> Reduced:
         first = len(self.fds)
         self.fds += fds
-        self.holders.append(obj)
+        # The pickler's memo keeps *obj* alive, and who sends the pickle keeps the pickler.
         if len(fds) == 1:
             return _arrive, (kind.tag, bytes(kind.spec), first)
         return _arrive, (kind.tag, bytes(kind.spec), first, len(fds))
@@ -70,7 +69,6 @@ class Inline:
 
     def rollback(self) -> None:
         self.fds.clear()
-        self.holders.clear()
 
 
 class Bundle:
