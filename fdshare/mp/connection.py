@@ -46,7 +46,8 @@ class _Channel(socket.socket):
     __slots__ = ()
 
     def __del__(self) -> None:
-        self.close()
+        if self.fileno() >= 0:
+            self.close()
 
 
 class ConnectionMixin:
