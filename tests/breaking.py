@@ -78,7 +78,9 @@ def kill(pid: int, number: int = signal.SIGKILL) -> None:
     pidfd = os.pidfd_open(pid)
     try:
         os.kill(pid, number)
-        select.select([pidfd], [], [], 20)
+        dead = select.poll()
+        dead.register(pidfd, select.POLLIN)
+        assert dead.poll(20_000), f"{pid} does not die"
     finally:
         os.close(pidfd)
 

@@ -45,12 +45,15 @@ class Load:
         """Returns when the workers have done *steps* more, or one of them has failed."""
         wanted = self.done + steps
         deadline = time.monotonic() + 60
-        pipes = [p.stdout for p in self.processes if p.stdout is not None]
+        pipes = select.poll()
+        for process in self.processes:
+            assert process.stdout is not None
+            pipes.register(process.stdout, select.POLLIN)
         while self.done < wanted:
-            ready, _, _ = select.select(pipes, [], [], deadline - time.monotonic())
+            ready = pipes.poll(max(deadline - time.monotonic(), 0) * 1000)
             assert ready, "the workers do not get on"
-            for pipe in ready:
-                data = os.read(pipe.fileno(), 1 << 16)
+            for fd, _ in ready:
+                data = os.read(fd, 1 << 16)
                 if not data:  # it has something to say
                     return
                 self.done += len(data)

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import signal
 import socket
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -20,79 +18,13 @@ from pathlib import Path
 import pytest
 from breaking import FIXED, Halves, ended, identity, kill
 from conftest import census, wait_until
+from installed import HANGS, Installed
 from test_leases import Taker
 
-import fdshare
 from fdshare.activation import NotifySocket
 from fdshare.client.blocking import Client
 from fdshare.errors import FdshareError, InvalidArgument
-from fdshare.kernel.endpoint import connect
 from fdshare.manager import Manager
-
-
-class Installed:
-    """A copy of fdshare, and a server that runs it."""
-
-    def __init__(self, folder: Path) -> None:
-        self.package = folder / "code" / "fdshare"
-        self.path = folder / "s"
-        self.log = folder / "log"
-        source = Path(fdshare.__file__).parent
-        shutil.copytree(source, self.package, ignore=shutil.ignore_patterns("__pycache__"))
-        # How long the old code waits for the new, in this copy of it.
-        self.change("server/upgrade.py", r"_TRIAL: Final = [\d.]+", "_TRIAL: Final = 5.0")
-        self.change("server/link.py", r"_SILENCE = [\d.]+", "_SILENCE = 2.0")
-        self.process: subprocess.Popen[bytes] | None = None
-
-    def change(self, file: str, old: str, new: str) -> None:
-        path = self.package / file
-        text, count = re.subn(old, lambda match: new, path.read_text(), count=1)
-        assert count == 1, f"{old} is not in {file}"
-        path.write_text(text)
-        # Its compiled form goes by the second of the change.
-        shutil.rmtree(path.parent / "__pycache__", ignore_errors=True)
-
-    def begin(self, file: str, code: str) -> None:
-        """Puts *code* in front of what *file* does."""
-        first = "from __future__ import annotations\n"
-        self.change(file, first, f"{first}{code}\n")
-
-    def name_it(self, word: str) -> None:
-        """stats().notes["code"] says *word* once this code serves."""
-        self.change(
-            "server/world.py",
-            r"self\.notes: dict\[str, str\] = \{.*?\}",
-            f"self.notes: dict[str, str] = {{'code': '{word}'}}",
-        )
-
-    def start(self, **environment: str) -> None:
-        with open(self.log, "ab") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "fdshare", "serve", str(self.path)],
-                env={**os.environ, "PYTHONPATH": str(self.package.parent), **environment},
-                cwd=self.package.parent,
-                stdin=subprocess.DEVNULL,
-                stderr=log,
-            )
-        wait_until(self.path.exists, "the socket")
-
-        def answers() -> bool:
-            try:
-                connect(self.path).close()
-            except FdshareError:
-                return False
-            return True
-
-        wait_until(answers, "the server answers")
-
-    def end(self) -> None:
-        if self.path.exists():
-            with Client(self.path) as client:
-                client.shutdown()
-        if self.process is not None:
-            wait_until(lambda: not self.path.exists(), "the server ends")
-            self.process.kill()
-            self.process.wait()
 
 
 @pytest.fixture
@@ -100,6 +32,12 @@ def installed(folder: Path) -> Iterator[Installed]:
     installed = Installed(folder)
     yield installed
     installed.end()
+
+
+@pytest.fixture
+def impatient(installed: Installed) -> None:
+    """For tests that wait for it to lose patience; comes before `client`."""
+    installed.be_impatient()
 
 
 @pytest.fixture
@@ -290,8 +228,6 @@ def test_the_service_manager_is_told(installed: Installed, folder: Path) -> None
 
 # Bad code.
 
-HANGS = "import select; select.select([], [], [])"
-
 
 def upgrade_fails(client: Client, halves: Halves, reason: str) -> None:
     """It says why, and all is as it was."""
@@ -339,7 +275,7 @@ def test_code_that_fails_its_trial(
 
 
 def test_code_that_hangs_in_its_trial(
-    installed: Installed, client: Client, halves: Halves, fd: int
+    installed: Installed, impatient: None, client: Client, halves: Halves, fd: int
 ) -> None:
     client.register("a", fd)
     installed.begin("server/upgrade.py", HANGS)
@@ -364,7 +300,7 @@ def test_code_that_dies_after_the_exec(
 
 
 def test_code_that_hangs_after_the_exec(
-    installed: Installed, client: Client, halves: Halves, fd: int
+    installed: Installed, impatient: None, client: Client, halves: Halves, fd: int
 ) -> None:
     client.register("a", fd)
     hangs = "def resume(fd: int) -> int:\n    import select; select.select([], [], [])\n"
@@ -438,7 +374,7 @@ def test_it_ends_in_the_middle_of_a_trial(installed: Installed, client: Client) 
 
 @pytest.mark.parametrize("half", ["server", "keeper"])
 def test_a_half_dies_in_the_middle_of_a_trial(
-    installed: Installed, client: Client, halves: Halves, fd: int, half: str
+    installed: Installed, impatient: None, client: Client, halves: Halves, fd: int, half: str
 ) -> None:
     client.register("a", fd)
     installed.begin("server/upgrade.py", HANGS)
@@ -472,9 +408,10 @@ def test_changes_in_the_middle_of_a_trial(
     os.kill(halves.pids()["keeper"], signal.SIGUSR2)
     count = 0
     while client.stats().notes != {"code": "second"}:
-        client.register(f"n{count}", fd)
+        client.register(f"n{count % 1000}", fd, replace=True)
         count += 1
-    assert len(client.names()) == count > 0
+    assert client.stats().generation == count > 0
+    assert len(client.names()) == min(count, 1000)
 
 
 def test_without_a_keeper_it_is_refused(folder: Path) -> None:

@@ -1,0 +1,92 @@
+"""A copy of fdshare that a server runs, and that a test changes: new code, good and bad."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from conftest import wait_until
+
+import fdshare
+from fdshare.client.blocking import Client
+from fdshare.errors import FdshareError
+from fdshare.kernel.endpoint import connect
+
+HANGS = "import select; select.select([], [], [])"
+
+
+class Installed:
+    """A copy of fdshare, and a server that runs it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.package = folder / "code" / "fdshare"
+        self.path = folder / "s"
+        self.log = folder / "log"
+        source = Path(fdshare.__file__).parent
+        shutil.copytree(source, self.package, ignore=shutil.ignore_patterns("__pycache__"))
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def change(self, file: str, old: str, new: str) -> None:
+        path = self.package / file
+        text, count = re.subn(old, lambda match: new, path.read_text(), count=1)
+        assert count == 1, f"{old} is not in {file}"
+        path.write_text(text)
+        self.forget_compiled(path)
+
+    def forget_compiled(self, path: Path) -> None:
+        """Of a file that was changed: what was compiled before goes by the second of the change."""
+        for compiled in path.parent.glob(f"__pycache__/{path.stem}.*.pyc"):
+            compiled.unlink()
+
+    def be_impatient(self) -> None:
+        """Before the start: the old code waits for the new not so long, in this copy of it."""
+        self.change("server/upgrade.py", r"_TRIAL: Final = [\d.]+", "_TRIAL: Final = 5.0")
+        self.change("server/link.py", r"_SILENCE = [\d.]+", "_SILENCE = 5.0")
+
+    def begin(self, file: str, code: str) -> None:
+        """Puts *code* in front of what *file* does."""
+        first = "from __future__ import annotations\n"
+        self.change(file, first, f"{first}{code}\n")
+
+    def name_it(self, word: str) -> None:
+        """stats().notes["code"] says *word* once this code serves."""
+        self.change(
+            "server/world.py",
+            r"self\.notes: dict\[str, str\] = \{.*?\}",
+            f"self.notes: dict[str, str] = {{'code': '{word}'}}",
+        )
+
+    def start(self, **environment: str) -> None:
+        env = {**os.environ, "PYTHONPATH": str(self.package.parent), **environment}
+        env.pop("PYTHONDONTWRITEBYTECODE", None)  # an upgrade compiles what has changed, no more
+        with open(self.log, "ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "fdshare", "serve", str(self.path)],
+                env=env,
+                cwd=self.package.parent,
+                stdin=subprocess.DEVNULL,
+                stderr=log,
+            )
+        wait_until(self.path.exists, "the socket")
+
+        def answers() -> bool:
+            try:
+                connect(self.path).close()
+            except FdshareError:
+                return False
+            return True
+
+        wait_until(answers, "the server answers")
+
+    def end(self) -> None:
+        if self.path.exists():
+            with Client(self.path) as client:
+                client.shutdown()
+        if self.process is not None:
+            wait_until(lambda: not self.path.exists(), "the server ends")
+            self.process.kill()
+            self.process.wait()
