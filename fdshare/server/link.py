@@ -58,7 +58,8 @@ class Link:
         self._acquainted = False  # the keeper has said hello: it holds what we hold
         self._lost = False
         self._buried = False  # it is dead, and what we had of it is closed
-        self._upgrading = False  # it has begun to exec new code
+        self._upgrading = False  # it has begun to exec new code ...
+        self._upgrades = 0  # ... for so many times
         self._deaths: deque[float] = deque(maxlen=DEATHS)
         self._asked: dict[tuple[str, int], None] = {}  # upgrades that wait for word
         self._server: Server
@@ -82,6 +83,8 @@ class Link:
         try:
             send_message(self._sock, (letter,), fds)
         except (BlockingIOError, DescriptorLimit):  # full, or too much in flight: let it read
+            if self._upgrading:
+                raise JournalBusy("its new code has not started yet", _SILENCE) from None
             raise JournalBusy from None
         except (BrokenPipeError, ConnectionResetError):
             self._lose()
@@ -135,13 +138,15 @@ class Link:
             self._server.try_to_reload()
         elif note.verb == "upgrading":
             self._acquainted, self._upgrading = False, True
-            self._server.loop.later(_SILENCE, self._check_silence)
+            self._upgrades += 1
+            number = self._upgrades
+            self._server.loop.later(_SILENCE, lambda now: self._check_silence(number))
         elif note.verb == "failed":
             self._upgrade_failed((note.data or b"").decode())
 
-    def _check_silence(self, now: float) -> None:
-        """The keeper has put new code in its place, and that has not said a word since."""
-        if not self._acquainted and not self._lost:
+    def _check_silence(self, number: int) -> None:
+        """The keeper had put new code in its place: has that said a word since?"""
+        if self._upgrading and number == self._upgrades:
             self._upgrade_failed("the new code started and then hung; it was replaced by the old")
             self._lose()
 
