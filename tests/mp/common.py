@@ -22,6 +22,7 @@ def trackers() -> None:
     for package in PACKAGES:
         import_module(f"{package}.resource_tracker").ensure_running()
         import_module(f"{package}.forkserver").ensure_running()
+        import_module(f"{package}.heap").BufferWrapper(1)
 
 
 def identity(obj: Any) -> tuple[int, int]:
