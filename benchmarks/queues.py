@@ -2,7 +2,7 @@
 
 *Streamed*: a child puts n items, we get them all: what a queue of work costs. *To and fro*: a child
 echoes what it is sent, over a second queue: what an answer costs, each way counted as one. Items
-are an int, or a listening socket, which the receiver closes.
+are an int, or a listening socket, which the receiver closes. And 64 MiB through a pipe.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ STOCK, OURS = "stock", "fdshare"
 BACKENDS = ("multiprocessing", "multiprocess")
 ITEMS = ("int", "socket")
 _END = 0  # "put none": the child ends
+LARGE = 64 << 20
 
 
 def run(bench: Bench) -> None:
@@ -52,6 +53,18 @@ def measure(bench: Bench, backend: str, listener: socket.socket) -> None:
             goal = goals[item] if shape != "Pipe" and backend == "multiprocessing" else None
             row = bench.ratio(times, what, against, goal=goal)
             row.what, row.against = f"{what} ({backend})", f"{against} ({backend})"
+    if backend == "multiprocessing":
+        for shape in ("Queue", "Queue to and fro"):
+            bench.ratio(times, f"{OURS} {shape}, socket", f"{OURS} {shape}, int", goal=2.0)
+        large(bench, backend)
+
+
+def large(bench: Bench, backend: str) -> None:
+    """Bytes by the megabyte, where all that counts is how often they are copied."""
+    sides = {kind: bench.keep(poured(context)) for kind, context in contexts(backend)}
+    times = bench.alternate(sides)
+    row = bench.ratio(times, OURS, STOCK, goal=1.0)
+    row.what, row.against = (f"{kind} Pipe, {LARGE >> 20} MiB" for kind in (OURS, STOCK))
 
 
 def contexts(backend: str) -> list[tuple[str, Any]]:
@@ -112,6 +125,35 @@ def piped(context: Any, item: str, listener: socket.socket) -> Iterator[Run]:
     yield from draining(context, child, orders, ours.recv, sent)
     ours.close()
     theirs.close()
+
+
+@contextmanager
+def poured(context: Any) -> Iterator[Run]:
+    """A child that receives bytes, and says how many those were."""
+    ours, theirs = context.Pipe()
+    data = bytes(LARGE)
+
+    def child() -> None:
+        while size := len(theirs.recv_bytes()):
+            theirs.send(size)
+
+    process = context.Process(target=child)
+    process.start()
+
+    def run(count: int) -> float:
+        start = perf_counter()
+        for _ in range(count):
+            ours.send_bytes(data)
+            assert ours.recv() == LARGE
+        return perf_counter() - start
+
+    try:
+        yield run
+    finally:
+        ours.send_bytes(b"")
+        process.join()
+        ours.close()
+        theirs.close()
 
 
 def draining(
