@@ -1,10 +1,11 @@
 """install(): the picklers of multiprocessing and multiprocess carry descriptors; uninstall(): not.
 
 The classes `multiprocessing.reduction.ForkingPickler` and `multiprocess.reduction.ForkingPickler`
-get two attributes: `reducer_override`, which parks what has descriptors, and `dump`, which hands
-the lot to the server when the pickle is complete. Every queue, pipe, pool and executor of the
-packages pickles with these classes, by name, so nothing else has to change. Read in CPython 3.11.7,
-3.12.1, 3.13.0 and in multiprocess 0.70.19 (reduction.py).
+get three methods: `reducer_override`, which parks what has descriptors, `dump`, which hands the lot
+to the server when the pickle is complete, and `dumps`, which has a short way for single sockets.
+Every queue, pipe, pool and executor of the packages pickles with these classes, by name, so nothing
+else has to change. Read in CPython 3.11.7, 3.12.1, 3.13.0 and in multiprocess 0.70.19
+(reduction.py).
 
 A child inherits this when it is forked. One that is spawned, or made by a fork server, is armed by
 the very pickle that starts it.
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import socket
 import sys
 import threading
 from collections.abc import Sequence
@@ -23,7 +25,7 @@ from typing import Any, Final
 
 from fdshare.errors import InvalidArgument
 from fdshare.mp import parked
-from fdshare.mp.parked import DEFAULT_TTL, Parked, Rendezvous
+from fdshare.mp.parked import DEFAULT_TTL, Parked, Rendezvous, dumps_socket
 from fdshare.mp.private import new_address
 from fdshare.mp.reducers import PLAIN, reduce_with
 
@@ -109,13 +111,14 @@ def _install(rendezvous: Rendezvous) -> None:
 
 
 def _arm(reduction: ModuleType) -> None:
-    """Gives the ForkingPickler of *reduction* its two attributes."""
+    """Gives the ForkingPickler of *reduction* its methods."""
     pickler = reduction.ForkingPickler
     if pickler in _armed:
         return
     package = reduction.__name__.rpartition(".")[0]
     # reducers.py: exceptions are pickled as the package does it.
     new = {
+        "dumps": _make_dumps(pickler, pickler.dumps.__func__),
         "dump": _make_dump(package, reduction, pickler.dump),
         "reducer_override": _make_override(
             package, reduction, getattr(pickler, "reducer_override", None)
@@ -126,6 +129,18 @@ def _arm(reduction: ModuleType) -> None:
     _armed[pickler] = {name: vars(pickler).get(name, _ABSENT) for name in new}
     for name, value in new.items():
         setattr(pickler, name, value)
+
+
+def _make_dumps(pickler: type, stock_dumps: Any) -> Any:
+    def dumps(cls: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:
+        """*obj* pickled; a socket by itself takes the short way."""
+        if type(obj) is socket.socket and cls is pickler and not args and not kwargs:
+            message = dumps_socket(obj)
+            if message is not None:
+                return message
+        return stock_dumps(cls, obj, *args, **kwargs)
+
+    return classmethod(dumps)
 
 
 def _make_dump(package: str, reduction: Any, stock_dump: Any) -> Any:

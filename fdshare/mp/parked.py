@@ -12,6 +12,8 @@ The server is the one that was named, or the private one of the process tree (pr
 from __future__ import annotations
 
 import os
+import pickle
+import socket
 import struct
 import threading
 from collections.abc import Sequence
@@ -29,7 +31,7 @@ from fdshare.errors import (
 )
 from fdshare.kernel.ancillary import close_all
 from fdshare.kernel.descriptor import Descriptor
-from fdshare.kinds import Kind, rebuild
+from fdshare.kinds import Kind, describe, rebuild
 from fdshare.mp.private import PrivateServer, new_address
 from fdshare.mp.transit import Reduced
 from fdshare.protocol.names import MAX_ENTRY_DESCRIPTORS
@@ -40,12 +42,14 @@ __all__ = [
     "Rendezvous",
     "Repeatable",
     "current",
+    "dumps_socket",
     "forget",
     "suggest",
     "use",
 ]
 
 DEFAULT_TTL: Final = 300.0  # seconds
+_TOKEN: Final = 16  # bytes; nobody guesses so many
 _PART: Final = struct.Struct(">H")  # of a pickle with more descriptors than an entry may have
 _FIRST: Final = _PART.pack(0)
 
@@ -128,6 +132,8 @@ def suggest(rendezvous: Rendezvous) -> None:
 def current() -> Rendezvous:
     """Where this process parks; made up now if nobody has said."""
     global _current
+    if _current is not None:
+        return _current
     with _lock:
         if _current is None:
             _current = Rendezvous(new_address(), True, DEFAULT_TTL)
@@ -180,7 +186,7 @@ class _Parcel:
     __slots__ = ("depot", "fds", "label", "token", "ttl", "uses")
 
     def __init__(self, rendezvous: Rendezvous, uses: int) -> None:
-        self.token = os.urandom(16)
+        self.token = os.urandom(_TOKEN)
         self.label: list[Any] = [self.token, *rendezvous]
         self.depot = rendezvous.depot()
         self.ttl = rendezvous.ttl
@@ -273,24 +279,83 @@ def _check_open(obj: Any, fds: list[int]) -> None:
     )
 
 
+# A socket by itself is what is put into queues most. Its pickle is the same for all of a kind, but
+# for the token, and making it anew would be half of the sender's work.
+
+_templates: Final[dict[int, tuple[Kind, Rendezvous, bytes, bytes]]] = {}
+_REMEMBERED: Final = 64
+
+
+def dumps_socket(sock: socket.socket) -> bytes | None:
+    """The pickle of *sock* alone, which is parked; None where a program has made sockets a kind of
+    its own. Raises: as `Parked.carry` and `commit` do."""
+    kind, fds = describe(sock)
+    if kind.tag != "socket":
+        return None
+    rendezvous = _reached()
+    template = _templates.get(id(kind))
+    if template is None or template[0] is not kind or template[1] is not rendezvous:
+        template = _new_template(kind, rendezvous)
+    token = os.urandom(_TOKEN)
+    depot = rendezvous.depot()
+    try:
+        depot.put(token + _FIRST, fds, rendezvous.ttl, 1)
+    except OSError:
+        _check_open(sock, fds)
+        raise
+    if sock.fileno() != fds[0]:  # closed meanwhile, as in `commit`
+        with suppress(FdshareError, OSError):
+            depot.take_back(token + _FIRST)
+        _check_open(sock, fds)
+    return template[2] + token + template[3]
+
+
+class _Reduces:
+    """Pickles as it is told."""
+
+    def __init__(self, reduced: Reduced) -> None:
+        self._reduced = reduced
+
+    def __reduce__(self) -> Reduced:
+        return self._reduced
+
+
+def _new_template(kind: Kind, rendezvous: Rendezvous) -> tuple[Kind, Rendezvous, bytes, bytes]:
+    place = os.urandom(_TOKEN)
+    reduced = _arrive, ([place, *rendezvous], kind.tag, bytes(kind.spec), 0, 1)
+    head, tail = pickle.dumps(_Reduces(reduced)).split(place)
+    template = kind, rendezvous, head, tail
+    if len(_templates) >= _REMEMBERED:
+        _templates.clear()
+    _templates[id(kind)] = template
+    return template
+
+
 # Receiving
 
 
 def _arrive(label: list[Any], tag: str, spec: bytes, first: int, count: int) -> Any:
     """An object of the pickle in hand (named in every such pickle: do not move or rename)."""
     if type(label[-1]) is not _Arrival:
-        label.append(_open(*label))
+        depot = _depot_of(*label[1:])
+        token = label[0]
+        if not first:
+            taken = depot.take(token + _FIRST)
+            if len(taken) == count:
+                return rebuild(Kind(tag, Raw(spec)), taken)
+            label.append(_Arrival(depot, token, {0: list(taken)}))
+        else:
+            label.append(_Arrival(depot, token, {}))
     return rebuild(Kind(tag, Raw(spec)), label[-1].claim(first, count))
 
 
-def _open(token: bytes, *where: Any) -> _Arrival:
-    rendezvous = Rendezvous(*where)
-    if _current is None or (rendezvous.armed and not _current.armed):
+def _depot_of(address: str, private: bool, ttl: float, armed: bool) -> Depot:
+    if _current is None or (armed and not _current.armed):
         # Here and not at the top: only a process that was started unarmed needs it.
         from fdshare.mp.install import arm_child
 
-        arm_child(rendezvous)
-    return _Arrival(rendezvous.depot(), token)
+        arm_child(Rendezvous(address, private, ttl, armed))
+    return _depots.get(address) or Rendezvous(address, private, ttl).depot()
 
 
 class _Arrival:
@@ -298,10 +363,12 @@ class _Arrival:
 
     __slots__ = ("_depot", "_parts", "_token")
 
-    def __init__(self, depot: Depot, token: bytes) -> None:
+    def __init__(
+        self, depot: Depot, token: bytes, parts: dict[int, list[Descriptor | None]]
+    ) -> None:
         self._depot = depot
         self._token = token
-        self._parts: dict[int, list[Descriptor | None]] = {}
+        self._parts = parts
 
     def claim(self, first: int, count: int) -> list[Descriptor]:
         """The *count* descriptors from position *first* on; the caller owns them."""

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 import fdshare
-from fdshare.errors import InvalidArgument, NoServer
+from fdshare.errors import ClosedDescriptor, InvalidArgument, NoServer
 
 ForkingPickler = multiprocessing.reduction.ForkingPickler
 Pair = tuple[socket.socket, socket.socket]
@@ -141,6 +141,27 @@ def test_a_path_without_server(folder: Path) -> None:
         fdshare.install(folder / "nobody")
     with pytest.raises(AttributeError):
         ForkingPickler.reducer_override  # noqa: B018
+
+
+def test_sockets_as_a_kind_of_the_programs_own(armed: None, pair: Pair) -> None:
+    fdshare.register_kind(
+        socket.socket, "test-socket", lambda s: ("mine", [s, s]), lambda said, fds: (said, fds)
+    )
+    try:
+        said, arrived = pickle.loads(dumps(pair[0]))
+    finally:
+        fdshare.unregister_kind("test-socket")
+    assert said == "mine"
+    assert len(arrived) == 2
+    for descriptor in arrived:
+        descriptor.close()
+
+
+def test_a_closed_socket(armed: None, pair: Pair) -> None:
+    pair[0].close()
+    for message in (pair[0], [pair[0]]):
+        with pytest.raises(ClosedDescriptor):
+            dumps(message)
 
 
 def test_a_subclass_of_socket(armed: None, pair: Pair) -> None:
