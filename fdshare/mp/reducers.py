@@ -47,10 +47,9 @@ def make_pickler(forking_pickler: Any) -> Any:
         cls = type(obj)
         if cls in PLAIN:
             return NotImplemented
-        reduced = reduce_with(self.transit, self, obj, cls)
-        if reduced is NotImplemented and cls in registered:
+        if cls in registered and not is_shareable(cls):
             return registered[cls](obj)
-        return reduced
+        return reduce_with(self.transit, self, obj, cls)
 
     namespace = {"transit": None, "bare_exceptions": False, "saw_exception": False}
     base = pickle.Pickler if issubclass(forking_pickler, pickle.Pickler) else forking_pickler

@@ -241,6 +241,8 @@ def _remember(data: bytes, kind: Kind) -> None:
 def _arrive(tag: str, spec: bytes, first: int, count: int = 1) -> Any:
     """An object of the pickle in hand (named in every pickle of ours: do not move or rename)."""
     frame = _local.frame
+    if not count:
+        return rebuild(Kind(tag, Raw(spec)), [])
     if frame is None:
         raise AlreadyTaken(tag)
     if frame.missing is not None:

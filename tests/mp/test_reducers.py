@@ -50,11 +50,12 @@ def test_reducers_registered_with_the_package_count(family: Family) -> None:
     class Local:
         pass
 
-    family.ForkingPickler.register(Local, lambda _: (str, ("reduced",)))
-    try:
-        assert through(family, [Local()]) == ["reduced"]
-    finally:
-        del family.ForkingPickler._extra_reducers[Local]
+    for cls in (Local, WithFileno):
+        family.ForkingPickler.register(cls, lambda _: (str, ("reduced",)))
+        try:
+            assert through(family, [cls()]) == ["reduced"]
+        finally:
+            del family.ForkingPickler._extra_reducers[cls]
 
 
 def test_bound_methods(family: Family) -> None:
@@ -137,6 +138,16 @@ def test_a_kind_of_your_own_and_its_subclasses(family: Family) -> None:
             with arrived.sock:
                 assert type(arrived) is Session
                 assert identity(arrived.sock) == identity(sock)
+
+
+def test_a_kind_without_descriptors(family: Family) -> None:
+    register_kind(Session, "session", lambda s: (s.sock, []), lambda spec, _: Session(spec))
+    try:
+        assert through(family, [Session(5)])[0].sock == 5  # type: ignore[arg-type]
+        message = encode(family, [Session(6)])  # type: ignore[arg-type]
+        assert family.loads(message.data)[0].sock == 6  # type: ignore[union-attr]
+    finally:
+        unregister_kind("session")
 
 
 def caught(function: Any) -> BaseException:
