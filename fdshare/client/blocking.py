@@ -58,12 +58,14 @@ class Client(BaseClient):
     ) -> None:
         super().__init__(path, authkey=authkey, timeout=timeout, reconnect=reconnect, trust=trust)
         self._lifeline = Lifeline()
+        self._was_there = False  # the server has been connected to once
         self._reset()
         _clients.add(self)
 
     def _reset(self) -> None:
         """As new; in a forked child, whose copies of the connections are the parent's."""
         self._idle: list[Channel] = []
+        self._channels: weakref.WeakSet[Channel] = weakref.WeakSet()  # those in use, too
         self._watches: weakref.WeakSet[Watch] = weakref.WeakSet()
 
     # The verbs.
@@ -327,10 +329,11 @@ class Client(BaseClient):
             try:
                 channel.open(deadline)
                 if channel.opened != before:
+                    self._was_there = True
                     search.found()
                 return attempt()
             except (Gone, NoServer) as error:
-                if isinstance(error, NoServer) and not channel.opened:
+                if isinstance(error, NoServer) and not self._was_there:
                     raise
                 late = deadline is not None and time.monotonic() >= deadline
                 if search.missed() or late:
@@ -342,7 +345,9 @@ class Client(BaseClient):
     def _new_channel(self) -> Channel:
         if self._closed:
             raise ClosedDescriptor("the client is closed")
-        return Channel(self.address, self._trust, self._authkey)
+        channel = Channel(self.address, self._trust, self._authkey)
+        self._channels.add(channel)
+        return channel
 
     def _give_back(self, channel: Channel) -> None:
         if len(self._idle) >= _POOL:
@@ -362,10 +367,10 @@ class Client(BaseClient):
 
     def _after_fork(self) -> None:
         """In the child: lets go of the parent's connections."""
-        idle, watches, closed = self._idle, list(self._watches), self._closed
+        channels, watches, closed = list(self._channels), list(self._watches), self._closed
         self._reset()
         self._closed = closed
-        for channel in idle:
+        for channel in channels:  # of threads that are not here, too
             channel.close()
         for watch in watches:
             watch._channel.close()

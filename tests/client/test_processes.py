@@ -272,3 +272,29 @@ def test_errors_travel_back_as_themselves(server: Any, folder: Path) -> None:
     other = pickle.loads(pickle.dumps(caught.value))
     assert type(other) is NameNotFound
     assert other.names == ["absent"]
+
+
+def test_a_forked_child_keeps_no_connection_of_a_thread(
+    server: Any, sock: socket.socket, until: Callable[..., Any]
+) -> None:
+    """... that was in the middle of a call: the thread is not there, its connection would be."""
+    before = sockets()
+    with Client(server.address) as client:
+        waiting = threading.Thread(target=lambda: client.fetch("late", timeout=30).close())
+        waiting.start()
+        until(lambda: client.stats().connections == 2)
+        pid = os.fork()
+        if pid == 0:
+            os._exit(bool(sockets() - before))
+        _, status = os.waitpid(pid, 0)
+        client.register("late", sock)
+        waiting.join()
+        client.unregister("late")
+        assert os.waitstatus_to_exitcode(status) == 0
+
+
+def sockets() -> set[str]:
+    """The sockets that this process has open, by their inodes."""
+    links = (os.path.join("/proc/self/fd", number) for number in os.listdir("/proc/self/fd"))
+    targets = (os.readlink(link) for link in links if os.path.lexists(link))
+    return {target for target in targets if target.startswith("socket:")}
