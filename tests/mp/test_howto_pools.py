@@ -18,7 +18,7 @@ SAID = [
     "from a worker\n",
     "127.0.0.1\n",
     "loky alone leaks 9 of 9\nheld leaks 0 of 9\n",
-    "leaks 0 of 8\n",
+    "leaks 0 of 5\n",
     "abc def ghi\n",
 ]
 
