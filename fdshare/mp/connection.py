@@ -86,7 +86,7 @@ class ConnectionMixin:
         sock = self._socket or self._open()
         if sock is None:
             return super().recv()  # type: ignore[misc]
-        return self.decode(self._receive(sock))
+        return self.decode(self.receive())
 
     def poll(self: Any, timeout: float | None = 0.0) -> bool:
         """Whether something can be read, within *timeout* seconds (None: no limit)."""
@@ -108,8 +108,18 @@ class ConnectionMixin:
 
     def receive(self: Any) -> bytes | Bundle:
         """The next message, not yet unpickled. Raises: as `recv`."""
-        self._check_closed()
-        return self._receive(self._socket or self.carrier())  # type: ignore[no-any-return]
+        if self._handle is None:
+            self._check_closed()
+        sock = self._socket or self.carrier()
+        announced = marked(sock) if self._shared else self._announced
+        try:
+            message = read_message(sock, announced)
+        except DescriptorLimit:
+            self._announced = True
+            raise
+        if announced:
+            self._announced = False
+        return message
 
     def decode(self, message: bytes | Bundle) -> Any:
         """What is in a received message. The caller owns the result."""
@@ -131,16 +141,6 @@ class ConnectionMixin:
         """Let go of the message that was left at the limit."""
         read_without(self.carrier())
         self._announced = False
-
-    def _receive(self: Any, sock: socket.socket) -> bytes | Bundle:
-        announced = marked(sock) if self._shared else self._announced
-        try:
-            message = read_message(sock, announced)
-        except DescriptorLimit:
-            self._announced = True
-            raise
-        self._announced = False
-        return message
 
     def _open(self: Any) -> socket.socket | None:
         """The socket below, where it is one that carries descriptors."""

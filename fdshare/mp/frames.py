@@ -69,7 +69,10 @@ _PLAIN: Final = 1
 _BOXED: Final = 2
 
 JOINED: Final = 16384  # below, one copy is cheaper than a second buffer (connection.py, 3.11)
-_MARK: Final = socket.SO_PRIORITY  # 0..6 for everybody; socket(7)
+# 0..6 for everybody; socket(7). Where there is none, only the connection object remembers.
+_MARK: Final[int | None] = getattr(socket, "SO_PRIORITY", None)
+_SOCKET: Final = int(socket.SOL_SOCKET)
+_WAITALL: Final = int(socket.MSG_WAITALL)
 
 # How long a sender waits for receivers when its user has too many descriptors in flight. Seconds.
 PATIENCE: Final = 10.0
@@ -287,7 +290,12 @@ def _patiently(send: Callable[[], object]) -> None:
 
 def marked(sock: socket.socket) -> bool:
     """Whether some reader of this socket has read an announcement and had to leave the body."""
-    return sock.getsockopt(socket.SOL_SOCKET, _MARK) != 0
+    return _MARK is not None and sock.getsockopt(_SOCKET, _MARK) != 0
+
+
+def _mark(sock: socket.socket, value: bool) -> None:
+    if _MARK is not None:
+        sock.setsockopt(_SOCKET, _MARK, value)
 
 
 def read_message(sock: socket.socket, announced: bool) -> bytes | Bundle:
@@ -302,11 +310,12 @@ def read_message(sock: socket.socket, announced: bool) -> bytes | Bundle:
             size = _BODY_FOLLOWS
         else:
             head = sock.recv(4)
-            if len(head) < 4:
-                head = _rest_of(sock, head, 4)
-            size = _LENGTH.unpack(head)[0]
-        if size >= 0:
-            return _exactly(sock, size)
+            size = _LENGTH.unpack(head if len(head) == 4 else _rest_of(sock, head, 4))[0]
+        if size > 0:
+            data = sock.recv(size, _WAITALL)  # as _exactly()
+            return data if len(data) == size else _rest_of(sock, data, size)
+        if not size:
+            return b""
         if size == _LONG_FOLLOWS:
             return _exactly(sock, _LONG.unpack(_exactly(sock, 8))[0])
         bundle = _read_body(sock, size, announced)
@@ -327,18 +336,21 @@ def _read_body(sock: socket.socket, size: int, announced: bool) -> Bundle | None
             copies = _peek(sock, status)
     except DescriptorLimit:
         if not announced:
-            sock.setsockopt(socket.SOL_SOCKET, _MARK, 1)
+            _mark(sock, True)
         raise
     try:
         # Without a control buffer: the kernel drops its references, the copies are ours.
-        body = _exactly(sock, body_size)
+        body = sock.recv(body_size, _WAITALL)
+        if len(body) < body_size:
+            body = _rest_of(sock, body, body_size)
         if announced:
-            sock.setsockopt(socket.SOL_SOCKET, _MARK, 0)
+            _mark(sock, False)
         status, count, length = _BODY.unpack_from(body)
     except BaseException:
         close_all(copies)
         raise
     if status == _CANCELLED or len(copies) != count:
+        # What was peeked then, if anything, is a later message's.
         close_all(copies)
         if status == _CANCELLED:
             return None
@@ -377,7 +389,7 @@ def read_bytes(sock: socket.socket, announced: bool, limit: int | None) -> bytes
             size = _LONG.unpack(_exactly(sock, 8))[0]
         if size >= 0:
             return None if limit is not None and size > limit else _exactly(sock, size)
-        sock.setsockopt(socket.SOL_SOCKET, _MARK, 1)
+        _mark(sock, True)
     raise InvalidArgument(
         "recv_bytes", "the next message has descriptors, which bytes cannot hold; recv() takes it"
     )
@@ -389,14 +401,14 @@ def read_without(sock: socket.socket) -> bytes | None:
     None: its sender has cancelled it.
     """
     status, _, length = _BODY.unpack(_exactly(sock, _BODY.size))
-    sock.setsockopt(socket.SOL_SOCKET, _MARK, 0)
+    _mark(sock, False)
     data = _exactly(sock, length)
     return None if status == _CANCELLED else data
 
 
 def _exactly(sock: socket.socket, size: int) -> bytes:
     # One allocation of the final size, filled in the kernel: no copy however large it is.
-    data = sock.recv(size, socket.MSG_WAITALL) if size else b""
+    data = sock.recv(size, _WAITALL) if size else b""
     return data if len(data) == size else _rest_of(sock, data, size)
 
 
@@ -404,7 +416,7 @@ def _rest_of(sock: socket.socket, head: bytes, size: int) -> bytes:
     """*head* and what is missing to *size*: a signal came between, or more than recv(2) gives."""
     parts, have = [head], len(head)
     while have < size:
-        part = sock.recv(size - have, socket.MSG_WAITALL) if have else b""
+        part = sock.recv(size - have, _WAITALL) if have else b""
         if not part:
             raise OSError("got end of file during message") if have else EOFError
         parts.append(part)
