@@ -17,8 +17,6 @@ import pickle
 from types import BuiltinFunctionType, FunctionType, TracebackType
 from typing import Any, Final
 
-from tblib.pickling_support import pickle_exception, pickle_traceback
-
 from fdshare.kinds import Kind, describe, describers, in_shared_memory, is_shareable, user_kinds
 from fdshare.mp.frames import framed
 from fdshare.mp.transit import Bundle, Inline, Transit
@@ -135,7 +133,7 @@ def reduce_with(transit: Transit, pickler: Any, obj: Any, cls: type) -> Any:
     if issubclass(cls, BaseException):
         return _reduce_exception(pickler, obj)
     if cls is TracebackType:
-        return NotImplemented if pickler.bare_exceptions else pickle_traceback(obj)
+        return _reduce_traceback(pickler, obj)
     if hasattr(cls, "fileno"):
         return _reduce_with_fileno(transit, pickler, obj, cls)
     if hasattr(cls, "__array_interface__") and in_shared_memory(obj):
@@ -162,4 +160,14 @@ def _reduce_exception(pickler: Any, error: BaseException) -> Any:
     if pickler.bare_exceptions:
         return NotImplemented
     pickler.saw_exception = True
+    from tblib.pickling_support import pickle_exception  # only who has one pays for it
+
     return pickle_exception(error)
+
+
+def _reduce_traceback(pickler: Any, traceback: TracebackType) -> Any:
+    if pickler.bare_exceptions:
+        return NotImplemented
+    from tblib.pickling_support import pickle_traceback
+
+    return pickle_traceback(traceback)
