@@ -2,7 +2,7 @@
 
 The classes `multiprocessing.reduction.ForkingPickler` and `multiprocess.reduction.ForkingPickler`
 get three methods: `reducer_override`, which parks what has descriptors, `dump`, which hands the lot
-to the server when the pickle is complete, and `dumps`, which has a short way for single sockets.
+to the server when the pickle is complete, and `dumps`, which has a short way for single ones.
 Every queue, pipe, pool and executor of the packages pickles with these classes, by name, so nothing
 else has to change. Read in CPython 3.11.7, 3.12.1, 3.13.0 and in multiprocess 0.70.19
 (reduction.py).
@@ -25,8 +25,10 @@ from types import ModuleType
 from typing import Any, Final
 
 from fdshare.errors import InvalidArgument
+from fdshare.kernel.descriptor import Descriptor
 from fdshare.mp import parked
-from fdshare.mp.parked import DEFAULT_TTL, Parked, Rendezvous, dumps_socket
+from fdshare.mp.hold import Held
+from fdshare.mp.parked import DEFAULT_TTL, Parked, Rendezvous, dumps_single
 from fdshare.mp.private import new_address
 from fdshare.mp.reducers import PLAIN, reduce_with
 
@@ -36,6 +38,8 @@ _PACKAGES: Final = ("multiprocessing", "multiprocess")
 _ABSENT: Final = object()
 # Pickled the same by every pickler, and quicker without making one.
 _WITHOUT_PARTS: Final = frozenset({int, str, bytes, float, bool, type(None)})
+# What may be a single descriptor, with a short way.
+_SINGLE: Final = frozenset({socket.socket, Descriptor, Held})
 _lock = threading.Lock()
 _armed: dict[type, dict[str, Any]] = {}  # class -> what its attributes were
 _dismissed = False  # uninstall() was called: what arrives changes nothing
@@ -136,12 +140,12 @@ def _arm(reduction: ModuleType) -> None:
 
 def _make_dumps(pickler: type, stock_dumps: Any) -> Any:
     def dumps(cls: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:
-        """*obj* pickled; a socket by itself takes the short way, and so does what has no parts."""
+        """*obj* pickled; a single descriptor takes the short way, and so does what has no parts."""
         if cls is pickler and not args and not kwargs:
             of = type(obj)
             if of in _WITHOUT_PARTS:
                 return pickle.dumps(obj)
-            if of is socket.socket and (message := dumps_socket(obj)) is not None:
+            if of in _SINGLE and (message := dumps_single(obj)) is not None:
                 return message
         return stock_dumps(cls, obj, *args, **kwargs)
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import socket
 import struct
 import threading
 from collections.abc import Sequence
@@ -42,7 +41,7 @@ __all__ = [
     "Rendezvous",
     "Repeatable",
     "current",
-    "dumps_socket",
+    "dumps_single",
     "forget",
     "suggest",
     "use",
@@ -52,6 +51,7 @@ DEFAULT_TTL: Final = 300.0  # seconds
 _TOKEN: Final = 16  # bytes; nobody guesses so many
 _PART: Final = struct.Struct(">H")  # of a pickle with more descriptors than an entry may have
 _FIRST: Final = _PART.pack(0)
+_SINGLE: Final = frozenset({"socket", "descriptor"})
 
 
 class Depot(Protocol):
@@ -286,11 +286,11 @@ _templates: Final[dict[int, tuple[Kind, Rendezvous, bytes, bytes]]] = {}
 _REMEMBERED: Final = 64
 
 
-def dumps_socket(sock: socket.socket) -> bytes | None:
-    """The pickle of *sock* alone, which is parked; None where a program has made sockets a kind of
-    its own. Raises: as `Parked.carry` and `commit` do."""
-    kind, fds = describe(sock)
-    if kind.tag != "socket":
+def dumps_single(obj: Any) -> bytes | None:
+    """The pickle of *obj* alone, which is parked; None where it is not one socket or descriptor, to
+    be loaded once. Raises: as `Parked.carry` and `commit` do."""
+    kind, fds = describe(obj)
+    if kind.tag not in _SINGLE or (isinstance(obj, Repeatable) and obj.uses != 1):
         return None
     rendezvous = _reached()
     template = _templates.get(id(kind))
@@ -299,14 +299,14 @@ def dumps_socket(sock: socket.socket) -> bytes | None:
     token = os.urandom(_TOKEN)
     depot = rendezvous.depot()
     try:
-        depot.put(token + _FIRST, fds, rendezvous.ttl, 1)
-    except OSError:
-        _check_open(sock, fds)
-        raise
-    if sock.fileno() != fds[0]:  # closed meanwhile, as in `commit`
+        try:
+            depot.put(token + _FIRST, fds, rendezvous.ttl, 1)
+        finally:
+            _check_open(obj, fds)  # as in `commit`
+    except BaseException:
         with suppress(FdshareError, OSError):
             depot.take_back(token + _FIRST)
-        _check_open(sock, fds)
+        raise
     return template[2] + token + template[3]
 
 

@@ -58,6 +58,7 @@ _PACKET: Final = 256  # bytes, more than any request has
 _KEY: Final = slice(1, 1 + KEY)
 _PUT_SIZE: Final = 1 + KEY + PUT.size
 _P, _L, _T, _R = b"PLTR"
+_AHEAD: Final = 2  # puts that are taken in before anybody asks
 _MOST_CREDIT: Final = 32  # descriptors of one guest; they count as in flight until they are read
 _EVER: Final = float("inf")
 _BACKLOG: Final = 4096
@@ -109,6 +110,7 @@ class _Room:
         self.buffer = bytearray(_PACKET)
         self.now = time.monotonic()  # when this turn began
         self.looked = self.now  # into the hatches
+        self.given = False  # something in this turn
 
     # The turn of the loop.
 
@@ -124,6 +126,8 @@ class _Room:
                     self._serve(key)
                 else:
                     self._admit()
+            if self.given:
+                self._look_ahead()
             if self.now >= self.looked + LOOKS:
                 self._look()
             if self.deadlines and self.deadlines[0][0] <= self.now:
@@ -207,8 +211,18 @@ class _Room:
                 if wanted in self.kept:
                     return
 
-    def _empty(self, guest: _Guest, wanted: bytes | None = None) -> None:
-        while guest.hatch is not None and wanted not in self.kept:
+    def _look_ahead(self) -> None:
+        """Takes a little in, while whoever was given something just now has to do with that: what
+        comes next is likely to be asked for next."""
+        self.given = False
+        for guest, _ in self.hatches.wait(0):
+            assert isinstance(guest, _Guest)
+            self._empty(guest, most=_AHEAD)
+            return
+
+    def _empty(self, guest: _Guest, wanted: bytes | None = None, most: int | None = None) -> None:
+        while guest.hatch is not None and wanted not in self.kept and most != 0:
+            most = most and most - 1
             try:
                 size, descriptors, lost = receive_into(guest.hatch, self.buffer)
             except BlockingIOError:
@@ -334,6 +348,7 @@ class _Room:
             self._look()
             self.waiting.append((guest, key))
             return
+        self.given = True
         kept.uses -= 1
         if kept.uses <= 0:
             self._let_go(key)
