@@ -61,6 +61,7 @@ class Outbox:
         self._room.register(sock, select.POLLOUT)
         # False from when a full pipe did not drain in a moment until nothing waits any more.
         self._drains = True
+        self.begun = False  # whether the last put() had begun to send when it raised
 
     def put(self, message: bytes | Bundle, obj: Any = None) -> bool:
         """Send *message*, or keep it for the thread. True if that was started for it.
@@ -68,23 +69,28 @@ class Outbox:
         It is safe to close what was pickled after this call. *obj* is what `failed` is told.
         Raises: DescriptorLimit, or any OSError of sendmsg(2): then it was not accepted.
         """
+        self.begun = False
         with self._lock:
             if self._waiting or self._busy or not self._acquire(False):
+                self.begun = True
                 return self._enqueue(_independent(message), obj, False)
-            # From here the write lock is ours, until it is released or goes on with the message.
+            # From here the write lock is ours, until it is released or goes on with the message;
+            # a signal handler may raise on any line.
+            goes_on = False
             try:
+                self.begun = True
                 rest = send_now(self._sock, message, _DONTWAIT)
                 if rest is not None and self._drains and rest.parts[-1][1]:
                     rest = self._wait_a_moment(rest)
-            except BaseException:
-                self._release()
-                raise
-            if rest is None:
-                self._release()
-                return False
-            if _can_wait(rest):
-                return self._enqueue(rest, obj, True)
-            self._busy = True
+                if rest is None:
+                    return False
+                goes_on = True
+                if _can_wait(rest):
+                    return self._enqueue(rest, obj, True)
+                self._busy = True
+            finally:
+                if not goes_on:
+                    self._release()
         self._finish(rest)
         return False
 

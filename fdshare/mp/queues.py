@@ -106,7 +106,11 @@ class QueueMixin:
             if not self._ignore_epipe:
                 self._on_queue_feeder_error(error, obj)
         except BaseException:
-            self._sem.release()
+            # Ctrl-C, or what another signal's handler raised. Where sending has begun the object
+            # may have gone, and then its place is the reader's to give back: one place given back
+            # twice would fail there, one too few costs only that.
+            if not outbox.begun:
+                self._sem.release()
             raise
 
     def get(self: Any, block: bool = True, timeout: float | None = None) -> Any:
