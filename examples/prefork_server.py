@@ -67,13 +67,25 @@ def work(connections: Any) -> None:
 
 def accept(listener: socket.socket, connections: Any) -> None:
     """Hands over what is accepted, until SIGTERM or Ctrl-C."""
-    try:
-        while True:
+    stopping = False
+
+    def stop(*_: object) -> None:
+        nonlocal stopping
+        stopping = True
+        listener.shutdown(socket.SHUT_RDWR)  # ends accept(), and nothing that is under way
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    while True:
+        try:
             connection, _ = listener.accept()
-            with connection:
-                connections.put(connection)
-    except KeyboardInterrupt:
-        print("stopping: what was accepted is answered first", flush=True)
+        except OSError:
+            if not stopping:
+                raise
+            break
+        with connection:
+            connections.put(connection)
+    print("stopping: what was accepted is answered first", flush=True)
 
 
 def main() -> None:
@@ -88,7 +100,6 @@ def main() -> None:
     workers = [context.Process(target=work, args=(connections,)) for _ in range(options.workers)]
     for worker in workers:
         worker.start()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with socket.create_server(("127.0.0.1", options.port), backlog=128) as listener:
         host, port = listener.getsockname()
         print(
