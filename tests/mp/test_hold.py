@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import pickle
 import socket
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -94,13 +96,18 @@ def test_every_pickle_has_its_uses(pair: Pair) -> None:
 def test_held_and_not_held_in_one_message(armed: None, pair: Pair) -> None:
     near, far = pair
     pickler = multiprocessing.reduction.ForkingPickler
-    message = bytes(pickler.dumps([near, fdshare.hold(far), fdshare.hold(far, uses=2)]))
+    message = bytes(pickler.dumps([fdshare.hold(far, uses=2), near, fdshare.hold(far)]))
     arrived = pickle.loads(message)
-    arrived[1].sendall(b"x")
-    assert arrived[0].recv(1) == b"x"
-    assert os.path.sameopenfile(arrived[1].fileno(), arrived[2].fileno())
+    arrived[2].sendall(b"x")
+    assert arrived[1].recv(1) == b"x"
+    assert os.path.sameopenfile(arrived[0].fileno(), arrived[2].fileno())
     for sock in arrived:
         sock.close()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the first object is made, and collected
+        with pytest.raises(AlreadyTaken):
+            pickle.loads(message)
+        gc.collect()
 
 
 def test_dropped_it_closes(pair: Pair) -> None:

@@ -72,6 +72,7 @@ def test_a_process_of_its_own(private: PrivateServer, pair: Pair) -> None:
     # The listener, two pollers, our connection, and what it keeps: nothing of ours came along.
     assert len(open_there) == 5, open_there
     assert os.readlink(f"/proc/{pid}/cwd") == "/"
+    private.take_back(KEY)
 
 
 def test_it_ends_with_its_last_user(private: PrivateServer, pair: Pair) -> None:
