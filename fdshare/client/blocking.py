@@ -118,11 +118,11 @@ class Client(BaseClient):
         result. Raises: NameNotFound (no timeout), FetchTimeout, AccessDenied, DescriptorLimit,
         KindMismatch, UnknownKind.
         """
-        return verbs.given(self._call(verbs.asking(name, timeout)))
+        return verbs.given(self._fetch(name, timeout))
 
     def fetch_raw(self, name: str, *, timeout: float | None = 0) -> list[Descriptor]:
         """The bare descriptors of *name*, whatever their kind. The caller owns the result."""
-        return verbs.given_raw(self._call(verbs.asking(name, timeout)))
+        return verbs.given_raw(self._fetch(name, timeout))
 
     def fetch_many(self, names: Iterable[str]) -> dict[str, Any]:
         """name -> object for all of *names*: one round trip for each 253 descriptors.
@@ -273,14 +273,18 @@ class Client(BaseClient):
             steps.close()
             raise
 
-    def _call(self, exchange: Exchange) -> Parts:
-        """As `_do`, for one exchange: a tenth of a fetch is saved by not making a generator."""
+    def _fetch(self, name: str, timeout: float | None) -> Parts:
+        """As `_do`, for a fetch, which takes one exchange and not even a generator."""
         try:
             channel = self._idle.pop()
         except IndexError:
             channel = self._new_channel()
         try:
-            return self._exchange(channel, exchange)
+            if timeout == 0 and type(name) is str:
+                parts = channel.fetch(name, self.timeout)
+                if parts is not None:
+                    return parts
+            return self._exchange(channel, verbs.asking(name, timeout))
         finally:
             self._give_back(channel)
 

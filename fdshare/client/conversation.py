@@ -31,9 +31,6 @@ from fdshare.protocol.wire import HEADER, MAX_FRAME, Receiver, header
 
 __all__ = ["Answer", "Conversation", "Exchange", "Parts", "Received"]
 
-_REMEMBERED: Final = 1024  # answers, of at most so many bytes:
-_SHORT: Final = 512
-
 
 # The next two are Structs, not dataclasses: made in C, in a tenth of the time, for every request.
 
@@ -108,7 +105,6 @@ class Conversation:
         self._server_nonce = b""
         self._last_id = 0
         self._receiver: Receiver[Descriptor] = Receiver()
-        self._given: dict[bytes, m.Given] = {}
 
     def next_id(self) -> int:
         """An id for a new request; a repeated one keeps its own."""
@@ -158,28 +154,15 @@ class Conversation:
         # There is but one header that will do, and it is made faster than another is taken apart.
         if length < 0 or not frame.startswith(header(length, len(descriptors), id)):
             return None
-        body = frame[HEADER.size :]
-        if (known := self._given.get(body)) is not None:
-            return Parts([known], descriptors)
         try:
-            reply = m.decode_reply(body)
+            reply = m.decode_reply(frame[HEADER.size :])
         except ProtocolError:
             return None
         if type(reply) is not m.Given and (
             type(reply) is m.Refused or getattr(reply, "more", False)
         ):
             return None
-        if type(reply) is m.Given:
-            self._remember(body, reply)
         return Parts([reply], descriptors)
-
-    def _remember(self, body: bytes, reply: m.Given) -> None:
-        """What a server says of an entry is the same to the byte until the entry changes, and to
-        decode is a pure function: what is remembered never becomes wrong."""
-        if len(self._given) >= _REMEMBERED:
-            self._given.clear()
-        if len(body) <= _SHORT:
-            self._given[body] = reply
 
     def feed(
         self, data: memoryview, descriptors: list[Descriptor], lost: FdshareError | None
