@@ -18,8 +18,6 @@ from fdshare.server.registry import Entry
 
 __all__ = ["Asked", "Packet", "answer"]
 
-# Where the id is in a header: its last field.
-_ID: Final = slice(8, 12)
 _REMEMBERED: Final = 4096  # frames
 _LONGEST: Final = 400  # bytes of a frame that fetches a name of 255
 # How such a body goes on after its first byte, which says how many fields there are. Only a hint:
@@ -28,35 +26,28 @@ _START: Final = b"\xa4type\xa5fetch\xa4name"
 _START_AT: Final = HEADER.size + 1
 
 
-class Asked:
-    """What frames ask for, of those that only fetch."""
-
-    def __init__(self) -> None:
-        self._names: dict[bytes, str] = {}
+class Asked(dict[bytes, str]):
+    """Frame without its id -> the name that it fetches."""
 
     def name_in(self, data: bytes) -> str | None:
         """The name, where *data* is one frame, without descriptors, that fetches one; else None."""
+        return self.get(data[:8] + data[12:]) or self._learn(data)
+
+    def _learn(self, data: bytes) -> str | None:
         if len(data) > _LONGEST or not data.startswith(_START, _START_AT):
             return None
-        key = data[:8] + data[12:]
-        name = self._names.get(key)
-        if name is None:
-            name = _decoded(data)
-            if name is not None:
-                if len(self._names) >= _REMEMBERED:
-                    self._names.clear()
-                self._names[key] = name
-        return name if data[_ID] != b"\0\0\0\0" else None
-
-
-def _decoded(data: bytes) -> str | None:
-    if only_frame(data, 0) < 0:
-        return None
-    try:
-        request = m.decode_request(data[HEADER.size :])
-    except BadRequest:
-        return None
-    return request.name if type(request) is m.Fetch else None
+        if only_frame(data, 0) < 0:
+            return None
+        try:
+            request = m.decode_request(data[HEADER.size :])
+        except BadRequest:
+            return None
+        if type(request) is not m.Fetch:
+            return None
+        if len(self) >= _REMEMBERED:
+            self.clear()
+        self[data[:8] + data[12:]] = request.name
+        return request.name
 
 
 class Packet(NamedTuple):
@@ -74,9 +65,10 @@ def answer(entry: Entry, data: bytes) -> tuple[bytes, Rights, int]:
     *entry* has its `reply`.
     """
     packet = entry.packet
-    if type(packet) is not Packet or packet.body is not entry.reply:  # it was renamed since
+    if type(packet) is not Packet or packet[1] is not entry.reply:  # it was renamed since
         count = len(entry.handles)
-        head = header(len(entry.reply), count, 0)[:8]
+        start = header(len(entry.reply), count, 0)[:8]
         fds = [handle.fd for handle in entry.handles]
-        packet = entry.packet = Packet(head, entry.reply, rights(fds), count)
-    return packet.head + data[_ID] + packet.body, packet.rights, packet.descriptors
+        packet = entry.packet = Packet(start, entry.reply, rights(fds), count)
+    head, body, fds_ready, count = packet
+    return head + data[8:12] + body, fds_ready, count

@@ -25,8 +25,9 @@ class Reading(Audience):
         if entry is None or not entry.reply or entry.lease is not None or not session.trusted:
             return None
         entry.fetches += 1
-        self.counters["fetched"] += 1
-        self.counters["requests"] += 1
+        counters = self.counters
+        counters["fetched"] += 1
+        counters["requests"] += 1
         if self.world.auditing:
             self.world.audit("fetch", name, session, "given")
         return entry
