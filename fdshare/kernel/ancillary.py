@@ -178,10 +178,11 @@ def own(control: Control) -> list[Descriptor]:
     """
     if len(control) == 1 and _CLOEXEC:
         level, kind, data = control[0]
-        if level == _SOCKET and kind == _RIGHTS and not len(data) % _INT:
+        if kind == _RIGHTS and level == _SOCKET:
             if len(data) == _INT:  # one, as nearly always: half the time of an array
                 return [Descriptor(_ONE.unpack(data)[0])]
-            return list(map(Descriptor, array.array("i", data)))
+            if not len(data) % _INT:
+                return list(map(Descriptor, array.array("i", data)))
     owned, pidfd = _split(control)
     if pidfd is not None:
         pidfd.close()
