@@ -93,7 +93,7 @@ def _dump(family: Any, obj: Any, bare_exceptions: bool) -> Bundle:
         if pickler.saw_exception and not bare_exceptions:
             return _dump(family, obj, True)
         raise
-    return Bundle(buffer.getbuffer(), transit.fds, pickler)
+    return Bundle(buffer.getvalue(), transit.fds, pickler)
 
 
 # What is sent most is a socket by itself, and its pickle is the same for all of a kind, whose Kind
