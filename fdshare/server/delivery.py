@@ -124,14 +124,7 @@ class Delivery:
     def _sent_at_once(self, connection: Connection, frame: bytes, fds: Rights, count: int) -> bool:
         """The common case, without a queue: True where the whole frame has gone, and its *count*
         descriptors *fds*."""
-        limits = self.service.limits
-        if connection.draining or (
-            count
-            and (
-                connection.in_flight + count > limits.in_flight_per_connection
-                or self.in_flight + count > limits.in_flight
-            )
-        ):
+        if connection.draining or (count and not self._fits(connection, count)):
             return False
         try:
             sent = send_rights(connection.sock, (frame,), fds)
@@ -192,19 +185,28 @@ class Delivery:
         connection.stale += stale
 
     def _may_fly(self, connection: Connection, count: int) -> bool:
-        """True where *count* more descriptors unread keep within both budgets."""
-        limits = self.service.limits
-        if connection.in_flight + count > limits.in_flight_per_connection:
-            self._measure(connection)
-            if connection.in_flight and (
-                connection.in_flight + count > limits.in_flight_per_connection
-            ):
-                return False
-        if self.in_flight + count > limits.in_flight:
-            for other in self.connections:
-                self._measure(other)
-            return not self.in_flight or self.in_flight + count <= limits.in_flight
-        return True
+        """True where *count* more descriptors unread keep within both budgets, as far as that is
+        known after another look at what was read."""
+        if self._fits(connection, count):
+            return True
+        self._measure(connection)
+        if self._fits(connection, count):
+            return True
+        for other in self.connections:
+            self._measure(other)
+        return self._fits(connection, count) or not self.in_flight
+
+    def _fits(self, connection: Connection, count: int) -> bool:
+        """True where *count* more keep within both budgets.
+
+        Of what is left of the common one a connection that has not read may take a part, and never
+        the last quarter: some deaf readers leave room for those who read.
+        """
+        limits, mine = self.service.limits, connection.in_flight
+        if not mine:
+            return self.in_flight + count <= limits.in_flight
+        left = limits.in_flight * 3 // 4 - self.in_flight
+        return mine + count <= min(limits.in_flight_per_connection, 2 * left)
 
     def measure(self) -> int:
         """How many descriptors were sent and not yet read."""
