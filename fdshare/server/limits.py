@@ -46,6 +46,8 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 raise InvalidArgument("limits", f"there is no limit {name!r}")
             if not value > 0:
                 raise InvalidArgument("limits", f"{name} is {value!r}, no number above zero")
+            if not name.endswith("_timeout") and value != int(value):
+                raise InvalidArgument("limits", f"{name} is {value!r}, a count has no fraction")
         usable = max(nofile - RESERVE, 16)
         connections = max(usable // 4, 4)
         descriptors = usable - connections
@@ -59,4 +61,5 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             "in_flight": max(nofile // 2 - 1, 8),
             "in_flight_per_connection": max(min(nofile // 4, 1012), 8),
         }
-        return cls(**{**defaults, **changed})  # type: ignore[arg-type]
+        whole = {n: v if n.endswith("_timeout") else int(v) for n, v in changed.items()}
+        return cls(**{**defaults, **whole})  # type: ignore[arg-type]
