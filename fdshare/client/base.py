@@ -95,7 +95,8 @@ def _no_descriptor(error: OSError) -> OSError:
 
 @dataclass(slots=True)
 class Search:
-    """How long a server that was lost is looked for: *seconds* from the moment it was missed."""
+    """How long a server that was lost is looked for: *seconds* from the moment it was missed. One
+    that has answered in between was found, however often it dies."""
 
     seconds: float
     _until: float | None = None
@@ -104,6 +105,10 @@ class Search:
     def found(self) -> None:
         """A connection was made."""
         self._found_at = time.monotonic()
+
+    def answered(self) -> None:
+        """There was a word from the server on the connection that was made."""
+        self._until = None
 
     def missed(self) -> bool:
         """There is no server, or the connection ended. True where it is time to give up."""

@@ -327,9 +327,9 @@ class Client(BaseClient):
         Raises: ServerGone: it was looked for in vain; NoServer: there never was one.
         """
         search = Search(self.reconnect)
-        pause = _FIRST_PAUSE
+        pause, losses = _FIRST_PAUSE, 0
         while True:
-            before = channel.opened
+            before, welcomes = channel.opened, channel.welcomes
             try:
                 channel.open(deadline)
                 if channel.opened != before:
@@ -340,9 +340,12 @@ class Client(BaseClient):
                 if isinstance(error, NoServer) and not self._was_there:
                     raise
                 late = deadline is not None and time.monotonic() >= deadline
+                if channel.welcomes != welcomes:
+                    search.answered()
                 if search.missed() or late:
                     raise ServerGone(self.address, str(error)) from None
-                if isinstance(error, NoServer):
+                losses += 1
+                if isinstance(error, NoServer) or losses > 1:
                     time.sleep(pause)
                     pause = min(pause * 2, _LONGEST_PAUSE)
 

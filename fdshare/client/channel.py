@@ -177,6 +177,11 @@ class Channel:
             pass
         return answers
 
+    @property
+    def welcomes(self) -> int:
+        """On how many connections the server has said something."""
+        return self._conversation.welcomes
+
     def new_id(self) -> int:
         """An id that no other request of this session has."""
         return self._conversation.next_id()

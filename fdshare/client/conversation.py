@@ -100,6 +100,7 @@ class Conversation:
     def __init__(self, authkey: bytes | None = None) -> None:
         self.session: Final = secrets.token_hex(8)
         self.welcome: m.Welcome | None = None
+        self.welcomes = 0  # how many connections were answered
         self._authkey = authkey
         self._nonce = b""
         self._server_nonce = b""
@@ -196,6 +197,7 @@ class Conversation:
         if welcome.version != m.VERSION:
             raise VersionMismatch(welcome.version, m.VERSION)
         self.welcome = welcome
+        self.welcomes += 1
 
     # The authkey, where there is one: two more frames before the first request.
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import socket
+import time
 from collections.abc import Collection, Sequence
 from typing import Final
 
@@ -179,11 +180,17 @@ class Pipeline:
         """Keeps the connection while there is something to wait for; until `close`."""
         try:
             with self._scope:
+                losses = 0
                 while True:
                     if not self._pending:
                         self._work = anyio.Event()
                         await self._work.wait()
+                    began = time.monotonic()
                     await self._connection()
+                    brief = time.monotonic() < began + _LONGEST_PAUSE
+                    losses = losses + 1 if self._pending and brief else 0
+                    if losses > 1:  # a server that dies of what we ask is not asked without end
+                        await anyio.sleep(min(_FIRST_PAUSE * 2**losses, _LONGEST_PAUSE))
         finally:
             self.close()
 
@@ -204,6 +211,9 @@ class Pipeline:
         finally:
             self._link = None
             sock.close()
+            if self._conversation.welcome is not None:
+                for pending in self._pending.values():
+                    pending.search.answered()
             self._conversation.hello()  # what was half received belongs to nobody
         if isinstance(end, FdshareError):
             self._fail_all(end)

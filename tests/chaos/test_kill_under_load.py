@@ -9,6 +9,7 @@ import random
 import select
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from breaking import Halves, kill
+from breaking import Halves, identity, kill
 from conftest import wait_until
 
 from fdshare.client.blocking import Client
@@ -76,6 +77,60 @@ class Load:
             process.communicate()
 
 
+class Waiting:
+    """Two that wait from before the first death to after the last: for a name, and for events."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._found: list[tuple[int, int]] = []
+        self._held: dict[str, int] = {}
+        self._changes = 0
+        self._failures: list[BaseException] = []
+        tasks = (self._wait, self._watch)
+        self._threads = [threading.Thread(target=self._run, args=(task,)) for task in tasks]
+
+    def __enter__(self) -> Waiting:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for thread in self._threads:
+            thread.join(0 if exc[0] else 30)
+
+    def _run(self, task: Callable[[Client], None]) -> None:
+        try:
+            with Client(self._address) as client:
+                task(client)
+        except BaseException as error:
+            self._failures.append(error)
+
+    def _wait(self, client: Client) -> None:
+        with client.fetch_raw("at the end", timeout=600)[0] as descriptor:
+            self._found.append(identity(descriptor))
+
+    def _watch(self, client: Client) -> None:
+        with client.watch(timeout=600) as watch:
+            for _ in watch:
+                self._changes += 1
+                if "at the end" in watch.held:
+                    self._held = dict(watch.held)
+                    return
+
+    def end(self, client: Client) -> None:
+        """What they wait for has come, and they have seen it."""
+        null = os.open(os.devnull, os.O_RDONLY)
+        table = {e.name: e.generation for e in client.infos()}
+        entry = client.register("at the end", null)
+        for thread in self._threads:
+            thread.join(30)
+        assert not self._failures, self._failures
+        assert self._found == [identity(null)]
+        assert self._held == {**table, "at the end": entry.generation}
+        client.unregister("at the end")
+        os.close(null)
+
+
 @pytest.fixture
 def load() -> Iterator[Callable[[str, int], Load]]:
     started: list[Load] = []
@@ -99,7 +154,12 @@ def test_kill_under_load(
 ) -> None:
     chance = random.Random(seed)
     kills: Counter[str] = Counter()
-    with Manager() as manager, Client(manager.address) as watcher, watcher.watch() as watch:
+    with (
+        Manager() as manager,
+        Client(manager.address) as watcher,
+        watcher.watch() as watch,
+        Waiting(manager.address) as waiting,
+    ):
         halves = Halves(manager)
         workers = load(manager.address, seed)
         workers.progress(500)
@@ -122,6 +182,7 @@ def test_kill_under_load(
             for verb, count in ledger["counts"].items():
                 counted[verb] = counted.get(verb, 0) + count
         compare(manager, ledgers)
+        waiting.end(manager)
         while watch.held != {e.name: e.generation for e in manager.infos()}:
             next(watch)
         watch.close()
