@@ -10,6 +10,7 @@ import logging
 import secrets
 import signal
 import socket
+import time
 from collections.abc import Callable
 
 from fdshare.kernel.endpoint import Listener, listen
@@ -18,6 +19,7 @@ from fdshare.server.keeper import run_keeper
 from fdshare.server.limits import Limits
 from fdshare.server.poller import READ
 from fdshare.server.registry import Registry
+from fdshare.server.reporting import Watchdog, report
 from fdshare.server.settings import Settings, read_policy
 from fdshare.server.twin import Holdings
 from fdshare.server.world import Server, raise_descriptor_limit
@@ -61,9 +63,19 @@ def serve(
         try:
             with _Signals(server):
                 ready()
+                _feed(Watchdog(), server)
                 server.run()
+                report("STOPPING=1")
         finally:
             server.shut_down()
+
+
+def _feed(watchdog: Watchdog, server: Server) -> None:
+    """Feeds *watchdog* from the server's loop, now and whenever it is due."""
+    watchdog.feed()
+    if watchdog.due is not None:
+        delay = watchdog.due - time.monotonic()
+        server.loop.later(max(delay, 0.0), lambda now: _feed(watchdog, server))
 
 
 class _Signals:

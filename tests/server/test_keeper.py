@@ -766,6 +766,20 @@ def test_the_service_manager_is_told(
     assert not (folder / "s").exists()
 
 
+def test_the_service_manager_is_told_without_a_keeper(
+    served: Callable[..., subprocess.Popen[bytes]], folder: Path
+) -> None:
+    with NotifySocket(str(folder / "notify")) as told:
+        process = served("--no-keeper", NOTIFY_SOCKET=told.address, WATCHDOG_USEC="200000")
+        assert expect(told, "READY") == "1"
+        for _ in range(3):
+            assert expect(told, "WATCHDOG") == "1"
+        process.terminate()
+        assert expect(told, "STOPPING") == "1"
+        process.wait()
+    assert not (folder / "s").exists()
+
+
 def test_a_service_manager_that_is_gone_harms_nobody(
     served: Callable[..., subprocess.Popen[bytes]], folder: Path
 ) -> None:
