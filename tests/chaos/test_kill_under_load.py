@@ -183,7 +183,8 @@ def test_kill_under_load(
                 counted[verb] = counted.get(verb, 0) + count
         compare(manager, ledgers)
         waiting.end(manager)
-        while watch.held != {e.name: e.generation for e in manager.infos()}:
+        table = {e.name: e.generation for e in manager.infos()}
+        while watch.held != table:
             next(watch)
         watch.close()
         watcher.close()

@@ -55,7 +55,8 @@ def test_soak(
         assert not wrong, "\n".join(wrong)
         wait_until(lambda: not {"brief", "passing"} & set(manager.names()))
         compare(manager, ledgers)
-        while watch.held != {e.name: e.generation for e in manager.infos()}:
+        table = {e.name: e.generation for e in manager.infos()}
+        while watch.held != table:
             next(watch)
         watch.close()
         other.close()

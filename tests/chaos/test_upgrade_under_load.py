@@ -114,7 +114,8 @@ def test_upgrades_under_load(
         for index in range(HELD):
             client.unregister(f"held/{index}")
         compare(client, ledgers)
-        while watch.held != {e.name: e.generation for e in client.infos()}:
+        table = {e.name: e.generation for e in client.infos()}
+        while watch.held != table:
             next(watch)
         watch.close()
         wait_until(lambda: halves.excess("keeper") == -1)
