@@ -20,10 +20,10 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import repeat
 from pathlib import Path
-from time import perf_counter, perf_counter_ns
+from time import perf_counter_ns
 from typing import Any, TypeAlias, TypeVar
 
-__all__ = ["Bench", "Curve", "Line", "NotHere", "Plan", "Row", "Run", "Spread", "each", "every"]
+__all__ = ["Bench", "Curve", "Line", "NotHere", "Plan", "Row", "Run", "Spread", "each", "middle"]
 
 T = TypeVar("T")
 Run: TypeAlias = Callable[[int], float]  # does it n times, and returns the seconds that took
@@ -228,19 +228,7 @@ def calibrate(run: Run, wanted: float) -> int:
 
 
 def each(call: Callable[[], object]) -> Run:
-    """A side that makes *call* again and again."""
-
-    def run(count: int) -> float:
-        start = perf_counter()
-        for _ in repeat(None, count):
-            call()
-        return perf_counter() - start
-
-    return run
-
-
-def every(call: Callable[[], object]) -> Run:
-    """As `each`, but the time of one is the median of many: for where a tail is not the point."""
+    """A side that makes *call* again and again; the time of one is the median."""
 
     def run(count: int) -> float:
         took = []
@@ -248,6 +236,15 @@ def every(call: Callable[[], object]) -> Run:
             start = perf_counter_ns()
             call()
             took.append(perf_counter_ns() - start)
-        return statistics.median(took) * count / 1e9
+        return middle(took)
 
     return run
+
+
+def middle(nanoseconds: Sequence[int]) -> float:
+    """The seconds that so many operations take, if each takes the median.
+
+    Others have turns of the processor, too: of a thousand operations a few take a hundred times
+    longer than all the rest, and a mean would be of those.
+    """
+    return statistics.median(nanoseconds) * len(nanoseconds) / 1e9

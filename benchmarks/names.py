@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from time import perf_counter
+from time import perf_counter_ns
 
-from benchmarks.measure import Bench, NotHere, Run, each
+from benchmarks.measure import Bench, NotHere, Run, each, middle
 from benchmarks.processes import held_file, s6, same_file
 from fdshare import Client, Descriptor, Manager
 
@@ -74,14 +74,15 @@ def registers(manager: Manager, file: Descriptor) -> Run:
 
     def run(count: int) -> float:
         names = [f"b/{number}" for number in range(count)]
-        start = perf_counter()
+        took = []
         for name in names:
+            start = perf_counter_ns()
             manager.register(name, file)
-        took = perf_counter() - start
+            took.append(perf_counter_ns() - start)
         assert len(manager.names()) == count
         for name in names:
             manager.unregister(name)
-        return took
+        return middle(took)
 
     return run
 
@@ -89,14 +90,14 @@ def registers(manager: Manager, file: Descriptor) -> Run:
 def waits(bench: Bench, manager: Manager, file: Descriptor) -> Run:
     """One thread waits for a name, we register it: from then to the end of its wait."""
     asked, ready = threading.Semaphore(0), threading.Semaphore(0)
-    ended: list[float] = []
+    ended: list[int] = []
     over: list[bool] = []
 
     def waiter() -> None:
         with Client(manager.address) as client:
             while asked.acquire() and not over:
                 client.wait("b/w")
-                ended.append(perf_counter())
+                ended.append(perf_counter_ns())
                 ready.release()
 
     def requests() -> int:
@@ -112,19 +113,19 @@ def waits(bench: Bench, manager: Manager, file: Descriptor) -> Run:
     bench.last(stop)
 
     def run(count: int) -> float:
-        total = 0.0
+        took = []
         for _ in range(count):
             before = requests()
             asked.release()
             polls = 1
             while requests() - before < polls + 1:  # until the server has the wait, too
                 polls += 1
-            start = perf_counter()
+            start = perf_counter_ns()
             manager.register("b/w", file)
             ready.acquire()
-            total += ended.pop() - start
+            took.append(ended.pop() - start)
             manager.unregister("b/w")
-        return total
+        return middle(took)
 
     return run
 

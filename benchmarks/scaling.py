@@ -20,7 +20,7 @@ from functools import partial
 from time import perf_counter
 from typing import Any
 
-from benchmarks.measure import Bench, Curve, Line, Run, Spread, every
+from benchmarks.measure import Bench, Curve, Line, Run, Spread, each
 from benchmarks.memory import fill
 from benchmarks.processes import HERE, cpu_seconds, held_file, in_child, same_file
 from fdshare import Manager
@@ -42,11 +42,11 @@ def run(bench: Bench) -> None:
 
 
 def fetched(manager: Manager, fd: int) -> Run:
-    """A side that fetches one name, checked; its time is the median of many."""
+    """A side that fetches one name, checked."""
     manager.register("mark", fd)
     with manager.fetch("mark") as found:
         assert same_file(found.fileno(), fd)
-    return every(lambda: manager.fetch("mark").close())
+    return each(lambda: manager.fetch("mark").close())
 
 
 def by_names(bench: Bench, fd: int) -> None:

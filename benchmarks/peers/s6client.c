@@ -1,13 +1,14 @@
 /* A client of s6-fdholderd on one kept-open connection, by libs6's own calls.
  *
  * Usage: s6client SOCKET DESCRIPTOR
- * For every line "VERB N" on its input it does VERB N times and answers "NANOSECONDS":
- *   fill N      stores N identifiers a/0 .. a/N-1 that stay; the time is theirs
+ * For every line "VERB N" on its input it does VERB N times and answers "NANOSECONDS COUNT",
+ * N times the median of one and what was listed last:
+ *   fill N      stores N identifiers a/0 .. a/N-1 that stay
  *   retrieve N  retrieves a/0 and closes what came, N times
  *   store N     stores b/0 .. b/N-1; deletes them when the clock has stopped
  *   cycle N     stores and deletes b/0, N times
- *   list N      lists all identifiers, N times; answers "NANOSECONDS COUNT"
- * The descriptor that arrives last in each run is compared with the one that was stored.
+ *   list N      lists all identifiers, N times
+ * One more after each run of retrievals is compared with the descriptor that was stored.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -31,6 +32,12 @@ static long long now(void)
   struct timespec t;
   clock_gettime(CLOCK_MONOTONIC, &t);
   return t.tv_sec * 1000000000LL + t.tv_nsec;
+}
+
+static int order(void const *a, void const *b)
+{
+  long long x = *(long long const *)a, y = *(long long const *)b;
+  return (x > y) - (x < y);
 }
 
 static void store(int fd, char const *id)
@@ -63,42 +70,38 @@ int main(int argc, char **argv)
   while (fgets(line, sizeof(line), stdin)) {
     if (sscanf(line, "%31s %ld", verb, &count) != 2) return 100;
     unsigned int listed = 0;
-    long long start = now(), end;
-    if (!strcmp(verb, "retrieve")) {
-      int fd = -1;
-      for (long i = 0; i < count; i++) {
-        fd = s6_fdholder_retrieve_g(&holder, "a/0", &deadline);
-        if (fd < 0) die("retrieve");
-        if (i + 1 < count) close(fd);
-      }
-      end = now();
+    long long *took = malloc((count + 1) * sizeof(*took));
+    if (!took) die("malloc");
+    for (long i = 0; i < count; i++) {
+      int n = 0;
+      stralloc names = STRALLOC_ZERO;
+      snprintf(id, sizeof(id), "%c/%ld", *verb == 'f' ? 'a' : 'b', i);
+      long long start = now();
+      if (!strcmp(verb, "retrieve")) {
+        n = s6_fdholder_retrieve_g(&holder, "a/0", &deadline);
+        if (n >= 0) close(n);
+      } else if (!strcmp(verb, "fill") || !strcmp(verb, "store")) store(held, id);
+      else if (!strcmp(verb, "cycle")) { store(held, "b/0"); delete("b/0"); }
+      else if (!strcmp(verb, "list")) n = s6_fdholder_list_g(&holder, &names, &deadline);
+      else return 100;
+      took[i] = now() - start;
+      if (n < 0) die(verb);
+      if (*verb == 'l') listed = (unsigned int)n;
+      stralloc_free(&names);
+    }
+    for (long i = 0; *verb == 's' && i < count; i++) {
+      snprintf(id, sizeof(id), "b/%ld", i);
+      delete(id);
+    }
+    if (*verb == 'r') {
+      int fd = s6_fdholder_retrieve_g(&holder, "a/0", &deadline);
       check(fd, held);
       close(fd);
-    } else if (!strcmp(verb, "fill") || !strcmp(verb, "store")) {
-      for (long i = 0; i < count; i++) {
-        snprintf(id, sizeof(id), "%c/%ld", *verb == 'f' ? 'a' : 'b', i);
-        store(held, id);
-      }
-      end = now();
-      for (long i = 0; *verb == 's' && i < count; i++) {
-        snprintf(id, sizeof(id), "b/%ld", i);
-        delete(id);
-      }
-    } else if (!strcmp(verb, "cycle")) {
-      for (long i = 0; i < count; i++) { store(held, "b/0"); delete("b/0"); }
-      end = now();
-    } else if (!strcmp(verb, "list")) {
-      for (long i = 0; i < count; i++) {
-        stralloc names = STRALLOC_ZERO;
-        int n = s6_fdholder_list_g(&holder, &names, &deadline);
-        if (n < 0) die("list");
-        listed = (unsigned int)n;
-        stralloc_free(&names);
-      }
-      end = now();
-    } else return 100;
-    printf("%lld %u\n", end - start, listed);
+    }
+    qsort(took, count, sizeof(*took), order);
+    printf("%lld %u\n", took[count / 2] * count, listed);
     fflush(stdout);
+    free(took);
   }
   return 0;
 }
