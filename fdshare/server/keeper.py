@@ -69,7 +69,8 @@ __all__ = ["Keeper", "resume", "run_keeper"]
 log = logging.getLogger("fdshare.keeper")
 
 _LETTER: Final = 1 << 17
-_DRAIN: Final = 5.0  # seconds a server that was told to end gets for its last answers
+# Seconds that a server that was told to end gets for its last answers; less than a Manager waits.
+_DRAIN: Final = 3.0
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
 
 
@@ -93,7 +94,8 @@ class Keeper:
         self._fencing = False
         self._deaths: deque[float] = deque(maxlen=DEATHS)
         self._start_at: float | None = None if journal is not None else 0.0
-        self._stopping_since: float | None = None
+        self._stopping = False
+        self._drain_until: float | None = None  # when a server that was told to end is killed
         self._wake, self._waker = socket.socketpair()
         self._signals: list[int] = []
         self._buffer = bytearray(_LETTER)
@@ -121,7 +123,7 @@ class Keeper:
             self._follow()
             if relieve:
                 self._relieved = True
-                self._tell(Note("drain"))
+                self._drain()
         while not self._ended():
             if (life := self._turn()) is not None:
                 return life
@@ -139,20 +141,19 @@ class Keeper:
         if self._trial is not None and time.monotonic() > self._trial_until:
             self._on_trial_over(0)
         self._watchdog.feed()
-        since = self._stopping_since
-        if since is not None and time.monotonic() > since + _DRAIN and self._server is not None:
+        if self._drain_until is not None and time.monotonic() > self._drain_until:
             log.warning("the server does not end, killed")
             self._on_server_gone()
         return None
 
     def _timeout(self) -> float | None:
-        if self._stopping_since is not None or self._trial is not None:
+        if self._drain_until is not None or self._trial is not None:
             return 0.2
         due = [at for at in (self._start_at, self._watchdog.due) if at is not None]
         return max(min(due) - time.monotonic(), 0.0) if due else None
 
     def _ended(self) -> bool:
-        return self._stopping_since is not None and self._server is None
+        return self._stopping and self._server is None
 
     def _let_go(self) -> None:
         if self._trial is not None:
@@ -200,10 +201,15 @@ class Keeper:
         self._stop()
 
     def _stop(self) -> None:
-        if self._stopping_since is None:
-            self._stopping_since = time.monotonic()
+        if not self._stopping:
+            self._stopping = True
             self._start_at = None
             report("STOPPING=1")
+            self._drain()
+
+    def _drain(self) -> None:
+        if self._server is not None:
+            self._drain_until = time.monotonic() + _DRAIN
             self._tell(Note("drain"))
 
     # The server.
@@ -258,7 +264,8 @@ class Keeper:
         self._fencing = False
         close_quietly(self._server, self._journal)
         self._server = self._journal = None
-        if self._stopping_since is None:
+        self._drain_until = None
+        if not self._stopping:
             if not self._relieved:
                 log.warning("the server is gone (%s), making a new one", how)
             self._plan_successor()
@@ -343,7 +350,7 @@ class Keeper:
 
     def _start_upgrade(self, note: Note) -> None:
         """Has the new code try the table, beside everything else that goes on."""
-        if self._trial is not None or self._stopping_since is not None or self._journal is None:
+        if self._trial is not None or self._stopping or self._journal is None:
             return
         if self._fencing:  # who asked will ask the successor again
             return
@@ -361,7 +368,7 @@ class Keeper:
         self._poller.unregister(trial.fileno())
         if why := trial.verdict():
             self._upgrade_failed(why)
-        elif self._journal is not None and self._stopping_since is None:
+        elif self._journal is not None and not self._stopping:
             self._exec()
 
     def _exec(self) -> None:

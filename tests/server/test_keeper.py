@@ -610,6 +610,17 @@ def test_a_server_killed_while_the_keeper_was_stopped(manager: Manager, halves: 
     os.close(write)
 
 
+@pytest.mark.parametrize("half", ["server", "keeper"])
+def test_it_ends_although_a_half_is_stopped(half: Half) -> None:
+    with Manager() as manager:
+        pids = Halves(manager).pids()
+        os.kill(pids[half], signal.SIGSTOP)
+        manager.shutdown()
+    for pid in pids.values():
+        wait_until(lambda pid=pid: ended(pid), f"{pid} ends")
+    assert not os.path.exists(manager.address)
+
+
 # The owner.
 
 OWNER = """

@@ -197,6 +197,20 @@ def test_a_waiting_client_goes_on_waiting(
     assert found == [identity(fd)]
 
 
+def test_an_old_server_that_does_not_end(
+    installed: Installed, client: Client, halves: Halves, fd: int
+) -> None:
+    """It is stopped, and gets no more time than any other to make room."""
+    client.register("a", fd)
+    installed.name_it("second")
+    pids = halves.pids()
+    os.kill(pids["server"], signal.SIGSTOP)
+    os.kill(pids["keeper"], signal.SIGUSR2)
+    assert client.names() == ["a"]
+    assert client.stats().notes == {"code": "second"}
+    assert ended(pids["server"])
+
+
 def test_the_owner_goes_over(folder: Path) -> None:
     """The control socket of a Manager is inherited, too."""
     with Manager(folder / "s") as manager:
