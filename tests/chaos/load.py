@@ -137,13 +137,27 @@ class Worker:
         if names != sorted(self.table):
             raise Wrong(f"{set(names) ^ set(self.table)} differ")
 
+    def tell(self, name: str) -> None:
+        info = self.client.info(name)
+        if (info.generation, info.count) != (self.generations[name], 1):
+            raise Wrong(f"{name} is {info}")
+
+    def bind(self, name: str) -> None:
+        """Twice, and it is the same; no other socket is left behind."""
+        name = self.fresh()
+        address = "tcp://127.0.0.1:0"
+        with self.client.bind(name, address) as first, self.client.bind(name, address) as second:
+            if first.getsockname() != second.getsockname():
+                raise Wrong(f"{name} was bound twice")
+        self.client.unregister(name)
+
     def step(self) -> None:
         name = self.some()
         if name is None or len(self.table) < MOST // 2:
             verb = "register"
         else:
             verbs = ["replace", "take", "unregister", "rename", "fetch", "fetch"]
-            verbs += ["refuse", "miss", "look"]
+            verbs += ["refuse", "miss", "look", "tell", "bind"]
             verb = self.random.choice(verbs + ["register"] * (len(self.table) < MOST))
         self.counts[verb] += 1
         if verb == "register":
