@@ -214,11 +214,20 @@ def close_all_but(kept: Collection[int]) -> None:
         if fd > low:  # most numbers follow one another, and each call is one of the system
             os.closerange(low, fd)
         low = max(low, fd + 1)
-    os.closerange(low, _highest() + 1)
+    os.closerange(low, _end())
 
 
-def _highest() -> int:
-    return max(map(int, _numbers()), default=2)
+def _end() -> int:
+    """A number that no descriptor of this process reaches: the size of its table (proc(5)), or one
+    more than the last that is listed. Of 10,000 the list takes 16 ms, in which nobody is served."""
+    try:
+        with open("/proc/self/status") as status:
+            for line in status:
+                if line.startswith("FDSize:"):
+                    return int(line.split()[1])
+    except OSError:
+        pass
+    return max(map(int, _numbers()), default=2) + 1
 
 
 def _numbers() -> Iterable[str]:
