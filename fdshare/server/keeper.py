@@ -316,12 +316,22 @@ class Keeper:
             if self._fencing:  # there is no server any more: what we have is all there is
                 return True
             os._exit(1)
-        letter = decode_letter(bytes(memoryview(self._buffer)[:count]))
+        handles = [Handle(d) for d in descriptors]
+        try:
+            self._on_letter(decode_letter(bytes(memoryview(self._buffer)[:count])), handles)
+        except Exception:
+            # The server has the table: it makes a new keeper of that. If it is dead, ours is all
+            # there is, and one record that cannot be applied is no reason to lose the rest.
+            if not self._fencing:
+                raise
+            log.critical("a record of the dead server cannot be applied", exc_info=True)
+        return True
+
+    def _on_letter(self, letter: Record | Note, handles: list[Handle]) -> None:
         if isinstance(letter, Record):
-            self._apply(letter, [Handle(d) for d in descriptors])
+            self._apply(letter, handles)
         else:
             self._on_note(letter)
-        return True
 
     def _apply(self, record: Record, handles: list[Handle]) -> None:
         for handle in self._holdings.registry.apply(record, handles).closed:
