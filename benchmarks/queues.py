@@ -3,12 +3,16 @@
 *Streamed*: a child puts n items, we get them all: what a queue of work costs. *To and fro*: a child
 echoes what it is sent, over a second queue: what an answer costs, each way counted as one. Items
 are an int, or a listening socket, which the receiver closes. And 64 MiB through a pipe.
+
+*Bare* is the floor of both kinds of item: the system calls of such a queue, in two loops, with no
+queue around them. What a socket costs there beside an int is the kernel's.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import socket
+import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -22,6 +26,7 @@ from fdshare.mp import get_context
 
 STOCK, OURS = "stock", "fdshare"
 BACKENDS = ("multiprocessing", "multiprocess")
+BARE = "bare stream"
 ITEMS = ("int", "socket")
 _END = 0  # "put none": the child ends
 LARGE = 64 << 20
@@ -45,6 +50,9 @@ def measure(bench: Bench, backend: str, listener: socket.socket) -> None:
             for shape, make in (("Queue", streamed), ("Queue to and fro", echoed), ("Pipe", piped)):
                 side = partial(make, context, item, listener)
                 sides[f"{kind} {shape}, {item}"] = bench.keep(in_child(side))
+    if backend == "multiprocessing":
+        for item in ITEMS:
+            sides[f"{BARE}, {item}"] = bench.keep(in_child(partial(bare, item, listener)))
     times = bench.alternate(sides)
     goals = {"int": 1.2, "socket": 0.10}
     for shape in ("Queue", "Queue to and fro", "Pipe"):
@@ -56,6 +64,8 @@ def measure(bench: Bench, backend: str, listener: socket.socket) -> None:
     if backend == "multiprocessing":
         for shape in ("Queue", "Queue to and fro"):
             bench.ratio(times, f"{OURS} {shape}, socket", f"{OURS} {shape}, int", goal=2.0)
+        bench.ratio(times, f"{BARE}, socket", f"{BARE}, int")
+        bench.ratio(times, f"{OURS} Queue, socket", f"{BARE}, socket")
         large(bench, backend)
 
 
@@ -128,6 +138,43 @@ def piped(context: Any, item: str, listener: socket.socket) -> Iterator[Run]:
 
 
 @contextmanager
+def bare(item: str, listener: socket.socket) -> Iterator[Run]:
+    """As `piped`, but only the calls: a length and a number; or an announcement and a body with a
+    descriptor on it, which is looked at before it is read, and made a socket."""
+    orders: Any = multiprocessing.SimpleQueue()
+    ours, theirs = socket.socketpair()
+    sent = Checked(item, listener)
+    length, body = bytes(4), bytes(120)
+    rights = ((socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", listener.fileno())),)
+    look = int(socket.MSG_PEEK | socket.MSG_CMSG_CLOEXEC)
+    number = struct.Struct("i")
+
+    def child() -> None:
+        while count := orders.get():
+            for _ in range(count):
+                if item == "int":
+                    theirs.send(length + b"12345")
+                else:
+                    theirs.send(length)
+                    theirs.sendmsg((body,), rights)
+
+    def get() -> Any:
+        if item == "int":
+            ours.recv(4)
+            return int(ours.recv(5))
+        while True:
+            head, control, _, _ = ours.recvmsg(5, 1400, look)
+            if len(head) == 5:
+                break
+        ours.recv(len(length) + len(body), socket.MSG_WAITALL)
+        return socket.socket(fileno=number.unpack(control[0][2])[0])
+
+    yield from draining(multiprocessing.get_context("fork"), child, orders, get, sent)
+    ours.close()
+    theirs.close()
+
+
+@contextmanager
 def poured(context: Any) -> Iterator[Run]:
     """A child that receives bytes, and says how many those were."""
     ours, theirs = context.Pipe()
@@ -187,8 +234,12 @@ def echoed(context: Any, item: str, listener: socket.socket) -> Iterator[Run]:
     sent = Checked(item, listener)
 
     def child() -> None:
+        before = None
         while (got := there.get()) is not None:
             back.put(got)
+            if before is not None:  # only now: the stock queue needs it until it has sent it
+                sent.done_with(before)
+            before = got
 
     process = context.Process(target=child)
     process.start()

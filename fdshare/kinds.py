@@ -105,9 +105,11 @@ def rebuild(kind: Kind, descriptors: list[Descriptor]) -> Any:
 
 
 def rebuilder(kind: Kind) -> Callable[[list[Descriptor]], Any]:
-    """`rebuild` for *kind*, to be called many times."""
+    """`rebuild` for *kind*, to be called many times, for those who believe what they are told of
+    it: of a socket, its type. That it is one, and of which family, is looked at."""
     if kind.tag == "socket":
-        return partial(_socket_of, _decode_socket(kind.spec))
+        spec = _decode_socket(kind.spec)
+        return _maker(spec, spec.type)
     return partial(rebuild, kind)
 
 
@@ -184,7 +186,7 @@ _family: Final[Callable[[Any], int]] = _Socket.family.__get__
 _type: Final[Callable[[Any], int]] = _Socket.type.__get__
 # Programs share few kinds of sockets, many times.
 _socket_kinds: Final[dict[tuple[int, int, int, float | None], Kind]] = {}
-_socket_specs: Final[dict[bytes, SocketSpec]] = {}
+_socket_makers: Final[dict[bytes, Callable[[list[Descriptor]], socket.socket]]] = {}
 _REMEMBERED: Final = 64
 
 
@@ -210,29 +212,40 @@ def _describe_wrapped(wrapper: Any) -> Described:
 
 def _rebuild_socket(raw: msgspec.Raw, descriptors: list[Descriptor]) -> socket.socket:
     key = bytes(raw)
-    spec = _socket_specs.get(key)
-    if spec is None:
-        spec = _decode_socket(key)
-        if len(_socket_specs) < _REMEMBERED:
-            _socket_specs[key] = spec
-    return _socket_of(spec, descriptors)
+    make = _socket_makers.get(key)
+    if make is None:
+        make = _maker(_decode_socket(key), -1)  # without a type the kernel is asked for it
+        if len(_socket_makers) < _REMEMBERED:
+            _socket_makers[key] = make
+    return make(_exactly(1, "socket", descriptors))
 
 
-def _socket_of(spec: SocketSpec, descriptors: list[Descriptor]) -> socket.socket:
-    fd = _exactly(1, "socket", descriptors)[0].detach()
-    try:
-        # Without a family it asks the kernel for family, type and protocol: that is our check.
-        sock = socket.socket(fileno=fd)
-    except OSError as error:
-        os.close(fd)
-        raise KindMismatch("socket", f"{error.strerror}") from None
-    if _family(sock) != spec.family or _type(sock) != spec.type:
-        found = f"family {_family(sock)}, type {_type(sock)}"
-        sock.close()
-        raise KindMismatch("socket", f"{found}; the kind says {spec.family} and {spec.type}")
-    if sock.gettimeout() != spec.timeout:
-        sock.settimeout(spec.timeout)
-    return sock
+def _maker(spec: SocketSpec, type: int) -> Callable[[list[Descriptor]], socket.socket]:
+    """What makes sockets of *spec*; *type* is what it says of that, or -1."""
+    family, proto, timeout = spec.family, spec.proto, spec.timeout
+    new, family_of = socket.socket, _family
+
+    def make(descriptors: list[Descriptor]) -> socket.socket:
+        fd = descriptors[0].detach()
+        try:
+            # Without a family the kernel is asked for it: that is our check that it is a socket.
+            sock = new(-1, type, proto, fd)
+        except (OSError, OverflowError) as error:
+            os.close(fd)
+            raise KindMismatch("socket", f"{getattr(error, 'strerror', error)}") from None
+        if family_of(sock) != family or (type < 0 and _type(sock) != spec.type):
+            found = f"family {_family(sock)}, type {_type(sock)}"
+            sock.close()
+            raise KindMismatch("socket", f"{found}; the kind says {family} and {spec.type}")
+        if sock.gettimeout() != timeout:
+            try:
+                sock.settimeout(timeout)
+            except (ValueError, OverflowError) as error:
+                sock.close()
+                raise KindMismatch("socket", f"a timeout of {timeout}: {error}") from None
+        return sock
+
+    return make
 
 
 def _refuse_tls(sock: Any) -> Described:

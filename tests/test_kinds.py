@@ -32,7 +32,15 @@ from fdshare.errors import (
 )
 from fdshare.filelayers import newline_of
 from fdshare.kernel.descriptor import Descriptor
-from fdshare.kinds import Kind, describe, is_shareable, rebuild, register_kind, unregister_kind
+from fdshare.kinds import (
+    Kind,
+    describe,
+    is_shareable,
+    rebuild,
+    rebuilder,
+    register_kind,
+    unregister_kind,
+)
 
 
 def through(obj: Any) -> Any:
@@ -442,6 +450,32 @@ def test_another_number_of_descriptors_is_refused(path: Path, count: int) -> Non
             with pytest.raises(KindMismatch):
                 rebuild(describe(obj)[0], descriptors)
             assert all(descriptor.closed for descriptor in descriptors)
+
+
+def test_who_believes_what_a_socket_is_still_looks(path: Path) -> None:
+    for case, (kind, fd) in wrong_descriptors(path).items():
+        if kind.tag == "socket" and case != "stream is a datagram socket":
+            with pytest.raises(KindMismatch):
+                rebuilder(kind)([Descriptor(fd)])
+            with pytest.raises(OSError, match="Bad file descriptor"):
+                os.fstat(fd)
+                pytest.fail(f"{case}: left open")
+        else:
+            os.close(fd)
+
+
+@pytest.mark.parametrize(
+    ("proto", "timeout"), [(1 << 40, None), (0, -1.0), (0, 1e300), (0, float("nan"))]
+)
+def test_numbers_that_no_socket_has(proto: int, timeout: float | None) -> None:
+    with socket.socket() as sock:
+        spec = [int(sock.family), int(sock.type), proto, timeout]
+        copy = Descriptor.dup_of(sock)
+        fd = copy.fileno()
+        with pytest.raises(KindMismatch):
+            rebuild(Kind("socket", msgspec.Raw(msgspec.msgpack.encode(spec))), [copy])
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(fd)
 
 
 @given(st.binary(max_size=40), st.sampled_from(["socket", "file", "connection", "descriptor"]))

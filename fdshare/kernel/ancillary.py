@@ -53,6 +53,7 @@ __all__ = [
     "Rights",
     "close_all",
     "own",
+    "peek",
     "peek_descriptors",
     "receive_into",
     "recv_fds",
@@ -64,7 +65,7 @@ __all__ = [
 
 Bytes: TypeAlias = bytes | bytearray | memoryview
 Control: TypeAlias = Sequence[tuple[int, int, bytes]]
-Rights: TypeAlias = tuple[()] | tuple[tuple[int, int, "array.array[int]"]]
+Rights: TypeAlias = tuple[()] | tuple[tuple[int, int, "bytes | array.array[int]"]]
 
 MAX_DESCRIPTORS: Final = 253  # SCM_MAX_FD, include/net/scm.h
 _ONE: Final = struct.Struct("@i")
@@ -83,6 +84,7 @@ _RIGHTS: Final = int(socket.SCM_RIGHTS)
 _CTRUNC: Final = int(socket.MSG_CTRUNC)
 _PEEK: Final = int(socket.MSG_PEEK)
 _CLOEXEC: Final = int(getattr(socket, "MSG_CMSG_CLOEXEC", 0))  # macOS has none
+_LOOK: Final = _PEEK | _CLOEXEC
 
 
 def close_all(descriptors: Iterable[Descriptor]) -> None:
@@ -118,6 +120,8 @@ def rights(fds: Sequence[int]) -> Rights:
         return ()
     if len(fds) > MAX_DESCRIPTORS:
         raise TooManyDescriptors(len(fds), MAX_DESCRIPTORS)
+    if len(fds) == 1:  # as nearly always: half the time of an array
+        return ((_SOCKET, _RIGHTS, _ONE.pack(fds[0])),)
     return ((_SOCKET, _RIGHTS, array.array("i", fds)),)
 
 
@@ -151,20 +155,30 @@ def receive_into(
     return count, descriptors, None
 
 
-def peek_descriptors(sock: socket.socket, count: int) -> list[Descriptor]:
-    """Copies of the *count* descriptors (at most 253) that come with the next byte, which stays.
+def peek(sock: socket.socket, size: int) -> tuple[bytes, list[Descriptor]]:
+    """At most *size* of the next bytes, which stay, and copies of the first descriptors with them,
+    or after them: a peek of bytes that bring none looks past them.
 
-    Blocks as recvmsg(2) does until that byte is there. Consume the bytes afterwards with a plain
-    recv(): without a control buffer the kernel drops its own references. Only for a message whose
-    header, already read, announced descriptors: a peek of one without looks past it, into a later
-    one. The caller owns the result; an end of stream gives an empty list.
+    Blocks as recvmsg(2) does until there is a byte. Consume the bytes afterwards with a plain
+    recv(): without a control buffer the kernel drops its own references. The caller owns the
+    descriptors; an end of stream gives no bytes and none.
 
     Raises: DescriptorLimit (EMFILE): nothing is consumed, peek again when descriptors are free.
     """
-    _, control, got, _ = sock.recvmsg(1, _ROOM, _PEEK | _CLOEXEC)
-    descriptors = own(control)
+    data, control, got, _ = sock.recvmsg(size, _ROOM, _LOOK)
+    descriptors = own(control) if control else []
     if got & _CTRUNC:
         raise _dropped(descriptors, control, _ROOM)
+    return data, descriptors
+
+
+def peek_descriptors(sock: socket.socket, count: int) -> list[Descriptor]:
+    """Copies of the *count* descriptors (at most 253) that come with the next byte, which stays.
+
+    As `peek`, only for a message whose header, already read, announced descriptors. Raises: as
+    `peek`; TooManyDescriptors.
+    """
+    _, descriptors = peek(sock, 1)
     if len(descriptors) > count:
         close_all(descriptors)
         raise TooManyDescriptors(len(descriptors), count)

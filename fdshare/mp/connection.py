@@ -22,13 +22,8 @@ from typing import Any, ClassVar
 
 from fdshare.errors import DescriptorLimit, InvalidArgument, NoTransit
 from fdshare.mp.family import Family
-from fdshare.mp.frames import (
-    marked,
-    read_bytes,
-    read_message,
-    read_without,
-    send_now,
-)
+from fdshare.mp.incoming import marked, read_bytes, read_expected, read_message, read_without
+from fdshare.mp.outgoing import send_now
 from fdshare.mp.reducers import encode
 from fdshare.mp.transit import Bundle
 from fdshare.mp.transit import loads as loads_envelope
@@ -61,6 +56,8 @@ class ConnectionMixin:
     # to leave is then marked on the socket alone.
     _shared = False
     _announced = False
+    # How many messages with descriptors were the last that came.
+    _in_a_row = 0
 
     def send(self: Any, obj: Any) -> None:
         """Send *obj* with its descriptors. It is safe to close *obj* after this call.
@@ -111,6 +108,10 @@ class ConnectionMixin:
         if self._handle is None:
             self._check_closed()
         sock = self._socket or self.carrier()
+        if self._in_a_row > 1:
+            bundle = read_expected(sock)
+            if bundle is not None:
+                return bundle
         announced = marked(sock) if self._shared else self._announced
         try:
             message = read_message(sock, announced)
@@ -119,6 +120,7 @@ class ConnectionMixin:
             raise
         if announced:
             self._announced = False
+        self._in_a_row = 0 if type(message) is bytes else self._in_a_row + 1
         return message
 
     def decode(self, message: bytes | Bundle) -> Any:

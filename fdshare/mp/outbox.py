@@ -16,7 +16,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Final
 
-from fdshare.mp.frames import JOINED, Outgoing, headed, send_now
+from fdshare.mp.frames import JOINED, headed
+from fdshare.mp.outgoing import Outgoing, send_now
 from fdshare.mp.transit import Bundle
 
 __all__ = ["READER_GONE", "Outbox"]

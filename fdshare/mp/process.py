@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from fdshare.errors import DescriptorLimit
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.mp.family import Family
-from fdshare.mp.frames import Outgoing
+from fdshare.mp.outgoing import Outgoing
 from fdshare.mp.reducers import dumps
 
 __all__ = ["PopenMixin", "ProcessMixin"]

@@ -23,7 +23,7 @@ from fdshare.kernel.ancillary import close_all
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.kinds import Kind, rebuild, rebuilder
 
-__all__ = ["Bundle", "Inline", "Reduced", "Transit", "loads"]
+__all__ = ["Bundle", "Inline", "Reduced", "Transit", "bare_pickles", "loads"]
 
 Reduced: TypeAlias = tuple[Callable[..., Any], tuple[Any, ...]]
 Loads: TypeAlias = Callable[[Any], Any]
@@ -126,15 +126,15 @@ class Bundle:
         Raises: whatever unpickling raises; every descriptor is closed then.
         """
         owned, self.owned = self.owned or [], None
+        data = self.data
+        if len(owned) == 1 and type(data) is bytes:
+            build = bare_pickles.get(data)
+            if build is not None:
+                return build(owned)
         if self.missing is not None:
             close_all(owned)
             raise self.missing
-        if len(owned) == 1:
-            data = self.data
-            build = _bare.get(data if type(data) is bytes else bytes(data))
-            if build is not None:
-                return build(owned)
-        return loads(load, self.data, owned)
+        return loads(load, data, owned)
 
     def close(self) -> None:
         """Close what it owns."""
@@ -228,14 +228,14 @@ def loads(
 
 # The pickles that are one object with one descriptor, as reducers.py makes them for sockets: the
 # same few bytes each time. Those seen before need no unpickler.
-_bare: Final[dict[bytes, Callable[[list[Descriptor]], Any]]] = {}
+bare_pickles: Final[dict[bytes, Callable[[list[Descriptor]], Any]]] = {}
 _REMEMBERED: Final = 256
 _LONGEST: Final = 256  # bytes
 
 
 def _remember(data: bytes, kind: Kind) -> None:
-    if len(_bare) < _REMEMBERED and len(data) <= _LONGEST:
-        _bare[data] = rebuilder(kind)
+    if len(bare_pickles) < _REMEMBERED and len(data) <= _LONGEST:
+        bare_pickles[data] = rebuilder(kind)
 
 
 def _arrive(tag: str, spec: bytes, first: int, count: int = 1) -> Any:

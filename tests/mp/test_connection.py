@@ -13,10 +13,19 @@ from typing import Any
 
 import children
 import pytest
-from common import METHODS, PACKAGES, identity, open_now, trackers  # noqa: F401
+from common import (
+    METHODS,
+    PACKAGES,
+    descriptor_limit_reached,
+    identity,
+    open_now,
+    trackers,  # noqa: F401
+)
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fdshare import get_context
-from fdshare.errors import NoTransit
+from fdshare.errors import DescriptorLimit, NoTransit
 from fdshare.mp.family import family_of
 
 
@@ -103,6 +112,29 @@ def test_large_messages(pipe: tuple[Any, Any]) -> None:
     assert right.recv_bytes() == data
     assert right.recv() == data
     thread.join()
+
+
+@given(st.lists(st.sampled_from(["int", "socket", "both", "limit"]), max_size=16))
+def test_whatever_was_expected_what_comes_is_received(kinds: list[str]) -> None:
+    classes = family_of("multiprocessing").classes
+    left, right = classes.Pipe()
+    with left, right, socket.socket() as sock:
+        item = {"int": 1, "socket": sock, "both": [sock, 2, sock], "limit": sock}
+        for kind in kinds:
+            left.send(item[kind])
+        for kind in kinds:
+            if kind == "limit":
+                with descriptor_limit_reached(), pytest.raises(DescriptorLimit):
+                    right.recv()
+            got = right.recv()
+            if kind == "int":
+                assert got == 1
+                continue
+            first = got[0] if kind == "both" else got
+            assert identity(first) == identity(sock)
+            if kind == "both":
+                assert got == [first, 2, first]
+            first.close()
 
 
 def test_collected_together_they_close_once(classes: Any) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from common import descriptor_limit_reached, identity, open_now
 
-from fdshare.mp.frames import read_message
+from fdshare.mp.incoming import read_message
 from fdshare.mp.outbox import Outbox
 from fdshare.mp.transit import Bundle
 

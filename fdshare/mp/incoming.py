@@ -1,0 +1,220 @@
+"""The next message of a socket, received without losing any of its descriptors.
+
+frames.py says what it looks like, and why it is looked at before it is read.
+"""
+
+from __future__ import annotations
+
+import socket
+from typing import Final
+
+from fdshare.errors import DescriptorLimit, InvalidArgument, ProtocolError
+from fdshare.kernel.ancillary import MAX_DESCRIPTORS, close_all, peek, peek_descriptors
+from fdshare.kernel.descriptor import Descriptor
+from fdshare.mp.frames import (
+    ANNOUNCES,
+    BODY,
+    BODY_FOLLOWS,
+    BOXED,
+    CANCELLED,
+    JOINED,
+    LENGTH,
+    LONG,
+    LONG_FOLLOWS,
+    SHORT_BODY,
+)
+from fdshare.mp.transit import Bundle, bare_pickles
+
+__all__ = ["marked", "read_bytes", "read_expected", "read_message", "read_without"]
+
+_ANNOUNCED: Final = LENGTH.size + 1  # bytes up to the first one of the body
+# 0..6 for everybody; socket(7). Where there is none, only the connection object remembers.
+_MARK: Final[int | None] = getattr(socket, "SO_PRIORITY", None)
+_SOCKET: Final = int(socket.SOL_SOCKET)
+_WAITALL: Final = int(socket.MSG_WAITALL)
+
+# Announcement and body of one of the `bare_pickles`, and the pickle.
+_bodies: Final[dict[bytes, bytes]] = {}
+
+
+def marked(sock: socket.socket) -> bool:
+    """Whether some reader of this socket has read an announcement and had to leave the body."""
+    return _MARK is not None and sock.getsockopt(_SOCKET, _MARK) != 0
+
+
+def _mark(sock: socket.socket, value: bool) -> None:
+    if _MARK is not None:
+        sock.setsockopt(_SOCKET, _MARK, value)
+
+
+def read_message(sock: socket.socket, announced: bool) -> bytes | Bundle:
+    """The next message: its bytes, or a Bundle where it has descriptors. Blocks.
+
+    *announced*: its announcement was read before (see `marked`).
+    Raises: EOFError; OSError: the end came in the middle; DescriptorLimit (EMFILE): the message is
+    still there, marked.
+    """
+    while True:
+        if announced:
+            size = BODY_FOLLOWS
+        else:
+            head = sock.recv(4)
+            size = LENGTH.unpack(head if len(head) == 4 else _rest_of(sock, head, 4))[0]
+        if size > 0:
+            data = sock.recv(size, _WAITALL)  # as _exactly()
+            return data if len(data) == size else _rest_of(sock, data, size)
+        if not size:
+            return b""
+        if size == LONG_FOLLOWS:
+            return _exactly(sock, LONG.unpack(_exactly(sock, 8))[0])
+        bundle = _read_body(sock, size, announced)
+        if bundle is not None:
+            return bundle
+        announced = False  # it was cancelled
+
+
+def _read_body(sock: socket.socket, size: int, announced: bool) -> Bundle | None:
+    """The message whose body is next; None if that was cancelled."""
+    try:
+        if size <= SHORT_BODY:
+            body_size = SHORT_BODY - size
+            copies = peek_descriptors(sock, MAX_DESCRIPTORS)
+        else:
+            status, _, length = BODY.unpack(_peek_bytes(sock, BODY.size))
+            body_size = BODY.size + length
+            copies = _peek(sock, status)
+    except DescriptorLimit:
+        if not announced:
+            _mark(sock, True)
+        raise
+    return _read_rest(sock, 0, body_size, copies, announced)
+
+
+def read_expected(sock: socket.socket) -> Bundle | None:
+    """The next message, if it is there and has descriptors: in one look and one read, where
+    `read_message` needs a read more. None: it is for `read_message`. Blocks until there is one.
+
+    For who has reason to expect one: of a message without descriptors the look is in vain, and goes
+    on to the next that has some. Raises: as `read_message`.
+    """
+    try:
+        head, copies = peek(sock, _ANNOUNCED)
+        if len(head) == LENGTH.size:  # the sender is about to send the body
+            head, copies = peek(sock, _ANNOUNCED)
+    except DescriptorLimit:  # perhaps it was a later message's
+        return None
+    # A body left by another reader begins with its status, which is no announcement's first byte.
+    if not copies or len(head) < _ANNOUNCED or head[0] != ANNOUNCES:
+        close_all(copies)
+        return None
+    size = LENGTH.unpack_from(head)[0]
+    if size > SHORT_BODY:
+        close_all(copies)
+        return None
+    return _read_rest(sock, LENGTH.size, SHORT_BODY - size, copies, False)
+
+
+def _read_rest(
+    sock: socket.socket, start: int, size: int, copies: list[Descriptor], announced: bool
+) -> Bundle | None:
+    """The message of a body of *size* bytes that comes after *start* bytes, with the descriptors
+    that were seen there. None: it was cancelled."""
+    try:
+        # Without a control buffer: the kernel drops its references, the copies are ours.
+        body = sock.recv(start + size, _WAITALL)
+        if len(body) < start + size:
+            body = _rest_of(sock, body, start + size)
+        if announced:
+            _mark(sock, False)
+        known = _bodies.get(body)
+        if known is not None and len(copies) == 1:
+            return Bundle(known, None, None, copies)
+        status, count, _ = BODY.unpack_from(body, start)
+    except BaseException:
+        close_all(copies)
+        raise
+    if status == CANCELLED or len(copies) != count:
+        # What was peeked then, if anything, is a later message's.
+        close_all(copies)
+        if status == CANCELLED:
+            return None
+        raise ProtocolError(f"{len(copies)} descriptors arrived with a message of {count}")
+    first = start + BODY.size
+    if size > JOINED:
+        return Bundle(memoryview(body)[first:], None, None, copies)
+    data = body[first:]
+    if start and count == 1 and data in bare_pickles:
+        _bodies[body] = data
+    return Bundle(data, None, None, copies)
+
+
+def _peek(sock: socket.socket, status: int) -> list[Descriptor]:
+    if status == CANCELLED:
+        return []
+    copies = peek_descriptors(sock, MAX_DESCRIPTORS)
+    if status != BOXED:
+        return copies
+    contents: list[Descriptor] = []
+    try:
+        for box in copies:
+            with box.dup().socket() as inside:
+                contents += peek_descriptors(inside, MAX_DESCRIPTORS)
+    except BaseException:
+        close_all(contents)
+        raise
+    finally:
+        close_all(copies)
+    return contents
+
+
+def read_bytes(sock: socket.socket, announced: bool, limit: int | None) -> bytes | None:
+    """The next message's bytes; None if they are more than *limit*, and then only its head is read.
+
+    Raises: as `read_message`; InvalidArgument: it has descriptors; it is still there, marked.
+    """
+    if not announced:
+        size: int = LENGTH.unpack(_exactly(sock, 4))[0]
+        if size == LONG_FOLLOWS:
+            size = LONG.unpack(_exactly(sock, 8))[0]
+        if size >= 0:
+            return None if limit is not None and size > limit else _exactly(sock, size)
+        _mark(sock, True)
+    raise InvalidArgument(
+        "recv_bytes", "the next message has descriptors, which bytes cannot hold; recv() takes it"
+    )
+
+
+def read_without(sock: socket.socket) -> bytes | None:
+    """The data of the marked message, without its descriptors, which are gone then.
+
+    None: its sender has cancelled it.
+    """
+    status, _, length = BODY.unpack(_exactly(sock, BODY.size))
+    _mark(sock, False)
+    data = _exactly(sock, length)
+    return None if status == CANCELLED else data
+
+
+def _exactly(sock: socket.socket, size: int) -> bytes:
+    # One allocation of the final size, filled in the kernel: no copy however large it is.
+    data = sock.recv(size, _WAITALL) if size else b""
+    return data if len(data) == size else _rest_of(sock, data, size)
+
+
+def _rest_of(sock: socket.socket, head: bytes, size: int) -> bytes:
+    """*head* and what is missing to *size*: a signal came between, or more than recv(2) gives."""
+    parts, have = [head], len(head)
+    while have < size:
+        part = sock.recv(size - have, _WAITALL) if have else b""
+        if not part:
+            raise OSError("got end of file during message") if have else EOFError
+        parts.append(part)
+        have += len(part)
+    return b"".join(parts)
+
+
+def _peek_bytes(sock: socket.socket, size: int) -> bytes:
+    data = sock.recv(size, socket.MSG_PEEK | socket.MSG_WAITALL)
+    if len(data) < size:
+        raise OSError("got end of file during message") if data else EOFError
+    return data
