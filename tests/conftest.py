@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import compileall
 import gc
 import os
 import shutil
@@ -21,6 +22,13 @@ from fdshare.client.blocking import Client
 from fdshare.manager import Manager
 
 T = TypeVar("T")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Compiles the package, once: hundreds of processes import it, and where there is no bytecode
+    and none may be written (PYTHONDONTWRITEBYTECODE), each would compile it for itself."""
+    if not hasattr(config, "workerinput"):
+        compileall.compile_dir(Path(__file__).parent.parent / "fdshare", quiet=2)
 
 
 def census(pid: int | str = "self") -> dict[int, str]:
