@@ -3,7 +3,7 @@
 Prints a JSON object at the end (SIGTERM, or after so many seconds): requests that were answered,
 connections that were refused, requests that failed otherwise, and the versions that answered.
 
-    python load.py http://127.0.0.1:8080/ --connections 8 --seconds 10
+    python load.py http://127.0.0.1:8080/ --connections 8 --seconds 10 --rate 500
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from urllib.parse import urlsplit
 class Load:
     """What came of all requests."""
 
-    def __init__(self, host: str, port: int) -> None:
+    def __init__(self, host: str, port: int, pause: float) -> None:
         self.address = host, port
+        self.pause = pause  # of each connection after a request, in seconds
         self.stop = threading.Event()
         self.lock = threading.Lock()
         self.answered = 0
@@ -44,6 +45,8 @@ class Load:
             else:
                 with self.lock:
                     self.count(answer)
+            if self.pause:
+                self.stop.wait(self.pause)
 
     def count(self, answer: bytes) -> None:
         head, _, body = answer.partition(b"\r\n\r\n")
@@ -67,9 +70,11 @@ def main() -> None:
     parser.add_argument("url")
     parser.add_argument("--connections", type=int, default=8)
     parser.add_argument("--seconds", type=float)
+    parser.add_argument("--rate", type=float, help="requests a second, at most; else all it can")
     options = parser.parse_args()
     url = urlsplit(options.url)
-    load = Load(url.hostname or "127.0.0.1", url.port or 80)
+    pause = options.connections / options.rate if options.rate else 0.0
+    load = Load(url.hostname or "127.0.0.1", url.port or 80, pause)
     signal.signal(signal.SIGTERM, lambda *_: load.stop.set())
     threads = [threading.Thread(target=load.run) for _ in range(options.connections)]
     for thread in threads:

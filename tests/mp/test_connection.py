@@ -21,7 +21,7 @@ from common import (
     open_now,
     trackers,  # noqa: F401
 )
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fdshare import get_context
@@ -114,6 +114,7 @@ def test_large_messages(pipe: tuple[Any, Any]) -> None:
     thread.join()
 
 
+@settings(max_examples=15)
 @given(st.lists(st.sampled_from(["int", "socket", "both", "limit"]), max_size=16))
 def test_whatever_was_expected_what_comes_is_received(kinds: list[str]) -> None:
     classes = family_of("multiprocessing").classes
