@@ -39,7 +39,7 @@ ROOT = Path(__file__).parent.parent
 )
 def main(families: tuple[str, ...], quick: bool, rounds: int | None, out: Path | None) -> None:
     """Measures fdshare beside its peers: all FAMILIES, or those named."""
-    plan = Plan(rounds=2, slice=0.002, scale=0.01) if quick else Plan()
+    plan = Plan(rounds=1, slice=0.001, scale=0.01) if quick else Plan()
     if rounds:
         plan = Plan(rounds, plan.slice, plan.scale)
     started = time.monotonic()
