@@ -116,7 +116,7 @@ class Delivery:
             return
         connection.queue(frame, handles)
         if len(connection.output) == 1:
-            self.flush(connection, connection.last_active)
+            self.flush(connection, time.monotonic())
         elif connection.output_bytes > self.service.limits.max_output and not further:
             log.warning("pid %d does not read its answers, dropped", connection.session.pid)
             self.drop(connection)
@@ -134,7 +134,7 @@ class Delivery:
         self.in_flight += count
         if sent < len(frame):
             connection.queue(frame[sent:], ())
-            self._mark_slow(connection, connection.last_active)
+            self._mark_slow(connection, time.monotonic())
             self._update(connection)
         return True
 

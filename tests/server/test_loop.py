@@ -399,8 +399,8 @@ def test_a_slow_reader_of_descriptors_harms_nobody(
     manager = serve(limits={"in_flight_per_connection": 20, "in_flight": 50})
     with Client(manager.address) as client, Peer(manager.address) as slow:
         client.register("x", null)
-        for _ in range(100):
-            slow.send(m.Fetch("x"))
+        # In one piece: a hundred would not all find room while the server does not read.
+        slow.write(b"".join(slow.frame(m.Fetch("x")) for _ in range(100)))
         until(lambda: client.stats().in_flight >= 20, "the budget to be used")
         for _ in range(100):
             client.fetch("x").close()
@@ -410,6 +410,24 @@ def test_a_slow_reader_of_descriptors_harms_nobody(
             descriptor.close()
             assert (id, type(reply)) == (number, m.Given)
         assert type(slow.ask(m.Ping())) is m.Done
+
+
+def test_who_was_idle_for_long_has_his_time_to_read(
+    serve: Callable[..., Manager], null: int, until: Callable[..., Any]
+) -> None:
+    """The clock of a slow reader starts when he is sent more than fits, not when he last asked."""
+    manager = serve(limits={"request_timeout": 3.0})
+    with Client(manager.address) as client, Peer(manager.address) as idle:
+        idle.send(m.Watch("*"))
+        assert type(idle.receive()[1]) is m.Snapshot
+        client.register("x", null, ttl=3.2)
+        until(lambda: "x" not in client.names())
+        name = "y" * 255
+        for _ in range(1500):  # more than a socket holds
+            client.register(name, null, replace=True)
+        last = client.register("z", null).generation
+        while getattr(event := idle.receive()[1], "generation", None) != last:
+            assert type(event) is m.Event
 
 
 def test_the_budget_of_all(serve: Callable[..., Manager], null: int) -> None:
