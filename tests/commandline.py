@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
@@ -11,8 +12,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from nursery import Nursery
+
 ROOT = Path(__file__).parent.parent
 FDSHARE = [sys.executable, "-m", "fdshare"]
+
+
+# Made when this module is imported: a test counts the descriptors that it leaves.
+NURSERY = Nursery()
+atexit.register(NURSERY.close)
 
 
 class Shell:
@@ -39,9 +47,12 @@ class Shell:
         self, *words: str | Path, env: dict[str, str] | None = None, **options: Any
     ) -> subprocess.CompletedProcess[str]:
         """One command, to its end."""
+        environment = {**self.environment, **(env or {})}
+        if not options:
+            return NURSERY.run([*map(str, words)], environment, 60)
         return subprocess.run(
             [*FDSHARE, *map(str, words)],
-            env={**self.environment, **(env or {})},
+            env=environment,
             capture_output=True,
             text=True,
             timeout=60,
