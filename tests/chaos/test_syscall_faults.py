@@ -60,9 +60,17 @@ def faults(pids: list[int], call: str, error: str, first: int, step: int = 7) ->
             line = tracer.stderr.readline().decode()
             assert "attached" in line, line.strip()
         yield
+        # Detached in the middle of a call that is to fail, a process would see ENOSYS.
+        wait_until(lambda: all(map(asleep, pids)), "both to wait for something")
     finally:
         tracer.send_signal(signal.SIGINT)  # it detaches
         tracer.communicate()
+
+
+def asleep(pid: int) -> bool:
+    """Whether the main thread of *pid* waits in a call: it neither runs nor stands at a trap."""
+    with open(f"/proc/{pid}/stat") as stat:
+        return stat.read().rpartition(")")[2].split()[0] == "S"
 
 
 @pytest.fixture(scope="module", autouse=True)
