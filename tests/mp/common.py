@@ -5,12 +5,19 @@ from __future__ import annotations
 import gc
 import os
 import resource
-from collections.abc import Iterator
+import socket
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
-from typing import Any
+from typing import Any, Final, TypeAlias
 
 import pytest
+
+from fdshare.mp.incoming import read_expected, read_message
+from fdshare.mp.transit import Bundle
+
+Pair: TypeAlias = tuple[socket.socket, socket.socket]
+Read: TypeAlias = Callable[[socket.socket, bool], bytes | Bundle]
 
 PACKAGES = ("multiprocessing", "multiprocess")
 METHODS = ("fork", "spawn", "forkserver")
@@ -34,6 +41,24 @@ def identity(obj: Any) -> tuple[int, int]:
 def open_now() -> int:
     """How many descriptors this process has."""
     return len(os.listdir("/proc/self/fd"))
+
+
+def read_expecting(sock: socket.socket, announced: bool) -> bytes | Bundle:
+    """As a connection does after messages with descriptors."""
+    return read_expected(sock) or read_message(sock, announced)
+
+
+READERS: Final[list[Read]] = [read_message, read_expecting]
+
+
+def received(message: bytes | Bundle) -> tuple[bytes, int]:
+    """The data, and how many descriptors came; closes them."""
+    if isinstance(message, bytes):
+        return message, 0
+    count = len(message.owned or ())
+    data = bytes(message.data)
+    message.close()
+    return data, count
 
 
 def finish(queue: Any) -> None:
