@@ -6,6 +6,7 @@ import compileall
 import gc
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -68,6 +69,22 @@ def folder() -> Iterator[Path]:
     path = Path(tempfile.mkdtemp(prefix="fds-"))
     yield path
     shutil.rmtree(path, ignore_errors=True)
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
+    """Two sockets that are connected to one another."""
+    near, far = socket.socketpair()
+    with near, far:
+        yield near, far
+
+
+@pytest.fixture
+def null() -> Iterator[int]:
+    """A descriptor of /dev/null."""
+    fd = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    yield fd
+    os.close(fd)
 
 
 def wait_until(condition: Callable[[], T], what: str = "the condition", seconds: float = 20) -> T:

@@ -6,7 +6,15 @@ import os
 import socket
 
 import pytest
-from common import Pair, Read, descriptor_limit_reached, open_now, read_expecting, received
+from common import (
+    Pair,
+    Read,
+    descriptor_limit_reached,
+    expecting_or_not,
+    open_now,
+    read_expecting,
+    received,
+)
 
 from fdshare.errors import DescriptorLimit, InvalidArgument, ProtocolError
 from fdshare.kernel.ancillary import send_message
@@ -16,6 +24,7 @@ from fdshare.mp.outgoing import Outgoing, send_now
 from fdshare.mp.transit import Bundle
 
 
+@expecting_or_not
 def test_a_body_that_comes_in_pieces(pair: Pair, null: int, read: Read) -> None:
     left, right = pair
     announcement, body = framed(b"data" * 10, 1)
@@ -31,6 +40,7 @@ def test_a_body_that_comes_in_pieces(pair: Pair, null: int, read: Read) -> None:
     os.waitpid(pid, 0)
 
 
+@expecting_or_not
 @pytest.mark.parametrize("count", [1, 300])
 def test_at_the_limit_the_socket_remembers(pair: Pair, null: int, count: int, read: Read) -> None:
     left, right = pair
@@ -65,6 +75,7 @@ def test_what_another_left_is_not_taken_for_a_message(pair: Pair, null: int) -> 
     assert received(read_message(right, True)) == (b"data", 1)
 
 
+@expecting_or_not
 def test_without_its_descriptors(pair: Pair, null: int, read: Read) -> None:
     left, right = pair
     send_now(left, Bundle(b"data", [null]), 0)
@@ -75,6 +86,7 @@ def test_without_its_descriptors(pair: Pair, null: int, read: Read) -> None:
     assert read(right, marked(right)) == b"next"
 
 
+@expecting_or_not
 def test_bytes_only(pair: Pair, null: int, read: Read) -> None:
     left, right = pair
     send_now(left, b"12345", 0)
@@ -89,6 +101,7 @@ def test_bytes_only(pair: Pair, null: int, read: Read) -> None:
     assert received(read(right, True)) == (b"data", 1)
 
 
+@expecting_or_not
 @pytest.mark.parametrize("arriving", [0, 2, 3])
 def test_another_number_than_announced(pair: Pair, null: int, arriving: int, read: Read) -> None:
     left, right = pair
@@ -102,6 +115,7 @@ def test_another_number_than_announced(pair: Pair, null: int, arriving: int, rea
     assert open_now() == before
 
 
+@expecting_or_not
 @pytest.mark.parametrize("cut", range(1, 25))
 def test_an_end_anywhere(null: int, cut: int, read: Read) -> None:
     announcement, body = framed(b"data", 1)

@@ -23,14 +23,6 @@ Pair = tuple[socket.socket, socket.socket]
 
 
 @pytest.fixture
-def pair() -> Iterator[Pair]:
-    near, far = socket.socketpair()
-    far.settimeout(20)
-    with near, far:
-        yield near, far
-
-
-@pytest.fixture
 def armed() -> Iterator[None]:
     fdshare.install()
     yield

@@ -20,14 +20,6 @@ Pair = tuple[socket.socket, socket.socket]
 KEY = b"k" * 18
 
 
-@pytest.fixture
-def pair() -> Iterator[Pair]:
-    near, far = socket.socketpair()
-    far.settimeout(20)
-    with near, far:
-        yield near, far
-
-
 def dumps(obj: Any) -> bytes:
     return bytes(multiprocessing.reduction.ForkingPickler.dumps(obj))
 

@@ -64,13 +64,6 @@ def harness() -> Iterator[Harness]:
     harness.near.close()
 
 
-@pytest.fixture
-def null() -> Iterator[int]:
-    fd = os.open(os.devnull, os.O_RDONLY)
-    yield fd
-    os.close(fd)
-
-
 def test_with_room_it_is_sent_at_once_without_a_thread(harness: Harness, null: int) -> None:
     before = open_now()
     assert not harness.outbox.put(b"bytes")

@@ -6,13 +6,14 @@ import os
 import socket
 
 import pytest
-from common import Pair, Read, identity, received
+from common import Pair, Read, expecting_or_not, identity, received
 
 from fdshare.kernel.ancillary import close_all
 from fdshare.mp.outgoing import Outgoing, send_now
 from fdshare.mp.transit import Bundle
 
 
+@expecting_or_not
 def test_what_does_not_fit_is_sent_later(pair: Pair, null: int, read: Read) -> None:
     left, right = pair
     sent = 0
@@ -26,6 +27,7 @@ def test_what_does_not_fit_is_sent_later(pair: Pair, null: int, read: Read) -> N
     assert received(read(right, False)) == (b"x" * 900, 1)
 
 
+@expecting_or_not
 @pytest.mark.parametrize("count", [1, 300])
 def test_cancelled(pair: Pair, null: int, count: int, read: Read) -> None:
     left, right = pair
@@ -38,6 +40,7 @@ def test_cancelled(pair: Pair, null: int, count: int, read: Read) -> None:
     assert received(read(right, False)) == (b"next", 1)
 
 
+@expecting_or_not
 def test_a_box_holds_its_contents_until_sent(pair: Pair, read: Read) -> None:
     left, right = pair
     reader, writer = os.pipe()

@@ -30,14 +30,6 @@ def forgotten() -> Iterator[None]:
     fdshare.uninstall()
 
 
-@pytest.fixture
-def pair() -> Iterator[Pair]:
-    near, far = socket.socketpair()
-    far.settimeout(20)
-    with near, far:
-        yield near, far
-
-
 def dumps(obj: Any) -> bytes:
     return bytes(multiprocessing.reduction.ForkingPickler.dumps(obj))
 

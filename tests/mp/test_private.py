@@ -33,14 +33,6 @@ def private() -> Iterator[PrivateServer]:
     server.close()
 
 
-@pytest.fixture
-def pair() -> Iterator[Pair]:
-    near, far = socket.socketpair()
-    far.settimeout(20)
-    with near, far:
-        yield near, far
-
-
 def census(pid: int) -> dict[int, str]:
     folder = f"/proc/{pid}/fd"
     return {int(number): os.readlink(f"{folder}/{number}") for number in os.listdir(folder)}

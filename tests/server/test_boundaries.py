@@ -32,13 +32,6 @@ Serve = Callable[..., Manager]
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs another user")
 
 
-@pytest.fixture
-def null() -> Iterator[int]:
-    fd = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-    yield fd
-    os.close(fd)
-
-
 # What follows from RLIMIT_NOFILE
 
 

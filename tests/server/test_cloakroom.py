@@ -69,14 +69,6 @@ def guest(room: Room) -> socket.socket:
     return room.guests[0]
 
 
-@pytest.fixture
-def pair() -> Iterator[Pair]:
-    near, far = socket.socketpair()
-    far.settimeout(20)
-    with near, far:
-        yield near, far
-
-
 def ask(guest: socket.socket, packet: bytes, fds: tuple[int, ...] = ()) -> tuple[bytes, list[int]]:
     """The answer and its descriptors."""
     control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, get_args
 
 import msgspec
@@ -18,13 +18,6 @@ from fdshare.protocol import messages as m
 from fdshare.protocol.wire import HEADER, MAX_FRAME, header
 
 KIND = m.Kind("descriptor", msgspec.Raw(b"\xc0"))
-
-
-@pytest.fixture
-def null() -> Iterator[int]:
-    fd = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-    yield fd
-    os.close(fd)
 
 
 def refused(reply: Any, code: str) -> m.Refused:
