@@ -251,7 +251,7 @@ def test_a_slow_watcher_is_told_and_converges(server: Any, client: Client, pipe:
     with client.watch(timeout=30) as watch:
         assert next(watch).event == "snapshot"
         # More than the socket, and what the server keeps for it, can hold.
-        for i in range(9000):
+        for i in range(6000):
             client.register(f"{i % 50:03}".ljust(255, "-"), pipe, replace=True)
         client.register("end", pipe)
         reasons = []
