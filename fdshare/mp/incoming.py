@@ -35,6 +35,7 @@ _WAITALL: Final = int(socket.MSG_WAITALL)
 
 # Announcement and body of one of the `bare_pickles`, and the pickle.
 _bodies: Final[dict[bytes, bytes]] = {}
+_SHORT: Final = 512  # bytes; none of their bodies is longer, and no longer one is worth its hash
 
 
 def marked(sock: socket.socket) -> bool:
@@ -126,7 +127,7 @@ def _read_rest(
             body = _rest_of(sock, body, start + size)
         if announced:
             _mark(sock, False)
-        known = _bodies.get(body)
+        known = _bodies.get(body) if size <= _SHORT else None
         if known is not None and len(copies) == 1:
             return Bundle(known, None, None, copies)
         status, count, _ = BODY.unpack_from(body, start)
