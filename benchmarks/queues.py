@@ -5,7 +5,7 @@ echoes what it is sent, over a second queue: what an answer costs, each way coun
 are an int, or a listening socket, which the receiver closes. And 64 MiB through a pipe.
 
 *Bare* is the floor of both kinds of item: the system calls of such a queue, in two loops, with no
-queue around them. What a socket costs there beside an int is the kernel's.
+queue around them. What a socket costs there beside an int is the kernel's and socket.socket's.
 """
 
 from __future__ import annotations

@@ -34,7 +34,6 @@ from typing import Final
 from fdshare.kernel.ancillary import Bytes
 
 __all__ = [
-    "ANNOUNCES",
     "BODY",
     "BODY_FOLLOWS",
     "BOXED",
@@ -58,8 +57,6 @@ LONG_FOLLOWS: Final = -1
 BODY_FOLLOWS: Final = -2
 SHORT_BODY: Final = -3
 LARGEST: Final = 0x7FFFFFFF
-# The first byte of an announcement of a body below 16 MiB.
-ANNOUNCES: Final = 0xFF
 
 # What a body says of itself.
 CANCELLED: Final = 0

@@ -12,7 +12,6 @@ from fdshare.errors import DescriptorLimit, InvalidArgument, ProtocolError
 from fdshare.kernel.ancillary import MAX_DESCRIPTORS, close_all, peek, peek_descriptors
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.mp.frames import (
-    ANNOUNCES,
     BODY,
     BODY_FOLLOWS,
     BOXED,
@@ -104,12 +103,9 @@ def read_expected(sock: socket.socket) -> Bundle | None:
             head, copies = peek(sock, _ANNOUNCED)
     except DescriptorLimit:  # perhaps it was a later message's
         return None
-    # A body left by another reader begins with its status, which is no announcement's first byte.
-    if not copies or len(head) < _ANNOUNCED or head[0] != ANNOUNCES:
-        close_all(copies)
-        return None
-    size = LENGTH.unpack_from(head)[0]
-    if size > SHORT_BODY:
+    # Announcements are negative. A body left by another reader begins with its status, and is not.
+    size = LENGTH.unpack_from(head)[0] if len(head) == _ANNOUNCED else 0
+    if not copies or size > SHORT_BODY:
         close_all(copies)
         return None
     return _read_rest(sock, LENGTH.size, SHORT_BODY - size, copies, False)

@@ -53,7 +53,7 @@ def send_now(sock: socket.socket, message: bytes | Bundle, flags: int) -> Outgoi
     `Outgoing`, without one."""
     if type(message) is bytes:
         if len(message) <= JOINED:
-            data = LENGTH.pack(len(message)) + message
+            data = headed(message)
             try:
                 sent = sock.send(data, flags)
             except BlockingIOError:
