@@ -32,7 +32,6 @@ import stat
 import sys
 from _socket import socket as _Socket
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, Final, TypeAlias
 
 import msgspec
@@ -104,13 +103,16 @@ def rebuild(kind: Kind, descriptors: list[Descriptor]) -> Any:
         raise
 
 
-def rebuilder(kind: Kind) -> Callable[[list[Descriptor]], Any]:
-    """`rebuild` for *kind*, to be called many times, for those who believe what they are told of
-    it: of a socket, its type. That it is one, and of which family, is looked at."""
+def rebuilder(kind: Kind) -> Callable[[int], Any]:
+    """`rebuild` for *kind* and one descriptor's number, to be called many times, for those who
+    believe what they are told of it: of a socket, its type. That it is one, and of which family, is
+    looked at. Whatever is raised, the descriptor is closed."""
     if kind.tag == "socket":
         spec = _decode_socket(kind.spec)
         return _maker(spec, spec.type)
-    return partial(rebuild, kind)
+    if kind.tag == "descriptor":
+        return Descriptor
+    return lambda fd: rebuild(kind, [Descriptor(fd)])
 
 
 def is_shareable(cls: type) -> bool:
@@ -186,7 +188,7 @@ _family: Final[Callable[[Any], int]] = _Socket.family.__get__
 _type: Final[Callable[[Any], int]] = _Socket.type.__get__
 # Programs share few kinds of sockets, many times.
 _socket_kinds: Final[dict[tuple[int, int, int, float | None], Kind]] = {}
-_socket_makers: Final[dict[bytes, Callable[[list[Descriptor]], socket.socket]]] = {}
+_socket_makers: Final[dict[bytes, Callable[[int], socket.socket]]] = {}
 _REMEMBERED: Final = 64
 
 
@@ -217,16 +219,16 @@ def _rebuild_socket(raw: msgspec.Raw, descriptors: list[Descriptor]) -> socket.s
         make = _maker(_decode_socket(key), -1)  # without a type the kernel is asked for it
         if len(_socket_makers) < _REMEMBERED:
             _socket_makers[key] = make
-    return make(_exactly(1, "socket", descriptors))
+    (descriptor,) = _exactly(1, "socket", descriptors)
+    return make(descriptor.detach())
 
 
-def _maker(spec: SocketSpec, type: int) -> Callable[[list[Descriptor]], socket.socket]:
-    """What makes sockets of *spec*; *type* is what it says of that, or -1."""
+def _maker(spec: SocketSpec, type: int) -> Callable[[int], socket.socket]:
+    """What makes sockets of *spec* of descriptors; *type* is what it says of that, or -1."""
     family, proto, timeout = spec.family, spec.proto, spec.timeout
     new, family_of = socket.socket, _family
 
-    def make(descriptors: list[Descriptor]) -> socket.socket:
-        fd = descriptors[0].detach()
+    def make(fd: int) -> socket.socket:
         try:
             # Without a family the kernel is asked for it: that is our check that it is a socket.
             sock = new(-1, type, proto, fd)

@@ -456,7 +456,7 @@ def test_who_believes_what_a_socket_is_still_looks(path: Path) -> None:
     for case, (kind, fd) in wrong_descriptors(path).items():
         if kind.tag == "socket" and case != "stream is a datagram socket":
             with pytest.raises(KindMismatch):
-                rebuilder(kind)([Descriptor(fd)])
+                rebuilder(kind)(fd)
             with pytest.raises(OSError, match="Bad file descriptor"):
                 os.fstat(fd)
                 pytest.fail(f"{case}: left open")

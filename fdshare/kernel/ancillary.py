@@ -155,21 +155,27 @@ def receive_into(
     return count, descriptors, None
 
 
-def peek(sock: socket.socket, size: int) -> tuple[bytes, list[Descriptor]]:
+def peek(sock: socket.socket, size: int) -> tuple[bytes, list[int]]:
     """At most *size* of the next bytes, which stay, and copies of the first descriptors with them,
     or after them: a peek of bytes that bring none looks past them.
 
     Blocks as recvmsg(2) does until there is a byte. Consume the bytes afterwards with a plain
     recv(): without a control buffer the kernel drops its own references. The caller owns the
-    descriptors; an end of stream gives no bytes and none.
+    descriptors, bare numbers for who has no use for a Descriptor: to be closed, or owned, at once.
+    An end of stream gives no bytes and none.
 
     Raises: DescriptorLimit (EMFILE): nothing is consumed, peek again when descriptors are free.
     """
     data, control, got, _ = sock.recvmsg(size, _ROOM, _LOOK)
-    descriptors = own(control) if control else []
     if got & _CTRUNC:
-        raise _dropped(descriptors, control, _ROOM)
-    return data, descriptors
+        raise _dropped(own(control), control, _ROOM)
+    if not control:
+        return data, []
+    if len(control) == 1 and _CLOEXEC:
+        level, kind, number = control[0]
+        if kind == _RIGHTS and level == _SOCKET and len(number) == _INT:
+            return data, [*_ONE.unpack(number)]
+    return data, [descriptor.detach() for descriptor in own(control)]
 
 
 def peek_descriptors(sock: socket.socket, count: int) -> list[Descriptor]:
@@ -178,7 +184,7 @@ def peek_descriptors(sock: socket.socket, count: int) -> list[Descriptor]:
     As `peek`, only for a message whose header, already read, announced descriptors. Raises: as
     `peek`; TooManyDescriptors.
     """
-    _, descriptors = peek(sock, 1)
+    descriptors = list(map(Descriptor, peek(sock, 1)[1]))
     if len(descriptors) > count:
         close_all(descriptors)
         raise TooManyDescriptors(len(descriptors), count)

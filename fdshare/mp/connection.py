@@ -25,7 +25,7 @@ from fdshare.mp.family import Family
 from fdshare.mp.incoming import marked, read_bytes, read_expected, read_message, read_without
 from fdshare.mp.outgoing import send_now
 from fdshare.mp.reducers import encode
-from fdshare.mp.transit import Bundle
+from fdshare.mp.transit import Arrived, Bundle, Encoded, open_arrived
 from fdshare.mp.transit import loads as loads_envelope
 
 __all__ = ["ConnectionMixin", "ListenerMixin", "make_client", "make_pipe"]
@@ -98,20 +98,20 @@ class ConnectionMixin:
             raise NoTransit("a descriptor")
         return sock
 
-    def send_message(self: Any, message: bytes | Bundle) -> None:
+    def send_message(self: Any, message: Encoded) -> None:
         """Send what is pickled already. Raises: as `send`."""
         self._check_closed()
         _send(self.carrier(), message)
 
-    def receive(self: Any) -> bytes | Bundle:
-        """The next message, not yet unpickled. Raises: as `recv`."""
+    def receive(self: Any) -> Arrived:
+        """The next message, for `open_arrived`. Raises: as `recv`."""
         if self._handle is None:
             self._check_closed()
         sock = self._socket or self.carrier()
         if self._in_a_row > 1:
-            bundle = read_expected(sock)
-            if bundle is not None:
-                return bundle
+            expected = read_expected(sock)
+            if expected is not None:
+                return expected
         announced = marked(sock) if self._shared else self._announced
         try:
             message = read_message(sock, announced)
@@ -123,10 +123,9 @@ class ConnectionMixin:
         self._in_a_row = 0 if type(message) is bytes else self._in_a_row + 1
         return message
 
-    def decode(self, message: bytes | Bundle) -> Any:
+    def decode(self, message: Arrived) -> Any:
         """What is in a received message. The caller owns the result."""
-        loads = self._family.loads
-        return loads(message) if type(message) is bytes else message.load(loads)  # type: ignore[union-attr]
+        return open_arrived(message, self._family.loads)
 
     def receive_without(self: Any, reason: BaseException) -> Any:
         """The message that was left at the limit, without its descriptors, which are lost.
@@ -209,7 +208,7 @@ class ConnectionMixin:
         return _inherited, (type(self), copy, self.readable, self.writable)
 
 
-def _send(sock: socket.socket, message: bytes | Bundle) -> None:
+def _send(sock: socket.socket, message: Encoded) -> None:
     rest = send_now(sock, message, 0)
     if rest is not None:
         rest.push_patiently(sock)

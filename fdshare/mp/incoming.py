@@ -6,10 +6,11 @@ frames.py says what it looks like, and why it is looked at before it is read.
 from __future__ import annotations
 
 import socket
-from typing import Final
+from collections.abc import Callable
+from typing import Any, Final
 
 from fdshare.errors import DescriptorLimit, InvalidArgument, ProtocolError
-from fdshare.kernel.ancillary import MAX_DESCRIPTORS, close_all, peek, peek_descriptors
+from fdshare.kernel.ancillary import close_all, peek
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.mp.frames import (
     BODY,
@@ -22,7 +23,7 @@ from fdshare.mp.frames import (
     LONG_FOLLOWS,
     SHORT_BODY,
 )
-from fdshare.mp.transit import Bundle, bare_pickles
+from fdshare.mp.transit import Arrived, Bundle, made_at_once
 
 __all__ = ["marked", "read_bytes", "read_expected", "read_message", "read_without"]
 
@@ -32,8 +33,8 @@ _MARK: Final[int | None] = getattr(socket, "SO_PRIORITY", None)
 _SOCKET: Final = int(socket.SOL_SOCKET)
 _WAITALL: Final = int(socket.MSG_WAITALL)
 
-# Announcement and body of one of the `bare_pickles`, and the pickle.
-_bodies: Final[dict[bytes, bytes]] = {}
+# Announcement and body of pickles that are `made_at_once`, and what makes the object.
+_bodies: Final[dict[bytes, Callable[[int], Any]]] = {}
 _SHORT: Final = 512  # bytes; none of their bodies is longer, and no longer one is worth its hash
 
 
@@ -47,8 +48,8 @@ def _mark(sock: socket.socket, value: bool) -> None:
         sock.setsockopt(_SOCKET, _MARK, value)
 
 
-def read_message(sock: socket.socket, announced: bool) -> bytes | Bundle:
-    """The next message: its bytes, or a Bundle where it has descriptors. Blocks.
+def read_message(sock: socket.socket, announced: bool) -> Arrived:
+    """The next message. Blocks.
 
     *announced*: its announcement was read before (see `marked`).
     Raises: EOFError; OSError: the end came in the middle; DescriptorLimit (EMFILE): the message is
@@ -67,18 +68,18 @@ def read_message(sock: socket.socket, announced: bool) -> bytes | Bundle:
             return b""
         if size == LONG_FOLLOWS:
             return _exactly(sock, LONG.unpack(_exactly(sock, 8))[0])
-        bundle = _read_body(sock, size, announced)
-        if bundle is not None:
-            return bundle
+        message = _read_body(sock, size, announced)
+        if message is not None:
+            return message
         announced = False  # it was cancelled
 
 
-def _read_body(sock: socket.socket, size: int, announced: bool) -> Bundle | None:
+def _read_body(sock: socket.socket, size: int, announced: bool) -> Bundle | tuple[Any] | None:
     """The message whose body is next; None if that was cancelled."""
     try:
         if size <= SHORT_BODY:
             body_size = SHORT_BODY - size
-            copies = peek_descriptors(sock, MAX_DESCRIPTORS)
+            copies = peek(sock, 1)[1]
         else:
             status, _, length = BODY.unpack(_peek_bytes(sock, BODY.size))
             body_size = BODY.size + length
@@ -90,7 +91,7 @@ def _read_body(sock: socket.socket, size: int, announced: bool) -> Bundle | None
     return _read_rest(sock, 0, body_size, copies, announced)
 
 
-def read_expected(sock: socket.socket) -> Bundle | None:
+def read_expected(sock: socket.socket) -> Bundle | tuple[Any] | None:
     """The next message, if it is there and has descriptors: in one look and one read, where
     `read_message` needs a read more. None: it is for `read_message`. Blocks until there is one.
 
@@ -106,16 +107,16 @@ def read_expected(sock: socket.socket) -> Bundle | None:
     # Announcements are negative. A body left by another reader begins with its status, and is not.
     size = LENGTH.unpack_from(head)[0] if len(head) == _ANNOUNCED else 0
     if not copies or size > SHORT_BODY:
-        close_all(copies)
+        _close(copies)
         return None
     return _read_rest(sock, LENGTH.size, SHORT_BODY - size, copies, False)
 
 
 def _read_rest(
-    sock: socket.socket, start: int, size: int, copies: list[Descriptor], announced: bool
-) -> Bundle | None:
+    sock: socket.socket, start: int, size: int, copies: list[int], announced: bool
+) -> Bundle | tuple[Any] | None:
     """The message of a body of *size* bytes that comes after *start* bytes, with the descriptors
-    that were seen there. None: it was cancelled."""
+    that were seen there, now its. None: it was cancelled."""
     try:
         # Without a control buffer: the kernel drops its references, the copies are ours.
         body = sock.recv(start + size, _WAITALL)
@@ -123,44 +124,55 @@ def _read_rest(
             body = _rest_of(sock, body, start + size)
         if announced:
             _mark(sock, False)
-        known = _bodies.get(body) if size <= _SHORT else None
-        if known is not None and len(copies) == 1:
-            return Bundle(known, None, None, copies)
-        status, count, _ = BODY.unpack_from(body, start)
+        build = _bodies.get(body) if size <= _SHORT else None
+        if build is None or len(copies) != 1:
+            status, count, _ = BODY.unpack_from(body, start)
     except BaseException:
-        close_all(copies)
+        _close(copies)
         raise
+    if build is not None and len(copies) == 1:
+        try:
+            return (build(copies[0]),)
+        except Exception as error:  # for who opens it: to the channel it is a message as any other
+            bundle = Bundle(b"")
+            bundle.missing = error
+            return bundle
     if status == CANCELLED or len(copies) != count:
         # What was peeked then, if anything, is a later message's.
-        close_all(copies)
+        _close(copies)
         if status == CANCELLED:
             return None
         raise ProtocolError(f"{len(copies)} descriptors arrived with a message of {count}")
     first = start + BODY.size
+    owned = list(map(Descriptor, copies))
     if size > JOINED:
-        return Bundle(memoryview(body)[first:], None, None, copies)
+        return Bundle(memoryview(body)[first:], owned=owned)
     data = body[first:]
-    if start and count == 1 and data in bare_pickles:
-        _bodies[body] = data
-    return Bundle(data, None, None, copies)
+    if start and count == 1 and data in made_at_once:
+        _bodies[body] = made_at_once[data]
+    return Bundle(data, owned=owned)
 
 
-def _peek(sock: socket.socket, status: int) -> list[Descriptor]:
+def _close(numbers: list[int]) -> None:
+    close_all(map(Descriptor, numbers))
+
+
+def _peek(sock: socket.socket, status: int) -> list[int]:
     if status == CANCELLED:
         return []
-    copies = peek_descriptors(sock, MAX_DESCRIPTORS)
+    copies = peek(sock, 1)[1]
     if status != BOXED:
         return copies
-    contents: list[Descriptor] = []
+    contents: list[int] = []
     try:
         for box in copies:
-            with box.dup().socket() as inside:
-                contents += peek_descriptors(inside, MAX_DESCRIPTORS)
+            with Descriptor.dup_of(box).socket() as inside:
+                contents += peek(inside, 1)[1]
     except BaseException:
-        close_all(contents)
+        _close(contents)
         raise
     finally:
-        close_all(copies)
+        _close(copies)
     return contents
 
 

@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from fdshare.mp.frames import JOINED, headed
 from fdshare.mp.outgoing import Outgoing, send_now
-from fdshare.mp.transit import Bundle
+from fdshare.mp.transit import Encoded
 
 __all__ = ["READER_GONE", "Outbox"]
 
@@ -64,7 +64,7 @@ class Outbox:
         self._drains = True
         self.begun = False  # whether the last put() had begun to send when it raised
 
-    def put(self, message: bytes | Bundle, obj: Any = None) -> bool:
+    def put(self, message: Encoded, obj: Any = None) -> bool:
         """Send *message*, or keep it for the thread. True if that was started for it.
 
         It is safe to close what was pickled after this call. *obj* is what `failed` is told.
@@ -202,11 +202,11 @@ class Outbox:
                 first.close()
 
 
-def _independent(message: bytes | Bundle) -> bytes | Outgoing:
+def _independent(message: Encoded) -> bytes | Outgoing:
     """*message* in a form that needs nothing of what was pickled. Raises: OSError (EMFILE)."""
-    if type(message) is bytes:
-        return message if len(message) <= JOINED else Outgoing(Bundle(message))
-    outgoing = Outgoing(message)  # type: ignore[arg-type]
+    if type(message) is bytes and len(message) <= JOINED:
+        return message
+    outgoing = Outgoing.of(message)
     outgoing.own()
     return outgoing
 

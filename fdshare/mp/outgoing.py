@@ -8,7 +8,7 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Callable
-from typing import Any, Final, TypeAlias
+from typing import Final, TypeAlias
 
 from fdshare.errors import DescriptorLimit
 from fdshare.kernel.ancillary import (
@@ -35,7 +35,7 @@ from fdshare.mp.frames import (
     framed,
     headed,
 )
-from fdshare.mp.transit import Bundle
+from fdshare.mp.transit import Bundle, Encoded
 
 __all__ = ["Outgoing", "send_now"]
 
@@ -48,46 +48,44 @@ _LONGEST_PAUSE: Final = 0.02
 Parts: TypeAlias = list[tuple[list[Bytes], list[int]]]
 
 
-def send_now(sock: socket.socket, message: bytes | Bundle, flags: int) -> Outgoing | None:
-    """Send *message* if the socket takes it; what is left of it, or None. The common case of
-    `Outgoing`, without one."""
-    if type(message) is bytes:
-        if len(message) <= JOINED:
-            data = headed(message)
-            try:
-                sent = sock.send(data, flags)
-            except BlockingIOError:
-                sent = 0
-            if sent == len(data):
-                return None
-            return Outgoing(Bundle(message), [([memoryview(data)[sent:]], [])])
-        message = Bundle(message)
-    fds = message.fds or message.numbers  # type: ignore[union-attr]
-    size = len(message.data)  # type: ignore[union-attr]
-    if not fds or len(fds) > MAX_DESCRIPTORS or size > JOINED:
-        outgoing = Outgoing(message)  # type: ignore[arg-type]
+def send_now(sock: socket.socket, message: Encoded, flags: int) -> Outgoing | None:
+    """Send *message* if the socket takes it; what is left of it, or None.
+
+    It is safe to close what was pickled where it is None.
+    """
+    if type(message) is bytes and len(message) <= JOINED:
+        data = headed(message)
+        try:
+            sent = sock.send(data, flags)
+        except BlockingIOError:
+            sent = 0
+        if sent == len(data):
+            return None
+        return Outgoing(Bundle(message), [([memoryview(data)[sent:]], [])])
+    if type(message) is not tuple:
+        outgoing = Outgoing.of(message)
         return None if outgoing.push_now(sock, flags) else outgoing
-    announcement, body = message.framed or framed(message.data, len(fds))  # type: ignore[union-attr]
+    # The common case of `Outgoing.push_now` with descriptors, without one.
+    announcement, body, fds = message
     control = rights(fds)  # before the announcement: between it and the body a reader waits
+    refused = False
     try:
         sent = sock.send(announcement, flags)
     except BlockingIOError:
         sent = 0
-    if sent < len(announcement):
-        rest: Parts = [([announcement[sent:]], []), ([body], fds)]
-        return Outgoing(message, rest)  # type: ignore[arg-type]
-    refused = False
-    try:
-        sent = send_rights(sock, (body,), control, flags)
-        if sent == len(body):
-            return None
-        rest = [([body[sent:]], [])]
-    except BlockingIOError:
-        rest = [([body], fds)]
-    except DescriptorLimit:
-        rest = [([body], fds)]
-        refused = True
-    outgoing = Outgoing(message, rest)  # type: ignore[arg-type]
+    rest: Parts = [([announcement[sent:]], []), ([body], fds)]
+    if sent == len(announcement):
+        del rest[0]
+        try:
+            sent = send_rights(sock, (body,), control, flags)
+            if sent == len(body):
+                return None
+            rest = [([body[sent:]], [])]
+        except BlockingIOError:
+            pass
+        except DescriptorLimit:
+            refused = True
+    outgoing = Outgoing(Bundle(b"", fds), rest)
     outgoing.refused = refused
     return outgoing
 
@@ -97,39 +95,45 @@ class Outgoing:
 
     __slots__ = ("boxes", "bundle", "parts", "refused")
 
-    def __init__(self, bundle: Bundle, rest: Parts | None = None) -> None:
-        """*rest* is what is left of it, where its first part has gone."""
+    def __init__(self, bundle: Bundle, parts: Parts | None = None) -> None:
+        """*parts* are what is to be sent of it, where that is not all."""
         self.bundle = bundle
         self.boxes: list[Descriptor] = []
         # True once the kernel would not have its descriptors (ETOOMANYREFS).
         self.refused = False
-        data = bundle.data
-        size = len(data)
-        self.parts: Parts
-        numbers = bundle.numbers
-        if rest is not None:
-            self.parts = rest
-        elif numbers:
-            self.parts = self._with_descriptors(numbers, data, size)
-        elif size <= JOINED:
-            self.parts = [([headed(data)], [])]
-        elif size <= LARGEST:
-            self.parts = [([LENGTH.pack(size), data], [])]
-        else:
-            self.parts = [([LENGTH.pack(LONG_FOLLOWS) + LONG.pack(size), data], [])]
+        self.parts: Parts = self._parts() if parts is None else parts
 
-    def _with_descriptors(self, fds: Any, data: Bytes, size: int) -> Any:
+    @classmethod
+    def of(cls, message: Encoded) -> Outgoing:
+        """All of *message*."""
+        if type(message) is tuple:
+            announcement, body, fds = message
+            return cls(Bundle(b"", fds), [([announcement], []), ([body], fds)])
+        return cls(Bundle(message) if type(message) is bytes else message)  # type: ignore[arg-type]
+
+    def _parts(self) -> Parts:
+        data, fds = self.bundle.data, self.bundle.numbers
+        size = len(data)
+        if fds:
+            return self._with_descriptors(fds, data, size)
+        if size <= JOINED:
+            return [([headed(data)], [])]
+        if size <= LARGEST:
+            return [([LENGTH.pack(size), data], [])]
+        return [([LENGTH.pack(LONG_FOLLOWS) + LONG.pack(size), data], [])]
+
+    def _with_descriptors(self, fds: list[int], data: Bytes, size: int) -> Parts:
+        if size <= JOINED and len(fds) <= MAX_DESCRIPTORS:
+            announcement, body = framed(data, len(fds))
+            return [([announcement], []), ([body], fds)]
         count, status = len(fds), PLAIN
         if count > MAX_DESCRIPTORS:
             fds, status = self._box(fds), BOXED
-        body = BODY.pack(status, count, size)
-        total = len(body) + size
-        if status == PLAIN and total <= LARGEST + SHORT_BODY:
-            announcement = LENGTH.pack(SHORT_BODY - total)
-        else:
-            announcement = LENGTH.pack(BODY_FOLLOWS)
-        buffers: list[Bytes] = [body + bytes(data)] if size <= JOINED else [body, data]
-        return [([announcement], []), (buffers, list(fds))]
+        head = BODY.pack(status, count, size)
+        announcement = LENGTH.pack(BODY_FOLLOWS)
+        if status == PLAIN and len(head) + size <= LARGEST + SHORT_BODY:
+            announcement = LENGTH.pack(SHORT_BODY - len(head) - size)
+        return [([announcement], []), ([head, data], fds)]
 
     def _box(self, fds: list[int]) -> list[int]:
         try:

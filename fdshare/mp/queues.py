@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 from fdshare.mp.family import Family
 from fdshare.mp.outbox import READER_GONE, Outbox
 from fdshare.mp.reducers import encode
-from fdshare.mp.transit import Bundle
+from fdshare.mp.transit import Arrived, Encoded, open_arrived
 
 __all__ = ["JoinableQueueMixin", "QueueMixin", "SimpleQueueMixin", "register_after_fork"]
 
@@ -93,7 +93,7 @@ class QueueMixin:
             raise Full
         self._dispatch(message, obj)
 
-    def _dispatch(self: Any, message: bytes | Bundle, obj: Any) -> None:
+    def _dispatch(self: Any, message: Encoded, obj: Any) -> None:
         outbox = self._outbox or self._open_outbox()
         try:
             if outbox.put(message, obj if self._tells_object else None):
@@ -130,17 +130,16 @@ class QueueMixin:
             finally:
                 self._rlock.release()
             self._sem.release()
-        loads = self._family.loads
-        return loads(message) if type(message) is bytes else message.load(loads)
+        return open_arrived(message, self._family.loads)
 
-    def _take_within(self: Any, block: bool, timeout: float | None) -> bytes | Bundle:
+    def _take_within(self: Any, block: bool, timeout: float | None) -> Arrived:
         deadline = time.monotonic() + (timeout or 0)
         if not self._rlock.acquire(block, timeout):
             raise Empty
         try:
             if not self._poll(deadline - time.monotonic() if block else 0):
                 raise Empty
-            message: bytes | Bundle = self._reader.receive()
+            message: Arrived = self._reader.receive()
             self._sem.release()
         finally:
             self._rlock.release()
@@ -256,7 +255,7 @@ class JoinableQueueMixin(QueueMixin):
         QueueMixin.__setstate__(self, state[:-2])
         self._cond, self._unfinished_tasks = state[-2:]
 
-    def _dispatch(self: Any, message: bytes | Bundle, obj: Any) -> None:
+    def _dispatch(self: Any, message: Encoded, obj: Any) -> None:
         # Counted before it can be received: task_done() may follow at once.
         with self._cond:
             self._unfinished_tasks.release()
@@ -297,8 +296,7 @@ class SimpleQueueMixin:
         """The next object. The caller owns the result. Raises: as `Queue.get`."""
         with self._rlock:
             message = self._reader.receive()
-        loads = self._family.loads
-        return loads(message) if type(message) is bytes else message.load(loads)
+        return open_arrived(message, self._family.loads)
 
     def put(self: Any, obj: Any) -> None:
         """Send *obj*. It is safe to close *obj* after this call. Raises: as `Connection.send`."""

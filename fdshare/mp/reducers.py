@@ -18,8 +18,8 @@ from types import BuiltinFunctionType, FunctionType, TracebackType
 from typing import Any, Final
 
 from fdshare.kinds import Kind, describe, describers, in_shared_memory, is_shareable, user_kinds
-from fdshare.mp.frames import framed
-from fdshare.mp.transit import Bundle, Inline, Transit
+from fdshare.mp.frames import BODY, framed
+from fdshare.mp.transit import Bundle, Encoded, Inline, Transit
 
 __all__ = ["PLAIN", "dumps", "encode", "make_pickler", "reduce_with"]
 
@@ -54,30 +54,34 @@ def make_pickler(forking_pickler: Any) -> Any:
     return type("Pickler", (base,), namespace | {"reducer_override": reducer_override})
 
 
-def encode(family: Any, obj: Any) -> bytes | Bundle:
-    """*obj* pickled: bytes, or a Bundle of what may have descriptors, borrowed from *obj*.
+def encode(family: Any, obj: Any) -> Encoded:
+    """*obj* pickled. Its descriptors are borrowed from *obj*.
 
     Raises: whatever pickling raises; nothing was duplicated then.
     """
     cls = type(obj)
     if cls in _NUMBERS_AND_TEXT:
         return _plain_dumps(obj, -1)
-    if cls in describers:
-        kind, fds = describe(obj)
-        known = _bare_pickles.get(id(kind))
+    describe_it = describers.get(cls)
+    if describe_it is not None:
+        kind, fds = describe_it(obj)
+        known = _bare_bodies.get(id(kind))
         if known is None or known[0] is not kind:
-            known = _bare_pickle(kind)
+            known = _bare_body(kind)
         if known is not None:
-            bundle = Bundle(known[1], fds, obj)
-            bundle.framed = known[2]
-            return bundle
+            return known[1], known[2], fds
     return _dump(family, obj, False)
 
 
 def dumps(family: Any, obj: Any) -> Bundle:
     """As `encode`, a Bundle in any case."""
     message = encode(family, obj)
-    return Bundle(message) if type(message) is bytes else message  # type: ignore[return-value]
+    if type(message) is bytes:
+        return Bundle(message)
+    if type(message) is tuple:
+        _, body, fds = message
+        return Bundle(body[BODY.size :], fds, obj)
+    return message  # type: ignore[return-value]
 
 
 def _dump(family: Any, obj: Any, bare_exceptions: bool) -> Bundle:
@@ -99,17 +103,18 @@ def _dump(family: Any, obj: Any, bare_exceptions: bool) -> Bundle:
 # What is sent most is a socket by itself, and its pickle is the same for all of a kind, whose Kind
 # object `describe` remembers.
 _BARE_TAGS: Final = frozenset({"socket", "descriptor"})
-_bare_pickles: Final[dict[int, tuple[Kind, bytes, tuple[bytes, bytes]]]] = {}
+_bare_bodies: Final[dict[int, tuple[Kind, bytes, bytes]]] = {}
 _REMEMBERED: Final = 256
 
 
-def _bare_pickle(kind: Kind) -> tuple[Kind, bytes, tuple[bytes, bytes]] | None:
+def _bare_body(kind: Kind) -> tuple[Kind, bytes, bytes] | None:
+    """*kind*, and announcement and body of an object of it by itself."""
     if kind.tag not in _BARE_TAGS:
         return None
     data = _plain_dumps(_Bare(Inline().carry(None, kind, [0])))
-    entry = kind, data, framed(data, 1)
-    if len(_bare_pickles) < _REMEMBERED:
-        _bare_pickles[id(kind)] = entry
+    entry = kind, *framed(data, 1)
+    if len(_bare_bodies) < _REMEMBERED:
+        _bare_bodies[id(kind)] = entry
     return entry
 
 

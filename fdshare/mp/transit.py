@@ -23,7 +23,17 @@ from fdshare.kernel.ancillary import close_all
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.kinds import Kind, rebuild, rebuilder
 
-__all__ = ["Bundle", "Inline", "Reduced", "Transit", "bare_pickles", "loads"]
+__all__ = [
+    "Arrived",
+    "Bundle",
+    "Encoded",
+    "Inline",
+    "Reduced",
+    "Transit",
+    "loads",
+    "made_at_once",
+    "open_arrived",
+]
 
 Reduced: TypeAlias = tuple[Callable[..., Any], tuple[Any, ...]]
 Loads: TypeAlias = Callable[[Any], Any]
@@ -78,7 +88,7 @@ class Bundle:
     them. Dropped, it closes what it owns.
     """
 
-    __slots__ = ("__weakref__", "data", "fds", "framed", "holders", "missing", "owned")
+    __slots__ = ("__weakref__", "data", "fds", "holders", "missing", "owned")
 
     def __init__(
         self,
@@ -92,8 +102,6 @@ class Bundle:
         self.fds = fds
         self.holders = holders
         self.owned = owned
-        # (announcement, body) of frames.py, where the same was sent before.
-        self.framed: tuple[bytes, bytes] | None = None
         # Why descriptors that belong to it did not arrive.
         self.missing: BaseException | None = None
 
@@ -128,9 +136,9 @@ class Bundle:
         owned, self.owned = self.owned or [], None
         data = self.data
         if len(owned) == 1 and type(data) is bytes:
-            build = bare_pickles.get(data)
+            build = _bare_pickles.get(data)
             if build is not None:
-                return build(owned)
+                return build(owned[0].detach())
         if self.missing is not None:
             close_all(owned)
             raise self.missing
@@ -151,6 +159,23 @@ class Bundle:
         # A bundle inside another pickle: the tasks and results of pools. The receiver opens the
         # envelope, and decodes what is in it where a failure concerns this item alone.
         return _rebundle, (bytes(self.data), self.own().owned or [])
+
+
+# What a channel is given: a pickle without descriptors; one with; or, of an object by itself that
+# is sent often, announcement and body as frames.py makes them, and its descriptors, borrowed.
+Encoded: TypeAlias = bytes | Bundle | tuple[bytes, bytes, list[int]]
+# What it gives: a pickle without descriptors; one with; or (the object,), made on the way.
+Arrived: TypeAlias = bytes | Bundle | tuple[Any]
+
+
+def open_arrived(message: Arrived, load: Loads) -> Any:
+    """The object in *message*; only once. The caller owns what is in it.
+
+    Raises: as `Bundle.load`.
+    """
+    if type(message) is bytes:
+        return load(message)
+    return message[0] if type(message) is tuple else message.load(load)  # type: ignore[union-attr]
 
 
 class _Missing:
@@ -228,14 +253,19 @@ def loads(
 
 # The pickles that are one object with one descriptor, as reducers.py makes them for sockets: the
 # same few bytes each time. Those seen before need no unpickler.
-bare_pickles: Final[dict[bytes, Callable[[list[Descriptor]], Any]]] = {}
+_bare_pickles: Final[dict[bytes, Callable[[int], Any]]] = {}
+# Those of them that a channel may make itself, under its lock: no code of a program's runs, nothing
+# is waited for.
+made_at_once: Final[dict[bytes, Callable[[int], Any]]] = {}
 _REMEMBERED: Final = 256
 _LONGEST: Final = 256  # bytes
 
 
 def _remember(data: bytes, kind: Kind) -> None:
-    if len(bare_pickles) < _REMEMBERED and len(data) <= _LONGEST:
-        bare_pickles[data] = rebuilder(kind)
+    if len(_bare_pickles) < _REMEMBERED and len(data) <= _LONGEST:
+        _bare_pickles[data] = build = rebuilder(kind)
+        if kind.tag in ("socket", "descriptor"):
+            made_at_once[data] = build
 
 
 def _arrive(tag: str, spec: bytes, first: int, count: int = 1) -> Any:

@@ -18,7 +18,8 @@ import pytest
 from common import METHODS, PACKAGES, finish, identity, open_now, trackers  # noqa: F401
 
 from fdshare import get_context
-from fdshare.errors import NoTransit
+from fdshare.errors import KindMismatch, NoTransit
+from fdshare.mp.reducers import encode
 
 NAMES = ("Queue", "JoinableQueue", "SimpleQueue")
 
@@ -113,6 +114,27 @@ def test_many_processes_read_and_write(ctx: Any) -> None:
         assert worker.exitcode == 0
     finish(inbox)
     finish(outbox)
+
+
+@pytest.mark.parametrize("name", ["Queue", "SimpleQueue"])
+def test_what_is_not_the_socket_it_is_said_to_be(ctx: Any, name: str) -> None:
+    queue = getattr(ctx, name)(*[1] * (name == "Queue"))  # with one place, which must not be lost
+    left, right = socket.socketpair()
+    with left, right, open(os.devnull) as file:
+        announcement, body, _ = encode(queue._family, left)  # type: ignore[misc]
+        for fd in [left.fileno()] * 4 + [file.fileno()] * 2 + [left.fileno()] * 2:
+            if name == "Queue":
+                queue._sem.acquire()
+                queue._dispatch((announcement, body, [fd]), None)
+            else:
+                queue._writer.send_message((announcement, body, [fd]))
+            if fd == file.fileno():
+                with pytest.raises(KindMismatch, match="not a socket|non-socket"):
+                    queue.get()
+            else:
+                with queue.get() as arrived:
+                    assert identity(arrived) == identity(left)
+    finish(queue)
 
 
 def test_a_queue_pickles_only_while_a_process_starts(queue: Any) -> None:
