@@ -35,7 +35,7 @@ def run(bench: Bench) -> None:
             sides[f"stock Queue, an int, {state}"] = bench.keep(in_child(partial(numbers, state)))
             side = partial(streamed, state, listener, SENT)
             sides[f"stock Queue, {SENT} sockets at once, {state}"] = bench.keep(in_child(side))
-        times = bench.alternate(sides, slice=0.05)
+        times = bench.alternate(sides)
     before, after, held = STATES
     for shape, goal in (("Queue", 0.33), ("ProcessPoolExecutor", None)):
         name = f"stock {shape}, a socket, "

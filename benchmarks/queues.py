@@ -53,7 +53,7 @@ def measure(bench: Bench, backend: str, listener: socket.socket) -> None:
     if backend == "multiprocessing":
         for item in ITEMS:
             sides[f"{BARE}, {item}"] = bench.keep(in_child(partial(bare, item, listener)))
-    times = bench.alternate(sides)
+    times = bench.alternate(sides, longer=5)
     goals = {"int": 1.2, "socket": 0.10}
     for shape in ("Queue", "Queue to and fro", "Pipe"):
         for item in ITEMS:

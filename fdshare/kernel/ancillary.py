@@ -155,7 +155,7 @@ def receive_into(
     return count, descriptors, None
 
 
-def peek(sock: socket.socket, size: int) -> tuple[bytes, list[int]]:
+def peek(sock: socket.socket, size: int, flags: int = 0) -> tuple[bytes, list[int]]:
     """At most *size* of the next bytes, which stay, and copies of the first descriptors with them,
     or after them: a peek of bytes that bring none looks past them.
 
@@ -166,7 +166,7 @@ def peek(sock: socket.socket, size: int) -> tuple[bytes, list[int]]:
 
     Raises: DescriptorLimit (EMFILE): nothing is consumed, peek again when descriptors are free.
     """
-    data, control, got, _ = sock.recvmsg(size, _ROOM, _LOOK)
+    data, control, got, _ = sock.recvmsg(size, _ROOM, flags | _LOOK)
     if got & _CTRUNC:
         raise _dropped(own(control), control, _ROOM)
     if not control:

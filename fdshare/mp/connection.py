@@ -23,6 +23,7 @@ from typing import Any, ClassVar
 from fdshare.errors import DescriptorLimit, InvalidArgument, NoTransit
 from fdshare.mp.family import Family
 from fdshare.mp.incoming import marked, read_bytes, read_expected, read_message, read_without
+from fdshare.mp.looking import AT_ONCE, Looking
 from fdshare.mp.outgoing import send_now
 from fdshare.mp.reducers import encode
 from fdshare.mp.transit import Arrived, Bundle, Encoded, open_arrived
@@ -58,6 +59,8 @@ class ConnectionMixin:
     _announced = False
     # How many messages with descriptors were the last that came.
     _in_a_row = 0
+    # Of a queue, whose other readers are to look as well.
+    _looking: Looking | None = None
 
     def send(self: Any, obj: Any) -> None:
         """Send *obj* with its descriptors. It is safe to close *obj* after this call.
@@ -108,9 +111,13 @@ class ConnectionMixin:
         if self._handle is None:
             self._check_closed()
         sock = self._socket or self.carrier()
-        if self._in_a_row > 1:
+        looking = self._looking
+        level = self._in_a_row > 1 if looking is None else looking.level()
+        if level:
             expected = read_expected(sock)
             if expected is not None:
+                if level != AT_ONCE:
+                    self._count()
                 return expected
         announced = marked(sock) if self._shared else self._announced
         try:
@@ -120,8 +127,19 @@ class ConnectionMixin:
             raise
         if announced:
             self._announced = False
-        self._in_a_row = 0 if type(message) is bytes else self._in_a_row + 1
+        if type(message) is not bytes:
+            self._count()
+        else:
+            self._in_a_row = 0
+            if level and looking is not None:
+                looking.plain(sock)
         return message
+
+    def _count(self: Any) -> None:
+        """One more message with descriptors came: where several do, look for the next."""
+        self._in_a_row += 1
+        if self._in_a_row > 1 and self._looking is not None:
+            self._looking.begin()
 
     def decode(self, message: Arrived) -> Any:
         """What is in a received message. The caller owns the result."""
@@ -132,16 +150,20 @@ class ConnectionMixin:
 
         Bundles in it raise *reason* when they are opened.
         """
-        data = read_without(self.carrier())
-        self._announced = False
+        data = self._without()
         if data is None:
             return self.decode(self.receive())
         return loads_envelope(self._family.loads, data, [], reason)
 
     def discard(self: Any) -> None:
         """Let go of the message that was left at the limit."""
-        read_without(self.carrier())
+        self._without()
+
+    def _without(self: Any) -> bytes | None:
+        sock = self.carrier()
+        announced = marked(sock) if self._shared else self._announced
         self._announced = False
+        return read_without(sock, announced)
 
     def _open(self: Any) -> socket.socket | None:
         """The socket below, where it is one that carries descriptors."""
@@ -175,10 +197,11 @@ class ConnectionMixin:
         if sock is None:
             return super()._recv_bytes(maxsize)  # type: ignore[misc, no-any-return]
         announced = marked(sock) if self._shared else self._announced
+        looking = self._looking is not None and self._looking.level() > 0
         try:
-            data = read_bytes(sock, announced, maxsize)
+            data = read_bytes(sock, announced, maxsize, looking)
         except InvalidArgument:
-            self._announced = True
+            self._announced = not looking
             raise
         if data is None:
             return None

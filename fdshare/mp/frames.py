@@ -9,13 +9,14 @@ length in 8, then the data. A message with descriptors is two sends:
 
 They are two because a reader that reads the length with read(2) would lose what rides on it, and
 one that looks first (MSG_PEEK) would pay for it with every number in the queue: a peek walks over
-all that is queued. After an announcement the reader peeks, for nothing is before the body; and a
-reader of a queue of sockets, where each message was one with descriptors, looks at both at once.
+all that is queued. After an announcement the reader peeks, for nothing is before the body. A reader
+to whom descriptors came several times in a row looks at both at once; and where all readers of a
+queue do, both are sent at once (looking.py).
 
 Nothing is lost at the receiver's descriptor limit: the peek fails and the body stays. But the
-announcement is gone, so the socket itself remembers: SO_PRIORITY, which means nothing on an AF_UNIX
-socket, is shared by every process that reads from it, as its queue is. A reader that finds the mark
-knows that a body comes next.
+announcement may be gone, so the socket itself remembers: SO_PRIORITY, which means nothing on an
+AF_UNIX socket, is shared by every process that reads from it, as its queue is. A reader that finds
+the mark knows that a body comes next.
 
 More than 253 descriptors travel in boxes: sockets with up to 253 in the queue of each, so that one
 peek of one message holds everything, and it is still all or nothing.

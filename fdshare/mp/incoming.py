@@ -96,14 +96,17 @@ def read_expected(sock: socket.socket) -> Bundle | tuple[Any] | None:
     `read_message` needs a read more. None: it is for `read_message`. Blocks until there is one.
 
     For who has reason to expect one: of a message without descriptors the look is in vain, and goes
-    on to the next that has some. Raises: as `read_message`.
+    on to the next that has some. Raises: as `read_message`, but at the limit all of it is left.
     """
     try:
         head, copies = peek(sock, _ANNOUNCED)
         if len(head) == LENGTH.size:  # the sender is about to send the body
             head, copies = peek(sock, _ANNOUNCED)
-    except DescriptorLimit:  # perhaps it was a later message's
-        return None
+    except DescriptorLimit:
+        head = sock.recv(_ANNOUNCED, socket.MSG_PEEK)
+        if len(head) == _ANNOUNCED and LENGTH.unpack_from(head)[0] <= SHORT_BODY:
+            raise
+        return None  # it was a later message's
     # Announcements are negative. A body left by another reader begins with its status, and is not.
     size = LENGTH.unpack_from(head)[0] if len(head) == _ANNOUNCED else 0
     if not copies or size > SHORT_BODY:
@@ -176,30 +179,39 @@ def _peek(sock: socket.socket, status: int) -> list[int]:
     return contents
 
 
-def read_bytes(sock: socket.socket, announced: bool, limit: int | None) -> bytes | None:
+def read_bytes(
+    sock: socket.socket, announced: bool, limit: int | None, looking: bool = False
+) -> bytes | None:
     """The next message's bytes; None if they are more than *limit*, and then only its head is read.
 
-    Raises: as `read_message`; InvalidArgument: it has descriptors; it is still there, marked.
+    *looking*: its body may have come with its announcement. Raises: as `read_message`;
+    InvalidArgument: it has descriptors; it is still there, and marked if not *looking*.
     """
     if not announced:
-        size: int = LENGTH.unpack(_exactly(sock, 4))[0]
+        size: int = LENGTH.unpack((_peek_bytes if looking else _exactly)(sock, 4))[0]
+        if looking and size >= LONG_FOLLOWS:
+            _exactly(sock, 4)
         if size == LONG_FOLLOWS:
             size = LONG.unpack(_exactly(sock, 8))[0]
         if size >= 0:
             return None if limit is not None and size > limit else _exactly(sock, size)
-        _mark(sock, True)
+        if not looking:
+            _mark(sock, True)
     raise InvalidArgument(
         "recv_bytes", "the next message has descriptors, which bytes cannot hold; recv() takes it"
     )
 
 
-def read_without(sock: socket.socket) -> bytes | None:
-    """The data of the marked message, without its descriptors, which are gone then.
+def read_without(sock: socket.socket, announced: bool) -> bytes | None:
+    """The data of the message left at the limit, without its descriptors, which are gone then.
 
     None: its sender has cancelled it.
     """
+    if not announced:
+        _exactly(sock, LENGTH.size)
     status, _, length = BODY.unpack(_exactly(sock, BODY.size))
-    _mark(sock, False)
+    if announced:
+        _mark(sock, False)
     data = _exactly(sock, length)
     return None if status == CANCELLED else data
 

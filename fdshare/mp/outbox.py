@@ -42,9 +42,10 @@ class Outbox:
         closing: Callable[[], None],
         ended: Callable[[], None],
         failed: Callable[[BaseException, Any], None],
+        level: Callable[[], int] | None = None,
     ) -> None:
         """`stop` calls *closing* at once, and *ended* when it has been obeyed; *failed* is told of
-        a message that was not sent."""
+        a message that was not sent. *level* is that of looking.py."""
         self._sock = sock
         self._acquire = write_lock.acquire
         self._release = write_lock.release
@@ -52,6 +53,7 @@ class Outbox:
         self._ended = ended
         self._stopping = False
         self._failed = failed
+        self._level = level
         self._waiting: deque[Any] = deque()
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
@@ -80,7 +82,7 @@ class Outbox:
             goes_on = False
             try:
                 self.begun = True
-                rest = send_now(self._sock, message, _DONTWAIT)
+                rest = send_now(self._sock, message, _DONTWAIT, self._level)
                 if rest is not None and self._drains and rest.parts[-1][1]:
                     rest = self._wait_a_moment(rest)
                 if rest is None:

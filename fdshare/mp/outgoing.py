@@ -35,6 +35,7 @@ from fdshare.mp.frames import (
     framed,
     headed,
 )
+from fdshare.mp.looking import AT_ONCE
 from fdshare.mp.transit import Bundle, Encoded
 
 __all__ = ["Outgoing", "send_now"]
@@ -48,10 +49,12 @@ _LONGEST_PAUSE: Final = 0.02
 Parts: TypeAlias = list[tuple[list[Bytes], list[int]]]
 
 
-def send_now(sock: socket.socket, message: Encoded, flags: int) -> Outgoing | None:
+def send_now(
+    sock: socket.socket, message: Encoded, flags: int, level: Callable[[], int] | None = None
+) -> Outgoing | None:
     """Send *message* if the socket takes it; what is left of it, or None.
 
-    It is safe to close what was pickled where it is None.
+    It is safe to close what was pickled where it is None. *level* is that of looking.py.
     """
     if type(message) is bytes and len(message) <= JOINED:
         data = headed(message)
@@ -62,30 +65,44 @@ def send_now(sock: socket.socket, message: Encoded, flags: int) -> Outgoing | No
         if sent == len(data):
             return None
         return Outgoing(Bundle(message), [([memoryview(data)[sent:]], [])])
-    if type(message) is not tuple:
-        outgoing = Outgoing.of(message)
-        return None if outgoing.push_now(sock, flags) else outgoing
-    # The common case of `Outgoing.push_now` with descriptors, without one.
-    announcement, body, fds = message
+    bundle = None
+    if isinstance(message, tuple):
+        announcement, body, fds = message
+    else:
+        bundle = Bundle(message) if isinstance(message, bytes) else message
+        fds = bundle.numbers
+        if not 0 < len(fds) <= MAX_DESCRIPTORS or len(bundle.data) > JOINED:
+            outgoing = Outgoing(bundle)
+            return None if outgoing.push_now(sock, flags) else outgoing
+        announcement, body = framed(bundle.data, len(fds))
+    # The common case of `Outgoing.push_now`, without one.
     control = rights(fds)  # before the announcement: between it and the body a reader waits
+    buffers: list[Bytes] = [body]
+    size = len(body)
+    rest: Parts = [([announcement], []), ([body], fds)]
+    if level is not None and level() == AT_ONCE:
+        buffers = [announcement, body]
+        size += len(announcement)
+    else:
+        try:
+            sent = sock.send(announcement, flags)
+        except BlockingIOError:
+            sent = 0
+        if sent < len(announcement):
+            rest[0] = ([announcement[sent:]], [])
+            return Outgoing(bundle or Bundle(b"", fds), rest)
+        del rest[0]
     refused = False
     try:
-        sent = sock.send(announcement, flags)
+        sent = send_rights(sock, buffers, control, flags)
+        if sent == size:
+            return None
+        rest = [(_after(buffers, sent), [])]
     except BlockingIOError:
-        sent = 0
-    rest: Parts = [([announcement[sent:]], []), ([body], fds)]
-    if sent == len(announcement):
-        del rest[0]
-        try:
-            sent = send_rights(sock, (body,), control, flags)
-            if sent == len(body):
-                return None
-            rest = [([body[sent:]], [])]
-        except BlockingIOError:
-            pass
-        except DescriptorLimit:
-            refused = True
-    outgoing = Outgoing(Bundle(b"", fds), rest)
+        pass
+    except DescriptorLimit:
+        refused = True
+    outgoing = Outgoing(bundle or Bundle(b"", fds), rest)
     outgoing.refused = refused
     return outgoing
 

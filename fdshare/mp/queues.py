@@ -19,6 +19,7 @@ from queue import Empty, Full
 from typing import Any, ClassVar
 
 from fdshare.mp.family import Family
+from fdshare.mp.looking import Looking
 from fdshare.mp.outbox import READER_GONE, Outbox
 from fdshare.mp.reducers import encode
 from fdshare.mp.transit import Arrived, Encoded, open_arrived
@@ -30,6 +31,8 @@ class QueueMixin:
     """A queue of a socket pair that carries descriptors, shared by processes."""
 
     _family: ClassVar[Family]
+    _looks: Any = None  # the semaphore of looking.py, and what this process knows of it
+    _looking: Looking | None = None
 
     def __init__(self: Any, maxsize: int = 0, *, ctx: Any) -> None:
         if maxsize <= 0:
@@ -39,6 +42,7 @@ class QueueMixin:
         self._rlock = ctx.Lock()
         self._wlock = ctx.Lock()
         self._sem = ctx.BoundedSemaphore(maxsize)
+        self._looks = ctx.Semaphore(0)
         self._opid = os.getpid()
         self._ignore_epipe = False  # concurrent.futures sets it
         self._reset()
@@ -54,6 +58,7 @@ class QueueMixin:
             self._rlock,
             self._wlock,
             self._sem,
+            self._looks,
             self._opid,
         )
 
@@ -66,6 +71,7 @@ class QueueMixin:
             self._rlock,
             self._wlock,
             self._sem,
+            self._looks,
             self._opid,
         ) = state
         self._reset()
@@ -77,7 +83,10 @@ class QueueMixin:
         self._close = None
         self._jointhread = None
         self._joincancelled = False
+        if self._looks is not None:
+            self._looking = Looking(self._looks, self._wlock)
         self._reader._shared = True
+        self._reader._looking = self._looking
         self._poll = self._reader.poll
 
     def put(self: Any, obj: Any, block: bool = True, timeout: float | None = None) -> None:
@@ -181,8 +190,9 @@ class QueueMixin:
                 self._tells_object = (
                     type(self)._on_queue_feeder_error is not stock._on_queue_feeder_error
                 )
+                level = None if self._looking is None else self._looking.level
                 self._outbox = Outbox(
-                    writer.carrier(), self._wlock, reader.close, writer.close, failed
+                    writer.carrier(), self._wlock, reader.close, writer.close, failed, level
                 )
                 self._close = self._outbox.stop
             outbox: Outbox = self._outbox

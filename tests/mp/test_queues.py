@@ -129,7 +129,7 @@ def test_what_is_not_the_socket_it_is_said_to_be(ctx: Any, name: str) -> None:
             else:
                 queue._writer.send_message((announcement, body, [fd]))
             if fd == file.fileno():
-                with pytest.raises(KindMismatch, match="not a socket|non-socket"):
+                with pytest.raises(KindMismatch, match=r"non-socket"):
                     queue.get()
             else:
                 with queue.get() as arrived:
