@@ -165,7 +165,7 @@ class Bench:
         counts = {}
         for name in names:
             self.step(name)
-            counts[name] = calibrate(sides[name], wanted)
+            counts[name] = calibrate(sides[name], wanted) if self.plan.scale == 1 else 1
         times: Times = {name: [] for name in names}
         total = min(rounds or self.plan.rounds, self.plan.rounds)
         for turn in range(total):
