@@ -32,6 +32,17 @@ def pytest_configure(config: pytest.Config) -> None:
         compileall.compile_dir(Path(__file__).parent.parent / "fdshare", quiet=2)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Who has no tests left takes some of another's: they last from a millisecond to half a
+    minute. (As --dist worksteal, where nothing else is asked for.)"""
+    if config.getoption("dist") != "load":
+        return None
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log)
+
+
 def census(pid: int | str = "self") -> dict[int, str]:
     """What /proc says that *pid* has open: number -> target. The listing's own is left out."""
     table = {}
