@@ -44,7 +44,7 @@ class Installed:
 
     def be_impatient(self) -> None:
         """Before the start: the old code waits for the new not so long, in this copy of it."""
-        self.change("server/upgrade.py", r"_TRIAL: Final = [\d.]+", "_TRIAL: Final = 5.0")
+        self.change("server/upgrade.py", r"_TRIAL: Final = [\d.]+", "_TRIAL: Final = 3.0")
         self.change("server/link.py", r"_SILENCE = [\d.]+", "_SILENCE = 5.0")
 
     def begin(self, file: str, code: str) -> None:

@@ -122,7 +122,7 @@ def test_at_the_senders_limit_the_caller_hears_of_it(ctx: Any) -> None:
 IN_FLIGHT = """
 import os, resource, socket, sys, threading, time
 from fdshare import get_context, DescriptorLimit
-from fdshare.mp import frames
+from fdshare.mp import outgoing
 
 ctx = get_context("fork")
 reader, writer = ctx.Pipe(duplex=False)
@@ -130,7 +130,7 @@ queue = ctx.Queue()
 sock = socket.socket()
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
 os.setuid(65534)
-frames.PATIENCE = 0.3
+outgoing.PATIENCE = 0.3
 for send, receive in ((writer.send, reader.recv), (queue.put, queue.get)):
     sent = 0
     try:
@@ -145,7 +145,7 @@ for send, receive in ((writer.send, reader.recv), (queue.put, queue.get)):
             arrived.close()
     send("goes on")
     assert receive() == "goes on"
-frames.PATIENCE = 20
+outgoing.PATIENCE = 20
 def read():
     time.sleep(0.2)
     for _ in range(100):
