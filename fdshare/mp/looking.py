@@ -23,12 +23,12 @@ from fdshare.errors import DescriptorLimit
 from fdshare.kernel.ancillary import close_all, peek
 from fdshare.kernel.descriptor import Descriptor
 
-__all__ = ["AT_ONCE", "Looking"]
+__all__ = ["AT_ONCE", "POSSIBLE", "Looking"]
 
 AT_ONCE: Final = 2
 _PLAIN: Final = 8  # messages without descriptors, after which looking is thought over
-# Where sem_getvalue(3) does not work, reading a semaphore takes it for a moment.
-_POSSIBLE: Final = sys.platform != "darwin"
+# Not where sem_getvalue(3) does not work (HAVE_BROKEN_SEM_GETVALUE of multiprocessing).
+POSSIBLE: Final = sys.platform != "darwin"
 
 
 class Looking:
@@ -47,7 +47,7 @@ class Looking:
     def begin(self) -> None:
         """A reader got descriptors several times in a row."""
         self._plain = 0
-        while _POSSIBLE and self.level() < AT_ONCE:
+        while self.level() < AT_ONCE:
             self._semaphore.release()
 
     def plain(self, sock: socket.socket) -> None:

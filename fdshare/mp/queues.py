@@ -19,7 +19,7 @@ from queue import Empty, Full
 from typing import Any, ClassVar
 
 from fdshare.mp.family import Family
-from fdshare.mp.looking import Looking
+from fdshare.mp.looking import POSSIBLE, Looking
 from fdshare.mp.outbox import READER_GONE, Outbox
 from fdshare.mp.reducers import encode
 from fdshare.mp.transit import Arrived, Encoded, open_arrived
@@ -42,7 +42,7 @@ class QueueMixin:
         self._rlock = ctx.Lock()
         self._wlock = ctx.Lock()
         self._sem = ctx.BoundedSemaphore(maxsize)
-        self._looks = ctx.Semaphore(0)
+        self._looks = ctx.Semaphore(0) if POSSIBLE else None
         self._opid = os.getpid()
         self._ignore_epipe = False  # concurrent.futures sets it
         self._reset()
