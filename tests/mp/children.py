@@ -104,8 +104,9 @@ def count_open() -> int:
 
 def limit_descriptors(spare: int) -> None:
     """Leaves this process *spare* free descriptors."""
-    highest = max(map(int, os.listdir("/proc/self/fd")))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1 + spare, highest + 1 + spare))
+    taken = set(os.listdir("/proc/self/fd"))
+    free = [number for number in range(len(taken) + spare + 1) if str(number) not in taken]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free[spare], free[spare]))
 
 
 KEPT: list[Any] = []
