@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import multiprocessing
 import multiprocessing.forkserver
@@ -301,6 +302,23 @@ def test_signals_end_it(serve: Callable[..., Manager], sock: socket.socket) -> N
     assert owner._process is not None
     assert owner._process.returncode == 0
     assert not os.path.exists(owner.address)
+
+
+@pytest.mark.parametrize("keeper", [False, True])
+def test_a_signal_that_interrupts_nothing_ends_it(
+    serve: Callable[..., Manager], until: Callable[..., Any], sock: socket.socket, keeper: bool
+) -> None:
+    """It comes just before the wait for events, or, as here, to a thread that does not wait."""
+    owner = serve(keeper=keeper)
+    owner.register("x", sock)
+    owner.unregister("x")  # a thread closes what is let go
+    stats = owner.stats()
+    pid = stats.keeper_pid if keeper else stats.server_pid
+    others = until(lambda: sorted(map(int, os.listdir(f"/proc/{pid}/task")))[1:], "a thread")
+    assert ctypes.CDLL(None).tgkill(pid, others[0], signal.SIGTERM) == 0
+    owner.join(20)
+    assert owner._process is not None
+    assert owner._process.returncode == 0
 
 
 OWNER = """

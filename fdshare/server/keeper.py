@@ -162,6 +162,7 @@ class Keeper:
         for handle in list(self._holdings.registry.handles()):
             self._closer.close(handle.fd)
         self._closer.stop(timeout=1.0)
+        signal.set_wakeup_fd(-1)
         self._poller.close()
         close_quietly(self._wake, self._waker)
 
@@ -170,6 +171,9 @@ class Keeper:
     def _hear_signals(self) -> None:
         for number in _SIGNALS:
             signal.signal(number, self._note_signal)
+        # A handler in Python runs only once epoll_wait(2) returns, and that does not notice a
+        # signal that came just before it, or to another thread.
+        signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
         if self._holdings.control is not None:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is the owner's
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)  # our old code blocked them
@@ -242,6 +246,7 @@ class Keeper:
         """In a forked child: closes its copies of what is this keeper's alone."""
         for number in _SIGNALS:
             signal.signal(number, signal.SIG_IGN)  # the keeper commands
+        signal.set_wakeup_fd(-1)
         close_quietly(self._poller, self._wake, self._waker)
         if self._trial is not None:
             self._trial.abandon()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 import logging
+import signal
 import socket
 import threading
 import time
@@ -114,6 +115,11 @@ class Loop(Delivery):
         with self._post_lock:
             self._posted.append(call)
         self._wake_up()
+
+    def wake_on_signals(self) -> int:
+        """Has every signal end the wait for events. What signal.set_wakeup_fd() is to be given
+        before `close`. Both in the main thread."""
+        return signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
 
     def abandon(self) -> None:
         """In a forked child: the connections are the parent's."""

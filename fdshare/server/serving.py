@@ -84,13 +84,18 @@ class _Signals:
     def __init__(self, server: Server) -> None:
         self._server = server
         self._former: dict[int, object] = {}
+        self._former_wakeup = -1
 
     def __enter__(self) -> None:
         ours = {signal.SIGTERM: self._stop, signal.SIGINT: self._stop, signal.SIGHUP: self._reload}
         for number, handler in ours.items():
             self._former[number] = signal.signal(number, handler)
+        # A handler in Python runs only once epoll_wait(2) returns, and that does not notice a
+        # signal that came just before it, or to another thread.
+        self._former_wakeup = self._server.loop.wake_on_signals()
 
     def __exit__(self, *exc: object) -> None:
+        signal.set_wakeup_fd(self._former_wakeup)
         for number, handler in self._former.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 

@@ -293,7 +293,7 @@ def test_code_that_hangs_in_its_trial(
 ) -> None:
     client.register("a", fd)
     installed.begin("server/upgrade.py", HANGS)
-    upgrade_fails(client, halves, "said nothing for 5 s")
+    upgrade_fails(client, halves, "said nothing for 3 s")
 
 
 def test_code_that_dies_after_the_exec(
