@@ -65,7 +65,7 @@ def nurse(number: int) -> None:
         importlib.import_module(module.name)
     for name in ("rich.console", "rich.table", "rich.live", "rich.text", "fdshare.manager"):
         importlib.import_module(name)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's is for pytest
+    interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's is for pytest
     with socket.socket(fileno=number) as asking:
         asking.set_inheritable(False)
         while True:
@@ -75,6 +75,7 @@ def nurse(number: int) -> None:
             pid = os.fork()
             if not pid:
                 asking.close()
+                signal.signal(signal.SIGINT, interrupt)
                 command(json.loads(data), fds)
             for fd in fds:
                 os.close(fd)
@@ -87,7 +88,6 @@ def command(asked: dict[str, Any], fds: list[int]) -> NoReturn:
     for number, fd in enumerate(fds):
         os.dup2(fd, number)
         os.close(fd)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.clear()
     os.environ.update(asked["env"])
     os.chdir(asked["cwd"])
