@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from ending import terminated
 
 import fdshare
 from fdshare.manager import Manager
@@ -56,8 +56,7 @@ def line(process: Started) -> str:
 
 def stop(process: Started) -> str:
     """What it says after SIGTERM, which must end it well."""
-    process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=30)
+    out, _ = terminated(process)
     assert process.returncode == 0, out
     return out
 

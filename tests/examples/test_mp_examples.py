@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-import signal
 import subprocess
 import sys
 import urllib.request
 from pathlib import Path
 
 import pytest
+from ending import terminated
 
 PROGRAMS = Path(__file__).parents[2] / "examples"
 METHODS = ("fork", "spawn", "forkserver")
@@ -50,8 +50,7 @@ def test_prefork_server(method: str) -> None:
             answers = [ask(int(match[1]), f"/{number}") for number in range(10)]
             for number, answer in enumerate(answers):
                 assert re.fullmatch(rf"GET /{number} was answered by worker \d+\n", answer)
-            server.send_signal(signal.SIGTERM)
-            rest, _ = server.communicate(timeout=60)
+            rest, _ = terminated(server)
         finally:
             server.kill()
     assert server.returncode == 0, rest

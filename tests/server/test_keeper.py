@@ -824,7 +824,7 @@ def test_a_crash_loop_backs_off_and_keeps_the_table(
             assert not client.stats().redundant
         client.fetch_raw("a")[0].close()
         client.register("b", read)  # within the timeout
-        assert client.stats().redundant
+        wait_until(lambda: client.stats().redundant)
         assert client.names() == ["a", "b"]
     said = (folder / "log").read_text()
     assert f"the {half} died 5 times in 10 s" in said
