@@ -62,6 +62,7 @@ class Link:
         self._upgrades = 0  # ... for so many times
         self._deaths: deque[float] = deque(maxlen=DEATHS)
         self._asked: dict[tuple[str, int], None] = {}  # upgrades that wait for word
+        self._ending = False  # a client was told that the service ends
         self._server: Server
 
     def attach(self, server: Server) -> None:
@@ -101,7 +102,9 @@ class Link:
         self._tell(Note(verb, session, id))
         if verb == "upgrade":
             self._asked[session, id] = None
-        return verb == "shutdown"
+            return False
+        self._ending = True
+        return True
 
     def keep_policy(self, text: bytes | None) -> None:
         self._tell(Note("policy", data=text))
@@ -189,6 +192,8 @@ class Link:
         self.attach(self._server)
         for session, id in self._asked:  # of the one that died
             self._tell(Note("upgrade", session, id))
+        if self._ending:
+            self._tell(Note("shutdown"))
         return None
 
     def _bury(self) -> bool:

@@ -621,6 +621,17 @@ def test_it_ends_although_a_half_is_stopped(half: Half) -> None:
     assert not os.path.exists(manager.address)
 
 
+def test_a_shutdown_outlives_a_keeper_that_did_not_hear_of_it() -> None:
+    with Manager() as manager:
+        pids = Halves(manager).pids()
+        os.kill(pids["keeper"], signal.SIGSTOP)
+        with Client(manager.address) as client:
+            client.shutdown()
+        kill(pids["keeper"])
+        wait_until(lambda: ended(pids["server"]), "the server ends")
+        wait_until(lambda: not os.path.exists(manager.address), "so does the new keeper")
+
+
 # The owner.
 
 OWNER = """
@@ -729,6 +740,9 @@ def served(folder: Path) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
         with Client(folder / "s") as client, suppress(NoServer, ServerGone):
             client.shutdown()
     for process in started:
+        # Killed while it is about to end, a half would be replaced by the other.
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(20)
         process.kill()
         process.wait()
 

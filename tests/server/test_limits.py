@@ -11,6 +11,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,9 @@ def small(folder: Path) -> Iterator[Callable[..., Client]]:
         client.shutdown()
         client.close()
     for process in started:
+        # Killed while it is about to end, a half would be replaced by the other.
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(20)
         process.kill()
         process.wait()
 
