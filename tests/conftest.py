@@ -18,11 +18,16 @@ from typing import Any, TypeVar
 
 import pytest
 from barepeer import Peer
+from hypothesis import settings
 
 from fdshare.client.blocking import Client
 from fdshare.manager import Manager
 
 T = TypeVar("T")
+
+# No test measures time: not even how long one example takes.
+settings.register_profile("fdshare", deadline=None)
+settings.load_profile("fdshare")
 
 
 def pytest_configure(config: pytest.Config) -> None:
