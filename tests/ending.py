@@ -1,10 +1,12 @@
-"""Ending programs as a person does."""
+"""Ending programs as a person does, and servers so that nothing of them is left."""
 
 from __future__ import annotations
 
 import signal
 import subprocess
 import time
+from contextlib import suppress
+from typing import Any
 
 
 def terminated(process: subprocess.Popen[str], seconds: float = 60) -> tuple[str, str]:
@@ -23,3 +25,14 @@ def terminated(process: subprocess.Popen[str], seconds: float = 60) -> tuple[str
         except subprocess.TimeoutExpired:
             if time.monotonic() > deadline:
                 raise
+
+
+def let_end(process: subprocess.Popen[Any], seconds: float = 20) -> None:
+    """Waits for a server that was told to end, and kills one that does not.
+
+    Killed while it is about to end, a half would be replaced by the other.
+    """
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(seconds)
+    process.kill()
+    process.wait()

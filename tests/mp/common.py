@@ -72,6 +72,17 @@ def finish(queue: Any) -> None:
     queue._writer.close()
 
 
+def dismiss(workers: list[Any], inbox: Any, outbox: Any) -> None:
+    """Tells processes that run `children.echo` to end, which must end well, and closes both."""
+    for _ in workers:
+        inbox.put(None)
+    for worker in workers:
+        worker.join()
+        assert worker.exitcode == 0
+    finish(inbox)
+    finish(outbox)
+
+
 @contextmanager
 def descriptor_limit_reached() -> Iterator[None]:
     """No descriptor is free in this process."""

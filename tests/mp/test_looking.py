@@ -10,7 +10,7 @@ from typing import Any
 
 import children
 import pytest
-from common import descriptor_limit_reached, finish, identity, trackers  # noqa: F401
+from common import descriptor_limit_reached, dismiss, finish, identity, trackers  # noqa: F401
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -230,13 +230,7 @@ def test_all_processes_know(method: str, sock: socket.socket) -> None:
                 arrived += receive(outbox, sock)
     while arrived < sent:
         arrived += receive(outbox, sock)
-    for _ in workers:
-        inbox.put(None)
-    for worker in workers:
-        worker.join()
-        assert worker.exitcode == 0
-    finish(inbox)
-    finish(outbox)
+    dismiss(workers, inbox, outbox)
 
 
 def receive(queue: Any, sock: socket.socket) -> int:

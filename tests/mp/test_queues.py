@@ -15,7 +15,7 @@ from typing import Any
 
 import children
 import pytest
-from common import METHODS, PACKAGES, finish, identity, open_now, trackers  # noqa: F401
+from common import METHODS, PACKAGES, dismiss, finish, identity, open_now, trackers  # noqa: F401
 
 from fdshare import get_context
 from fdshare.errors import KindMismatch, NoTransit
@@ -107,13 +107,7 @@ def test_many_processes_read_and_write(ctx: Any) -> None:
                 assert identity(arrived) == identity(sock)
             seen.add(number)
     assert seen == set(range(200))
-    for _ in workers:
-        inbox.put(None)
-    for worker in workers:
-        worker.join()
-        assert worker.exitcode == 0
-    finish(inbox)
-    finish(outbox)
+    dismiss(workers, inbox, outbox)
 
 
 @pytest.mark.parametrize("name", ["Queue", "SimpleQueue"])

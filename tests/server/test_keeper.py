@@ -29,6 +29,7 @@ from breaking import (
     resident,
 )
 from conftest import census, wait_until
+from ending import let_end
 
 from fdshare.activation import NotifySocket
 from fdshare.client.blocking import Client
@@ -740,11 +741,7 @@ def served(folder: Path) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
         with Client(folder / "s") as client, suppress(NoServer, ServerGone):
             client.shutdown()
     for process in started:
-        # Killed while it is about to end, a half would be replaced by the other.
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(20)
-        process.kill()
-        process.wait()
+        let_end(process)
 
 
 def answers(path: Path) -> bool:

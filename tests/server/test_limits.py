@@ -11,7 +11,6 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import msgspec
 import pytest
 from breaking import Halves, Wire, cpu_seconds, identity
 from conftest import wait_until
+from ending import let_end
 
 from fdshare.client.blocking import Client
 from fdshare.errors import DescriptorLimit, InvalidArgument, NoServer, QuotaExceeded
@@ -86,11 +86,7 @@ def small(folder: Path) -> Iterator[Callable[..., Client]]:
         client.shutdown()
         client.close()
     for process in started:
-        # Killed while it is about to end, a half would be replaced by the other.
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(20)
-        process.kill()
-        process.wait()
+        let_end(process)
 
 
 def answers(path: Path) -> bool:
