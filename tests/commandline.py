@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
-from nursery import Nursery
+from nursery import Process
 
 ROOT = Path(__file__).parent.parent
 FDSHARE = [sys.executable, "-m", "fdshare"]
-
-
-# Made when this module is imported: a test counts the descriptors that it leaves.
-NURSERY = Nursery()
-atexit.register(NURSERY.close)
 
 
 class Shell:
@@ -47,17 +42,20 @@ class Shell:
         self, *words: str | Path, env: dict[str, str] | None = None, **options: Any
     ) -> subprocess.CompletedProcess[str]:
         """One command, to its end."""
-        environment = {**self.environment, **(env or {})}
-        if not options:
-            return NURSERY.run([*map(str, words)], environment, 60)
-        return subprocess.run(
-            [*FDSHARE, *map(str, words)],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            **options,
-        )
+        command = [*FDSHARE, *map(str, words)]
+        options.setdefault("stdin", subprocess.DEVNULL)
+        options["env"] = {**self.environment, **(env or {})}
+        # No pipes: a command may leave a process that has them open.
+        with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
+            with Process(command, stdout=stdout, stderr=stderr, **options) as process:
+                try:
+                    status = process.wait(60)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    raise
+            stdout.seek(0)
+            stderr.seek(0)
+            return subprocess.CompletedProcess(command, status, stdout.read(), stderr.read())
 
     def __call__(self, *words: str | Path, status: int = 0, **options: Any) -> str:
         """What a command printed; it must end with *status*, and say nothing unless it failed."""
@@ -83,7 +81,7 @@ class Shell:
         """A command in the background."""
         options.setdefault("stdout", subprocess.PIPE)
         env = {**self.environment, **options.pop("env", {})}
-        process = subprocess.Popen([*FDSHARE, *map(str, words)], env=env, text=True, **options)
+        process = Process([*FDSHARE, *map(str, words)], env=env, text=True, **options)
         self._started.append(process)
         return process
 

@@ -14,12 +14,15 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
+import nursery
 import pytest
 from barepeer import Peer
 from hypothesis import settings
 
+import fdshare.manager
 from fdshare.client.blocking import Client
 from fdshare.manager import Manager
 
@@ -77,6 +80,24 @@ def descriptors_counted() -> Iterator[None]:
             break
         gc.collect()
     assert len(after) <= len(before), f"descriptors left open: {left}"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def forked_servers() -> Iterator[None]:
+    """A Manager's server is forked, not started: see nursery.py."""
+    nursery.nursery()
+    with pytest.MonkeyPatch.context() as patch:
+        forking = SimpleNamespace(**{**vars(subprocess), "Popen": nursery.Process})
+        patch.setattr(fdshare.manager, "subprocess", forking)
+        yield
+
+
+@pytest.fixture(scope="module")
+def fresh() -> Iterator[None]:
+    """All processes of a module are started as users start them, each a fresh interpreter."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nursery, "fresh", True)
+        yield
 
 
 @pytest.fixture

@@ -1,101 +1,209 @@
-"""Commands of fdshare as processes that are forked, not started, which takes a tenth of the time.
+"""fdshare as processes that are forked, not started, which takes a tenth of the time.
 
-Run as a program it imports the command line once, and forks a process for every command that it is
-sent, with descriptors 0, 1 and 2 of its own: the process that `python -m fdshare` is after its
-imports. `Shell.start`, and `Shell.run` with options, start real ones.
+Run as a program it imports the command line and the server once, and forks what it is sent: the
+process that `python -m fdshare` or a `Manager`'s server is after its imports, with its descriptors,
+its environment, its folder and its parent. Its command line in /proc is the nursery's.
 """
 
 from __future__ import annotations
 
-import contextlib
+import atexit
+import ctypes
+import fcntl
+import functools
+import gc
 import importlib
 import json
 import os
 import pkgutil
+import platform
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
+import threading
 from pathlib import Path
 from typing import Any, NoReturn
 
+from fdshare.server.interpreter import fresh_interpreter
+
 _LONGEST = 1 << 17  # bytes of a command with its environment
+_MOST = 64  # descriptors of a command
+_CLONE = {"x86_64": 56, "aarch64": 220}.get(platform.machine())
+_CLONE_PARENT = 0x8000
+_ORDINARY = (None, None, None, -1, False, -1)  # group, groups, user, umask, session, process group
+
+fresh = False  # whether to start all processes instead, as users do
 
 
 class Nursery:
-    """Forks commands, one at a time."""
+    """Forks processes that are children of this one."""
 
     def __init__(self) -> None:
+        self._owner = os.getpid()
+        self._lock = threading.Lock()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
+            here = Path(__file__)
+            code = f"import sys; sys.path.insert(0, {str(here.parent)!r}); import {here.stem}; "
             self._process = subprocess.Popen(
-                [sys.executable, __file__, str(theirs.fileno())], pass_fds=[theirs.fileno()]
+                [*_interpreter(), "-c", f"{code}{here.stem}.nurse({theirs.fileno()})"],
+                pass_fds=[theirs.fileno()],
             )
         self._socket = ours
 
-    def run(
-        self, words: list[str], env: dict[str, str], timeout: float
-    ) -> subprocess.CompletedProcess[str]:
-        """A command with nothing on standard input, to its end."""
-        with (
-            open(os.devnull, "rb") as stdin,
-            tempfile.TemporaryFile("w+") as stdout,
-            tempfile.TemporaryFile("w+") as stderr,
-        ):
-            asked = json.dumps({"words": words, "env": env, "cwd": os.getcwd()}).encode()
-            fds = [stdin.fileno(), stdout.fileno(), stderr.fileno()]
-            socket.send_fds(self._socket, [asked], fds)
-            self._socket.settimeout(timeout)
-            status = os.waitstatus_to_exitcode(int(self._socket.recv(64)))
-            stdout.seek(0)
-            stderr.seek(0)
-            return subprocess.CompletedProcess(words, status, stdout.read(), stderr.read())
+    def here(self) -> bool:
+        """Whether this process may ask: what is forked is no child of another one."""
+        return os.getpid() == self._owner
+
+    def fork(self, words: list[str], env: dict[str, str], cwd: str, fds: dict[int, int]) -> int:
+        """The pid of an interpreter with *words* as its command line, without its options.
+
+        *fds*: its descriptors, number there -> number here.
+        """
+        asked = json.dumps({"words": words, "env": env, "cwd": cwd, "fds": [*fds]}).encode()
+        with self._lock:
+            socket.send_fds(self._socket, [asked], list(fds.values()))
+            return int(self._socket.recv(64))
 
     def close(self) -> None:
-        self._socket.close()
-        self._process.wait()
+        if self.here():
+            self._socket.close()
+            self._process.wait()
+
+
+@functools.cache
+def nursery() -> Nursery:
+    """This process's; ask for it before a test counts descriptors."""
+    made = Nursery()
+    atexit.register(made.close)
+    return made
+
+
+class Process(subprocess.Popen[Any]):
+    """`subprocess.Popen`, forked from the nursery where it is fdshare's and nothing special."""
+
+    def _execute_child(
+        self,
+        args: list[str],
+        executable: str | None,
+        preexec_fn: object,
+        close_fds: bool,
+        pass_fds: tuple[int, ...],
+        cwd: str | None,
+        env: dict[str, str] | None,
+        startupinfo: object,
+        creationflags: int,
+        shell: bool,
+        *others: Any,
+    ) -> None:
+        pipes, restore_signals, special = others[:6], others[6], others[7:]
+        words = _words(args)
+        ordinary = (preexec_fn, close_fds, shell, restore_signals) == (None, True, False, True)
+        if fresh or not words or not ordinary or special != _ORDINARY or not nursery().here():
+            super()._execute_child(  # type: ignore[misc]
+                args,
+                executable,
+                preexec_fn,
+                close_fds,
+                pass_fds,
+                cwd,
+                env,
+                startupinfo,
+                creationflags,
+                shell,
+                *others,
+            )
+            return
+        standard = {0: pipes[0], 1: pipes[3], 2: pipes[5]}
+        fds = {number: number if fd == -1 else fd for number, fd in standard.items()}
+        fds.update((fd, fd) for fd in pass_fds)
+        self.pid = nursery().fork(
+            words, dict(os.environ if env is None else env), os.fspath(cwd or os.getcwd()), fds
+        )
+        self._child_created = True
+        self._close_pipe_fds(*pipes)  # type: ignore[attr-defined]
+
+
+def _interpreter() -> list[str]:
+    """This interpreter, with its flags."""
+    return [sys.executable, *subprocess._args_from_interpreter_flags()]  # type: ignore[attr-defined]
+
+
+def _words(args: list[str]) -> list[str]:
+    """What the nursery knows to run: the command line without interpreter and options."""
+    if not _CLONE:
+        return []
+    if args[:3] == [sys.executable, "-m", "fdshare"]:
+        return args[2:]
+    *start, code = fresh_interpreter("fdshare.server.__main__", "main(0)")
+    if args[:-1] == start and args[-1].startswith(code.removesuffix("0))")):
+        return args[-2:]
+    return []
+
+
+# The nursery's own process.
 
 
 def nurse(number: int) -> None:
     """Forks what is asked for, until the other end is closed."""
-    sys.path.insert(0, str(Path(__file__).parent.parent))
-    cli = importlib.import_module("fdshare.cli")
-    for module in pkgutil.iter_modules(cli.__path__, "fdshare.cli."):
-        importlib.import_module(module.name)
+    for name in ("fdshare.cli", "fdshare.server"):
+        package = importlib.import_module(name)
+        for module in pkgutil.iter_modules(package.__path__, f"{name}."):
+            importlib.import_module(module.name)
     for name in ("rich.console", "rich.table", "rich.live", "rich.text", "fdshare.manager"):
         importlib.import_module(name)
     interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's is for pytest
+    gc.freeze()
     with socket.socket(fileno=number) as asking:
         asking.set_inheritable(False)
         while True:
-            data, fds, _, _ = socket.recv_fds(asking, _LONGEST, 3)
+            data, fds, _, _ = socket.recv_fds(asking, _LONGEST, _MOST)
             if not data:
                 return
-            pid = os.fork()
+            pid = fork_for_parent()
             if not pid:
                 asking.close()
                 signal.signal(signal.SIGINT, interrupt)
-                command(json.loads(data), fds)
+                become(json.loads(data), fds)
             for fd in fds:
                 os.close(fd)
-            with contextlib.suppress(BrokenPipeError):
-                asking.send(b"%d" % os.waitpid(pid, 0)[1])
+            asking.send(b"%d" % pid)
 
 
-def command(asked: dict[str, Any], fds: list[int]) -> NoReturn:
-    """This process is the command from here on."""
-    for number, fd in enumerate(fds):
-        os.dup2(fd, number)
-        os.close(fd)
+def fork_for_parent() -> int:
+    """fork(2) of a process that is not this one's child, but its parent's, who can wait for it."""
+    clone = ctypes.pythonapi.syscall
+    clone.argtypes, clone.restype = [ctypes.c_long] * 6, ctypes.c_long
+    ctypes.pythonapi.PyOS_BeforeFork()
+    pid: int = clone(_CLONE, _CLONE_PARENT, 0, 0, 0, 0)
+    if pid == 0:
+        ctypes.pythonapi.PyOS_AfterFork_Child()
+    else:
+        ctypes.pythonapi.PyOS_AfterFork_Parent()
+    return pid
+
+
+def become(asked: dict[str, Any], fds: list[int]) -> NoReturn:
+    """This process is what was asked for, from here on."""
+    place(fds, asked["fds"])
     os.environ.clear()
     os.environ.update(asked["env"])
     os.chdir(asked["cwd"])
-    sys.argv = ["fdshare", *asked["words"]]
+    sys.argv = asked["words"]
+    if sys.argv[0] == "-c":
+        exec(sys.argv.pop(), {"__name__": "__main__"})
+        sys.exit()
     from fdshare.__main__ import main
 
     sys.exit(main())
 
 
-if __name__ == "__main__":
-    nurse(int(sys.argv[1]))
+def place(fds: list[int], numbers: list[int]) -> None:
+    """Gives the descriptors *fds* these *numbers*."""
+    above = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, max(numbers) + 1) for fd in fds]
+    for fd in fds:
+        os.close(fd)
+    for fd, number in zip(above, numbers, strict=True):
+        os.dup2(fd, number)
+        os.close(fd)

@@ -33,6 +33,7 @@ from fdshare.errors import (
 )
 from fdshare.manager import Manager
 
+pytestmark = pytest.mark.usefixtures("fresh")
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs another user")
 
 

@@ -19,6 +19,8 @@ from commandline import Shell
 
 from fdshare.activation import NotifySocket
 
+pytestmark = pytest.mark.usefixtures("fresh")
+
 
 @pytest.mark.parametrize("keeper", ["--keeper", "--no-keeper"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -6,7 +6,10 @@ import os
 import subprocess
 from pathlib import Path
 
+import pytest
 from commandline import Shell
+
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 def test_start_a_server_if_none_answers(shell: Shell, folder: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from breaking import Halves, Wire
 from conftest import wait_until
+from nursery import Process
 
 from fdshare.client.blocking import Client
 from fdshare.errors import FdshareError, NoServer
@@ -25,7 +26,7 @@ def served(folder: Path) -> Iterator[Client]:
     """A client of a server with default options but for the format of its log, `folder`/log."""
     command = [sys.executable, "-m", "fdshare", "serve", str(folder / "s"), "--log-format", "json"]
     with open(folder / "log", "wb") as log:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=log)
+        process = Process(command, stdin=subprocess.DEVNULL, stderr=log)
 
     def answers() -> bool:
         try:

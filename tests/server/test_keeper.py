@@ -30,6 +30,7 @@ from breaking import (
 )
 from conftest import census, wait_until
 from ending import let_end
+from nursery import Process
 
 from fdshare.activation import NotifySocket
 from fdshare.client.blocking import Client
@@ -730,7 +731,7 @@ def served(folder: Path) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
         command = [sys.executable, "-m", "fdshare", "serve", str(folder / "s"), *options]
         env = {**os.environ, **environment}
         with open(folder / "log", "ab") as log:
-            process = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stderr=log)
+            process = Process(command, env=env, stdin=subprocess.DEVNULL, stderr=log)
         started.append(process)
         wait_until(lambda: answers(folder / "s"), "the server answers")
         return process
