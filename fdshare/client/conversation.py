@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hmac
 import os
-import secrets
 import time
 from collections.abc import Sequence
 from typing import Any, Final, NamedTuple, TypeAlias
@@ -98,7 +97,7 @@ class Conversation:
     """One connection id and the requests made under it; outlives the connections themselves."""
 
     def __init__(self, authkey: bytes | None = None) -> None:
-        self.session: Final = secrets.token_hex(8)
+        self.session: Final = os.urandom(8).hex()
         self.welcome: m.Welcome | None = None
         self.welcomes = 0  # how many connections were answered
         self._authkey = authkey

@@ -27,7 +27,10 @@ def describe(error: BaseException, traceback: bool) -> bytes:
     line = text.encode(errors="replace").replace(b"\x1e", b"?")
     if not traceback or error.__traceback__ is None:
         return line
-    from tblib import Traceback  # only where an exception really travels
+    try:
+        from tblib import Traceback  # only where an exception really travels
+    except (ImportError, OSError):  # with no descriptor free, nothing can be imported
+        return line
 
     frames = error.__traceback__
     depth = _depth(frames)

@@ -7,7 +7,7 @@ of a process tree.
 from __future__ import annotations
 
 import logging
-import secrets
+import os
 import signal
 import socket
 import time
@@ -51,7 +51,7 @@ def serve(
     if settings.keeper:
         table = Registry() if registry is None else registry
         if fdstore is None:
-            holdings = Holdings(settings, bound, table, secrets.token_hex(8), control)
+            holdings = Holdings(settings, bound, table, os.urandom(8).hex(), control)
         else:
             holdings = Holdings(settings, bound, table, fdstore.epoch, control, fdstore.table)
         run_keeper(holdings, ready)

@@ -11,6 +11,7 @@ import msgspec
 
 from fdshare.errors import PolicyError
 from fdshare.server.policy import Policy
+from fdshare.server.policyfile import policy_from_toml
 
 __all__ = ["MAX_POLICY", "Settings", "policy_of", "read_policy"]
 
@@ -61,7 +62,7 @@ def policy_of(settings: Settings) -> Policy:
 
 
 def _parse(file: str, text: bytes) -> Policy:
-    return Policy.from_toml(
+    return policy_from_toml(
         text,
         file=file,
         own_uid=os.geteuid(),

@@ -12,7 +12,6 @@ import os
 import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterable
 from typing import IO, Final
 
@@ -85,7 +84,7 @@ class Trial:
     def __init__(self, table: Table) -> None:
         """Raises: OSError."""
         file = _memfd(table)
-        self._output: IO[bytes] = tempfile.TemporaryFile()
+        self._output: IO[bytes] = open(os.memfd_create("fdshare-trial"), "w+b")
         try:
             command = fresh_interpreter("fdshare.server.upgrade", f"try_table({file.fileno()})")
             self._process = subprocess.Popen(

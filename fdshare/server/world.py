@@ -10,7 +10,6 @@ import errno
 import logging
 import os
 import resource
-import secrets
 import socket
 import time
 from collections.abc import Sequence
@@ -104,7 +103,7 @@ class Server:
         self.loop.service = self.service
         self._vigil = Vigil(self.loop)
         self._prober = Prober(self.loop, self.answer_in_parts)
-        epoch = epoch or secrets.token_hex(8)
+        epoch = epoch or os.urandom(8).hex()
         self.loop.door = Door(self.loop, listener, self.policy, epoch, settings.authkey)
         for entry in self.registry.entries.values():
             self.watch(entry)

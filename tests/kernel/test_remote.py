@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import traceback
 from typing import Any
@@ -130,3 +131,19 @@ def test_globals_of_the_peer_are_not_taken() -> None:
     rebuilt = refusal(1, said).__traceback__
     assert rebuilt is not None
     assert "__loader__" not in rebuilt.tb_frame.f_globals
+
+
+@pytest.mark.parametrize("spare", [0, 1])
+def test_without_a_free_descriptor_the_text_arrives(spare: int) -> None:
+    """tblib cannot be imported then."""
+    code = f"""if True:
+        import os, resource
+        from fdshare.kernel.remote import describe
+        number = os.dup(0)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (number + 1 + {spare},) * 2)
+        try:
+            raise ValueError("here")
+        except ValueError as error:
+            print(describe(error, True).partition(b"\\x1e")[0].decode())
+    """
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "ValueError: here\n"

@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import fdshare.server.policy as module
+from fdshare import server
 from fdshare.errors import PolicyError
 from fdshare.server.policy import SERVER_VERBS, VERBS, Policy, Subject
+from fdshare.server.policyfile import policy_from_toml
 
 OWN, ALICE, BOB = 500, 1000, 1001
 USERS = {"alice": ALICE, "bob": BOB}
@@ -23,7 +24,7 @@ FILE = "/etc/fdshare/policy.toml"
 
 
 def policy(text: str) -> Policy:
-    return Policy.from_toml(
+    return policy_from_toml(
         text.encode(), file=FILE, own_uid=OWN, uid_of=USERS.__getitem__, gid_of=GROUPS.__getitem__
     )
 
@@ -218,7 +219,7 @@ def test_a_broken_file(text: str, where: str, reason: str) -> None:
 
 def test_a_file_that_is_not_utf8() -> None:
     with pytest.raises(PolicyError) as caught:
-        Policy.from_toml(
+        policy_from_toml(
             b"# a\n# \xff\n", file=FILE, own_uid=OWN, uid_of=USERS.get, gid_of=GROUPS.get
         )  # type: ignore[arg-type]
     assert caught.value.where == "line 2"
@@ -227,7 +228,7 @@ def test_a_file_that_is_not_utf8() -> None:
 @given(st.binary(max_size=80) | st.text("[]rule=\"'{}\n,*verbs 1.", max_size=60).map(str.encode))
 def test_no_file_raises_anything_else(text: bytes) -> None:
     try:
-        made = Policy.from_toml(
+        made = policy_from_toml(
             text, file=FILE, own_uid=OWN, uid_of=USERS.__getitem__, gid_of=GROUPS.__getitem__
         )
     except PolicyError:
@@ -338,13 +339,16 @@ def test_the_examples_of_the_documentation_are_read() -> None:
     examples = [part.split("```")[0] for part in text.split("```toml\n")[1:]]
     assert len(examples) >= 2
     for example in examples:
-        made = Policy.from_toml(
+        made = policy_from_toml(
             example.encode(), file=FILE, own_uid=OWN, uid_of=lambda n: 1000, gid_of=lambda n: 33
         )
         assert made.rules
 
 
-def test_it_knows_no_socket_no_clock_no_os() -> None:
-    tree = ast.parse(Path(module.__file__).read_text())
+@pytest.mark.parametrize(
+    ("module", "libraries"), [("policy", set()), ("policyfile", {"re", "tomllib", "msgspec"})]
+)
+def test_it_knows_no_socket_no_clock_no_os(module: str, libraries: set[str]) -> None:
+    tree = ast.parse(Path(server.__path__[0], f"{module}.py").read_text())
     imported = {n.names[0].name for n in ast.walk(tree) if isinstance(n, ast.Import)}
-    assert imported == {"re", "tomllib", "msgspec"}
+    assert imported == libraries
