@@ -39,7 +39,7 @@ def test_a_server_of_another_user_must_be_trusted(shell: Shell) -> None:
     shell.folder.chmod(0o777)
     # Imported before it becomes another user, who may not be able to read the library.
     code = (
-        "import os, sys, fdshare.cli.serve, fdshare.server.serving, fdshare.kinds, ipaddress;"
+        "import os, sys, fdshare.cli.serve, fdshare.manager, fdshare.server.serving, ipaddress;"
         "os.setgid(65534); os.setuid(65534);"
         "from fdshare.cli.main import run;"
         "sys.exit(run(['serve', '--no-keeper', '--mode', '0666', *sys.argv[1:]]))"
