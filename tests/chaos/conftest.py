@@ -21,11 +21,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.timeout(1800), append=False)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def as_users_do(fresh: None) -> None:
-    """What is broken here was started, not forked."""
-
-
 @pytest.fixture
 def times() -> Callable[[int], int]:
     """How often something is done: *n* in the default run, 10 * *n* in the long one."""

@@ -178,7 +178,8 @@ class Batch:
             announced = chance.randrange(4)
         frame = header(len(body), announced, self.sent) + body
         sent = send_message(self.wire.sock, (frame,), [self.fuzzer.null] * came)
-        self.wire.sock.sendall(frame[sent:])
+        if sent < len(frame):
+            self.wire.sock.sendall(frame[sent:])
         return True
 
     def read_to(self, last: int | None) -> None:

@@ -23,6 +23,8 @@ from conftest import wait_until
 from fdshare.client.blocking import Client
 from fdshare.manager import Manager
 
+pytestmark = pytest.mark.usefixtures("fresh")
+
 LOAD = Path(__file__).with_name("load.py")
 WORKERS = 4
 

@@ -16,6 +16,8 @@ from chaos.test_kill_under_load import Load, compare, load  # noqa: F401
 from fdshare.client.blocking import Client
 from fdshare.manager import Manager
 
+pytestmark = pytest.mark.usefixtures("fresh")
+
 SECONDS = 300 if LONG else 3
 # The loop, four that ask the kernel for `info`, one that closes, and a closer for one that is slow.
 MOST_THREADS = 7

@@ -10,12 +10,15 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Literal
 
+import pytest
 from breaking import Half, Halves, Wire, identity
 from conftest import wait_until
 
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.manager import Manager
 from fdshare.protocol import messages as m
+
+pytestmark = pytest.mark.usefixtures("fresh")
 
 End = Literal["unsent", "unread", "half read", "unconfirmed", "confirmed", "confirmed, gone"]
 ENDS: list[End] = ["unsent", "unread", "half read", "unconfirmed", "confirmed", "confirmed, gone"]
