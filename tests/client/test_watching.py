@@ -236,7 +236,7 @@ def test_many_watches_under_churn_miss_nothing(server: Any, pipe: int, backend: 
         with fdshare.connect(server.address) as other:
             async with fdshare.aio.connect(server.address) as client:
                 async with anyio.create_task_group() as tasks:
-                    tasks.start_soon(anyio.to_thread.run_sync, churn, other, pipe, 2, 400)
+                    tasks.start_soon(anyio.to_thread.run_sync, churn, other, pipe, 2, 200)
                     for _ in range(100):
                         tasks.start_soon(one, client, followers)
                         await anyio.lowlevel.checkpoint()
@@ -272,12 +272,12 @@ def test_many_watches_of_a_slow_watcher_converge(server: Any, client: Client, pi
 
     def change() -> None:
         for i in range(4000):
-            client.register(f"{i % 200:03}".ljust(255, "-"), pipe, replace=True)
+            client.register(f"{i % 1600:04}".ljust(255, "-"), pipe, replace=True)
         client.register("end", pipe)
 
     async def main() -> None:
         async with fdshare.aio.connect(server.address) as slow:
-            watches = [slow.watch(timeout=30) for _ in range(40)]
+            watches = [slow.watch(timeout=30) for _ in range(10)]
             for watch in watches:
                 await anext(watch)
             accepted = client.stats().counters["accepted"]
@@ -285,7 +285,7 @@ def test_many_watches_of_a_slow_watcher_converge(server: Any, client: Client, pi
             for watch in watches:
                 while "end" not in watch.held:
                     await anext(watch)
-                assert len(watch.held) == 201
+                assert len(watch.held) == 1601
             client.unregister("end")
             for watch in watches:
                 while "end" in watch.held:
