@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 import socket
 import struct
 import subprocess
@@ -56,7 +55,7 @@ def new_address() -> str:
     """An address that nobody can guess: abstract on Linux, where no file has to be removed when the
     server is killed; elsewhere a path in a new folder of ours."""
     if sys.platform == "linux":
-        return f"@{_PREFIX}{secrets.token_hex(16)}"
+        return f"@{_PREFIX}{os.urandom(16).hex()}"
     return os.path.join(tempfile.mkdtemp(prefix=_PREFIX), "sock")
 
 
