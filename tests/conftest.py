@@ -40,6 +40,12 @@ def pytest_configure(config: pytest.Config) -> None:
         compileall.compile_dir(Path(__file__).parent.parent / "fdshare", quiet=2)
 
 
+def pytest_collection_finish() -> None:
+    """What has been imported by now stays: the collector need not look at it again and again, nor
+    make copies of its pages in every process that a test forks."""
+    gc.freeze()
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Who has no tests left takes some of another's: they last from a millisecond to half a

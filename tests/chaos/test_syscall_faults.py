@@ -92,7 +92,7 @@ def test_faults(
         steps = 0
         for first in random.Random(seed).sample(range(1, 8), 3):
             with faults(list(pids.values()), call, error, first):
-                for _ in range(times(60)):
+                for _ in range(times(40)):
                     worker.step()
                     steps += 1
                     if call in ("accept4", "close"):

@@ -120,7 +120,7 @@ def test_the_mode_is_right_from_the_first_moment(folder: Path) -> None:
     watcher = threading.Thread(target=watch)
     watcher.start()
     try:
-        for _ in range(300):
+        for _ in range(100):
             listen(folder / "s").close()
     finally:
         done.set()
