@@ -98,12 +98,10 @@ def forked_servers() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module")
-def fresh() -> Iterator[None]:
-    """All processes of a module are started as users start them, each a fresh interpreter."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nursery, "fresh", True)
-        yield
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Starts what the test starts as users start it: each process a fresh interpreter."""
+    monkeypatch.setattr(nursery, "fresh", True)
 
 
 @pytest.fixture

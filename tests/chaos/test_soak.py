@@ -18,7 +18,7 @@ from fdshare.manager import Manager
 
 pytestmark = pytest.mark.usefixtures("fresh")
 
-SECONDS = 300 if LONG else 3
+SECONDS = 300 if LONG else 2
 # The loop, four that ask the kernel for `info`, one that closes, and a closer for one that is slow.
 MOST_THREADS = 7
 

@@ -19,9 +19,8 @@ from commandline import Shell
 
 from fdshare.activation import NotifySocket
 
-pytestmark = pytest.mark.usefixtures("fresh")
 
-
+@pytest.mark.usefixtures("fresh")
 @pytest.mark.parametrize("keeper", ["--keeper", "--no-keeper"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_it(shell: Shell, number: signal.Signals, keeper: str) -> None:
