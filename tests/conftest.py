@@ -250,12 +250,12 @@ def peer(server: Watched) -> Iterator[Peer]:
 def child() -> Iterator[Callable[..., subprocess.Popen[str]]]:
     """Starts programs: `child(code, *arguments)`, with pipes; those still running are killed.
 
-    The code runs in a fresh interpreter, its arguments are sys.argv[1:].
+    The code's arguments are sys.argv[1:].
     """
     started: list[subprocess.Popen[str]] = []
 
     def start(code: str, *arguments: object) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
+        process = nursery.Process(
             [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

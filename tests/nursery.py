@@ -1,8 +1,8 @@
 """fdshare as processes that are forked, not started, which takes a tenth of the time.
 
 Run as a program it imports the command line and the server once, and forks what it is sent: the
-process that `python -m fdshare` or a `Manager`'s server is after its imports, with its descriptors,
-its environment, its folder and its parent. Its command line in /proc is the nursery's.
+process that `python -m fdshare`, or `python -c` with code that uses fdshare, is after its imports,
+with its descriptors, environment, folder and parent. Its command line in /proc is the nursery's.
 """
 
 from __future__ import annotations
@@ -24,8 +24,6 @@ import sys
 import threading
 from pathlib import Path
 from typing import Any, NoReturn
-
-from fdshare.server.interpreter import fresh_interpreter
 
 _LONGEST = 1 << 17  # bytes of a command with its environment
 _MOST = 64  # descriptors of a command
@@ -81,7 +79,7 @@ def nursery() -> Nursery:
 
 
 class Process(subprocess.Popen[Any]):
-    """`subprocess.Popen`, forked from the nursery where it is fdshare's and nothing special."""
+    """`subprocess.Popen`, forked from the nursery where nothing special is asked for."""
 
     def _execute_child(
         self,
@@ -132,13 +130,12 @@ def _interpreter() -> list[str]:
 
 def _words(args: list[str]) -> list[str]:
     """What the nursery knows to run: the command line without interpreter and options."""
-    if not _CLONE:
-        return []
-    if args[:3] == [sys.executable, "-m", "fdshare"]:
-        return args[2:]
-    *start, code = fresh_interpreter("fdshare.server.__main__", "main(0)")
-    if args[:-1] == start and args[-1].startswith(code.removesuffix("0))")):
-        return args[-2:]
+    for interpreter in ([sys.executable], _interpreter()) if _CLONE else ():
+        start, words = args[: len(interpreter)], args[len(interpreter) :]
+        if start == interpreter and words[:1] == ["-c"]:
+            return words
+        if start == interpreter and words[:2] == ["-m", "fdshare"]:
+            return words[1:]
     return []
 
 
@@ -192,7 +189,8 @@ def become(asked: dict[str, Any], fds: list[int]) -> NoReturn:
     os.chdir(asked["cwd"])
     sys.argv = asked["words"]
     if sys.argv[0] == "-c":
-        exec(sys.argv.pop(), {"__name__": "__main__"})
+        sys.path[1:1] = filter(None, asked["env"].get("PYTHONPATH", "").split(os.pathsep))
+        exec(sys.argv.pop(1), {"__name__": "__main__"})
         sys.exit()
     from fdshare.__main__ import main
 

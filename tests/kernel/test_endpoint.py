@@ -14,6 +14,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from nursery import Process
 
 from fdshare.errors import AddressInUse, EndpointError, NoServer, ServerTimeout
 from fdshare.kernel import (
@@ -35,7 +36,7 @@ AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become so
 
 
 def python(code: str, *args: object) -> subprocess.Popen[str]:
-    return subprocess.Popen(
+    return Process(
         [sys.executable, "-c", textwrap.dedent(code), *map(str, args)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from breaking import Half, Halves, connected_pair
 from conftest import wait_until
+from nursery import Process
 
 from fdshare.client.blocking import Client
 from fdshare.errors import InvalidArgument, NameNotFound
@@ -107,7 +108,7 @@ os.read(0, 1)
 
 
 def start(code: str, *arguments: str) -> subprocess.Popen[bytes]:
-    process = subprocess.Popen(
+    process = Process(
         [sys.executable, "-c", code, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     assert process.stdout is not None

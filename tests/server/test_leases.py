@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from breaking import Half, Halves, Wire, identity, kill
 from conftest import wait_until
+from nursery import Process
 
 from fdshare.client.blocking import Client
 from fdshare.errors import DescriptorLimit, NameNotFound, NameTaken
@@ -152,7 +153,7 @@ with Wire(sys.argv[1], "killed") as wire:
 
 def run(code: str, *arguments: str) -> subprocess.Popen[bytes]:
     here = os.path.dirname(os.path.dirname(__file__))
-    return subprocess.Popen(
+    return Process(
         [sys.executable, "-c", code, *arguments, here],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
