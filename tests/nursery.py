@@ -50,22 +50,27 @@ class Nursery:
             )
         self._socket = ours
 
-    def here(self) -> bool:
-        """Whether this process may ask: what is forked is no child of another one."""
-        return os.getpid() == self._owner
-
-    def fork(self, words: list[str], env: dict[str, str], cwd: str, fds: dict[int, int]) -> int:
-        """The pid of an interpreter with *words* as its command line, without its options.
+    def fork(
+        self, args: list[str], env: dict[str, str] | None, cwd: str | None, fds: dict[int, int]
+    ) -> int:
+        """The pid of a process that is what *args* would start; 0 if there is none to be had.
 
         *fds*: its descriptors, number there -> number here.
         """
-        asked = json.dumps({"words": words, "env": env, "cwd": cwd, "fds": [*fds]}).encode()
+        words = _words(args)
+        if not words or os.getpid() != self._owner:  # a fork of this process has no part in it
+            return 0
+        env = dict(os.environ if env is None else env)
+        data = {"words": words, "env": env, "cwd": str(cwd or os.getcwd()), "fds": [*fds]}
+        asked = json.dumps(data).encode()
+        if len(asked) > _LONGEST:
+            return 0
         with self._lock:
             socket.send_fds(self._socket, [asked], list(fds.values()))
             return int(self._socket.recv(64))
 
     def close(self) -> None:
-        if self.here():
+        if os.getpid() == self._owner:
             self._socket.close()
             self._process.wait()
 
@@ -96,31 +101,29 @@ class Process(subprocess.Popen[Any]):
         *others: Any,
     ) -> None:
         pipes, restore_signals, special = others[:6], others[6], others[7:]
-        words = _words(args)
         ordinary = (preexec_fn, close_fds, shell, restore_signals) == (None, True, False, True)
-        if fresh or not words or not ordinary or special != _ORDINARY or not nursery().here():
-            super()._execute_child(  # type: ignore[misc]
-                args,
-                executable,
-                preexec_fn,
-                close_fds,
-                pass_fds,
-                cwd,
-                env,
-                startupinfo,
-                creationflags,
-                shell,
-                *others,
-            )
-            return
-        standard = {0: pipes[0], 1: pipes[3], 2: pipes[5]}
-        fds = {number: number if fd == -1 else fd for number, fd in standard.items()}
-        fds.update((fd, fd) for fd in pass_fds)
-        self.pid = nursery().fork(
-            words, dict(os.environ if env is None else env), os.fspath(cwd or os.getcwd()), fds
+        if ordinary and special == _ORDINARY and not fresh:
+            standard = {0: pipes[0], 1: pipes[3], 2: pipes[5]}
+            fds = {number: number if fd == -1 else fd for number, fd in standard.items()}
+            fds.update((fd, fd) for fd in pass_fds)
+            self.pid = nursery().fork(args, env, cwd, fds)
+            if self.pid:
+                self._child_created = True
+                self._close_pipe_fds(*pipes)  # type: ignore[attr-defined]
+                return
+        super()._execute_child(  # type: ignore[misc]
+            args,
+            executable,
+            preexec_fn,
+            close_fds,
+            pass_fds,
+            cwd,
+            env,
+            startupinfo,
+            creationflags,
+            shell,
+            *others,
         )
-        self._child_created = True
-        self._close_pipe_fds(*pipes)  # type: ignore[attr-defined]
 
 
 def _interpreter() -> list[str]:
@@ -159,17 +162,18 @@ def nurse(number: int) -> None:
             if not data:
                 return
             pid = fork_for_parent()
-            if not pid:
+            if pid == 0:
                 asking.close()
                 signal.signal(signal.SIGINT, interrupt)
                 become(json.loads(data), fds)
             for fd in fds:
                 os.close(fd)
-            asking.send(b"%d" % pid)
+            asking.send(b"%d" % max(pid, 0))
 
 
 def fork_for_parent() -> int:
-    """fork(2) of a process that is not this one's child, but its parent's, who can wait for it."""
+    """fork(2) of a process that is not this one's child, but its parent's, who can wait for it.
+    Negative where the kernel refuses."""
     clone = ctypes.pythonapi.syscall
     clone.argtypes, clone.restype = [ctypes.c_long] * 6, ctypes.c_long
     ctypes.pythonapi.PyOS_BeforeFork()
