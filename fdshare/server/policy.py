@@ -7,7 +7,6 @@ that registered an entry, the server's own uid and root may replace or remove it
 Three sorts of verbs: most are about a name, `bind` is about an address, and `SERVER_VERBS` about
 neither. A rule that restricts names says nothing of addresses, and the other way round; a rule that
 restricts either says nothing of the server's verbs. So a pattern never grants more than it shows.
-policyfile.py reads rules.
 """
 
 from __future__ import annotations
