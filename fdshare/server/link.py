@@ -41,6 +41,7 @@ log = logging.getLogger("fdshare.server")
 _LETTER = 1 << 17  # bytes; no letter is longer than a socket's send buffer
 _SILENCE = 15.0  # seconds that new code gets from the exec to its first word
 _RETRY = 0.1  # seconds until the next attempt to make a new keeper
+_NONE = "it died, and there is no other yet"
 
 
 class Link:
@@ -77,7 +78,7 @@ class Link:
     def write(self, record: Record, fds: Sequence[int]) -> None:
         if self._lost:
             # Nothing may be acknowledged that only we hold. A new keeper comes, soon or in a while.
-            raise JournalBusy("it died, and there is no other yet", BACK_OFF)
+            raise JournalBusy(_NONE, BACK_OFF)
         letter = encode_letter(record)
         if len(letter) > _LETTER:  # the keeper would read a part of it
             raise KeeperUnavailable(f"the record has {len(letter)} bytes, at most {_LETTER}")
@@ -114,6 +115,8 @@ class Link:
         self._tell(Note("hello"))
 
     def _tell(self, note: Note) -> None:
+        if self._lost:
+            raise KeeperUnavailable(_NONE)
         try:
             send_message(self._sock, (encode_letter(note),))
         except OSError as error:

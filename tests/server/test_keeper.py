@@ -834,6 +834,8 @@ def test_a_crash_loop_backs_off_and_keeps_the_table(
         if half == "keeper":
             # Nobody records a change; reading goes on.
             assert not client.stats().redundant
+            with pytest.raises(KeeperUnavailable, match="there is no other yet"):
+                client.shutdown()
         client.fetch_raw("a")[0].close()
         client.register("b", read)  # within the timeout
         wait_until(lambda: client.stats().redundant)
