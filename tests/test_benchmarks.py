@@ -46,12 +46,12 @@ def test_alternate_takes_turns() -> None:
 
         return run
 
-    bench = Bench(Plan(rounds=2, slice=0.001))
+    bench = Bench(Plan(rounds=4, slice=0.001))
     sides = {"ours": side("ours", 2e-6), "theirs": side("theirs", 1e-6)}
     with bench.of("test"):
         times = bench.alternate(sides)  # type: ignore[arg-type]
         row = bench.ratio(times, "ours", "theirs", goal=1.5)
-    assert turns[-4:] == ["ours", "theirs", "theirs", "ours"]
+    assert turns[-8:] == ["ours", "theirs", "theirs", "ours"] * 2
     assert row.value is not None
     assert row.value.median == pytest.approx(2.0)
     assert row.met is False

@@ -146,7 +146,7 @@ def test_collected_together_they_close_once(classes: Any) -> None:
         right.recv()
         left.cycle, right.cycle = right, left
         del left, right
-        gc.collect(1)
+        gc.collect()
     assert open_now() == before
 
 
