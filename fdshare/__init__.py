@@ -15,35 +15,35 @@ from fdshare.version import __version__
 if TYPE_CHECKING:
     from fdshare import aio
     from fdshare.activation import listen_fds, notify
-    from fdshare.client.blocking import Client, connect
+    from fdshare.client.blocking.client import Client, connect
     from fdshare.client.ref import ref
     from fdshare.kernel.descriptor import Descriptor
-    from fdshare.kernel.memory import SharedMemory, shared_copy
+    from fdshare.kernel.shared_memory import SharedMemory, shared_copy
     from fdshare.kinds import register_kind, unregister_kind
     from fdshare.manager import Manager
     from fdshare.mp.context import get_context
-    from fdshare.mp.executor import ProcessPoolExecutor
-    from fdshare.mp.hold import hold
-    from fdshare.mp.install import install, uninstall
+    from fdshare.mp.pickling.hold import hold
+    from fdshare.mp.pickling.install import install, uninstall
+    from fdshare.mp.workers.executor import ProcessPoolExecutor
 
 # name -> module. Imported on first use: a program pays for what it uses.
 _LAZY = {
     "aio": "fdshare.aio",
-    "Client": "fdshare.client.blocking",
-    "connect": "fdshare.client.blocking",
+    "Client": "fdshare.client.blocking.client",
+    "connect": "fdshare.client.blocking.client",
     "Manager": "fdshare.manager",
     "Descriptor": "fdshare.kernel.descriptor",
     "get_context": "fdshare.mp.context",
-    "hold": "fdshare.mp.hold",
-    "install": "fdshare.mp.install",
-    "uninstall": "fdshare.mp.install",
+    "hold": "fdshare.mp.pickling.hold",
+    "install": "fdshare.mp.pickling.install",
+    "uninstall": "fdshare.mp.pickling.install",
     "listen_fds": "fdshare.activation",
     "notify": "fdshare.activation",
-    "ProcessPoolExecutor": "fdshare.mp.executor",
+    "ProcessPoolExecutor": "fdshare.mp.workers.executor",
     "ref": "fdshare.client.ref",
     "register_kind": "fdshare.kinds",
-    "SharedMemory": "fdshare.kernel.memory",
-    "shared_copy": "fdshare.kernel.memory",
+    "SharedMemory": "fdshare.kernel.shared_memory",
+    "shared_copy": "fdshare.kernel.shared_memory",
     "unregister_kind": "fdshare.kinds",
 }
 

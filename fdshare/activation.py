@@ -23,11 +23,11 @@ from fdshare.errors import (
     ServerTimeout,
     UnsupportedPlatform,
 )
-from fdshare.kernel.address import is_abstract, sockaddr
 from fdshare.kernel.ancillary import MAX_DESCRIPTORS, close_all, recv_fds, send_fds
 from fdshare.kernel.credentials import Credentials, enable_credentials, own_credentials
 from fdshare.kernel.descriptor import Descriptor, HasFileno
 from fdshare.kernel.endpoint import Listener, datagram
+from fdshare.kernel.unix_address import is_abstract, sockaddr
 
 __all__ = [
     "FIRST",

@@ -14,14 +14,14 @@ import weakref
 from collections.abc import Collection
 from typing import Any, Final
 
-from fdshare.client.blocking import Client
+from fdshare.client.blocking.client import Client
 from fdshare.errors import InvalidArgument, ServerGone
 from fdshare.kernel.endpoint import Listener, listen
 from fdshare.protocol import messages as m
-from fdshare.server.__main__ import read_message, send_message
+from fdshare.server.child import read_message, send_message
 from fdshare.server.interpreter import fresh_interpreter
+from fdshare.server.loop.server import Server
 from fdshare.server.settings import Settings
-from fdshare.server.world import Server
 
 __all__ = ["Manager", "ManagedServer"]
 
@@ -173,7 +173,7 @@ def _spawn(settings: Settings) -> tuple[subprocess.Popen[bytes], socket.socket]:
     try:
         with theirs:
             process = subprocess.Popen(
-                fresh_interpreter("fdshare.server.__main__", f"main({theirs.fileno()})"),
+                fresh_interpreter("fdshare.server.child", f"main({theirs.fileno()})"),
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
             )

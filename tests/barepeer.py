@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
-from fdshare.kernel.address import sockaddr
 from fdshare.kernel.descriptor import Descriptor
+from fdshare.kernel.unix_address import sockaddr
 from fdshare.protocol import messages as m
-from fdshare.protocol.wire import Frame, Receiver, header
+from fdshare.protocol.framing import Frame, Receiver, header
 
 
 class Peer:

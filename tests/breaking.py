@@ -13,13 +13,13 @@ from typing import Any, Literal, NamedTuple
 
 from conftest import census, wait_until
 
-from fdshare.client.blocking import Client
+from fdshare.client.blocking.client import Client
 from fdshare.errors import FdshareError
 from fdshare.kernel.ancillary import receive_into, send_message
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.kernel.endpoint import connect
 from fdshare.protocol import messages as m
-from fdshare.protocol.wire import Receiver, header
+from fdshare.protocol.framing import Receiver, header
 
 Half = Literal["server", "keeper"]
 

@@ -23,7 +23,7 @@ from barepeer import Peer
 from hypothesis import settings
 
 import fdshare.manager
-from fdshare.client.blocking import Client
+from fdshare.client.blocking.client import Client
 from fdshare.manager import Manager
 
 T = TypeVar("T")

@@ -12,7 +12,7 @@ from pathlib import Path
 from conftest import wait_until
 
 import fdshare
-from fdshare.client.blocking import Client
+from fdshare.client.blocking.client import Client
 from fdshare.errors import FdshareError
 from fdshare.kernel.endpoint import connect
 
@@ -44,8 +44,8 @@ class Installed:
 
     def be_impatient(self) -> None:
         """Before the start: the old code waits for the new not so long, in this copy of it."""
-        self.change("server/upgrade.py", r"_TRIAL: Final = [\d.]+", "_TRIAL: Final = 3.0")
-        self.change("server/link.py", r"_SILENCE = [\d.]+", "_SILENCE = 5.0")
+        self.change("server/failover/upgrade.py", r"_TRIAL: Final = [\d.]+", "_TRIAL: Final = 3.0")
+        self.change("server/failover/journal.py", r"_SILENCE = [\d.]+", "_SILENCE = 5.0")
 
     def begin(self, file: str, code: str) -> None:
         """Puts *code* in front of what *file* does."""
@@ -55,7 +55,7 @@ class Installed:
     def name_it(self, word: str) -> None:
         """stats().notes["code"] says *word* once this code serves."""
         self.change(
-            "server/world.py",
+            "server/loop/server.py",
             r"self\.notes: dict\[str, str\] = \{.*?\}",
             f"self.notes: dict[str, str] = {{'code': '{word}'}}",
         )

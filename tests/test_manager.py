@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from fdshare.client.blocking import Client
+from fdshare.client.blocking.client import Client
 from fdshare.errors import (
     AddressInUse,
     AuthenticationFailed,

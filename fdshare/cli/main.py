@@ -32,10 +32,10 @@ _FAMILIES: Final = {
     "take": "entries",
     "rm": "entries",
     "mv": "entries",
-    "wait": "watching",
-    "watch": "watching",
-    "ls": "listing",
-    "info": "listing",
+    "wait": "watch",
+    "watch": "watch",
+    "ls": "ls",
+    "info": "ls",
     "top": "top",
     "who": "who",
     "explain": "control",
@@ -48,7 +48,7 @@ _FAMILIES: Final = {
     "upgrade": "control",
     "stop": "control",
     "doctor": "doctor",
-    "demo": "playing",
+    "demo": "demo",
     "completion": "completion",
     "manual": "manual",
 }
@@ -64,7 +64,7 @@ class Commands(click.Group):
         family = _FAMILIES.get(name)
         if family is None:
             return None
-        command: click.Command = getattr(import_module(f"fdshare.cli.{family}"), name)
+        command: click.Command = getattr(import_module(f"fdshare.cli.commands.{family}"), name)
         return command
 
 

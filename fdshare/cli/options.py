@@ -12,7 +12,7 @@ import click
 from click.shell_completion import CompletionItem
 
 if TYPE_CHECKING:
-    from fdshare.client.blocking import Client
+    from fdshare.client.blocking.client import Client
 
 __all__ = [
     "authkey_from_environment",
@@ -30,7 +30,7 @@ R = TypeVar("R")
 def client_at(path: str | None, trust: Iterable[str] = (), timeout: float = 30.0) -> Client:
     """A Client of the server at *path* (None: the default), not connected yet. *trust*: users
     beside oneself and root whose server is believed. The caller owns the result."""
-    from fdshare.client.blocking import Client
+    from fdshare.client.blocking.client import Client
 
     trusted = {0, os.geteuid(), *map(uid_of, trust)}
     return Client(path, authkey=authkey_from_environment(), timeout=timeout, trust=trusted)

@@ -26,7 +26,7 @@ from fdshare.kernel.ancillary import close_all
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.protocol import messages as m
 from fdshare.protocol.auth import NONCE_SIZE, prove
-from fdshare.protocol.wire import HEADER, MAX_FRAME, Receiver, header
+from fdshare.protocol.framing import HEADER, MAX_FRAME, Receiver, header
 
 __all__ = ["Answer", "Conversation", "Exchange", "Parts", "Received"]
 

@@ -12,8 +12,8 @@ import socket
 from dataclasses import dataclass
 from typing import Any, Final
 
-from fdshare.client.address import default_path
-from fdshare.client.blocking import Client
+from fdshare.client.blocking.client import Client
+from fdshare.client.default_path import default_path
 from fdshare.errors import ForeignHost
 from fdshare.protocol.names import check_name
 

@@ -15,8 +15,8 @@ from fdshare.kernel.ancillary import close_all
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.kinds import describe, rebuild
 from fdshare.protocol import messages as m
+from fdshare.protocol.framing import MAX_FRAME_DESCRIPTORS
 from fdshare.protocol.names import MAX_ENTRY_DESCRIPTORS, check_metadata, check_name
-from fdshare.protocol.wire import MAX_FRAME_DESCRIPTORS
 
 T = TypeVar("T")
 R = TypeVar("R", bound=m.Reply)

@@ -18,7 +18,10 @@ from contextlib import nullcontext
 from typing import Final
 
 from fdshare.errors import EndpointError, NoServer, ServerTimeout
-from fdshare.kernel.address import (
+from fdshare.kernel.credentials import Credentials, peer_credentials
+from fdshare.kernel.descriptor import Descriptor
+from fdshare.kernel.path_lock import Inode, clear, live, lock, refuse_other_files, remove
+from fdshare.kernel.unix_address import (
     Address,
     absolute,
     file_type,
@@ -26,9 +29,6 @@ from fdshare.kernel.address import (
     sockaddr,
     trouble,
 )
-from fdshare.kernel.claim import Inode, clear, live, lock, refuse_other_files, remove
-from fdshare.kernel.credentials import Credentials, peer_credentials
-from fdshare.kernel.descriptor import Descriptor
 
 __all__ = [
     "Listener",

@@ -12,7 +12,7 @@ from functools import cached_property
 from types import ModuleType
 from typing import Any
 
-from fdshare.mp.reducers import make_pickler
+from fdshare.mp.pickling.reducers import make_pickler
 
 __all__ = ["Family", "family_of"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fdshare.mp.build import build, build_late
+from fdshare.mp.classes import build, build_late
 from fdshare.mp.family import Family
 
 FAMILY = Family("multiprocess")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fdshare.mp.build import build, build_late
+from fdshare.mp.classes import build, build_late
 from fdshare.mp.family import Family
 
 FAMILY = Family("multiprocessing")

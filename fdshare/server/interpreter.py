@@ -13,7 +13,7 @@ __all__ = ["fresh_interpreter"]
 
 def fresh_interpreter(module: str, call: str) -> list[str]:
     """The command line that imports *module* and exits with the status of *call*, a function of it
-    with its arguments: fresh_interpreter("fdshare.server.__main__", "main(3)").
+    with its arguments: fresh_interpreter("fdshare.server.child", "main(3)").
 
     The same executable with the same flags, and fdshare found where it was found here.
     """

@@ -17,7 +17,7 @@ from fdshare.errors import FdshareError, InvalidArgument
 from fdshare.protocol.messages import ServerStats
 
 if TYPE_CHECKING:
-    from fdshare.server.world import Server
+    from fdshare.server.loop.server import Server
 
 __all__ = ["MetricsDoor", "metrics_door", "parse_address", "render"]
 

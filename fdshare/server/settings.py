@@ -10,8 +10,8 @@ from typing import Final, Literal
 import msgspec
 
 from fdshare.errors import PolicyError
-from fdshare.server.policy import Policy
-from fdshare.server.policyfile import policy_from_toml
+from fdshare.server.core.policy import Policy
+from fdshare.server.core.policy_file import policy_from_toml
 
 __all__ = ["MAX_POLICY", "Settings", "policy_of", "read_policy"]
 

@@ -16,7 +16,7 @@ import traceback
 from collections import Counter
 from typing import Any
 
-from fdshare.client.blocking import Client
+from fdshare.client.blocking.client import Client
 from fdshare.errors import FetchTimeout, GenerationMismatch, NameNotFound, NameTaken
 from fdshare.kernel.descriptor import Descriptor
 

@@ -19,13 +19,13 @@ import pytest
 from breaking import Halves, Wire, resident
 from conftest import wait_until
 
-from fdshare.client.blocking import Client
+from fdshare.client.blocking.client import Client
 from fdshare.errors import BadRequest
 from fdshare.kernel.ancillary import send_message
 from fdshare.kernel.endpoint import connect
 from fdshare.manager import Manager
 from fdshare.protocol import messages as m
-from fdshare.protocol.wire import HEADER, header
+from fdshare.protocol.framing import HEADER, header
 
 KIND = m.Kind("fd", msgspec.Raw(m.encode({})))
 # What the fuzzer starts from: every request, with values that make sense.

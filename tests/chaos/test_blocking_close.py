@@ -15,7 +15,7 @@ import pytest
 from breaking import Halves, Wire
 from conftest import wait_until
 
-from fdshare.client.blocking import Client
+from fdshare.client.blocking.client import Client
 from fdshare.kernel.ancillary import send_message
 from fdshare.manager import Manager
 

@@ -20,7 +20,7 @@ import pytest
 from breaking import Halves, identity, kill
 from conftest import wait_until
 
-from fdshare.client.blocking import Client
+from fdshare.client.blocking.client import Client
 from fdshare.manager import Manager
 
 pytestmark = pytest.mark.usefixtures("fresh")

@@ -20,11 +20,11 @@ from typing import Any
 import pytest
 from conftest import wait_until
 
-from fdshare.client.blocking import Client, connect
+from fdshare.client.blocking.client import Client, connect
 from fdshare.errors import AccessDenied, EndpointError, FdshareError, UntrustedServer
 from fdshare.server import logs
-from fdshare.server.policy import SERVER_VERBS
-from fdshare.server.serving import serve
+from fdshare.server.core.policy import SERVER_VERBS
+from fdshare.server.serve import serve
 from fdshare.server.settings import Settings
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can be other users")

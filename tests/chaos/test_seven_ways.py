@@ -17,7 +17,7 @@ import pytest
 from breaking import Halves, Wire, cpu_seconds, identity
 from conftest import wait_until
 
-from fdshare.client.blocking import Client
+from fdshare.client.blocking.client import Client
 from fdshare.errors import (
     AddressInUse,
     DescriptorLimit,

@@ -13,7 +13,7 @@ from conftest import wait_until
 
 from chaos.conftest import LONG
 from chaos.test_kill_under_load import Load, compare, load  # noqa: F401
-from fdshare.client.blocking import Client
+from fdshare.client.blocking.client import Client
 from fdshare.manager import Manager
 
 pytestmark = pytest.mark.usefixtures("fresh")

@@ -18,7 +18,7 @@ from breaking import Halves
 from conftest import wait_until
 
 from chaos.load import Worker, seen
-from fdshare.client.blocking import Client
+from fdshare.client.blocking.client import Client
 from fdshare.manager import Manager
 
 FAULTS = {

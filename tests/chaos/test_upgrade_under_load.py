@@ -14,7 +14,7 @@ from conftest import wait_until
 from installed import HANGS, Installed
 
 from chaos.test_kill_under_load import Load, compare, load  # noqa: F401
-from fdshare.client.blocking import Client
+from fdshare.client.blocking.client import Client
 from fdshare.errors import FdshareError
 
 HELD = 1000
@@ -37,7 +37,9 @@ def fds() -> Iterator[list[int]]:
 
 def bad(installed: Installed, way: str) -> tuple[str, Callable[[], None]]:
     """Breaks what is installed: (what the old code will say, how to mend it)."""
-    file = {"dies": "server/keeper.py", "hangs": "server/keeper.py"}.get(way, "server/upgrade.py")
+    file = {"dies": "server/failover/keeper.py", "hangs": "server/failover/keeper.py"}.get(
+        way, "server/failover/upgrade.py"
+    )
     path = installed.package / file
     good = path.read_text()
     resume = r"def resume\(fd: int\) -> int:\n"

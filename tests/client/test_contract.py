@@ -15,8 +15,8 @@ import anyio
 import pytest
 
 import fdshare
-from fdshare.client.aio import AsyncClient, AsyncWatch
-from fdshare.client.blocking import Client, Watch
+from fdshare.client.asynchronous.client import AsyncClient, AsyncWatch
+from fdshare.client.blocking.client import Client, Watch
 from fdshare.errors import (
     AuthenticationFailed,
     ClosedDescriptor,

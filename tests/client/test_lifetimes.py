@@ -14,7 +14,7 @@ import msgspec
 import pytest
 from barepeer import Peer
 
-from fdshare.client.blocking import Client
+from fdshare.client.blocking.client import Client
 from fdshare.errors import FetchTimeout, GenerationMismatch, NameNotFound, NameTaken
 from fdshare.manager import Manager
 from fdshare.protocol import messages as m
@@ -24,7 +24,7 @@ KIND = m.Kind("descriptor", msgspec.Raw(b"\xc0"))
 
 REGISTER = """
     import os, sys
-    from fdshare.client.blocking import Client
+    from fdshare.client.blocking.client import Client
     client = Client(sys.argv[1])
     reading, writing = os.pipe()
     client.register(sys.argv[2], reading, lifetime=sys.argv[3], grace=float(sys.argv[4]))

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from fdshare.client.blocking import Client
+from fdshare.client.blocking.client import Client
 from fdshare.errors import FdshareError, InvalidArgument, NameNotFound, NameTaken
 from fdshare.manager import Manager
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import fdshare
-from fdshare.client.blocking import Client
+from fdshare.client.blocking.client import Client
 from fdshare.errors import ForeignHost, InvalidName, NameNotFound, NoServer
 
 

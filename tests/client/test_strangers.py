@@ -16,8 +16,8 @@ from typing import Any
 import msgspec
 import pytest
 
-import fdshare.client.blocking
-from fdshare.client.blocking import Client
+import fdshare.client.blocking.client
+from fdshare.client.blocking.client import Client
 from fdshare.errors import (
     AuthenticationFailed,
     EndpointError,
@@ -34,7 +34,7 @@ from fdshare.errors import (
 from fdshare.kernel.endpoint import listen
 from fdshare.manager import Manager
 from fdshare.protocol import messages as m
-from fdshare.protocol.wire import HEADER, Receiver, header
+from fdshare.protocol.framing import HEADER, Receiver, header
 
 KIND = m.Kind("descriptor", msgspec.Raw(b"\xc0"))
 WELCOME = m.Welcome(m.MAGIC, m.VERSION, 1, "epoch", 1 << 20, 253, 100)
@@ -358,7 +358,7 @@ def test_a_user_who_may_not_connect(
     process = child(
         """
         import os, sys
-        from fdshare.client.blocking import Client
+        from fdshare.client.blocking.client import Client
         from fdshare.errors import EndpointError
         os.setgid(12345); os.setuid(12345)
         try:
@@ -381,7 +381,7 @@ def test_a_user_whom_the_policy_refuses(
     process = child(
         """
         import os, sys
-        from fdshare.client.blocking import Client
+        from fdshare.client.blocking.client import Client
         from fdshare.errors import AccessDenied
         os.setgid(12345); os.setuid(12345)
         client = Client(sys.argv[1])
@@ -449,8 +449,8 @@ def test_abstract_names(serve: Callable[..., Manager]) -> None:
 
 def test_connect_says_at_once(folder: Path, server: Any) -> None:
     with pytest.raises(NoServer):
-        fdshare.client.blocking.connect(folder / "absent")
-    fdshare.client.blocking.connect(server.address).close()
+        fdshare.client.blocking.client.connect(folder / "absent")
+    fdshare.client.blocking.client.connect(server.address).close()
 
 
 # Authkeys
@@ -635,7 +635,7 @@ def test_an_interrupted_call_leaves_no_answer_behind(
     process: subprocess.Popen[str] = child(
         """
         import os, signal, socket, sys
-        from fdshare.client.blocking import Client
+        from fdshare.client.blocking.client import Client
         class Stop(Exception): pass
         def stop(*args): raise Stop
         signal.signal(signal.SIGUSR1, stop)

@@ -23,8 +23,8 @@ from typing import Any
 from test import _test_multiprocessing as suite
 
 from fdshare.mp.context import get_context
-from fdshare.mp.executor import ProcessPoolExecutor  # noqa: F401  (its queues must be importable)
 from fdshare.mp.family import family_of
+from fdshare.mp.workers.executor import ProcessPoolExecutor  # noqa: F401  (its queues must be importable)
 
 METHOD = "FDSHARE_COMPAT_METHOD"
 

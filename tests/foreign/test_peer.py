@@ -16,7 +16,7 @@ import msgspec
 import pytest
 
 from fdshare import errors
-from fdshare.client.blocking import Client
+from fdshare.client.blocking.client import Client
 from fdshare.errors import FdshareError, NameNotFound
 from fdshare.manager import Manager
 from fdshare.protocol import messages as m

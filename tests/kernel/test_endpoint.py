@@ -30,7 +30,7 @@ from fdshare.kernel import (
     serv_accept,
     serv_listen,
 )
-from fdshare.kernel.address import SUN_PATH, absolute
+from fdshare.kernel.unix_address import SUN_PATH, absolute
 
 AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become somebody else")
 

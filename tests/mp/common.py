@@ -13,8 +13,8 @@ from typing import Any, Final, TypeAlias
 
 import pytest
 
-from fdshare.mp.incoming import read_expected, read_message
-from fdshare.mp.transit import Bundle
+from fdshare.mp.channels.receiving import read_expected, read_message
+from fdshare.mp.pickling.bundle import Bundle
 
 Pair: TypeAlias = tuple[socket.socket, socket.socket]
 Read: TypeAlias = Callable[[socket.socket, bool], bytes | Bundle]

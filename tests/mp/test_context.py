@@ -10,10 +10,10 @@ from typing import Any
 
 import multiprocess
 import pytest
-from common import METHODS, PACKAGES, trackers  # noqa: F401
 
 from fdshare import get_context
 from fdshare.errors import InvalidArgument
+from mp.common import METHODS, PACKAGES, trackers  # noqa: F401
 
 
 @pytest.fixture(params=PACKAGES)

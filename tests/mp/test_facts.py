@@ -19,15 +19,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import children
 import multiprocess
 import pytest
-from common import descriptor_limit_reached, finish, identity, open_now, trackers  # noqa: F401
 
 from fdshare import ProcessPoolExecutor, get_context
 from fdshare.errors import AlreadyTaken, DescriptorLimit, NoTransit
 from fdshare.mp.family import family_of
-from fdshare.mp.reducers import dumps
+from fdshare.mp.pickling.reducers import dumps
+from mp import children
+from mp.common import descriptor_limit_reached, finish, identity, open_now, trackers  # noqa: F401
 
 
 @pytest.fixture

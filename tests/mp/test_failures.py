@@ -12,9 +12,12 @@ import subprocess
 import sys
 from typing import Any
 
-import children
 import pytest
-from common import (  # noqa: F401
+
+from fdshare import ProcessPoolExecutor, get_context
+from fdshare.errors import DescriptorLimit, InvalidArgument, NoTransit
+from mp import children
+from mp.common import (  # noqa: F401
     METHODS,
     PACKAGES,
     descriptor_limit_reached,
@@ -23,9 +26,6 @@ from common import (  # noqa: F401
     open_now,
     trackers,
 )
-
-from fdshare import ProcessPoolExecutor, get_context
-from fdshare.errors import DescriptorLimit, InvalidArgument, NoTransit
 
 
 @pytest.fixture
@@ -122,7 +122,7 @@ def test_at_the_senders_limit_the_caller_hears_of_it(ctx: Any) -> None:
 IN_FLIGHT = """
 import os, resource, socket, sys, threading, time
 from fdshare import get_context, DescriptorLimit
-from fdshare.mp import outgoing
+from fdshare.mp.channels import sending as outgoing
 
 ctx = get_context("fork")
 reader, writer = ctx.Pipe(duplex=False)
@@ -242,7 +242,7 @@ def test_a_job_that_cannot_be_unpickled_fails_alone(package: str) -> None:
 
 
 def test_a_job_at_a_descriptor_limit_fails_alone(ctx: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fdshare.mp import tasks
+    from fdshare.mp.workers import tasks
 
     monkeypatch.setattr(tasks, "PATIENCE", 0.1)
     with ctx.Pool(1) as pool, ProcessPoolExecutor(1, ctx) as executor:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pickle
 
 import pytest
-from common import PACKAGES
 
 from fdshare.mp.family import Family, family_of
+from mp.common import PACKAGES
 
 LATE = (
     "CallQueue",

@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from typing import Any
 
-import children
 import pytest
-from common import METHODS, PACKAGES, finish, identity, trackers  # noqa: F401
 
 from fdshare import Descriptor, ProcessPoolExecutor, get_context
+from mp import children
+from mp.common import METHODS, PACKAGES, finish, identity, trackers  # noqa: F401
 
 SECONDS = 60
 

@@ -12,12 +12,12 @@ from typing import Any, Literal
 
 from fdshare.errors import DescriptorLimit, KeeperUnavailable
 from fdshare.protocol import messages as m
-from fdshare.server.changes import Grant, Put, Record, decode_record, encode_record
-from fdshare.server.contract import JournalBusy, LeaseState, Session
+from fdshare.server.core.policy import Policy, Subject
+from fdshare.server.core.ports import JournalBusy, LeaseState, Session
+from fdshare.server.core.records import Grant, Put, Record, decode_record, encode_record
+from fdshare.server.core.service import Service
+from fdshare.server.core.table import Entry, Registry
 from fdshare.server.limits import Limits
-from fdshare.server.policy import Policy, Subject
-from fdshare.server.registry import Entry, Registry
-from fdshare.server.service import Service
 
 
 @dataclass

@@ -15,7 +15,7 @@ from breaking import Halves, Wire
 from conftest import wait_until
 from nursery import Process
 
-from fdshare.client.blocking import Client
+from fdshare.client.blocking.client import Client
 from fdshare.errors import FdshareError, NoServer
 from fdshare.kernel.endpoint import connect
 from fdshare.protocol import messages as m

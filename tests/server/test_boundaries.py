@@ -15,7 +15,7 @@ import msgspec
 import pytest
 from barepeer import Peer
 
-from fdshare.client.blocking import Client
+from fdshare.client.blocking.client import Client
 from fdshare.errors import (
     DescriptorLimit,
     InvalidArgument,
@@ -444,7 +444,7 @@ def test_a_client_that_may_have_few_in_flight(serve: Serve, folder: Path, child:
         """
         import array, os, resource, socket, sys
         from barepeer import Peer
-        from fdshare.client.blocking import Client
+        from fdshare.client.blocking.client import Client
         from fdshare.errors import AccessDenied, DescriptorLimit
         resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
         os.setgid(12346); os.setuid(12346)

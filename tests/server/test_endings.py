@@ -18,7 +18,7 @@ from breaking import Half, Halves, connected_pair
 from conftest import wait_until
 from nursery import Process
 
-from fdshare.client.blocking import Client
+from fdshare.client.blocking.client import Client
 from fdshare.errors import InvalidArgument, NameNotFound
 from fdshare.manager import Manager
 
@@ -94,7 +94,7 @@ def test_connection_is_not_the_socket(manager: Manager, fd: int) -> None:
 
 FORKS = """
 import os, sys
-from fdshare.client.blocking import Client
+from fdshare.client.blocking.client import Client
 
 client = Client(sys.argv[1])
 client.register("a", 0, lifetime=sys.argv[2])
@@ -360,7 +360,7 @@ def test_a_replaced_entry_is_not_watched(manager: Manager, fd: int) -> None:
 def test_a_leased_entry_whose_owner_goes(
     manager: Manager, break_: Any, fd: int, order: list[Half]
 ) -> None:
-    from test_leases import Taker
+    from server.test_leases import Taker
 
     with Client(manager.address) as client:
         client.register("a", fd, lifetime="connection")

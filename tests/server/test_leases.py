@@ -15,7 +15,7 @@ from breaking import Half, Halves, Wire, identity, kill
 from conftest import wait_until
 from nursery import Process
 
-from fdshare.client.blocking import Client
+from fdshare.client.blocking.client import Client
 from fdshare.errors import DescriptorLimit, NameNotFound, NameTaken
 from fdshare.manager import Manager
 from fdshare.protocol import messages as m
@@ -178,7 +178,7 @@ def test_a_taker_that_is_killed(
 
 AT_ITS_LIMIT = """
 import os, resource, sys
-from fdshare.client.blocking import Client
+from fdshare.client.blocking.client import Client
 from fdshare.errors import DescriptorLimit
 
 with Client(sys.argv[1]) as client:

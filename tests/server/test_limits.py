@@ -20,7 +20,7 @@ from breaking import Halves, Wire, cpu_seconds, identity
 from conftest import wait_until
 from ending import let_end
 
-from fdshare.client.blocking import Client
+from fdshare.client.blocking.client import Client
 from fdshare.errors import DescriptorLimit, InvalidArgument, NoServer, QuotaExceeded
 from fdshare.kernel.endpoint import connect
 from fdshare.manager import Manager
@@ -223,7 +223,7 @@ def test_in_flight_of_an_unprivileged_user(folder: Path) -> None:
 
 def in_flight(folder: Path, write: int) -> None:
     """Run as an unprivileged user."""
-    from fdshare.server.serving import serve
+    from fdshare.server.serve import serve
     from fdshare.server.settings import Settings
 
     ready, here = os.pipe()

@@ -1,0 +1,152 @@
+"""Questions and orders to the server itself: stats, ping, explain, reload, upgrade, stop."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import TYPE_CHECKING
+
+import click
+
+from fdshare.cli.format import age, print_facts, print_json
+from fdshare.cli.options import for_server, json_option, name_argument, uid_of
+
+if TYPE_CHECKING:
+    from fdshare.client.blocking.client import Client
+
+__all__ = ["explain", "ping", "reload", "stats", "stop", "upgrade"]
+
+
+@click.command(short_help="Tell how the server is.")
+@json_option
+@click.option("--prometheus", is_flag=True, help="Print Prometheus text.")
+@for_server
+def stats(client: Client, as_json: bool, prometheus: bool) -> None:
+    """Tell how the server is: processes, counts, limits.
+
+    \b
+    Example:
+      fdshare stats --json | jq .redundant
+    """
+    found = client.stats()
+    if as_json:
+        print_json(found)
+        return
+    if prometheus:
+        from fdshare.server.metrics import render
+
+        print(render(found), end="")
+        return
+    keeper = "none" if found.keeper_pid is None else str(found.keeper_pid)
+    redundant = "yes, either half may die now" if found.redundant else "no"
+    lines = {
+        "server": f"pid {found.server_pid}, up {age(found.uptime)}",
+        "keeper": keeper,
+        "redundant": redundant,
+        "names": f"{found.names} of {found.limits['max_names']:.0f}",
+        "descriptors": f"{found.descriptors} of {found.limits['max_descriptors']:.0f}",
+        "connections": f"{found.connections} of {found.limits['max_connections']:.0f}",
+        "in flight": f"{found.in_flight} of {found.limits['in_flight']:.0f}",
+        "leases": str(found.leases),
+        "generation": str(found.generation),
+        **{name: f"{value:,}" for name, value in found.counters.items()},
+        **found.notes,
+    }
+    print_facts(lines.items())
+
+
+@click.command(short_help="Ask the server for a sign of life.")
+@for_server
+def ping(client: Client) -> None:
+    """Ask the server for a sign of life; status 69 where there is none.
+
+    \b
+    Example:
+      fdshare ping && fdshare ls
+    """
+    start = time.perf_counter()
+    client.ping()
+    milliseconds = (time.perf_counter() - start) * 1e3
+    print(f"{client.address} answered in {milliseconds:.1f} ms")
+
+
+@click.command(short_help="Tell whether a user may, and which rule says so.")
+@click.argument("verb")
+@name_argument(default="")
+@click.option("--uid", "--user", "user", metavar="USER", help="Who; without it, yourself.")
+@click.option("--gid", type=int, help="Which group; without it, the user's own.")
+@json_option
+@for_server
+def explain(
+    client: Client, verb: str, name: str, user: str | None, gid: int | None, as_json: bool
+) -> int:
+    """Tell whether a user may, and the rule that decides. Status 1 where not.
+
+    VERB is one of register, fetch, take, unregister, bind, list, info, watch, stats, ping, explain,
+    reload, upgrade, shutdown.
+
+    \b
+    Example:
+      fdshare explain fetch web --uid www-data
+    """
+    uid = os.geteuid() if user is None else uid_of(user)
+    main, groups = _groups_of(uid)
+    found = client.explain(verb, name, uid, main if gid is None else gid, groups)
+    if as_json:
+        print_json(found)
+    else:
+        may = "may" if found.allowed else "may not"
+        target = f" {name!r}" if name else ""
+        print(f"uid {uid} {may} {verb}{target}: {found.rule}")
+    return 0 if found.allowed else 1
+
+
+def _groups_of(uid: int) -> tuple[int, list[int]]:
+    """(main group, supplementary groups) of a user; the uid itself where nobody knows him."""
+    import pwd
+
+    if uid == os.geteuid():
+        return os.getegid(), os.getgroups()
+    try:
+        entry = pwd.getpwuid(uid)
+    except KeyError:
+        return uid, []
+    return entry.pw_gid, os.getgrouplist(entry.pw_name, entry.pw_gid)
+
+
+@click.command(short_help="Have the policy file read again.")
+@for_server
+def reload(client: Client) -> None:
+    """Have the server read its policy file again; the old one stays where the new one is wrong.
+
+    \b
+    Example:
+      $EDITOR /etc/fdshare.toml && fdshare reload
+    """
+    client.reload()
+
+
+@click.command(short_help="Have the code that is installed now take over.")
+@for_server
+def upgrade(client: Client) -> None:
+    """Have the server run the code that is installed now, with all that it holds.
+
+    The new code is tried first; where it fails, the old one goes on, and this says why.
+
+    \b
+    Example:
+      pip install --upgrade fdshare && fdshare upgrade
+    """
+    client.upgrade()
+
+
+@click.command()
+@for_server
+def stop(client: Client) -> None:
+    """End the server, and let go of all that it holds.
+
+    \b
+    Example:
+      fdshare stop
+    """
+    client.shutdown()

@@ -1,0 +1,23 @@
+"""demo: what fdshare does, played before your eyes."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+__all__ = ["demo"]
+
+
+@click.command(short_help="Show what fdshare does, with real processes.")
+def demo() -> int:
+    """Show what fdshare does, in half a minute, with real processes. Changes nothing.
+
+    \b
+    Example:
+      fdshare demo
+    """
+    from fdshare.cli.support.demonstration import run
+
+    status: int = run(sys.stdout)
+    return status

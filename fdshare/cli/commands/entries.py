@@ -1,0 +1,250 @@
+"""register, fetch, take, rm, mv: one entry from a shell."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack, contextmanager
+from typing import IO, TYPE_CHECKING, Any
+
+import click
+
+from fdshare.cli.format import print_json
+from fdshare.cli.options import for_server, json_option, name_argument
+from fdshare.cli.support.exec import Launch, find_program, with_own_position
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from fdshare.client.blocking.client import Client
+    from fdshare.kernel.descriptor import Descriptor
+
+__all__ = ["fetch", "mv", "register", "rm", "take"]
+
+
+@click.command()
+@click.argument("name")
+@click.option("--fd", type=click.IntRange(0), metavar="N", help="A descriptor that was inherited.")
+@click.option("--listen", "address", metavar="ADDRESS", help="A new socket, bound here.")
+@click.option("--open", "file", metavar="FILE", help="A file.")
+@click.option("--mode", default="r", show_default=True, help="For --open, as Python's open().")
+@click.option("--memory", metavar="FILE", help="A sealed block of memory with FILE's content.")
+@click.option("--replace", is_flag=True, help="Take the place of what is held.")
+@click.option("--if-generation", type=click.IntRange(0), metavar="N", help="... if it is still N.")
+@click.option("--ttl", type=float, metavar="SECONDS", help="Let it go after so long.")
+@click.option("--grace", type=float, default=0.0, metavar="SECONDS", help="With --hold: longer.")
+@click.option("--drop-on-hangup", is_flag=True, help="Let it go when its peer hangs up.")
+@click.option("--meta", multiple=True, metavar="KEY=VALUE", help="What to remember with it.")
+@click.option("--hold", is_flag=True, help="Keep it only while this command runs.")
+@json_option
+@for_server
+def register(
+    client: Client, name: str, meta: Sequence[str], hold: bool, as_json: bool, **options: Any
+) -> None:
+    """Have the server hold something under NAME.
+
+    ADDRESS is tcp://HOST:PORT, udp://HOST:PORT or unix:///PATH.
+
+    \b
+    Examples:
+      fdshare register log --open /var/log/app.log --mode a
+      fdshare register web --listen tcp://127.0.0.1:8080
+      fdshare register input --fd 5  5< data.csv
+    """
+    given = [o for o in ("fd", "address", "file", "memory") if options[o] is not None]
+    if len(given) != 1:
+        raise click.UsageError("give one of --fd, --listen, --open and --memory")
+    if options["grace"] and not hold:
+        raise click.UsageError("--grace goes with --hold")
+    with _source(options) as obj:
+        entry = client.register(
+            name,
+            obj,
+            replace=options["replace"],
+            if_generation=options["if_generation"],
+            lifetime="connection" if hold else "server",
+            ttl=options["ttl"],
+            grace=options["grace"],
+            drop_on_hangup=options["drop_on_hangup"],
+            metadata=_metadata(meta),
+        )
+    if as_json:
+        print_json(entry)
+    if hold:
+        _hold()
+
+
+def _metadata(words: Sequence[str]) -> dict[str, str]:
+    pairs = [word.partition("=") for word in words]
+    if bad := [key for key, equals, _ in pairs if not equals]:
+        raise click.BadParameter(f"{bad[0]!r} is not KEY=VALUE", param_hint="--meta")
+    return {key: value for key, _, value in pairs}
+
+
+@contextmanager
+def _source(options: dict[str, Any]) -> Iterator[Any]:
+    """What to register, closed afterwards if it was made here."""
+    if options["fd"] is not None:
+        yield _inherited(options["fd"])
+    elif options["address"] is not None:
+        from fdshare.server.loop.binding import bind_address
+
+        with bind_address(options["address"], backlog=4096, reuse_port=False) as sock:
+            yield sock
+    elif options["file"] is not None:
+        try:
+            stream: IO[Any] = open(options["file"], options["mode"])
+        except ValueError as error:
+            raise click.BadParameter(str(error), param_hint="--mode") from None
+        with stream:
+            yield stream
+    else:
+        with _sealed(options["memory"]) as memory:
+            yield memory
+
+
+def _inherited(number: int) -> Any:
+    """A socket as a socket, so that it is fetched as one; anything else as a descriptor."""
+    import socket
+    import stat
+
+    try:
+        mode = os.fstat(number).st_mode
+    except OSError:
+        raise click.BadParameter(
+            f"descriptor {number} is not open; write --fd {number} {number}< FILE",
+            param_hint="--fd",
+        ) from None
+    return socket.socket(fileno=os.dup(number)) if stat.S_ISSOCK(mode) else number
+
+
+@contextmanager
+def _sealed(file: str) -> Iterator[Any]:
+    """Shared memory with the content of *file* that nobody can change any more."""
+    from fdshare.kernel.shared_memory import SharedMemory
+
+    with open(file, "rb") as stream:
+        data = stream.read()
+    memory = SharedMemory.from_bytes(data)
+    try:
+        yield memory
+    finally:
+        memory.close()
+
+
+def _hold() -> None:
+    """Until SIGINT or SIGTERM, or the reader of our output is gone."""
+    import signal
+
+    ends = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+    signal.pthread_sigmask(signal.SIG_BLOCK, ends)
+    signal.sigwait(ends)
+
+
+# Out again.
+
+
+def _getting(command: Any) -> Any:
+    for option in (
+        click.argument("command", nargs=-1, metavar="[-- CMD...]"),
+        name_argument(),
+        click.option("--cat", is_flag=True, help="Copy what is in it to standard output."),
+        click.option(
+            "--wait", type=float, default=0.0, metavar="SECONDS", help="For it to appear."
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+@click.command(short_help="Give what is held to a program, or copy from it.")
+@_getting
+@for_server
+def fetch(client: Client, name: str, command: Sequence[str], cat: bool, wait: float) -> None:
+    """Run CMD with what is held under NAME, as `fdshare run` does, or copy from it.
+
+    \b
+    Examples:
+      fdshare fetch config --cat
+      fdshare fetch web -- ./server --fd {web}
+    """
+    _check_use(command, cat)
+    _use(name, client.fetch_raw(name, timeout=wait or 0), command, cat)
+
+
+@click.command(short_help="The same, and nobody else gets it.")
+@_getting
+@for_server
+def take(client: Client, name: str, command: Sequence[str], cat: bool, wait: float) -> None:
+    """As fetch, and nobody else gets it: NAME is free afterwards.
+
+    \b
+    Example:
+      fdshare take job -- ./work --input {job}
+    """
+    _check_use(command, cat)
+    _use(name, client.take_raw(name, timeout=wait or 0), command, cat)
+
+
+def _check_use(command: Sequence[str], cat: bool) -> None:
+    if bool(command) == cat:
+        raise click.UsageError("give -- CMD, or --cat")
+    if command:
+        find_program(command)
+
+
+def _use(name: str, descriptors: list[Descriptor], command: Sequence[str], cat: bool) -> None:
+    """Takes *descriptors* over."""
+    with ExitStack() as stack:
+        descriptors = list(map(with_own_position, descriptors))
+        for descriptor in descriptors:
+            stack.enter_context(descriptor)
+        if cat:
+            _cat(descriptors[0].fileno())
+            return
+        Launch(command, [(name, descriptor) for descriptor in descriptors]).execute()
+
+
+def _cat(fd: int) -> None:
+    """Copies to standard output: a file from its beginning, without moving the offset that all
+    its holders share; anything else until its end."""
+    import stat
+
+    output = sys.stdout.fileno()
+    seekable = stat.S_ISREG(os.fstat(fd).st_mode)
+    at = 0
+    while data := os.pread(fd, 1 << 16, at) if seekable else os.read(fd, 1 << 16):
+        at += len(data)
+        view = memoryview(data)
+        while view:
+            view = view[os.write(output, view) :]
+
+
+@click.command()
+@name_argument("names", nargs=-1, required=True)
+@click.option("--if-generation", type=click.IntRange(1), metavar="N", help="Only this one.")
+@for_server
+def rm(client: Client, names: Sequence[str], if_generation: int | None) -> None:
+    """Have the server let go of NAMES. Who fetched them keeps what he has.
+
+    \b
+    Example:
+      fdshare rm web
+    """
+    for name in names:
+        client.unregister(name, if_generation=if_generation)
+
+
+@click.command()
+@name_argument("old")
+@click.argument("new")
+@for_server
+def mv(client: Client, old: str, new: str) -> None:
+    """Rename OLD to NEW, in one step.
+
+    \b
+    Example:
+      fdshare mv web web-old
+    """
+    client.rename(old, new)

@@ -1,0 +1,193 @@
+"""run: a program with descriptors that outlive it, as a service manager would start it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+import click
+
+from fdshare.cli.options import client_at
+from fdshare.cli.support.exec import Launch, find_program, with_own_position
+from fdshare.kernel.unix_address import absolute
+
+if TYPE_CHECKING:
+    from fdshare.client.blocking.client import Client
+    from fdshare.kernel.descriptor import Descriptor
+
+__all__ = ["run"]
+
+_COMMAND: Final = "fdshare.command"
+
+
+class Wanted(NamedTuple):
+    """NAME, or NAME=ADDRESS to be bound where nothing is held under it."""
+
+    name: str
+    address: str = ""
+
+
+class _WithCommand(click.Command):
+    """Leaves what stands behind the first `--` to `_split`, whatever it looks like."""
+
+    def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
+        if "--" in args:
+            at = args.index("--")
+            context.meta[_COMMAND] = args[at + 1 :]
+            args = args[:at]
+            context.allow_interspersed_args = True
+        return super().parse_args(context, args)
+
+
+@click.command(
+    short_help="Run a program with descriptors that outlive it.",
+    cls=_WithCommand,
+    context_settings={"allow_interspersed_args": False},
+)
+@click.option("--path", metavar="PATH", help="Where the server is. [env: FDSHARE_PATH]")
+@click.option("--trust", metavar="USER", multiple=True, help="Believe this user's server, too.")
+@click.option(
+    "--wait", type=float, default=0.0, metavar="SECONDS", help="For names others will register."
+)
+@click.option("--stdin", metavar="NAME", help="The program's standard input.")
+@click.option("--stdout", metavar="NAME", help="The program's standard output.")
+@click.option("--stderr", metavar="NAME", help="The program's standard error.")
+@click.option("--start", is_flag=True, help="Start a server if none answers.")
+@click.option("--backlog", type=click.IntRange(0), default=4096, show_default=True)
+@click.option("--reuse-port", is_flag=True, help="Bind with SO_REUSEPORT.")
+@click.option("--notify", is_flag=True, help="Give it a NOTIFY_SOCKET, and store for it.")
+@click.option(
+    "--detach", is_flag=True, help="With --notify: leave it running, return at its READY=1."
+)
+@click.option("--ready-fd", type=int, metavar="N", help="With --notify: a newline at READY=1.")
+@click.option(
+    "--ready-timeout",
+    type=float,
+    default=90.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="With --detach: for READY=1 to come.",
+)
+@click.argument("words", nargs=-1, metavar="NAME[=ADDRESS]... [--] CMD...")
+def run(path: str | None, trust: tuple[str, ...], words: Sequence[str], **options: Any) -> int:
+    """Run CMD with descriptors from 3 on: LISTEN_FDS, LISTEN_FDNAMES and LISTEN_PID tell it so.
+
+    NAME is held already; NAME=ADDRESS is bound by the server where it is not: tcp://HOST:PORT,
+    udp://HOST:PORT, unix:///PATH. {NAME} in CMD becomes the number of the descriptor. CMD takes the
+    place of this process, with its pid.
+
+    \b
+    Examples:
+      fdshare run web=tcp://127.0.0.1:8080 -- gunicorn app:app
+      fdshare run web -- uvicorn app:app --fd {web}
+      fdshare run --stdout log -- ./report
+    """
+    wanted, command = _split(words, click.get_current_context().meta.get(_COMMAND))
+    _check(wanted, options)
+    find_program(command)
+    with ExitStack() as stack:
+        client = stack.enter_context(client_at(path, trust))
+        if options["start"]:
+            from fdshare.cli.support.start_server import start_unless_there
+
+            start_unless_there(client)
+        launch = _fill(Launch(command), client, wanted, options, stack)
+        if path is not None:
+            # What the program may want of a server, it wants of this one.
+            launch.environment["FDSHARE_PATH"] = absolute(client.address)
+        if not options["notify"]:
+            launch.execute()
+        from fdshare.cli.support.notify_helper import run_notified
+
+        return run_notified(
+            client,
+            launch,
+            wanted[0].name,
+            detach=options["detach"],
+            ready_fd=options["ready_fd"],
+            timeout=options["ready_timeout"],
+        )
+
+
+def _check(wanted: Sequence[Wanted], options: dict[str, Any]) -> None:
+    """Raises: click.UsageError for options that do not go together."""
+    if options["notify"]:
+        if not wanted:
+            raise click.UsageError("--notify stores under the first NAME: give one")
+        return
+    for option in ("detach", "ready_fd"):
+        if options[option]:
+            raise click.UsageError(f"--{option.replace('_', '-')} goes with --notify")
+
+
+def _fill(
+    launch: Launch,
+    client: Client,
+    wanted: Sequence[Wanted],
+    options: dict[str, Any],
+    stack: ExitStack,
+) -> Launch:
+    """*launch* with all that was asked for, which *stack* closes."""
+    for want in wanted:
+        for descriptor in _get(client, want, options):
+            launch.passed.append((want.name, stack.enter_context(descriptor)))
+    for number, name in enumerate((options["stdin"], options["stdout"], options["stderr"])):
+        if name is not None:
+            first, *others = _get(client, Wanted(name), options)
+            launch.standard[number] = stack.enter_context(first)
+            for other in others:
+                other.close()
+    return launch
+
+
+def _split(words: Sequence[str], command: list[str] | None) -> tuple[list[Wanted], list[str]]:
+    """Names and the command; without `--` between them the first word is a name, and so are those
+    after it that have an address."""
+    names = list(words)
+    if command is None:
+        at = 1
+        while at < len(words) and "://" in words[at].partition("=")[2]:
+            at += 1
+        names, command = names[:at], names[at:]
+    if not command:
+        raise click.UsageError("there is no CMD; write fdshare run NAME -- CMD")
+    wanted = []
+    for word in names:
+        name, _, address = word.partition("=")
+        wanted.append(Wanted(name, address))
+    return wanted, command
+
+
+def _get(client: Client, want: Wanted, options: dict[str, Any]) -> list[Descriptor]:
+    """The descriptors of one name. The caller owns the result."""
+    if not want.address:
+        fetched = client.fetch_raw(want.name, timeout=options["wait"] or 0)
+        return list(map(with_own_position, fetched))
+    from fdshare.kernel.descriptor import Descriptor
+
+    obj = client.bind(
+        want.name, want.address, backlog=options["backlog"], reuse_port=options["reuse_port"]
+    )
+    descriptor = Descriptor(obj.detach()) if hasattr(obj, "detach") else Descriptor.dup_of(obj)
+    _compare(want, descriptor)
+    return [descriptor]
+
+
+def _compare(want: Wanted, descriptor: Descriptor) -> None:
+    """Says so where the name was held already, at another address than the one asked for."""
+    from fdshare.protocol.bind_address import parse_address
+    from fdshare.server.loop.inspect import describe_descriptor
+
+    address = parse_address(want.address)
+    found = describe_descriptor(descriptor.fileno())
+    host = f"[{address.host}]" if address.is_ipv6 else address.host
+    local = address.path if address.scheme == "unix" else f"{host}:{address.port}"
+    if found.local != local and address.port:
+        print(
+            f"fdshare: {want.name} is held at {found.local}, not at {want.address}; "
+            f"fdshare rm {want.name} first, to bind it anew",
+            file=sys.stderr,
+        )
+        sys.stderr.flush()

@@ -1,0 +1,277 @@
+"""serve: a server in the foreground."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from fdshare.cli.options import authkey_from_environment, uid_of
+
+if TYPE_CHECKING:
+    from fdshare.kernel.descriptor import Descriptor
+    from fdshare.kernel.endpoint import Listener
+    from fdshare.server.core.table import Registry
+    from fdshare.server.failover.fd_store import FdStore
+    from fdshare.server.settings import Settings
+
+__all__ = ["serve"]
+
+
+def _mode(context: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
+    if value is None:
+        return None
+    if len(value) > 4 or not value.isascii() or not value.strip("01234567") == "":
+        raise click.BadParameter(f"{value!r} is no mode; write 0660")
+    return int(value, 8)
+
+
+def _limits(
+    context: click.Context, parameter: click.Parameter, values: tuple[str, ...]
+) -> dict[str, float]:
+    from fdshare.server.limits import Limits
+
+    limits: dict[str, float] = {}
+    for text in values:
+        name, _, number = text.partition("=")
+        if name not in Limits.__struct_fields__:
+            known = ", ".join(Limits.__struct_fields__)
+            raise click.BadParameter(f"there is no limit {name!r}; the limits are {known}")
+        try:
+            limits[name] = float(number) if "timeout" in name else int(number)
+        except ValueError:
+            raise click.BadParameter(f"{number!r} is no number") from None
+    return limits
+
+
+def _metrics(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    if value is not None:
+        from fdshare.server.metrics import parse_address
+
+        try:
+            parse_address(value)
+        except ValueError as error:
+            raise click.BadParameter(str(error)) from None
+    return value
+
+
+@click.command(short_help="Run a server in the foreground.")
+@click.argument("address", metavar="[PATH]", required=False)
+@click.option("--path", metavar="PATH", help="The same as PATH.")
+@click.option("--policy", type=click.Path(), metavar="FILE", help="Who may do what (TOML).")
+@click.option("--mode", callback=_mode, metavar="MODE", help="Of the socket. [default: 0600]")
+@click.option("--owner", metavar="USER", help="Of the socket.")
+@click.option("--group", metavar="GROUP", help="Of the socket.")
+@click.option("--backlog", type=click.IntRange(1), default=4096, show_default=True)
+@click.option(
+    "--limit",
+    "limits",
+    multiple=True,
+    callback=_limits,
+    metavar="NAME=NUMBER",
+    help="Such as max_names=1000; `fdshare stats` lists them.",
+)
+@click.option("--ready-fd", type=int, metavar="N", help="Write a newline here when ready.")
+@click.option("--keeper/--no-keeper", default=True, help="Survive kill -9 of either half.")
+@click.option("--fdstore", is_flag=True, help="Keep the table in the service manager, too.")
+@click.option(
+    "--metrics", callback=_metrics, metavar="HOST:PORT", help="Serve Prometheus text over HTTP."
+)
+@click.option(
+    "--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True
+)
+@click.option(
+    "--log-level",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    default="info",
+    show_default=True,
+)
+@click.option("--authkey-file", type=click.Path(), metavar="FILE", help="Clients need it, too.")
+def serve(address: str | None, path: str | None, **options: Any) -> int:
+    """Run a server in the foreground, at PATH, until SIGTERM, SIGINT or `fdshare stop`.
+
+    SIGHUP reads the policy again, SIGUSR2 upgrades to the code that is installed now. Under a
+    service manager it takes its socket from LISTEN_FDS, and reports to NOTIFY_SOCKET.
+
+    \b
+    Example:
+      fdshare serve --mode 0660 --group www-data --policy /etc/fdshare.toml
+    """
+    from fdshare.server.logs import configure
+    from fdshare.server.serve import serve as serve_settings
+
+    _clean_signals()
+    ready_fd = _checked_ready_fd(options["ready_fd"])
+    passed = _Passed()
+    settings, listener = _prepare(address or path, options, passed.listener)
+    configure(settings)
+    try:
+        fdstore, registry = passed.restore(options)
+        serve_settings(
+            settings, _ready(ready_fd, settings), listener, fdstore=fdstore, registry=registry
+        )
+    except BaseException:
+        listener.close()  # a policy that is wrong must leave no socket behind
+        raise
+    return 0
+
+
+def _prepare(
+    path: str | None, options: dict[str, Any], listener: Listener | None
+) -> tuple[Settings, Listener]:
+    """How to serve, and the listener to serve on."""
+    from fdshare.client.default_path import default_path
+    from fdshare.server.settings import Settings
+
+    mode = 0o600 if options["mode"] is None else options["mode"]
+    settings = Settings(
+        path="",
+        mode=mode,
+        backlog=options["backlog"],
+        keeper=options["keeper"],
+        limits=options["limits"],
+        authkey=_authkey(options["authkey_file"]),
+        policy=options["policy"] and os.path.abspath(options["policy"]),
+        log_format=options["log_format"],
+        log_level=options["log_level"].upper(),
+        metrics=options["metrics"],
+    )
+    if listener is None:
+        settings.path = path or default_path(create=True)
+        listener = _listen(settings, options["owner"], options["group"])
+    settings.path = listener.address
+    return settings, listener
+
+
+class _Passed:
+    """What a service manager passed: a listening socket, and what it kept for a former start."""
+
+    def __init__(self) -> None:
+        from fdshare.activation import listen_fds_in_order
+        from fdshare.server.failover.fd_store import PREFIX, TABLE
+
+        self.listener: Listener | None = None
+        self._table: Descriptor | None = None
+        self._kept: dict[str, Descriptor] = {}
+        for name, descriptor in listen_fds_in_order():
+            if name == TABLE and self._table is None:
+                self._table = descriptor
+            elif name.startswith(PREFIX) and name[len(PREFIX) :].isdigit():
+                self._kept[name] = descriptor
+            else:
+                with descriptor:
+                    self._take_listener(name, descriptor)
+
+    def _take_listener(self, name: str, descriptor: Descriptor) -> None:
+        from fdshare.errors import EndpointError
+        from fdshare.kernel.endpoint import Listener
+
+        if self.listener is not None:
+            _warn(f"the descriptor {name!r} that was passed is not used")
+            return
+        try:
+            sock = descriptor.socket()
+        except OSError:
+            _warn(f"the descriptor {name!r} that was passed is no socket")
+            return
+        try:
+            self.listener = Listener.adopt(sock)
+        except EndpointError as error:
+            sock.close()
+            _warn(f"the socket {name!r} that was passed is not used: {error}")
+
+    def restore(self, options: dict[str, Any]) -> tuple[FdStore | None, Registry | None]:
+        """The store, and the table of the former start."""
+        from fdshare.server.failover.fd_store import FdStore
+
+        if self._table is not None:
+            fdstore = FdStore(self._table)
+            return fdstore, fdstore.restore(self._kept)
+        for descriptor in self._kept.values():
+            descriptor.close()
+        if not options["fdstore"]:
+            return None, None
+        if not options["keeper"]:
+            raise click.UsageError("--fdstore goes with --keeper")
+        if not os.environ.get("NOTIFY_SOCKET"):
+            raise click.UsageError("--fdstore needs a service manager: NOTIFY_SOCKET is not set")
+        import secrets
+
+        return FdStore.new(secrets.token_hex(8)), None
+
+
+def _listen(settings: Settings, owner: str | None, group: str | None) -> Listener:
+    """A new listener; while it has not its owner yet, nobody else gets in."""
+    from fdshare.kernel.endpoint import listen
+
+    changed = owner is not None or group is not None
+    uid = -1 if owner is None else uid_of(owner)
+    gid = -1 if group is None else _gid_of(group)
+    mode = 0o600 if changed else settings.mode
+    listener = listen(settings.path, mode=mode, backlog=settings.backlog)
+    if not changed or settings.path.startswith("@"):
+        return listener
+    try:
+        os.chown(listener.address, uid, gid, follow_symlinks=False)
+        os.chmod(listener.address, settings.mode)
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
+def _gid_of(group: str) -> int:
+    if group.isascii() and group.isdigit():
+        return int(group)
+    import grp
+
+    try:
+        return grp.getgrnam(group).gr_gid
+    except KeyError:
+        raise click.BadParameter(f"there is no group {group!r}") from None
+
+
+def _authkey(file: str | None) -> bytes | None:
+    if file is not None:
+        os.environ["FDSHARE_AUTHKEY_FILE"] = file
+    return authkey_from_environment()
+
+
+def _checked_ready_fd(number: int | None) -> int | None:
+    """*number*, no longer inherited by children."""
+    if number is not None:
+        try:
+            os.set_inheritable(number, False)
+        except OSError:
+            raise click.BadParameter(f"descriptor {number} is not open", param_hint="--ready-fd")
+    return number
+
+
+def _ready(number: int | None, settings: Settings) -> Callable[[], None]:
+    """What to do when clients can connect."""
+
+    def ready() -> None:
+        from fdshare.server.failover.service_manager import report
+
+        report(f"READY=1\nMAINPID={os.getpid()}\nSTATUS=Serving at {settings.path}")
+        if number is not None:
+            try:
+                os.write(number, b"\n")
+            except OSError as error:
+                _warn(f"nobody hears of our being ready: {error}")
+            os.close(number)
+
+    return ready
+
+
+def _clean_signals() -> None:
+    """A shell's background job ignores SIGINT, and a parent may block what ends us."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
+
+
+def _warn(message: str) -> None:
+    print(f"fdshare: {message}", file=sys.stderr)

@@ -1,0 +1,234 @@
+"""dump, load, transfer: many entries at once, from one server to another, all or nothing.
+
+A dump is metadata: descriptors cannot be written to a file. `load` takes the descriptors from the
+server that the dump names, and checks that they still are the ones that were dumped.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import IO, TYPE_CHECKING, Any, Final
+
+import click
+import msgspec
+
+from fdshare.cli.options import client_at, for_server, json_option
+from fdshare.errors import FdshareError, GenerationMismatch, InvalidArgument
+from fdshare.kernel.ancillary import close_all
+from fdshare.kernel.descriptor import Descriptor
+from fdshare.protocol import messages as m
+from fdshare.protocol.kind import Kind
+
+if TYPE_CHECKING:
+    from fdshare.client.blocking.client import Client
+    from fdshare.client.verbs import Steps
+
+__all__ = ["dump", "load", "transfer"]
+
+_FORMAT: Final = "fdshare-dump-1"
+
+
+class Dump(msgspec.Struct):
+    """What a dump's file holds."""
+
+    format: str
+    server: str
+    entries: list[m.EntryInfo]
+
+
+class Copy(msgspec.Struct):
+    """An entry on its way: what it is, and copies of its descriptors."""
+
+    info: m.EntryInfo
+    kind: Kind
+    descriptors: list[Descriptor]
+
+
+@click.command(short_help="Write what is held to a file, as JSON.")
+@click.argument("file", type=click.File("w", lazy=False), default="-")
+@click.option("--pattern", default="*", show_default=True, help="Which names.")
+@for_server
+def dump(client: Client, file: IO[str], pattern: str) -> None:
+    """Write what is held to FILE, as JSON: names, kinds, lifetimes, metadata, and what each
+    descriptor is. Descriptors stay where they are; see load.
+
+    \b
+    Example:
+      fdshare dump held.json
+    """
+    from fdshare.cli.format import plain
+
+    made = Dump(_FORMAT, _absolute(client.address), client.infos(pattern))
+    file.write(msgspec.json.format(msgspec.json.encode(plain(made)), indent=2).decode() + "\n")
+
+
+@click.command(short_help="Hold what a dump of another server lists.")
+@click.argument("file", type=click.File("rb"))
+@click.option("--from", "source", metavar="PATH", help="Another server than the dumped one.")
+@click.option("--replace", is_flag=True, help="Take the place of what is held here.")
+@json_option
+@for_server
+def load(client: Client, file: IO[bytes], source: str | None, replace: bool, as_json: bool) -> None:
+    """Have this server hold what FILE, a dump of another, lists; all of it or nothing.
+
+    The descriptors come from the server that was dumped, which keeps its own.
+
+    \b
+    Example:
+      fdshare load held.json --path /run/new.sock
+    """
+    try:
+        wanted = msgspec.json.decode(file.read(), type=Dump)
+    except msgspec.MsgspecError as error:
+        raise InvalidArgument(file.name, f"it is no dump: {error}") from None
+    if wanted.format != _FORMAT:
+        raise InvalidArgument(file.name, f"its format is {wanted.format}, this reads {_FORMAT}")
+    with client_at(source or wanted.server) as origin:
+        _report(_transfer(origin, client, wanted.entries, replace), as_json)
+
+
+@click.command(short_help="Copy or move what is held to another server.")
+@click.argument("source", metavar="FROM")
+@click.argument("target", metavar="TO")
+@click.option("--pattern", default="*", show_default=True, help="Which names.")
+@click.option("--replace", is_flag=True, help="Take the place of what TO holds.")
+@click.option("--move", is_flag=True, help="FROM lets go of them afterwards.")
+@click.option("--trust", metavar="USER", multiple=True, help="Believe this user's server, too.")
+@json_option
+def transfer(
+    source: str,
+    target: str,
+    pattern: str,
+    replace: bool,
+    move: bool,
+    trust: Sequence[str],
+    as_json: bool,
+) -> None:
+    """Have the server at TO hold what the one at FROM holds; all of it or nothing.
+
+    \b
+    Example:
+      fdshare transfer /run/old.sock /run/new.sock --pattern 'web/*'
+    """
+    with client_at(source, trust) as origin, client_at(target, trust) as client:
+        entries = origin.infos(pattern)
+        made = _transfer(origin, client, entries, replace)
+        if move:
+            for entry in entries:
+                origin.unregister(entry.name, if_generation=entry.generation)
+        _report(made, as_json)
+
+
+def _absolute(address: str) -> str:
+    from fdshare.kernel.unix_address import absolute
+
+    return absolute(address)
+
+
+def _report(made: list[m.Entry], as_json: bool) -> None:
+    if as_json:
+        from fdshare.cli.format import print_json
+
+        print_json(made)
+        return
+    for entry in made:
+        print(entry.name)
+
+
+# All or nothing.
+
+
+def _transfer(
+    origin: Client, client: Client, entries: Sequence[m.EntryInfo], replace: bool
+) -> list[m.Entry]:
+    """Registers with *client* what *origin* holds; undoes what it did where one fails."""
+    from fdshare.server.loop.server import raise_descriptor_limit
+
+    raise_descriptor_limit()
+    _refuse_bound(entries)
+    with ExitStack() as stack:
+        copies = [_fetch_checked(origin, entry, stack) for entry in entries]
+        former = _former(client, entries, stack) if replace else {}
+        made: list[m.Entry] = []
+        try:
+            for copy in copies:
+                entry = _register(client, copy, replace)
+                made.append(entry)
+        except BaseException as error:
+            _undo(client, made, former, error)
+            raise
+        return made
+
+
+def _fetch_checked(origin: Client, entry: m.EntryInfo, stack: ExitStack) -> Copy:
+    """A copy of *entry*, if it still is the one that was listed; closed with *stack*."""
+    given, descriptors = origin._do(_fetch(entry.name))
+    stack.callback(close_all, descriptors)
+    if given.generation != entry.generation:
+        raise GenerationMismatch(entry.name, entry.generation, given.generation)
+    return Copy(entry, given.kind, descriptors)
+
+
+def _former(client: Client, entries: Sequence[m.EntryInfo], stack: ExitStack) -> dict[str, Copy]:
+    """What is held now under the names of *entries*."""
+    names = {entry.name for entry in entries}
+    held = [info for info in client.infos() if info.name in names]
+    _refuse_bound(held)
+    return {info.name: _fetch_checked(client, info, stack) for info in held}
+
+
+def _refuse_bound(entries: Sequence[m.EntryInfo]) -> None:
+    """What lives as long as a process or a connection does cannot be given that life again."""
+    bound = [entry.name for entry in entries if entry.lifetime != "server"]
+    if bound:
+        raise InvalidArgument(
+            "lifetime", f"{', '.join(bound)}: as long as a process or a connection; leave it out"
+        )
+
+
+def _undo(
+    client: Client, made: Sequence[m.Entry], former: dict[str, Copy], error: BaseException
+) -> None:
+    for entry in reversed(made):
+        try:
+            if entry.name in former:
+                _register(client, former[entry.name], replace=True)
+            else:
+                client.unregister(entry.name, if_generation=entry.generation)
+        except FdshareError as failure:
+            print(f"fdshare: {entry.name} stays, after {error}: {failure}", file=sys.stderr)
+
+
+def _register(client: Client, copy: Copy, replace: bool) -> m.Entry:
+    made: m.Entry = client._do(_put(copy, replace))
+    return made
+
+
+# Below the verbs of a client, which would rebuild the objects: kinds that only the owner knows
+# must pass, and a file's offset must not be moved.
+
+
+def _fetch(name: str) -> Steps[tuple[Any, list[Descriptor]]]:
+    from fdshare.client.conversation import Exchange
+
+    parts = yield Exchange(m.Fetch(name))
+    return parts.replies[0], parts.descriptors
+
+
+def _put(copy: Copy, replace: bool) -> Steps[m.Entry]:
+    from fdshare.client.conversation import Exchange
+
+    info = copy.info
+    request = m.Register(
+        name=info.name,
+        kind=copy.kind,
+        replace=replace,
+        ttl=info.ttl,
+        grace=info.grace,
+        drop_on_hangup=info.drop_on_hangup,
+        metadata=info.metadata,
+    )
+    parts = yield Exchange(request, [d.fileno() for d in copy.descriptors])
+    return m.Entry(parts.replies[0].name, parts.replies[0].generation)

@@ -1,0 +1,65 @@
+"""who: which processes hold the same open file description right now."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+
+from fdshare.cli.format import Column, print_json, print_table, user
+from fdshare.cli.options import for_server, json_option, name_argument
+
+if TYPE_CHECKING:
+    from fdshare.cli.support.open_files import Holder
+    from fdshare.client.blocking.client import Client
+
+__all__ = ["who"]
+
+_COLUMNS: Final = (
+    Column("PID", right=True, colour="cyan"),
+    Column("USER", colour="yellow"),
+    Column("FDS"),
+    Column("HOW"),
+    Column("COMMAND", give=1),
+)
+
+
+@click.command(short_help="List the processes that have it open now.")
+@name_argument()
+@json_option
+@for_server
+def who(client: Client, name: str, as_json: bool) -> None:
+    """List the processes that have what is held under NAME open, now.
+
+    HOW is kcmp where the kernel says that it is the very same open file description, inode where
+    only the file or socket is known to be the same. The server and its keeper are among them. You
+    see the processes that you may look into: root sees all.
+
+    \b
+    Example:
+      fdshare who web
+    """
+    if sys.platform != "linux":
+        from fdshare.errors import UnsupportedPlatform
+
+        raise UnsupportedPlatform("fdshare who", f"{sys.platform} has no /proc/PID/fd")
+    from fdshare.cli.support.open_files import holders
+
+    stats = client.stats()
+    halves = {stats.server_pid: "server", stats.keeper_pid: "keeper"}
+    with ExitStack() as stack:
+        descriptors = [stack.enter_context(d) for d in client.fetch_raw(name)]
+        found = holders([d.fileno() for d in descriptors])
+    if as_json:
+        print_json([{**holder._asdict(), "half": halves.get(holder.pid)} for holder in found])
+        return
+    print_table(_COLUMNS, [_row(holder, halves) for holder in found])
+
+
+def _row(holder: Holder, halves: dict[Any, str]) -> list[str]:
+    half = halves.get(holder.pid)
+    command = f"fdshare {half}: {holder.command}" if half else holder.command
+    numbers = ",".join(map(str, holder.fds[:3])) + (",..." if len(holder.fds) > 3 else "")
+    return [str(holder.pid), user(holder.uid), numbers, holder.how, command]

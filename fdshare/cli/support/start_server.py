@@ -1,0 +1,92 @@
+"""A server for who finds none: in the background, of nobody's process tree."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING
+
+from fdshare.errors import NoServer, ServerGone
+
+if TYPE_CHECKING:
+    from fdshare.client.blocking.client import Client
+
+__all__ = ["start_unless_there"]
+
+
+def start_unless_there(client: Client) -> None:
+    """Returns when a server answers at the client's address, started now if need be.
+
+    Its warnings go to PATH.log. Two callers at once start one server.
+    Raises: ServerGone, with what it said where it could not start.
+    """
+    try:
+        client.ping()
+        return
+    except NoServer:
+        pass
+    said = _start(client.address)
+    try:
+        client.ping()
+    except NoServer:
+        raise ServerGone(client.address, said or "it ended at its start") from None
+    if not said:
+        print(f"fdshare: started a server at {client.address}", file=sys.stderr)
+
+
+def _start(path: str) -> str:
+    """Starts a server; what it had to say, empty if it is ready."""
+    abstract = path.startswith("@")
+    path = path if abstract else os.path.abspath(path)
+    log = os.open(
+        os.devnull if abstract else f"{path}.log",
+        os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC,
+        0o600,
+    )
+    before = os.fstat(log).st_size
+    ready, readies = os.pipe()
+    try:
+        arguments = ["serve", path, "--ready-fd", str(readies), "--log-level", "warning"]
+        _spawn_orphan(_command(arguments), log, readies)
+        os.close(readies)
+        readies = -1
+        if os.read(ready, 1):
+            return ""
+        return os.pread(log, 4096, before).decode(errors="replace").strip()
+    finally:
+        for fd in (log, ready, readies):
+            if fd >= 0:
+                os.close(fd)
+
+
+def _command(arguments: list[str]) -> list[str]:
+    """This program with other *arguments*."""
+    if os.path.basename(sys.argv[0]) == "fdshare" and os.path.isfile(sys.argv[0]):
+        return [sys.executable, os.path.abspath(sys.argv[0]), *arguments]
+    from fdshare.server.interpreter import fresh_interpreter
+
+    return fresh_interpreter("fdshare.cli.main", f"run({arguments!r})")
+
+
+def _spawn_orphan(command: list[str], log: int, readies: int) -> None:
+    """Starts *command* as a child of init: the program that we become would otherwise get a
+    SIGCHLD for a child that it never had."""
+    from fdshare.server.failover.processes import close_all_but
+
+    pid = os.fork()
+    if pid:
+        os.waitpid(pid, 0)
+        return
+    try:
+        os.setsid()
+        if os.fork() == 0:
+            nothing = os.open(os.devnull, os.O_RDWR)
+            for target, source in enumerate((nothing, nothing, log)):
+                os.dup2(source, target)
+            # Or it would keep a caller's pipe open whose end somebody waits for.
+            close_all_but({readies})
+            os.set_inheritable(readies, True)
+            os.chdir("/")
+            os.execv(command[0], command)
+    finally:
+        os._exit(0)

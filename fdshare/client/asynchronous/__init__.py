@@ -1,0 +1,1 @@
+"""The asynchronous client: all tasks share one connection, on anyio."""

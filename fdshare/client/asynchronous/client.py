@@ -1,0 +1,363 @@
+"""AsyncClient: the verbs for asyncio and trio, under the names that `Client` gives them.
+
+Many tasks may use one client: their requests are pipelined on one connection (see pipeline.py). A
+verb that is cancelled leaves nothing behind: what arrives for it later is closed, and a take goes
+back to its name. A change (register, unregister, rename) that is cancelled after it was sent
+happens once or not at all; ask, if you need to know.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Collection, Iterable, Mapping
+from types import TracebackType
+from typing import Any, TypeVar
+
+import anyio
+import anyio.lowlevel
+from anyio.abc import TaskGroup
+
+from fdshare.client import verbs
+from fdshare.client.asynchronous.pending import Subscription
+from fdshare.client.asynchronous.pipeline import Pipeline
+from fdshare.client.settings import BaseClient, Lifeline
+from fdshare.client.watch_state import Change, Watching
+from fdshare.errors import ClosedDescriptor, InvalidArgument, ServerTimeout, WatchTimeout
+from fdshare.kernel.descriptor import Descriptor
+from fdshare.protocol import messages as m
+
+__all__ = ["AsyncClient", "AsyncWatch", "connect"]
+
+T = TypeVar("T")
+
+
+class AsyncClient(BaseClient):
+    """The verbs of one server, to be awaited. Entered with `async with`, once; it is left in the
+    task that entered it. For the tasks of one event loop.
+
+    *timeout* is how many seconds the server may take to answer, None for ever; the timeout of a
+    verb that waits for a name comes on top. A server that is lost in the middle of a call is looked
+    for during *reconnect* seconds, and the request repeated under its number: it happens once.
+
+    *trust* are the uids whose server is believed; None for one's own and root.
+    """
+
+    _tasks: TaskGroup
+    _pipeline: Pipeline
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        authkey: bytes | None = None,
+        timeout: float | None = 30.0,
+        reconnect: float = 2.0,
+        trust: Collection[int] | None = None,
+    ) -> None:
+        super().__init__(path, authkey=authkey, timeout=timeout, reconnect=reconnect, trust=trust)
+        self._closed = True  # until it is entered
+        self._entered = False
+        self._lifeline = Lifeline()
+        _clients.add(self)
+
+    # The verbs.
+
+    async def register(
+        self,
+        name: str,
+        obj: Any,
+        *,
+        replace: bool = False,
+        if_generation: int | None = None,
+        lifetime: m.Lifetime = "server",
+        ttl: float | None = None,
+        grace: float = 0.0,
+        drop_on_hangup: bool = False,
+        metadata: Mapping[str, str] | None = None,
+    ) -> m.Entry:
+        """The entry that is now held under *name*; see `Client.register`.
+
+        It is safe to close *obj* after this call.
+        """
+        lifeline = self._lifeline.end() if lifetime == "connection" and not self._closed else None
+        return await self._do(
+            verbs.register(
+                name,
+                obj,
+                replace=replace,
+                if_generation=if_generation,
+                lifetime=lifetime,
+                ttl=ttl,
+                grace=grace,
+                drop_on_hangup=drop_on_hangup,
+                metadata=metadata,
+                lifeline=lifeline,
+            )
+        )
+
+    async def fetch(self, name: str, *, timeout: float | None = 0) -> Any:
+        """A new object of the kind that was registered under *name*; see `Client.fetch`.
+
+        Waits up to *timeout* seconds for the name, None for ever. The caller owns the result.
+        """
+        return await self._do(verbs.fetch(name, timeout))
+
+    async def fetch_raw(self, name: str, *, timeout: float | None = 0) -> list[Descriptor]:
+        """The bare descriptors of *name*, whatever their kind. The caller owns the result."""
+        return await self._do(verbs.fetch_raw(name, timeout))
+
+    async def fetch_many(self, names: Iterable[str]) -> dict[str, Any]:
+        """name -> object for all of *names*, or NameNotFound. The caller owns the results."""
+        return await self._do(verbs.fetch_many(names))
+
+    async def take(self, name: str, *, timeout: float | None = 0) -> Any:
+        """As `fetch`, and the entry is gone once this has returned; cancelled, it is back under
+        its name. The caller owns the result."""
+        return await self._do(verbs.take(name, timeout))
+
+    async def take_raw(self, name: str, *, timeout: float | None = 0) -> list[Descriptor]:
+        """As `take`, but the bare descriptors. The caller owns the result."""
+        return await self._do(verbs.take_raw(name, timeout))
+
+    async def wait(self, name: str, *, timeout: float | None = None) -> m.Entry:
+        """The entry under *name*, as soon as there is one; no descriptor moves."""
+        return await self._do(verbs.wait(name, timeout))
+
+    def watch(self, pattern: str = "*", *, timeout: float | None = None) -> AsyncWatch:
+        """An asynchronous iterator over what changes: first a Snapshot, then each Event, in order.
+
+        *timeout* bounds each wait, in seconds. See `AsyncWatch`. The caller owns the result.
+        """
+        return AsyncWatch(self, pattern, timeout)
+
+    async def unregister(self, name: str, *, if_generation: int | None = None) -> None:
+        """The server lets go of the entry. Raises: NameNotFound, GenerationMismatch,
+        AccessDenied."""
+        await self._do(verbs.unregister(name, if_generation))
+
+    async def rename(self, old: str, new: str) -> m.Entry:
+        """The entry under its new name, with a new generation; in one step."""
+        return await self._do(verbs.rename(old, new))
+
+    async def bind(
+        self, name: str, address: str, *, backlog: int = 4096, reuse_port: bool = False
+    ) -> Any:
+        """The socket under *name*; if there is none, the server binds *address* and registers it;
+        see `Client.bind`. The caller owns the result."""
+        return await self._do(verbs.bind(name, address, backlog, reuse_port))
+
+    async def names(self, pattern: str = "*") -> list[str]:
+        """The names that match the shell pattern, sorted; `*` crosses `/`."""
+        return await self._do(verbs.names(pattern))
+
+    async def info(self, name: str) -> m.EntryInfo:
+        """What is known of *name*, each descriptor as the kernel sees it. Raises: NameNotFound."""
+        return await self._do(verbs.info(name))
+
+    async def infos(self, pattern: str = "*") -> list[m.EntryInfo]:
+        """`info` of every entry that matches, in the order of names."""
+        return await self._do(verbs.infos(pattern))
+
+    async def explain(
+        self, verb: str, name: str, uid: int, gid: int, groups: Iterable[int] = ()
+    ) -> m.Explained:
+        """Whether uid *uid* may, and the rule that decides."""
+        return await self._do(verbs.explain(verb, name, uid, gid, groups))
+
+    async def stats(self) -> m.ServerStats:
+        """How the server is: pids, counts, limits."""
+        return await self._do(verbs.stats())
+
+    async def ping(self) -> None:
+        """Returns when the server has answered."""
+        await self._do(verbs.simple(m.Ping()))
+
+    async def reload(self) -> None:
+        """The server reads its policy file again. Raises: PolicyError; the old one stays."""
+        await self._do(verbs.simple(m.Reload()))
+
+    async def upgrade(self) -> None:
+        """The server becomes the code that is installed now; see `Client.upgrade`."""
+        await self._do(verbs.simple(m.Upgrade()))
+
+    async def shutdown(self) -> None:
+        """Ends the server and all that it holds."""
+        await self._do(verbs.simple(m.Shutdown()))
+
+    # Its own life.
+
+    async def close(self) -> None:
+        """Closes the connection; entries with lifetime "connection" go. Others stay. Whoever waits
+        in another task gets ClosedDescriptor."""
+        self._close()
+        await anyio.lowlevel.checkpoint()
+
+    aclose = close  # for contextlib.aclosing and its like
+
+    def _close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._pipeline.close()
+        self._lifeline.close()
+
+    async def __aenter__(self) -> AsyncClient:
+        if self._entered:
+            raise InvalidArgument("client", "it was entered before; make another one")
+        self._entered = True
+        self._pipeline = Pipeline(
+            self.address, self._trust, self._authkey, self.timeout, self.reconnect
+        )
+        self._tasks = anyio.create_task_group()
+        await self._tasks.__aenter__()
+        try:
+            self._tasks.start_soon(self._pipeline.run)
+            self._closed = False
+            await self.ping()
+        except BaseException as error:
+            await self.__aexit__(type(error), error, error.__traceback__)
+            raise
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool | None:
+        self._close()
+        try:
+            return await self._tasks.__aexit__(exc_type, exc, traceback)
+        except BaseExceptionGroup as group:
+            if len(group.exceptions) > 1:
+                raise
+            if group.exceptions[0] is exc:
+                return False  # the caller's own, without the wrapping
+            raise group.exceptions[0] from None
+
+    # How a call is made.
+
+    async def _do(self, steps: verbs.Steps[T]) -> T:
+        try:
+            self._check_open()
+            exchange = next(steps)
+            while True:
+                exchange = steps.send(await self._pipeline.exchange(exchange))
+        except StopIteration as stop:
+            result: T = stop.value
+            return result
+        except BaseException:
+            steps.close()
+            raise
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedDescriptor("the client is closed, or was not entered with `async with`")
+
+    def _after_fork(self) -> None:
+        """In the child, where the event loop is not: lets go of the parent's connection."""
+        if not self._closed:
+            self._closed = True
+            self._pipeline.drop()
+
+
+class AsyncWatch:
+    """Snapshots and events of the names that match a pattern; ends when it is closed.
+
+    As `Watch`, for one task at a time; it shares the client's connection. Items that nobody asks
+    for are kept up to a bound, and then folded into one Snapshot of what is held now.
+    """
+
+    def __init__(self, client: AsyncClient, pattern: str, timeout: float | None) -> None:
+        self.pattern = pattern
+        self.timeout = timeout
+        self._client = client
+        self._watching = Watching(pattern)
+        self._subscription: Subscription | None = None
+        self._closed = False
+
+    @property
+    def held(self) -> dict[str, int]:
+        """name -> generation, as of the last item; do not change it."""
+        return self._watching.held
+
+    def __aiter__(self) -> AsyncWatch:
+        return self
+
+    async def __anext__(self) -> Change:
+        with anyio.move_on_after(self.timeout):
+            return await self._next()
+        raise WatchTimeout(self.pattern, self.timeout or 0.0)
+
+    async def _next(self) -> Change:
+        await anyio.lowlevel.checkpoint()  # before anything is drawn: what is drawn is returned
+        while (change := self._watching.draw()) is None:
+            if self._closed:
+                raise StopAsyncIteration
+            await self._ready()
+        return change
+
+    async def _ready(self) -> None:
+        """Returns when there may be more to draw."""
+        if self._subscription is None:
+            self._client._check_open()
+            self._subscription = self._client._pipeline.subscribe(self._watching)
+        subscription = self._subscription
+        # Only the first answer has to come in time; events come when they come.
+        patience = None if self._watching.live else self._client.timeout
+        with anyio.move_on_after(patience) as scope:
+            await subscription.ready()
+        if subscription.error is not None:
+            self._subscription = None  # the next try is a new one
+            raise subscription.error
+        if scope.cancelled_caught:
+            raise ServerTimeout(self._client.address, patience or 0.0)
+
+    async def close(self) -> None:
+        """Ends it: the iterator has no further item."""
+        self._closed = True
+        if self._subscription is not None:
+            self._client._pipeline.unsubscribe(self._subscription)
+            self._subscription.notify()
+        await anyio.lowlevel.checkpoint()
+
+    aclose = close
+
+    async def __aenter__(self) -> AsyncWatch:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.close()
+
+    def __del__(self) -> None:
+        # Perhaps in another thread: the pipeline notices when the next event comes.
+        if self._subscription is not None:
+            self._subscription.orphaned = True
+
+
+_clients: weakref.WeakSet[AsyncClient] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for client in list(_clients):
+        client._after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+def connect(
+    path: str | os.PathLike[str] | None = None,
+    *,
+    authkey: bytes | None = None,
+    timeout: float | None = 30.0,
+    reconnect: float = 2.0,
+    trust: Collection[int] | None = None,
+) -> AsyncClient:
+    """An AsyncClient of the server at *path* (see `default_path`), to be entered: `async with`
+    makes the connection and has a first word with the server.
+
+    Entering raises: NoServer, UntrustedServer, AuthenticationFailed, ProtocolError,
+    VersionMismatch, ServerTimeout, EndpointError.
+    """
+    return AsyncClient(path, authkey=authkey, timeout=timeout, reconnect=reconnect, trust=trust)

@@ -1,0 +1,143 @@
+"""What waits on the connection of an asynchronous client: calls, and watches."""
+
+from __future__ import annotations
+
+import time
+from typing import Protocol
+
+import anyio
+
+from fdshare.client.conversation import Answer, Exchange, Parts
+from fdshare.client.settings import Search
+from fdshare.client.watch_state import Watching
+from fdshare.kernel.ancillary import close_all
+from fdshare.kernel.descriptor import Descriptor
+from fdshare.protocol import messages as m
+
+__all__ = ["Call", "Pending", "Subscription", "discard"]
+
+
+class Pending(Protocol):
+    """Something that answers come for, and that a new connection has to be told again."""
+
+    id: int
+    exchange: Exchange
+    search: Search
+    sent: bool
+    abandoned: bool
+
+    def answer(self, answer: Answer) -> bool:
+        """Takes an answer over; True where it was the last."""
+
+    def lost(self) -> None:
+        """The connection is gone; what came in part counts no more."""
+
+    def fail(self, error: BaseException) -> None:
+        """There will be no answer."""
+
+
+class Call:
+    """A request that one task waits for."""
+
+    __slots__ = (
+        "_started",
+        "abandoned",
+        "done",
+        "error",
+        "exchange",
+        "id",
+        "parts",
+        "search",
+        "sent",
+    )
+
+    def __init__(self, id: int, exchange: Exchange, search: Search) -> None:
+        self.id = id
+        self.exchange = exchange
+        self.search = search
+        self.sent = False  # at least its first byte, and so its descriptors
+        self.abandoned = False
+        self.done = anyio.Event()
+        self.error: BaseException | None = None
+        self.parts = Parts()
+        self._started = time.monotonic()
+
+    def answer(self, answer: Answer) -> bool:
+        if self.abandoned:
+            discard(answer.descriptors)
+            return not getattr(answer.reply, "more", False)
+        if not self.parts.add(answer):
+            return False
+        self.done.set()
+        return True
+
+    def lost(self) -> None:
+        self.discard()
+        self.exchange.shorten(self._started)
+
+    def fail(self, error: BaseException) -> None:
+        self.discard()
+        self.error = error
+        self.done.set()
+
+    def discard(self) -> None:
+        """Closes what came so far."""
+        discard(self.parts.descriptors)
+        self.parts = Parts()
+
+
+class Subscription:
+    """A watch on the connection: it feeds a `Watching`, whose owner waits for `ready`."""
+
+    def __init__(self, id: int, watching: Watching, search: Search) -> None:
+        self.id = id
+        self.watching = watching
+        self.exchange = Exchange(m.Watch(watching.pattern))
+        self.search = search
+        self.sent = False
+        self.abandoned = False
+        self.error: BaseException | None = None
+        self.orphaned = False  # its owner was dropped without closing it
+        self._ready: anyio.Event | None = None
+
+    async def ready(self) -> None:
+        """Returns when something came, or `error` is set."""
+        if self.error is None:
+            self._ready = anyio.Event()
+            await self._ready.wait()
+
+    def notify(self) -> None:
+        """Makes `ready` return."""
+        if self._ready is not None:
+            self._ready.set()
+
+    def answer(self, answer: Answer) -> bool:
+        discard(answer.descriptors)
+        reply = answer.reply
+        if type(reply) is m.Snapshot:
+            self.watching.snapshot(reply)
+            if self.watching.live:
+                self.notify()
+            return False
+        if type(reply) is m.Refused:
+            self.fail(m.refusal_error(reply))
+        return True
+
+    def event(self, event: m.Event) -> None:
+        if self.watching.event(event):
+            self.notify()
+
+    def lost(self) -> None:
+        self.watching.lost()
+
+    def fail(self, error: BaseException) -> None:
+        self.error = error
+        self.notify()
+
+
+def discard(descriptors: list[Descriptor]) -> None:
+    """Closes what nobody wants any more."""
+    try:
+        close_all(descriptors)
+    except OSError:
+        pass  # what close(2) has to say about it concerns the one who wrote to it

@@ -1,0 +1,326 @@
+"""Pipeline: the requests of all tasks on one connection, the answers routed by their ids.
+
+One task, `run`, owns the connection: it connects when something is asked for, reads without ever
+stopping (a server that finds too many unread descriptors on a connection serves it no more), and
+when the connection ends connects again and repeats what was not answered, under the same ids. The
+tasks that ask only write, and wait to be told.
+
+A caller that is cancelled leaves at once. What was not sent yet never is, for its descriptors may
+be closed by then; what was sent is answered all the same, and whatever comes with that answer is
+closed here: so a take goes back, since nobody confirmed it.
+"""
+
+from __future__ import annotations
+
+import copy
+import socket
+import time
+from collections.abc import Collection, Sequence
+from typing import Final
+
+import anyio
+
+from fdshare.client.asynchronous.pending import Call, Pending, Subscription, discard
+from fdshare.client.asynchronous.transport import Link
+from fdshare.client.conversation import Answer, Conversation, Exchange, Parts
+from fdshare.client.settings import Search, dial
+from fdshare.client.watch_state import Watching
+from fdshare.errors import (
+    ClosedDescriptor,
+    FdshareError,
+    NoServer,
+    ServerGone,
+    ServerTimeout,
+)
+from fdshare.protocol import messages as m
+from fdshare.protocol.subscriptions import Subscriptions
+
+__all__ = ["Pipeline"]
+
+# The server remembers as many answers (ANSWERS_KEPT in server/core/table.py): with more changes
+# unanswered, one of them could not be repeated safely.
+_MOST_CHANGES: Final = 64
+_CHANGES: Final = frozenset((m.Register, m.Unregister, m.Rename))
+_WAITS: Final = frozenset((m.Fetch, m.Take, m.Wait))
+_FIRST_PAUSE: Final = 0.005  # seconds between attempts to reconnect, doubled each time ...
+_LONGEST_PAUSE: Final = 0.2  # ... up to this
+
+
+class Pipeline:
+    """The connection of one asynchronous client, and everything that waits on it."""
+
+    def __init__(
+        self,
+        address: str,
+        trust: Collection[int],
+        authkey: bytes | None,
+        timeout: float | None,
+        reconnect: float,
+    ) -> None:
+        self._address = address
+        self._trust = trust
+        self._authkey = authkey
+        self._timeout = timeout
+        self._reconnect = reconnect
+        self._conversation = Conversation(authkey)
+        self._pending: dict[int, Pending] = {}
+        self._watchers: Subscriptions[Subscription] = Subscriptions()
+        self._link: Link | None = None
+        self._was_open = False
+        self._open = True
+        self._work = anyio.Event()
+        self._changes = anyio.Semaphore(_MOST_CHANGES)
+        self._scope = anyio.CancelScope()
+
+    # For the tasks that ask.
+
+    async def exchange(self, exchange: Exchange) -> Parts:
+        """The whole answer. Raises: the refusal, ServerTimeout, ServerGone, NoServer ..."""
+        delay = exchange.deadline(0.0, self._timeout)
+        with anyio.move_on_after(delay):
+            if type(exchange.request) in _CHANGES:
+                await self._changes.acquire()  # released by `_end`
+            return await self._answer(exchange)
+        raise ServerTimeout(self._address, delay or 0.0)
+
+    async def _answer(self, exchange: Exchange) -> Parts:
+        call = Call(self._new_id(), exchange, Search(self._reconnect))
+        self._pending[call.id] = call
+        try:
+            self._send(call)
+            await call.done.wait()
+        except BaseException:
+            self._abandon(call)
+            raise
+        if call.error is not None:
+            raise call.error
+        return call.parts.finish()
+
+    def subscribe(self, watching: Watching) -> Subscription:
+        """*watching* is fed from now on, with a snapshot first."""
+        subscription = Subscription(self._new_id(), watching, Search(self._reconnect))
+        watching.lost()
+        self._pending[subscription.id] = subscription
+        self._watchers.add(watching.pattern, subscription)
+        self._send(subscription)
+        return subscription
+
+    def unsubscribe(self, subscription: Subscription) -> None:
+        """Ends it; at the server too."""
+        if self._pending.get(subscription.id) is subscription and not subscription.abandoned:
+            self._abandon(subscription)
+
+    def close(self) -> None:
+        """Ends `run`; whoever waits gets ClosedDescriptor."""
+        self._open = False
+        self._scope.cancel()
+        self._fail_all(ClosedDescriptor("the client is closed"))
+
+    def drop(self) -> None:
+        """In a forked child: closes the copy of the connection, and nothing else."""
+        self._open = False
+        if self._link is not None:
+            self._link.sock.close()
+
+    def _new_id(self) -> int:
+        if not self._open:
+            raise ClosedDescriptor("the client is closed")
+        id = self._conversation.next_id()
+        while id in self._pending:  # after four thousand million others
+            id = self._conversation.next_id()
+        return id
+
+    def _send(self, pending: Pending) -> None:
+        """Sends it now, or has `run` do it when there is a connection."""
+        link = self._link
+        if link is None:
+            self._work.set()
+            return
+        exchange = pending.exchange
+        frame = self._conversation.frame(pending.id, exchange.request, len(exchange.fds))
+        link.queue(frame, exchange.fds, pending)
+        link.flush()
+
+    def _abandon(self, pending: Pending) -> None:
+        """Nobody waits for it any more."""
+        pending.abandoned = True
+        if isinstance(pending, Call):
+            pending.discard()
+        if self._pending.get(pending.id) is not pending:
+            return
+        if not pending.sent or self._link is None:
+            self._end(pending)
+        elif type(pending.exchange.request) in _WAITS or isinstance(pending, Subscription):
+            cancel = self._conversation.frame(self._conversation.next_id(), m.Cancel(pending.id), 0)
+            self._link.queue(cancel)
+            self._link.flush()
+
+    def _end(self, pending: Pending) -> None:
+        """The last was heard of it."""
+        del self._pending[pending.id]
+        if isinstance(pending, Subscription):
+            self._watchers.remove(pending.watching.pattern, pending)
+        elif type(pending.exchange.request) in _CHANGES:
+            self._changes.release()
+
+    def fail(self, pending: Pending, error: BaseException) -> None:
+        """There will be no answer to it, because of *error*."""
+        if self._pending.get(pending.id) is pending:
+            self._end(pending)
+            pending.fail(error)
+
+    def _fail_all(self, error: BaseException) -> None:
+        for pending in list(self._pending.values()):
+            # Each task raises an exception of its own: they put their tracebacks into it.
+            self.fail(pending, copy.copy(error))
+
+    # The task that owns the connection.
+
+    async def run(self) -> None:
+        """Keeps the connection while there is something to wait for; until `close`."""
+        try:
+            with self._scope:
+                losses = 0
+                while True:
+                    if not self._pending:
+                        self._work = anyio.Event()
+                        await self._work.wait()
+                    began = time.monotonic()
+                    await self._connection()
+                    brief = time.monotonic() < began + _LONGEST_PAUSE
+                    losses = losses + 1 if self._pending and brief else 0
+                    if losses > 1:  # a server that dies of what we ask is not asked without end
+                        await anyio.sleep(min(_FIRST_PAUSE * 2**losses, _LONGEST_PAUSE))
+        finally:
+            self.close()
+
+    async def _connection(self) -> None:
+        """One connection from its beginning to its end, or an attempt at one."""
+        pause = _FIRST_PAUSE
+        try:
+            while (sock := self._dial()) is None:
+                await anyio.sleep(pause)
+                pause = min(pause * 2, _LONGEST_PAUSE)
+                if not self._pending:
+                    return
+        except (FdshareError, OSError) as error:
+            self._fail_all(error)
+            return
+        try:
+            end = await self._converse(Link(sock, self.fail))
+        finally:
+            self._link = None
+            sock.close()
+            if self._conversation.welcome is not None:
+                for pending in self._pending.values():
+                    pending.search.answered()
+            self._conversation.hello()  # what was half received belongs to nobody
+        if isinstance(end, FdshareError):
+            self._fail_all(end)
+        else:
+            self._missed(end)
+
+    def _dial(self) -> socket.socket | None:
+        """A connection, or None where the server has to be waited for."""
+        try:
+            sock = dial(self._address, self._trust, 0.0)
+        except ServerTimeout:  # its backlog is full
+            return None
+        except NoServer as error:
+            if not self._was_open:
+                raise
+            self._missed(error.reason)
+            return None
+        self._was_open = True
+        return sock
+
+    def _missed(self, reason: str) -> None:
+        """The connection ended, or there is none to be had: what waits, waits for the next."""
+        for pending in list(self._pending.values()):
+            pending.sent = False
+            pending.lost()
+            if pending.abandoned:
+                self._end(pending)
+            elif pending.search.missed():
+                self.fail(pending, ServerGone(self._address, reason))
+
+    async def _converse(self, link: Link) -> FdshareError | str:
+        """Talks until the connection ends; the error that everybody gets, or why it ended."""
+        link.queue(self._conversation.hello())
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(link.write)
+            try:
+                if self._authkey is not None:
+                    with anyio.fail_after(self._timeout):
+                        await self._authenticate(link)
+                return await self._read(link)
+            except FdshareError as error:
+                return error
+            except TimeoutError:
+                return ServerTimeout(self._address, self._timeout or 0.0)
+            except OSError as error:
+                return str(error)
+            finally:
+                tasks.cancel_scope.cancel()
+        raise AssertionError  # for mypy: the task group swallows nothing
+
+    async def _read(self, link: Link) -> str:
+        self._link = link
+        for pending in list(self._pending.values()):
+            pending.search.found()
+            self._send(pending)
+        while (answers := await link.read(self._conversation)) is not None:
+            self._dispatch(answers)
+        return "it closed the connection"
+
+    async def _authenticate(self, link: Link) -> None:
+        link.flush()
+        while self._conversation.welcome is None:
+            self._dispatch(await self._must_read(link))
+        link.queue(self._conversation.proof())
+        link.flush()
+        while not (answers := await self._must_read(link)):
+            pass
+        self._conversation.check_proof(answers[0])
+        self._dispatch(answers[1:])
+
+    async def _must_read(self, link: Link) -> list[Answer]:
+        answers = await link.read(self._conversation)
+        if answers is None:
+            raise ConnectionResetError("it closed the connection")
+        return answers
+
+    def _dispatch(self, answers: Sequence[Answer]) -> None:
+        """Gives each answer to whom it is for. Raises: why the server shows the door."""
+        door: FdshareError | None = None
+        for answer in answers:
+            reply = answer.reply
+            if type(reply) is m.Event:
+                self._publish(reply)
+            elif answer.id:
+                pending = self._pending.get(answer.id)
+                if pending is None:
+                    discard(answer.descriptors)
+                elif pending.answer(answer):
+                    self._end(pending)
+            else:
+                discard(answer.descriptors)
+                if type(reply) is m.Overflowed:
+                    self._overflowed()
+                elif type(reply) is m.Refused:
+                    door = m.refusal_error(reply)
+        if door is not None:
+            raise door
+
+    def _publish(self, event: m.Event) -> None:
+        names = (event.name, event.old) if event.old else (event.name,)
+        for subscription in self._watchers.of(*names):
+            if subscription.orphaned:
+                self.unsubscribe(subscription)
+            else:
+                subscription.event(event)
+
+    def _overflowed(self) -> None:
+        for pending in self._pending.values():
+            if isinstance(pending, Subscription):
+                pending.watching.overflowed()

@@ -1,0 +1,1 @@
+"""The blocking client: one connection a call, timeouts kept by the kernel."""

@@ -1,0 +1,174 @@
+"""What clients are before they wait for anything: where the server is, and whom they believe."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import socket
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+from fdshare.client.default_path import default_path
+from fdshare.errors import DescriptorLimit, FdshareError, InvalidArgument, UntrustedServer
+from fdshare.kernel.credentials import peer_credentials
+from fdshare.kernel.endpoint import connect as connect_socket
+
+__all__ = ["BaseClient", "Lifeline", "Search", "dial"]
+
+
+class BaseClient:
+    """The settings of a client, which also are its pickle: it travels as its address."""
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        authkey: bytes | None = None,
+        timeout: float | None = 30.0,
+        reconnect: float = 2.0,
+        trust: Collection[int] | None = None,
+    ) -> None:
+        self.address = default_path() if path is None else os.fspath(path)
+        self.timeout = timeout
+        self.reconnect = reconnect
+        self._authkey = None if authkey is None else bytes(authkey)
+        self._trust = frozenset((0, os.geteuid()) if trust is None else trust)
+        self._closed = False
+
+    def __bool__(self) -> bool:
+        return True  # an empty server is still one
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {self.address}{' closed' if self._closed else ''}>"
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._authkey is not None and not _spawning():
+            raise InvalidArgument(
+                "authkey", "a client with one is pickled only while a child is spawned"
+            )
+        return {
+            "path": self.address,
+            "authkey": self._authkey,
+            "timeout": self.timeout,
+            "reconnect": self.reconnect,
+            "trust": self._trust,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state.pop("path"), **state)  # type: ignore[misc]
+
+
+def dial(address: str, trust: Collection[int], timeout: float | None) -> socket.socket:
+    """A blocking socket connected to a server that is believed. The caller owns the result.
+
+    Raises: UntrustedServer, NoServer, EndpointError; ServerTimeout: its backlog stayed full for
+    *timeout* seconds; DescriptorLimit: this process's.
+    """
+    try:
+        sock = connect_socket(address, timeout=timeout)
+    except OSError as error:
+        raise _no_descriptor(error) from None
+    try:
+        who = peer_credentials(sock)
+        if who.uid not in trust:
+            raise UntrustedServer(address, who.uid)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _no_descriptor(error: OSError) -> OSError:
+    """*error* of making a socket, in words where it is a limit."""
+    if isinstance(error, FdshareError) or error.errno not in (errno.EMFILE, errno.ENFILE):
+        return error
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    what = "RLIMIT_NOFILE" if error.errno == errno.EMFILE else "fs.file-max"
+    return DescriptorLimit(error.errno, what, limit, None, "client")
+
+
+@dataclass(slots=True)
+class Search:
+    """How long a server that was lost is looked for: *seconds* from the moment it was missed. One
+    that has answered in between was found, however often it dies."""
+
+    seconds: float
+    _until: float | None = None
+    _found_at: float = 0.0
+
+    def found(self) -> None:
+        """A connection was made."""
+        self._found_at = time.monotonic()
+
+    def answered(self) -> None:
+        """There was a word from the server on the connection that was made."""
+        self._until = None
+
+    def missed(self) -> bool:
+        """There is no server, or the connection ended. True where it is time to give up."""
+        now = time.monotonic()
+        # One that held for a while was no flicker of a server that dies again and again.
+        if self._until is None or (self._found_at and now - self._found_at > self.seconds):
+            self._until = now + self.seconds
+        self._found_at = 0.0
+        return now >= self._until
+
+
+class Lifeline:
+    """A socket pair: one end goes with entries of lifetime "connection", the other is their life.
+
+    The server sees the end of it when the last copy of our end is closed, so a forked child closes
+    its copy at once.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._ends: tuple[socket.socket, socket.socket] | None = None
+        _lifelines.add(self)
+
+    def end(self) -> int:
+        """The number of the server's end, made at the first call; still owned by this object."""
+        with self._lock:
+            if self._ends is None:
+                try:
+                    self._ends = socket.socketpair()
+                except OSError as error:
+                    raise _no_descriptor(error) from None
+            return self._ends[1].fileno()
+
+    def close(self) -> None:
+        """The entries may go."""
+        with self._lock:
+            ends, self._ends = self._ends, None
+        for end in ends or ():
+            end.close()
+
+    def _after_fork(self) -> None:
+        self._lock = threading.Lock()  # another thread of the parent may have held it
+        self.close()
+
+
+_lifelines: weakref.WeakSet[Lifeline] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for lifeline in list(_lifelines):
+        lifeline._after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+def _spawning() -> bool:
+    """True while multiprocessing, of either family, pickles for a child."""
+    for family in ("multiprocessing", "multiprocess"):
+        context = sys.modules.get(f"{family}.context")
+        if context is not None and context.get_spawning_popen() is not None:
+            return True
+    return False

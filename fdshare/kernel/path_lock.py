@@ -1,0 +1,172 @@
+"""Who has a socket's path: the lock beside it, the probe of what stands there, the removal.
+
+bind(2) says "Address already in use" of a live server, of a socket that a dead one left behind and
+of any other file. Telling them apart, and taking a stale one, is a race between processes that
+start at the same moment; flock(2) on PATH.lock decides it. The lock is held as long as the listener
+lives and its file is never unlinked: the lock of an unlinked file excludes nobody who opens the
+path anew.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import socket
+import stat
+import time
+from typing import Final, TypeAlias
+
+from fdshare.errors import AddressInUse, EndpointError
+from fdshare.kernel.credentials import peer_credentials
+from fdshare.kernel.descriptor import Descriptor
+from fdshare.kernel.unix_address import file_type, sockaddr, trouble
+
+__all__ = ["Inode", "clear", "live", "lock", "refuse_other_files", "remove"]
+
+_STARTING: Final = 1.0  # seconds that a lock's holder gets to listen, so that we can tell its pid
+_PAUSE: Final = 0.02  # seconds between looks
+
+Inode: TypeAlias = tuple[int, int]  # st_dev, st_ino
+
+
+def lock(address: str) -> Descriptor:
+    """PATH.lock, opened and locked. The lock lasts as long as any copy of the descriptor."""
+    path = address + ".lock"
+    # O_NOFOLLOW, and the owner below: in a shared folder the name could be anybody's.
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+    try:
+        held = Descriptor(os.open(path, flags, 0o600))
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise _not_our_lock(address, "it is a symbolic link") from None
+        if error.errno == errno.EISDIR or os.path.lexists(path):
+            raise _not_our_lock(address, error.strerror or str(error)) from None
+        raise trouble(address, error) from None
+    try:
+        info = os.fstat(held.fileno())
+        if not stat.S_ISREG(info.st_mode):
+            raise _not_our_lock(address, f"it is {file_type(info.st_mode)}")
+        if info.st_uid != os.geteuid():
+            raise _not_our_lock(address, f"it belongs to uid {info.st_uid}")
+        _flock(address, held)
+    except BaseException:
+        held.close()
+        raise
+    return held
+
+
+def _flock(address: str, held: Descriptor) -> None:
+    """Take the lock; where another has it, say who listens."""
+    deadline = time.monotonic() + _STARTING
+    while True:
+        try:
+            fcntl.flock(held.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            # The holder may be between its lock and its listen(), or between its close and its end.
+            if time.monotonic() > deadline or _listening_pid(address, socket.SOCK_STREAM):
+                raise live(address, socket.SOCK_STREAM) from None
+        time.sleep(_PAUSE)
+
+
+def _not_our_lock(address: str, why: str) -> EndpointError:
+    reason = f"cannot lock {address}.lock: {why}; remove it or choose another path"
+    return EndpointError(address, reason, errno.EACCES)
+
+
+def refuse_other_files(address: str) -> os.stat_result | None:
+    """The lstat of the socket on the path, or None where there is nothing."""
+    try:
+        found = os.lstat(address)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise trouble(address, error) from None
+    if not stat.S_ISSOCK(found.st_mode):
+        raise AddressInUse(
+            address,
+            f"it is {file_type(found.st_mode)}, not a socket, and is left alone; "
+            "choose another path or move it away",
+        )
+    return found
+
+
+def clear(address: str, kind: int, reclaim: bool) -> None:
+    """Make the path free, or raise AddressInUse. The caller holds the lock, if there is one."""
+    found = refuse_other_files(address)
+    if found is None:
+        return
+    if _alive(address, kind):
+        raise live(address, kind)
+    if not reclaim:
+        raise AddressInUse(
+            address,
+            "a stale socket: the process that bound it is gone; "
+            "remove the file, or bind with reclaim=True",
+        )
+    remove(address, (found.st_dev, found.st_ino))
+
+
+def _alive(address: str, kind: int) -> bool:
+    """True unless the kernel says that nobody has the socket on the path open."""
+    with socket.socket(socket.AF_UNIX, kind) as probe:
+        probe.setblocking(False)
+        try:
+            with sockaddr(address, exists=True) as name:
+                probe.connect(name)
+        except (ConnectionRefusedError, FileNotFoundError):
+            return False
+        except OSError:
+            return True  # EAGAIN: its backlog is full; EPROTOTYPE: another type; EACCES: unknown
+        return True
+
+
+def live(address: str, kind: int) -> AddressInUse:
+    """The error that names the live server's pid, where the kernel tells it."""
+    pid = _listening_pid(address, kind) or _lock_holder(address)
+    who = "another process has it open" if pid is None else f"a live server, pid {pid}"
+    return AddressInUse(address, f"{who}; stop that one, or choose another path", pid)
+
+
+def _listening_pid(address: str, kind: int) -> int | None:
+    """The pid that listens: SO_PEERCRED of a listener is whoever called listen(2).
+
+    None: nobody, a full backlog, a datagram socket, or a process outside our pid namespace.
+    """
+    with socket.socket(socket.AF_UNIX, kind) as probe:
+        probe.setblocking(False)
+        try:
+            with sockaddr(address, exists=True) as name:
+                probe.connect(name)
+            return peer_credentials(probe).pid or None
+        except OSError:
+            return None
+
+
+def _lock_holder(address: str) -> int | None:
+    """The pid that locked PATH.lock, while it lives and where /proc/locks tells it (Linux)."""
+    try:
+        inode = os.stat(address + ".lock").st_ino
+        with open("/proc/locks") as table:
+            # 1: FLOCK  ADVISORY  WRITE 3794 fe:00:131 0 EOF
+            rows = [line.split() for line in table]
+        for row in rows:
+            if row[1] == "FLOCK" and row[5].endswith(f":{inode}"):
+                os.stat(f"/proc/{row[4]}")
+                return int(row[4])
+    except (OSError, IndexError):
+        pass
+    return None
+
+
+def remove(address: str, inode: Inode) -> None:
+    """Unlink the path if it is still that inode."""
+    try:
+        info = os.lstat(address)
+        if (info.st_dev, info.st_ino) == inode:
+            os.unlink(address)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise trouble(address, error) from None

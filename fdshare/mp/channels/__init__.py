@@ -1,0 +1,1 @@
+"""Pipes and queues that send the descriptors beside the pickle."""

@@ -1,0 +1,290 @@
+"""Connections that carry descriptors beside the bytes, and Pipe, Listener and Client of them.
+
+Over multiprocessing/connection.py of CPython 3.11 to 3.13: the classes derive from the package's
+own and keep everything that they promise. What changes: a message may have descriptors (frames.py
+says how), `Pipe(duplex=False)` is a socket pair too (a pipe carries none), large messages are read
+into one buffer, and a connection pickles itself through the transit of the pickle. Where there is
+no AF_UNIX socket below, a pipe or TCP, a connection does what the package's own does.
+
+Of the package's private names these are used, the same from 3.3 to 3.14: `_handle`, `_close`,
+`_check_closed`, `_check_readable`, `_check_writable`, `_bad_message_length`, `_send_bytes`,
+`_recv_bytes` (which returns a BytesIO), `_poll`.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import select
+import socket
+from typing import Any, ClassVar
+
+from fdshare.errors import DescriptorLimit, InvalidArgument, NoTransit
+from fdshare.mp.channels.looking import AT_ONCE, Looking
+from fdshare.mp.channels.receiving import (
+    marked,
+    read_bytes,
+    read_expected,
+    read_message,
+    read_without,
+)
+from fdshare.mp.channels.sending import send_now
+from fdshare.mp.family import Family
+from fdshare.mp.pickling.bundle import Arrived, Bundle, Encoded, open_arrived
+from fdshare.mp.pickling.bundle import loads as loads_envelope
+from fdshare.mp.pickling.reducers import encode
+
+__all__ = ["ConnectionMixin", "ListenerMixin", "make_client", "make_pipe"]
+
+
+class _Channel(socket.socket):
+    """The socket of a connection, which owns the descriptor from then on.
+
+    When both are collected together, the socket may go first: then it closes, without a warning,
+    and the connection finds that it did.
+    """
+
+    __slots__ = ()
+
+    def __del__(self) -> None:
+        if self.fileno() >= 0:
+            self.close()
+
+
+class ConnectionMixin:
+    """A Connection that carries descriptors beside the bytes."""
+
+    _family: ClassVar[Family]
+    _handle: int | None
+    _socket: socket.socket | None = None
+    _tried = False
+    # Set where several processes read from this socket, each under a lock: a message that one had
+    # to leave is then marked on the socket alone.
+    _shared = False
+    _announced = False
+    # How many messages with descriptors were the last that came.
+    _in_a_row = 0
+    # Of a queue, whose other readers are to look as well.
+    _looking: Looking | None = None
+
+    def send(self: Any, obj: Any) -> None:
+        """Send *obj* with its descriptors. It is safe to close *obj* after this call.
+
+        Raises: what pickling raises; DescriptorLimit (ETOOMANYREFS): nobody received for long.
+        """
+        self._check_closed()
+        self._check_writable()
+        sock = self._socket or self._open()
+        if sock is None:
+            super().send(obj)  # type: ignore[misc]
+            return
+        _send(sock, encode(self._family, obj))
+
+    def recv(self: Any) -> Any:
+        """The next object. The caller owns the result.
+
+        Raises: EOFError; DescriptorLimit: at this process's limit; the object is still there, and
+        comes with the next recv() once descriptors are free.
+        """
+        self._check_closed()
+        self._check_readable()
+        sock = self._socket or self._open()
+        if sock is None:
+            return super().recv()  # type: ignore[misc]
+        return self.decode(self.receive())
+
+    def poll(self: Any, timeout: float | None = 0.0) -> bool:
+        """Whether something can be read, within *timeout* seconds (None: no limit)."""
+        self._check_closed()
+        self._check_readable()
+        return self._poll(timeout)  # type: ignore[no-any-return]
+
+    def carrier(self) -> socket.socket:
+        """The socket below; it stays the connection's. Raises: NoTransit: it is none of AF_UNIX."""
+        sock = self._socket or self._open()
+        if sock is None:
+            raise NoTransit("a descriptor")
+        return sock
+
+    def send_message(self: Any, message: Encoded) -> None:
+        """Send what is pickled already. Raises: as `send`."""
+        self._check_closed()
+        _send(self.carrier(), message)
+
+    def receive(self: Any) -> Arrived:
+        """The next message, for `open_arrived`. Raises: as `recv`."""
+        if self._handle is None:
+            self._check_closed()
+        sock = self._socket or self.carrier()
+        looking = self._looking
+        level = self._in_a_row > 1 if looking is None else looking.level()
+        if level:
+            expected = read_expected(sock)
+            if expected is not None:
+                if level != AT_ONCE:
+                    self._count()
+                return expected
+        announced = marked(sock) if self._shared else self._announced
+        try:
+            message = read_message(sock, announced)
+        except DescriptorLimit:
+            self._announced = True
+            raise
+        if announced:
+            self._announced = False
+        if type(message) is not bytes:
+            self._count()
+        else:
+            self._in_a_row = 0
+            if level and looking is not None:
+                looking.plain(sock)
+        return message
+
+    def _count(self: Any) -> None:
+        """One more message with descriptors came: where several do, look for the next."""
+        self._in_a_row += 1
+        if self._in_a_row > 1 and self._looking is not None:
+            self._looking.begin()
+
+    def decode(self, message: Arrived) -> Any:
+        """What is in a received message. The caller owns the result."""
+        return open_arrived(message, self._family.loads)
+
+    def receive_without(self: Any, reason: BaseException) -> Any:
+        """The message that was left at the limit, without its descriptors, which are lost.
+
+        Bundles in it raise *reason* when they are opened.
+        """
+        data = self._without()
+        if data is None:
+            return self.decode(self.receive())
+        return loads_envelope(self._family.loads, data, [], reason)
+
+    def discard(self: Any) -> None:
+        """Let go of the message that was left at the limit."""
+        self._without()
+
+    def _without(self: Any) -> bytes | None:
+        sock = self.carrier()
+        announced = marked(sock) if self._shared else self._announced
+        self._announced = False
+        return read_without(sock, announced)
+
+    def _open(self: Any) -> socket.socket | None:
+        """The socket below, where it is one that carries descriptors."""
+        if self._tried:
+            return None
+        try:
+            sock = _Channel(fileno=self._handle)
+        except OSError:  # a pipe
+            self._tried = True
+            return None
+        self._tried = True
+        if sock.family != socket.AF_UNIX:
+            sock.detach()
+            return None
+        if sock.gettimeout() is not None:  # socket.setdefaulttimeout()
+            sock.settimeout(None)
+        if not self._shared:
+            self._announced = marked(sock)
+        self._socket = sock
+        return sock
+
+    def _send_bytes(self: Any, buf: Any) -> None:
+        sock = self._socket or self._open()
+        if sock is None:
+            super()._send_bytes(buf)  # type: ignore[misc]
+        else:
+            _send(sock, Bundle(buf))
+
+    def _recv_bytes(self: Any, maxsize: int | None = None) -> io.BytesIO | None:
+        sock = self._socket or self._open()
+        if sock is None:
+            return super()._recv_bytes(maxsize)  # type: ignore[misc, no-any-return]
+        announced = marked(sock) if self._shared else self._announced
+        looking = self._looking is not None and self._looking.level() > 0
+        try:
+            data = read_bytes(sock, announced, maxsize, looking)
+        except InvalidArgument:
+            self._announced = not looking
+            raise
+        if data is None:
+            return None
+        buffer = io.BytesIO(data)  # shares *data* until it is written to
+        buffer.seek(0, io.SEEK_END)  # recv_bytes_into() takes the length from there
+        return buffer
+
+    def _poll(self: Any, timeout: float | None) -> bool:
+        # wait([self]) does the same by way of a new selector, at three times the price.
+        poller = select.poll()
+        poller.register(self._handle, select.POLLIN)
+        # poll(2) takes a negative number for no limit; here that is None, and less than 0 is 0.
+        limit = None if timeout is None else max(0, math.ceil(timeout * 1000))
+        return bool(poller.poll(limit))
+
+    def _close(self: Any, _close: Any = os.close) -> None:
+        if self._socket is not None:
+            self._socket.close()
+        else:
+            _close(self._handle)
+
+    def __reduce__(self: Any) -> Any:
+        # Only a pickler that is none of ours, nor armed by install(), comes here.
+        if self._family.spawning is None:
+            raise NoTransit("Connection")
+        copy = self._family.module("reduction").DupFd(self.fileno())
+        return _inherited, (type(self), copy, self.readable, self.writable)
+
+
+def _send(sock: socket.socket, message: Encoded) -> None:
+    rest = send_now(sock, message, 0)
+    if rest is not None:
+        rest.push_patiently(sock)
+
+
+def _inherited(cls: Any, copy: Any, readable: bool, writable: bool) -> Any:
+    return cls(copy.detach(), readable, writable)
+
+
+def make_pipe(connection: Any) -> Any:
+    """`Pipe` that returns two of the class *connection*."""
+
+    def Pipe(duplex: bool = True) -> tuple[Any, Any]:
+        """Two connections, the ends of one socket pair: (reader, writer) where not *duplex*.
+
+        The caller owns the result.
+        """
+        left, right = socket.socketpair()
+        return (
+            connection(left.detach(), writable=duplex),
+            connection(right.detach(), readable=duplex),
+        )
+
+    return Pipe
+
+
+class ListenerMixin:
+    """A Listener whose accepted connections carry descriptors, where its address is a path."""
+
+    _connection: ClassVar[Any]
+
+    def accept(self: Any) -> Any:
+        """A connection to the next client. The caller owns the result."""
+        return _turned_into(self._connection, super().accept())  # type: ignore[misc]
+
+
+def make_client(family: Family, connection: Any) -> Any:
+    """`Client` that returns objects of the class *connection*."""
+    stock = family.module("connection").Client
+
+    def Client(*args: Any, **kwargs: Any) -> Any:
+        """A connection to the address of a Listener. The caller owns the result."""
+        return _turned_into(connection, stock(*args, **kwargs))
+
+    return Client
+
+
+def _turned_into(cls: Any, connection: Any) -> Any:
+    handle, connection._handle = connection._handle, None
+    return cls(handle, connection.readable, connection.writable)

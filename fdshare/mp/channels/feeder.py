@@ -1,0 +1,224 @@
+"""What a queue has accepted and not yet written: sent at once if possible, by a thread if not.
+
+After multiprocessing/queues.py of CPython 3.11 to 3.13 (`Queue.put`, `_feed`, `_start_thread`).
+What changes: messages arrive pickled. The caller's own thread sends, without waiting, where the
+pipe has room, nobody writes and nothing is queued before: what it has sent survives it, kill -9
+included. Only what does not fit goes to the feeder thread, with duplicates of its descriptors.
+"""
+
+from __future__ import annotations
+
+import errno
+import select
+import socket
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Final
+
+from fdshare.mp.channels.framing import JOINED, headed
+from fdshare.mp.channels.sending import Outgoing, send_now
+from fdshare.mp.pickling.bundle import Encoded
+
+__all__ = ["READER_GONE", "Outbox"]
+
+_STOP: Final = object()
+_DONTWAIT: Final = socket.MSG_DONTWAIT
+_MOMENT: Final = 5  # milliseconds
+# ECONNRESET where a socket's reader left something unread (unix_release_sock, net/unix/af_unix.c).
+READER_GONE: Final = frozenset({errno.EPIPE, errno.ECONNRESET})
+
+
+class Outbox:
+    """Sends the messages of one process, in order, to the writing end of one queue.
+
+    It knows nothing of the queue but what it is given, so that a dropped queue is collected.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        write_lock: Any,
+        closing: Callable[[], None],
+        ended: Callable[[], None],
+        failed: Callable[[BaseException, Any], None],
+        level: Callable[[], int] | None = None,
+    ) -> None:
+        """`stop` calls *closing* at once, and *ended* when it has been obeyed; *failed* is told of
+        a message that was not sent. *level* is that of looking.py."""
+        self._sock = sock
+        self._acquire = write_lock.acquire
+        self._release = write_lock.release
+        self._closing = closing
+        self._ended = ended
+        self._stopping = False
+        self._failed = failed
+        self._level = level
+        self._waiting: deque[Any] = deque()
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        # True while a message that is no longer in _waiting is on its way.
+        self._busy = False
+        self.thread: threading.Thread | None = None
+        self._room = select.poll()
+        self._room.register(sock, select.POLLOUT)
+        # False from when a full pipe did not drain in a moment until nothing waits any more.
+        self._drains = True
+        self.begun = False  # whether the last put() had begun to send when it raised
+
+    def put(self, message: Encoded, obj: Any = None) -> bool:
+        """Send *message*, or keep it for the thread. True if that was started for it.
+
+        It is safe to close what was pickled after this call. *obj* is what `failed` is told.
+        Raises: DescriptorLimit, or any OSError of sendmsg(2): then it was not accepted.
+        """
+        self.begun = False
+        with self._lock:
+            if self._waiting or self._busy or not self._acquire(False):
+                self.begun = True
+                return self._enqueue(_independent(message), obj, False)
+            # From here the write lock is ours, until it is released or goes on with the message;
+            # a signal handler may raise on any line.
+            goes_on = False
+            try:
+                self.begun = True
+                rest = send_now(self._sock, message, _DONTWAIT, self._level)
+                if rest is not None and self._drains and rest.parts[-1][1]:
+                    rest = self._wait_a_moment(rest)
+                if rest is None:
+                    return False
+                goes_on = True
+                if _can_wait(rest):
+                    return self._enqueue(rest, obj, True)
+                self._busy = True
+            finally:
+                if not goes_on:
+                    self._release()
+        self._finish(rest)
+        return False
+
+    def _wait_a_moment(self, rest: Outgoing) -> Outgoing | None:
+        """What is left of *rest* when the reader, if it is reading, has made room.
+
+        Keeping it for the thread takes a duplicate of each descriptor, of which there are not many.
+        """
+        self._room.poll(_MOMENT)
+        if not rest.refused and rest.push_now(self._sock, _DONTWAIT):
+            return None
+        self._drains = False
+        return rest
+
+    def stop(self) -> None:
+        """Call `ended` when all that was accepted is sent: at once, where no thread was needed.
+
+        What no process can receive any more is let go.
+        """
+        self._stopping = True
+        self._closing()
+        with self._lock:
+            if self.thread is not None:
+                self._waiting.append(_STOP)
+                self._changed.notify()
+                return
+        self._ended()
+
+    def _finish(self, message: Outgoing) -> None:
+        """Send the rest here: it cannot be kept, or the caller must hear of its failure."""
+        try:
+            message.push_patiently(self._sock)
+        finally:
+            self._release()
+            message.close()
+            with self._lock:
+                self._busy = False
+                self._changed.notify()
+
+    def _enqueue(self, message: bytes | Outgoing, obj: Any, holds_lock: bool) -> bool:
+        item = (message, obj, holds_lock)
+        self._waiting.append(item)
+        if self.thread is not None:
+            self._changed.notify()
+            return False
+        self.thread = threading.Thread(target=self._run, name="QueueFeederThread", daemon=True)
+        try:
+            self.thread.start()
+        except BaseException:  # 3.12 starts none once the interpreter ends
+            self.thread = None
+            self._waiting.remove(item)
+            if type(message) is Outgoing:
+                if holds_lock:
+                    message.push_patiently(self._sock)
+                    self._release()
+                    return False
+                message.close()
+            raise
+        return True
+
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                self._busy = False
+                while not self._waiting:
+                    self._drains = True
+                    self._changed.wait()
+                batch = self._next_batch()
+                self._busy = True
+            if batch[0] is _STOP:
+                self._ended()
+                return
+            self._deliver(batch)
+            del batch
+
+    def _next_batch(self) -> list[Any]:
+        """The next message; with those after it that fit into the same send, if all are bytes."""
+        waiting = self._waiting
+        batch = [waiting.popleft()]
+        if batch[0] is _STOP or type(batch[0][0]) is not bytes:
+            return batch
+        size = len(batch[0][0])
+        while waiting and waiting[0] is not _STOP and type(waiting[0][0]) is bytes:
+            size += len(waiting[0][0])
+            if size > JOINED:
+                break
+            batch.append(waiting.popleft())
+        return batch
+
+    def _deliver(self, batch: list[Any]) -> None:
+        first, _, holds_lock = batch[0]
+        try:
+            if not holds_lock:
+                self._acquire()
+            try:
+                if type(first) is bytes:
+                    self._sock.sendall(b"".join([headed(item[0]) for item in batch]))
+                else:
+                    first.push_patiently(self._sock)
+            finally:
+                self._release()
+        except Exception as error:
+            unwanted = self._stopping and getattr(error, "errno", 0) in READER_GONE
+            for _, obj, _ in () if unwanted else batch:
+                self._failed(error, obj)
+        finally:
+            if type(first) is Outgoing:
+                first.close()
+
+
+def _independent(message: Encoded) -> bytes | Outgoing:
+    """*message* in a form that needs nothing of what was pickled. Raises: OSError (EMFILE)."""
+    if type(message) is bytes and len(message) <= JOINED:
+        return message
+    outgoing = Outgoing.of(message)
+    outgoing.own()
+    return outgoing
+
+
+def _can_wait(message: Outgoing) -> bool:
+    """Whether *message* was made independent of what was pickled."""
+    if message.refused:
+        return False
+    try:
+        message.own()
+    except OSError:  # EMFILE
+        return False
+    return True

@@ -1,0 +1,315 @@
+"""Queue, JoinableQueue and SimpleQueue that carry descriptors, and pickle in put().
+
+Derived from multiprocessing/queues.py of CPython 3.11 to 3.13. What changes: `put` pickles before
+it returns, so an object that cannot be pickled raises there and not in a thread, and what was put
+may be closed straight after; messages go through Outbox and our connections. What stays: every
+signature, the semaphore that bounds the queue, the locks, the state that is pickled while spawning.
+Nothing of the stock class's inside is called; `_on_queue_feeder_error` and `_terminate_broken` are
+kept for concurrent.futures.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from queue import Empty, Full
+from typing import Any, ClassVar
+
+from fdshare.mp.channels.feeder import READER_GONE, Outbox
+from fdshare.mp.channels.looking import POSSIBLE, Looking
+from fdshare.mp.family import Family
+from fdshare.mp.pickling.bundle import Arrived, Encoded, open_arrived
+from fdshare.mp.pickling.reducers import encode
+
+__all__ = ["JoinableQueueMixin", "QueueMixin", "SimpleQueueMixin", "register_after_fork"]
+
+
+class QueueMixin:
+    """A queue of a socket pair that carries descriptors, shared by processes."""
+
+    _family: ClassVar[Family]
+    _looks: Any = None  # the semaphore of looking.py, and what this process knows of it
+    _looking: Looking | None = None
+
+    def __init__(self: Any, maxsize: int = 0, *, ctx: Any) -> None:
+        if maxsize <= 0:
+            maxsize = self._family.module("synchronize").SEM_VALUE_MAX
+        self._maxsize = maxsize
+        self._reader, self._writer = self._family.classes.Pipe(duplex=False)
+        self._rlock = ctx.Lock()
+        self._wlock = ctx.Lock()
+        self._sem = ctx.BoundedSemaphore(maxsize)
+        self._looks = ctx.Semaphore(0) if POSSIBLE else None
+        self._opid = os.getpid()
+        self._ignore_epipe = False  # concurrent.futures sets it
+        self._reset()
+        register_after_fork(self)
+
+    def __getstate__(self: Any) -> tuple[Any, ...]:
+        _assert_spawning(self)
+        return (
+            self._ignore_epipe,
+            self._maxsize,
+            self._reader,
+            self._writer,
+            self._rlock,
+            self._wlock,
+            self._sem,
+            self._looks,
+            self._opid,
+        )
+
+    def __setstate__(self: Any, state: tuple[Any, ...]) -> None:
+        (
+            self._ignore_epipe,
+            self._maxsize,
+            self._reader,
+            self._writer,
+            self._rlock,
+            self._wlock,
+            self._sem,
+            self._looks,
+            self._opid,
+        ) = state
+        self._reset()
+
+    def _reset(self: Any, after_fork: bool = False) -> None:
+        self._closed = False
+        self._outbox = None
+        self._opening = threading.Lock()
+        self._close = None
+        self._jointhread = None
+        self._joincancelled = False
+        if self._looks is not None:
+            self._looking = Looking(self._looks, self._wlock)
+        self._reader._shared = True
+        self._reader._looking = self._looking
+        self._poll = self._reader.poll
+
+    def put(self: Any, obj: Any, block: bool = True, timeout: float | None = None) -> None:
+        """Put *obj*. It is safe to close *obj* and what is in it after this call.
+
+        Raises: Full; ValueError: the queue is closed; whatever pickling raises; DescriptorLimit: no
+        descriptor free to keep a copy, or too many in flight for long.
+        """
+        if self._closed:
+            raise ValueError(f"Queue {self!r} is closed")
+        message = encode(self._family, obj)
+        if not self._sem.acquire(block, timeout):
+            raise Full
+        self._dispatch(message, obj)
+
+    def _dispatch(self: Any, message: Encoded, obj: Any) -> None:
+        outbox = self._outbox or self._open_outbox()
+        try:
+            if outbox.put(message, obj if self._tells_object else None):
+                self._started(outbox)
+        except OSError as error:
+            self._sem.release()
+            # A reader that is gone is no fault of this object: as the stock queue, say it, go on.
+            if error.errno not in READER_GONE:
+                raise
+            if not self._ignore_epipe:
+                self._on_queue_feeder_error(error, obj)
+        except BaseException:
+            # Ctrl-C, or what another signal's handler raised. Where sending has begun the object
+            # may have gone, and then its place is the reader's to give back: one place given back
+            # twice would fail there, one too few costs only that.
+            if not outbox.begun:
+                self._sem.release()
+            raise
+
+    def get(self: Any, block: bool = True, timeout: float | None = None) -> Any:
+        """The next object. The caller owns the result.
+
+        Raises: Empty; ValueError: the queue is closed; DescriptorLimit: at this process's limit,
+        and the object stays in the queue; whatever unpickling raises, and that object is gone.
+        """
+        if self._closed:
+            raise ValueError(f"Queue {self!r} is closed")
+        if not block or timeout is not None:
+            message = self._take_within(block, timeout)
+        else:
+            self._rlock.acquire()
+            try:
+                message = self._reader.receive()
+            finally:
+                self._rlock.release()
+            self._sem.release()
+        return open_arrived(message, self._family.loads)
+
+    def _take_within(self: Any, block: bool, timeout: float | None) -> Arrived:
+        deadline = time.monotonic() + (timeout or 0)
+        if not self._rlock.acquire(block, timeout):
+            raise Empty
+        try:
+            if not self._poll(deadline - time.monotonic() if block else 0):
+                raise Empty
+            message: Arrived = self._reader.receive()
+            self._sem.release()
+        finally:
+            self._rlock.release()
+        return message
+
+    def close(self: Any) -> None:
+        """No more put or get in this process; what was put is still sent.
+
+        Unless no process is left that could get it: where the stock queue would wait for ever at
+        exit, it is let go.
+        """
+        self._closed = True
+        close, self._close = self._close, None
+        if close is not None:
+            close()
+
+    def join_thread(self: Any) -> None:
+        """Wait until what was put is sent; after close()."""
+        assert self._closed, f"Queue {self!r} not closed"
+        if self._jointhread is not None:
+            self._jointhread()
+
+    def cancel_join_thread(self: Any) -> None:
+        """Do not wait at exit for what was put to be sent: it may be lost."""
+        self._joincancelled = True
+        if self._jointhread is not None:
+            self._jointhread.cancel()
+
+    def _open_outbox(self: Any) -> Outbox:
+        with self._opening:
+            if self._outbox is None:
+                reader, writer = self._reader, self._writer
+
+                failed = _reporter(
+                    self._family, self._sem, self._ignore_epipe, self._on_queue_feeder_error
+                )
+                # The stock handler only prints: then the object need not be kept for it.
+                stock = self._family.module("queues").Queue
+                self._tells_object = (
+                    type(self)._on_queue_feeder_error is not stock._on_queue_feeder_error
+                )
+                level = None if self._looking is None else self._looking.level
+                self._outbox = Outbox(
+                    writer.carrier(), self._wlock, reader.close, writer.close, failed, level
+                )
+                self._close = self._outbox.stop
+            outbox: Outbox = self._outbox
+        return outbox
+
+    def _started(self: Any, outbox: Outbox) -> None:
+        """The thread runs: at exit it is told to end and waited for, as the stock queue's."""
+        finalize = self._family.module("util").Finalize
+        if not self._joincancelled:
+            self._jointhread = finalize(
+                outbox.thread, _join, [weakref.ref(outbox.thread)], exitpriority=-5
+            )
+        self._close = finalize(self, outbox.stop, [], exitpriority=10)
+
+
+def register_after_fork(queue: Any) -> None:
+    """A forked child starts with an empty outbox of its own."""
+    queue._family.module("util").register_after_fork(queue, _after_fork)
+
+
+def _after_fork(queue: Any) -> None:
+    queue._reset(after_fork=True)
+
+
+def _join(reference: Any) -> None:
+    thread = reference()
+    if thread is not None:
+        thread.join()
+
+
+def _reporter(
+    family: Family, semaphore: Any, ignore_epipe: bool, report: Callable[[BaseException, Any], None]
+) -> Callable[[BaseException, Any], None]:
+    """What the thread does with an error: as `Queue._feed` of the standard library."""
+    util = family.module("util")
+
+    def failed(error: BaseException, obj: Any) -> None:
+        if ignore_epipe and getattr(error, "errno", 0) in READER_GONE:
+            return
+        if util.is_exiting():
+            util.info("error in queue thread: %s", error)
+            return
+        semaphore.release()
+        report(error, obj)
+
+    return failed
+
+
+def _assert_spawning(obj: Any) -> None:
+    """Raises: RuntimeError: *obj* is pickled, and no process is being started."""
+    if obj._family.spawning is None:
+        raise RuntimeError(
+            f"{type(obj).__name__} objects should only be shared between processes "
+            "through inheritance"
+        )
+
+
+class JoinableQueueMixin(QueueMixin):
+    """A Queue that also counts what is unfinished."""
+
+    def __init__(self: Any, maxsize: int = 0, *, ctx: Any) -> None:
+        QueueMixin.__init__(self, maxsize, ctx=ctx)
+        self._unfinished_tasks = ctx.Semaphore(0)
+        self._cond = ctx.Condition()
+
+    def __getstate__(self: Any) -> tuple[Any, ...]:
+        return (*QueueMixin.__getstate__(self), self._cond, self._unfinished_tasks)
+
+    def __setstate__(self: Any, state: tuple[Any, ...]) -> None:
+        QueueMixin.__setstate__(self, state[:-2])
+        self._cond, self._unfinished_tasks = state[-2:]
+
+    def _dispatch(self: Any, message: Encoded, obj: Any) -> None:
+        # Counted before it can be received: task_done() may follow at once.
+        with self._cond:
+            self._unfinished_tasks.release()
+        try:
+            QueueMixin._dispatch(self, message, obj)
+        except BaseException:
+            with self._cond:
+                self._unfinished_tasks.acquire(False)
+                if self._unfinished_tasks._semlock._is_zero():
+                    self._cond.notify_all()
+            raise
+
+
+class SimpleQueueMixin:
+    """A locked connection that carries descriptors; put() waits while it is full."""
+
+    _family: ClassVar[Family]
+
+    def __init__(self: Any, *, ctx: Any) -> None:
+        self._reader, self._writer = self._family.classes.Pipe(duplex=False)
+        self._rlock = ctx.Lock()
+        self._wlock = ctx.Lock()
+        self._adopt()
+
+    def __getstate__(self: Any) -> tuple[Any, ...]:
+        _assert_spawning(self)
+        return (self._reader, self._writer, self._rlock, self._wlock)
+
+    def __setstate__(self: Any, state: tuple[Any, ...]) -> None:
+        self._reader, self._writer, self._rlock, self._wlock = state
+        self._adopt()
+
+    def _adopt(self: Any) -> None:
+        self._reader._shared = True
+        self._poll = self._reader.poll
+
+    def get(self: Any) -> Any:
+        """The next object. The caller owns the result. Raises: as `Queue.get`."""
+        with self._rlock:
+            message = self._reader.receive()
+        return open_arrived(message, self._family.loads)
+
+    def put(self: Any, obj: Any) -> None:
+        """Send *obj*. It is safe to close *obj* after this call. Raises: as `Connection.send`."""
+        message = encode(self._family, obj)
+        with self._wlock:
+            self._writer.send_message(message)

@@ -1,0 +1,1 @@
+"""How an object with a descriptor gets into a pickle and out of it."""

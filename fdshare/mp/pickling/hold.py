@@ -1,0 +1,104 @@
+"""hold(): an object for a message, with descriptors of its own.
+
+The queues, pools and executors of the standard library pickle in a thread, later: what was closed
+straight after `put` cannot be sent any more. What is held can.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from msgspec import Raw, msgpack, structs
+
+from fdshare.errors import ClosedDescriptor, InvalidArgument
+from fdshare.kernel.ancillary import close_all
+from fdshare.kernel.descriptor import Descriptor
+from fdshare.kinds import Kind, describe, describers
+from fdshare.kinds.files import FileSpec
+from fdshare.mp.pickling.parked import Parked, Repeatable
+
+__all__ = ["Held", "hold"]
+
+_NEWLINES = (None, "", "\n", "\r", "\r\n")
+_UNSET: Any = object()
+
+
+class Held(Repeatable):
+    """What `hold` returns. Its descriptors are closed when it is dropped."""
+
+    __slots__ = ("__weakref__", "_descriptors", "_kind", "uses")
+
+    def __init__(self, kind: Kind, descriptors: list[Descriptor], uses: int) -> None:
+        self._kind = kind
+        self._descriptors: list[Descriptor] | None = descriptors
+        self.uses = uses
+
+    def close(self) -> None:
+        """Lets the descriptors go; it can be sent no more. What was pickled is not concerned."""
+        descriptors, self._descriptors = self._descriptors, None
+        close_all(descriptors or ())
+
+    def __enter__(self) -> Held:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_descriptors"):
+            self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._descriptors is None else f"uses={self.uses}"
+        return f"<Held {self._kind.tag} {state}>"
+
+    def __reduce__(self) -> Any:
+        # A pickler that is neither ours nor armed, of the pickle module for one. It does not tell
+        # how its pickle ends, so what fails after this waits for its time to live.
+        transit = Parked()
+        reduced = transit.carry(self, *_describe(self))
+        transit.commit()
+        return reduced
+
+
+def hold(obj: Any, uses: int = 1, *, newline: str | None = _UNSET) -> Held:
+    """A stand-in for *obj*, to be sent in its place through any channel that pickles; what arrives
+    is the object itself.
+
+    Its descriptors are duplicated now. Each pickle of it can be loaded *uses* times, in as many
+    processes. *newline*: as in `open()`, for a text file whose own is not known to CPython.
+
+    It is safe to close *obj* after this call. Raises: UnsupportedKind, UnreadData,
+    ClosedDescriptor, InvalidArgument; OSError (EMFILE).
+    """
+    if isinstance(uses, bool) or not isinstance(uses, int) or uses < 1:
+        raise InvalidArgument("uses", f"{uses!r} is no number of uses")
+    kind, fds = describe(obj)
+    if newline is not _UNSET:
+        kind = _with_newline(kind, newline)
+    copies: list[Descriptor] = []
+    try:
+        copies.extend(map(Descriptor.dup_of, fds))  # in place: those before a failure are kept
+    except BaseException:
+        close_all(copies)
+        raise
+    return Held(kind, copies, uses)
+
+
+def _with_newline(kind: Kind, newline: str | None) -> Kind:
+    if newline not in _NEWLINES:
+        raise InvalidArgument("newline", f"{newline!r} is none that open() takes")
+    spec = msgpack.decode(kind.spec, type=FileSpec) if kind.tag == "file" else None
+    if spec is None or spec.text is None:
+        raise InvalidArgument("newline", "only a text file has one")
+    spec = structs.replace(spec, text=structs.replace(spec.text, newline=newline))
+    return Kind(kind.tag, Raw(msgpack.encode(spec)))
+
+
+def _describe(held: Held) -> tuple[Kind, list[int]]:
+    if held._descriptors is None:
+        raise ClosedDescriptor("what was held is closed")
+    return held._kind, [descriptor.fileno() for descriptor in held._descriptors]
+
+
+describers[Held] = _describe

@@ -1,0 +1,178 @@
+"""What a pickler of ours does with an object that has a descriptor: it asks the transit.
+
+One `reducer_override` serves both families. It is asked before dill's own file handlers (which
+reopen by *name*) and before multiprocessing's (which start a server thread and a connection for
+each descriptor); `copyreg`, `register()` and `dispatch_table` would be asked after dill's. The
+standard pickler calls it for everything but numbers, strings and containers, dill's for those too,
+so it looks at the type first (multiprocessing/reduction.py, dill/_dill.py 0.4.1: `_Pickler.save`).
+
+Exceptions carry their traceback along, by way of tblib.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import io
+import pickle
+from types import BuiltinFunctionType, FunctionType, TracebackType
+from typing import Any, Final
+
+from fdshare.kinds import Kind, describe, describers, in_shared_memory, is_shareable, user_kinds
+from fdshare.mp.channels.framing import BODY, framed
+from fdshare.mp.pickling.bundle import Bundle, Encoded, Inline, Transit
+
+__all__ = ["PLAIN", "dumps", "encode", "make_pickler", "reduce_with"]
+
+# Types that never hold a descriptor themselves; for dill's pickler, which asks about each of them.
+PLAIN: Final = frozenset(
+    {int, str, bytes, float, bool, complex, type(None), tuple, list, dict, set, frozenset}
+    | {type, FunctionType, BuiltinFunctionType, bytearray}
+)
+_NUMBERS_AND_TEXT: Final = frozenset({int, str, bytes, float, bool, type(None)})
+
+_plain_dumps: Final = pickle.dumps
+
+
+def make_pickler(forking_pickler: Any) -> Any:
+    """The pickler of our channels, for the family of *forking_pickler*. Instances have a `transit`.
+
+    On the standard family it is a pickle.Pickler that asks for the reducers registered with
+    *forking_pickler* when it meets a type: ForkingPickler copies the table of them for each pickle.
+    """
+    registered = forking_pickler._extra_reducers
+
+    def reducer_override(self: Any, obj: Any) -> Any:
+        cls = type(obj)
+        if cls in PLAIN:
+            return NotImplemented
+        if cls in registered and not is_shareable(cls):
+            return registered[cls](obj)
+        return reduce_with(self.transit, self, obj, cls)
+
+    namespace = {"transit": None, "bare_exceptions": False, "saw_exception": False}
+    base = pickle.Pickler if issubclass(forking_pickler, pickle.Pickler) else forking_pickler
+    return type("Pickler", (base,), namespace | {"reducer_override": reducer_override})
+
+
+def encode(family: Any, obj: Any) -> Encoded:
+    """*obj* pickled. Its descriptors are borrowed from *obj*.
+
+    Raises: whatever pickling raises; nothing was duplicated then.
+    """
+    cls = type(obj)
+    if cls in _NUMBERS_AND_TEXT:
+        return _plain_dumps(obj, -1)
+    describe_it = describers.get(cls)
+    if describe_it is not None:
+        kind, fds = describe_it(obj)
+        known = _bare_bodies.get(id(kind))
+        if known is None or known[0] is not kind:
+            known = _bare_body(kind)
+        if known is not None:
+            return known[1], known[2], fds
+    return _dump(family, obj, False)
+
+
+def dumps(family: Any, obj: Any) -> Bundle:
+    """As `encode`, a Bundle in any case."""
+    message = encode(family, obj)
+    if type(message) is bytes:
+        return Bundle(message)
+    if type(message) is tuple:
+        _, body, fds = message
+        return Bundle(body[BODY.size :], fds, obj)
+    return message  # type: ignore[return-value]
+
+
+def _dump(family: Any, obj: Any, bare_exceptions: bool) -> Bundle:
+    buffer = io.BytesIO()
+    pickler = family.Pickler(buffer, None)
+    pickler.transit = transit = Inline()
+    if bare_exceptions:
+        pickler.bare_exceptions = True
+    try:
+        pickler.dump(obj)
+    except Exception:
+        # What made an exception unpicklable may be its context or cause, which pickle leaves out.
+        if pickler.saw_exception and not bare_exceptions:
+            return _dump(family, obj, True)
+        raise
+    return Bundle(buffer.getvalue(), transit.fds, pickler)
+
+
+# What is sent most is a socket by itself, and its pickle is the same for all of a kind, whose Kind
+# object `describe` remembers.
+_BARE_TAGS: Final = frozenset({"socket", "descriptor"})
+_bare_bodies: Final[dict[int, tuple[Kind, bytes, bytes]]] = {}
+_REMEMBERED: Final = 256
+
+
+def _bare_body(kind: Kind) -> tuple[Kind, bytes, bytes] | None:
+    """*kind*, and announcement and body of an object of it by itself."""
+    if kind.tag not in _BARE_TAGS:
+        return None
+    data = _plain_dumps(_Bare(Inline().carry(None, kind, [0])))
+    entry = kind, *framed(data, 1)
+    if len(_bare_bodies) < _REMEMBERED:
+        _bare_bodies[id(kind)] = entry
+    return entry
+
+
+class _Bare:
+    """Pickles as what it was given."""
+
+    def __init__(self, reduced: Any) -> None:
+        self._reduced = reduced
+
+    def __reduce__(self) -> Any:
+        return self._reduced
+
+
+def reduce_with(transit: Transit, pickler: Any, obj: Any, cls: type) -> Any:
+    """The reduce value of *obj*, of type *cls*; NotImplemented where *pickler* knows better.
+
+    Raises: what `kinds.describe` raises.
+    """
+    if cls in describers:
+        return transit.carry(obj, *describe(obj))
+    if issubclass(cls, BaseException):
+        return _reduce_exception(pickler, obj)
+    if cls is TracebackType:
+        return _reduce_traceback(pickler, obj)
+    if hasattr(cls, "fileno"):
+        return _reduce_with_fileno(transit, pickler, obj, cls)
+    if hasattr(cls, "__array_interface__") and in_shared_memory(obj):
+        return transit.carry(obj, *describe(obj))
+    if cls.__module__ == "tempfile" or user_kinds:
+        return transit.carry(obj, *describe(obj)) if is_shareable(cls) else NotImplemented
+    return NotImplemented
+
+
+def _reduce_with_fileno(transit: Transit, pickler: Any, obj: Any, cls: type) -> Any:
+    if is_shareable(cls):
+        return transit.carry(obj, *describe(obj))
+    if cls in copyreg.dispatch_table or cls in getattr(pickler, "dispatch", ()):
+        return NotImplemented
+    # A class of a program that has a fileno() method is pickled as the program wants. What cannot
+    # be pickled at all (select.epoll) is carried as what it is: a descriptor.
+    try:
+        return obj.__reduce_ex__(pickle.DEFAULT_PROTOCOL)
+    except TypeError:
+        return transit.carry(obj, *describe(obj))
+
+
+def _reduce_exception(pickler: Any, error: BaseException) -> Any:
+    if pickler.bare_exceptions:
+        return NotImplemented
+    pickler.saw_exception = True
+    from tblib.pickling_support import pickle_exception  # only who has one pays for it
+
+    return pickle_exception(error)
+
+
+def _reduce_traceback(pickler: Any, traceback: TracebackType) -> Any:
+    if pickler.bare_exceptions:
+        return NotImplemented
+    from tblib.pickling_support import pickle_traceback
+
+    return pickle_traceback(traceback)

@@ -1,0 +1,1 @@
+"""Processes, pools, executors and managers on those channels."""

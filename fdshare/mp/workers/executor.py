@@ -1,0 +1,189 @@
+"""ProcessPoolExecutor that pickles in submit(), and the queues of any executor on our contexts.
+
+Over concurrent/futures/process.py of CPython 3.11 to 3.13. That executor takes Process, locks and a
+SimpleQueue from its context, but makes its call queue from multiprocessing's class whatever the
+context is. So before the first worker starts the call queue becomes one of ours in place (`adopt`),
+in the standard executor too when its `mp_context` is ours. Ours also pickles at submission, opens
+results under guard, keeps tracebacks, and takes contexts of multiprocess.
+
+Private names used: `_SafeQueue`, `_CallItem`, `_ResultItem`, `_RemoteTraceback` of the module,
+`_call_queue` and `_result_queue` of the executor: the same in 3.9 to 3.14.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import concurrent.futures.process as stock
+import traceback
+from concurrent.futures import Future
+from queue import Full
+from typing import Any
+
+from fdshare.errors import InvalidArgument
+from fdshare.mp.channels.connection import ConnectionMixin
+from fdshare.mp.channels.queues import QueueMixin, SimpleQueueMixin, register_after_fork
+from fdshare.mp.context import ContextMixin, get_context
+from fdshare.mp.family import Family, family_of
+from fdshare.mp.workers.tasks import Outcome, Task, hold_initializer, receive_patiently
+
+__all__ = ["ProcessPoolExecutor", "adopt"]
+
+
+class ProcessPoolExecutor(concurrent.futures.ProcessPoolExecutor):
+    """A ProcessPoolExecutor whose calls and results carry descriptors.
+
+    *mp_context* may be one of ours, of multiprocessing or of multiprocess; None is ours of the
+    default method. All else as the standard one.
+    """
+
+    def __init__(
+        self,
+        max_workers: int | None = None,
+        mp_context: Any = None,
+        initializer: Any = None,
+        initargs: Any = (),
+        **options: Any,
+    ) -> None:
+        context = _as_ours(mp_context, options.get("max_tasks_per_child") is not None)
+        family = self._family = context._family
+        initializer, initargs = hold_initializer(family, initializer, initargs)
+        super().__init__(max_workers, context, initializer, initargs, **options)
+        adopt(family, self._call_queue)
+        self._result_queue.close()
+        self._result_queue = family.classes.ResultQueue(ctx=context)
+
+    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """The future of `fn(*args, **kwargs)`. It is safe to close what is in it after this call.
+
+        Raises: whatever pickling raises; DescriptorLimit; as the standard one.
+        """
+        return super().submit(_Call.of(self._family, fn, args, kwargs))
+
+    _family: Family
+    _call_queue: Any
+    _result_queue: Any
+
+
+def _as_ours(context: Any, replaces_workers: bool) -> Any:
+    if context is None:
+        return get_context("spawn" if replaces_workers else None)
+    if isinstance(context, ContextMixin):
+        return context
+    package = type(context).__module__.partition(".")[0]
+    try:
+        family_of(package)
+    except ValueError:
+        raise InvalidArgument(
+            "mp_context", f"{context!r} is a context of neither multiprocessing nor multiprocess"
+        ) from None
+    return get_context(context.get_start_method(), backend=package)
+
+
+class _Call(Task):
+    """A Task that returns what it raised, with the traceback that the stock worker would clear."""
+
+    __slots__ = ()
+
+    def __call__(self) -> Any:
+        try:
+            return super().__call__()
+        except BaseException as error:
+            return _Raised(error)
+
+
+class _Raised:
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+        self.text = "".join(traceback.format_exception(error))
+
+    def __reduce__(self) -> Any:
+        return _raised, (self.error, self.text)
+
+
+def _raised(error: BaseException, text: str) -> BaseException:
+    # As the standard executor: the worker's traceback as text, for who prints the exception.
+    remote: Any = stock._RemoteTraceback
+    error.__cause__ = remote(f'\n"""\n{text}"""')
+    return error
+
+
+# The call queue
+
+
+def stock_call_queue() -> Any:
+    """The class that a call queue of ours derives from."""
+    return stock._SafeQueue
+
+
+def adopt(family: Family, queue: Any) -> None:
+    """Make the call *queue* of an executor one of *family*'s, in place; nothing was put yet."""
+    if isinstance(queue, QueueMixin):
+        return
+    pipe = queue._reader, queue._writer
+    queue.__class__ = family.classes.CallQueue
+    queue._reader, queue._writer = family.classes.Pipe(duplex=False)
+    queue._reset()
+    register_after_fork(queue)
+    for end in pipe:
+        end.close()
+
+
+class CallQueueMixin(QueueMixin):
+    """From the executor to its workers."""
+
+    def put(self: Any, obj: Any, block: bool = True, timeout: float | None = None) -> None:
+        """Send a call. What cannot be pickled or sent fails its future: the caller is a thread."""
+        try:
+            QueueMixin.put(self, obj, block, timeout)
+        except Exception as error:
+            if not isinstance(obj, stock._CallItem) or self._closed or isinstance(error, Full):
+                raise
+            self._on_queue_feeder_error(error, obj)
+        call = getattr(obj, "fn", None)
+        if type(call) is _Call:
+            call.bundle.close()  # the kernel has it
+
+    def get(self: Any, block: bool = True, timeout: float | None = None) -> Any:
+        """The next call, still a bundle if it was submitted to an executor of ours."""
+        if not block or timeout is not None:
+            return QueueMixin.get(self, block, timeout)
+        call = receive_patiently(self._reader, self._rlock)
+        self._sem.release()
+        return call
+
+
+# Results
+
+
+class ResultQueueMixin(SimpleQueueMixin):
+    """From the workers to the executor."""
+
+    def __init__(self: Any, *, ctx: Any) -> None:
+        SimpleQueueMixin.__init__(self, ctx=ctx)
+        reader, self._reader = self._reader, None
+        handle, reader._handle = reader._handle, None
+        self._reader = self._family.classes.ResultReader(handle, writable=False)
+        self._adopt()
+
+    def put(self: Any, obj: Any) -> None:
+        """Send a result. Raises: whatever pickling raises; the worker then sends that."""
+        if isinstance(obj, stock._ResultItem):
+            if isinstance(obj.result, _Raised) or obj.exception is not None:
+                outcome = Outcome.of(self._family, False, obj.exception or obj.result)
+            else:
+                outcome = Outcome.of(self._family, True, obj.result)
+            obj = stock._ResultItem(obj.work_id, None, outcome, obj.exit_pid)
+        SimpleQueueMixin.put(self, obj)
+
+
+class ResultReaderMixin(ConnectionMixin):
+    """The end that the executor's manager thread reads."""
+
+    def recv(self: Any) -> Any:
+        """The next result, opened; what goes wrong with it is its own error."""
+        item = receive_patiently(self)
+        outcome = getattr(item, "result", None)
+        if isinstance(outcome, Outcome):
+            ok, value = outcome.open(self._family)
+            item.result, item.exception = (value, None) if ok else (None, value)
+        return item

@@ -1,0 +1,98 @@
+"""Processes whose arguments may hold anything shareable, under every start method.
+
+Derived from popen_spawn_posix.py and popen_forkserver.py of CPython 3.11 to 3.13, whose `_launch`
+still starts the process. What changes: the process object travels over a socket pair of ours, so
+its descriptors ride beside it, any number of them and any of them twice; the child inherits one
+end. Under fork there is nothing to carry.
+"""
+
+from __future__ import annotations
+
+import socket
+import sys
+from typing import Any, ClassVar
+
+from fdshare.errors import DescriptorLimit
+from fdshare.kernel.descriptor import Descriptor
+from fdshare.mp.channels.sending import Outgoing
+from fdshare.mp.family import Family
+from fdshare.mp.pickling.reducers import dumps
+
+__all__ = ["PopenMixin", "ProcessMixin"]
+
+
+class PopenMixin:
+    """Starts a process and sends it its Process object with descriptors."""
+
+    _family: ClassVar[Family]
+
+    def _launch(self: Any, process: Any) -> None:
+        near, far = socket.socketpair()
+        with near:
+            with Descriptor(far.detach()) as inherited:
+                message = self._pack(process)
+                try:
+                    sent = _push_what_fits(message, near)
+                    super()._launch(_StandIn(self._family, process._name, inherited))  # type: ignore[misc]
+                except BaseException:
+                    message.close()
+                    raise
+            if not sent:
+                message.push_patiently(near)
+
+    def _pack(self: Any, process: Any) -> Outgoing:
+        # Locks, queues and shared memory let themselves be pickled only while this says so.
+        context = self._family.module("context")
+        context.set_spawning_popen(self)
+        try:
+            return Outgoing(dumps(self._family, process))
+        finally:
+            context.set_spawning_popen(None)
+
+
+def _push_what_fits(message: Outgoing, sock: socket.socket) -> bool:
+    try:
+        return message.push(sock, socket.MSG_DONTWAIT)
+    except DescriptorLimit:  # in flight: the child will read
+        return False
+
+
+class _StandIn:
+    """Pickled by the package in the place of the process object; unpickled, it receives that."""
+
+    def __init__(self, family: Family, name: str, inherited: Descriptor) -> None:
+        self._family = family
+        self._name = name
+        self._inherited = inherited
+
+    def __reduce__(self) -> Any:
+        # DupFd of a process being started: the number that the child will know it by.
+        copy = self._family.module("reduction").DupFd(self._inherited.fileno())
+        return _receive_process, (self._family.package, copy)
+
+
+def _receive_process(package: str, copy: Any) -> Any:
+    from fdshare.mp.family import family_of
+
+    with family_of(package).classes.Connection(copy.detach(), writable=False) as connection:
+        return connection.recv()
+
+
+class ProcessMixin:
+    """A Process of a context of ours."""
+
+    _family: ClassVar[Family]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        _adopt_executor_queue(self)
+
+
+def _adopt_executor_queue(process: Any) -> None:
+    """concurrent.futures makes its call queue itself, whatever its context. Before its first worker
+    starts, nothing has been put there yet: it becomes one of ours (executor.py)."""
+    futures = sys.modules.get("concurrent.futures.process")
+    if futures is not None and process._target is futures._process_worker:
+        from fdshare.mp.workers.executor import adopt
+
+        adopt(process._family, process._args[0])

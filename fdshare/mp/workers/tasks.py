@@ -1,0 +1,155 @@
+"""Tasks and results of pools and executors, as bundles that only their own job opens.
+
+What a caller submits is pickled at the call; what a worker returns is pickled in the worker. Either
+travels as a bundle inside the pool's own message, so that whatever goes wrong while it is opened, a
+class that is not there or a descriptor limit, is this job's error and never the end of the thread
+that reads for all jobs.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Final
+
+from fdshare.errors import DescriptorLimit
+from fdshare.kinds import is_shareable
+from fdshare.mp.family import Family, family_of
+from fdshare.mp.pickling.bundle import Bundle
+from fdshare.mp.pickling.reducers import dumps
+
+__all__ = ["Outcome", "Task", "hold_initializer", "receive_patiently"]
+
+# How long a reader of many jobs' messages waits at its descriptor limit before one job fails.
+PATIENCE: Final = 5.0
+PAUSE: Final = 0.02
+
+
+class Task:
+    """A call, pickled: calling it where it arrives makes the call."""
+
+    __slots__ = ("bundle", "package")
+
+    def __init__(self, package: str, bundle: Bundle) -> None:
+        self.package = package
+        self.bundle = bundle
+
+    @classmethod
+    def of(cls, family: Family, function: Any, args: Any, kwargs: Any) -> Task:
+        """The call, with duplicates. It is safe to close what is in it after this call.
+
+        Raises: whatever pickling raises; DescriptorLimit or OSError (EMFILE).
+        """
+        return cls(family.package, dumps(family, (function, args, kwargs)).own())
+
+    def __call__(self) -> Any:
+        function, args, kwargs = self.bundle.load(family_of(self.package).loads)
+        return function(*args, **kwargs)
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.package, self.bundle)
+
+
+class Outcome:
+    """What a call returned or raised, pickled."""
+
+    __slots__ = ("bundle", "ok")
+
+    def __init__(self, ok: bool, bundle: Bundle) -> None:
+        self.ok = ok
+        self.bundle = bundle
+
+    @classmethod
+    def of(cls, family: Family, ok: bool, value: Any) -> Outcome:
+        """Raises: whatever pickling raises."""
+        return cls(ok, dumps(family, value))
+
+    def open(self, family: Family) -> tuple[bool, Any]:
+        """(True, what it returned) or (False, the error, or the one of opening it)."""
+        try:
+            return self.ok, self.bundle.load(family.loads)
+        except Exception as error:
+            return False, error
+
+    def __reduce__(self) -> Any:
+        return Outcome, (self.ok, self.bundle)
+
+
+def receive_patiently(connection: Any, lock: AbstractContextManager[Any] | None = None) -> Any:
+    """The next object of *connection*, an envelope of bundles, read under *lock*.
+
+    At the descriptor limit it waits, without the lock: another process may have room. Past PATIENCE
+    seconds the envelope comes without its descriptors, and the bundles that need them raise the
+    DescriptorLimit when they are opened.
+    """
+    guard = nullcontext() if lock is None else lock
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        with guard:
+            try:
+                message = connection.receive()
+                break
+            except DescriptorLimit as limit:
+                if time.monotonic() > deadline:
+                    return connection.receive_without(limit)
+        time.sleep(PAUSE)
+    return connection.decode(message)
+
+
+# What a pool holds for workers that start later
+
+
+class _Held:
+    """An argument of an initializer, for every worker that the pool will ever start."""
+
+    def __init__(self, package: str, bundle: Bundle) -> None:
+        self.package = package
+        self.bundle = bundle
+
+    def open(self) -> Any:
+        """The argument. Called once in each worker: its bundle is a copy of the pool's."""
+        return self.bundle.load(family_of(self.package).loads)
+
+
+def hold_initializer(family: Family, initializer: Any, initargs: Any) -> tuple[Any, Any]:
+    """*initializer* and *initargs* with duplicates of every descriptor in the arguments.
+
+    Looks into tuples, lists and dicts; what else holds a descriptor must stay open for the pool's
+    life. Locks and queues can only be pickled while a process starts, so the rest is left alone.
+    It is safe to close what was found after this call.
+    """
+    if initializer is None or not callable(initializer):
+        return initializer, initargs
+    held = _hold(family, tuple(initargs))
+    return (initializer, initargs) if held is None else (_initialize, (initializer, held))
+
+
+def _hold(family: Family, value: Any) -> Any:
+    """*value* with each shareable object in it held; None if there is none."""
+    cls = type(value)
+    if cls is tuple or cls is list:
+        items = [_hold(family, item) for item in value]
+        if all(item is None for item in items):
+            return None
+        return cls(old if new is None else new for old, new in zip(value, items, strict=True))
+    if cls is dict:
+        parts = {key: _hold(family, item) for key, item in value.items()}
+        if all(part is None for part in parts.values()):
+            return None
+        return {key: value[key] if new is None else new for key, new in parts.items()}
+    if not is_shareable(cls):
+        return None
+    return _Held(family.package, dumps(family, value).own())
+
+
+def _initialize(initializer: Any, held: Any) -> None:
+    initializer(*_open(held))
+
+
+def _open(value: Any) -> Any:
+    cls = type(value)
+    if cls is tuple or cls is list:
+        return cls(map(_open, value))
+    if cls is dict:
+        return {key: _open(item) for key, item in value.items()}
+    return value.open() if cls is _Held else value

@@ -1,0 +1,69 @@
+"""A server as a child: `python -m fdshare.server CONTROL-FD`, for `Manager.start()` and its like.
+
+The other end of CONTROL-FD sends the settings, is told "ready" or the error, and is the owner: when
+it is closed, by intent or because its process died, the server ends.
+"""
+
+from __future__ import annotations
+
+import signal
+import socket
+import struct
+import sys
+from typing import NoReturn
+
+import msgspec
+
+from fdshare.errors import FdshareError
+from fdshare.protocol import messages as m
+from fdshare.server import logs
+from fdshare.server.serve import serve
+from fdshare.server.settings import Settings
+
+__all__ = ["main", "read_message", "send_message"]
+
+_LENGTH = struct.Struct(">I")
+
+
+def send_message(control: socket.socket, message: object) -> None:
+    """Sends a Struct over the control socket."""
+    body = msgspec.msgpack.encode(message)
+    control.sendall(_LENGTH.pack(len(body)) + body)
+
+
+def read_message(control: socket.socket) -> bytes:
+    """The body of the next message; empty at the end of the stream."""
+    with control.makefile("rb") as stream:
+        start = stream.read(_LENGTH.size)
+        return stream.read(_LENGTH.unpack(start)[0]) if len(start) == _LENGTH.size else b""
+
+
+def main(fd: int) -> int:
+    """Exit status 0, or 1 where it could not start, which the owner is told."""
+    with socket.socket(fileno=fd) as control:
+        control.set_inheritable(False)
+        return _serve(control)
+
+
+def _serve(control: socket.socket) -> int:
+    settings = msgspec.msgpack.decode(read_message(control), type=Settings)
+    logs.configure(settings)
+
+    def ready() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is the owner's
+        send_message(control, m.Done())
+
+    try:
+        serve(settings, ready, control=control)
+    except FdshareError as error:
+        send_message(control, m.refusal(error))
+        return 1
+    return 0
+
+
+def run() -> NoReturn:
+    sys.exit(main(int(sys.argv[1])))
+
+
+if __name__ == "__main__":
+    run()

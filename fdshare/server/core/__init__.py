@@ -1,0 +1,1 @@
+"""What the server decides: no I/O and no clock. Time is an argument, effects are a Protocol."""

@@ -1,0 +1,110 @@
+"""The contract between the service and its world: what each may ask of the other, as types."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, TypeAlias
+
+from fdshare.protocol import messages as m
+from fdshare.server.core.policy import Subject
+from fdshare.server.core.records import Record
+from fdshare.server.core.table import Entry, Handle
+
+__all__ = ["Awaiting", "JournalBusy", "LeaseState", "Session", "Waiter", "World"]
+
+Awaiting: TypeAlias = m.Fetch | m.Take | m.Wait
+LeaseState: TypeAlias = Literal["held", "confirmed", "dropped"]
+
+
+class JournalBusy(Exception):
+    """The keeper cannot take a record now; call again when it can. *wait*: how many seconds longer
+    than usual that may take."""
+
+    def __init__(self, reason: str = "it does not read its journal", wait: float = 0.0) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.wait = wait
+
+
+@dataclass(slots=True, eq=False)
+class Session:
+    """One client connection, as the service knows it."""
+
+    subject: Subject
+    pid: int
+    trusted: bool
+    name: str = ""  # the client's connection id, from its Hello
+    registrant: m.Registrant | None = None
+    waiting: dict[int, Waiter] = field(default_factory=dict)
+    watches: dict[int, str] = field(default_factory=dict)  # id -> pattern
+    holds: bool = False  # an entry that lives no longer than the client or its process
+    route: Any = None  # how the world finds the client
+
+
+@dataclass(slots=True, eq=False)
+class Waiter:
+    """A request that waits for its name."""
+
+    session: Session
+    id: int
+    request: Awaiting
+    deadline: float | None
+    done: bool = False
+
+
+class World(Protocol):
+    """What the service may ask for. Handles are the world's own; the service only moves them."""
+
+    def answer(
+        self, session: Session, id: int, body: bytes, handles: Sequence[Handle] = ()
+    ) -> None:
+        """Sends *body* and copies of *handles*; never fails, never blocks."""
+
+    def answer_in_parts(self, session: Session, id: int, bodies: Sequence[bytes]) -> None:
+        """Sends all of *bodies*, however long they are together; never fails, never blocks."""
+
+    def publish(self, sessions: Sequence[Session], body: bytes) -> None:
+        """Sends one event to many; a session that cannot take it is `resync`ed later."""
+
+    def journal(self, record: Record, handles: Sequence[Handle]) -> None:
+        """Returns once the keeper is bound to learn it. Raises: JournalBusy, KeeperUnavailable."""
+
+    def lease_pair(self) -> tuple[Handle, Handle]:
+        """A new lease: (our end, the taker's). Raises: DescriptorLimit."""
+
+    def lease_state(self, ours: Handle, *, revoke: bool = False) -> LeaseState:
+        """What the taker has done; with *revoke* it can do nothing more: never "held"."""
+
+    def check_lifeline(self, handle: Handle) -> None:
+        """Raises: InvalidArgument: it is no socket."""
+
+    def owner_guard(self, session: Session) -> Handle:
+        """A pidfd of the client's process. Raises: DescriptorLimit, InvalidArgument,
+        UnsupportedPlatform."""
+
+    def registrant(self, session: Session) -> m.Registrant: ...
+
+    def watch(self, entry: Entry) -> None:
+        """Tell `hung_up` and `lease_moved` when guard, descriptors or lease of *entry* stir.
+        Never fails: the change is made, what cannot be watched is not."""
+
+    def close(self, handles: Sequence[Handle]) -> None:
+        """Never fails, never blocks."""
+
+    def probe(self, session: Session, id: int, entries: Sequence[Entry], now: float) -> None:
+        """Answers with an InfoList, when the kernel has been asked; may take a while."""
+
+    def bind(self, address: str, backlog: int, reuse_port: bool) -> tuple[m.Kind, Handle]: ...
+
+    def stats(self) -> m.ServerStats: ...
+
+    def reload_policy(self) -> None: ...
+
+    def command(self, verb: Literal["shutdown", "upgrade"], session: Session, id: int) -> bool:
+        """Has it done; False where the answer comes later, from `upgraded` or a successor."""
+
+    auditing: bool  # whether `audit` does anything
+
+    def audit(self, verb: str, name: str, session: Session | None, outcome: str) -> None:
+        """Notes who was given or refused what; *session* is None for what happened by itself."""

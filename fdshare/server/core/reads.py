@@ -1,0 +1,166 @@
+"""The verbs that leave the table as it is. A handler answers, or has its client wait."""
+
+from __future__ import annotations
+
+from fdshare.errors import FetchTimeout, NameNotFound
+from fdshare.protocol import messages as m
+from fdshare.protocol.framing import MAX_FRAME_DESCRIPTORS
+from fdshare.protocol.names import matcher
+from fdshare.server.core.policy import Subject
+from fdshare.server.core.ports import Session
+from fdshare.server.core.table import Entry, Handle
+from fdshare.server.core.transaction import DONE
+from fdshare.server.core.waiters import PART, Audience
+
+__all__ = ["Reading"]
+
+
+class Reading(Audience):
+    """fetch, wait, watch and the questions."""
+
+    def quick_fetch(self, session: Session, name: str) -> Entry | None:
+        """The entry to give, where somebody whom no rule restrains fetches a visible name for at
+        least the second time: nine requests of ten are that. None for all else; ask `handle`."""
+        entry = self.registry.entries.get(name)
+        if entry is None or not entry.reply or entry.lease is not None or not session.trusted:
+            return None
+        entry.fetches += 1
+        counters = self.counters
+        counters["fetched"] += 1
+        counters["requests"] += 1
+        if self.world.auditing:
+            self.world.audit("fetch", name, session, "given")
+        return entry
+
+    def _fetch(
+        self, session: Session, id: int, request: m.Fetch, handles: list[Handle], now: float
+    ) -> bool:
+        if not session.trusted:
+            self._permit("fetch", request.name, session)
+        entry = self._present(request.name, now)
+        if entry is None:
+            self._wait_for(session, id, request, now)
+        else:
+            self._give(session, id, entry)
+        return False
+
+    def _fetch_many(
+        self, session: Session, id: int, request: m.FetchMany, handles: list[Handle], now: float
+    ) -> bool:
+        entries = []
+        missing = []
+        for name in dict.fromkeys(request.names):
+            self._permit("fetch", name, session)
+            entry = self._present(name, now)
+            if entry is None:
+                missing.append(name)
+            else:
+                entries.append(entry)
+        if missing:
+            raise NameNotFound(missing)
+        items: list[m.Item] = []
+        given: list[Handle] = []
+        room = min(MAX_FRAME_DESCRIPTORS, self.limits.in_flight_per_connection)
+        for entry in entries:
+            if given and len(given) + len(entry.handles) > room:
+                break
+            items.append(m.Item(entry.name, entry.generation, entry.kind, len(entry.handles)))
+            given += entry.handles
+            entry.fetches += 1
+            self.world.audit("fetch", entry.name, session, "given")
+        self.counters["fetched"] += len(items)
+        self.world.answer(session, id, m.encode(m.GivenMany(items)), given)
+        return False
+
+    def _wait(
+        self, session: Session, id: int, request: m.Wait, handles: list[Handle], now: float
+    ) -> bool:
+        self._permit("fetch", request.name, session)
+        entry = self._present(request.name, now)
+        if entry is None:
+            self._wait_for(session, id, request, now)
+        else:
+            self.world.answer(session, id, m.encode(m.Registered(entry.name, entry.generation)))
+        return False
+
+    def _watch(
+        self, session: Session, id: int, request: m.Watch, handles: list[Handle], now: float
+    ) -> bool:
+        self._permit("watch", "", session)
+        self._check_waiting(session, id)
+        self._settle_all(now)
+        session.watches[id] = request.pattern
+        self._watchers.add(request.pattern, session)
+        self.snapshot(session, id)
+        return False
+
+    def _cancel(
+        self, session: Session, id: int, request: m.Cancel, handles: list[Handle], now: float
+    ) -> bool:
+        waiter = session.waiting.get(request.target)
+        if waiter is not None:
+            self._give_up(waiter, FetchTimeout(waiter.request.name, 0.0))
+        elif request.target in session.watches:
+            self._stop_watching(session, request.target)
+            self.world.answer(session, request.target, DONE)
+        return False
+
+    def _names(
+        self, session: Session, id: int, request: m.Names, handles: list[Handle], now: float
+    ) -> bool:
+        self._permit("list", "", session)
+        self._settle_all(now)
+        matches = matcher(request.pattern)
+        names = sorted(n for n, e in self.registry.entries.items() if not e.lease and matches(n))
+        parts = range(0, max(len(names), 1), PART)
+        lists = [m.NameList(names[i : i + PART], i + PART < len(names)) for i in parts]
+        self.world.answer_in_parts(session, id, list(map(m.encode, lists)))
+        return False
+
+    def _info(
+        self, session: Session, id: int, request: m.Info, handles: list[Handle], now: float
+    ) -> bool:
+        self._permit("info", request.name, session)
+        self._present(request.name, now)
+        entry = self.registry.entries.get(request.name)
+        if entry is None:
+            raise NameNotFound(request.name)
+        self.world.probe(session, id, [entry], now)
+        return False
+
+    def _infos(
+        self, session: Session, id: int, request: m.Infos, handles: list[Handle], now: float
+    ) -> bool:
+        self._permit("list", "", session)
+        self._settle_all(now)
+        matches = matcher(request.pattern)
+        found = sorted(n for n in self.registry.entries if matches(n))
+        self.world.probe(session, id, [self.registry.entries[n] for n in found], now)
+        return False
+
+    def _explain(
+        self, session: Session, id: int, request: m.Explain, handles: list[Handle], now: float
+    ) -> bool:
+        self._permit("explain", request.name, session)
+        subject = Subject(request.uid, request.gid, tuple(request.groups))
+        allowed, rule = self.policy.decide(request.verb, request.name, subject)
+        entry = self.registry.entries.get(request.name)
+        # To register under a name that is held is to replace, which the registrant rule is about.
+        if allowed and entry and request.verb in ("register", "unregister"):
+            allowed, rule = self.policy.decide_removal(entry.registrant.uid, subject)
+        self.world.answer(session, id, m.encode(m.Explained(allowed, rule)))
+        return False
+
+    def _stats(
+        self, session: Session, id: int, request: m.Stats, handles: list[Handle], now: float
+    ) -> bool:
+        self._permit("stats", "", session)
+        self._settle_all(now)
+        self.world.answer(session, id, m.encode(m.StatsReply(self.world.stats())))
+        return False
+
+    def _ping(
+        self, session: Session, id: int, request: m.Ping, handles: list[Handle], now: float
+    ) -> bool:
+        self.world.answer(session, id, DONE)
+        return False

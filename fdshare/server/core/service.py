@@ -1,0 +1,206 @@
+"""What the server does with a request: (session, request, now) -> calls on a `World`. No I/O.
+
+Theory of operation. Every handler goes in one fixed order: shape, permission, leases of the name
+settled, quota, clash; then it *plans* a `Record`; the world journals it; the registry applies it;
+only then is the client answered, waiters woken and watchers told. A handler raises a FdshareError
+to refuse, or `JournalBusy` to be called again with the same request later: nothing has changed
+then. Whoever calls `handle` owns the request's handles again unless it returned True.
+
+The registry is the truth; the world is told which handles to watch and which to close, and may be
+wrong about both without harm: every call names an entry and its generation, a stale one is ignored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+from fdshare.errors import FdshareError, InvalidArgument, TooManyDescriptors
+from fdshare.protocol import messages as m
+from fdshare.server.core.policy import Policy
+from fdshare.server.core.ports import JournalBusy, Session, World
+from fdshare.server.core.reads import Reading
+from fdshare.server.core.records import Drop, Forget, Linger, Record
+from fdshare.server.core.table import Entry, Handle, Registry
+from fdshare.server.core.transaction import DONE
+from fdshare.server.core.writes import Changing
+from fdshare.server.limits import Limits
+
+__all__ = ["Service"]
+
+
+class Service(Reading, Changing):
+    """The verbs, over one registry, one policy and one world."""
+
+    def __init__(self, registry: Registry, policy: Policy, limits: Limits, world: World) -> None:
+        super().__init__(registry, policy, limits, world)
+        self._absent: dict[str, float] = {}  # clients whose answers are kept, and until when
+        self._here: dict[str, int] = {}  # client -> its connections
+        self.leaving = False  # a successor comes: what is remembered is for it
+        self._handlers: dict[type, Callable[..., bool]] = {
+            m.Fetch: self._fetch,
+            m.Take: self._take,
+            m.Wait: self._wait,
+            m.FetchMany: self._fetch_many,
+            m.Register: self._register,
+            m.Unregister: self._unregister,
+            m.Rename: self._rename,
+            m.Bind: self._bind,
+            m.Names: self._names,
+            m.Info: self._info,
+            m.Infos: self._infos,
+            m.Watch: self._watch,
+            m.Cancel: self._cancel,
+            m.Explain: self._explain,
+            m.Stats: self._stats,
+            m.Ping: self._ping,
+            m.Shutdown: self._command,
+            m.Upgrade: self._command,
+            m.Reload: self._reload,
+        }
+
+    # The entry points: a request, an end, a stir, a tick.
+
+    def handle(
+        self, session: Session, id: int, request: m.AnyRequest, handles: list[Handle], now: float
+    ) -> bool:
+        """Answers *request*, now or later. True if *handles* now belong to the registry.
+
+        Raises: FdshareError, to be sent as the refusal; JournalBusy, to be called again.
+        """
+        self.counters["requests"] += 1
+        handler = self._handlers.get(type(request))
+        if handler is None:
+            raise InvalidArgument("request", f"{type(request).__name__} has no place here")
+        if handles and type(request) is not m.Register:
+            raise TooManyDescriptors(len(handles), 0)
+        return handler(session, id, request, handles, now)
+
+    def disconnected(self, session: Session, now: float, *, unanswered: bool = False) -> None:
+        """The client's connection has ended: nothing waits for it any more. *unanswered*: there
+        are answers that it cannot have read, so it may come back and repeat the requests."""
+        for waiter in list(session.waiting.values()):
+            self._stop_waiting(waiter)
+        for id in list(session.watches):
+            self._stop_watching(session, id)
+        if self._has_left(session.name) and not self.leaving:
+            if unanswered:
+                self._absent[session.name] = now + self.limits.session_timeout
+                return
+            try:
+                self._commit(Record([Forget(session.name)]), [], now)
+            except (JournalBusy, FdshareError):
+                self._absent[session.name] = now + self.limits.session_timeout
+
+    def _has_left(self, name: str) -> bool:
+        """Counts one connection less of a client. True where answers for it are remembered and it
+        has no other connection: it may have made a new one before the old one's end was seen."""
+        count = self._here.pop(name, 0) - 1
+        if count > 0:
+            self._here[name] = count
+        return count <= 0 and name in self.registry.answers
+
+    def hung_up(self, entry: Entry, now: float, *, guard: bool) -> None:
+        """The owner of *entry* is gone (*guard*), or the peer of a descriptor in it."""
+        if self.registry.entries.get(entry.name) is not entry:
+            return
+        changes = self._settle(entry, revoke=not guard or not entry.grace)
+        if self._is_taken(changes):
+            self._commit(Record(changes), [], now)
+            return
+        if guard and entry.grace:
+            until = now + entry.grace
+            if entry.expires is not None:  # the grace does not prolong the time to live
+                until = min(until, entry.expires)
+            changes.append(Linger(entry.name, entry.generation, until))
+        else:
+            changes.append(Drop(entry.name, entry.generation, "hung_up"))
+        self._commit(Record(changes), [], now)
+
+    def lease_moved(self, lease: int, now: float) -> None:
+        """The taker has confirmed or let go."""
+        entry = self.registry.leases.get(lease)
+        if entry is None:
+            return
+        changes = self._settle(entry)
+        if changes:
+            self._commit(Record(changes), [], now)
+
+    def tick(self, now: float) -> None:
+        """Everything that is due at *now*: expiries, leases held too long, waits that are over."""
+        self._end_waits(now)
+        for entry in self.registry.expired(now):
+            if self.registry.entries.get(entry.name) is not entry:
+                continue  # it was due twice
+            changes = self._settle(entry, revoke=True)
+            if not self._is_taken(changes):
+                changes = [Drop(entry.name, entry.generation, "expired")]
+                self.counters["expired"] += 1
+            self._commit(Record(changes), [], now)
+        if self._absent:
+            self._forget_absent(now)
+        for entry in self._leases_too_old(now):
+            if changes := self._settle(entry, revoke=True):
+                self._commit(Record(changes), [], now)
+
+    def next_deadline(self) -> float | None:
+        """When to call `tick` next; None where nothing is due."""
+        if not (self._wait_deadlines or self._unserved or self._absent or self.registry.timed):
+            return None
+        due = list(self._unserved.values())
+        if (wait := self._next_wait()) is not None:
+            due.append(wait)
+        if (expiry := self.registry.next_deadline()) is not None:
+            due.append(expiry)
+        if self._absent:
+            due.append(next(iter(self._absent.values())))
+        if self.registry.leases:
+            oldest = next(iter(self.registry.leases.values()))
+            if oldest.lease is not None:
+                due.append(oldest.lease.at + self.limits.lease_timeout)
+        return min(due, default=None)
+
+    def expect(self, now: float) -> None:
+        """After a server's death: the clients whose answers are remembered have until the session
+        timeout to come back."""
+        until = now + self.limits.session_timeout
+        self._absent = dict.fromkeys(self.registry.answers, until)
+
+    def greeted(self, session: Session) -> None:
+        """The client of *session* is here, or here again."""
+        self._absent.pop(session.name, None)
+        if session.name:
+            self._here[session.name] = self._here.get(session.name, 0) + 1
+
+    def _forget_absent(self, now: float) -> None:
+        for name in [name for name, until in self._absent.items() if until <= now]:
+            self._commit(Record([Forget(name)]), [], now)
+            del self._absent[name]
+
+    # Verbs for the server itself.
+
+    def _reload(
+        self, session: Session, id: int, request: m.Reload, handles: list[Handle], now: float
+    ) -> bool:
+        self._permit("reload", "", session)
+        self.world.reload_policy()
+        self.world.answer(session, id, DONE)
+        return False
+
+    def _command(
+        self,
+        session: Session,
+        id: int,
+        request: m.Shutdown | m.Upgrade,
+        handles: list[Handle],
+        now: float,
+    ) -> bool:
+        verb: Literal["shutdown", "upgrade"] = (
+            "shutdown" if type(request) is m.Shutdown else "upgrade"
+        )
+        self._permit(verb, "", session)
+        if self._answered_before(session, id):  # we are the successor that was asked for
+            return False
+        if self.world.command(verb, session, id):
+            self.world.answer(session, id, DONE)
+        return False

@@ -1,0 +1,353 @@
+"""The table: names -> entries. Pure: time comes in with the changes, what must be closed goes out.
+
+The registry decides nothing. `Service` plans a `Record`, the record is journaled, and `apply` makes
+it so; applying the same records to another registry makes the same table. A handle is whatever the
+caller uses for an open descriptor: the registry only stores it and gives it back.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal, TypeAlias
+
+from fdshare.protocol.messages import Event, EventKind, Kind, Lifetime, Registrant
+from fdshare.server.core.records import (
+    Change,
+    Drop,
+    Forget,
+    Grant,
+    Linger,
+    Move,
+    Put,
+    Record,
+    Settle,
+)
+
+__all__ = ["ANSWERS_KEPT", "Applied", "Entry", "Handle", "Lease", "Registry"]
+
+Handle: TypeAlias = Any
+
+# A client may have this many mutating requests unanswered and still repeat all of them.
+ANSWERS_KEPT: Final = 64
+
+
+@dataclass(slots=True)
+class Lease:
+    """A take in flight. *handle* is our end: a byte on it confirms, its end returns the entry."""
+
+    id: int
+    handle: Handle
+    at: float
+
+
+@dataclass(slots=True)
+class Entry:
+    """One name's worth. *reply* is the encoded answer to a fetch, made once by the service, and
+    *packet* what the event loop keeps of it."""
+
+    name: str
+    generation: int
+    kind: Kind
+    handles: tuple[Handle, ...]
+    guard: Handle | None
+    registrant: Registrant
+    at: float
+    lifetime: Lifetime
+    expires: float | None
+    grace: float
+    drop_on_hangup: bool
+    metadata: dict[str, str]
+    lease: Lease | None = None
+    fetches: int = 0
+    reply: bytes = b""
+    packet: object = None
+
+    def all_handles(self) -> list[Handle]:
+        """Those of the entry, its guard and its lease."""
+        handles = list(self.handles)
+        if self.guard is not None:
+            handles.append(self.guard)
+        if self.lease is not None:
+            handles.append(self.lease.handle)
+        return handles
+
+
+@dataclass(slots=True)
+class Applied:
+    """What a record did: handles that nothing refers to any more, events in order, and the entries
+    whose handles must be watched from now on (guards, leases, hang-ups)."""
+
+    closed: list[Handle] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
+    changed: list[Entry] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Usage:
+    """What one uid holds."""
+
+    names: int = 0
+    descriptors: int = 0
+
+
+class Registry:
+    """Names, generations, leases, deadlines and remembered answers."""
+
+    def __init__(self) -> None:
+        self.entries: dict[str, Entry] = {}
+        self.leases: dict[int, Entry] = {}
+        self.answers: dict[str, OrderedDict[int, bytes]] = {}
+        self.generation = 0
+        self.serial = 0
+        self.last_lease = 0
+        self.descriptors = 0
+        self._usage: dict[int, Usage] = {}
+        self._deadlines: list[tuple[float, int, str]] = []
+
+    # Questions.
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def visible(self, name: str) -> Entry | None:
+        """The entry that a fetch would see: a leased one is hidden."""
+        entry = self.entries.get(name)
+        return None if entry is None or entry.lease is not None else entry
+
+    def usage(self, uid: int) -> Usage:
+        """What entries registered by *uid* amount to."""
+        return self._usage.get(uid) or Usage()
+
+    def answer(self, session: str, id: int) -> bytes | None:
+        """The body that answered this request before, if it was carried out."""
+        answers = self.answers.get(session)
+        return None if answers is None else answers.get(id)
+
+    def handles(self) -> Iterator[Handle]:
+        """Every handle the table refers to."""
+        for entry in self.entries.values():
+            yield from entry.all_handles()
+
+    @property
+    def timed(self) -> bool:
+        """False where nothing in here will ever be due."""
+        return bool(self._deadlines or self.leases)
+
+    def next_deadline(self) -> float | None:
+        """When the next entry expires; None where none does."""
+        while self._deadlines:
+            expires, generation, name = self._deadlines[0]
+            entry = self.entries.get(name)
+            if entry and entry.generation == generation and entry.expires == expires:
+                return expires
+            heapq.heappop(self._deadlines)
+        return None
+
+    def expired(self, now: float) -> list[Entry]:
+        """The entries whose time has passed, earliest first; a leased one waits for its lease."""
+        due: list[Entry] = []
+        put_back = []
+        while (deadline := self.next_deadline()) is not None and deadline <= now:
+            item = heapq.heappop(self._deadlines)
+            put_back.append(item)
+            due.append(self.entries[item[2]])
+        # The record that drops them makes these stale; if it is not written, they are due again.
+        for item in put_back:
+            heapq.heappush(self._deadlines, item)
+        return due
+
+    # The whole of it.
+
+    def dump(self) -> tuple[Record, list[Handle]]:
+        """The record that makes these entries and leases again in an empty registry, and the
+        handles that it draws; `restore` gives that one the rest."""
+        changes: list[Change] = []
+        handles: list[Handle] = []
+        for entry in self.entries.values():
+            changes.append(
+                Put(
+                    name=entry.name,
+                    generation=entry.generation,
+                    kind=entry.kind,
+                    count=len(entry.handles),
+                    registrant=entry.registrant,
+                    at=entry.at,
+                    lifetime=entry.lifetime,
+                    guarded=entry.guard is not None,
+                    expires=entry.expires,
+                    grace=entry.grace,
+                    drop_on_hangup=entry.drop_on_hangup,
+                    metadata=entry.metadata,
+                )
+            )
+            if entry.lease is not None:
+                changes.append(Grant(entry.name, entry.lease.id, entry.lease.at))
+            handles += entry.all_handles()
+        return Record(changes), handles
+
+    def restore(
+        self,
+        answers: dict[str, dict[int, bytes]],
+        fetches: dict[str, int],
+        generation: int,
+        serial: int,
+        last_lease: int,
+    ) -> None:
+        """What a dump's record does not say."""
+        self.answers = {session: OrderedDict(kept) for session, kept in answers.items()}
+        for name, count in fetches.items():
+            self.entries[name].fetches = count
+        self.generation, self.serial, self.last_lease = generation, serial, last_lease
+
+    # Changes.
+
+    def apply(self, record: Record, handles: list[Handle]) -> Applied:
+        """Makes *record* so. *handles* are those that its Puts and Grants draw, in order; the
+        registry owns them now, and the caller those in `closed`."""
+        applied = Applied()
+        source = iter(handles)
+        for change in record.changes:
+            self._apply(change, source, applied)
+        if record.reply:
+            answers = self.answers.setdefault(record.session, OrderedDict())
+            answers[record.id] = record.reply
+            if len(answers) > ANSWERS_KEPT:
+                answers.popitem(last=False)
+        return applied
+
+    def _apply(self, change: Change, source: Iterator[Handle], applied: Applied) -> None:
+        match change:
+            case Put():
+                self._put(change, source, applied)
+            case Drop():
+                self._remove(self.entries[change.name], applied)
+                self._event(applied, change.event, change.name, change.generation)
+            case Move():
+                self._move(change, applied)
+            case Grant():
+                self._grant(change, source, applied)
+            case Settle():
+                self._settle(change, applied)
+            case Linger():
+                self._linger(change, applied)
+            case Forget():
+                self.answers.pop(change.session, None)
+
+    def _put(self, put: Put, source: Iterator[Handle], applied: Applied) -> None:
+        former = self.entries.get(put.name)
+        if former is not None:
+            self._remove(former, applied)
+        entry = Entry(
+            name=put.name,
+            generation=put.generation,
+            kind=put.kind,
+            handles=tuple(next(source) for _ in range(put.count)),
+            guard=next(source) if put.guarded else None,
+            registrant=put.registrant,
+            at=put.at,
+            lifetime=put.lifetime,
+            expires=put.expires,
+            grace=put.grace,
+            drop_on_hangup=put.drop_on_hangup,
+            metadata=put.metadata,
+        )
+        self._add(entry, applied)
+        hidden = former is None or former.lease is not None
+        event: Literal["registered", "replaced"] = "registered" if hidden else "replaced"
+        self._event(applied, event, put.name, put.generation)
+
+    def _move(self, move: Move, applied: Applied) -> None:
+        entry = self.entries.pop(move.old)
+        self._account(entry, -1)
+        entry.name, entry.generation, entry.reply = move.new, move.generation, b""
+        self._add(entry, applied)
+        self._event(applied, "registered", move.new, move.generation, old=move.old)
+
+    def _grant(self, grant: Grant, source: Iterator[Handle], applied: Applied) -> None:
+        entry = self.entries[grant.name]
+        entry.lease = Lease(grant.lease, next(source), grant.at)
+        self.leases[grant.lease] = entry
+        self.last_lease = max(self.last_lease, grant.lease)
+        self.descriptors += 1
+        applied.changed.append(entry)
+        self._event(applied, "taken", entry.name, entry.generation)
+
+    def _settle(self, settle: Settle, applied: Applied) -> None:
+        entry = self.leases[settle.lease]
+        if settle.outcome == "taken":
+            self._remove(entry, applied)
+            return
+        applied.closed.append(self._end_lease(entry))
+        self._event(applied, "returned", entry.name, entry.generation)
+
+    def _linger(self, linger: Linger, applied: Applied) -> None:
+        entry = self.entries[linger.name]
+        if entry.guard is not None:
+            applied.closed.append(entry.guard)
+            entry.guard = None
+            self.descriptors -= 1
+            self._of(entry).descriptors -= 1
+        entry.expires = linger.expires
+        self._schedule(entry)
+
+    # The bookkeeping that all of them share.
+
+    def _add(self, entry: Entry, applied: Applied) -> None:
+        self.entries[entry.name] = entry
+        self.generation = max(self.generation, entry.generation)
+        self._account(entry, +1)
+        self._schedule(entry)
+        applied.changed.append(entry)
+
+    def _remove(self, entry: Entry, applied: Applied) -> None:
+        applied.closed += entry.handles
+        if entry.guard is not None:
+            applied.closed.append(entry.guard)
+        if entry.lease is not None:
+            del self.leases[entry.lease.id]
+            applied.closed.append(entry.lease.handle)
+            self.descriptors -= 1
+        del self.entries[entry.name]
+        self._account(entry, -1)
+
+    def _end_lease(self, entry: Entry) -> Handle:
+        assert entry.lease is not None
+        handle, id = entry.lease.handle, entry.lease.id
+        entry.lease = None
+        del self.leases[id]
+        self.descriptors -= 1
+        return handle
+
+    def _account(self, entry: Entry, sign: Literal[1, -1]) -> None:
+        """Names and descriptors of the registrant's uid; a lease is the taker's, not counted."""
+        count = sign * (len(entry.handles) + (entry.guard is not None))
+        self.descriptors += count
+        usage = self._of(entry)
+        usage.names += sign
+        usage.descriptors += count
+        if not usage.names:
+            del self._usage[entry.registrant.uid]
+
+    def _of(self, entry: Entry) -> Usage:
+        return self._usage.setdefault(entry.registrant.uid, Usage())
+
+    def _schedule(self, entry: Entry) -> None:
+        if entry.expires is None:
+            return
+        heapq.heappush(self._deadlines, (entry.expires, entry.generation, entry.name))
+        if len(self._deadlines) > 64 + 2 * len(self.entries):  # mostly stale: of replaced entries
+            self._deadlines = [
+                (entry.expires, entry.generation, entry.name)
+                for entry in self.entries.values()
+                if entry.expires is not None
+            ]
+            heapq.heapify(self._deadlines)
+
+    def _event(
+        self, applied: Applied, event: EventKind, name: str, generation: int, old: str = ""
+    ) -> None:
+        self.serial += 1
+        applied.events.append(Event(self.serial, event, name, generation, old))

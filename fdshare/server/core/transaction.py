@@ -1,0 +1,179 @@
+"""Table: the registry behind its rules. Every change is planned, journaled, applied and spread.
+
+The steps that the verbs share: may this session do that, is there room, has a taker decided, make
+it so. Nothing is mutated before the record of it is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from fdshare.errors import AccessDenied, QuotaExceeded
+from fdshare.protocol import messages as m
+from fdshare.server.core.policy import Policy
+from fdshare.server.core.ports import Session, World
+from fdshare.server.core.records import Change, Grant, Record, Settle
+from fdshare.server.core.table import Applied, Entry, Handle, Registry
+from fdshare.server.limits import Limits
+
+__all__ = ["DONE", "Table"]
+
+DONE = m.encode(m.Done())
+
+
+class Table:
+    """One registry, one policy and one world."""
+
+    def __init__(self, registry: Registry, policy: Policy, limits: Limits, world: World) -> None:
+        self.registry = registry
+        self.policy = policy
+        self.limits = limits
+        self.world = world
+        self.counters = dict.fromkeys(
+            ("requests", "refused", "registered", "fetched", "taken", "returned", "expired"), 0
+        )
+
+    # Making it so.
+
+    def _commit(
+        self,
+        record: Record,
+        handles: Sequence[Handle],
+        now: float,
+        answer: Callable[[], None] | None = None,
+    ) -> None:
+        """Journals *record*, applies it, answers, and tells whom it concerns."""
+        self.world.journal(record, handles)
+        applied = self.registry.apply(record, list(handles))
+        if answer is not None:
+            answer()
+        self._spread(applied, now)
+
+    def _spread(self, applied: Applied, now: float) -> None:
+        """Tells the world what has changed."""
+        for entry in applied.changed:
+            self.world.watch(entry)
+        if applied.closed:
+            self.world.close(applied.closed)
+        for event in applied.events:
+            if event.event == "returned":
+                self.counters["returned"] += 1
+                self.world.audit("take", event.name, None, "returned")
+
+    def _give(self, session: Session, id: int, entry: Entry) -> None:
+        """Answers a fetch. The reply's body is the same for all, so it is encoded once."""
+        if not entry.reply:
+            given = m.Given(entry.name, entry.generation, entry.kind, entry.metadata)
+            entry.reply = m.encode(given)
+        entry.fetches += 1
+        self.counters["fetched"] += 1
+        self.world.answer(session, id, entry.reply, entry.handles)
+        self.world.audit("fetch", entry.name, session, "given")
+
+    def _lease(self, session: Session, id: int, entry: Entry, now: float) -> None:
+        """Answers with the entry and the taker's end of a lease on it."""
+        ours, theirs = self.world.lease_pair()
+        lease = self.registry.last_lease + 1
+        try:
+            self._commit(Record([Grant(entry.name, lease, now)]), [ours], now)
+        except BaseException:
+            self.world.close([ours, theirs])
+            raise
+        given = m.Given(entry.name, entry.generation, entry.kind, entry.metadata, lease=True)
+        entry.fetches += 1
+        self.counters["taken"] += 1
+        self.world.audit("take", entry.name, session, f"leased {lease}")
+        self.world.answer(session, id, m.encode(given), [*entry.handles, theirs])
+        # The world keeps what it still has to send; the taker's end must not stay open here.
+        self.world.close([theirs])
+
+    # Leases.
+
+    def _present(self, name: str, now: float) -> Entry | None:
+        """The entry that is visible under *name* once its lease, if one is pending, is settled."""
+        entry = self.registry.entries.get(name)
+        if entry is None or entry.lease is None:
+            return entry
+        changes = self._settle(entry)
+        if changes:
+            self._commit(Record(changes), [], now)
+        return self.registry.visible(name)
+
+    def _settle_all(self, now: float) -> None:
+        for entry in list(self.registry.leases.values()):
+            if changes := self._settle(entry):
+                self._commit(Record(changes), [], now)
+
+    def _settle_if_crowded(self, session: Session, count: int, now: float) -> None:
+        """What takers have confirmed makes room, where *count* descriptors may find none."""
+        registry, limits = self.registry, self.limits
+        if registry.leases and (
+            not session.trusted
+            or len(registry) >= limits.max_names
+            or registry.descriptors + count > limits.max_descriptors
+        ):
+            self._settle_all(now)
+
+    def _settle(self, entry: Entry, *, revoke: bool = False) -> list[Change]:
+        """What the taker of *entry* did, as changes; none where it is not leased, or still is."""
+        if entry.lease is None:
+            return []
+        state = self.world.lease_state(entry.lease.handle, revoke=revoke)
+        if state == "held":
+            return []
+        return [Settle(entry.lease.id, "taken" if state == "confirmed" else "returned")]
+
+    @staticmethod
+    def _is_taken(changes: Sequence[Change]) -> bool:
+        return any(isinstance(change, Settle) and change.outcome == "taken" for change in changes)
+
+    def _leases_too_old(self, now: float) -> list[Entry]:
+        if not self.registry.leases:
+            return []
+        before = now - self.limits.lease_timeout
+        entries = self.registry.leases.values()
+        return [e for e in entries if e.lease is not None and e.lease.at <= before]
+
+    # Permission and room.
+
+    def _permit(self, verb: str, name: str, session: Session) -> None:
+        if session.trusted:
+            return
+        allowed, rule = self.policy.decide(verb, name, session.subject)
+        if not allowed:
+            raise AccessDenied(verb, name, session.subject.uid, rule)
+
+    def _permit_removal(self, verb: str, entry: Entry, session: Session) -> None:
+        if session.trusted:
+            return
+        allowed, rule = self.policy.decide_removal(entry.registrant.uid, session.subject)
+        if not allowed:
+            raise AccessDenied(verb, entry.name, session.subject.uid, rule)
+
+    def _check_quota(self, session: Session, count: int, former: Entry | None) -> None:
+        """Refuses what would go beyond a limit, with what the replaced entry frees counted in."""
+        limits, registry = self.limits, self.registry
+        freed = len(former.all_handles()) if former else 0
+        names = len(registry) - (former is not None)
+        self._quota("max_names", limits.max_names, names, 1)
+        used = registry.descriptors - freed
+        self._quota("max_descriptors", limits.max_descriptors, used, count)
+        if session.trusted:
+            return
+        usage = registry.usage(session.subject.uid)
+        mine = former is not None and former.registrant.uid == session.subject.uid
+        self._quota("max_names_per_uid", limits.max_names_per_uid, usage.names - mine, 1)
+        # Of the replaced one all but the lease: that counts for nobody.
+        freed -= former is not None and former.lease is not None
+        used = usage.descriptors - (freed if mine else 0)
+        self._quota("max_descriptors_per_uid", limits.max_descriptors_per_uid, used, count)
+
+    @staticmethod
+    def _quota(what: str, limit: int, used: int, more: int) -> None:
+        if used + more > limit:
+            raise QuotaExceeded(what, limit, used)
+
+    def _registrant(self, session: Session) -> m.Registrant:
+        if session.registrant is None:
+            session.registrant = self.world.registrant(session)
+        return session.registrant

@@ -1,0 +1,176 @@
+"""Audience: who waits for a name, and who watches. Served when a change has been applied.
+
+A request that waits is kept under its name, in the order of arrival, with its deadline in a heap.
+A watch is a snapshot and then events: encoded once, whoever watches.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Sequence
+from itertools import count
+
+from fdshare.errors import FdshareError, FetchTimeout, InvalidArgument, NameNotFound
+from fdshare.protocol import messages as m
+from fdshare.protocol.names import check_name, matcher
+from fdshare.protocol.subscriptions import Subscriptions
+from fdshare.server.core.policy import Policy
+from fdshare.server.core.ports import Awaiting, JournalBusy, Session, Waiter, World
+from fdshare.server.core.table import Applied, Registry
+from fdshare.server.core.transaction import Table
+from fdshare.server.limits import Limits
+
+__all__ = ["PART", "Audience"]
+
+PART = 1000  # names or entries in one part of a long answer
+_AGAIN = 0.01  # seconds until those who wait for a name are looked at again
+
+
+class Audience(Table):
+    """A table whose changes are awaited."""
+
+    def __init__(self, registry: Registry, policy: Policy, limits: Limits, world: World) -> None:
+        super().__init__(registry, policy, limits, world)
+        self._waiting: dict[str, deque[Waiter]] = {}
+        self._wait_deadlines: list[tuple[float, int, Waiter]] = []
+        self._stale = 0  # how many of them are of waits that are over
+        self._unserved: dict[str, float] = {}  # names whose waiters were not served: when to try
+        self._watchers: Subscriptions[Session] = Subscriptions()
+        self._order = count()  # between waits that end at the same moment
+
+    def _spread(self, applied: Applied, now: float) -> None:
+        """Tells the world, the watchers and those who wait, in that order."""
+        super()._spread(applied, now)
+        if self._watchers:
+            self._publish(applied.events)
+        if self._waiting:
+            for event in applied.events:
+                if event.event in ("registered", "replaced", "returned"):
+                    self._wake(event.name, now)
+
+    def refused(self, session: Session, request: m.AnyRequest | None, error: FdshareError) -> None:
+        """Somebody is told *error*; *request* is None for one that was not understood."""
+        self.counters["refused"] += 1
+        if self.world.auditing:
+            verb = "request" if request is None else type(request).__name__.lower()
+            name = str(getattr(request, "name", "") or getattr(request, "old", ""))
+            self.world.audit(verb, name, session, f"refused: {error}")
+
+    # Waiting.
+
+    def _wait_for(self, session: Session, id: int, request: Awaiting, now: float) -> None:
+        """Keeps the request until its name appears."""
+        check_name(request.name)
+        wait = request.wait
+        if wait is not None and not wait > 0:
+            raise NameNotFound(request.name)
+        self._check_waiting(session, id)
+        waiter = Waiter(session, id, request, None if wait is None else now + wait)
+        session.waiting[id] = waiter
+        self._waiting.setdefault(request.name, deque()).append(waiter)
+        if waiter.deadline is not None:
+            heapq.heappush(self._wait_deadlines, (waiter.deadline, next(self._order), waiter))
+
+    def _check_waiting(self, session: Session, id: int) -> None:
+        """Refuses one wait or watch too many, and an id that one goes by already."""
+        if id in session.waiting or id in session.watches:
+            raise InvalidArgument("id", f"request {id} of this connection is still under way")
+        used = len(session.waiting) + len(session.watches)
+        self._quota("max_waiting", self.limits.max_waiting, used, 1)
+
+    def _keep_waiting(self, waiter: Waiter) -> None:
+        """Puts one like *waiter*, which was stopped, to the front of its queue."""
+        again = Waiter(waiter.session, waiter.id, waiter.request, waiter.deadline)
+        again.session.waiting[again.id] = again
+        self._waiting.setdefault(again.request.name, deque()).appendleft(again)
+        if again.deadline is not None:
+            heapq.heappush(self._wait_deadlines, (again.deadline, next(self._order), again))
+
+    def _wake(self, name: str, now: float) -> None:
+        """Serves those who wait for *name*, in their order, while it is there."""
+        for waiter in list(self._waiting.get(name, ())):
+            entry = self.registry.visible(name)
+            if entry is None:
+                return
+            if waiter.done:  # answering one of them showed that this one's client is gone
+                continue
+            # Before it is answered: should the client turn out to be gone, its waits end here too.
+            self._stop_waiting(waiter)
+            try:
+                if type(waiter.request) is m.Take:
+                    self._lease(waiter.session, waiter.id, entry, now)
+                elif type(waiter.request) is m.Wait:
+                    there = m.Registered(entry.name, entry.generation)
+                    self.world.answer(waiter.session, waiter.id, m.encode(there))
+                else:
+                    self._give(waiter.session, waiter.id, entry)
+            except JournalBusy:
+                self._keep_waiting(waiter)
+                self._unserved[name] = now + _AGAIN
+                return
+            except FdshareError as error:
+                self._refuse(waiter, error)
+
+    def _end_waits(self, now: float) -> None:
+        """Gives up the waits that are over, and serves those that could not be served before."""
+        while (deadline := self._next_wait()) is not None and deadline <= now:
+            waiter = self._wait_deadlines[0][2]
+            self._give_up(waiter, FetchTimeout(waiter.request.name, waiter.request.wait or 0.0))
+        for name in [name for name, again in self._unserved.items() if again <= now]:
+            del self._unserved[name]
+            self._wake(name, now)
+
+    def _next_wait(self) -> float | None:
+        """When the next wait is over."""
+        while self._wait_deadlines and self._wait_deadlines[0][2].done:
+            heapq.heappop(self._wait_deadlines)
+            self._stale -= 1
+        return self._wait_deadlines[0][0] if self._wait_deadlines else None
+
+    def _give_up(self, waiter: Waiter, error: FdshareError) -> None:
+        self._stop_waiting(waiter)
+        self._refuse(waiter, error)
+
+    def _refuse(self, waiter: Waiter, error: FdshareError) -> None:
+        self.refused(waiter.session, waiter.request, error)
+        self.world.answer(waiter.session, waiter.id, m.encode(m.refusal(error)))
+
+    def _stop_waiting(self, waiter: Waiter) -> None:
+        waiter.done = True
+        del waiter.session.waiting[waiter.id]
+        queue = self._waiting[waiter.request.name]
+        queue.remove(waiter)
+        if not queue:
+            del self._waiting[waiter.request.name]
+        if waiter.deadline is None:
+            return
+        self._stale += 1  # its deadline, in the heap
+        if self._stale > 64 + len(self._wait_deadlines) // 2:
+            self._wait_deadlines = [item for item in self._wait_deadlines if not item[2].done]
+            heapq.heapify(self._wait_deadlines)
+            self._stale = 0
+
+    # Watching.
+
+    def _stop_watching(self, session: Session, id: int) -> None:
+        self._watchers.remove(session.watches.pop(id), session)
+
+    def snapshot(self, session: Session, id: int) -> None:
+        """Sends what is visible now to the watch *id*; later events carry later serials."""
+        matches = matcher(session.watches[id])
+        found = [
+            m.Entry(e.name, e.generation)
+            for e in self.registry.entries.values()
+            if e.lease is None and matches(e.name)
+        ]
+        serial, parts = self.registry.serial, range(0, max(len(found), 1), PART)
+        shots = [m.Snapshot(serial, found[i : i + PART], i + PART < len(found)) for i in parts]
+        self.world.answer_in_parts(session, id, list(map(m.encode, shots)))
+
+    def _publish(self, events: Sequence[m.Event]) -> None:
+        for event in events:
+            names = (event.name, event.old) if event.old else (event.name,)
+            interested = self._watchers.of(*names)
+            if interested:
+                self.world.publish(interested, m.encode(event))

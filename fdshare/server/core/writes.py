@@ -1,0 +1,202 @@
+"""The verbs that change the table. Each goes in one fixed order: shape, permission, leases of the
+name settled, quota, clash; then the record; only then is anything mutated, and the client answered.
+"""
+
+from __future__ import annotations
+
+from fdshare.errors import (
+    GenerationMismatch,
+    InvalidArgument,
+    NameNotFound,
+    NameTaken,
+    TooManyDescriptors,
+)
+from fdshare.protocol import messages as m
+from fdshare.protocol.names import MAX_ENTRY_DESCRIPTORS, MAX_KIND, check_metadata, check_name
+from fdshare.server.core.ports import Session
+from fdshare.server.core.records import Drop, Move, Put, Record
+from fdshare.server.core.table import Entry, Handle
+from fdshare.server.core.transaction import DONE
+from fdshare.server.core.waiters import Audience
+
+__all__ = ["Changing"]
+
+
+class Changing(Audience):
+    """register, take, unregister, rename and bind."""
+
+    def _register(
+        self, session: Session, id: int, request: m.Register, handles: list[Handle], now: float
+    ) -> bool:
+        if self._answered_before(session, id):
+            return False
+        guarded = request.lifetime != "server"
+        own = len(handles) - (request.lifetime == "connection")
+        self._check_registration(request, own)
+        self._permit("register", request.name, session)
+        count = len(handles) + (request.lifetime == "process")
+        self._settle_if_crowded(session, count, now)
+        former = self.registry.entries.get(request.name)
+        changes = self._settle(former) if former else []
+        if self._is_taken(changes):
+            former = None
+        self._check_clash(request, former, session)
+        if request.lifetime == "connection":
+            self.world.check_lifeline(handles[-1])
+        self._check_quota(session, count, former)
+        if former is not None and former.lease is not None and not changes:
+            changes = self._settle(former, revoke=True)
+        generation = self.registry.generation + 1
+        put = Put(
+            name=request.name,
+            generation=generation,
+            kind=request.kind,
+            count=own,
+            registrant=self._registrant(session),
+            at=now,
+            lifetime=request.lifetime,
+            guarded=guarded,
+            expires=None if request.ttl is None else now + request.ttl,
+            grace=request.grace,
+            drop_on_hangup=request.drop_on_hangup,
+            metadata=request.metadata,
+        )
+        reply = m.encode(m.Registered(request.name, generation))
+        extra = [self.world.owner_guard(session)] if request.lifetime == "process" else []
+        record = Record([*changes, put], session.name, id, reply)
+        try:
+            self._commit(record, handles + extra, now, lambda: self._told(session, id, reply))
+        except BaseException:
+            self.world.close(extra)
+            raise
+        self.counters["registered"] += 1
+        session.holds = session.holds or request.lifetime != "server"
+        self.world.audit("register", request.name, session, f"generation {generation}")
+        return True
+
+    def _check_registration(self, request: m.Register, count: int) -> None:
+        check_name(request.name)
+        check_metadata(request.metadata)
+        size = len(request.kind.tag.encode()) + memoryview(request.kind.spec).nbytes
+        if size > MAX_KIND:
+            raise InvalidArgument("kind", f"{size} bytes, at most {MAX_KIND} of tag and spec")
+        if count < 1:
+            raise InvalidArgument("descriptors", "an entry has at least one")
+        if count > MAX_ENTRY_DESCRIPTORS:
+            raise TooManyDescriptors(count, MAX_ENTRY_DESCRIPTORS)
+        if request.ttl is not None and not 0 < request.ttl < float("inf"):
+            raise InvalidArgument("ttl", f"{request.ttl!r} is no positive number of seconds")
+        if not 0 <= request.grace < float("inf"):
+            raise InvalidArgument("grace", f"{request.grace!r} is no number of seconds")
+
+    def _check_clash(self, request: m.Register, former: Entry | None, session: Session) -> None:
+        wanted = request.if_generation
+        current = former.generation if former else 0
+        if wanted is not None and wanted != current:
+            raise GenerationMismatch(request.name, wanted, current)
+        if former is None:
+            return
+        if wanted is None and not request.replace:
+            raise NameTaken(request.name, former.generation)
+        self._permit_removal("register", former, session)
+
+    def _told(self, session: Session, id: int, reply: bytes) -> None:
+        self.world.answer(session, id, reply)
+
+    def _answered_before(self, session: Session, id: int) -> bool:
+        """True where the request is a repeat: its client has its first answer now."""
+        # Clients without a session repeat nothing, and must not get each other's answers.
+        known = self.registry.answer(session.name, id) if session.name else None
+        if known is None:
+            return False
+        self.world.answer(session, id, known)
+        return True
+
+    def _take(
+        self, session: Session, id: int, request: m.Take, handles: list[Handle], now: float
+    ) -> bool:
+        self._permit("take", request.name, session)
+        entry = self._present(request.name, now)
+        if entry is None:
+            self._wait_for(session, id, request, now)
+            return False
+        self._lease(session, id, entry, now)
+        return False
+
+    def _unregister(
+        self, session: Session, id: int, request: m.Unregister, handles: list[Handle], now: float
+    ) -> bool:
+        if self._answered_before(session, id):
+            return False
+        self._permit("unregister", request.name, session)
+        entry = self.registry.entries.get(request.name)
+        changes = self._settle(entry) if entry else []
+        if entry is None or self._is_taken(changes):
+            raise NameNotFound(request.name)
+        wanted = request.if_generation
+        if wanted is not None and wanted != entry.generation:
+            raise GenerationMismatch(request.name, wanted, entry.generation)
+        self._permit_removal("unregister", entry, session)
+        if entry.lease is not None and not changes:
+            changes = self._settle(entry, revoke=True)
+            if self._is_taken(changes):
+                self._commit(Record(changes), [], now)
+                raise NameNotFound(request.name)
+        changes.append(Drop(entry.name, entry.generation, "unregistered"))
+        record = Record(changes, session.name, id, DONE)
+        self._commit(record, [], now, lambda: self._told(session, id, DONE))
+        self.world.audit("unregister", request.name, session, "removed")
+        return False
+
+    def _rename(
+        self, session: Session, id: int, request: m.Rename, handles: list[Handle], now: float
+    ) -> bool:
+        if self._answered_before(session, id):
+            return False
+        check_name(request.new)
+        self._permit("unregister", request.old, session)
+        self._permit("register", request.new, session)
+        entry = self._present(request.old, now)
+        if entry is None:
+            raise NameNotFound(request.old)
+        self._permit_removal("unregister", entry, session)
+        self._present(request.new, now)
+        clash = self.registry.entries.get(request.new)
+        if clash is not None:
+            raise NameTaken(request.new, clash.generation)
+        generation = self.registry.generation + 1
+        reply = m.encode(m.Registered(request.new, generation))
+        record = Record([Move(request.old, request.new, generation)], session.name, id, reply)
+        self._commit(record, [], now, lambda: self._told(session, id, reply))
+        self.world.audit("rename", request.old, session, f"to {request.new}")
+        return False
+
+    def _bind(
+        self, session: Session, id: int, request: m.Bind, handles: list[Handle], now: float
+    ) -> bool:
+        check_name(request.name)
+        self._permit("fetch", request.name, session)
+        entry = self._present(request.name, now)
+        if entry is None:
+            entry = self._bind_new(session, request, now)
+        self._give(session, id, entry)
+        return False
+
+    def _bind_new(self, session: Session, request: m.Bind, now: float) -> Entry:
+        self._permit("bind", request.address, session)
+        self._permit("register", request.name, session)
+        clash = self.registry.entries.get(request.name)
+        if clash is not None:  # leased: somebody is taking it
+            raise NameTaken(request.name, clash.generation)
+        self._settle_if_crowded(session, 1, now)
+        self._check_quota(session, 1, None)
+        kind, handle = self.world.bind(request.address, request.backlog, request.reuse_port)
+        generation = self.registry.generation + 1
+        put = Put(request.name, generation, kind, 1, self._registrant(session), now)
+        try:
+            self._commit(Record([put]), [handle], now)
+        except BaseException:
+            self.world.close([handle])
+            raise
+        self.world.audit("bind", request.name, session, request.address)
+        return self.registry.entries[request.name]

@@ -1,0 +1,276 @@
+"""FdStore: the table in a service manager's file descriptor store, where it outlives both halves.
+
+systemd keeps what a service sends with FDSTORE=1 and passes it to the next start (sd_notify(3),
+systemd.service(5) FileDescriptorStoreMax=). It keeps a name beside each descriptor and nothing
+else, so the table itself is there, too: in a memfd, as a snapshot and the records since.
+
+    fdshare-table   the memfd        fdshare-1, fdshare-2 ...   one handle each
+
+A record is in the store before its client hears "ok". Both halves of a server hold the memfd, the
+server alone writes it; a successor compares it with the table that it was given.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import struct
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Final
+
+import msgspec
+
+from fdshare.activation import store, unstore
+from fdshare.errors import FdshareError
+from fdshare.kernel.descriptor import Descriptor
+from fdshare.server.core.records import Put, Record
+from fdshare.server.core.table import Entry, Registry
+from fdshare.server.loop.closing import Handle
+
+__all__ = ["PREFIX", "TABLE", "FdStore"]
+
+log = logging.getLogger("fdshare.server")
+
+PREFIX: Final = "fdshare-"
+TABLE: Final = f"{PREFIX}table"
+_START: Final = struct.Struct("=Q")  # of the snapshot; the memfd never leaves this machine
+_FRAME: Final = struct.Struct("=II")  # length and CRC-32 of what follows
+_END: Final = bytes(_FRAME.size)
+_PATIENCE: Final = 1.0  # seconds for a service manager that does not read
+_SLACK: Final = 1 << 16  # bytes of records beyond which, and a few snapshots' worth, we start anew
+
+
+class _Snapshot(msgspec.Struct, tag="snapshot"):
+    """A registry; *labels* are what *record* draws."""
+
+    epoch: str
+    record: Record
+    labels: list[str]
+    answers: dict[str, dict[int, bytes]]
+    fetches: dict[str, int]
+    generation: int
+    serial: int
+    last_lease: int
+
+    def registry(self) -> Registry:
+        """With labels for handles."""
+        registry = Registry()
+        registry.apply(self.record, list(self.labels))
+        registry.restore(self.answers, self.fetches, self.generation, self.serial, self.last_lease)
+        return registry
+
+
+class _Step(msgspec.Struct, tag="step"):
+    """What was done since; *labels* are what *record* draws."""
+
+    record: Record
+    labels: list[str]
+
+
+_encode: Final = msgspec.msgpack.Encoder().encode
+_decode: Final = msgspec.msgpack.Decoder(_Snapshot | _Step).decode
+
+
+class FdStore:
+    """The memfd, and what the service manager holds with it: a registry of labels."""
+
+    def __init__(self, table: Descriptor) -> None:
+        """Takes *table* over."""
+        self.table = table
+        self.epoch = ""
+        self.held = Registry()
+        self._last = 0  # of the labels
+        self._at = _START.size  # where the next record goes
+        self._snapshot = 0  # bytes of the last one
+        self._load()
+
+    @classmethod
+    def new(cls, epoch: str) -> FdStore:
+        """An empty one, known to the service manager. The caller owns the result."""
+        made = cls(Descriptor(os.memfd_create(TABLE, os.MFD_CLOEXEC)))
+        made.epoch = epoch
+        made._write_snapshot()
+        _keep(TABLE, made.table.fileno())
+        return made
+
+    # After the death of everybody: what was passed back.
+
+    def restore(self, passed: Mapping[str, Descriptor]) -> Registry:
+        """The registry, with handles of the descriptors *passed* back by label. What nothing
+        refers to is closed, and let go of by the service manager. Takes *passed* over."""
+        record, labels = self.held.dump()
+        kept: list[str] = []
+        lost: set[str] = set()
+        draw = iter(labels)
+        for change in record.changes:
+            drawn = _drawn(change, draw)
+            name = getattr(change, "name", "")
+            if name in lost or any(label not in passed for label in drawn):
+                # The manager's limit, or a start of something else in between.
+                lost.add(name)
+                log.error("%r is lost: the service manager has not kept it", name)
+            else:
+                kept += drawn
+        for label in passed.keys() - set(kept):
+            passed[label].close()
+            _let_go(label)
+        changes = [c for c in record.changes if getattr(c, "name", "") not in lost]
+        registry = Registry()
+        registry.apply(Record(changes), [Handle(passed[label]) for label in kept])
+        held = self.held
+        fetches = {name: e.fetches for name, e in held.entries.items() if name not in lost}
+        answers = {name: dict(kept) for name, kept in held.answers.items()}
+        registry.restore(answers, fetches, held.generation, held.serial, held.last_lease)
+        return registry
+
+    # While serving.
+
+    def reconcile(self, registry: Registry) -> None:
+        """Makes the store hold what *registry* does: a predecessor may have died between two
+        steps."""
+        record, handles = registry.dump()
+        labels = self._labels_for(registry)
+        before = set(self.held.handles())
+        for label, handle in zip(labels, handles, strict=True):
+            if label not in before:
+                _keep(label, handle.fd)
+        held = Registry()
+        held.apply(record, list(labels))
+        self.held = held
+        self._copy_rest(registry)
+        self._write_snapshot()
+        for label in before - set(labels):
+            _let_go(label)
+
+    def record(self, record: Record, fds: Sequence[int]) -> None:
+        """*record* and the *fds* that it draws are in the store when this returns. *fds* are
+        borrowed for the call. Never fails: what the service manager does not take is logged."""
+        labels = [self._new_label() for _ in fds]
+        for label, fd in zip(labels, fds, strict=True):
+            _keep(label, fd)
+        self._append(_Step(record, labels))
+        for label in self.held.apply(record, list(labels)).closed:
+            _let_go(label)
+        if self._at > self._snapshot * 4 + _SLACK:
+            self._write_snapshot()
+
+    def _labels_for(self, registry: Registry) -> list[str]:
+        """A label for each handle of *registry*, in the order of its dump: the one it has, where
+        the store knows the entry."""
+        labels: list[str] = []
+        for entry in registry.entries.values():
+            known = self.held.entries.get(entry.name)
+            if known is None or known.generation != entry.generation:
+                labels += [self._new_label() for _ in entry.all_handles()]
+                continue
+            labels += known.handles
+            if entry.guard is not None:
+                labels.append(known.guard or self._new_label())
+            if entry.lease is not None:
+                labels.append(_lease_label(entry, known) or self._new_label())
+        return labels
+
+    def _copy_rest(self, registry: Registry) -> None:
+        answers = {name: dict(kept) for name, kept in registry.answers.items()}
+        fetches = {name: entry.fetches for name, entry in registry.entries.items()}
+        self.held.restore(
+            answers, fetches, registry.generation, registry.serial, registry.last_lease
+        )
+
+    def _new_label(self) -> str:
+        self._last += 1
+        return f"{PREFIX}{self._last}"
+
+    # The memfd.
+
+    def _load(self) -> None:
+        """What is written, up to the first record that is not whole: its writer died there."""
+        data = os.pread(self.table.fileno(), os.fstat(self.table.fileno()).st_size, 0)
+        if len(data) < _START.size:
+            return
+        at = _START.unpack_from(data)[0]
+        for body in _frames(data, at):
+            step = _decode(body)
+            if isinstance(step, _Snapshot):
+                self.epoch, self.held = step.epoch, step.registry()
+                self._snapshot = len(body)
+            else:
+                self.held.apply(step.record, list(step.labels))
+            self._note_labels(step.labels)
+            at += _FRAME.size + len(body)
+        self._at = at
+
+    def _note_labels(self, labels: Sequence[str]) -> None:
+        numbers = [int(label.removeprefix(PREFIX)) for label in labels]
+        self._last = max([self._last, *numbers])
+
+    def _write_snapshot(self) -> None:
+        record, labels = self.held.dump()
+        snapshot = _Snapshot(
+            epoch=self.epoch,
+            record=record,
+            labels=labels,
+            answers={name: dict(kept) for name, kept in self.held.answers.items()},
+            fetches={name: entry.fetches for name, entry in self.held.entries.items()},
+            generation=self.held.generation,
+            serial=self.held.serial,
+            last_lease=self.held.last_lease,
+        )
+        frame = _frame(_encode(snapshot))
+        fd = self.table.fileno()
+        start = _START.unpack(os.pread(fd, _START.size, 0).ljust(_START.size, b"\0"))[0]
+        # Beside what is valid until the next line but one, and never over it.
+        fits = _START.size + len(frame) + len(_END) <= start
+        at = _START.size if fits else max(self._at + len(_END), _START.size)
+        os.pwrite(fd, frame + _END, at)
+        os.pwrite(fd, _START.pack(at), 0)
+        self._at, self._snapshot = at + len(frame), len(frame)
+        os.ftruncate(fd, self._at + len(_END))
+
+    def _append(self, step: _Step) -> None:
+        frame = _frame(_encode(step))
+        os.pwrite(self.table.fileno(), frame + _END, self._at)
+        self._at += len(frame)
+
+
+def _frame(body: bytes) -> bytes:
+    return _FRAME.pack(len(body), zlib.crc32(body)) + body
+
+
+def _frames(data: bytes, at: int) -> Iterator[bytes]:
+    """The whole ones from *at* on."""
+    while at + _FRAME.size <= len(data):
+        length, crc = _FRAME.unpack_from(data, at)
+        body = data[at + _FRAME.size : at + _FRAME.size + length]
+        if not length or len(body) < length or zlib.crc32(body) != crc:
+            return
+        yield body
+        at += _FRAME.size + length
+
+
+def _drawn(change: object, labels: Iterator[str]) -> list[str]:
+    """The labels that a Put or Grant of a dump draws."""
+    if isinstance(change, Put):
+        return [next(labels) for _ in range(change.count + change.guarded)]
+    return [next(labels)]
+
+
+def _lease_label(entry: Entry, known: Entry) -> str | None:
+    same = entry.lease is not None and known.lease is not None and entry.lease.id == known.lease.id
+    label: str | None = known.lease.handle if same and known.lease is not None else None
+    return label
+
+
+def _keep(label: str, fd: int) -> None:
+    try:
+        store(label, [fd], poll=False, timeout=_PATIENCE)
+    except (OSError, FdshareError) as error:
+        log.error("the service manager has not taken %s: %s", label, error)
+
+
+def _let_go(label: str) -> None:
+    try:
+        unstore(label, timeout=_PATIENCE)
+    except (OSError, FdshareError) as error:
+        log.error("the service manager still holds %s: %s", label, error)

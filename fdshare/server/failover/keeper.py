@@ -1,0 +1,461 @@
+"""Keeper: the twin that makes `kill -9` harmless. Speaks no protocol and to no client.
+
+It is the process that was started. It owns the listening socket and a copy of every descriptor,
+follows the server's journal, and forks a new server when the old one is dead. When the keeper dies
+it is the server that forks a new keeper. Either way round the survivor fences first (twin.py).
+
+    keeper ── fork ──> server       SOCK_SEQPACKET: records up, notes both ways
+       │  listener, lock, table        │  listener, table, connections
+       └── pidfd of the server         └── pidfd of the keeper
+
+Why no record is lost. The server writes it to the journal before it answers. If the server dies
+then, the record is in the socket's buffer and the keeper reads it before it forks a successor. If
+the keeper dies, the server has the table. A client whose answer was lost repeats the request, and
+finds the answer beside the table (`Registry.answers`).
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import signal
+import socket
+import time
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from typing import Final
+
+from fdshare.errors import FdshareError
+from fdshare.kernel.ancillary import receive_into
+from fdshare.kernel.descriptor import Descriptor
+from fdshare.protocol import messages as m
+from fdshare.server import logs
+from fdshare.server.core.records import Record
+from fdshare.server.failover.fd_store import FdStore
+from fdshare.server.failover.journal import Link
+from fdshare.server.failover.processes import (
+    BACK_OFF,
+    DEATHS,
+    WITHIN,
+    Forked,
+    Holdings,
+    Life,
+    Note,
+    close_all_but,
+    decode_letter,
+    encode_letter,
+    fence,
+    fork_half,
+    live,
+)
+from fdshare.server.failover.service_manager import Watchdog, announce_main_pid, report
+from fdshare.server.failover.upgrade import (
+    Table,
+    Trial,
+    adopt,
+    dump_table,
+    exec_new_code,
+    read_table,
+)
+from fdshare.server.loop.closing import Closer, Handle, close_quietly
+from fdshare.server.loop.connection import NO_MEMORY
+from fdshare.server.loop.poller import READ, Poller
+from fdshare.server.loop.server import Server
+
+__all__ = ["Keeper", "resume", "run_keeper"]
+
+log = logging.getLogger("fdshare.keeper")
+
+_LETTER: Final = 1 << 17
+# Seconds that a server that was told to end gets for its last answers; less than a Manager waits.
+_DRAIN: Final = 3.0
+_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
+
+
+class Keeper:
+    """One keeper: `run` is its life. *journal* and *server* are None until there is a server."""
+
+    def __init__(
+        self,
+        holdings: Holdings,
+        ready: Callable[[], None],
+        journal: socket.socket | None = None,
+        server: Descriptor | None = None,
+    ) -> None:
+        self._holdings = holdings
+        self._ready: Callable[[], None] | None = ready
+        self._journal = journal
+        self._server = server
+        self._poller = Poller()
+        self._watchdog = Watchdog()
+        self._closer = Closer()
+        self._fencing = False
+        self._deaths: deque[float] = deque(maxlen=DEATHS)
+        self._start_at: float | None = None if journal is not None else 0.0
+        self._stopping = False
+        self._drain_until: float | None = None  # when a server that was told to end is killed
+        self._wake, self._waker = socket.socketpair()
+        self._signals: list[int] = []
+        self._buffer = bytearray(_LETTER)
+        self._trial: Trial | None = None
+        self._trial_until = 0.0
+        self._upgrade = Note("upgrade")
+        self._relieved = False  # the server was told to make room for one of newer code
+
+    # Its life.
+
+    def run(self, *, relieve: bool = False) -> Life | None:
+        """Returns when the server has been told to end and has; nothing is held any more. In a
+        forked child: the life of the server that it is to be.
+
+        With *relieve* the server that is there is of older code: it answers what it has begun, and
+        makes room for one of ours.
+        """
+        for end in (self._wake, self._waker):
+            end.setblocking(False)
+        self._poller.register(self._wake.fileno(), READ, self._on_signal)
+        if self._holdings.control is not None:
+            self._poller.register(self._holdings.control.fileno(), READ, self._on_owner_gone)
+        self._hear_signals()
+        if self._journal is not None:
+            self._follow()
+            if relieve:
+                self._relieved = True
+                self._drain()
+        while not self._ended():
+            if (life := self._turn()) is not None:
+                return life
+        self._let_go()
+        return None
+
+    def _turn(self) -> Life | None:
+        if self._start_at is not None and time.monotonic() >= self._start_at:
+            if (life := self._start_server()) is not None:
+                return life
+            if self._journal is None:
+                return None
+        for key, events in self._poller.wait(self._timeout()):
+            key(events)  # type: ignore[operator]
+        if self._trial is not None and time.monotonic() > self._trial_until:
+            self._on_trial_over(0)
+        self._watchdog.feed()
+        if self._drain_until is not None and time.monotonic() > self._drain_until:
+            log.warning("the server does not end, killed")
+            self._on_server_gone()
+        return None
+
+    def _timeout(self) -> float | None:
+        if self._drain_until is not None or self._trial is not None:
+            return 0.2
+        due = [at for at in (self._start_at, self._watchdog.due) if at is not None]
+        return max(min(due) - time.monotonic(), 0.0) if due else None
+
+    def _ended(self) -> bool:
+        return self._stopping and self._server is None
+
+    def _let_go(self) -> None:
+        if self._trial is not None:
+            self._trial.verdict()  # ends it
+        self._holdings.listener.close()
+        for handle in list(self._holdings.registry.handles()):
+            self._closer.close(handle.fd)
+        self._closer.stop(timeout=1.0)
+        signal.set_wakeup_fd(-1)
+        self._poller.close()
+        close_quietly(self._wake, self._waker)
+
+    # Signals, and the owner.
+
+    def _hear_signals(self) -> None:
+        for number in _SIGNALS:
+            signal.signal(number, self._note_signal)
+        # A handler in Python runs only once epoll_wait(2) returns, and that does not notice a
+        # signal that came just before it, or to another thread.
+        signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
+        if self._holdings.control is not None:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is the owner's
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)  # our old code blocked them
+
+    def _note_signal(self, number: int, frame: object) -> None:
+        self._signals.append(number)
+        try:
+            self._waker.send(b"\0")
+        except OSError:
+            pass  # full: it wakes anyway
+
+    def _on_signal(self, events: int) -> None:
+        try:
+            self._wake.recv(4096)
+        except BlockingIOError:
+            pass
+        signals, self._signals = self._signals, []
+        for number in signals:
+            if number == signal.SIGUSR2:
+                self._start_upgrade(Note("upgrade"))
+            elif number == signal.SIGHUP:
+                self._tell(Note("reload"))
+            else:
+                self._stop()
+
+    def _on_owner_gone(self, events: int) -> None:
+        assert self._holdings.control is not None
+        self._poller.unregister(self._holdings.control.fileno())
+        self._stop()
+
+    def _stop(self) -> None:
+        if not self._stopping:
+            self._stopping = True
+            self._start_at = None
+            report("STOPPING=1")
+            self._drain()
+
+    def _drain(self) -> None:
+        if self._server is not None:
+            self._drain_until = time.monotonic() + _DRAIN
+            self._tell(Note("drain"))
+
+    # The server.
+
+    def _start_server(self) -> Life | None:
+        self._start_at = None
+        try:
+            half = fork_half()
+        except OSError as error:
+            log.error("no new server: %s", error)
+            self._start_at = time.monotonic() + 1.0
+            return None
+        if half.born:
+            self._abandon()
+            return partial(_become_server, self._holdings, half)
+        self._journal, self._server = half.journal, half.other
+        self._follow()
+        return None
+
+    def _follow(self) -> None:
+        """Watches the server and its journal, and says that we do."""
+        assert self._journal is not None
+        assert self._server is not None
+        self._journal.setblocking(False)
+        self._poller.register(self._journal.fileno(), READ, self._on_journal)
+        self._poller.register(self._server.fileno(), READ, self._on_death)
+        self._tell(Note("hello"))
+
+    def _abandon(self) -> None:
+        """In a forked child: closes its copies of what is this keeper's alone."""
+        for number in _SIGNALS:
+            signal.signal(number, signal.SIG_IGN)  # the keeper commands
+        signal.set_wakeup_fd(-1)
+        close_quietly(self._poller, self._wake, self._waker)
+        if self._trial is not None:
+            self._trial.abandon()
+
+    def _on_death(self, events: int) -> None:
+        if self._server is not None:  # else its journal had ended in the same batch
+            self._on_server_gone()
+
+    def _on_server_gone(self) -> None:
+        """Fence, read the journal to its end, and only then think of a successor."""
+        assert self._server is not None
+        assert self._journal is not None
+        self._poller.unregister(self._server.fileno())
+        self._poller.unregister(self._journal.fileno())
+        self._fencing = True
+        how = fence(self._server)
+        for _ in range(3):  # ECONNRESET, of a note that it has not read, comes before the records
+            while self._read_letter():
+                pass
+        self._fencing = False
+        close_quietly(self._server, self._journal)
+        self._server = self._journal = None
+        self._drain_until = None
+        if not self._stopping:
+            if not self._relieved:
+                log.warning("the server is gone (%s), making a new one", how)
+            self._plan_successor()
+        self._relieved = False
+
+    def _plan_successor(self) -> None:
+        now = self._start_at = time.monotonic()
+        if self._relieved:  # as it was told to
+            return
+        self._deaths.append(now)
+        if len(self._deaths) == DEATHS and now - self._deaths[0] < WITHIN:
+            if self._ready is not None:
+                raise FdshareError(f"the server died {DEATHS} times before it served anybody")
+            log.error(
+                "the server died %d times in %d s; the table is kept, the next start is in %d s",
+                DEATHS,
+                WITHIN,
+                BACK_OFF,
+            )
+            self._start_at = now + BACK_OFF
+            self._deaths.clear()
+
+    # The journal.
+
+    def _on_journal(self, events: int) -> None:
+        # A few at a time: signals and the owner want to be heard too.
+        for _ in range(64):
+            if self._journal is None or not self._read_letter():
+                return
+
+    def _read_letter(self) -> bool:
+        """Applies the next record; False where there is none now, or none any more."""
+        assert self._journal is not None
+        try:
+            count, descriptors, lost = receive_into(self._journal, self._buffer)
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.ECONNRESET, *NO_MEMORY):
+                raise
+            return False
+        if not count:
+            if not self._fencing:
+                self._on_server_gone()  # EOF is not death, but it will be
+            return False
+        if lost is not None:
+            # We hold what the server holds and no more, so this is a limit lowered under us. The
+            # server has the table: it makes a new keeper, and that one holds all of it.
+            log.critical("the journal lost descriptors: %s", lost)
+            if self._fencing:  # there is no server any more: what we have is all there is
+                return True
+            os._exit(1)
+        handles = [Handle(d) for d in descriptors]
+        try:
+            self._on_letter(decode_letter(bytes(memoryview(self._buffer)[:count])), handles)
+        except Exception:
+            # The server has the table: it makes a new keeper of that. If it is dead, ours is all
+            # there is, and one record that cannot be applied is no reason to lose the rest.
+            if not self._fencing:
+                raise
+            log.critical("a record of the dead server cannot be applied", exc_info=True)
+        return True
+
+    def _on_letter(self, letter: Record | Note, handles: list[Handle]) -> None:
+        if isinstance(letter, Record):
+            self._apply(letter, handles)
+        else:
+            self._on_note(letter)
+
+    def _apply(self, record: Record, handles: list[Handle]) -> None:
+        for handle in self._holdings.registry.apply(record, handles).closed:
+            self._closer.close(handle.fd)
+
+    def _on_note(self, note: Note) -> None:
+        if note.verb == "hello":
+            if self._ready is not None:
+                ready, self._ready = self._ready, None
+                ready()
+        elif note.verb == "shutdown":
+            self._stop()
+        elif note.verb == "upgrade":
+            self._start_upgrade(note)
+        elif note.verb == "policy":
+            self._holdings.settings.policy_text = note.data
+
+    def _tell(self, note: Note) -> None:
+        if self._journal is not None:
+            try:
+                self._journal.send(encode_letter(note))
+            except OSError as error:
+                log.warning("the server does not hear %r: %s", note.verb, error)
+
+    # New code.
+
+    def _start_upgrade(self, note: Note) -> None:
+        """Has the new code try the table, beside everything else that goes on."""
+        if self._trial is not None or self._stopping or self._journal is None:
+            return
+        if self._fencing:  # who asked will ask the successor again
+            return
+        try:
+            self._trial = Trial(self._table(note))
+        except OSError as error:
+            self._upgrade_failed(str(error))
+            return
+        self._upgrade, self._trial_until = note, time.monotonic() + Trial.limit
+        self._poller.register(self._trial.fileno(), READ, self._on_trial_over)
+
+    def _on_trial_over(self, events: int) -> None:
+        trial, self._trial = self._trial, None
+        assert trial is not None
+        self._poller.unregister(trial.fileno())
+        if why := trial.verdict():
+            self._upgrade_failed(why)
+        elif self._journal is not None and not self._stopping:
+            self._exec()
+
+    def _exec(self) -> None:
+        """Replaces this process's code; returns only if that failed.
+
+        The server stays as it is meanwhile. What it journals waits for the new code, and if that
+        dies or hangs, the server makes a keeper of the old.
+        """
+        self._tell(Note("upgrading"))
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # until the new code can hear them
+        try:
+            exec_new_code(self._table(self._upgrade))
+        except OSError as error:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+            self._upgrade_failed(str(error))
+            self._tell(Note("hello"))
+
+    def _upgrade_failed(self, why: str) -> None:
+        log.error("upgrade failed: %s; the old code goes on", why)
+        self._tell(Note("failed", data=why[:1000].encode()))
+
+    def _table(self, note: Note) -> Table:
+        assert self._journal is not None
+        assert self._server is not None
+        return dump_table(self._holdings, self._journal, self._server, note.session, note.id)
+
+
+def run_keeper(holdings: Holdings, ready: Callable[[], None]) -> None:
+    """Keeper and server, until they are told to end."""
+    live(Keeper(holdings, ready).run)
+
+
+def _become_server(holdings: Holdings, half: Forked) -> Life | None:
+    """In the forked child of a keeper: a server, until it is drained."""
+    close_all_but(holdings.descriptors() | {half.journal.fileno(), half.other.fileno()})
+    holdings.forget_other_half()
+    link = Link(half.journal, half.other, half.pid)
+    server = Server(
+        holdings.listener.socket,
+        holdings.settings,
+        registry=holdings.registry,
+        journal=link,
+        epoch=holdings.epoch,
+        fdstore=None if holdings.fdstore is None else FdStore(holdings.fdstore),
+    )
+    link.attach(server)
+    link.hello()
+    server.service.expect(time.monotonic())
+    while server.run():
+        if (other := link.replace_keeper()) is not None:
+            server.abandon()
+            return partial(_become_keeper, holdings, other)
+    return None
+
+
+def _become_keeper(holdings: Holdings, half: Forked) -> Life | None:
+    """In the forked child of a server: a keeper, until it is told to end."""
+    close_all_but(holdings.descriptors() | {half.journal.fileno(), half.other.fileno()})
+    holdings.forget_other_half()
+    holdings.take_listener()
+    announce_main_pid()
+    return Keeper(holdings, lambda: None, half.journal, half.other).run()
+
+
+def resume(fd: int) -> int:
+    """The new code's first words, in the process that was the old keeper: exit status 0."""
+    table = read_table(fd)
+    logs.configure(table.settings)
+    journal, server = socket.socket(fileno=table.journal), Descriptor(table.server)
+    holdings = adopt(table)
+    if table.session:
+        done = Record([], table.session, table.id, m.encode(m.Done()))
+        holdings.registry.apply(done, [])
+    live(partial(Keeper(holdings, lambda: None, journal, server).run, relieve=True))
+    return 0

@@ -1,0 +1,230 @@
+"""New code for a running keeper: tried first, then put in its place by exec, table and all.
+
+The table goes through a memfd, the descriptors are inherited by number. Three ways to fail, and the
+old code goes on after each: the trial, a child that has to say that it can read the table; the exec
+itself; and new code that dies or says nothing after it, when the old server, which is still there
+with everything, makes a keeper of the old code.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterable
+from typing import IO, Final
+
+import msgspec
+
+from fdshare.kernel.descriptor import Descriptor
+from fdshare.kernel.endpoint import Listener
+from fdshare.server.core.records import Record
+from fdshare.server.core.table import Registry
+from fdshare.server.failover.processes import Holdings
+from fdshare.server.interpreter import fresh_interpreter
+from fdshare.server.loop.closing import Handle
+from fdshare.server.settings import Settings, policy_of
+
+__all__ = [
+    "TABLE_VERSION",
+    "Table",
+    "Trial",
+    "adopt",
+    "dump_table",
+    "exec_new_code",
+    "read_table",
+    "try_table",
+]
+
+TABLE_VERSION: Final = 1
+_TRIAL: Final = 20.0  # seconds the new code gets to say that it can read the table
+
+
+class Table(msgspec.Struct):
+    """Everything a keeper holds; descriptors by their numbers."""
+
+    version: int
+    settings: Settings
+    epoch: str
+    record: Record  # the Puts and Grants that make the registry again ...
+    handles: list[int]  # ... and what they draw
+    answers: dict[str, dict[int, bytes]]
+    fetches: dict[str, int]
+    generation: int
+    serial: int
+    last_lease: int
+    address: str
+    inode: tuple[int, int] | None
+    listener: int
+    lock: int | None
+    control: int | None
+    journal: int
+    server: int
+    session: str = ""  # whose request asked for the upgrade
+    id: int = 0
+    fdstore: int | None = None
+
+    def numbers(self) -> list[int]:
+        """Every descriptor the new code inherits."""
+        single = (self.listener, self.lock, self.control, self.journal, self.server, self.fdstore)
+        return [*self.handles, *(fd for fd in single if fd is not None)]
+
+    def registry(self) -> Registry:
+        """The registry that was dumped, with handles of the same numbers."""
+        registry = Registry()
+        registry.apply(self.record, [Handle(Descriptor(fd)) for fd in self.handles])
+        registry.restore(self.answers, self.fetches, self.generation, self.serial, self.last_lease)
+        return registry
+
+
+class Trial:
+    """New code reading a copy of the table, in a child; wait for `fileno()` to be readable."""
+
+    def __init__(self, table: Table) -> None:
+        """Raises: OSError."""
+        file = _memfd(table)
+        self._output: IO[bytes] = open(os.memfd_create("fdshare-trial"), "w+b")
+        try:
+            command = fresh_interpreter(__name__, f"try_table({file.fileno()})")
+            self._process = subprocess.Popen(
+                command,
+                pass_fds=[file.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=self._output,
+                stderr=self._output,
+            )
+            self.pidfd = Descriptor(os.pidfd_open(self._process.pid))
+        except BaseException:
+            self._output.close()
+            raise
+        finally:
+            file.close()
+
+    limit = _TRIAL
+
+    def abandon(self) -> None:
+        """In a forked child: closes its copies; the trial is the parent's."""
+        self.pidfd.close()
+        self._output.close()
+        self._process.returncode = 0  # or subprocess would wait for it at the end of this object
+
+    def fileno(self) -> int:
+        return self.pidfd.fileno()
+
+    def verdict(self) -> str:
+        """Empty if the new code can read the table, else why not. A trial that has not ended is
+        killed: it hangs."""
+        hangs = self._process.poll() is None
+        if hangs:
+            self._process.kill()
+        status = self._process.wait()
+        self._output.seek(0)
+        said = self._output.read().decode(errors="replace").strip()
+        self._output.close()
+        self.pidfd.close()
+        if hangs:
+            return f"the new code said nothing for {_TRIAL:g} s"
+        if status:
+            return said.splitlines()[-1] if said else f"the new code ended with status {status}"
+        return ""
+
+
+def try_table(fd: int) -> int:
+    """The trial, run by the new code: exit status 0 if it can read the table in *fd*."""
+    try:
+        # Everything that serving takes must be importable, too.
+        import fdshare.server.failover.keeper  # noqa: F401
+
+        table = read_table(fd)
+        table.registry()
+        policy_of(table.settings)
+    except Exception as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def exec_new_code(table: Table) -> None:
+    """Becomes the new code; the pid, the descriptors and the table stay. Returns never; raises
+    OSError where exec failed: nothing has changed then."""
+    with _memfd(table) as file:
+        _set_inheritable((file.fileno(), *table.numbers()), True)
+        try:
+            command = fresh_interpreter(
+                "fdshare.server.failover.keeper", f"resume({file.fileno()})"
+            )
+            os.execv(command[0], command)
+        finally:
+            _set_inheritable(table.numbers(), False)
+
+
+def read_table(fd: int) -> Table:
+    """The table in the memfd *fd*, which is closed. Raises: ValueError."""
+    with open(fd, "rb") as file:
+        file.seek(0)
+        data = file.read()
+    version = msgspec.msgpack.decode(data, type=_Version).version
+    if version != TABLE_VERSION:
+        raise ValueError(f"the table has version {version}, this code reads {TABLE_VERSION}")
+    table: Table = msgspec.msgpack.decode(data, type=Table)
+    return table
+
+
+def dump_table(
+    holdings: Holdings, journal: socket.socket, server: Descriptor, session: str, id: int
+) -> Table:
+    """What a keeper holds, and the request, if one, that asked for the upgrade."""
+    registry, listener = holdings.registry, holdings.listener
+    record, handles = registry.dump()
+    return Table(
+        version=TABLE_VERSION,
+        settings=holdings.settings,
+        epoch=holdings.epoch,
+        record=record,
+        handles=[handle.fd for handle in handles],
+        answers={name: dict(kept) for name, kept in registry.answers.items()},
+        fetches={name: entry.fetches for name, entry in registry.entries.items()},
+        generation=registry.generation,
+        serial=registry.serial,
+        last_lease=registry.last_lease,
+        address=listener.address,
+        inode=listener.inode,
+        listener=listener.fileno(),
+        lock=listener.lock_fileno(),
+        control=None if holdings.control is None else holdings.control.fileno(),
+        journal=journal.fileno(),
+        server=server.fileno(),
+        session=session,
+        id=id,
+        fdstore=None if holdings.fdstore is None else holdings.fdstore.fileno(),
+    )
+
+
+def adopt(table: Table) -> Holdings:
+    """After the exec: what was inherited, close-on-exec again. The caller owns the result, and
+    `table.journal` and `table.server`."""
+    _set_inheritable(table.numbers(), False)
+    lock = None if table.lock is None else Descriptor(table.lock)
+    sock = socket.socket(fileno=table.listener)
+    listener = Listener(table.address, sock, lock, table.inode)
+    control = None if table.control is None else socket.socket(fileno=table.control)
+    fdstore = None if table.fdstore is None else Descriptor(table.fdstore)
+    return Holdings(table.settings, listener, table.registry(), table.epoch, control, fdstore)
+
+
+class _Version(msgspec.Struct):
+    version: int
+
+
+def _memfd(table: Table) -> IO[bytes]:
+    file = open(os.memfd_create("fdshare-table"), "w+b")
+    file.write(msgspec.msgpack.encode(table))
+    file.flush()
+    file.seek(0)
+    return file
+
+
+def _set_inheritable(fds: Iterable[int], inheritable: bool) -> None:
+    for fd in fds:
+        os.set_inheritable(fd, inheritable)

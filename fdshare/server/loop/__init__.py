@@ -1,0 +1,1 @@
+"""What the server does: one thread and epoll carry out what core decided."""

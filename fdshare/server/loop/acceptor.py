@@ -1,0 +1,241 @@
+"""The door: who gets a connection, and what must be said before the first request.
+
+accept(2) failing for want of descriptors pauses accepting; it never ends the server and never
+spins. When the door is full the longest idle client *of the uid that knocks* has to go: one user
+cannot shut out another, and an idle client notices nothing, for it connects again by itself.
+"""
+
+from __future__ import annotations
+
+import errno
+import hmac
+import logging
+import os
+import socket
+from typing import TYPE_CHECKING, Final
+
+from fdshare.errors import (
+    AuthenticationFailed,
+    BadRequest,
+    ProtocolError,
+    QuotaExceeded,
+    VersionMismatch,
+)
+from fdshare.kernel.ancillary import MAX_DESCRIPTORS, send_message
+from fdshare.kernel.credentials import peer_credentials
+from fdshare.protocol import messages as m
+from fdshare.protocol.auth import NONCE_SIZE, prove
+from fdshare.protocol.framing import MAX_FRAME, Frame, header
+from fdshare.protocol.names import MAX_SESSION
+from fdshare.server.core.policy import Policy, Subject
+from fdshare.server.core.ports import Session
+from fdshare.server.loop.closing import Handle
+from fdshare.server.loop.connection import Connection
+from fdshare.server.loop.poller import READ
+
+if TYPE_CHECKING:
+    from fdshare.server.loop.loop import Loop
+
+__all__ = ["Door"]
+
+log = logging.getLogger("fdshare.server")
+
+_PAUSE: Final = 0.1  # seconds without accepting where there was no descriptor for it
+_BATCH: Final = 64  # connections accepted in one turn of the loop
+# accept(2): errors of the connection that was to be accepted, not of the listener.
+_TRY_NEXT: Final = (errno.ECONNABORTED, errno.EPROTO, errno.EINTR)
+_NO_ROOM: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+
+
+class Door:
+    """Accepts on *listener*, which stays the caller's, greets, and keeps the counts."""
+
+    def __init__(
+        self, loop: Loop, listener: socket.socket, policy: Policy, epoch: str, authkey: bytes | None
+    ) -> None:
+        self._loop = loop
+        self._listener = listener
+        self._policy = policy
+        self._epoch = epoch
+        self._authkey = authkey
+        self.accepted = 0
+        self.evicted = 0
+        self.paused_until: float | None = None
+        self._crowded = False  # no connection was accepted since the last pause
+        self._per_uid: dict[int, int] = {}
+        listener.setblocking(False)
+        loop.poller.register(listener.fileno(), READ, self._on_knock)
+
+    def use(self, policy: Policy) -> None:
+        """A new policy, for those who come from now on."""
+        self._policy = policy
+
+    def close(self) -> None:
+        """Accepts no more."""
+        if self.paused_until is None:
+            self._loop.poller.unregister(self._listener.fileno())
+
+    def reopen(self, now: float) -> None:
+        """Ends a pause whose time has passed."""
+        if self.paused_until is not None and now >= self.paused_until:
+            self.paused_until = None
+            self._loop.poller.register(self._listener.fileno(), READ, self._on_knock)
+
+    def left(self, connection: Connection) -> None:
+        """A connection was closed: there is room again."""
+        uid = connection.session.subject.uid
+        self._per_uid[uid] -= 1
+        if not self._per_uid[uid]:
+            del self._per_uid[uid]
+        if self.paused_until is not None:
+            self.paused_until = 0.0  # the next turn opens it
+
+    # Coming in.
+
+    def _on_knock(self, events: int, now: float) -> None:
+        for number in range(_BATCH):
+            try:
+                sock, _ = self._listener.accept()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno in _TRY_NEXT:
+                    continue
+                if error.errno not in _NO_ROOM:
+                    log.error("accept failed: %s", error)
+                elif number:
+                    # accept4(2) reserves a number before it looks whether anybody waits, and then
+                    # says EMFILE to an empty queue: the poller knows better.
+                    return
+                self._pause(now)
+                return
+            try:
+                self._admit(sock, now)
+            except OSError as error:  # the client has gone already, or there is no room for it
+                log.info("a connection was lost at the door: %s", error)
+                sock.close()
+
+    def _pause(self, now: float) -> None:
+        """Frees the place of an idle client, if there is one, and comes back to it."""
+        if not self._crowded:
+            log.warning("no descriptor is free for a new connection; accepting pauses")
+        self._crowded = True
+        self._loop.poller.unregister(self._listener.fileno())
+        self.paused_until = now + _PAUSE
+        idle = self._longest_idle(None)
+        if idle is not None:
+            self._evict(idle)
+
+    def _admit(self, sock: socket.socket, now: float) -> None:
+        self._crowded = False
+        sock.setblocking(False)
+        who = peer_credentials(sock)
+        trusted = self._policy.trusts(who.uid)
+        session = Session(Subject(who.uid, who.gid, who.groups), who.pid, trusted)
+        refusal = self._make_room(who.uid, trusted)
+        if refusal is not None:
+            self._loop.service.refused(session, None, refusal)
+            self._turn_away(sock, refusal)
+            return
+        connection = session.route = Connection(sock, session, now)
+        self._per_uid[who.uid] = self._per_uid.get(who.uid, 0) + 1
+        self.accepted += 1
+        self._loop.add(connection)
+
+    def _make_room(self, uid: int, trusted: bool) -> QuotaExceeded | None:
+        """Sends somebody idle away where the door is full; the refusal where nobody is."""
+        limits = self._loop.service.limits
+        used, most = len(self._loop.connections), limits.max_connections
+        # The last place is for the administrator, so that a full server can still be asked why.
+        if used < most - (not trusted):
+            mine = self._per_uid.get(uid, 0)
+            if trusted or mine < limits.max_connections_per_uid:
+                return None
+            what, most, used = "max_connections_per_uid", limits.max_connections_per_uid, mine
+        else:
+            what = "max_connections"
+        idle = self._longest_idle(uid) or (self._longest_idle(None) if trusted else None)
+        if idle is None:
+            return QuotaExceeded(what, most, used)
+        self._evict(idle)
+        return None
+
+    def _longest_idle(self, uid: int | None) -> Connection | None:
+        """Of *uid*, or of anybody. Last those that wait, and those whose entries live as long as
+        they do: they lose nothing, but they would notice."""
+        last = None
+        for connection in self._loop.connections:
+            session = connection.session
+            if uid is not None and session.subject.uid != uid:
+                continue
+            if connection.output or connection.pending:
+                continue
+            if not session.waiting and not session.watches and not session.holds:
+                return connection
+            last = last or connection
+        return last if uid is not None else None
+
+    def _evict(self, connection: Connection) -> None:
+        self.evicted += 1
+        log.info("the door is full: idle pid %d has to go", connection.session.pid)
+        self._loop.drop(connection)
+
+    def _turn_away(self, sock: socket.socket, refusal: QuotaExceeded) -> None:
+        body = m.encode(m.refusal(refusal))
+        with sock:
+            try:
+                send_message(sock, (header(len(body), 0, 0), body))
+            except OSError:
+                pass  # it has gone; that was what we wanted to tell it
+
+    # The greeting.
+
+    def greet(self, connection: Connection, frame: Frame[Handle], now: float) -> None:
+        """Takes the Hello, or the proof of an authkey. Raises: ProtocolError, VersionMismatch,
+        AuthenticationFailed."""
+        try:
+            request = m.decode_request(frame.body)
+        except BadRequest as error:
+            raise ProtocolError(f"the greeting cannot be read: {error.reason}") from None
+        if connection.proof is not None:
+            self._check_proof(connection, frame, request)
+            return
+        if type(request) is not m.Hello or request.magic != m.MAGIC:
+            raise ProtocolError("the first frame must be a Hello")
+        if request.version != m.VERSION:
+            raise VersionMismatch(request.version, m.VERSION)
+        if len(request.session.encode()) > MAX_SESSION:
+            raise ProtocolError(f"a connection id has at most {MAX_SESSION} bytes")
+        nonce = b""
+        if self._authkey is not None:
+            nonce = os.urandom(NONCE_SIZE)
+            connection.proof = prove(self._authkey, "client", request.nonce, nonce)
+            connection.counterproof = prove(self._authkey, "server", request.nonce, nonce)
+        else:
+            connection.greeted = True
+        connection.session.name = request.session
+        self._loop.service.greeted(connection.session)
+        welcome = m.Welcome(
+            m.MAGIC,
+            m.VERSION,
+            os.getpid(),
+            self._epoch,
+            MAX_FRAME,
+            MAX_DESCRIPTORS,
+            self._loop.service.limits.in_flight_per_connection,
+            nonce,
+        )
+        self._loop.send(connection, frame.id, m.encode(welcome), ())
+
+    def _check_proof(
+        self, connection: Connection, frame: Frame[Handle], request: m.AnyRequest
+    ) -> None:
+        if type(request) is not m.Prove:
+            raise AuthenticationFailed("this server asks for an authkey; pass authkey=...")
+        assert connection.proof is not None
+        if not hmac.compare_digest(request.mac, connection.proof):
+            connection.draining = True
+            raise AuthenticationFailed("the authkeys differ")
+        connection.proof = None
+        connection.greeted = True
+        self._loop.send(connection, frame.id, m.encode(m.Proved(connection.counterproof)), ())

@@ -1,0 +1,180 @@
+"""What the `bind` verb binds: the server makes the socket, once, for all who ask for the name.
+
+Runs in the server's event loop, so nothing here waits: no name is looked up, a probe of a UNIX
+socket does not block.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import socket
+import stat
+from typing import Final
+
+from fdshare.errors import (
+    AddressInUse,
+    DescriptorLimit,
+    EndpointError,
+    InvalidArgument,
+    UnsupportedPlatform,
+)
+from fdshare.kernel import endpoint
+from fdshare.kernel.path_lock import live, refuse_other_files
+from fdshare.kernel.port_owner import port_holder
+from fdshare.protocol.bind_address import BindAddress, parse_address
+
+__all__ = ["bind_address", "parse_address"]
+
+_MODE: Final = 0o600
+_MOST: Final = 2**31 - 1  # an int of listen(2)
+
+
+def bind_address(address: str, *, backlog: int, reuse_port: bool) -> socket.socket:
+    """A new socket bound to *address*, listening unless it is udp; blocking, as any new one is.
+
+    `parse_address` says what an address is. tcp has SO_REUSEADDR; with *reuse_port* tcp and udp
+    have SO_REUSEPORT; [::] is IPv6 alone. A UNIX socket that a dead process left on the path is
+    replaced, but never in a folder that others can write. The caller owns the result.
+
+    Raises:
+        InvalidArgument: not an address, a negative *backlog*, *reuse_port* for unix.
+        AddressInUse: somebody has it (`pid`, where the kernel tells), or it is another file.
+        EndpointError: not one of this machine's addresses, no permission, no such folder.
+        DescriptorLimit: the server's.
+    """
+    parsed = parse_address(address)
+    if not 0 <= backlog <= _MOST:
+        raise InvalidArgument("backlog", f"{backlog} is not between 0 and {_MOST}")
+    try:
+        if parsed.scheme == "unix":
+            return _bind_unix(parsed, backlog, reuse_port)
+        return _bind_network(parsed, backlog, reuse_port)
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE) and not isinstance(error, EndpointError):
+            raise _no_descriptor(error.errno) from None
+        raise
+
+
+def _bind_network(address: BindAddress, backlog: int, reuse_port: bool) -> socket.socket:
+    family = socket.AF_INET6 if address.is_ipv6 else socket.AF_INET
+    stream = address.scheme == "tcp"
+    try:
+        sock = socket.socket(family, socket.SOCK_STREAM if stream else socket.SOCK_DGRAM)
+    except OSError as error:
+        raise _trouble(address, error) from None
+    try:
+        if stream:
+            # Not for udp: there it would let two sockets share the port, and one starve.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if reuse_port:
+            _share_port(sock)
+        if address.is_ipv6:
+            # Or [::] would take the port of 0.0.0.0 too, which a policy was not asked about.
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        _bind(sock, address, backlog)
+        return sock
+    except BaseException:
+        sock.close()
+        raise
+
+
+def _bind(sock: socket.socket, address: BindAddress, backlog: int) -> None:
+    host, _, scope = address.host.partition("%")
+    try:
+        if address.is_ipv6:
+            sock.bind((host, address.port, 0, _scope(scope)))
+        else:
+            sock.bind((host, address.port))
+        if address.scheme == "tcp":
+            # Two may bind with SO_REUSEADDR; the second to listen is refused.
+            sock.listen(backlog)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise _in_use(address) from None
+        raise _trouble(address, error) from None
+
+
+def _scope(scope: str) -> int:
+    """The number of a network interface. Raises: OSError."""
+    return int(scope) if scope.isdigit() else socket.if_nametoindex(scope) if scope else 0
+
+
+def _share_port(sock: socket.socket) -> None:
+    if not hasattr(socket, "SO_REUSEPORT"):
+        raise UnsupportedPlatform("reuse_port", "there is no SO_REUSEPORT")
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+
+
+def _bind_unix(address: BindAddress, backlog: int, reuse_port: bool) -> socket.socket:
+    if reuse_port:
+        raise InvalidArgument("reuse_port", "a UNIX socket has no port to share")
+    path = address.path
+    stale = False
+    if not path.startswith("@") and refuse_other_files(path) is not None:
+        in_use = live(path, socket.SOCK_STREAM)
+        if in_use.pid is not None:
+            raise in_use
+        _check_folder(path)
+        stale = True  # or its queue is full: listen() looks again, under the lock
+    mode = _MODE if address.mode is None else address.mode
+    listener = endpoint.listen(path, mode=mode, backlog=backlog, reclaim=stale, locked=stale)
+    sock, lock = listener.detach()
+    if lock is not None:
+        # It was for the removal; from here on the socket itself answers.
+        lock.close()
+    return sock
+
+
+def _check_folder(path: str) -> None:
+    """Refuses to replace what is on *path* where others could have put it, or could swap it."""
+    folder = os.path.dirname(path)
+    info = os.stat(folder)
+    others_write = stat.S_IMODE(info.st_mode) & (stat.S_IWGRP | stat.S_IWOTH)
+    if others_write or info.st_uid not in (0, os.geteuid()):
+        raise AddressInUse(
+            path,
+            f"a socket is there that nobody answers on, and others can write to {folder}; "
+            "remove it yourself, or choose a folder that only this user can write",
+        )
+
+
+def _in_use(address: BindAddress) -> AddressInUse:
+    """The error that names who has the port, where /proc tells."""
+    scheme = address.scheme
+    holder = None if scheme == "unix" else port_holder(scheme, address.host, address.port)
+    if holder is None:
+        return AddressInUse(str(address), "another socket has it; choose another port")
+    if holder.pid == os.getpid():
+        reason = "this server itself has it, bound before; fetch that one by its name"
+    elif holder.pid is not None:
+        reason = f"pid {holder.pid} of uid {holder.uid} has it; stop that, or choose another port"
+    else:
+        reason = f"a process of uid {holder.uid} has it; stop that, or choose another port"
+    return AddressInUse(str(address), reason, holder.pid)
+
+
+def _trouble(address: BindAddress, error: OSError) -> OSError:
+    """What a failed socket(2) or bind(2) means, and what to do about it."""
+    code = error.errno or errno.EIO
+    if code in (errno.EMFILE, errno.ENFILE):
+        return _no_descriptor(code)
+    if code == errno.EADDRNOTAVAIL:
+        reason = f"this machine has no address {address.host}"
+    elif code in (errno.EACCES, errno.EPERM):
+        reason = (
+            f"uid {os.geteuid()} may not bind port {address.port}; run the server as root or with "
+            "CAP_NET_BIND_SERVICE, or choose a port from 1024 on"
+        )
+    elif code == errno.EAFNOSUPPORT:
+        reason = "this machine has no IPv6" if address.is_ipv6 else "this machine has no IPv4"
+    else:
+        reason = error.strerror or str(error)
+    return EndpointError(str(address), reason, code)
+
+
+def _no_descriptor(code: int) -> DescriptorLimit:
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    what = "RLIMIT_NOFILE" if code == errno.EMFILE else "fs.file-max"
+    return DescriptorLimit(code, what, limit, None, "server", "unregister some or raise it")

@@ -1,0 +1,321 @@
+"""What the kernel says of one descriptor, for `info`.
+
+For a worker thread: asking may block where the file system is a daemon or another machine, so the
+link in /proc is read first (the kernel answers that by itself), and only a file on a local file
+system is asked for its size.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import select
+import socket
+import stat
+import sys
+from collections.abc import Callable
+from typing import Any, Final, TypeAlias
+
+from fdshare.errors import FdshareError
+from fdshare.kernel.credentials import peer_credentials
+from fdshare.kernel.sock_diag import TCP_CLOSE_WAIT, TcpState, tcp_state, unix_state
+from fdshare.protocol.messages import DescriptorInfo
+
+__all__ = ["describe_descriptor"]
+
+# Fields of DescriptorInfo.
+_Facts: TypeAlias = dict[str, Any]
+
+_ACCESS: Final = {os.O_RDONLY: "r", os.O_WRONLY: "w", os.O_RDWR: "rw"}
+_O_PATH: Final = getattr(os, "O_PATH", 0)
+# <linux/fcntl.h>; Python names the first five from 3.8 to 3.13, not all on every C library.
+_F_GET_SEALS: Final = 1024 + 10
+_SEALS: Final = {
+    0x01: "seal",
+    0x02: "shrink",
+    0x04: "grow",
+    0x08: "write",
+    0x10: "future_write",
+    0x20: "exec",
+}
+# Where fstat(2) asks nobody but this kernel. Any other (fuse, nfs, 9p, cifs ...) is not asked.
+_LOCAL: Final = """
+    bcachefs btrfs cgroup2 devpts devtmpfs erofs exfat ext2 ext3 ext4 f2fs hugetlbfs iso9660 jfs
+    mqueue ntfs3 overlay proc ramfs squashfs sysfs tmpfs udf vfat xfs zfs
+"""
+_TERMINAL: Final = re.compile(r"/dev/(pts/\d+|tty\w*|console)$")
+_RDHUP: Final = getattr(select, "POLLRDHUP", 0)
+
+
+def describe_descriptor(fd: int) -> DescriptorInfo:
+    """Type, access mode and, by type, addresses, queue, path, offset, size, seals and health.
+
+    `family` and `socket_type` are the constants' names without their prefix ("inet6", "stream");
+    addresses are "127.0.0.1:80", "[::1]:80", "/run/x.sock", "@abstract" or, where the other end is
+    a process and has no address, "pid 123". What cannot be known is left at its default; never
+    raises. The caller keeps *fd* open meanwhile. *fd* is borrowed for the call.
+    """
+    try:
+        flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+    except (OSError, ValueError, OverflowError):
+        return DescriptorInfo("unknown", health="the descriptor is not open")
+    access = "path" if flags & _O_PATH else _ACCESS.get(flags & os.O_ACCMODE, "")
+    link = _link(fd)
+    facts = _by_link(fd, link, access) if link else _by_stat(fd, access)
+    return DescriptorInfo(access=access, **facts)
+
+
+# By type. Each returns the facts that it could learn, "type" at least.
+
+
+def _by_link(fd: int, link: str, access: str) -> _Facts:
+    """What /proc/self/fd/N points to tells the type without asking any file system."""
+    if link.startswith("/memfd:"):
+        return _memfd(fd, link)
+    if link.startswith("/"):
+        return _path(fd, link, access)
+    word, _, rest = link.partition(":")
+    if word == "socket":
+        return _socket(fd)
+    if word == "pipe":
+        return {"type": "pipe", "health": _pipe_health(fd, access)}
+    # "anon_inode:[pidfd]", and "pidfd:[1234]" since Linux 6.9.
+    if word == "pidfd" or rest == "[pidfd]":
+        return _pidfd(fd)
+    if word == "anon_inode":  # "anon_inode:[eventfd]", "anon_inode:inotify"
+        return {"type": rest.strip("[]")}
+    return {"type": "namespace", "path": link}  # "net:[4026531833]", namespaces(7)
+
+
+def _by_stat(fd: int, access: str) -> _Facts:
+    """Where there is no /proc: fstat(2) is all there is."""
+    try:
+        mode = os.fstat(fd).st_mode
+    except OSError:
+        return {"type": "unknown"}
+    return _socket(fd) if stat.S_ISSOCK(mode) else _path(fd, "", access)
+
+
+def _memfd(fd: int, link: str) -> _Facts:
+    facts: _Facts = {"type": "memfd", "path": link, "offset": _offset(fd)}
+    try:
+        facts["size"] = os.fstat(fd).st_size
+        seals = fcntl.fcntl(fd, _F_GET_SEALS)
+        facts["seals"] = [word for bit, word in _SEALS.items() if seals & bit]
+    except OSError:
+        pass
+    return facts
+
+
+def _path(fd: int, link: str, access: str) -> _Facts:
+    facts: _Facts = {"type": "file", "path": link}
+    if _TERMINAL.match(link):
+        return {**facts, "type": "tty"}
+    if link and not _is_local(fd):
+        return {**facts, "offset": _offset(fd)}
+    try:
+        info = os.fstat(fd)
+    except OSError:
+        return facts
+    kind = stat.S_IFMT(info.st_mode)
+    if kind == stat.S_IFIFO:
+        return {**facts, "type": "pipe", "health": _pipe_health(fd, access)}
+    if kind == stat.S_IFCHR:
+        return {**facts, "type": "tty" if os.isatty(fd) else "device"}
+    if kind == stat.S_IFREG:
+        facts["size"] = info.st_size
+    words = {stat.S_IFDIR: "directory", stat.S_IFBLK: "device", stat.S_IFSOCK: "socket"}
+    return {**facts, "type": words.get(kind, "file"), "offset": _offset(fd)}
+
+
+def _pidfd(fd: int) -> _Facts:
+    facts: _Facts = {"type": "pidfd"}
+    pid = _fdinfo(fd).get("Pid", "")
+    if pid.isdigit() and pid != "0":  # -1: reaped; 0: outside our pid namespace
+        facts["peer"] = f"pid {pid}"
+    if _events(fd) & select.POLLIN:  # pidfd_open(2)
+        facts["health"] = "the process has ended"
+    return facts
+
+
+def _socket(fd: int) -> _Facts:
+    facts: _Facts = {"type": "socket"}
+    try:
+        sock = socket.socket(fileno=fd)
+    except (OSError, ValueError):
+        return facts
+    try:
+        facts["family"] = _word(sock.family, "AF_")
+        facts["socket_type"] = _word(sock.type, "SOCK_")
+        facts["local"] = _try(lambda: _address(sock.family, sock.getsockname()), "")
+        facts["listening"] = _try(lambda: bool(sock.getsockopt(*_ACCEPTCONN)), False)
+        facts["peer"] = "" if facts["listening"] else _try(lambda: _peer(sock), "")
+        facts.update(_socket_health(sock, facts))
+    finally:
+        sock.detach()
+    return facts
+
+
+_ACCEPTCONN: Final = (socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+
+
+def _socket_health(sock: socket.socket, facts: _Facts) -> _Facts:
+    """Queue and backlog of a listener, and what is wrong with the socket."""
+    wrong: list[str] = []
+    queue = backlog = None
+    is_tcp = sock.family in (socket.AF_INET, socket.AF_INET6) and sock.type == socket.SOCK_STREAM
+    tcp = tcp_state(sock) if is_tcp else None
+    if tcp is not None:
+        queue, backlog = tcp.queue, tcp.backlog
+    if sock.family == socket.AF_UNIX and not facts["peer"]:
+        inode = _try(lambda: os.fstat(sock.fileno()).st_ino, 0)
+        state = unix_state(inode)
+        if state is not None and facts["listening"]:
+            queue, backlog = state.queue, state.backlog
+        wrong.append(_path_health(facts["local"], None if state is None else state.inode))
+    # sk_acceptq_is_full(), unix_recvq_full(): one more than the backlog fits.
+    if queue is not None and backlog is not None and queue > backlog:
+        wrong.append(f"nobody accepts: {queue} connections wait, the queue is full")
+    if not facts["listening"] and sock.type != socket.SOCK_DGRAM:
+        wrong.append(_peer_health(_events(sock.fileno()), tcp))
+    return {"queue": queue, "backlog": backlog, "health": "; ".join(filter(None, wrong))}
+
+
+# What is wrong.
+
+
+def _peer_health(events: int, tcp: TcpState | None) -> str:
+    """Of a stream: whether something still comes from the other end."""
+    # A socket that was never connected has POLLHUP, but not POLLRDHUP (tcp_poll(), unix_poll()).
+    if not events & (_RDHUP or select.POLLHUP):
+        return ""
+    if events & select.POLLHUP:
+        return "the peer is gone"
+    # TCP cannot tell close(2) from shutdown(SHUT_WR) before we write.
+    by_peer = tcp is not None and tcp.state == TCP_CLOSE_WAIT
+    return "the peer has closed its side" if by_peer else "shut down for reading"
+
+
+def _path_health(path: str, inode: int | None) -> str:
+    """Whether a UNIX socket can still be reached under the *path* it was bound to."""
+    # What was bound through a directory descriptor (a long path) has that one's number in its name.
+    if not path.startswith("/") or path.startswith("/proc/"):
+        return ""
+    try:
+        found = os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return f"nothing is at {path} any more, nobody can connect"
+    except (OSError, ValueError):
+        return ""
+    if inode is not None and found.st_ino & 0xFFFFFFFF != inode:
+        return f"something else is at {path}, nobody can connect to this one"
+    return ""
+
+
+def _pipe_health(fd: int, access: str) -> str:
+    events = _events(fd) if access != "path" else 0
+    if access == "r" and events & select.POLLHUP:
+        return "no writer is left"
+    if access == "w" and events & select.POLLERR:
+        return "no reader is left"
+    return ""
+
+
+# What the kernel says, without asking a file system.
+
+
+def _link(fd: int) -> str:
+    """What /proc/self/fd/N points to; empty where there is no /proc."""
+    try:
+        return _text(os.readlink(b"/proc/self/fd/%d" % fd))
+    except OSError:
+        return ""
+
+
+def _fdinfo(fd: int) -> dict[str, str]:
+    """proc_pid_fdinfo(5): "pos", "mnt_id" and what the type adds."""
+    try:
+        with open(f"/proc/self/fdinfo/{fd}", errors="replace") as file:
+            rows = [line.partition(":") for line in file]
+    except (OSError, ValueError):
+        return {}
+    return {key: value.strip() for key, _, value in rows}
+
+
+def _offset(fd: int) -> int | None:
+    """The file offset; None for what has none, and for O_PATH."""
+    position = _fdinfo(fd).get("pos") if sys.platform == "linux" else None
+    if position is not None:
+        return int(position)
+    try:
+        return os.lseek(fd, 0, os.SEEK_CUR)
+    except OSError:
+        return None
+
+
+def _is_local(fd: int) -> bool:
+    """False where fstat(2) might wait for a daemon, another machine, or we do not know."""
+    wanted = _fdinfo(fd).get("mnt_id")
+    try:
+        with open("/proc/self/mountinfo", errors="replace") as table:
+            for row in table:
+                # 36 35 98:0 /root /mount rw,noatime master:1 - ext4 /dev/root rw
+                mount, _, rest = row.partition(" ")
+                if mount == wanted:
+                    return rest.partition(" - ")[2].split(" ", 1)[0] in _LOCAL.split()
+    except OSError:
+        pass
+    return False
+
+
+def _events(fd: int) -> int:
+    """What poll(2) reports this moment; 0 where it reports nothing."""
+    poller = select.poll()
+    try:
+        poller.register(fd, select.POLLIN | select.POLLPRI | _RDHUP)
+        found = poller.poll(0)
+    except OSError:
+        return 0
+    return found[0][1] if found else 0
+
+
+def _peer(sock: socket.socket) -> str:
+    """The other end's address, or its pid where it has none. Raises: OSError ENOTCONN."""
+    address = _address(sock.family, sock.getpeername())
+    if address or sock.family != socket.AF_UNIX:
+        return address
+    pid = peer_credentials(sock).pid
+    return f"pid {pid}" if pid else "unnamed"
+
+
+def _address(family: int, name: Any) -> str:
+    """A socket's name as a person writes it; empty for an unbound one."""
+    if family == socket.AF_UNIX:
+        raw = os.fsencode(name) if isinstance(name, str) else bytes(name)
+        return _text(b"@" + raw[1:] if raw[:1] == b"\0" else raw)
+    if family == socket.AF_INET:
+        return f"{name[0]}:{name[1]}" if name[1] or name[0] != "0.0.0.0" else ""
+    if family == socket.AF_INET6:
+        host = name[0] if "%" in name[0] or not name[3] else f"{name[0]}%{name[3]}"
+        return f"[{host}]:{name[1]}" if name[1] or host != "::" else ""
+    return ":".join(map(str, name)) if isinstance(name, tuple) else str(name or "")
+
+
+def _word(value: int, prefix: str) -> str:
+    """The constant's name without its *prefix*, in lower case; the number where it has none."""
+    name = getattr(value, "name", None)
+    return name.removeprefix(prefix).lower() if name else str(int(value))
+
+
+def _text(raw: bytes) -> str:
+    """What msgpack can carry, whatever bytes a path has."""
+    return raw.decode("utf-8", "backslashreplace")
+
+
+def _try(ask: Callable[[], Any], default: Any) -> Any:
+    """What *ask* returns; *default* where the kernel, or this system, does not answer."""
+    try:
+        return ask()
+    except (OSError, ValueError, FdshareError):
+        return default

@@ -1,0 +1,390 @@
+"""Loop: the event loop. One thread; accepts, reads, writes, keeps time, and never blocks.
+
+The order of one turn: wait, accept, read and serve, write, then what is due. Slow clients are
+dropped in time; an idle one never is, until the door is full.
+"""
+
+from __future__ import annotations
+
+import heapq
+import logging
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from itertools import count
+from typing import Final
+
+from fdshare.errors import (
+    DescriptorLimit,
+    FdshareError,
+    KeeperUnavailable,
+    ProtocolError,
+)
+from fdshare.kernel.ancillary import receive_into
+from fdshare.protocol import messages as m
+from fdshare.protocol.framing import Frame
+from fdshare.server.core.ports import JournalBusy
+from fdshare.server.loop.closing import Handle, close_quietly
+from fdshare.server.loop.connection import Connection
+from fdshare.server.loop.fast_path import Asked, answer
+from fdshare.server.loop.output import Delivery
+from fdshare.server.loop.poller import ERROR, HANGUP, READ, WRITE
+
+__all__ = ["Loop"]
+
+log = logging.getLogger("fdshare.server")
+
+_BUFFER: Final = 1 << 16  # bytes a read takes at most, so that one client cannot fill a turn
+_RETRY: Final = 0.005  # seconds until a throttled connection is looked at again
+
+
+class Loop(Delivery):
+    """Turns readiness into calls."""
+
+    def __init__(self, close_handle: Callable[[Handle], None]) -> None:
+        super().__init__(close_handle)
+        self._buffer = bytearray(_BUFFER)
+        self._view = memoryview(self._buffer)
+        self._asked = Asked()
+        self._timers: list[tuple[float, int, Callable[[float], None]]] = []
+        self._order = count()
+        self._posted: list[Callable[[], None]] = []
+        self._post_lock = threading.Lock()
+        self._tick_again = 0.0  # not before, for the keeper could not take what was due
+        self._retry_at = 0.0  # when the throttled and the stalled are looked at; 0: not set
+        self._stopping = False
+        self._interrupted = False
+        self._wake, self._waker = socket.socketpair()
+        for end in (self._wake, self._waker):
+            end.setblocking(False)
+        self.poller.register(self._wake.fileno(), READ, self._on_wake)
+
+    # Running and stopping.
+
+    def run(self) -> bool:
+        """Serves until `stop()`, the connections are closed then; or until `interrupt()`: True, and
+        it is to be called again."""
+        try:
+            while not self._stopping:
+                self.turn()
+                if self._interrupted:
+                    self._interrupted = False
+                    return True
+            self._finish()
+        except BaseException:
+            self._leave()
+            raise
+        self._leave()
+        return False
+
+    def _leave(self) -> None:
+        self.service.leaving = True
+        for connection in list(self.connections):
+            self.drop(connection)
+
+    def turn(self) -> None:
+        """Waits once, and does all that came of it."""
+        due = self._next_due()
+        timeout = None if due is None else max(due - time.monotonic(), 0.0)
+        ready = self.poller.wait(timeout)
+        now = time.monotonic()
+        for key, events in ready:
+            if type(key) is Connection:
+                if events == READ and not key.closed:
+                    self._read(key, now)
+                else:
+                    self._on_connection(key, events, now)
+            else:
+                key(events, now)  # type: ignore[operator]
+        if due is not None and due <= now:
+            self._do_due(now)
+
+    def stop(self) -> None:
+        """Makes `run` return soon; from any thread, or a signal handler."""
+        self._stopping = True
+        self._wake_up()
+
+    def interrupt(self) -> None:
+        """Makes `run` return after this turn, with everything as it is; from the loop's thread."""
+        self._interrupted = True
+
+    def post(self, call: Callable[[], None]) -> None:
+        """Has *call* made by the loop's thread; from any thread."""
+        with self._post_lock:
+            self._posted.append(call)
+        self._wake_up()
+
+    def wake_on_signals(self) -> int:
+        """Has every signal end the wait for events. What signal.set_wakeup_fd() is to be given
+        before `close`. Both in the main thread."""
+        return signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
+
+    def abandon(self) -> None:
+        """In a forked child: the connections are the parent's."""
+        self.poller.close()
+        for connection in self.connections:
+            connection.sock.detach()
+        self._wake.detach()
+        self._waker.detach()
+
+    def close(self) -> None:
+        close_quietly(self.poller, self._wake, self._waker)
+
+    def _wake_up(self) -> None:
+        try:
+            self._waker.send(b"\0")
+        except (BlockingIOError, OSError):
+            pass  # full: it will wake anyway; closed: nobody is there to wake
+
+    def _on_wake(self, events: int, now: float) -> None:
+        try:
+            self._wake.recv(4096)
+        except BlockingIOError:
+            pass
+        with self._post_lock:
+            calls, self._posted = self._posted, []
+        for call in calls:
+            call()
+
+    def _finish(self) -> None:
+        """Gives the last answers a moment to leave."""
+        deadline = time.monotonic() + 1.0
+        while any(c.output for c in self.connections) and time.monotonic() < deadline:
+            for connection in list(self.connections):
+                self.flush(connection, time.monotonic())
+            self.poller.wait(_RETRY)
+
+    # Time.
+
+    def _next_due(self) -> float | None:
+        """When `_do_due` has something to do; None: not before something else happens."""
+        if self._throttled or self._stalled:
+            # Set once and not anew in each turn: others who keep us busy must not put it off.
+            self._retry_at = self._retry_at or time.monotonic() + _RETRY
+            return self._retry_at
+        due = self.service.next_deadline()
+        if due is not None and due < self._tick_again:
+            due = self._tick_again
+        if self._timers:
+            due = self._timers[0][0] if due is None else min(due, self._timers[0][0])
+        if self._slow:
+            oldest = next(iter(self._slow))
+            since = oldest.slow_since or 0.0
+            slow = since + self.service.limits.request_timeout
+            due = slow if due is None else min(due, slow)
+        if (paused := self.door.paused_until) is not None:
+            due = paused if due is None else min(due, paused)
+        return due
+
+    def _do_due(self, now: float) -> None:
+        self._retry_at = 0.0
+        for connection in list(self._throttled):
+            self._throttled.discard(connection)
+            self.flush(connection, now)
+            self._resume(connection, now)
+        for connection in list(self._stalled):
+            self._stalled.pop(connection, None)
+            self._resume(connection, now)
+        while self._timers and self._timers[0][0] <= now:
+            self.attempt(heapq.heappop(self._timers)[2], now)
+        try:
+            self.service.tick(now)
+        except (JournalBusy, KeeperUnavailable):
+            self._tick_again = now + _RETRY
+        while self._slow:
+            oldest = next(iter(self._slow))
+            if now < (oldest.slow_since or 0.0) + self.service.limits.request_timeout:
+                break
+            if self._is_held_up(oldest):
+                self._end_slow(oldest)
+                self._mark_slow(oldest, now)
+                continue
+            log.warning("pid %d is too slow, dropped", oldest.session.pid)
+            self.drop(oldest)
+        self.door.reopen(now)
+
+    def _is_held_up(self, connection: Connection) -> bool:
+        """True where it has read all that it was sent, and waits for us because of others: what is
+        in flight to them leaves no room."""
+        if connection not in self._throttled or not connection.receiver.idle:
+            return False
+        self._measure(connection)
+        return not connection.in_flight
+
+    def attempt(self, change: Callable[[float], None], now: float) -> None:
+        """Makes a change that nobody asked for; again later if the keeper cannot take it now."""
+        try:
+            change(now)
+        except (JournalBusy, KeeperUnavailable):
+            self.later(_RETRY, change)
+        except FdshareError:
+            log.exception("a change failed")
+
+    def later(self, delay: float, change: Callable[[float], None]) -> None:
+        """Attempts *change* in *delay* seconds; from the loop's thread."""
+        heapq.heappush(self._timers, (time.monotonic() + delay, next(self._order), change))
+
+    # Reading and serving.
+
+    def _on_connection(self, connection: Connection, events: int, now: float) -> None:
+        if connection.closed:
+            return
+        if events & WRITE:
+            self.flush(connection, now)
+            if connection.pending:
+                self._resume(connection, now)
+        if events & (READ | HANGUP | ERROR) and not connection.closed:
+            if connection.interest & READ:
+                self._read(connection, now)
+            elif events & (HANGUP | ERROR):
+                self.drop(connection)
+
+    def _read(self, connection: Connection, now: float) -> None:
+        try:
+            count, descriptors, lost = receive_into(connection.sock, self._buffer)
+        except BlockingIOError:
+            return
+        except OSError:
+            self.drop(connection)
+            return
+        if not count:
+            self.drop(connection)
+            return
+        if (
+            not descriptors
+            and lost is None
+            and connection.receiver.idle
+            and connection.greeted
+            and not (connection.output or connection.pending or connection.draining)
+            and self._answered_at_once(connection, self._view[:count].tobytes(), now)
+        ):
+            return
+        if lost is not None:
+            lost = self._own_limit(lost)
+        handles = [Handle(d) for d in descriptors] if descriptors else []
+        receiver = connection.receiver
+        frames = receiver.feed(self._view[:count], handles, lost)
+        connection.last_active = now
+        if frames:
+            self._end_slow(connection)  # a request was complete: the clock starts anew
+            # To the end of the order: the front is who has been idle longest.
+            self.connections.pop(connection, None)
+            self.connections[connection] = None
+            self._serve(connection, frames, now)
+        if receiver.failure is not None and not connection.closed:
+            self.expel(connection, receiver.failure, now)
+        if connection.output or not receiver.idle or connection.slow_since is not None:
+            self._mark_slow(connection, now)
+
+    def _answered_at_once(self, connection: Connection, data: bytes, now: float) -> bool:
+        """The shortest way through the server (see quick.py), for a read that is one fetch: True
+        where it was. Everything here is also done, more generally, on the long way round."""
+        name = self._asked.name_in(data)
+        if name is None:
+            return False
+        entry = self.service.quick_fetch(connection.session, name)
+        if entry is None:
+            return False
+        connection.last_active = now
+        del self.connections[connection]
+        self.connections[connection] = None
+        frame, fds, count = answer(entry, data)
+        if not self._sent_at_once(connection, frame, fds, count):
+            connection.queue(frame, entry.handles)
+            self.flush(connection, now)
+        return True
+
+    def _serve(self, connection: Connection, frames: list[Frame[Handle]], now: float) -> None:
+        """Handles *frames* in order, or keeps those that have to wait."""
+        for index, frame in enumerate(frames):
+            if connection.closed or connection.draining:
+                self._close_all(frame.descriptors)
+            elif self._busy(connection) or not self._handle(connection, frame, now):
+                connection.pending.extend(frames[index:])
+                self._update(connection)
+                return
+
+    def _resume(self, connection: Connection, now: float) -> None:
+        """Goes on with the frames that had to wait."""
+        while connection.pending and not connection.closed and not self._busy(connection):
+            # Taken off first: a drop while it is served must not close its descriptors again.
+            frame = connection.pending.popleft()
+            if not self._handle(connection, frame, now):
+                connection.pending.appendleft(frame)
+                break
+        if not connection.closed:
+            self._update(connection)
+
+    def probed(self, connection: Connection) -> None:
+        """An `info` of this client has been answered."""
+        connection.probing -= 1
+        self._resume(connection, time.monotonic())
+
+    def _handle(self, connection: Connection, frame: Frame[Handle], now: float) -> bool:
+        """Carries out one frame. False where it must be tried again: nothing has happened then."""
+        handles = frame.descriptors
+        request: m.AnyRequest | None = None
+        try:
+            if not connection.greeted:
+                self.door.greet(connection, frame, now)
+                kept = False
+            elif frame.lost is not None:
+                raise frame.lost
+            else:
+                request = m.decode_request(frame.body)
+                kept = self.service.handle(connection.session, frame.id, request, handles, now)
+        except JournalBusy as busy:
+            if self._may_stall(connection, now, busy.wait):
+                return False
+            self._refuse(connection, frame.id, KeeperUnavailable(busy.reason), request)
+            kept = False
+        except ProtocolError as error:
+            self.expel(connection, error, now)
+            kept = False
+        except FdshareError as error:
+            self._refuse(connection, frame.id, error, request)
+            kept = False
+        except Exception as error:
+            log.exception("a request could not be handled")
+            failure = FdshareError(f"the server failed: {error!r}")
+            self._refuse(connection, frame.id, failure, request)
+            kept = False
+        connection.stalled_since = None
+        if not kept:
+            self._close_all(handles)
+        return True
+
+    def _may_stall(self, connection: Connection, now: float, wait: float) -> bool:
+        since = connection.stalled_since
+        if since is None:
+            connection.stalled_since = now
+        elif now - since > self.service.limits.journal_timeout + wait:
+            return False
+        self._stalled[connection] = None
+        return True
+
+    def _refuse(
+        self,
+        connection: Connection,
+        id: int,
+        error: FdshareError,
+        request: m.AnyRequest | None,
+    ) -> None:
+        self.service.refused(connection.session, request, error)
+        self.send(connection, id, m.encode(m.refusal(error)), ())
+
+    def expel(self, connection: Connection, error: FdshareError, now: float) -> None:
+        """One error frame, and the door."""
+        self.service.refused(connection.session, None, error)
+        connection.draining = True
+        self.send(connection, 0, m.encode(m.refusal(error)), ())
+
+    @staticmethod
+    def _own_limit(lost: FdshareError) -> FdshareError:
+        """What receiving failed on, as the sender has to be told it."""
+        if isinstance(lost, DescriptorLimit):
+            fields = {**lost.fields, "whose": "server", "advice": "unregister some or raise it"}
+            return DescriptorLimit(**fields)
+        return lost

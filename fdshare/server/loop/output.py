@@ -1,0 +1,268 @@
+"""Delivery: what leaves the server, and what a client that does not read makes of it.
+
+A frame goes out at once where it can, or waits in its connection's queue. Descriptors sent and not
+yet read are counted, for each connection and in all: the kernel counts them against the whole user.
+A connection is *slow* while a request is half sent, an answer unread or the Hello missing.
+"""
+
+from __future__ import annotations
+
+import array
+import fcntl
+import logging
+import socket
+import termios
+import time
+from collections.abc import Callable
+from typing import Final
+
+from fdshare.errors import DescriptorLimit
+from fdshare.kernel.ancillary import Rights, rights, send_rights
+from fdshare.kernel.descriptor import Descriptor
+from fdshare.protocol import messages as m
+from fdshare.protocol.framing import header
+from fdshare.server.core.service import Service
+from fdshare.server.loop.acceptor import Door
+from fdshare.server.loop.closing import Handle, close_quietly
+from fdshare.server.loop.connection import NO_MEMORY, Connection
+from fdshare.server.loop.poller import READ, WRITE, Poller
+
+__all__ = ["Delivery"]
+
+log = logging.getLogger("fdshare.server")
+
+_BACKPRESSURE: Final = 1 << 16  # bytes of unread answers above which a client is not served
+# An answer that is not written yet weighs nothing, and a request of a few bytes asks for megabytes.
+_PROBES: Final = 4  # `info`s of one client under way, from which on it is not served
+
+
+class Delivery:
+    """Every connection, its output, and its end. `service` and `door` are set by who builds it."""
+
+    service: Service
+    door: Door
+
+    def __init__(self, close_handle: Callable[[Handle], None]) -> None:
+        self.poller = Poller()
+        self.connections: dict[Connection, None] = {}  # in the order of their last request
+        self.in_flight = 0
+        self._close_handle = close_handle
+        self._slow: dict[Connection, None] = {}
+        self._throttled: set[Connection] = set()
+        self._stalled: dict[Connection, None] = {}
+
+    def add(self, connection: Connection) -> None:
+        self.connections[connection] = None
+        connection.interest = READ
+        self.poller.register(connection.fileno(), READ, connection)
+        self._slow[connection] = None
+
+    def drop(self, connection: Connection) -> None:
+        """Closes it and forgets all that waited for it."""
+        if connection.closed:
+            return
+        connection.closed = True
+        self.connections.pop(connection, None)
+        self._slow.pop(connection, None)
+        self._throttled.discard(connection)
+        self._stalled.pop(connection, None)
+        self.poller.unregister(connection.fileno())
+        self._hang_up(connection.sock)
+        self.in_flight -= connection.in_flight
+        unanswered = bool(connection.output)
+        for output in connection.output:
+            self.unpin(output.handles)
+        connection.output.clear()
+        for handle in connection.receiver.drain():
+            self._close_handle(handle)
+        for frame in connection.pending:
+            self._close_all(frame.descriptors)
+        connection.pending.clear()
+        self.service.disconnected(connection.session, time.monotonic(), unanswered=unanswered)
+        self.door.left(connection)
+
+    def _hang_up(self, sock: socket.socket) -> None:
+        """Closes *sock*; elsewhere if something is unread, for a descriptor in it may be the last
+        of a file whose close blocks."""
+        try:
+            sock.shutdown(socket.SHUT_RD)  # nothing comes after we have looked
+            unread = array.array("i", [0])
+            fcntl.ioctl(sock, termios.FIONREAD, unread)
+        except OSError:  # the peer is gone: look no further
+            unread = array.array("i", [1])
+        if unread[0]:
+            self._close_handle(Handle(Descriptor(sock.detach())))
+        else:
+            close_quietly(sock)
+
+    # Sending.
+
+    def send(
+        self,
+        connection: Connection,
+        id: int,
+        body: bytes,
+        handles: tuple[Handle, ...],
+        *,
+        further: bool = False,
+    ) -> None:
+        """Queues a frame and sends what can be sent now. One too many ends the connection, unless
+        it is a *further* part of an answer: what was asked for is sent whole."""
+        if connection.closed:
+            return
+        frame = header(len(body), len(handles), id) + body
+        fds = rights([handle.fd for handle in handles]) if handles else ()
+        if not connection.output and self._sent_at_once(connection, frame, fds, len(handles)):
+            return
+        connection.queue(frame, handles)
+        if len(connection.output) == 1:
+            self.flush(connection, time.monotonic())
+        elif connection.output_bytes > self.service.limits.max_output and not further:
+            log.warning("pid %d does not read its answers, dropped", connection.session.pid)
+            self.drop(connection)
+
+    def _sent_at_once(self, connection: Connection, frame: bytes, fds: Rights, count: int) -> bool:
+        """The common case, without a queue: True where the whole frame has gone, and its *count*
+        descriptors *fds*."""
+        if connection.draining or (count and not self._fits(connection, count)):
+            return False
+        try:
+            sent = send_rights(connection.sock, (frame,), fds)
+        except OSError:
+            return False  # what to make of it is for flush(), with the answer in its queue
+        connection.in_flight += count
+        self.in_flight += count
+        if sent < len(frame):
+            connection.queue(frame[sent:], ())
+            self._mark_slow(connection, time.monotonic())
+            self._update(connection)
+        return True
+
+    def flush(self, connection: Connection, now: float) -> None:
+        """Sends from the queue until it is empty, the socket full, or too much in flight."""
+        before = connection.output_bytes
+        try:
+            while connection.output and not connection.closed:
+                count = len(connection.output[0].handles)
+                if count and not self._may_fly(connection, count):
+                    self._throttled.add(connection)
+                    break
+                gone = connection.send_next()
+                if gone is None:
+                    break
+                if gone:
+                    self.in_flight += len(gone)
+                    self.unpin(gone)
+        except OSError as error:
+            if not isinstance(error, DescriptorLimit) and error.errno not in NO_MEMORY:
+                self.drop(connection)
+                return
+            self._throttled.add(connection)
+        if connection.closed:
+            return
+        if connection.output_bytes < before and connection.greeted:
+            self._end_slow(connection)  # the client reads, however slowly
+        if not connection.output:
+            self._emptied(connection, now)
+        self._mark_slow(connection, now)
+        self._update(connection)
+
+    def _emptied(self, connection: Connection, now: float) -> None:
+        if connection.draining:
+            self.drop(connection)
+            return
+        if connection.overflowed:
+            connection.overflowed = False
+            connection.stale = list(connection.session.watches)
+            self.send(connection, 0, m.encode(m.Overflowed()), ())
+        # No more than the client reads: thousands of watches times thousands of names would be a
+        # second overflow.
+        stale, connection.stale = connection.stale, []
+        while stale and not connection.closed and connection.output_bytes <= _BACKPRESSURE:
+            watch = stale.pop()
+            if watch in connection.session.watches:
+                self.service.snapshot(connection.session, watch)
+        connection.stale += stale
+
+    def _may_fly(self, connection: Connection, count: int) -> bool:
+        """True where *count* more descriptors unread keep within both budgets, as far as that is
+        known after another look at what was read."""
+        if self._fits(connection, count):
+            return True
+        self._measure(connection)
+        if self._fits(connection, count):
+            return True
+        for other in self.connections:
+            self._measure(other)
+        return self._fits(connection, count) or not self.in_flight
+
+    def _fits(self, connection: Connection, count: int) -> bool:
+        """True where *count* more keep within both budgets.
+
+        Of what is left of the common one a connection that has not read may take a part, and never
+        the last quarter: some deaf readers leave room for those who read.
+        """
+        limits, mine = self.service.limits, connection.in_flight
+        if not mine:
+            return self.in_flight + count <= limits.in_flight
+        left = limits.in_flight * 3 // 4 - self.in_flight
+        return mine + count <= min(limits.in_flight_per_connection, 2 * left)
+
+    def measure(self) -> int:
+        """How many descriptors were sent and not yet read."""
+        for connection in self.connections:
+            self._measure(connection)
+        return self.in_flight
+
+    def _measure(self, connection: Connection) -> None:
+        before = connection.in_flight
+        if before and not connection.unread():
+            self.in_flight -= before
+
+    # What is asked of the poller, and of the clock.
+
+    def _busy(self, connection: Connection) -> bool:
+        """True where the client has to read, or we to look, before more is done for it."""
+        return connection.probing >= _PROBES or (
+            bool(connection.output)
+            and (connection.output_bytes > _BACKPRESSURE or connection in self._throttled)
+        )
+
+    def _update(self, connection: Connection) -> None:
+        """Asks the poller for what can be used: no reading while something waits to be served."""
+        if connection.closed:
+            return
+        interest = 0
+        if not connection.pending and not connection.draining and not self._busy(connection):
+            interest |= READ
+        if connection.output and connection not in self._throttled:
+            interest |= WRITE
+        if interest != connection.interest:
+            connection.interest = interest
+            self.poller.modify(connection.fileno(), interest)
+
+    def _mark_slow(self, connection: Connection, now: float) -> None:
+        """Starts or ends the clock for half-sent requests and unread answers."""
+        if connection.closed:
+            return
+        slow = not connection.greeted or not connection.receiver.idle or bool(connection.output)
+        if not slow:
+            self._end_slow(connection)
+        elif connection.slow_since is None:
+            connection.slow_since = now
+            self._slow[connection] = None
+
+    def _end_slow(self, connection: Connection) -> None:
+        if connection.slow_since is not None:
+            connection.slow_since = None
+            self._slow.pop(connection, None)
+
+    def unpin(self, handles: tuple[Handle, ...]) -> None:
+        for handle in handles:
+            handle.pins -= 1
+            if handle.closing and not handle.pins:
+                self._close_handle(handle)
+
+    def _close_all(self, handles: list[Handle]) -> None:
+        for handle in handles:
+            self._close_handle(handle)

@@ -1,0 +1,345 @@
+"""Server: a service, the loop that serves it, and the world between them.
+
+What a request changes is planned by `Service`; what that takes of sockets, processes and clocks is
+here: leases, guards, hang-up watching, closing, binding, probing, the audit log.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import resource
+import socket
+import time
+from collections.abc import Sequence
+from typing import Final, Literal, Protocol
+
+import msgspec
+
+from fdshare.errors import (
+    DescriptorLimit,
+    FdshareError,
+    InvalidArgument,
+    PolicyError,
+    UnsupportedPlatform,
+)
+from fdshare.kernel.credentials import peer_pidfd
+from fdshare.kernel.descriptor import Descriptor
+from fdshare.kinds import describe
+from fdshare.protocol import messages as m
+from fdshare.server.core.policy import Policy
+from fdshare.server.core.ports import LeaseState, Session
+from fdshare.server.core.records import Record
+from fdshare.server.core.service import Service
+from fdshare.server.core.table import Entry, Registry
+from fdshare.server.failover.fd_store import FdStore
+from fdshare.server.limits import Limits
+from fdshare.server.loop.acceptor import Door
+from fdshare.server.loop.binding import bind_address
+from fdshare.server.loop.closing import Closer, Handle
+from fdshare.server.loop.connection import Connection
+from fdshare.server.loop.hangups import Vigil
+from fdshare.server.loop.inspections import Prober
+from fdshare.server.loop.loop import Loop
+from fdshare.server.metrics import metrics_door
+from fdshare.server.settings import Settings, policy_of, read_policy
+
+__all__ = ["Journal", "Server", "raise_descriptor_limit"]
+
+log = logging.getLogger("fdshare.server")
+audit_log = logging.getLogger("fdshare.audit")
+
+_OUTPUT_FOR_EVENTS: Final = 1 << 20  # bytes queued above which a watcher is told Overflow instead
+
+
+class Journal(Protocol):
+    """Where a record must be before its client hears "ok": the link to the keeper."""
+
+    def write(self, record: Record, fds: Sequence[int]) -> None:
+        """Raises: JournalBusy, KeeperUnavailable; nothing was written then."""
+
+    def state(self) -> tuple[int | None, bool]:
+        """(the keeper's pid, whether it holds everything that the server holds)."""
+
+    def command(self, verb: Literal["shutdown", "upgrade"], session: str, id: int) -> bool:
+        """Passes it on; False where the answer comes later."""
+
+    def keep_policy(self, text: bytes | None) -> None:
+        """For a successor."""
+
+
+class Server:
+    """Serves *registry* on *listener*. Both stay the caller's; the handles in the registry are
+    closed by `shut_down()`."""
+
+    def __init__(
+        self,
+        listener: socket.socket,
+        settings: Settings,
+        *,
+        registry: Registry | None = None,
+        journal: Journal | None = None,
+        epoch: str | None = None,
+        fdstore: FdStore | None = None,
+    ) -> None:
+        nofile = raise_descriptor_limit()
+        # Not `or`: an empty registry is false, and a successor of ours would get the other one.
+        self.registry = Registry() if registry is None else registry
+        self.policy = _policy(settings)
+        self.service = Service(
+            self.registry, self.policy, Limits.for_rlimit(nofile, **settings.limits), self
+        )
+        self.journal_link = journal
+        self._fdstore = fdstore
+        if fdstore is not None:
+            fdstore.reconcile(self.registry)
+        self.auditing = audit_log.isEnabledFor(logging.INFO)
+        self.notes: dict[str, str] = {}
+        self.settings = settings
+        self._closer = Closer()
+        self._started = time.monotonic()
+        self.loop = Loop(self._close)
+        self.loop.service = self.service
+        self._vigil = Vigil(self.loop)
+        self._prober = Prober(self.loop, self.answer_in_parts)
+        epoch = epoch or os.urandom(8).hex()
+        self.loop.door = Door(self.loop, listener, self.policy, epoch, settings.authkey)
+        for entry in self.registry.entries.values():
+            self.watch(entry)
+
+    def run(self) -> bool:
+        """Serves until `stop()`; True where the journal has interrupted it for a moment."""
+        with metrics_door(self):
+            return self.loop.run()
+
+    def stop(self) -> None:
+        """Makes `run` return; from any thread, or a signal handler."""
+        self.loop.stop()
+
+    def shut_down(self) -> None:
+        """Closes every handle of the table; the server is of no use afterwards."""
+        self.loop.door.close()
+        self.close(list(self.registry.handles()))
+        self._prober.stop()
+        self.loop.close()
+        self._closer.stop(timeout=1.0)
+
+    def abandon(self) -> None:
+        """In a forked child: gives up all that is this process's alone, and closes none of it in
+        a way that the parent would feel."""
+        self.loop.abandon()
+
+    # The World of the service.
+
+    def answer(
+        self, session: Session, id: int, body: bytes, handles: Sequence[Handle] = ()
+    ) -> None:
+        self.loop.send(session.route, id, body, tuple(handles))
+
+    def answer_in_parts(self, session: Session, id: int, bodies: Sequence[bytes]) -> None:
+        for number, body in enumerate(bodies):
+            self.loop.send(session.route, id, body, (), further=number > 0)
+
+    def publish(self, sessions: Sequence[Session], body: bytes) -> None:
+        for session in sessions:
+            connection: Connection = session.route
+            if connection.overflowed or connection.output_bytes > _OUTPUT_FOR_EVENTS:
+                connection.overflowed = True
+            else:
+                self.loop.send(connection, 0, body, ())
+
+    def journal(self, record: Record, handles: Sequence[Handle]) -> None:
+        if self.journal_link is not None:
+            self.journal_link.write(record, [handle.fd for handle in handles])
+        if self._fdstore is not None:
+            self._fdstore.record(record, [handle.fd for handle in handles])
+
+    def lease_pair(self) -> tuple[Handle, Handle]:
+        try:
+            ours, theirs = socket.socketpair()
+        except OSError as error:
+            raise _no_descriptor(error) from None
+        # Theirs is closed at once when it has gone: the lease of a taker that never got it ends
+        # then, and the entry must be back before its next request.
+        theirs_handle = Handle(Descriptor(theirs.detach()), quick=True)
+        return Handle(Descriptor(ours.detach())), theirs_handle
+
+    def lease_state(self, ours: Handle, *, revoke: bool = False) -> LeaseState:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, ours.fd)
+        try:
+            if revoke:
+                # What was confirmed before stays readable; a later byte is EPIPE for the taker.
+                sock.shutdown(socket.SHUT_RD)
+            confirmed = sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return "held"
+        except OSError:
+            return "dropped"
+        finally:
+            sock.detach()
+        return "confirmed" if confirmed else "dropped"
+
+    def check_lifeline(self, handle: Handle) -> None:
+        try:  # asks for SO_TYPE; never blocks, where fstat(2) may
+            socket.socket(fileno=handle.fd).detach()
+        except OSError:  # a file cannot be polled, an eventfd is nobody's life
+            raise InvalidArgument(
+                "lifetime", "the lifeline, which comes last, is no socket"
+            ) from None
+
+    def owner_guard(self, session: Session) -> Handle:
+        guard = peer_pidfd(session.route.sock)
+        if guard is None:
+            if not hasattr(os, "pidfd_open"):
+                raise UnsupportedPlatform('lifetime="process"', "it needs a pidfd")
+            try:
+                guard = Descriptor(os.pidfd_open(session.pid))
+            except OSError as error:
+                if error.errno in (errno.EMFILE, errno.ENFILE):
+                    raise _no_descriptor(error) from None
+                raise InvalidArgument("lifetime", f"no process {session.pid}: {error}") from None
+        return Handle(guard)
+
+    def registrant(self, session: Session) -> m.Registrant:
+        return m.Registrant(
+            session.pid, session.subject.uid, session.subject.gid, _command_of(session.pid)
+        )
+
+    def watch(self, entry: Entry) -> None:
+        self._vigil.watch(entry)
+
+    def close(self, handles: Sequence[Handle]) -> None:
+        for handle in handles:
+            self._close(handle)
+
+    def probe(self, session: Session, id: int, entries: Sequence[Entry], now: float) -> None:
+        self._prober.probe(session, id, entries, now)
+
+    def bind(self, address: str, backlog: int, reuse_port: bool) -> tuple[m.Kind, Handle]:
+        sock = bind_address(address, backlog=backlog, reuse_port=reuse_port)
+        kind, _ = describe(sock)
+        return kind, Handle(Descriptor(sock.detach()))
+
+    def stats(self) -> m.ServerStats:
+        loop, limits = self.loop, self.service.limits
+        keeper_pid, redundant = self.journal_link.state() if self.journal_link else (None, False)
+        return m.ServerStats(
+            server_pid=os.getpid(),
+            keeper_pid=keeper_pid,
+            redundant=redundant,
+            uptime=time.monotonic() - self._started,
+            names=len(self.registry),
+            descriptors=self.registry.descriptors,
+            leases=len(self.registry.leases),
+            connections=len(loop.connections),
+            in_flight=loop.measure(),
+            generation=self.registry.generation,
+            serial=self.registry.serial,
+            counters={
+                **self.service.counters,
+                "accepted": loop.door.accepted,
+                "evicted": loop.door.evicted,
+            },
+            limits=msgspec.structs.asdict(limits),
+            notes=self.notes,
+        )
+
+    def reload_policy(self) -> None:
+        policy, text = read_policy(self.settings)  # raises PolicyError: the old one stays
+        if self.journal_link is not None:
+            self.journal_link.keep_policy(text)
+        self.settings.policy_text = text
+        self.policy = self.service.policy = policy
+        self.loop.door.use(policy)
+
+    def try_to_reload(self) -> None:
+        """As asked for by a signal, whose sender reads the log."""
+        try:
+            self.reload_policy()
+            log.info("policy reloaded")
+        except FdshareError as error:
+            log.error("the policy stays as it was: %s", error)
+
+    def command(self, verb: Literal["shutdown", "upgrade"], session: Session, id: int) -> bool:
+        if self.journal_link is not None:
+            return self.journal_link.command(verb, session.name, id)
+        if verb == "upgrade":
+            raise InvalidArgument("upgrade", "a server without a keeper cannot be upgraded")
+        self.loop.stop()
+        return True
+
+    def audit(self, verb: str, name: str, session: Session | None, outcome: str) -> None:
+        if not self.auditing:
+            return
+        what = {"verb": verb, "entry": name, "outcome": outcome}
+        if session is None:
+            audit_log.info("%s %r: %s", verb, name, outcome, extra=what)
+            return
+        pid, uid = session.pid, session.subject.uid
+        audit_log.info(
+            "pid %d uid %d %s %r: %s",
+            pid,
+            uid,
+            verb,
+            name,
+            outcome,
+            extra={**what, "pid": pid, "uid": uid},
+        )
+
+    # Behind it.
+
+    def _close(self, handle: Handle) -> None:
+        """Closes it once nothing that still has to be sent refers to it."""
+        self._vigil.unwatch(handle)
+        if handle.pins:
+            handle.closing = True
+        elif handle.fd >= 0:
+            fd, handle.fd = handle.fd, -1
+            if handle.quick:
+                os.close(fd)
+            else:
+                self._closer.close(fd)
+
+
+def raise_descriptor_limit() -> int:
+    """Raises the soft RLIMIT_NOFILE to the hard one; the limit that holds then."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        except (ValueError, OSError):
+            return soft
+    return hard
+
+
+def _policy(settings: Settings) -> Policy:
+    """What *settings* remember; where that cannot be read any more nobody but root and we may do
+    anything: a server that does not start would keep everything from everybody."""
+    try:
+        return policy_of(settings)
+    except PolicyError as error:
+        log.error(
+            "the policy cannot be read any more, only root and uid %d are served: %s",
+            os.geteuid(),
+            error,
+        )
+        return Policy(os.geteuid())
+
+
+def _no_descriptor(error: OSError) -> DescriptorLimit:
+    """The error for a socket or pidfd that could not be made."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    what = "fs.file-max" if error.errno == errno.ENFILE else "RLIMIT_NOFILE"
+    code = error.errno or errno.EMFILE
+    return DescriptorLimit(code, what, limit, None, "server", "unregister some or raise it")
+
+
+def _command_of(pid: int) -> str:
+    """The command line of *pid*, at most 80 characters; empty where /proc does not show it."""
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            raw = file.read(256)
+    except OSError:
+        return ""
+    return raw.rstrip(b"\0").replace(b"\0", b" ").decode(errors="replace")[:80]

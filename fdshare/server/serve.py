@@ -1,0 +1,106 @@
+"""A server from its settings: listen, say that it is ready, serve, leave nothing behind.
+
+Everybody starts a server through here: the command line, `Manager.start()` and the private server
+of a process tree.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
+
+from fdshare.kernel.endpoint import Listener, listen
+from fdshare.server.core.table import Registry
+from fdshare.server.failover.fd_store import FdStore
+from fdshare.server.failover.keeper import run_keeper
+from fdshare.server.failover.processes import Holdings
+from fdshare.server.failover.service_manager import Watchdog, report
+from fdshare.server.limits import Limits
+from fdshare.server.loop.poller import READ
+from fdshare.server.loop.server import Server, raise_descriptor_limit
+from fdshare.server.settings import Settings, read_policy
+
+__all__ = ["serve"]
+
+log = logging.getLogger("fdshare.server")
+
+
+def serve(
+    settings: Settings,
+    ready: Callable[[], None],
+    listener: Listener | None = None,
+    control: socket.socket | None = None,
+    *,
+    fdstore: FdStore | None = None,
+    registry: Registry | None = None,
+) -> None:
+    """Serves until SIGTERM, SIGINT, a shutdown request or the end of *control*; in the main thread.
+
+    *ready* is called once clients can connect. *listener*, taken over, replaces `settings.path`.
+    *control* is borrowed. *fdstore*, with a keeper, has the table in the service manager's store,
+    and *registry* is what was restored from it.
+    Raises: AddressInUse, EndpointError, PolicyError, InvalidArgument.
+    """
+    Limits.for_rlimit(raise_descriptor_limit(), **settings.limits)
+    settings.policy_text = read_policy(settings)[1]
+    bound = listener or listen(settings.path, mode=settings.mode, backlog=settings.backlog)
+    if settings.keeper:
+        table = Registry() if registry is None else registry
+        if fdstore is None:
+            holdings = Holdings(settings, bound, table, os.urandom(8).hex(), control)
+        else:
+            holdings = Holdings(settings, bound, table, fdstore.epoch, control, fdstore.table)
+        run_keeper(holdings, ready)
+        return
+    with bound:
+        server = Server(bound.socket, settings)
+        if control is not None:
+            server.loop.poller.register(control.fileno(), READ, lambda events, now: server.stop())
+        try:
+            with _Signals(server):
+                ready()
+                _feed(Watchdog(), server)
+                server.run()
+                report("STOPPING=1")
+        finally:
+            server.shut_down()
+
+
+def _feed(watchdog: Watchdog, server: Server) -> None:
+    """Feeds *watchdog* from the server's loop, now and whenever it is due."""
+    watchdog.feed()
+    if watchdog.due is not None:
+        delay = watchdog.due - time.monotonic()
+        server.loop.later(max(delay, 0.0), lambda now: _feed(watchdog, server))
+
+
+class _Signals:
+    """SIGTERM and SIGINT stop, SIGHUP reloads; the former handlers come back at the end."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._former: dict[int, object] = {}
+        self._former_wakeup = -1
+
+    def __enter__(self) -> None:
+        ours = {signal.SIGTERM: self._stop, signal.SIGINT: self._stop, signal.SIGHUP: self._reload}
+        for number, handler in ours.items():
+            self._former[number] = signal.signal(number, handler)
+        # A handler in Python runs only once epoll_wait(2) returns, and that does not notice a
+        # signal that came just before it, or to another thread.
+        self._former_wakeup = self._server.loop.wake_on_signals()
+
+    def __exit__(self, *exc: object) -> None:
+        signal.set_wakeup_fd(self._former_wakeup)
+        for number, handler in self._former.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _stop(self, number: int, frame: object) -> None:
+        self._server.stop()
+
+    def _reload(self, number: int, frame: object) -> None:
+        self._server.loop.post(self._server.try_to_reload)

@@ -1,0 +1,714 @@
+"""The asynchronous client where it differs: many tasks, one connection, and cancellation."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import socket
+import subprocess
+import sys
+import types
+from collections.abc import Callable, Coroutine, Generator, Iterator
+from typing import Any, TypeAlias
+
+import anyio
+import anyio.lowlevel
+import pytest
+
+import fdshare
+from fdshare.client.blocking.client import Client
+from fdshare.errors import (
+    ClosedDescriptor,
+    FetchTimeout,
+    InvalidArgument,
+    NameNotFound,
+    NameTaken,
+)
+from fdshare.manager import Manager
+
+BACKENDS = pytest.mark.parametrize("backend", ["asyncio", "trio"])
+Step: TypeAlias = Callable[[Any, int], Coroutine[Any, Any, Any]]
+
+
+@pytest.fixture
+def pipe() -> Iterator[int]:
+    ends = os.pipe()
+    yield ends[0]
+    for end in ends:
+        os.close(end)
+
+
+def open_descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+async def leases_end(client: Any) -> None:
+    """Returns when nothing is leased: the server closes its copy of a lease in a thread."""
+    with anyio.fail_after(20):
+        while (await client.stats()).leases:
+            await anyio.lowlevel.checkpoint()
+
+
+# Cancellation at every await
+
+
+@types.coroutine
+def interrupted(
+    coroutine: Coroutine[Any, Any, Any], at: int, cancel: Callable[[], None], late: bool
+) -> Generator[Any, Any, Any]:
+    """Runs *coroutine* and cancels at its *at*-th suspension: before it waits, or (*late*) when it
+    goes on. Returns (its result, whether it got that far)."""
+    count = 0
+    value: Any = None
+    failure: BaseException | None = None
+    while True:
+        try:
+            waits_for = coroutine.send(value) if failure is None else coroutine.throw(failure)
+        except StopIteration as stop:
+            return stop.value, count > at
+        count += 1
+        if count - 1 == at and not late:
+            cancel()
+        value = failure = None
+        try:
+            value = yield waits_for
+        except BaseException as error:
+            failure = error
+        if count - 1 == at and late:
+            cancel()
+
+
+async def fetch(client: Any, fd: int) -> None:
+    (await client.fetch("held")).close()
+
+
+async def fetch_late(client: Any, fd: int) -> None:
+    (await client.fetch("late", timeout=30)).close()
+
+
+async def fetch_many(client: Any, fd: int) -> None:
+    for found in (await client.fetch_many([f"many{i}" for i in range(3)])).values():
+        found.close()
+
+
+async def take(client: Any, fd: int) -> None:
+    (await client.take("held")).close()
+
+
+async def take_late(client: Any, fd: int) -> None:
+    (await client.take("late", timeout=30)).close()
+
+
+async def register(client: Any, fd: int) -> None:
+    await client.register("new", fd)
+
+
+async def register_for_life(client: Any, fd: int) -> None:
+    await client.register("new", fd, lifetime="connection")
+
+
+async def unregister(client: Any, fd: int) -> None:
+    await client.unregister("held")
+
+
+async def rename(client: Any, fd: int) -> None:
+    await client.rename("held", "new")
+
+
+async def bind(client: Any, fd: int) -> None:
+    (await client.bind("new", "tcp://127.0.0.1:0")).close()
+
+
+async def wait_late(client: Any, fd: int) -> None:
+    await client.wait("late")
+
+
+async def ask(client: Any, fd: int) -> None:
+    await client.names()
+    await client.info("many1")
+    await client.stats()
+
+
+async def watch(client: Any, fd: int) -> None:
+    async with client.watch("l*") as watch:
+        await anext(watch)
+        while "late" not in watch.held:
+            await anext(watch)
+
+
+STEPS = [
+    fetch,
+    fetch_late,
+    fetch_many,
+    take,
+    take_late,
+    register,
+    register_for_life,
+    unregister,
+    rename,
+    bind,
+    wait_late,
+    ask,
+    watch,
+]
+
+
+@BACKENDS
+@pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("step", STEPS)
+def test_cancelled_at_every_await(
+    server: Any, client: Client, pipe: int, backend: str, step: Step, late: bool
+) -> None:
+    """Nothing leaks here, the server holds what its registry says, the connection goes on."""
+
+    async def main() -> None:
+        async with fdshare.aio.connect(server.address) as mine:
+            for at in range(100):
+                for name in ("held", "many0", "many1", "many2"):
+                    client.register(name, pipe, replace=True)
+                if await one(mine, at):
+                    break
+                for name in client.names():
+                    client.unregister(name)
+            else:
+                pytest.fail("it suspends for ever")
+        assert at
+
+    async def one(mine: Any, at: int) -> bool:
+        """True where it was done before it could be cancelled."""
+        await mine.ping()
+        (await mine.fetch("held")).close()
+        lives = mine._lifeline._ends is not None
+        before = open_descriptors()
+        finished = False
+        with anyio.CancelScope() as scope:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(appear)
+                _, interfered = await interrupted(step(mine, pipe), at, scope.cancel, late)
+                finished = not interfered
+        # What was cancelled is answered before this is.
+        await mine.ping()
+        lifeline = 2 * (not lives and mine._lifeline._ends is not None)
+        assert open_descriptors() == before + lifeline
+        if step in (take, take_late) and not finished:
+            await taken_or_returned(mine, "held" if step is take else "late")
+        return finished
+
+    async def appear() -> None:
+        await anyio.lowlevel.checkpoint()
+        client.register("late", pipe, replace=True)
+
+    async def taken_or_returned(mine: Any, name: str) -> None:
+        """What is not there was taken; a lease is none of both."""
+        await leases_end(mine)
+        if name in await mine.names():
+            (await mine.take(name)).close()
+
+    anyio.run(main, backend=backend)
+
+
+def test_native_cancellation_of_asyncio(server: Any, client: Client, pipe: int) -> None:
+    """Task.cancel() at each turn of the loop, also when the answer is already there."""
+
+    async def main() -> None:
+        async with fdshare.aio.connect(server.address) as mine:
+            client.ping()  # its connection is open from now on
+            before = open_descriptors()
+            turns = taken = 0
+            while taken < 5:
+                client.register("held", pipe, replace=True)
+                taken += await one(mine, turns)
+                assert open_descriptors() == before
+                turns += 1
+            assert turns > taken
+
+    async def one(mine: Any, turns: int) -> bool:
+        task = asyncio.create_task(mine.take("held"))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        task.cancel()
+        try:
+            taken = await task
+        except asyncio.CancelledError:
+            await mine.ping()
+            await mine.wait("held", timeout=20)  # it is back
+            return False
+        taken.close()
+        assert await mine.names() == []
+        return True
+
+    asyncio.run(main())
+
+
+def test_cancelled_when_the_answer_is_there(server: Any, client: Client, pipe: int) -> None:
+    """The canceller is woken by the same read that brought the descriptors, and runs first."""
+
+    async def main() -> None:
+        async with fdshare.aio.connect(server.address) as mine:
+            for _ in range(50):
+                client.register("held", pipe, replace=True)
+                before = open_descriptors()
+                tasks: list[asyncio.Task[Any]] = []
+
+                async def cancel(tasks: list[asyncio.Task[Any]] = tasks) -> None:
+                    await mine.ping()
+                    tasks[1].cancel()
+
+                async def take() -> None:
+                    (await mine.take("held")).close()
+
+                tasks += [asyncio.create_task(cancel()), asyncio.create_task(take())]
+                await asyncio.gather(*tasks, return_exceptions=True)
+                await mine.ping()
+                assert open_descriptors() == before
+                await leases_end(mine)
+                assert await mine.names() == (["held"] if tasks[1].cancelled() else [])
+
+    asyncio.run(main())
+
+
+@BACKENDS
+def test_cancelled_at_random_among_many(
+    server: Any, client: Client, pipe: int, backend: str
+) -> None:
+    """Three hundred tasks, each cancelled at some await, on one connection."""
+    choose = random.Random(8)
+
+    async def one(mine: Any, step: Step, at: int, late: bool) -> None:
+        with anyio.CancelScope() as scope:
+            try:
+                await interrupted(step(mine, pipe), at, scope.cancel, late)
+            except (NameNotFound, NameTaken):
+                pass  # another task was faster
+
+    async def main() -> None:
+        async with fdshare.aio.connect(server.address) as mine:
+            await register_for_life(mine, pipe)
+            client.ping()  # its connection is open from now on
+            before = open_descriptors()
+            for _ in range(3):
+                for name in ("held", "many0", "many1", "many2"):
+                    client.register(name, pipe, replace=True)
+                async with anyio.create_task_group() as tasks:
+                    for _ in range(100):
+                        step = choose.choice(STEPS)
+                        tasks.start_soon(
+                            one, mine, step, choose.randrange(4), choose.random() < 0.5
+                        )
+                    await anyio.lowlevel.checkpoint()
+                    client.register("late", pipe, replace=True)
+                    with anyio.move_on_after(0.2):  # a take may have been faster than the others
+                        await mine.wait("never")
+                    tasks.cancel_scope.cancel()
+                await mine.ping()
+                assert open_descriptors() == before
+                await leases_end(mine)
+
+    anyio.run(main, backend=backend)
+
+
+@BACKENDS
+def test_a_cancelled_registration_that_was_not_sent_sends_nothing(
+    server: Any, pipe: int, backend: str
+) -> None:
+    """Its number may be another descriptor's by then."""
+
+    async def main() -> None:
+        async with fdshare.aio.connect(server.address) as mine:
+            link = mine._pipeline._link
+            # As much as the server lets pass while it does not read: nothing, for it is stopped.
+            os.kill(server.pid, 19)
+            try:
+                with anyio.CancelScope() as scope:
+                    async with anyio.create_task_group() as tasks:
+                        sent = 0
+                        while not link._output:  # until the socket is full
+                            tasks.start_soon(mine.explain, "fetch", "x" * 60000, 0, 0)
+                            await anyio.lowlevel.checkpoint()
+                            sent += 1
+                        tasks.start_soon(mine.register, "wrong", pipe)
+                        while len(link._output) < 2:
+                            await anyio.lowlevel.checkpoint()
+                        scope.cancel()
+                assert sent > 1
+            finally:
+                os.kill(server.pid, 18)
+            await mine.ping()
+            assert await mine.names() == []
+
+    anyio.run(main, backend=backend)
+
+
+# Many tasks
+
+
+@BACKENDS
+def test_a_thousand_waits_on_one_client(
+    server: Any, client: Client, pipe: int, backend: str
+) -> None:
+    arrived: list[str] = []
+
+    async def wait(mine: Any, name: str) -> None:
+        await mine.wait(name, timeout=60)
+        arrived.append(name)
+
+    async def fetch(mine: Any, name: str) -> None:
+        (await mine.fetch(name, timeout=60)).close()
+        arrived.append(name)
+
+    async def main() -> None:
+        async with fdshare.aio.connect(server.address) as mine:
+            connections = client.stats().connections
+            async with anyio.create_task_group() as tasks:
+                for i in range(1000):
+                    tasks.start_soon(wait if i % 2 else fetch, mine, f"n{i // 4}")
+                await mine.ping()
+                assert client.stats().connections == connections
+                for i in range(250):
+                    client.register(f"n{i}", pipe)
+        assert sorted(arrived) == sorted(f"n{i // 4}" for i in range(1000))
+
+    anyio.run(main, backend=backend)
+
+
+@BACKENDS
+def test_more_descriptors_than_may_be_in_flight(
+    server: Any, client: Client, pipe: int, backend: str
+) -> None:
+    """The server stops serving a connection that does not read; this one always does."""
+
+    async def fetch(mine: Any) -> None:
+        (await mine.fetch("x")).close()
+
+    async def main() -> None:
+        client.register("x", pipe)
+        async with fdshare.aio.connect(server.address) as mine:
+            async with anyio.create_task_group() as tasks:
+                for _ in range(3000):
+                    tasks.start_soon(fetch, mine)
+            assert (await mine.info("x")).fetches == 3000
+
+    anyio.run(main, backend=backend)
+
+
+@BACKENDS
+def test_only_one_of_many_takers_gets_it(
+    server: Any, client: Client, pipe: int, backend: str
+) -> None:
+    taken: list[int] = []
+
+    async def take(mine: Any) -> None:
+        try:
+            (await mine.take("x", timeout=0.2)).close()
+        except FetchTimeout:
+            return
+        taken.append(1)
+
+    async def main() -> None:
+        client.register("x", pipe)
+        one = fdshare.aio.connect(server.address)
+        async with one as mine, anyio.create_task_group() as tasks:
+            for _ in range(20):
+                tasks.start_soon(take, mine)
+
+    anyio.run(main, backend=backend)
+    assert taken == [1]
+
+
+@BACKENDS
+def test_changes_go_on_over_the_death_of_a_server(pipe: int, backend: str) -> None:
+    """Two hundred at once, each repeated under its id: it happens once."""
+
+    async def main() -> None:
+        async with fdshare.aio.connect(manager.address) as mine:
+            for i in range(3):
+                async with anyio.create_task_group() as tasks:
+                    for j in range(200):
+                        tasks.start_soon(mine.register, f"{i}/{j}", pipe)
+                    await anyio.lowlevel.checkpoint()
+                    os.kill((await mine.stats()).server_pid, 9)
+                async with anyio.create_task_group() as tasks:
+                    for j in range(100):
+                        tasks.start_soon(mine.rename, f"{i}/{j}", f"new/{i}/{j}")
+                        tasks.start_soon(mine.unregister, f"{i}/{j + 100}")
+            assert len(await mine.names()) == 300
+            infos = await mine.infos()
+            assert len({info.generation for info in infos}) == 300
+            # A change that was carried out twice would have taken two.
+            assert (await mine.stats()).generation == 900
+
+    with Manager() as manager:
+        anyio.run(main, backend=backend)
+
+
+# Its own life
+
+
+def test_import_fdshare_does_not_import_anyio() -> None:
+    code = (
+        "import sys, fdshare; assert 'anyio' not in sys.modules; "
+        "fdshare.Client, fdshare.Manager, fdshare.ref; assert 'anyio' not in sys.modules; "
+        "fdshare.aio.connect; assert 'anyio' in sys.modules; import fdshare.aio"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@BACKENDS
+def test_entered_once(server: Any, backend: str) -> None:
+    async def main() -> None:
+        client = fdshare.aio.connect(server.address)
+        with pytest.raises(ClosedDescriptor, match="async with"):
+            await client.ping()
+        async with client:
+            with pytest.raises(InvalidArgument):
+                await client.__aenter__()
+        with pytest.raises(InvalidArgument):
+            await client.__aenter__()
+
+    anyio.run(main, backend=backend)
+
+
+@BACKENDS
+def test_cancelled_while_it_connects(folder: Any, backend: str) -> None:
+    async def main() -> None:
+        before = open_descriptors()
+        with anyio.move_on_after(0.05):
+            async with fdshare.aio.connect(folder / "silent"):
+                raise AssertionError
+        assert open_descriptors() == before
+
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(folder / "silent"))
+        listener.listen()
+        anyio.run(main, backend=backend)
+
+
+@BACKENDS
+def test_a_full_backlog_is_waited_for(server: Any, folder: Any, backend: str) -> None:
+    """connect(2) says EAGAIN then, and the client must not block its loop over it."""
+
+    async def main() -> None:
+        path = str(folder / "full")
+        with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as first:
+            listener.bind(path)
+            listener.listen(0)
+            first.connect(path)
+            with anyio.move_on_after(0.1) as scope:
+                async with fdshare.aio.connect(path, timeout=None):
+                    raise AssertionError
+            assert scope.cancelled_caught
+
+    anyio.run(main, backend=backend)
+
+
+@BACKENDS
+def test_a_connection_that_the_server_drops_is_opened_again(pipe: int, backend: str) -> None:
+    """The door is full, so the longest idle client of this uid has to go."""
+
+    async def main() -> None:
+        async with fdshare.aio.connect(manager.address) as mine:
+            await mine.register("x", pipe, lifetime="connection")
+            for _ in range(3):
+                others = [fdshare.connect(manager.address) for _ in range(6)]
+                for other in others:
+                    other.close()
+                (await mine.fetch("x")).close()
+            assert (await mine.stats()).counters["evicted"] > 0
+
+    with Manager(keeper=False, limits={"max_connections": 4}) as manager:
+        anyio.run(main, backend=backend)
+
+
+@BACKENDS
+def test_what_was_done_for_a_reader_that_was_too_slow_is_done_once(
+    pipe: int, backend: str, until: Callable[..., Any]
+) -> None:
+    """Its loop was busy with something else; the server gave up on it with answers unsent."""
+
+    async def main() -> None:
+        async with fdshare.aio.connect(manager.address) as mine:
+            with fdshare.connect(manager.address) as other:
+                for i in range(1000):
+                    other.register(f"{i:04}".ljust(250, "-"), pipe)
+                connections = other.stats().connections
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(mine.names)  # its answer is more than the socket holds
+                    tasks.start_soon(mine.register, "one", pipe)
+                    tasks.start_soon(mine.rename, "0000".ljust(250, "-"), "two")
+                    while not all(call.sent for call in mine._pipeline._pending.values()) or (
+                        len(mine._pipeline._pending) < 3
+                    ):
+                        await anyio.lowlevel.checkpoint()
+                    until(lambda: "two" in other, "both changes are made")
+                    until(lambda: other.stats().connections < connections, "it is dropped")
+                assert other.stats().generation == 1002
+                assert {"one", "two"} <= set(other.names())
+
+    limits = {"request_timeout": 0.3}
+    with Manager(keeper=False, limits=limits) as manager:
+        anyio.run(main, backend=backend)
+
+
+@BACKENDS
+def test_a_watch_that_is_dropped_ends_at_the_server(
+    server: Any, client: Client, pipe: int, backend: str
+) -> None:
+    async def main() -> None:
+        async with fdshare.aio.connect(server.address) as mine:
+            watch = mine.watch()
+            await anext(watch)
+            del watch
+            client.register("x", pipe)
+            await mine.ping()
+            await mine.ping()
+            assert not mine._pipeline._pending
+
+    anyio.run(main, backend=backend)
+
+
+def test_a_forked_child_leaves_the_connection_alone(server: Any, pipe: int) -> None:
+    async def main() -> None:
+        async with fdshare.aio.connect(server.address) as mine:
+            await mine.register("x", pipe, lifetime="connection")
+            pid = os.fork()
+            if not pid:
+                os._exit(0 if mine._closed and mine._lifeline._ends is None else 1)
+            assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+            assert await mine.names() == ["x"]
+
+    asyncio.run(main())
+
+
+@BACKENDS
+def test_two_clients_in_two_threads(server: Any, pipe: int, backend: str) -> None:
+    async def main(name: str) -> None:
+        async with fdshare.aio.connect(server.address) as mine:
+            for _ in range(50):
+                await mine.register(name, pipe, replace=True)
+                (await mine.take(name)).close()
+
+    async def both() -> None:
+        async with anyio.create_task_group() as tasks:
+            for name in ("a", "b"):
+                tasks.start_soon(anyio.to_thread.run_sync, run, name)
+
+    def run(name: str) -> None:
+        anyio.run(main, name, backend=backend)
+
+    anyio.run(both)
+
+
+# What frameworks take
+
+
+def test_a_listener_for_asyncio_start_server(server: Any) -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(await reader.readline())
+        writer.close()
+
+    async def main() -> None:
+        async with fdshare.aio.connect(server.address) as client:
+            listener = await client.bind("echo", "tcp://127.0.0.1:0")
+            port = listener.getsockname()[1]
+            async with await asyncio.start_server(answer, sock=listener):
+                reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                writer.write(b"hello\n")
+                assert await reader.read() == b"hello\n"
+                writer.close()
+                await writer.wait_closed()
+
+    asyncio.run(main())
+
+
+def test_a_listener_for_trio(server: Any) -> None:
+    import trio
+
+    async def answer(stream: trio.SocketStream) -> None:
+        await stream.send_all(await stream.receive_some(100))
+
+    async def main() -> None:
+        async with fdshare.aio.connect(server.address) as client:
+            sock = await client.bind("echo", "tcp://127.0.0.1:0")
+            listener = trio.SocketListener(trio.socket.from_stdlib_socket(sock))
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(trio.serve_listeners, answer, [listener])
+                stream = await trio.open_tcp_stream("127.0.0.1", sock.getsockname()[1])
+                async with stream:
+                    await stream.send_all(b"hello")
+                    assert await stream.receive_some(100) == b"hello"
+                nursery.cancel_scope.cancel()
+
+    trio.run(main)
+
+
+def test_an_accepted_connection_leaves_a_running_server(server: Any, client: Client) -> None:
+    """Registered before its transport is closed, it is open for whoever fetches it."""
+    passed: list[bytes] = []
+
+    async def pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        passed.append(await reader.readexactly(6))  # with a StreamReader, all that it has read
+        writer.transport.pause_reading()
+        async with fdshare.aio.connect(server.address) as mine:
+            await mine.register("passed", writer.get_extra_info("socket"))
+        writer.transport.abort()
+
+    async def main() -> None:
+        listening = await asyncio.start_server(pass_on, "127.0.0.1", 0)
+        async with listening:
+            address = listening.sockets[0].getsockname()
+            reader, writer = await asyncio.open_connection(*address)
+            writer.write(b"first\n")
+            async with fdshare.aio.connect(server.address) as mine:
+                sock = await mine.take("passed", timeout=20)
+            assert type(sock) is socket.socket
+            writer.write(b"second")
+            there, here = await asyncio.open_connection(sock=sock)
+            assert await there.readexactly(6) == b"second"
+            here.write(b"answer")
+            assert await reader.readexactly(6) == b"answer"
+            for end in (writer, here):
+                end.close()
+                await end.wait_closed()
+            assert passed == [b"first\n"]
+
+    asyncio.run(main())
+
+
+def test_a_trio_socket_is_shared_as_a_socket(server: Any) -> None:
+    import trio
+
+    async def main() -> None:
+        (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        async with listener, fdshare.aio.connect(server.address) as client:
+            await client.register("web", listener.socket)
+            with await client.fetch("web") as fetched:
+                assert type(fetched) is socket.socket
+                assert fetched.getsockname() == listener.socket.getsockname()
+                assert fetched.gettimeout() == 0
+
+    trio.run(main)
+
+
+def test_a_connection_for_connect_accepted_socket(server: Any) -> None:
+    async def main() -> None:
+        ours, theirs = socket.socketpair()
+        async with fdshare.aio.connect(server.address) as client:
+            with theirs:
+                await client.register("accepted", theirs)
+            sock = await client.take("accepted")
+            loop = asyncio.get_running_loop()
+            received = loop.create_future()
+
+            class Protocol(asyncio.Protocol):
+                def data_received(self, data: bytes) -> None:
+                    received.set_result(data)
+
+            with ours:
+                transport, _ = await loop.connect_accepted_socket(Protocol, sock)
+                ours.sendall(b"hello")
+                assert await received == b"hello"
+                transport.close()
+                await asyncio.sleep(0)
+
+    asyncio.run(main())

@@ -1,0 +1,172 @@
+"""The short way of a fetch brings what is held now, and ends as the long one does."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from fdshare.client.blocking.client import Client
+from fdshare.client.conversation import Parts
+from fdshare.client.fetch_cache import Fetched
+from fdshare.errors import DescriptorLimit, NameNotFound, ServerTimeout
+from fdshare.manager import Manager
+from fdshare.protocol import messages as m
+from fdshare.protocol.framing import header
+from fdshare.protocol.kind import Kind
+
+
+@pytest.fixture
+def files() -> Iterator[list[int]]:
+    fds = [os.memfd_create("a"), os.memfd_create("b")]
+    yield fds
+    for fd in fds:
+        os.close(fd)
+
+
+def inode(client: Client, name: str) -> int:
+    with client.fetch(name) as found:
+        return os.fstat(found.fileno()).st_ino
+
+
+def known(client: Client) -> set[str]:
+    """The names that the client's connections know the short way to."""
+    return {name for channel in client._idle for name in channel._fetched}
+
+
+def test_second_fetch_is_of_the_same_file(client: Client, files: list[int]) -> None:
+    client.register("x", files[0])
+    for _ in range(3):
+        assert inode(client, "x") == os.fstat(files[0]).st_ino
+        assert known(client) == {"x"}
+        (found,) = client.fetch_raw("x")
+        with found:
+            assert os.fstat(found.fileno()).st_ino == os.fstat(files[0]).st_ino
+
+
+def test_it_brings_what_is_held_now(client: Client, server: Any, files: list[int]) -> None:
+    one, other = (os.fstat(fd).st_ino for fd in files)
+    client.register("x", files[0])
+    assert [inode(client, "x") for _ in range(2)] == [one, one]
+    with Client(server.address) as another:
+        another.register("x", files[1], replace=True)
+        assert [inode(client, "x") for _ in range(2)] == [other, other]
+        another.rename("x", "y")
+        with pytest.raises(NameNotFound):
+            client.fetch("x")
+        assert inode(client, "y") == other
+        another.register("x", files[0])
+        assert [inode(client, name) for name in "xyxy"] == [one, other] * 2
+
+
+def test_a_lost_connection_is_made_again(client: Client, files: list[int]) -> None:
+    client.register("x", files[0])
+    inode(client, "x")
+    channel = client._idle[0]
+    assert channel._sock is not None
+    channel._sock.shutdown(2)
+    assert inode(client, "x") == os.fstat(files[0]).st_ino
+    assert channel.opened == 2
+    assert [inode(client, "x") for _ in range(2)] == [os.fstat(files[0]).st_ino] * 2
+
+
+def test_a_killed_server_is_found_again(files: list[int]) -> None:
+    with Manager() as manager:
+        manager.register("x", files[0])
+        inode(manager, "x")
+        os.kill(manager.stats().server_pid, signal.SIGKILL)
+        assert inode(manager, "x") == os.fstat(files[0]).st_ino
+
+
+def test_a_server_that_stands_still_is_a_timeout(
+    serve: Callable[..., Manager], files: list[int]
+) -> None:
+    manager = serve()
+    manager.register("x", files[0])
+    manager.register("y", files[1])
+    with Client(manager.address, timeout=0.2) as client:
+        inode(client, "x")
+        pid = client.stats().server_pid
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            with pytest.raises(ServerTimeout) as caught:
+                client.fetch("x")
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        assert caught.value.timeout == pytest.approx(0.2)
+        # The late answer is nobody's, and not that of another request.
+        assert inode(client, "y") == os.fstat(files[1]).st_ino
+
+
+def test_at_the_descriptor_limit(client: Client, files: list[int]) -> None:
+    client.register("x", files[0])
+    inode(client, "x")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.dup(0)
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
+    try:
+        for _ in range(2):
+            with pytest.raises(DescriptorLimit):
+                client.fetch("x")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert inode(client, "x") == os.fstat(files[0]).st_ino
+
+
+def test_what_is_no_name_is_refused_as_ever(client: Client, files: list[int]) -> None:
+    client.register("x", files[0])
+    for _ in range(2):
+        for wrong in ("", "a\nb", [], None, 3):
+            with pytest.raises((ValueError, TypeError)):
+                client.fetch(wrong)  # type: ignore[arg-type]
+    assert known(client) <= {"x"}
+
+
+REPLY = m.Given("x", 1, Kind("descriptor", m.msgspec.Raw(b"\xc0")))
+
+
+def frames(id: int = 7, count: int = 0) -> tuple[bytes, bytes]:
+    asked, answered = m.encode(m.Fetch("x", 0)), m.encode(REPLY)
+    return (
+        header(len(asked), 0, id) + asked,
+        header(len(answered), count, id) + answered,
+    )
+
+
+def test_frames_are_stamped_with_the_id() -> None:
+    fetched = Fetched()
+    request, answer = frames(7)
+    fetched.learn("x", request, memoryview(answer), Parts([REPLY]))
+    assert fetched["x"].stamped(7) == frames(7)
+    assert fetched["x"].stamped(0xFFFFFFFF) == frames(0xFFFFFFFF)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        frames()[1][:-1],
+        frames()[1] + b"\0",
+        frames()[1] * 2,
+        frames(id=8)[1],
+        frames(count=1)[1],
+    ],
+)
+def test_nothing_is_learnt_of_more_or_less_than_the_answer(data: bytes) -> None:
+    fetched = Fetched()
+    fetched.learn("x", frames()[0], memoryview(data), Parts([REPLY]))
+    assert not fetched
+
+
+def test_what_it_remembers_is_bounded() -> None:
+    fetched = Fetched()
+    request, answer = frames()
+    for number in range(3000):
+        fetched.learn(f"n/{number}", request, memoryview(answer), Parts([REPLY]))
+    assert len(fetched) <= 1024
+    assert "n/2999" in fetched

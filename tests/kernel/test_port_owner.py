@@ -1,0 +1,72 @@
+"""portholder: who has a port, against ports that we and a child have."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from typing import Literal
+
+import pytest
+
+from fdshare.kernel.port_owner import Holder, port_holder
+
+pytestmark = pytest.mark.skipif(not os.path.exists("/proc/net/tcp"), reason="no /proc/net")
+
+
+@pytest.mark.parametrize("asked", ["127.0.0.1", "0.0.0.0"])
+def test_our_own_listener(asked: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        assert port_holder("tcp", asked, port) == Holder(os.geteuid(), os.getpid())
+        assert port_holder("tcp", "127.0.0.9", port) is None
+        assert port_holder("udp", asked, port) is None
+    assert port_holder("tcp", asked, port) is None
+
+
+def test_a_wildcard_stands_in_everybodys_way() -> None:
+    with socket.create_server(("0.0.0.0", 0)) as listener:
+        port = listener.getsockname()[1]
+        assert port_holder("tcp", "127.0.0.1", port) == Holder(os.geteuid(), os.getpid())
+
+
+def test_ipv6() -> None:
+    try:
+        listener = socket.create_server(("::1", 0), family=socket.AF_INET6)
+    except OSError:
+        pytest.skip("no IPv6 here")
+    with listener:
+        port = listener.getsockname()[1]
+        assert port_holder("tcp", "::1", port) == Holder(os.geteuid(), os.getpid())
+        assert port_holder("tcp", "::2", port) is None
+
+
+def test_udp() -> None:
+    with socket.socket(type=socket.SOCK_DGRAM) as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+        assert port_holder("udp", "127.0.0.1", port) == Holder(os.geteuid(), os.getpid())
+
+
+OTHER = """
+import socket
+with socket.create_server(("127.0.0.1", 0)) as listener:
+    print(listener.getsockname()[1], flush=True)
+    input()
+"""
+
+
+def test_another_process() -> None:
+    protocol: Literal["tcp"] = "tcp"
+    with subprocess.Popen(
+        [sys.executable, "-c", OTHER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as child:
+        assert child.stdout is not None
+        port = int(child.stdout.readline())
+        holder = port_holder(protocol, "127.0.0.1", port)
+        child.communicate("\n", timeout=30)
+    assert holder is not None
+    assert holder.uid == os.geteuid()
+    # None only where looking through all processes took too long.
+    assert holder.pid in (child.pid, None)

@@ -1,0 +1,147 @@
+"""The outbox of a queue: what is sent at once, what waits, and what is let go."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from fdshare.mp.channels.feeder import Outbox
+from fdshare.mp.channels.receiving import read_message
+from fdshare.mp.pickling.bundle import Bundle
+from mp.common import descriptor_limit_reached, identity, open_now
+
+
+class Harness:
+    """An outbox with both ends, and what it called."""
+
+    def __init__(self) -> None:
+        self.near, self.far = socket.socketpair()
+        self.lock = threading.Lock()
+        self.called: list[str] = []
+        self.ended = threading.Event()
+        self.outbox = Outbox(
+            self.near, self, lambda: self.called.append("closing"), self.end, self.fail
+        )
+
+    # The write lock, as multiprocessing's: acquire(block).
+
+    def acquire(self, block: bool = True) -> bool:
+        return self.lock.acquire(block)
+
+    def release(self) -> None:
+        self.lock.release()
+
+    def end(self) -> None:
+        self.called.append("ended")
+        self.ended.set()
+
+    def fail(self, error: BaseException, obj: Any) -> None:
+        self.called.append(f"{type(error).__name__} {obj}")
+
+    def read(self) -> tuple[bytes, int]:
+        message = read_message(self.far, False)
+        if isinstance(message, bytes):
+            return message, 0
+        data, count = bytes(message.data), len(message.owned or ())
+        message.close()
+        return data, count
+
+
+@pytest.fixture
+def harness() -> Iterator[Harness]:
+    harness = Harness()
+    yield harness
+    harness.outbox.stop()
+    harness.far.close()
+    thread = harness.outbox.thread
+    if thread is not None:
+        thread.join()
+    harness.near.close()
+
+
+def test_with_room_it_is_sent_at_once_without_a_thread(harness: Harness, null: int) -> None:
+    before = open_now()
+    assert not harness.outbox.put(b"bytes")
+    assert not harness.outbox.put(Bundle(b"data", [null]))
+    assert open_now() == before  # no duplicate was made
+    assert harness.outbox.thread is None
+    assert harness.read() == (b"bytes", 0)
+    assert harness.read() == (b"data", 1)
+
+
+def test_while_somebody_writes_it_waits(harness: Harness, null: int) -> None:
+    harness.acquire()
+    assert harness.outbox.put(Bundle(b"data", [null]))  # the thread was started
+    assert not harness.outbox.put(b"after")
+    harness.release()
+    assert harness.read() == (b"data", 1)
+    assert harness.read() == (b"after", 0)
+
+
+def test_when_full_it_waits_in_order(harness: Harness, null: int) -> None:
+    for number in range(600):
+        harness.outbox.put(Bundle(b"%d" % number, [null]) if number % 2 else b"%d" % number)
+    for number in range(600):
+        assert harness.read() == (b"%d" % number, number % 2)
+
+
+def test_a_message_larger_than_the_pipe(harness: Harness, null: int) -> None:
+    data = os.urandom(1 << 20)
+    harness.outbox.put(Bundle(data, [null]))
+    harness.outbox.put(data[:10])
+    assert harness.read() == (data, 1)
+    assert harness.read() == (data[:10], 0)
+
+
+def test_what_was_put_may_be_closed(harness: Harness) -> None:
+    harness.acquire()
+    with socket.socket() as sock:
+        expected = identity(sock)
+        harness.outbox.put(Bundle(b"data", [sock.fileno()], sock))
+    harness.release()
+    message = read_message(harness.far, False)
+    assert isinstance(message, Bundle)
+    assert identity((message.owned or [])[0]) == expected
+    message.close()
+
+
+def test_no_descriptor_to_keep_it_with(harness: Harness, null: int) -> None:
+    harness.acquire()
+    with descriptor_limit_reached(), pytest.raises(OSError, match="Too many open files"):
+        harness.outbox.put(Bundle(b"data", [null]))
+    harness.release()
+    harness.outbox.put(b"next")
+    assert harness.read() == (b"next", 0)
+
+
+def test_stop_waits_for_what_was_accepted(harness: Harness) -> None:
+    for _ in range(20):
+        harness.outbox.put(Bundle(b"x" * 50_000))
+    harness.outbox.stop()
+    assert harness.called == ["closing"]
+    for _ in range(20):
+        assert harness.read() == (b"x" * 50_000, 0)
+    assert harness.ended.wait(30)
+    assert harness.called == ["closing", "ended"]
+
+
+def test_stop_without_a_thread_is_at_once(harness: Harness) -> None:
+    harness.outbox.put(b"1")
+    harness.outbox.stop()
+    assert harness.called == ["closing", "ended"]
+
+
+def test_a_reader_that_is_gone(harness: Harness) -> None:
+    for _ in range(20):
+        harness.outbox.put(Bundle(b"x" * 50_000), "obj")
+    harness.far.close()
+    harness.outbox.stop()
+    assert harness.ended.wait(30)
+    reported = [word for word in harness.called if word.endswith("obj")]
+    assert all(word.split()[0] in ("BrokenPipeError", "ConnectionResetError") for word in reported)
+    assert harness.called[-1] == "ended"

@@ -1,0 +1,244 @@
+"""Queue, JoinableQueue and SimpleQueue beyond what CPython's own tests check."""
+
+from __future__ import annotations
+
+import gc
+import os
+import pickle
+import queue as queues
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from fdshare import get_context
+from fdshare.errors import KindMismatch, NoTransit
+from fdshare.mp.pickling.reducers import encode
+from mp import children
+from mp.common import METHODS, PACKAGES, dismiss, finish, identity, open_now, trackers  # noqa: F401
+
+NAMES = ("Queue", "JoinableQueue", "SimpleQueue")
+
+
+@pytest.fixture(params=PACKAGES)
+def ctx(request: pytest.FixtureRequest) -> Any:
+    return get_context("fork", backend=request.param)
+
+
+@pytest.fixture(params=NAMES)
+def queue(ctx: Any, request: pytest.FixtureRequest) -> Iterator[Any]:
+    queue = getattr(ctx, request.param)()
+    yield queue
+    finish(queue)
+
+
+def test_it_is_a_queue_of_the_package(queue: Any) -> None:
+    stock = getattr(queue._family.module("queues"), type(queue).__name__)
+    assert isinstance(queue, stock)
+
+
+def test_in_order(queue: Any) -> None:
+    for number in range(50):
+        queue.put(number)
+        with socket.socket() as sock:
+            queue.put((number, sock))
+    for number in range(50):
+        assert queue.get() == number
+        again, sock = queue.get()
+        sock.close()
+        assert again == number
+
+
+def test_more_than_the_pipe_holds_in_order(ctx: Any) -> None:
+    queue = ctx.Queue()
+    with open(os.devnull) as file:
+        for number in range(1000):
+            queue.put((number, file) if number % 3 == 0 else number)
+    assert queue.qsize() == 1000
+    for number in range(1000):
+        item = queue.get(timeout=30)
+        if number % 3 == 0:
+            item[1].close()
+            item = item[0]
+        assert item == number
+    assert queue.empty()
+    finish(queue)
+
+
+def test_large_items_from_many_threads(ctx: Any) -> None:
+    queue = ctx.Queue()
+    items = [os.urandom(100) * (10 ** (n % 5)) for n in range(40)]
+
+    def put(start: int) -> None:
+        for item in items[start::4]:
+            with open(os.devnull) as file:
+                queue.put((item, file))
+
+    threads = [threading.Thread(target=put, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    arrived = []
+    for _ in items:
+        item, file = queue.get(timeout=30)
+        file.close()
+        arrived.append(item)
+    for thread in threads:
+        thread.join()
+    assert sorted(arrived) == sorted(items)
+    finish(queue)
+
+
+def test_many_processes_read_and_write(ctx: Any) -> None:
+    inbox, outbox = ctx.Queue(), ctx.Queue()
+    workers = [ctx.Process(target=children.echo, args=(inbox, outbox)) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    with socket.socket() as sock:
+        for number in range(200):
+            inbox.put((number, sock))
+        seen = set()
+        for _ in range(200):
+            number, arrived = outbox.get(timeout=30)
+            with arrived:
+                assert identity(arrived) == identity(sock)
+            seen.add(number)
+    assert seen == set(range(200))
+    dismiss(workers, inbox, outbox)
+
+
+@pytest.mark.parametrize("name", ["Queue", "SimpleQueue"])
+def test_what_is_not_the_socket_it_is_said_to_be(ctx: Any, name: str) -> None:
+    queue = getattr(ctx, name)(*[1] * (name == "Queue"))  # with one place, which must not be lost
+    left, right = socket.socketpair()
+    with left, right, open(os.devnull) as file:
+        announcement, body, _ = encode(queue._family, left)  # type: ignore[misc]
+        for fd in [left.fileno()] * 4 + [file.fileno()] * 2 + [left.fileno()] * 2:
+            if name == "Queue":
+                queue._sem.acquire()
+                queue._dispatch((announcement, body, [fd]), None)
+            else:
+                queue._writer.send_message((announcement, body, [fd]))
+            if fd == file.fileno():
+                with pytest.raises(KindMismatch, match=r"non-socket"):
+                    queue.get()
+            else:
+                with queue.get() as arrived:
+                    assert identity(arrived) == identity(left)
+    finish(queue)
+
+
+def test_a_queue_pickles_only_while_a_process_starts(queue: Any) -> None:
+    with pytest.raises(RuntimeError, match="through inheritance"):
+        pickle.dumps(queue)
+    with pytest.raises(RuntimeError, match="through inheritance"):
+        queue.put(queue)
+
+
+def test_what_is_put_before_close_arrives_in_another_process(ctx: Any) -> None:
+    queue, outbox = ctx.Queue(), ctx.SimpleQueue()
+    process = ctx.Process(target=children.echo, args=(queue, outbox))
+    process.start()
+    for number in range(300):
+        with socket.socket() as sock:
+            queue.put((number, sock, b"x" * 2000))
+    queue.put(None)
+    queue.close()
+    for number in range(300):
+        again, sock, _ = outbox.get()
+        sock.close()
+        assert again == number
+    queue.join_thread()
+    process.join()
+    finish(outbox)
+    finish(queue)
+
+
+def test_a_closed_queue(ctx: Any) -> None:
+    queue = ctx.Queue()
+    queue.put(1)
+    queue.close()
+    for use in (lambda: queue.put(1), queue.get, queue.get_nowait):
+        with pytest.raises(ValueError, match="is closed"):
+            use()
+    queue.join_thread()
+    queue.close()
+
+
+def test_what_nobody_can_receive_does_not_keep_the_program() -> None:
+    code = (
+        "from fdshare import get_context\n"
+        "queue = get_context('fork').Queue()\n"
+        "for _ in range(100): queue.put(b'x' * 100_000)\n"
+        "print('ok')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr, done.returncode) == ("ok\n", "", 0)
+
+
+def test_a_dropped_queue_is_collected(ctx: Any) -> None:
+    before = open_now(), threading.active_count()
+    for _ in range(3):
+        queue = ctx.Queue()
+        with open(os.devnull) as file:
+            for _ in range(300):
+                queue.put([file])
+        thread = queue._outbox.thread
+        del queue
+        gc.collect()
+        if thread is not None:
+            thread.join(30)
+    gc.collect()
+    assert (open_now(), threading.active_count()) == before
+
+
+def test_joinable(ctx: Any) -> None:
+    queue = ctx.JoinableQueue()
+    with socket.socket() as sock:
+        queue.put(sock)
+        queue.put(2)
+    with pytest.raises(AttributeError):
+        queue.put(children.Unpicklable())
+    queue.get().close()
+    queue.task_done()
+    queue.get()
+    queue.task_done()
+    queue.join()
+    with pytest.raises(ValueError, match="too many"):
+        queue.task_done()
+    finish(queue)
+
+
+def test_timeouts(ctx: Any) -> None:
+    queue = ctx.Queue(1)
+    with pytest.raises(queues.Empty):
+        queue.get(timeout=-1)
+    queue.put(1)
+    with pytest.raises(queues.Full):
+        queue.put(2, timeout=-1)
+    assert queue.get(timeout=5) == 1
+    finish(queue)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_lock_of_a_dead_writer_does_not_stop_put(method: str) -> None:
+    ctx = get_context(method)
+    queue = ctx.Queue()
+    queue._wlock.acquire()  # as a process that was killed in the middle
+    with socket.socket() as sock:
+        queue.put(sock)  # returns: the thread waits for the lock, as the stock queue's
+    assert queue.empty()
+    queue._wlock.release()
+    queue.get(timeout=30).close()
+    finish(queue)
+
+
+def test_stock_pickle_says_which_line_to_change(ctx: Any) -> None:
+    left, right = ctx.Pipe()
+    with left, right, pytest.raises(NoTransit) as refusal:
+        pickle.dumps(left)
+    assert "fdshare.install()" in str(refusal.value)
+    assert "fdshare.get_context()" in str(refusal.value)

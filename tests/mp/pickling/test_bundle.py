@@ -1,0 +1,134 @@
+"""Bundles: borrowed, owned, loaded, dropped; nothing is left behind."""
+
+from __future__ import annotations
+
+import gc
+import os
+import pickle
+import socket
+from typing import Any
+
+import pytest
+
+from fdshare.errors import AlreadyTaken, DescriptorLimit
+from fdshare.mp.family import family_of
+from fdshare.mp.pickling.bundle import Bundle, Inline, Transit, loads
+from fdshare.mp.pickling.reducers import dumps
+from mp import children
+from mp.common import identity, open_now
+
+FAMILY = family_of("multiprocessing")
+
+
+@pytest.fixture(params=["multiprocessing", "multiprocess"])
+def family(request: pytest.FixtureRequest) -> Any:
+    return family_of(request.param)
+
+
+def test_a_borrowed_bundle_duplicates_nothing(family: Any) -> None:
+    with socket.socket() as sock:
+        before = open_now()
+        bundle = dumps(family, {"sock": sock})
+        assert open_now() == before
+        assert bundle.numbers == [sock.fileno()]
+
+
+def test_an_owned_bundle_outlives_what_was_pickled(family: Any) -> None:
+    left, right = socket.socketpair()
+    with right:
+        bundle = dumps(family, {"sock": left}).own()
+        left.close()
+        with bundle.load(family.loads)["sock"] as arrived:
+            arrived.send(b"there")
+        assert right.recv(9) == b"there"
+
+
+@pytest.mark.parametrize("how", ["drop", "close"])
+def test_a_bundle_that_nobody_loads_closes(family: Any, how: str) -> None:
+    with socket.socket() as sock:
+        before = open_now()
+        bundle = dumps(family, [sock, {"again": sock}]).own()
+        if how == "close":
+            bundle.close()
+            bundle.close()
+        del bundle
+        gc.collect()
+        assert open_now() == before
+
+
+def test_what_the_pickle_does_not_claim_is_closed() -> None:
+    with open(os.devnull) as file:
+        bundle = dumps(FAMILY, file).own()
+        extra = dumps(FAMILY, [file]).own()
+        bundle.owned += extra.owned or []  # type: ignore[operator]
+        extra.owned = None
+        before = open_now()
+        bundle.load(FAMILY.loads).close()
+        assert open_now() == before - 2
+
+
+def test_a_load_that_fails_closes_what_it_had_built(family: Any) -> None:
+    with open(os.devnull) as file, socket.socket() as sock:
+        before = open_now()
+        bundle = dumps(family, [file, children.Bomb(sock), sock]).own()
+        with pytest.raises(RuntimeError, match="exploded"):
+            bundle.load(family.loads)
+        assert open_now() == before
+
+
+def test_a_bundle_inside_another_pickle(family: Any) -> None:
+    with socket.socket() as sock:
+        inner = dumps(family, [sock])
+        outer = dumps(family, ("job", inner)).own()
+        word, arrived = outer.load(family.loads)
+        assert word == "job"
+        with arrived.load(family.loads)[0] as copy:
+            assert identity(copy) == identity(sock)
+
+
+def test_an_envelope_opens_without_the_descriptors() -> None:
+    reason = DescriptorLimit(24, "RLIMIT_NOFILE", 9, None, "receiver")
+    with socket.socket() as sock:
+        outer = dumps(FAMILY, ("job", dumps(FAMILY, [sock]), dumps(FAMILY, "no descriptors")))
+        _, broken, whole = loads(FAMILY.loads, outer.data, [], reason)
+    assert whole.load(FAMILY.loads) == "no descriptors"
+    with pytest.raises(DescriptorLimit):
+        broken.load(FAMILY.loads)
+
+
+def test_apart_from_its_descriptors_a_pickle_says_so() -> None:
+    with socket.socket() as sock:
+        for obj in (sock, [sock]):
+            with pytest.raises(AlreadyTaken):
+                pickle.loads(bytes(dumps(FAMILY, obj).data))
+
+
+class Nested:
+    """Decodes a bundle while it is decoded itself."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.bundle = bundle
+
+    def __reduce__(self) -> Any:
+        return _load_nested, (self.bundle,)
+
+
+def _load_nested(bundle: Bundle) -> Any:
+    return bundle.load(FAMILY.loads)
+
+
+def test_decoding_may_be_nested() -> None:
+    with socket.socket() as one, socket.socket() as two:
+        bundle = dumps(FAMILY, [one, Nested(dumps(FAMILY, [two])), one, two]).own()
+        first, (second,), third, fourth = bundle.load(FAMILY.loads)
+        assert first is third
+        with first, second, fourth:
+            assert [identity(s) for s in (first, second, fourth)] == [
+                identity(s) for s in (one, two, two)
+            ]
+
+
+def test_inline_is_a_transit() -> None:
+    transit: Transit = Inline()
+    transit.commit()
+    transit.rollback()

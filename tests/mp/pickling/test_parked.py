@@ -1,0 +1,196 @@
+"""The transit of channels that are not ours: what is parked, where, and what comes of failures."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing.reduction
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+import fdshare
+from fdshare.errors import AlreadyTaken, KindMismatch
+from fdshare.mp.pickling import parked
+from fdshare.mp.pickling.parked import Parked, Rendezvous
+
+Pair = tuple[socket.socket, socket.socket]
+AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become somebody else")
+
+
+@pytest.fixture(autouse=True)
+def forgotten() -> Iterator[None]:
+    yield
+    fdshare.uninstall()
+
+
+def dumps(obj: Any) -> bytes:
+    return bytes(multiprocessing.reduction.ForkingPickler.dumps(obj))
+
+
+class Boom:
+    """Cannot be loaded."""
+
+    def __reduce__(self) -> Any:
+        return _boom, ()
+
+
+def _boom() -> None:
+    raise RuntimeError("boom")
+
+
+def test_what_is_not_claimed_is_closed(pair: Pair) -> None:
+    near, far = pair
+    fdshare.install()
+    other, _ = others = socket.socketpair()
+    message = dumps([other, Boom(), near])
+    near.close()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the first object was made, and is collected
+        with pytest.raises(RuntimeError, match="boom"):
+            pickle.loads(message)
+        gc.collect()
+    assert far.recv(1) == b""
+    for sock in others:
+        sock.close()
+
+
+def test_a_transit_by_itself(pair: Pair) -> None:
+    near, far = pair
+    kind, fds = fdshare.kinds.describe(near)
+    transit = Parked()
+    rebuild, arguments = transit.carry(near, kind, fds)
+    transit.commit()
+    label, tag, spec, first, count = pickle.loads(pickle.dumps(arguments))
+    assert (tag, first, count) == ("socket", 0, 1)
+    with rebuild(label, tag, spec, first, count) as arrived:
+        arrived.sendall(b"x")
+    assert far.recv(1) == b"x"
+    with pytest.raises(AlreadyTaken):  # the same position again
+        rebuild(label, tag, spec, first, count)
+    with pytest.raises(AlreadyTaken):  # one that never was
+        rebuild(label, tag, spec, 7, 1)
+
+
+def test_rolled_back_nothing_is_parked(server: Any, pair: Pair) -> None:
+    parked.use(Rendezvous(server.address, False, 60))
+    kind, fds = fdshare.kinds.describe(pair[0])
+    transit = Parked()
+    transit.carry(pair[0], kind, fds)
+    transit.rollback()
+    transit.commit()
+    with fdshare.connect(server.address) as client:
+        assert client.names() == []
+
+
+def test_a_kind_that_does_not_fit(pair: Pair) -> None:
+    kind, _ = fdshare.kinds.describe(pair[0])
+    reader, writer = os.pipe()
+    transit = Parked()
+    rebuild, arguments = transit.carry(None, kind, [reader])
+    transit.commit()
+    with pytest.raises(KindMismatch):
+        rebuild(*arguments)
+    os.close(reader)
+    os.close(writer)
+
+
+class Many:
+    """A kind of a program's own with many descriptors."""
+
+    def __init__(self, fds: list[fdshare.Descriptor]) -> None:
+        self.fds = fds
+
+
+@pytest.fixture
+def many_kind() -> Iterator[None]:
+    fdshare.register_kind(
+        Many, "test-many", lambda m: (len(m.fds), m.fds), lambda n, fds: Many(fds)
+    )
+    yield
+    fdshare.unregister_kind("test-many")
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_objects_that_straddle_entries(many_kind: None, server: Any, named: bool) -> None:
+    fdshare.install(server.address if named else None)
+    reader, writer = os.pipe()
+    ends = (os.stat(f"/dev/fd/{reader}").st_ino, os.stat(f"/dev/fd/{writer}").st_ino)
+    source = fdshare.Descriptor(reader), fdshare.Descriptor(writer)
+    sent = [
+        Many([source[0].dup() for _ in range(200)]),
+        Many([source[1].dup() for _ in range(200)]),
+    ]
+    arrived = pickle.loads(dumps(sent))
+    for many, inode in zip(arrived, ends, strict=True):
+        assert {os.fstat(d.fileno()).st_ino for d in many.fds} == {inode}
+    for many in [*sent, *arrived]:
+        for descriptor in many.fds:
+            descriptor.close()
+    for descriptor in source:
+        descriptor.close()
+
+
+def test_forked_children_share_the_address() -> None:
+    code = """
+import os, fdshare
+from fdshare.mp.pickling import parked
+fdshare.install()
+here = parked.current().address
+if os.fork() == 0:
+    assert parked.current().address == here
+    os._exit(0)
+assert os.waitstatus_to_exitcode(os.wait()[1]) == 0
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=60)
+
+
+def test_a_loader_learns_the_address(pair: Pair) -> None:
+    """A process that has parked nothing yet uses the server of what it was sent, unarmed."""
+    fdshare.install()
+    message = dumps(pair[0])
+    here = parked.current().address
+    code = f"""
+import pickle
+from fdshare.mp.pickling import parked
+from multiprocessing.reduction import ForkingPickler
+pickle.loads({message!r}).close()
+assert parked.current().address == {here!r}
+assert not parked.current().armed
+assert "reducer_override" not in vars(ForkingPickler)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@AS_ROOT
+def test_a_stranger_at_our_address(pair: Pair) -> None:
+    """Once used, the name of a private server is known to everybody on the machine."""
+    fdshare.install()
+    here = parked.current().address
+    ready, go = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            os.setresgid(65534, 65534, 65534)
+            os.setresuid(65534, 65534, 65534)
+            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as stranger:
+                stranger.bind("\0" + here[1:])
+                stranger.listen()
+                os.write(go, b"x")
+                stranger.accept()[0].recv(100)
+        finally:
+            os._exit(0)
+    assert os.read(ready, 1) == b"x"
+    with pickle.loads(dumps(pair[0])) as arrived:
+        arrived.sendall(b"x")
+    assert pair[1].recv(1) == b"x"
+    assert parked.current().address != here
+    os.waitpid(child, 0)
+    os.close(ready)
+    os.close(go)

@@ -1,0 +1,109 @@
+"""ProcessPoolExecutor: contexts of every kind, futures of every end."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import gc
+import importlib
+import os
+import socket
+import traceback
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from typing import Any
+
+import pytest
+
+import fdshare
+from fdshare import ProcessPoolExecutor, get_context
+from fdshare.errors import InvalidArgument
+from fdshare.mp.family import family_of
+from fdshare.mp.workers.executor import adopt
+from mp import children
+from mp.common import METHODS, PACKAGES, identity, open_now, trackers  # noqa: F401
+
+
+def test_it_is_one_of_concurrent_futures() -> None:
+    assert issubclass(ProcessPoolExecutor, concurrent.futures.ProcessPoolExecutor)
+    assert fdshare.ProcessPoolExecutor is ProcessPoolExecutor
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("package", PACKAGES)
+def test_contexts_of_the_packages(package: str, method: str) -> None:
+    stock = importlib.import_module(package).get_context(method)
+    with ProcessPoolExecutor(1, stock) as executor, socket.socket() as sock:
+        assert executor.submit(children.identity, sock).result() == identity(sock)
+
+
+def test_no_context_is_ours_of_the_default_method() -> None:
+    with ProcessPoolExecutor(1) as executor, socket.socket() as sock:
+        assert executor.submit(children.identity, sock).result() == identity(sock)
+
+
+def test_what_is_no_context() -> None:
+    with pytest.raises(InvalidArgument, match="mp_context"):
+        ProcessPoolExecutor(1, object())
+
+
+def test_an_initializer_and_its_arguments() -> None:
+    with open(os.devnull) as file, socket.create_server(("127.0.0.1", 0)) as sock:
+        executor = ProcessPoolExecutor(1, None, children.keep, (sock, {"file": file}))
+    with executor:
+        assert executor.submit(children.read_kept).result() == ""
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_what_a_call_raises(package: str) -> None:
+    with ProcessPoolExecutor(1, get_context("fork", backend=package)) as executor:
+        error = executor.submit(children.raise_key_error).exception()
+        assert traceback.extract_tb(error.__traceback__)[-1].name == "raise_key_error"
+        assert type(error.__cause__).__name__ == "_RemoteTraceback"
+        assert 'raise KeyError("from the worker")' in str(error.__cause__)
+        assert executor.submit(children.same, 1).result() == 1
+
+
+def test_cancelled_calls_let_go_of_their_descriptors() -> None:
+    reader, writer = os.pipe()
+    started, go = os.pipe()
+    with ProcessPoolExecutor(1, get_context("fork")) as executor:
+        blocker = executor.submit(os.read, started, 1)
+        with os.fdopen(writer, "wb") as file:
+            futures = [executor.submit(children.identity, file) for _ in range(20)]
+        cancelled = [future.cancel() for future in futures]
+        assert any(cancelled)
+        os.write(go, b"x")
+        assert blocker.result() == b"x"
+    del futures, executor
+    assert os.read(reader, 1) == b""
+    for fd in (reader, started, go):
+        os.close(fd)
+
+
+def test_a_worker_that_dies_breaks_the_pool_and_leaks_nothing() -> None:
+    gc.collect()
+    before = open_now()
+    with ProcessPoolExecutor(1, get_context("fork")) as executor, socket.socket() as sock:
+        futures = [executor.submit(os._exit, 1)]
+        with suppress(BrokenProcessPool):  # it may be known by now
+            futures.append(executor.submit(children.same, sock))
+        for future in futures:
+            with pytest.raises(BrokenProcessPool):
+                future.result(30)
+        with pytest.raises(BrokenProcessPool):
+            executor.submit(children.same, sock)
+    del executor, future, futures
+    gc.collect()
+    assert open_now() <= before
+
+
+def test_a_call_queue_is_adopted_once() -> None:
+    executor = concurrent.futures.ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+    queue: Any = executor._call_queue
+    family = family_of("multiprocessing")
+    adopt(family, queue)
+    reader = queue._reader
+    adopt(family, queue)
+    assert queue._reader is reader
+    assert isinstance(reader, family.classes.Connection)
+    executor.shutdown()

@@ -1,0 +1,99 @@
+"""Managers: proxies that carry, in the processes they are sent to."""
+
+from __future__ import annotations
+
+import socket
+from typing import Any
+
+import pytest
+
+from fdshare import get_context
+from fdshare.errors import DescriptorLimit
+from fdshare.mp.workers import managers
+from fdshare.mp.workers.managers import Serializer, register_serializer
+from mp import children
+from mp.common import PACKAGES, descriptor_limit_reached, identity, trackers  # noqa: F401
+
+
+@pytest.fixture(params=PACKAGES)
+def ctx(request: pytest.FixtureRequest) -> Any:
+    return get_context("fork", backend=request.param)
+
+
+def test_every_container(ctx: Any) -> None:
+    with ctx.Manager() as manager, socket.socket() as sock:
+        queue, mapping, items, space = (
+            manager.Queue(),
+            manager.dict(a=1),
+            manager.list([1]),
+            manager.Namespace(),
+        )
+        queue.put({"deep": [sock]})
+        mapping["sock"] = sock
+        items.append(sock)
+        space.sock = sock
+        for arrived in (queue.get()["deep"][0], mapping["sock"], items[1], space.sock):
+            with arrived:
+                assert identity(arrived) == identity(sock)
+        for arrived in (mapping.pop("sock"), items.pop()):
+            arrived.close()
+
+
+def test_a_proxy_in_another_process(ctx: Any) -> None:
+    with ctx.Manager() as manager, socket.socket() as sock:
+        inbox, outbox = manager.Queue(), manager.Queue()
+        process = ctx.Process(target=children.echo, args=(inbox, outbox))
+        process.start()
+        inbox.put(sock)
+        with outbox.get() as arrived:
+            assert identity(arrived) == identity(sock)
+        inbox.put(None)
+        process.join()
+        assert process.exitcode == 0
+
+
+def test_a_proxy_through_a_queue_of_ours(ctx: Any) -> None:
+    queue = ctx.Queue()
+    with ctx.Manager() as manager, socket.socket() as sock:
+        items = manager.list([sock])  # who sends a proxy keeps it until it has arrived
+        queue.put(items)
+        with queue.get(timeout=30)[0] as arrived:
+            assert identity(arrived) == identity(sock)
+    queue.close()
+    queue.join_thread()
+
+
+def test_locks_and_pools_of_a_manager(ctx: Any) -> None:
+    with ctx.Manager() as manager:
+        with manager.Lock():
+            assert manager.Value("i", 3).value == 3
+        pool = manager.Pool(1)
+        assert pool.apply(children.same, (4,)) == 4
+        pool.close()
+        pool.join()
+
+
+def test_a_reply_that_finds_no_room_is_an_error_and_not_the_next_reply(
+    ctx: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(managers, "PATIENCE", 0.1)
+    with ctx.Manager() as manager:
+        with socket.socket() as sock:
+            items = manager.list([sock])
+        assert len(items) == 1  # the connection of this thread is open
+        with descriptor_limit_reached(), pytest.raises(DescriptorLimit):
+            items[0]
+        items.append("after")
+        assert items[1] == "after"
+        items[0].close()
+
+
+def test_the_serializer_brings_its_registration(ctx: Any) -> None:
+    name = register_serializer(ctx._family.package)
+    assert isinstance(name, Serializer)
+    known = ctx._family.module("managers").listener_client
+    former = known.pop(name)
+    arrived = ctx._family.loads(ctx._family.ForkingPickler.dumps(name))
+    assert arrived == name
+    assert name in known
+    known[name] = former

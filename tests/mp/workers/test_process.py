@@ -1,0 +1,88 @@
+"""Processes: what is pickled on the way, and what becomes of a start that fails."""
+
+from __future__ import annotations
+
+import gc
+import os
+import socket
+from typing import Any
+
+import pytest
+
+from fdshare import get_context
+from mp import children
+from mp.common import METHODS, PACKAGES, finish, identity, open_now, trackers  # noqa: F401
+
+
+@pytest.fixture(params=PACKAGES)
+def package(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_arguments_larger_than_the_pipe(package: str, method: str) -> None:
+    ctx = get_context(method, backend=package)
+    queue = ctx.SimpleQueue()
+    with socket.socket() as sock:
+        process = ctx.Process(target=_measure, args=(queue, b"x" * (1 << 22), sock))
+        process.start()
+        assert queue.get() == (1 << 22, identity(sock))
+        process.join()
+    finish(queue)
+
+
+def _measure(queue: Any, data: bytes, sock: socket.socket) -> None:
+    queue.put((len(data), children.identity(sock)))
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_what_cannot_be_pickled_is_raised_by_start(package: str, method: str) -> None:
+    ctx = get_context(method, backend=package)
+    with socket.socket() as sock:
+        process = ctx.Process(target=print, args=(sock, children.Unpicklable()))
+        gc.collect()
+        before = open_now()
+        with pytest.raises(AttributeError, match="not to be pickled"):
+            process.start()
+        assert open_now() == before
+
+
+class Subclass(get_context("spawn").Process):  # type: ignore[misc]
+    def __init__(self, queue: Any, sock: socket.socket) -> None:
+        super().__init__()
+        self.queue = queue
+        self.sock = sock
+
+    def run(self) -> None:
+        with self.sock:
+            self.queue.put(os.fstat(self.sock.fileno()).st_ino)
+
+
+def test_a_subclass_of_process() -> None:
+    queue = get_context("spawn").SimpleQueue()
+    with socket.socket() as sock:
+        process = Subclass(queue, sock)
+        process.start()
+        assert queue.get() == identity(sock)[1]
+        process.join()
+        assert process.exitcode == 0
+        process.sock = None  # type: ignore[assignment]
+    finish(queue)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_child_starts_children_of_its_own(method: str) -> None:
+    ctx = get_context(method)
+    queue = ctx.SimpleQueue()
+    with socket.socket() as sock:
+        process = ctx.Process(target=_start_another, args=(method, queue, sock))
+        process.start()
+        assert queue.get() == identity(sock)
+        process.join()
+    finish(queue)
+
+
+def _start_another(method: str, queue: Any, sock: socket.socket) -> None:
+    process = get_context(method).Process(target=children.answer, args=(queue, sock))
+    process.start()
+    process.join()

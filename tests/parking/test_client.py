@@ -1,0 +1,305 @@
+"""The private server of a process tree: who starts it, who finds it, when it ends."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from fdshare.errors import AlreadyTaken, DescriptorLimit
+from fdshare.kernel.credentials import peer_credentials
+from fdshare.kernel.endpoint import connect
+from fdshare.parking.client import PrivateServer, new_address
+from fdshare.parking.server import serve
+
+Pair = tuple[socket.socket, socket.socket]
+KEY = b"k" * 18
+AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become somebody else")
+
+
+@pytest.fixture
+def private() -> Iterator[PrivateServer]:
+    server = PrivateServer(new_address())
+    yield server
+    server.close()
+
+
+def census(pid: int) -> dict[int, str]:
+    folder = f"/proc/{pid}/fd"
+    return {int(number): os.readlink(f"{folder}/{number}") for number in os.listdir(folder)}
+
+
+def gone(pidfd: int) -> bool:
+    """True once the process of *pidfd*, which it closes, has ended."""
+    ready, _, _ = select.select([pidfd], [], [], 20)
+    os.close(pidfd)
+    return bool(ready)
+
+
+def pid_of(server: PrivateServer) -> int:
+    """Who listens there: the kernel's answer. Only once it has answered somebody."""
+    with connect(server.address, timeout=10, kind=socket.SOCK_SEQPACKET) as sock:
+        return peer_credentials(sock).pid
+
+
+def test_a_process_of_its_own(private: PrivateServer, pair: Pair) -> None:
+    private.put(KEY, [pair[0].fileno()], 60, 1)
+    pid = pid_of(private)
+    assert os.getsid(pid) == pid
+    assert os.getsid(pid) != os.getsid(0)
+    with open(f"/proc/{pid}/stat") as file:
+        parent = int(file.read().rpartition(")")[2].split()[1])
+    assert parent != os.getpid()
+    open_there = census(pid)
+    assert [open_there.pop(number) for number in range(3)] == ["/dev/null"] * 3
+    # The listener, two pollers, our connection, and what it keeps: nothing of ours came along.
+    assert len(open_there) == 5, open_there
+    assert os.readlink(f"/proc/{pid}/cwd") == "/"
+    private.take_back(KEY)
+
+
+def test_it_ends_with_its_last_user(private: PrivateServer, pair: Pair) -> None:
+    private.put(KEY, [pair[0].fileno()], 60, 1)
+    pidfd = os.pidfd_open(pid_of(private))
+    private.take(KEY)[0].close()
+    private.close()
+    assert gone(pidfd)
+
+
+def test_it_stays_while_something_is_kept(private: PrivateServer, pair: Pair) -> None:
+    code = f"""
+import socket
+from fdshare.parking.client import PrivateServer
+near, far = socket.socketpair()
+far.sendall(b"legacy")
+PrivateServer({private.address!r}).put({KEY!r}, [near.fileno()], 60, 1)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    pidfd = os.pidfd_open(pid_of(private))
+    (descriptor,) = private.take(KEY)
+    with descriptor.socket() as arrived:
+        assert arrived.recv(10) == b"legacy"
+    private.close()
+    assert gone(pidfd)
+
+
+def test_it_ends_when_the_time_has_passed(private: PrivateServer, pair: Pair) -> None:
+    near, far = pair
+    private.put(KEY, [near.fileno()], 0.3, 1)
+    pidfd = os.pidfd_open(pid_of(private))
+    private.close()
+    near.close()
+    assert far.recv(1) == b""
+    assert gone(pidfd)
+    with pytest.raises(AlreadyTaken):
+        private.take(KEY)
+
+
+def test_no_zombie_is_left(private: PrivateServer) -> None:
+    code = f"""
+import os
+from fdshare.parking.client import PrivateServer
+server = PrivateServer({private.address!r})
+server.put({KEY!r}, [0], 60, 1)
+try:
+    os.waitpid(-1, os.WNOHANG)
+except ChildProcessError:
+    print("no child")
+server.take_back({KEY!r})
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=True, timeout=60, capture_output=True, text=True
+    )
+    assert done.stdout == "no child\n"
+
+
+def test_many_at_once_start_one(private: PrivateServer, pair: Pair) -> None:
+    code = f"""
+import socket, sys
+from fdshare.parking.client import PrivateServer
+from fdshare.kernel.endpoint import connect
+from fdshare.kernel.credentials import peer_credentials
+server = PrivateServer({private.address!r})
+print(flush=True)
+sys.stdin.readline()
+key = sys.argv[1].encode() * 18
+server.put(key, [0], 60, 1)
+with connect(server.address, kind=socket.SOCK_SEQPACKET) as sock:
+    print(peer_credentials(sock).pid, flush=True)
+sys.stdin.readline()
+assert len(server.take(key)) == 1
+"""
+    starters = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", code, name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for name in "abcdef"
+    ]
+    for starter in starters:
+        assert starter.stdout is not None
+        starter.stdout.readline()
+    for starter in starters:
+        assert starter.stdin is not None
+        starter.stdin.write("\n")
+        starter.stdin.flush()
+    pids = {starter.stdout.readline() for starter in starters if starter.stdout}
+    for starter in starters:
+        starter.communicate("\n", timeout=60)
+        assert starter.returncode == 0
+    assert len(pids) == 1
+
+
+def test_killed_it_is_started_anew(private: PrivateServer, pair: Pair) -> None:
+    fds = [pair[0].fileno()]
+    private.put(KEY, fds, 60, 1)
+    first = pid_of(private)
+    pidfd = os.pidfd_open(first)
+    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    os.close(pidfd)
+    with pytest.raises(AlreadyTaken):
+        while True:  # it may still be there when the first one comes
+            private.take(KEY)[0].close()
+    private.put(KEY, fds, 60, 1)
+    assert pid_of(private) != first
+    private.take(KEY)[0].close()
+
+
+def test_a_forked_child_has_connections_of_its_own(private: PrivateServer, pair: Pair) -> None:
+    near, far = pair
+    private.put(KEY, [near.fileno()], 60, 1)
+    child = os.fork()
+    if not child:
+        status = 1
+        try:
+            assert not private._idle
+            with private.take(KEY)[0].socket() as arrived:
+                arrived.sendall(b"child")
+            status = 0
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert far.recv(10) == b"child"
+    with pytest.raises(AlreadyTaken):
+        private.take(KEY)
+
+
+def test_full_it_says_so(private: PrivateServer, pair: Pair) -> None:
+    """Its own limit: 64 descriptors, of which 24 are for what it keeps."""
+    code = f"""
+import resource
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+from fdshare.parking.client import PrivateServer
+PrivateServer({private.address!r}).put({KEY!r}, [0], 60, 1)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    with pytest.raises(DescriptorLimit) as caught:
+        private.put(b"2" * 18, [pair[0].fileno()] * 24, 60, 1)
+    assert (caught.value.whose, caught.value.limit, caught.value.used) == ("server", 24, 1)
+    assert caught.value.errno == errno.EMFILE
+    private.put(b"2" * 18, [pair[0].fileno()] * 23, 60, 1)
+    with pytest.raises(DescriptorLimit):  # more than it can even receive
+        private.put(b"3" * 18, [pair[0].fileno()] * 200, 60, 1)
+    # Nothing is lost, and idle guests make room at the door.
+    others = [PrivateServer(private.address) for _ in range(60)]
+    for other in others:
+        with pytest.raises(AlreadyTaken):
+            other.take(b"4" * 18)
+    arrived = private.take(b"2" * 18)
+    assert len(arrived) == 23
+    for descriptor in arrived:
+        descriptor.close()
+    private.take_back(KEY)
+    for other in others:
+        other.close()
+
+
+def test_at_the_limit_of_the_receiver_nothing_is_lost(private: PrivateServer, pair: Pair) -> None:
+    private.put(KEY, [pair[0].fileno()] * 20, 60, 1)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = set(map(int, os.listdir("/proc/self/fd")))
+    free = [number for number in range(len(used) + 10) if number not in used]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free[5], limits[1]))
+    try:
+        with pytest.raises(DescriptorLimit) as caught:
+            private.take(KEY)
+        assert caught.value.whose == "receiver"
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    arrived = private.take(KEY)
+    assert len(arrived) == 20
+    for descriptor in arrived:
+        assert not os.get_inheritable(descriptor.fileno())
+        descriptor.close()
+
+
+def test_many_threads(private: PrivateServer, pair: Pair) -> None:
+    fds = [pair[0].fileno()]
+    failures: list[BaseException] = []
+
+    def work(number: int) -> None:
+        try:
+            for turn in range(100):
+                key = bytes([number, turn]) * 9
+                private.put(key, fds * (1 + turn % 7), 60, 1 + turn % 2)
+                for _ in range(1 + turn % 2):
+                    arrived = private.take(key)
+                    assert len(arrived) == 1 + turn % 7
+                    for descriptor in arrived:
+                        descriptor.close()
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert len(private._idle) <= 4
+
+
+@AS_ROOT
+def test_more_in_flight_than_the_sender_may_have(private: PrivateServer, pair: Pair) -> None:
+    """The kernel counts what waits unread against the sender's user, except root."""
+    private.put(KEY, [pair[0].fileno()], 60, 1)  # all is imported now
+    private.take(KEY)[0].close()
+    child = os.fork()
+    if not child:
+        status = 1
+        try:
+            # A uid that nobody else uses, for it is counted for the user, not the process.
+            os.setresgid(61235, 61235, 61235)
+            os.setresuid(61235, 61235, 61235)
+            listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            listener.bind("\0" + private.address[1:] + "-nobody")
+            listener.listen()
+            if not os.fork():
+                serve(listener.detach())
+                os._exit(0)
+            listener.close()
+            _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+            mine = PrivateServer(private.address + "-nobody")
+            for number in range(100):
+                mine.put(bytes([number + 1]) * 18, [pair[0].fileno()] * 3, 60, 1)
+                if number == 2:  # connected, and with a hatch
+                    resource.setrlimit(resource.RLIMIT_NOFILE, (8, hard))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+            for number in range(100):
+                for descriptor in mine.take(bytes([number + 1]) * 18):
+                    descriptor.close()
+            status = 0
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
