@@ -19,8 +19,7 @@ def completion(shell: str) -> None:
       fdshare completion zsh > "${fpath[1]}/_fdshare"
       fdshare completion fish > ~/.config/fish/completions/fdshare.fish
     """
-    from fdshare.cli.main import commands
-
     found = get_completion_class(shell)
     assert found is not None
+    commands = click.get_current_context().find_root().command
     click.echo(found(commands, {}, "fdshare", "_FDSHARE_COMPLETE").source())

@@ -19,8 +19,8 @@ def manual() -> None:
     Example:
       fdshare manual | man -l -
     """
-    from fdshare.cli.main import commands
-
+    commands = click.get_current_context().find_root().command
+    assert isinstance(commands, click.Group)
     print(f'.TH FDSHARE 1 "" "fdshare {__version__}" "User Commands"')
     print(".SH NAME\nfdshare \\- share open descriptors between processes")
     print(".SH SYNOPSIS\n.B fdshare\n[\\-\\-path PATH] COMMAND [ARGS]...")
