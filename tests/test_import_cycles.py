@@ -11,7 +11,6 @@ import import_cycles
 import pytest
 
 
-
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A package of three modules that import each other in a row, and of a fourth."""
