@@ -17,19 +17,24 @@ import gc
 import io
 import os
 import socket
-from collections.abc import Sequence
-from typing import IO, Any, Final, TypeAlias
+from typing import IO, Any, Final
 
 import msgspec
 
 from fdshare.errors import ClosedDescriptor, KindMismatch, UnreadData, UnsupportedKind
 from fdshare.kernel.descriptor import Descriptor, borrow
+from fdshare.kinds.described import Described, kind_of
 
-__all__ = ["FileSpec", "RawSpec", "TextSpec", "assemble", "take_apart"]
-
-Buffer: TypeAlias = (
-    io.BufferedReader | io.BufferedWriter | io.BufferedRandom | io.BufferedRWPair | None
-)
+__all__ = [
+    "FileSpec",
+    "RawSpec",
+    "TextSpec",
+    "describe_file",
+    "describe_spooled",
+    "describe_temporary",
+    "newline_of",
+    "rebuild_file",
+]
 
 _BUFFERS: Final[dict[str, Any]] = {
     "reader": io.BufferedReader,
@@ -68,8 +73,11 @@ class FileSpec(msgspec.Struct, frozen=True, array_like=True):
     text: TextSpec | None = None
 
 
-def take_apart(file: IO[Any] | io.IOBase) -> tuple[FileSpec, list[int]]:
-    """What it takes to rebuild *file*, and the numbers of its descriptors, borrowed from it.
+_decode_file: Final = msgspec.msgpack.Decoder(FileSpec).decode
+
+
+def describe_file(file: IO[Any] | io.IOBase) -> Described:
+    """The kind of *file* and the numbers of its descriptors, borrowed from it.
 
     Flushes it and moves the offset to its logical position.
     Raises: ClosedDescriptor, UnreadData, UnsupportedKind (no descriptor below); OSError of a flush.
@@ -83,15 +91,27 @@ def take_apart(file: IO[Any] | io.IOBase) -> tuple[FileSpec, list[int]]:
     text = _settle_text(file, buffer) if isinstance(file, io.TextIOWrapper) else None
     if layer:
         _settle_buffer(buffer, layer)
-    return FileSpec(layer, [_raw_spec(raw) for raw in raws], text), fds
+    return kind_of("file", FileSpec(layer, [_raw_spec(raw) for raw in raws], text)), fds
 
 
-def assemble(spec: FileSpec, descriptors: Sequence[Descriptor]) -> IO[Any]:
-    """The file object that *spec* describes, around *descriptors*, which it takes over one by one.
+def describe_temporary(wrapper: Any) -> Described:
+    """As `describe_file`, for the file of a NamedTemporaryFile."""
+    return describe_file(wrapper.file)
+
+
+def describe_spooled(spooled: Any) -> Described:
+    """As `describe_file`, for a SpooledTemporaryFile, which moves from memory to the disk."""
+    spooled.rollover()
+    return describe_file(spooled._file)  # the only way to it; there since 2.6
+
+
+def rebuild_file(encoded: msgspec.Raw, descriptors: list[Descriptor]) -> IO[Any]:
+    """The file object, which owns *descriptors* now.
 
     Raises: KindMismatch: not the right number, or not opened for what the mode says. The caller
-    closes what was not taken over.
+    closes the descriptors that were not taken over.
     """
+    spec = _decode_file(encoded)
     if len(descriptors) != len(spec.raws) or len(spec.raws) not in (1, 2):
         raise KindMismatch("file", f"{len(descriptors)} descriptors for {len(spec.raws)}")
     opened: list[Any] = []

@@ -1,8 +1,8 @@
-"""How SharedMemory and the numpy arrays in it are taken apart for sending, and put together again.
+"""SharedMemory, and the numpy arrays in it: what arrives is the same memory.
 
-What arrives is the same memory. The description says how big it is, whether it was sealed, and
-where the array lies in it; the receiver checks all of it against the kernel before it maps, and
-numpy checks the array against the block. A dtype travels as text and numbers, never as a pickle.
+The description says how big the memory is, whether it is sealed, and where the array lies in it.
+The receiver checks all of it against the kernel before it maps the memory, and numpy checks the
+array against the memory. A dtype travels as text and numbers, never as a pickle.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import msgspec
 from fdshare.errors import InvalidArgument, KindMismatch, UnsupportedKind
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.kernel.shared_memory import SharedMemory, array_place, is_sealed
+from fdshare.kinds.described import Described, kind_of, only
 
 if TYPE_CHECKING:
     import numpy
@@ -21,19 +22,23 @@ if TYPE_CHECKING:
 __all__ = [
     "ArraySpec",
     "MemorySpec",
-    "assemble_array",
-    "assemble_memory",
-    "take_array_apart",
-    "take_memory_apart",
+    "describe_array",
+    "describe_memory",
+    "rebuild_array",
+    "rebuild_memory",
 ]
 
 
 class MemorySpec(msgspec.Struct, frozen=True, array_like=True):
+    """*size* in bytes."""
+
     size: int
     sealed: bool
 
 
 class ArraySpec(msgspec.Struct, frozen=True, array_like=True):
+    """*size* in bytes of the whole memory; *offset* and *strides* in bytes as numpy has them."""
+
     size: int
     sealed: bool
     dtype: Any  # see _dtype_as_data
@@ -42,21 +47,20 @@ class ArraySpec(msgspec.Struct, frozen=True, array_like=True):
     strides: tuple[int, ...]
 
 
-def take_memory_apart(memory: SharedMemory) -> tuple[MemorySpec, int]:
-    """The description and the descriptor, borrowed from *memory*. Raises: ClosedDescriptor."""
-    return MemorySpec(memory.size, memory.sealed), memory.fileno()
+def describe_memory(memory: SharedMemory) -> Described:
+    """The kind and the descriptor, borrowed from *memory*. Raises: ClosedDescriptor."""
+    spec = MemorySpec(memory.size, memory.sealed)
+    return kind_of("memory", spec), [memory.fileno()]
 
 
-def assemble_memory(spec: MemorySpec, descriptor: Descriptor) -> SharedMemory:
-    """The memory, around *descriptor*, which is taken over unless this raises.
-
-    The caller owns the result. Raises: KindMismatch.
-    """
-    return SharedMemory.adopt(descriptor, size=spec.size, sealed=spec.sealed)
+def rebuild_memory(raw: msgspec.Raw, descriptors: list[Descriptor]) -> SharedMemory:
+    """The memory, which owns the descriptor now unless this raises. Raises: KindMismatch."""
+    spec = msgspec.msgpack.decode(raw, type=MemorySpec)
+    return SharedMemory.adopt(only("memory", descriptors), size=spec.size, sealed=spec.sealed)
 
 
-def take_array_apart(array: Any) -> tuple[ArraySpec, int]:
-    """The description and the descriptor, borrowed from *array*.
+def describe_array(array: Any) -> Described:
+    """The kind and the descriptor, borrowed from the memory that *array* lies in.
 
     Raises: UnsupportedKind: it lies in ordinary memory; ClosedDescriptor.
     """
@@ -75,24 +79,26 @@ def take_array_apart(array: Any) -> tuple[ArraySpec, int]:
         place.offset,
         array.strides,
     )
-    return spec, place.fd
+    return kind_of("array", spec), [place.fd]
 
 
-def assemble_array(spec: ArraySpec, descriptor: Descriptor) -> numpy.ndarray[Any, Any]:
-    """The array, in the memory of *descriptor*, which is taken over unless this raises.
+def rebuild_array(raw: msgspec.Raw, descriptors: list[Descriptor]) -> numpy.ndarray[Any, Any]:
+    """The array, in the memory of the descriptor, which is taken over unless this raises.
 
-    Raises: KindMismatch; UnsupportedKind: there is no numpy here.
+    Raises: KindMismatch; UnsupportedKind: numpy is not installed.
     """
+    spec = msgspec.msgpack.decode(raw, type=ArraySpec)
+    descriptor = only("array", descriptors)
     try:
         import numpy
     except ImportError:
-        raise UnsupportedKind("a numpy array", "numpy is not installed here") from None
+        raise UnsupportedKind("a numpy array", "numpy is not installed") from None
     try:
         dtype = _dtype_of_data(numpy, spec.dtype)
     except (TypeError, ValueError, KeyError, RecursionError, SyntaxError) as error:
-        raise KindMismatch("array", f"its dtype is none: {error}") from None
+        raise KindMismatch("array", f"its dtype is not one: {error}") from None
     if len(spec.strides) != len(spec.shape):
-        raise KindMismatch("array", "as many strides as lengths are needed")
+        raise KindMismatch("array", f"{len(spec.strides)} strides for {len(spec.shape)} lengths")
     memory = SharedMemory.adopt(descriptor, size=spec.size, sealed=spec.sealed)
     try:
         return memory.as_array(dtype, spec.shape, offset=spec.offset, strides=spec.strides)
@@ -118,7 +124,7 @@ def _dtype_as_data(dtype: Any) -> Any:
 
 
 def _dtype_of_data(numpy: Any, data: Any) -> Any:
-    """The reverse of `_dtype_as_data`. Raises: TypeError, ValueError, KeyError: it is none."""
+    """The reverse of `_dtype_as_data`. Raises: TypeError, ValueError, KeyError: it is not one."""
     if isinstance(data, str):
         return numpy.dtype(data)
     if isinstance(data, list):

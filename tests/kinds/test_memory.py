@@ -1,4 +1,4 @@
-"""memorykinds: memory and arrays through describe and rebuild, and descriptions that lie."""
+"""memory: memory and arrays through describe and rebuild, and descriptions that lie."""
 
 from __future__ import annotations
 
@@ -19,18 +19,13 @@ from fdshare.kernel.descriptor import Descriptor
 from fdshare.kernel.shared_memory import SharedMemory, array_place, shared_copy
 from fdshare.kinds import Kind, describe, in_shared_memory, rebuild
 from fdshare.kinds.memory import ArraySpec, MemorySpec
+from kinds.common import through
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="no memfd here")
 
 
-def received(kind: Kind, fds: list[int]) -> Any:
-    """What arrives: the kind through msgpack, and duplicates."""
-    kind = msgspec.msgpack.decode(msgspec.msgpack.encode(kind), type=Kind)
-    return rebuild(kind, [Descriptor.dup_of(fd) for fd in fds])
-
-
 def test_memory_arrives_as_the_same_memory() -> None:
-    with SharedMemory(100) as memory, received(*describe(memory)) as other:
+    with SharedMemory(100) as memory, through(memory) as other:
         memory.buf[3] = 7
         assert isinstance(other, SharedMemory)
         assert other.buf[3] == 7
@@ -39,7 +34,7 @@ def test_memory_arrives_as_the_same_memory() -> None:
 
 
 def test_sealed_memory_arrives_sealed() -> None:
-    with SharedMemory.from_bytes(b"abc") as memory, received(*describe(memory)) as other:
+    with SharedMemory.from_bytes(b"abc") as memory, through(memory) as other:
         assert other.sealed
         assert bytes(other.buf) == b"abc"
 
@@ -72,7 +67,7 @@ def test_an_array_arrives_in_the_same_memory(dtype: Any) -> None:
     with SharedMemory(4096) as memory:
         given = memory.as_array(dtype, (3, 4), offset=16)
         view = given[::-2, 1:]
-        arrived = received(*describe(view))
+        arrived = through(view)
         assert arrived.dtype == view.dtype
         assert arrived.shape == view.shape
         assert arrived.strides == view.strides
@@ -87,8 +82,8 @@ def test_an_array_arrives_in_the_same_memory(dtype: Any) -> None:
 
 def test_an_array_that_was_received_can_be_sent_on() -> None:
     given = shared_copy(np.arange(5))
-    first = received(*describe(given))
-    second = received(*describe(first[1:]))
+    first = through(given)
+    second = through(first[1:])
     assert second.tolist() == [1, 2, 3, 4]
     assert not second.flags.writeable
     place = array_place(second)
@@ -99,7 +94,7 @@ def test_an_array_that_was_received_can_be_sent_on() -> None:
 @pytest.mark.parametrize("shape", [(), (0,), (2, 0, 3)])
 def test_arrays_of_no_length(shape: tuple[int, ...]) -> None:
     with SharedMemory(64) as memory:
-        arrived = received(*describe(memory.as_array("f8", shape)))
+        arrived = through(memory.as_array("f8", shape))
         assert arrived.shape == shape
 
 
