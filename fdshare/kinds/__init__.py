@@ -10,6 +10,7 @@ shared                                       rebuilt as
 socket.socket and subclasses                 socket.socket, with its timeout
 what asyncio, trio and uvloop put around it  socket.socket, non-blocking
 FileIO, Buffered*, TextIOWrapper             the same class, at the same position
+BufferedRWPair                               refused: Python does not say what it is made of
 files of makefile()                          the same class, with a socket of its own
 temporary files                              the file; its creator deletes it
 Connection: multiprocessing, multiprocess,   the same class, readable and writable alike

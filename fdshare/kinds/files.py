@@ -23,7 +23,7 @@ import msgspec
 
 from fdshare.errors import ClosedDescriptor, KindMismatch, UnreadData, UnsupportedKind
 from fdshare.kernel.descriptor import Descriptor, borrow
-from fdshare.kinds.described import Described, kind_of
+from fdshare.kinds.described import Described, kind_of, only
 
 __all__ = [
     "FileSpec",
@@ -40,7 +40,6 @@ _BUFFERS: Final[dict[str, Any]] = {
     "reader": io.BufferedReader,
     "writer": io.BufferedWriter,
     "random": io.BufferedRandom,
-    "pair": io.BufferedRWPair,
 }
 _O_PATH: Final = getattr(os, "O_PATH", 0)
 
@@ -66,10 +65,10 @@ class TextSpec(msgspec.Struct, frozen=True, array_like=True):
 
 
 class FileSpec(msgspec.Struct, frozen=True, array_like=True):
-    """*buffer* is a key of _BUFFERS, "" for a raw file; a pair has two raws where they differ."""
+    """*buffer* is a key of _BUFFERS, "" for a raw file."""
 
     buffer: str
-    raws: list[RawSpec]
+    raw: RawSpec
     text: TextSpec | None = None
 
 
@@ -77,7 +76,7 @@ _decode_file: Final = msgspec.msgpack.Decoder(FileSpec).decode
 
 
 def describe_file(file: IO[Any] | io.IOBase) -> Described:
-    """The kind of *file* and the numbers of its descriptors, borrowed from it.
+    """The kind of *file* and the number of its descriptor, borrowed from it.
 
     Flushes it and moves the offset to its logical position.
     Raises: ClosedDescriptor, UnreadData, UnsupportedKind (no descriptor below); OSError of a flush.
@@ -86,12 +85,12 @@ def describe_file(file: IO[Any] | io.IOBase) -> Described:
         raise ClosedDescriptor(f"the {type(file).__qualname__} is closed")
     buffer: Any = file.buffer if isinstance(file, io.TextIOWrapper) else file
     layer = _layer_of(buffer)
-    raws = _raws_of(buffer, layer)
-    fds = [borrow(raw) for raw in raws]
+    raw = _raw_of(buffer, layer)
+    fd = borrow(raw)
     text = _settle_text(file, buffer) if isinstance(file, io.TextIOWrapper) else None
     if layer:
         _settle_buffer(buffer, layer)
-    return kind_of("file", FileSpec(layer, [_raw_spec(raw) for raw in raws], text)), fds
+    return kind_of("file", FileSpec(layer, _raw_spec(raw), text)), [fd]
 
 
 def describe_temporary(wrapper: Any) -> Described:
@@ -106,27 +105,19 @@ def describe_spooled(spooled: Any) -> Described:
 
 
 def rebuild_file(encoded: msgspec.Raw, descriptors: list[Descriptor]) -> IO[Any]:
-    """The file object, which owns *descriptors* now.
+    """The file object, which owns the descriptor now unless this raises.
 
-    Raises: KindMismatch: not the right number, or not opened for what the mode says. The caller
-    closes the descriptors that were not taken over.
+    Raises: KindMismatch: not one descriptor, or not opened for what the mode says.
     """
     spec = _decode_file(encoded)
-    if len(descriptors) != len(spec.raws) or len(spec.raws) not in (1, 2):
-        raise KindMismatch("file", f"{len(descriptors)} descriptors for {len(spec.raws)}")
-    opened: list[Any] = []
+    raw = None
     try:
-        for raw, descriptor in zip(spec.raws, descriptors, strict=True):
-            opened.append(_open_raw(raw, descriptor))
-        file: Any = opened[0]
-        if spec.buffer == "pair":
-            file = io.BufferedRWPair(opened[0], opened[-1])
-        elif spec.buffer:
-            file = _BUFFERS[spec.buffer](file)
+        raw = _open_raw(spec.raw, only("file", descriptors))
+        file: Any = _BUFFERS[spec.buffer](raw) if spec.buffer else raw
         return file if spec.text is None else _wrap_text(file, spec.text)
     except BaseException as error:
-        for raw_file in opened:
-            raw_file.close()
+        if raw is not None:
+            raw.close()
         if isinstance(error, KeyError | ValueError | LookupError | TypeError):
             raise KindMismatch("file", str(error)) from error
         raise
@@ -138,23 +129,21 @@ def _layer_of(buffer: Any) -> str:
             return name
     if isinstance(buffer, io.FileIO | socket.SocketIO):
         return ""
+    if isinstance(buffer, io.BufferedRWPair):
+        raise UnsupportedKind(
+            "BufferedRWPair",
+            "Python does not say which two files it is made of; share these, or the socket",
+        )
     raise UnsupportedKind(
         type(buffer).__qualname__, "it is no file of the io module; share the file beneath it"
     )
 
 
-def _raws_of(buffer: Any, layer: str) -> list[Any]:
-    if layer == "pair":
-        reader, writer = _halves(buffer)
-        raws = [reader.raw, writer.raw]
-        if raws[0] is raws[1]:
-            del raws[1]
-    else:
-        raws = [buffer.raw if layer else buffer]
-    for raw in raws:
-        if not isinstance(raw, io.FileIO | socket.SocketIO):
-            raise UnsupportedKind(type(raw).__qualname__, "it is a file without a descriptor")
-    return raws
+def _raw_of(buffer: Any, layer: str) -> Any:
+    raw = buffer.raw if layer else buffer
+    if not isinstance(raw, io.FileIO | socket.SocketIO):
+        raise UnsupportedKind(type(raw).__qualname__, "it is a file without a descriptor")
+    return raw
 
 
 def _raw_spec(raw: io.FileIO | socket.SocketIO) -> RawSpec:
@@ -217,8 +206,8 @@ def _settle_buffer(buffer: Any, layer: str) -> None:
     if layer != "reader":
         # For a BufferedRandom this also moves the offset back (bufferedio.c, flush_and_rewind).
         buffer.flush()
-    if layer in ("reader", "pair"):
-        unread = _read_ahead(buffer, _halves(buffer)[0].raw if layer == "pair" else buffer.raw)
+    if layer == "reader":
+        unread = _read_ahead(buffer)
         if not unread:
             return
         if not buffer.seekable():
@@ -228,12 +217,13 @@ def _settle_buffer(buffer: Any, layer: str) -> None:
         buffer.seek(position)
 
 
-def _read_ahead(buffer: Any, raw: Any) -> int:
-    """How many bytes *buffer* holds unread. Reads nothing from *raw*.
+def _read_ahead(buffer: Any) -> int:
+    """How many bytes *buffer* holds unread. Reads nothing from its raw file.
 
     peek() would read where the buffer is empty, and block. A raw file whose readinto() returns None
     has "nothing now" (io.RawIOBase), so for the length of one peek() ours says that.
     """
+    raw = buffer.raw
     raw.readinto = _nothing_now  # instances of FileIO and SocketIO have a __dict__
     try:
         return len(buffer.peek(0))
@@ -243,26 +233,6 @@ def _read_ahead(buffer: Any, raw: Any) -> int:
 
 def _nothing_now(_: object) -> None:
     return None
-
-
-def _halves(pair: io.BufferedRWPair) -> tuple[io.BufferedReader, io.BufferedWriter]:
-    """The reader and the writer of *pair*, which has no attribute for them."""
-    parts = gc.get_referents(pair)
-    readers = [part for part in parts if type(part) is io.BufferedReader]
-    writers = [part for part in parts if type(part) is io.BufferedWriter]
-    if readers and writers:
-        return readers[0], writers[0]
-    # Before 3.12 the collector is not told of them. They are the first two words after the object
-    # header (rwpair, Modules/_io/bufferedio.c), and 3.11's layout will not change any more.
-    import ctypes
-
-    word = ctypes.sizeof(ctypes.c_void_p)
-    start = id(pair) + object.__basicsize__
-    if type(pair).__basicsize__ < object.__basicsize__ + 4 * word:
-        raise UnsupportedKind("BufferedRWPair", "this Python does not tell its two halves")
-    reader: Any = ctypes.py_object.from_address(start).value
-    writer: Any = ctypes.py_object.from_address(start + word).value
-    return reader, writer
 
 
 # Text
