@@ -8,6 +8,7 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Final, TypeAlias
 
 from fdshare.errors import DescriptorLimit
@@ -67,7 +68,8 @@ def send_now(
         return Outgoing(Bundle(message), [([memoryview(data)[sent:]], [])])
     bundle = None
     if isinstance(message, tuple):
-        announcement, body, fds = message
+        data, fds = message
+        announcement, body = _framed_single(data)
     else:
         bundle = Bundle(message) if isinstance(message, bytes) else message
         fds = bundle.numbers
@@ -107,6 +109,12 @@ def send_now(
     return outgoing
 
 
+@lru_cache(maxsize=256)
+def _framed_single(pickled: bytes) -> tuple[bytes, bytes]:
+    """`framed` for the pickle of one descriptor: all sockets of a kind have the same."""
+    return framed(pickled, 1)
+
+
 class Outgoing:
     """A message on its way out: what is left of it, so that another thread may send the rest."""
 
@@ -123,10 +131,9 @@ class Outgoing:
     @classmethod
     def of(cls, message: Encoded) -> Outgoing:
         """All of *message*."""
-        if type(message) is tuple:
-            announcement, body, fds = message
-            return cls(Bundle(b"", fds), [([announcement], []), ([body], fds)])
-        return cls(Bundle(message) if type(message) is bytes else message)  # type: ignore[arg-type]
+        if isinstance(message, tuple):
+            return cls(Bundle(*message))
+        return cls(Bundle(message) if isinstance(message, bytes) else message)
 
     def _parts(self) -> Parts:
         data, fds = self.bundle.data, self.bundle.numbers

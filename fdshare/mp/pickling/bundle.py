@@ -162,8 +162,8 @@ class Bundle:
 
 
 # What a channel is given: a pickle without descriptors; one with; or, of an object by itself that
-# is sent often, announcement and body as frames.py makes them, and its descriptors, borrowed.
-Encoded: TypeAlias = bytes | Bundle | tuple[bytes, bytes, list[int]]
+# is sent often, its pickle, the same bytes object each time, and its descriptors, borrowed.
+Encoded: TypeAlias = bytes | Bundle | tuple[bytes, list[int]]
 # What it gives: a pickle without descriptors; one with; or (the object,), made on the way.
 Arrived: TypeAlias = bytes | Bundle | tuple[Any]
 

@@ -32,7 +32,7 @@ from fdshare.mp.pickling.parked import DEFAULT_TTL, Parked, Rendezvous, dumps_si
 from fdshare.mp.pickling.reducers import PLAIN, reduce_with
 from fdshare.parking.client import new_address
 
-__all__ = ["arm_child", "install", "uninstall"]
+__all__ = ["install", "load", "uninstall"]
 
 _PACKAGES: Final = ("multiprocessing", "multiprocess")
 _ABSENT: Final = object()
@@ -60,9 +60,9 @@ def install(path: str | os.PathLike[str] | None = None, *, ttl: float = DEFAULT_
     if path is None:
         former = parked.current()
         address = former.address if former.private else new_address()
-        _install(Rendezvous(address, True, float(ttl), True))
+        _install(Rendezvous(address, True, float(ttl), load))
     else:
-        rendezvous = Rendezvous(os.path.abspath(os.fspath(path)), False, float(ttl), True)
+        rendezvous = Rendezvous(os.path.abspath(os.fspath(path)), False, float(ttl), load)
         rendezvous.depot().check()
         _install(rendezvous)
 
@@ -89,12 +89,13 @@ def uninstall() -> None:
     parked.forget()
 
 
-def arm_child(rendezvous: Rendezvous) -> None:
-    """A pickle of an armed process, or of one that parks without being armed, has arrived here."""
-    if rendezvous.armed and not _armed and not _dismissed and _is_child():
-        _install(rendezvous)
-    elif rendezvous.private:
-        parked.suggest(rendezvous._replace(armed=False))
+def load(label: list[Any], tag: str, spec: bytes, first: int, count: int) -> Any:
+    """As `parked.load`, for the pickles of a process that is armed: the child that it is called in
+    is armed by it. Pickles name it: do not move or rename."""
+    if not _armed and not _dismissed and _is_child():
+        _token, address, private, ttl, *_arrival = label
+        _install(Rendezvous(address, private, ttl, load))
+    return parked.load(label, tag, spec, first, count)
 
 
 def _is_child() -> bool:
@@ -202,11 +203,12 @@ class _Recruit:
         self.rendezvous = rendezvous
 
     def __reduce__(self) -> Any:
-        return _enlist, (tuple(self.rendezvous), self.process)
+        address, private, ttl, _ = self.rendezvous
+        return _enlist, (address, private, ttl, self.process)
 
 
-def _enlist(rendezvous: tuple[str, bool, float, bool], process: Any) -> Any:
-    _install(Rendezvous(*rendezvous))
+def _enlist(address: str, private: bool, ttl: float, process: Any) -> Any:
+    _install(Rendezvous(address, private, ttl, load))
     return process
 
 

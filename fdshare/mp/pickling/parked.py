@@ -15,9 +15,9 @@ import os
 import pickle
 import struct
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol, TypeAlias
 
 from msgspec import Raw
 
@@ -43,6 +43,7 @@ __all__ = [
     "current",
     "dumps_single",
     "forget",
+    "load",
     "suggest",
     "use",
 ]
@@ -52,6 +53,9 @@ _TOKEN: Final = 16  # bytes; nobody guesses so many
 _PART: Final = struct.Struct(">H")  # of a pickle with more descriptors than an entry may have
 _FIRST: Final = _PART.pack(0)
 _SINGLE: Final = frozenset({"socket", "descriptor"})
+
+
+Loader: TypeAlias = Callable[[list[Any], str, bytes, int, int], Any]
 
 
 class Depot(Protocol):
@@ -74,12 +78,16 @@ class Depot(Protocol):
 
 
 class Rendezvous(NamedTuple):
-    """Where descriptors are parked, for how many seconds at most, and whether `install` said so."""
+    """Where descriptors are parked, for how many seconds at most, and by what they are loaded.
+
+    Each object in a pickle is a call of *loader*, which the pickle names: `install` has one that
+    prepares the child that it is called in.
+    """
 
     address: str
     private: bool
     ttl: float
-    armed: bool = False
+    loader: Loader
 
     def depot(self) -> Depot:
         """This process's way there; not ours alone, so never closed."""
@@ -136,7 +144,7 @@ def current() -> Rendezvous:
         return _current
     with _lock:
         if _current is None:
-            _current = Rendezvous(new_address(), True, DEFAULT_TTL)
+            _current = Rendezvous(new_address(), True, DEFAULT_TTL, load)
         return _current
 
 
@@ -179,15 +187,20 @@ class Repeatable:
     uses: int
 
 
+def _new_label(token: bytes, rendezvous: Rendezvous) -> list[Any]:
+    return [token, rendezvous.address, rendezvous.private, rendezvous.ttl]
+
+
 class _Parcel:
     """What is parked together. *label* is what all its tickets hold, pickled once by way of the
     memo: a list, for which no pickler asks anybody, and to which the loader adds what it took."""
 
-    __slots__ = ("depot", "fds", "label", "token", "ttl", "uses")
+    __slots__ = ("depot", "fds", "label", "loader", "token", "ttl", "uses")
 
     def __init__(self, rendezvous: Rendezvous, uses: int) -> None:
         self.token = os.urandom(_TOKEN)
-        self.label: list[Any] = [self.token, *rendezvous]
+        self.label = _new_label(self.token, rendezvous)
+        self.loader = rendezvous.loader
         self.depot = rendezvous.depot()
         self.ttl = rendezvous.ttl
         self.uses = uses
@@ -239,7 +252,7 @@ class Parked:
         first = len(parcel.fds)
         parcel.fds += fds
         self._holders.append((obj, fds))
-        return _arrive, (parcel.label, kind.tag, bytes(kind.spec), first, len(fds))
+        return parcel.loader, (parcel.label, kind.tag, bytes(kind.spec), first, len(fds))
 
     def commit(self) -> None:
         parcels = self._parcels.values()
@@ -322,7 +335,8 @@ class _Reduces:
 
 def _new_template(kind: Kind, rendezvous: Rendezvous) -> tuple[Kind, Rendezvous, bytes, bytes]:
     place = os.urandom(_TOKEN)
-    reduced = _arrive, ([place, *rendezvous], kind.tag, bytes(kind.spec), 0, 1)
+    label = _new_label(place, rendezvous)
+    reduced = rendezvous.loader, (label, kind.tag, bytes(kind.spec), 0, 1)
     head, tail = pickle.dumps(_Reduces(reduced)).split(place)
     template = kind, rendezvous, head, tail
     if len(_templates) >= _REMEMBERED:
@@ -334,11 +348,16 @@ def _new_template(kind: Kind, rendezvous: Rendezvous) -> tuple[Kind, Rendezvous,
 # Receiving
 
 
-def _arrive(label: list[Any], tag: str, spec: bytes, first: int, count: int) -> Any:
-    """An object of the pickle in hand (named in every such pickle: do not move or rename)."""
+def load(label: list[Any], tag: str, spec: bytes, first: int, count: int) -> Any:
+    """The object of *tag* and *spec* with *count* descriptors from position *first* on, of the
+    pickle whose parcel has *label*. Pickles name it: do not move or rename.
+    """
     if type(label[-1]) is not _Arrival:
-        depot = _depot_of(*label[1:])
-        token = label[0]
+        token, address, private, ttl = label
+        rendezvous = Rendezvous(address, private, ttl, load)
+        if _current is None and private:
+            suggest(rendezvous)
+        depot = _depots.get(address) or rendezvous.depot()
         if not first:
             taken = depot.take(token + _FIRST)
             if len(taken) == count:
@@ -347,15 +366,6 @@ def _arrive(label: list[Any], tag: str, spec: bytes, first: int, count: int) -> 
         else:
             label.append(_Arrival(depot, token, {}))
     return rebuild(Kind(tag, Raw(spec)), label[-1].claim(first, count))
-
-
-def _depot_of(address: str, private: bool, ttl: float, armed: bool) -> Depot:
-    if _current is None or (armed and not _current.armed):
-        # Here and not at the top: only a process that was started unarmed needs it.
-        from fdshare.mp.pickling.install import arm_child
-
-        arm_child(Rendezvous(address, private, ttl, armed))
-    return _depots.get(address) or Rendezvous(address, private, ttl).depot()
 
 
 class _Arrival:

@@ -18,7 +18,6 @@ from types import BuiltinFunctionType, FunctionType, TracebackType
 from typing import Any, Final
 
 from fdshare.kinds import Kind, describe, describers, in_shared_memory, is_shareable, user_kinds
-from fdshare.mp.channels.framing import BODY, framed
 from fdshare.mp.pickling.bundle import Bundle, Encoded, Inline, Transit
 
 __all__ = ["PLAIN", "dumps", "encode", "make_pickler", "reduce_with"]
@@ -65,11 +64,11 @@ def encode(family: Any, obj: Any) -> Encoded:
     describe_it = describers.get(cls)
     if describe_it is not None:
         kind, fds = describe_it(obj)
-        known = _bare_bodies.get(id(kind))
+        known = _bare_pickles.get(id(kind))
         if known is None or known[0] is not kind:
-            known = _bare_body(kind)
+            known = _bare_pickle(kind)
         if known is not None:
-            return known[1], known[2], fds
+            return known[1], fds
     return _dump(family, obj, False)
 
 
@@ -79,8 +78,8 @@ def dumps(family: Any, obj: Any) -> Bundle:
     if type(message) is bytes:
         return Bundle(message)
     if type(message) is tuple:
-        _, body, fds = message
-        return Bundle(body[BODY.size :], fds, obj)
+        data, fds = message
+        return Bundle(data, fds, obj)
     return message  # type: ignore[return-value]
 
 
@@ -103,18 +102,17 @@ def _dump(family: Any, obj: Any, bare_exceptions: bool) -> Bundle:
 # What is sent most is a socket by itself, and its pickle is the same for all of a kind, whose Kind
 # object `describe` remembers.
 _BARE_TAGS: Final = frozenset({"socket", "descriptor"})
-_bare_bodies: Final[dict[int, tuple[Kind, bytes, bytes]]] = {}
+_bare_pickles: Final[dict[int, tuple[Kind, bytes]]] = {}
 _REMEMBERED: Final = 256
 
 
-def _bare_body(kind: Kind) -> tuple[Kind, bytes, bytes] | None:
-    """*kind*, and announcement and body of an object of it by itself."""
+def _bare_pickle(kind: Kind) -> tuple[Kind, bytes] | None:
+    """*kind*, and the pickle of an object of it by itself."""
     if kind.tag not in _BARE_TAGS:
         return None
-    data = _plain_dumps(_Bare(Inline().carry(None, kind, [0])))
-    entry = kind, *framed(data, 1)
-    if len(_bare_bodies) < _REMEMBERED:
-        _bare_bodies[id(kind)] = entry
+    entry = kind, _plain_dumps(_Bare(Inline().carry(None, kind, [0])))
+    if len(_bare_pickles) < _REMEMBERED:
+        _bare_pickles[id(kind)] = entry
     return entry
 
 

@@ -115,13 +115,13 @@ def test_what_is_not_the_socket_it_is_said_to_be(ctx: Any, name: str) -> None:
     queue = getattr(ctx, name)(*[1] * (name == "Queue"))  # with one place, which must not be lost
     left, right = socket.socketpair()
     with left, right, open(os.devnull) as file:
-        announcement, body, _ = encode(queue._family, left)  # type: ignore[misc]
+        data, _ = encode(queue._family, left)  # type: ignore[misc]
         for fd in [left.fileno()] * 4 + [file.fileno()] * 2 + [left.fileno()] * 2:
             if name == "Queue":
                 queue._sem.acquire()
-                queue._dispatch((announcement, body, [fd]), None)
+                queue._dispatch((data, [fd]), None)
             else:
-                queue._writer.send_message((announcement, body, [fd]))
+                queue._writer.send_message((data, [fd]))
             if fd == file.fileno():
                 with pytest.raises(KindMismatch, match=r"non-socket"):
                     queue.get()

@@ -79,7 +79,7 @@ def test_a_transit_by_itself(pair: Pair) -> None:
 
 
 def test_rolled_back_nothing_is_parked(server: Any, pair: Pair) -> None:
-    parked.use(Rendezvous(server.address, False, 60))
+    parked.use(Rendezvous(server.address, False, 60, parked.load))
     kind, fds = fdshare.kinds.describe(pair[0])
     transit = Parked()
     transit.carry(pair[0], kind, fds)
@@ -162,7 +162,7 @@ from fdshare.mp.pickling import parked
 from multiprocessing.reduction import ForkingPickler
 pickle.loads({message!r}).close()
 assert parked.current().address == {here!r}
-assert not parked.current().armed
+assert parked.current().loader is parked.load
 assert "reducer_override" not in vars(ForkingPickler)
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
