@@ -407,12 +407,11 @@ class StatsReply(Reply):
 
 
 class Refused(Reply):
-    """The exception tree of `fdshare.errors` as data; *traceback* as tblib's `to_dict` has it."""
+    """An exception of `fdshare.errors` as data."""
 
     code: str
     fields: dict[str, Any]
     message: str
-    traceback: dict[str, Any] | None = None
 
 
 AnyRequest: TypeAlias = (
