@@ -6,17 +6,16 @@
     open_client.py: no rule allows uid 1000 to open it for r (EACCES)
 
 This program opens nothing itself: the descriptor it reads was opened by open_server.py, with the
-server's rights. --traceback shows where in the server an error arose.
+server's rights. With --traceback the server says where in it an error arose.
 """
 
 import argparse
 import errno
 import shutil
 import sys
-import traceback
 
 from fdshare.errors import FdshareError, RemoteError
-from fdshare.kernel import ask_traceback, cli_conn, recv_fd
+from fdshare.kernel import cli_conn, recv_fd
 
 
 def main() -> int:
@@ -26,14 +25,13 @@ def main() -> int:
     parser.add_argument("mode", choices=["r", "w", "a"])
     parser.add_argument("path")
     options = parser.parse_args()
-    request = f"open {options.mode} {options.path}".encode() + b"\0"
+    verb = "trace-open" if options.traceback else "open"
+    request = f"{verb} {options.mode} {options.path}".encode() + b"\0"
     try:
         with cli_conn(options.server) as conn:
-            conn.sendall(ask_traceback(request) if options.traceback else request)
+            conn.sendall(request)
             descriptor = recv_fd(conn)
     except RemoteError as error:
-        if options.traceback:
-            traceback.print_exception(error)
         name = errno.errorcode.get(error.status, f"status {error.status}")
         print(f"open_client.py: {error} ({name})", file=sys.stderr)
         return 1

@@ -10,7 +10,8 @@ In one terminal, as somebody who may read the folder:
 
 and in another what open_client.py shows. A rule is UID:FOLDER:MODES, UID a number or `any`, MODES
 letters out of r (read), w (write) and a (append). Only regular files that exist are opened. The
-request is the text `open MODE PATH` and a NUL; MODE is one of the letters. Ctrl-C ends the server.
+request is the text `open MODE PATH` and a NUL; MODE is one of the letters. A client that writes
+`trace-open` gets the traceback of an error as its text. Ctrl-C ends the server.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import socket
 import stat
 import sys
 import threading
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -28,7 +30,6 @@ from fdshare.errors import FdshareError
 from fdshare.kernel import (
     Credentials,
     Descriptor,
-    asked_traceback,
     listen,
     send_err,
     send_fd,
@@ -63,17 +64,17 @@ class Refused(Exception):
         self.status = status
 
 
-def parse_request(data: bytes) -> tuple[str, str]:
-    """(mode, path) of a request without its NUL."""
+def parse_request(data: bytes) -> tuple[bool, str, str]:
+    """(whether it asks for tracebacks, mode, path) of a request without its NUL."""
     try:
         verb, mode, path = data.decode().split(" ", 2)
     except ValueError:  # too few words, or no UTF-8
         raise Refused(errno.EINVAL, "the request is not: open MODE PATH") from None
-    if verb != "open" or mode not in FLAGS:
+    if verb not in ("open", "trace-open") or mode not in FLAGS:
         raise Refused(errno.EINVAL, "the request is not: open MODE PATH")
     if not path.startswith("/"):
         raise Refused(errno.EINVAL, "the path does not start with /")
-    return mode, path
+    return verb == "trace-open", mode, path
 
 
 def open_allowed(rules: list[Rule], uid: int, mode: str, path: str) -> Descriptor:
@@ -107,10 +108,10 @@ def say(text: str) -> None:
 
 
 def answer(conn: socket.socket, who: Credentials, rules: list[Rule], request: bytes) -> None:
-    traceback, request = asked_traceback(request)
     label = f"pid {who.pid}, uid {who.uid}"
+    trace = False
     try:
-        mode, path = parse_request(request)
+        trace, mode, path = parse_request(request)
         label += f": open {mode} {path}"
         with open_allowed(rules, who.uid, mode, path) as file:
             send_fd(conn, file)
@@ -122,7 +123,8 @@ def answer(conn: socket.socket, who: Credentials, rules: list[Rule], request: by
         if isinstance(error, ConnectionError):
             raise
         say(f"{label}: failed, {error}")
-        send_err(conn, getattr(error, "errno", None) or errno.EINVAL, error, traceback=traceback)
+        reason = traceback.format_exc() if trace else error
+        send_err(conn, getattr(error, "errno", None) or errno.EINVAL, reason)
 
 
 def serve(conn: socket.socket, who: Credentials, rules: list[Rule]) -> None:

@@ -22,7 +22,7 @@ from fdshare.kernel.endpoint import (
     serv_accept,
     serv_listen,
 )
-from fdshare.kernel.handoff import ask_traceback, asked_traceback, recv_fd, send_err, send_fd
+from fdshare.kernel.handoff import recv_fd, send_err, send_fd
 
 __all__ = [
     # one descriptor, owned
@@ -38,8 +38,6 @@ __all__ = [
     "send_fd",
     "send_err",
     "recv_fd",
-    "ask_traceback",
-    "asked_traceback",
     # the general pair
     "MAX_DESCRIPTORS",
     "Received",

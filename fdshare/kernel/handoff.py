@@ -8,10 +8,6 @@ so that either end may be that program::
 Status 0: a descriptor rides along. 1 to 255: refused, and the bytes before the NUL say why. The
 bytes of a refusal hold no NUL, and nothing follows the status until the other side has spoken, or
 one reads exactly as far as the status (as `recv_fd` does).
-
-A refusal may carry a traceback to a peer that asked for one: the asker puts `ask_traceback` before
-its request, the answerer looks with `asked_traceback`. Then the text is a line for people followed
-by a record of plain data (see `remote`); nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -20,16 +16,14 @@ import socket
 from collections.abc import Callable
 from typing import Final
 
-from fdshare.errors import InvalidArgument, ProtocolError, ServerGone
-from fdshare.kernel import remote
+from fdshare.errors import InvalidArgument, ProtocolError, RemoteError, ServerGone
 from fdshare.kernel.ancillary import MAX_DESCRIPTORS, close_all, peer_name, recv_fds, send_fds
 from fdshare.kernel.descriptor import Descriptor, HasFileno
 
-__all__ = ["ask_traceback", "asked_traceback", "recv_fd", "send_err", "send_fd"]
+__all__ = ["recv_fd", "send_err", "send_fd"]
 
 MAXLINE: Final = 4096  # bytes looked at in one go; the textbook's constant
 MAX_MESSAGE: Final = 1 << 20  # bytes of a refusal that are kept; the rest is read and dropped
-_ASK: Final = b"\x05fdshare traceback\n"  # ENQ, which starts no request that a person would type
 
 
 def send_fd(conn: socket.socket, fd: HasFileno | int) -> None:
@@ -41,26 +35,19 @@ def send_fd(conn: socket.socket, fd: HasFileno | int) -> None:
     send_fds(conn, [fd], b"\0\0")
 
 
-def send_err(
-    conn: socket.socket,
-    status: int,
-    message: str | BaseException,
-    *,
-    traceback: bool = False,
-) -> None:
+def send_err(conn: socket.socket, status: int, message: str | BaseException) -> None:
     """Send a refusal: *message*, NUL, *status* (1 to 255, an errno for example).
 
-    An exception is sent as its text, and with its traceback where the peer asked for that
-    (*traceback*, see `asked_traceback`). A NUL in the text becomes a question mark.
-    Raises: InvalidArgument: status; OSError of send(2).
+    An exception is sent as its type and text: `FileNotFoundError: ...`. A NUL in the text becomes a
+    question mark. Raises: InvalidArgument: status; OSError of send(2).
     """
     if not 1 <= status <= 255:
         raise InvalidArgument("status", f"{status} is not within 1 to 255; 0 means a descriptor")
     if isinstance(message, BaseException):
-        text = remote.describe(message, traceback)
-    else:
-        text = message.encode(errors="replace")
-    send_fds(conn, (), text.replace(b"\0", b"?") + bytes((0, status)))
+        kind, reason = type(message).__name__, str(message)
+        message = f"{kind}: {reason}" if reason else kind
+    text = message.encode(errors="replace").replace(b"\0", b"?")
+    send_fds(conn, (), text + bytes((0, status)))
 
 
 def recv_fd(conn: socket.socket, on_data: Callable[[bytes], object] | None = None) -> Descriptor:
@@ -70,8 +57,7 @@ def recv_fd(conn: socket.socket, on_data: Callable[[bytes], object] | None = Non
     are read: what follows is the next one's. The caller owns the result, which is close-on-exec.
 
     Raises:
-        RemoteError: the peer sent a status and a text; with the traceback of the other side, if it
-            was asked for and sent.
+        RemoteError: the peer sent a status and a text.
         ServerGone: the connection ended before the status.
         ProtocolError: status 0 without a descriptor, or with more than one.
         DescriptorLimit: no descriptors free here; call again when there are.
@@ -81,7 +67,7 @@ def recv_fd(conn: socket.socket, on_data: Callable[[bytes], object] | None = Non
     try:
         said, status = _read_status(conn, came, on_data)
         if status:
-            raise remote.refusal(status, said)
+            raise RemoteError(status, said.decode(errors="replace"))
         if len(came) != 1:
             raise ProtocolError(f"status 0 came with {len(came)} descriptors instead of 1")
         return came.pop()
@@ -126,13 +112,3 @@ def _next_size(conn: socket.socket, after_nul: bool) -> int:
     if nul < 0:
         return max(1, len(seen))
     return min(nul + 2, len(seen))
-
-
-def ask_traceback(request: bytes) -> bytes:
-    """*request* with the words before it that ask for tracebacks in refusals."""
-    return _ASK + request
-
-
-def asked_traceback(request: bytes) -> tuple[bool, bytes]:
-    """(whether *request* asks for tracebacks, the request without the asking)."""
-    return request.startswith(_ASK), request.removeprefix(_ASK)

@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import textwrap
-import traceback
 from collections.abc import Iterator
 
 import pytest
@@ -23,8 +22,6 @@ from fdshare.errors import (
 )
 from fdshare.kernel import (
     Received,
-    ask_traceback,
-    asked_traceback,
     recv_fd,
     recv_fds,
     s_pipe,
@@ -242,40 +239,9 @@ def test_at_the_limit_it_can_be_read_later() -> None:
     assert issubclass(DescriptorLimit, OSError)
 
 
-def failing_function() -> None:
-    raise FileNotFoundError(errno.ENOENT, "No such file", "thesis.tex")
-
-
-def caught_failure() -> Exception:
-    try:
-        failing_function()
-    except FileNotFoundError as error:
-        return error
-    raise AssertionError
-
-
-def test_an_exception_is_its_text_to_a_peer_that_did_not_ask(pair: Pair) -> None:
-    send_err(pair[0], 2, caught_failure())
+def test_an_exception_is_sent_as_its_text(pair: Pair) -> None:
+    send_err(pair[0], 2, FileNotFoundError(errno.ENOENT, "No such file", "thesis.tex"))
     got = recv_fds(pair[1], 1000, 0)
     assert got.data == b"FileNotFoundError: [Errno 2] No such file: 'thesis.tex'\0\x02"
-    send_err(pair[0], 2, KeyError(), traceback=True)
+    send_err(pair[0], 2, KeyError())
     assert recv_fds(pair[1], 1000, 0).data == b"KeyError\0\x02"
-
-
-def test_an_exception_brings_its_traceback_to_a_peer_that_asked(pair: Pair) -> None:
-    pair[1].sendall(ask_traceback(b"open thesis.tex"))
-    asked, request = asked_traceback(pair[0].recv(1000))
-    assert (asked, request) == (True, b"open thesis.tex")
-    send_err(pair[0], 2, caught_failure(), traceback=asked)
-    with pytest.raises(RemoteError) as caught:
-        recv_fd(pair[1])
-    assert str(caught.value) == "FileNotFoundError: [Errno 2] No such file: 'thesis.tex'"
-    frames = traceback.extract_tb(caught.value.__traceback__)
-    assert [frame.name for frame in frames][-2:] == ["caught_failure", "failing_function"]
-    assert frames[-1].filename == __file__
-    assert frames[-1].line is not None
-    assert "thesis.tex" in frames[-1].line
-
-
-def test_asking_is_not_seen_by_who_did_not_ask() -> None:
-    assert asked_traceback(b"open x") == (False, b"open x")
