@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 
 from fdshare.kernel.endpoint import Listener, listen
-from fdshare.server.core.table import Registry
+from fdshare.server.core.table import Table
 from fdshare.server.failover.fd_store import FdStore
 from fdshare.server.failover.keeper import run_keeper
 from fdshare.server.failover.processes import Holdings
@@ -36,24 +36,24 @@ def serve(
     control: socket.socket | None = None,
     *,
     fdstore: FdStore | None = None,
-    registry: Registry | None = None,
+    table: Table | None = None,
 ) -> None:
     """Serves until SIGTERM, SIGINT, a shutdown request or the end of *control*; in the main thread.
 
     *ready* is called once clients can connect. *listener*, taken over, replaces `settings.path`.
     *control* is borrowed. *fdstore*, with a keeper, has the table in the service manager's store,
-    and *registry* is what was restored from it.
+    and *table* is what was restored from it.
     Raises: AddressInUse, EndpointError, PolicyError, InvalidArgument.
     """
     Limits.for_rlimit(raise_descriptor_limit(), **settings.limits)
     settings.policy_text = read_policy(settings)[1]
     bound = listener or listen(settings.path, mode=settings.mode, backlog=settings.backlog)
     if settings.keeper:
-        table = Registry() if registry is None else registry
+        table = Table() if table is None else table
         if fdstore is None:
             holdings = Holdings(settings, bound, table, os.urandom(8).hex(), control)
         else:
-            holdings = Holdings(settings, bound, table, fdstore.epoch, control, fdstore.table)
+            holdings = Holdings(settings, bound, table, fdstore.epoch, control, fdstore.memfd)
         run_keeper(holdings, ready)
         return
     with bound:

@@ -1,6 +1,6 @@
 """A World of the service without a kernel: handles are numbers, and it keeps all promises.
 
-What a client of it sees is in its `Inbox`; the keeper is a second registry, fed with what the
+What a client of it sees is in its `Inbox`; the keeper is a second table, fed with what the
 journal carries, through bytes.
 """
 
@@ -16,7 +16,7 @@ from fdshare.server.core.policy import Policy, Subject
 from fdshare.server.core.ports import JournalBusy, LeaseState, Session
 from fdshare.server.core.records import Grant, Put, Record, decode_record, encode_record
 from fdshare.server.core.service import Service
-from fdshare.server.core.table import Entry, Registry
+from fdshare.server.core.table import Entry, Table
 from fdshare.server.limits import Limits
 
 
@@ -38,11 +38,9 @@ class MemoryWorld:
     auditing = False
 
     def __init__(self, *, own_uid: int = 1, limits: Limits | None = None) -> None:
-        self.registry = Registry()
-        self.keeper = Registry()
-        self.service = Service(
-            self.registry, Policy(own_uid), limits or Limits.for_rlimit(1000), self
-        )
+        self.table = Table()
+        self.keeper = Table()
+        self.service = Service(self.table, Policy(own_uid), limits or Limits.for_rlimit(1000), self)
         self.open: set[int] = set()
         self.leases: dict[int, LeaseState] = {}  # our end -> what the taker did
         self.lease_of: dict[int, int] = {}  # the taker's end -> ours
@@ -137,7 +135,7 @@ class MemoryWorld:
         return m.Registrant(session.pid, session.subject.uid, session.subject.gid, "test")
 
     def watch(self, entry: Entry) -> None:
-        assert self.registry.entries[entry.name] is entry
+        assert self.table.entries[entry.name] is entry
         assert set(entry.all_handles()) <= self.open
         self.watched.append(entry)
 

@@ -15,7 +15,7 @@ from fdshare.cli.options import authkey_from_environment, uid_of
 if TYPE_CHECKING:
     from fdshare.kernel.descriptor import Descriptor
     from fdshare.kernel.endpoint import Listener
-    from fdshare.server.core.table import Registry
+    from fdshare.server.core.table import Table
     from fdshare.server.failover.fd_store import FdStore
     from fdshare.server.settings import Settings
 
@@ -110,10 +110,8 @@ def serve(address: str | None, path: str | None, **options: Any) -> int:
     settings, listener = _prepare(address or path, options, passed.listener)
     configure(settings)
     try:
-        fdstore, registry = passed.restore(options)
-        serve_settings(
-            settings, _ready(ready_fd, settings), listener, fdstore=fdstore, registry=registry
-        )
+        fdstore, table = passed.restore(options)
+        serve_settings(settings, _ready(ready_fd, settings), listener, fdstore=fdstore, table=table)
     except BaseException:
         listener.close()  # a policy that is wrong must leave no socket behind
         raise
@@ -184,7 +182,7 @@ class _Passed:
             sock.close()
             _warn(f"the socket {name!r} that was passed is not used: {error}")
 
-    def restore(self, options: dict[str, Any]) -> tuple[FdStore | None, Registry | None]:
+    def restore(self, options: dict[str, Any]) -> tuple[FdStore | None, Table | None]:
         """The store, and the table of the former start."""
         from fdshare.server.failover.fd_store import FdStore
 

@@ -9,7 +9,7 @@ from fdshare.protocol.names import matcher
 from fdshare.server.core.policy import Subject
 from fdshare.server.core.ports import Session
 from fdshare.server.core.table import Entry, Handle
-from fdshare.server.core.transaction import DONE
+from fdshare.server.core.transactions import DONE
 from fdshare.server.core.waiters import PART, Audience
 
 __all__ = ["Reading"]
@@ -21,7 +21,7 @@ class Reading(Audience):
     def quick_fetch(self, session: Session, name: str) -> Entry | None:
         """The entry to give, where somebody whom no rule restrains fetches a visible name for at
         least the second time: nine requests of ten are that. None for all else; ask `handle`."""
-        entry = self.registry.entries.get(name)
+        entry = self.table.entries.get(name)
         if entry is None or not entry.reply or entry.lease is not None or not session.trusted:
             return None
         entry.fetches += 1
@@ -111,7 +111,7 @@ class Reading(Audience):
         self._permit("list", "", session)
         self._settle_all(now)
         matches = matcher(request.pattern)
-        names = sorted(n for n, e in self.registry.entries.items() if not e.lease and matches(n))
+        names = sorted(n for n, e in self.table.entries.items() if not e.lease and matches(n))
         parts = range(0, max(len(names), 1), PART)
         lists = [m.NameList(names[i : i + PART], i + PART < len(names)) for i in parts]
         self.world.answer_in_parts(session, id, list(map(m.encode, lists)))
@@ -122,7 +122,7 @@ class Reading(Audience):
     ) -> bool:
         self._permit("info", request.name, session)
         self._present(request.name, now)
-        entry = self.registry.entries.get(request.name)
+        entry = self.table.entries.get(request.name)
         if entry is None:
             raise NameNotFound(request.name)
         self.world.probe(session, id, [entry], now)
@@ -134,8 +134,8 @@ class Reading(Audience):
         self._permit("list", "", session)
         self._settle_all(now)
         matches = matcher(request.pattern)
-        found = sorted(n for n in self.registry.entries if matches(n))
-        self.world.probe(session, id, [self.registry.entries[n] for n in found], now)
+        found = sorted(n for n in self.table.entries if matches(n))
+        self.world.probe(session, id, [self.table.entries[n] for n in found], now)
         return False
 
     def _explain(
@@ -144,7 +144,7 @@ class Reading(Audience):
         self._permit("explain", request.name, session)
         subject = Subject(request.uid, request.gid, tuple(request.groups))
         allowed, rule = self.policy.decide(request.verb, request.name, subject)
-        entry = self.registry.entries.get(request.name)
+        entry = self.table.entries.get(request.name)
         # To register under a name that is held is to replace, which the registrant rule is about.
         if allowed and entry and request.verb in ("register", "unregister"):
             allowed, rule = self.policy.decide_removal(entry.registrant.uid, subject)

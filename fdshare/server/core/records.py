@@ -1,7 +1,7 @@
 """Every change of the table, as data: what the server decides, journals, and only then applies.
 
 A `Record` is one atomic step: all of its changes or none. The server and its keeper hold one
-`Registry` each and apply the same records in the same order, so both hold the same table. Times are
+`Table` each and apply the same records in the same order, so both hold the same table. Times are
 of CLOCK_MONOTONIC, which both read.
 """
 

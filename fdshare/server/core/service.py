@@ -1,12 +1,12 @@
 """What the server does with a request: (session, request, now) -> calls on a `World`. No I/O.
 
 Theory of operation. Every handler goes in one fixed order: shape, permission, leases of the name
-settled, quota, clash; then it *plans* a `Record`; the world journals it; the registry applies it;
+settled, quota, clash; then it *plans* a `Record`; the world journals it; the table applies it;
 only then is the client answered, waiters woken and watchers told. A handler raises a FdshareError
 to refuse, or `JournalBusy` to be called again with the same request later: nothing has changed
 then. Whoever calls `handle` owns the request's handles again unless it returned True.
 
-The registry is the truth; the world is told which handles to watch and which to close, and may be
+The table is the truth; the world is told which handles to watch and which to close, and may be
 wrong about both without harm: every call names an entry and its generation, a stale one is ignored.
 """
 
@@ -21,8 +21,8 @@ from fdshare.server.core.policy import Policy
 from fdshare.server.core.ports import JournalBusy, Session, World
 from fdshare.server.core.reads import Reading
 from fdshare.server.core.records import Drop, Forget, Linger, Record
-from fdshare.server.core.table import Entry, Handle, Registry
-from fdshare.server.core.transaction import DONE
+from fdshare.server.core.table import Entry, Handle, Table
+from fdshare.server.core.transactions import DONE
 from fdshare.server.core.writes import Changing
 from fdshare.server.limits import Limits
 
@@ -30,10 +30,10 @@ __all__ = ["Service"]
 
 
 class Service(Reading, Changing):
-    """The verbs, over one registry, one policy and one world."""
+    """The verbs, over one table, one policy and one world."""
 
-    def __init__(self, registry: Registry, policy: Policy, limits: Limits, world: World) -> None:
-        super().__init__(registry, policy, limits, world)
+    def __init__(self, table: Table, policy: Policy, limits: Limits, world: World) -> None:
+        super().__init__(table, policy, limits, world)
         self._absent: dict[str, float] = {}  # clients whose answers are kept, and until when
         self._here: dict[str, int] = {}  # client -> its connections
         self.leaving = False  # a successor comes: what is remembered is for it
@@ -64,7 +64,7 @@ class Service(Reading, Changing):
     def handle(
         self, session: Session, id: int, request: m.AnyRequest, handles: list[Handle], now: float
     ) -> bool:
-        """Answers *request*, now or later. True if *handles* now belong to the registry.
+        """Answers *request*, now or later. True if *handles* now belong to the table.
 
         Raises: FdshareError, to be sent as the refusal; JournalBusy, to be called again.
         """
@@ -98,11 +98,11 @@ class Service(Reading, Changing):
         count = self._here.pop(name, 0) - 1
         if count > 0:
             self._here[name] = count
-        return count <= 0 and name in self.registry.answers
+        return count <= 0 and name in self.table.answers
 
     def hung_up(self, entry: Entry, now: float, *, guard: bool) -> None:
         """The owner of *entry* is gone (*guard*), or the peer of a descriptor in it."""
-        if self.registry.entries.get(entry.name) is not entry:
+        if self.table.entries.get(entry.name) is not entry:
             return
         changes = self._settle(entry, revoke=not guard or not entry.grace)
         if self._is_taken(changes):
@@ -119,7 +119,7 @@ class Service(Reading, Changing):
 
     def lease_moved(self, lease: int, now: float) -> None:
         """The taker has confirmed or let go."""
-        entry = self.registry.leases.get(lease)
+        entry = self.table.leases.get(lease)
         if entry is None:
             return
         changes = self._settle(entry)
@@ -129,8 +129,8 @@ class Service(Reading, Changing):
     def tick(self, now: float) -> None:
         """Everything that is due at *now*: expiries, leases held too long, waits that are over."""
         self._end_waits(now)
-        for entry in self.registry.expired(now):
-            if self.registry.entries.get(entry.name) is not entry:
+        for entry in self.table.expired(now):
+            if self.table.entries.get(entry.name) is not entry:
                 continue  # it was due twice
             changes = self._settle(entry, revoke=True)
             if not self._is_taken(changes):
@@ -145,17 +145,17 @@ class Service(Reading, Changing):
 
     def next_deadline(self) -> float | None:
         """When to call `tick` next; None where nothing is due."""
-        if not (self._wait_deadlines or self._unserved or self._absent or self.registry.timed):
+        if not (self._wait_deadlines or self._unserved or self._absent or self.table.timed):
             return None
         due = list(self._unserved.values())
         if (wait := self._next_wait()) is not None:
             due.append(wait)
-        if (expiry := self.registry.next_deadline()) is not None:
+        if (expiry := self.table.next_deadline()) is not None:
             due.append(expiry)
         if self._absent:
             due.append(next(iter(self._absent.values())))
-        if self.registry.leases:
-            oldest = next(iter(self.registry.leases.values()))
+        if self.table.leases:
+            oldest = next(iter(self.table.leases.values()))
             if oldest.lease is not None:
                 due.append(oldest.lease.at + self.limits.lease_timeout)
         return min(due, default=None)
@@ -164,7 +164,7 @@ class Service(Reading, Changing):
         """After a server's death: the clients whose answers are remembered have until the session
         timeout to come back."""
         until = now + self.limits.session_timeout
-        self._absent = dict.fromkeys(self.registry.answers, until)
+        self._absent = dict.fromkeys(self.table.answers, until)
 
     def greeted(self, session: Session) -> None:
         """The client of *session* is here, or here again."""

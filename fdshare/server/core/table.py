@@ -1,8 +1,8 @@
 """The table: names -> entries. Pure: time comes in with the changes, what must be closed goes out.
 
-The registry decides nothing. `Service` plans a `Record`, the record is journaled, and `apply` makes
-it so; applying the same records to another registry makes the same table. A handle is whatever the
-caller uses for an open descriptor: the registry only stores it and gives it back.
+The table decides nothing. `Service` plans a `Record`, the record is journaled, and `apply` makes
+it so; applying the same records to another table makes the same table. A handle is whatever the
+caller uses for an open descriptor: the table only stores it and gives it back.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fdshare.server.core.records import (
     Settle,
 )
 
-__all__ = ["ANSWERS_KEPT", "Applied", "Entry", "Handle", "Lease", "Registry"]
+__all__ = ["ANSWERS_KEPT", "Applied", "Entry", "Handle", "Lease", "Table"]
 
 Handle: TypeAlias = Any
 
@@ -93,7 +93,7 @@ class Usage:
     descriptors: int = 0
 
 
-class Registry:
+class Table:
     """Names, generations, leases, deadlines and remembered answers."""
 
     def __init__(self) -> None:
@@ -162,7 +162,7 @@ class Registry:
     # The whole of it.
 
     def dump(self) -> tuple[Record, list[Handle]]:
-        """The record that makes these entries and leases again in an empty registry, and the
+        """The record that makes these entries and leases again in an empty table, and the
         handles that it draws; `restore` gives that one the rest."""
         changes: list[Change] = []
         handles: list[Handle] = []
@@ -206,7 +206,7 @@ class Registry:
 
     def apply(self, record: Record, handles: list[Handle]) -> Applied:
         """Makes *record* so. *handles* are those that its Puts and Grants draw, in order; the
-        registry owns them now, and the caller those in `closed`."""
+        table owns them now, and the caller those in `closed`."""
         applied = Applied()
         source = iter(handles)
         for change in record.changes:

@@ -17,8 +17,8 @@ from fdshare.protocol.names import check_name, matcher
 from fdshare.protocol.subscriptions import Subscriptions
 from fdshare.server.core.policy import Policy
 from fdshare.server.core.ports import Awaiting, JournalBusy, Session, Waiter, World
-from fdshare.server.core.table import Applied, Registry
-from fdshare.server.core.transaction import Table
+from fdshare.server.core.table import Applied, Table
+from fdshare.server.core.transactions import Transactions
 from fdshare.server.limits import Limits
 
 __all__ = ["PART", "Audience"]
@@ -27,11 +27,11 @@ PART = 1000  # names or entries in one part of a long answer
 _AGAIN = 0.01  # seconds until those who wait for a name are looked at again
 
 
-class Audience(Table):
+class Audience(Transactions):
     """A table whose changes are awaited."""
 
-    def __init__(self, registry: Registry, policy: Policy, limits: Limits, world: World) -> None:
-        super().__init__(registry, policy, limits, world)
+    def __init__(self, table: Table, policy: Policy, limits: Limits, world: World) -> None:
+        super().__init__(table, policy, limits, world)
         self._waiting: dict[str, deque[Waiter]] = {}
         self._wait_deadlines: list[tuple[float, int, Waiter]] = []
         self._stale = 0  # how many of them are of waits that are over
@@ -90,7 +90,7 @@ class Audience(Table):
     def _wake(self, name: str, now: float) -> None:
         """Serves those who wait for *name*, in their order, while it is there."""
         for waiter in list(self._waiting.get(name, ())):
-            entry = self.registry.visible(name)
+            entry = self.table.visible(name)
             if entry is None:
                 return
             if waiter.done:  # answering one of them showed that this one's client is gone
@@ -161,10 +161,10 @@ class Audience(Table):
         matches = matcher(session.watches[id])
         found = [
             m.Entry(e.name, e.generation)
-            for e in self.registry.entries.values()
+            for e in self.table.entries.values()
             if e.lease is None and matches(e.name)
         ]
-        serial, parts = self.registry.serial, range(0, max(len(found), 1), PART)
+        serial, parts = self.table.serial, range(0, max(len(found), 1), PART)
         shots = [m.Snapshot(serial, found[i : i + PART], i + PART < len(found)) for i in parts]
         self.world.answer_in_parts(session, id, list(map(m.encode, shots)))
 

@@ -16,7 +16,7 @@ from fdshare.protocol.names import MAX_ENTRY_DESCRIPTORS, MAX_KIND, check_metada
 from fdshare.server.core.ports import Session
 from fdshare.server.core.records import Drop, Move, Put, Record
 from fdshare.server.core.table import Entry, Handle
-from fdshare.server.core.transaction import DONE
+from fdshare.server.core.transactions import DONE
 from fdshare.server.core.waiters import Audience
 
 __all__ = ["Changing"]
@@ -36,7 +36,7 @@ class Changing(Audience):
         self._permit("register", request.name, session)
         count = len(handles) + (request.lifetime == "process")
         self._settle_if_crowded(session, count, now)
-        former = self.registry.entries.get(request.name)
+        former = self.table.entries.get(request.name)
         changes = self._settle(former) if former else []
         if self._is_taken(changes):
             former = None
@@ -46,7 +46,7 @@ class Changing(Audience):
         self._check_quota(session, count, former)
         if former is not None and former.lease is not None and not changes:
             changes = self._settle(former, revoke=True)
-        generation = self.registry.generation + 1
+        generation = self.table.generation + 1
         put = Put(
             name=request.name,
             generation=generation,
@@ -106,7 +106,7 @@ class Changing(Audience):
     def _answered_before(self, session: Session, id: int) -> bool:
         """True where the request is a repeat: its client has its first answer now."""
         # Clients without a session repeat nothing, and must not get each other's answers.
-        known = self.registry.answer(session.name, id) if session.name else None
+        known = self.table.answer(session.name, id) if session.name else None
         if known is None:
             return False
         self.world.answer(session, id, known)
@@ -129,7 +129,7 @@ class Changing(Audience):
         if self._answered_before(session, id):
             return False
         self._permit("unregister", request.name, session)
-        entry = self.registry.entries.get(request.name)
+        entry = self.table.entries.get(request.name)
         changes = self._settle(entry) if entry else []
         if entry is None or self._is_taken(changes):
             raise NameNotFound(request.name)
@@ -161,10 +161,10 @@ class Changing(Audience):
             raise NameNotFound(request.old)
         self._permit_removal("unregister", entry, session)
         self._present(request.new, now)
-        clash = self.registry.entries.get(request.new)
+        clash = self.table.entries.get(request.new)
         if clash is not None:
             raise NameTaken(request.new, clash.generation)
-        generation = self.registry.generation + 1
+        generation = self.table.generation + 1
         reply = m.encode(m.Registered(request.new, generation))
         record = Record([Move(request.old, request.new, generation)], session.name, id, reply)
         self._commit(record, [], now, lambda: self._told(session, id, reply))
@@ -185,13 +185,13 @@ class Changing(Audience):
     def _bind_new(self, session: Session, request: m.Bind, now: float) -> Entry:
         self._permit("bind", request.address, session)
         self._permit("register", request.name, session)
-        clash = self.registry.entries.get(request.name)
+        clash = self.table.entries.get(request.name)
         if clash is not None:  # leased: somebody is taking it
             raise NameTaken(request.name, clash.generation)
         self._settle_if_crowded(session, 1, now)
         self._check_quota(session, 1, None)
         kind, handle = self.world.bind(request.address, request.backlog, request.reuse_port)
-        generation = self.registry.generation + 1
+        generation = self.table.generation + 1
         put = Put(request.name, generation, kind, 1, self._registrant(session), now)
         try:
             self._commit(Record([put]), [handle], now)
@@ -199,4 +199,4 @@ class Changing(Audience):
             self.world.close([handle])
             raise
         self.world.audit("bind", request.name, session, request.address)
-        return self.registry.entries[request.name]
+        return self.table.entries[request.name]

@@ -25,7 +25,7 @@ from fdshare.activation import store, unstore
 from fdshare.errors import FdshareError
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.server.core.records import Put, Record
-from fdshare.server.core.table import Entry, Registry
+from fdshare.server.core.table import Entry, Table
 from fdshare.server.loop.closing import Handle
 
 __all__ = ["PREFIX", "TABLE", "FdStore"]
@@ -42,7 +42,7 @@ _SLACK: Final = 1 << 16  # bytes of records beyond which, and a few snapshots' w
 
 
 class _Snapshot(msgspec.Struct, tag="snapshot"):
-    """A registry; *labels* are what *record* draws."""
+    """A table; *labels* are what *record* draws."""
 
     epoch: str
     record: Record
@@ -53,12 +53,12 @@ class _Snapshot(msgspec.Struct, tag="snapshot"):
     serial: int
     last_lease: int
 
-    def registry(self) -> Registry:
+    def table(self) -> Table:
         """With labels for handles."""
-        registry = Registry()
-        registry.apply(self.record, list(self.labels))
-        registry.restore(self.answers, self.fetches, self.generation, self.serial, self.last_lease)
-        return registry
+        table = Table()
+        table.apply(self.record, list(self.labels))
+        table.restore(self.answers, self.fetches, self.generation, self.serial, self.last_lease)
+        return table
 
 
 class _Step(msgspec.Struct, tag="step"):
@@ -73,13 +73,13 @@ _decode: Final = msgspec.msgpack.Decoder(_Snapshot | _Step).decode
 
 
 class FdStore:
-    """The memfd, and what the service manager holds with it: a registry of labels."""
+    """The memfd, and what the service manager holds with it: a table of labels."""
 
-    def __init__(self, table: Descriptor) -> None:
-        """Takes *table* over."""
-        self.table = table
+    def __init__(self, memfd: Descriptor) -> None:
+        """Takes *memfd* over."""
+        self.memfd = memfd
         self.epoch = ""
-        self.held = Registry()
+        self.held = Table()
         self._last = 0  # of the labels
         self._at = _START.size  # where the next record goes
         self._snapshot = 0  # bytes of the last one
@@ -91,13 +91,13 @@ class FdStore:
         made = cls(Descriptor(os.memfd_create(TABLE, os.MFD_CLOEXEC)))
         made.epoch = epoch
         made._write_snapshot()
-        _keep(TABLE, made.table.fileno())
+        _keep(TABLE, made.memfd.fileno())
         return made
 
     # After the death of everybody: what was passed back.
 
-    def restore(self, passed: Mapping[str, Descriptor]) -> Registry:
-        """The registry, with handles of the descriptors *passed* back by label. What nothing
+    def restore(self, passed: Mapping[str, Descriptor]) -> Table:
+        """The table, with handles of the descriptors *passed* back by label. What nothing
         refers to is closed, and let go of by the service manager. Takes *passed* over."""
         record, labels = self.held.dump()
         kept: list[str] = []
@@ -116,29 +116,29 @@ class FdStore:
             passed[label].close()
             _let_go(label)
         changes = [c for c in record.changes if getattr(c, "name", "") not in lost]
-        registry = Registry()
-        registry.apply(Record(changes), [Handle(passed[label]) for label in kept])
+        table = Table()
+        table.apply(Record(changes), [Handle(passed[label]) for label in kept])
         held = self.held
         fetches = {name: e.fetches for name, e in held.entries.items() if name not in lost}
         answers = {name: dict(kept) for name, kept in held.answers.items()}
-        registry.restore(answers, fetches, held.generation, held.serial, held.last_lease)
-        return registry
+        table.restore(answers, fetches, held.generation, held.serial, held.last_lease)
+        return table
 
     # While serving.
 
-    def reconcile(self, registry: Registry) -> None:
-        """Makes the store hold what *registry* does: a predecessor may have died between two
+    def reconcile(self, table: Table) -> None:
+        """Makes the store hold what *table* does: a predecessor may have died between two
         steps."""
-        record, handles = registry.dump()
-        labels = self._labels_for(registry)
+        record, handles = table.dump()
+        labels = self._labels_for(table)
         before = set(self.held.handles())
         for label, handle in zip(labels, handles, strict=True):
             if label not in before:
                 _keep(label, handle.fd)
-        held = Registry()
+        held = Table()
         held.apply(record, list(labels))
         self.held = held
-        self._copy_rest(registry)
+        self._copy_rest(table)
         self._write_snapshot()
         for label in before - set(labels):
             _let_go(label)
@@ -155,11 +155,11 @@ class FdStore:
         if self._at > self._snapshot * 4 + _SLACK:
             self._write_snapshot()
 
-    def _labels_for(self, registry: Registry) -> list[str]:
-        """A label for each handle of *registry*, in the order of its dump: the one it has, where
+    def _labels_for(self, table: Table) -> list[str]:
+        """A label for each handle of *table*, in the order of its dump: the one it has, where
         the store knows the entry."""
         labels: list[str] = []
-        for entry in registry.entries.values():
+        for entry in table.entries.values():
             known = self.held.entries.get(entry.name)
             if known is None or known.generation != entry.generation:
                 labels += [self._new_label() for _ in entry.all_handles()]
@@ -171,12 +171,10 @@ class FdStore:
                 labels.append(_lease_label(entry, known) or self._new_label())
         return labels
 
-    def _copy_rest(self, registry: Registry) -> None:
-        answers = {name: dict(kept) for name, kept in registry.answers.items()}
-        fetches = {name: entry.fetches for name, entry in registry.entries.items()}
-        self.held.restore(
-            answers, fetches, registry.generation, registry.serial, registry.last_lease
-        )
+    def _copy_rest(self, table: Table) -> None:
+        answers = {name: dict(kept) for name, kept in table.answers.items()}
+        fetches = {name: entry.fetches for name, entry in table.entries.items()}
+        self.held.restore(answers, fetches, table.generation, table.serial, table.last_lease)
 
     def _new_label(self) -> str:
         self._last += 1
@@ -186,14 +184,14 @@ class FdStore:
 
     def _load(self) -> None:
         """What is written, up to the first record that is not whole: its writer died there."""
-        data = os.pread(self.table.fileno(), os.fstat(self.table.fileno()).st_size, 0)
+        data = os.pread(self.memfd.fileno(), os.fstat(self.memfd.fileno()).st_size, 0)
         if len(data) < _START.size:
             return
         at = _START.unpack_from(data)[0]
         for body in _frames(data, at):
             step = _decode(body)
             if isinstance(step, _Snapshot):
-                self.epoch, self.held = step.epoch, step.registry()
+                self.epoch, self.held = step.epoch, step.table()
                 self._snapshot = len(body)
             else:
                 self.held.apply(step.record, list(step.labels))
@@ -218,7 +216,7 @@ class FdStore:
             last_lease=self.held.last_lease,
         )
         frame = _frame(_encode(snapshot))
-        fd = self.table.fileno()
+        fd = self.memfd.fileno()
         start = _START.unpack(os.pread(fd, _START.size, 0).ljust(_START.size, b"\0"))[0]
         # Beside what is valid until the next line but one, and never over it.
         fits = _START.size + len(frame) + len(_END) <= start
@@ -230,7 +228,7 @@ class FdStore:
 
     def _append(self, step: _Step) -> None:
         frame = _frame(_encode(step))
-        os.pwrite(self.table.fileno(), frame + _END, self._at)
+        os.pwrite(self.memfd.fileno(), frame + _END, self._at)
         self._at += len(frame)
 
 

@@ -11,7 +11,7 @@ it is the server that forks a new keeper. Either way round the survivor fences f
 Why no record is lost. The server writes it to the journal before it answers. If the server dies
 then, the record is in the socket's buffer and the keeper reads it before it forks a successor. If
 the keeper dies, the server has the table. A client whose answer was lost repeats the request, and
-finds the answer beside the table (`Registry.answers`).
+finds the answer beside the table (`Table.answers`).
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ from fdshare.server.failover.processes import (
 )
 from fdshare.server.failover.service_manager import Watchdog, announce_main_pid, report
 from fdshare.server.failover.upgrade import (
-    Table,
+    Handover,
     Trial,
     adopt,
-    dump_table,
     exec_new_code,
-    read_table,
+    make_handover,
+    read_handover,
 )
 from fdshare.server.loop.closing import Closer, Handle, close_quietly
 from fdshare.server.loop.connection import NO_MEMORY
@@ -159,7 +159,7 @@ class Keeper:
         if self._trial is not None:
             self._trial.verdict()  # ends it
         self._holdings.listener.close()
-        for handle in list(self._holdings.registry.handles()):
+        for handle in list(self._holdings.table.handles()):
             self._closer.close(handle.fd)
         self._closer.stop(timeout=1.0)
         signal.set_wakeup_fd(-1)
@@ -339,7 +339,7 @@ class Keeper:
             self._on_note(letter)
 
     def _apply(self, record: Record, handles: list[Handle]) -> None:
-        for handle in self._holdings.registry.apply(record, handles).closed:
+        for handle in self._holdings.table.apply(record, handles).closed:
             self._closer.close(handle.fd)
 
     def _on_note(self, note: Note) -> None:
@@ -405,10 +405,10 @@ class Keeper:
         log.error("upgrade failed: %s; the old code goes on", why)
         self._tell(Note("failed", data=why[:1000].encode()))
 
-    def _table(self, note: Note) -> Table:
+    def _table(self, note: Note) -> Handover:
         assert self._journal is not None
         assert self._server is not None
-        return dump_table(self._holdings, self._journal, self._server, note.session, note.id)
+        return make_handover(self._holdings, self._journal, self._server, note.session, note.id)
 
 
 def run_keeper(holdings: Holdings, ready: Callable[[], None]) -> None:
@@ -424,7 +424,7 @@ def _become_server(holdings: Holdings, half: Forked) -> Life | None:
     server = Server(
         holdings.listener.socket,
         holdings.settings,
-        registry=holdings.registry,
+        table=holdings.table,
         journal=link,
         epoch=holdings.epoch,
         fdstore=None if holdings.fdstore is None else FdStore(holdings.fdstore),
@@ -450,12 +450,12 @@ def _become_keeper(holdings: Holdings, half: Forked) -> Life | None:
 
 def resume(fd: int) -> int:
     """The new code's first words, in the process that was the old keeper: exit status 0."""
-    table = read_table(fd)
-    logs.configure(table.settings)
-    journal, server = socket.socket(fileno=table.journal), Descriptor(table.server)
-    holdings = adopt(table)
-    if table.session:
-        done = Record([], table.session, table.id, m.encode(m.Done()))
-        holdings.registry.apply(done, [])
+    handover = read_handover(fd)
+    logs.configure(handover.settings)
+    journal, server = socket.socket(fileno=handover.journal), Descriptor(handover.server)
+    holdings = adopt(handover)
+    if handover.session:
+        done = Record([], handover.session, handover.id, m.encode(m.Done()))
+        holdings.table.apply(done, [])
     live(partial(Keeper(holdings, lambda: None, journal, server).run, relieve=True))
     return 0

@@ -23,7 +23,7 @@ import msgspec
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.kernel.endpoint import Listener
 from fdshare.server.core.records import Record
-from fdshare.server.core.table import Registry
+from fdshare.server.core.table import Table
 from fdshare.server.loop.closing import close_quietly
 from fdshare.server.settings import Settings
 
@@ -59,14 +59,14 @@ class Holdings:
 
     settings: Settings
     listener: Listener
-    registry: Registry
+    table: Table
     epoch: str
     control: socket.socket | None = None
     fdstore: Descriptor | None = None
 
     def descriptors(self) -> set[int]:
         """Every number that a new half must keep."""
-        kept = {self.listener.fileno(), *(handle.fd for handle in self.registry.handles())}
+        kept = {self.listener.fileno(), *(handle.fd for handle in self.table.handles())}
         if (lock := self.listener.lock_fileno()) is not None:
             kept.add(lock)
         if self.control is not None:
@@ -77,7 +77,7 @@ class Holdings:
 
     def forget_other_half(self) -> None:
         """In the forked process: the handles were watched and pinned over there."""
-        for handle in self.registry.handles():
+        for handle in self.table.handles():
             handle.key, handle.pins, handle.closing = None, 0, False
 
     def take_listener(self) -> None:

@@ -20,7 +20,7 @@ import msgspec
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.kernel.endpoint import Listener
 from fdshare.server.core.records import Record
-from fdshare.server.core.table import Registry
+from fdshare.server.core.table import Table
 from fdshare.server.failover.processes import Holdings
 from fdshare.server.interpreter import fresh_interpreter
 from fdshare.server.loop.closing import Handle
@@ -28,12 +28,12 @@ from fdshare.server.settings import Settings, policy_of
 
 __all__ = [
     "TABLE_VERSION",
-    "Table",
+    "Handover",
     "Trial",
     "adopt",
-    "dump_table",
+    "make_handover",
     "exec_new_code",
-    "read_table",
+    "read_handover",
     "try_table",
 ]
 
@@ -41,13 +41,13 @@ TABLE_VERSION: Final = 1
 _TRIAL: Final = 20.0  # seconds the new code gets to say that it can read the table
 
 
-class Table(msgspec.Struct):
+class Handover(msgspec.Struct):
     """Everything a keeper holds; descriptors by their numbers."""
 
     version: int
     settings: Settings
     epoch: str
-    record: Record  # the Puts and Grants that make the registry again ...
+    record: Record  # the Puts and Grants that make the table again ...
     handles: list[int]  # ... and what they draw
     answers: dict[str, dict[int, bytes]]
     fetches: dict[str, int]
@@ -70,20 +70,20 @@ class Table(msgspec.Struct):
         single = (self.listener, self.lock, self.control, self.journal, self.server, self.fdstore)
         return [*self.handles, *(fd for fd in single if fd is not None)]
 
-    def registry(self) -> Registry:
-        """The registry that was dumped, with handles of the same numbers."""
-        registry = Registry()
-        registry.apply(self.record, [Handle(Descriptor(fd)) for fd in self.handles])
-        registry.restore(self.answers, self.fetches, self.generation, self.serial, self.last_lease)
-        return registry
+    def table(self) -> Table:
+        """The table that was dumped, with handles of the same numbers."""
+        table = Table()
+        table.apply(self.record, [Handle(Descriptor(fd)) for fd in self.handles])
+        table.restore(self.answers, self.fetches, self.generation, self.serial, self.last_lease)
+        return table
 
 
 class Trial:
     """New code reading a copy of the table, in a child; wait for `fileno()` to be readable."""
 
-    def __init__(self, table: Table) -> None:
+    def __init__(self, handover: Handover) -> None:
         """Raises: OSError."""
-        file = _memfd(table)
+        file = _memfd(handover)
         self._output: IO[bytes] = open(os.memfd_create("fdshare-trial"), "w+b")
         try:
             command = fresh_interpreter(__name__, f"try_table({file.fileno()})")
@@ -136,30 +136,30 @@ def try_table(fd: int) -> int:
         # Everything that serving takes must be importable, too.
         import fdshare.server.failover.keeper  # noqa: F401
 
-        table = read_table(fd)
-        table.registry()
-        policy_of(table.settings)
+        handover = read_handover(fd)
+        handover.table()
+        policy_of(handover.settings)
     except Exception as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def exec_new_code(table: Table) -> None:
+def exec_new_code(handover: Handover) -> None:
     """Becomes the new code; the pid, the descriptors and the table stay. Returns never; raises
     OSError where exec failed: nothing has changed then."""
-    with _memfd(table) as file:
-        _set_inheritable((file.fileno(), *table.numbers()), True)
+    with _memfd(handover) as file:
+        _set_inheritable((file.fileno(), *handover.numbers()), True)
         try:
             command = fresh_interpreter(
                 "fdshare.server.failover.keeper", f"resume({file.fileno()})"
             )
             os.execv(command[0], command)
         finally:
-            _set_inheritable(table.numbers(), False)
+            _set_inheritable(handover.numbers(), False)
 
 
-def read_table(fd: int) -> Table:
+def read_handover(fd: int) -> Handover:
     """The table in the memfd *fd*, which is closed. Raises: ValueError."""
     with open(fd, "rb") as file:
         file.seek(0)
@@ -167,27 +167,27 @@ def read_table(fd: int) -> Table:
     version = msgspec.msgpack.decode(data, type=_Version).version
     if version != TABLE_VERSION:
         raise ValueError(f"the table has version {version}, this code reads {TABLE_VERSION}")
-    table: Table = msgspec.msgpack.decode(data, type=Table)
-    return table
+    handover: Handover = msgspec.msgpack.decode(data, type=Handover)
+    return handover
 
 
-def dump_table(
+def make_handover(
     holdings: Holdings, journal: socket.socket, server: Descriptor, session: str, id: int
-) -> Table:
+) -> Handover:
     """What a keeper holds, and the request, if one, that asked for the upgrade."""
-    registry, listener = holdings.registry, holdings.listener
-    record, handles = registry.dump()
-    return Table(
+    table, listener = holdings.table, holdings.listener
+    record, handles = table.dump()
+    return Handover(
         version=TABLE_VERSION,
         settings=holdings.settings,
         epoch=holdings.epoch,
         record=record,
         handles=[handle.fd for handle in handles],
-        answers={name: dict(kept) for name, kept in registry.answers.items()},
-        fetches={name: entry.fetches for name, entry in registry.entries.items()},
-        generation=registry.generation,
-        serial=registry.serial,
-        last_lease=registry.last_lease,
+        answers={name: dict(kept) for name, kept in table.answers.items()},
+        fetches={name: entry.fetches for name, entry in table.entries.items()},
+        generation=table.generation,
+        serial=table.serial,
+        last_lease=table.last_lease,
         address=listener.address,
         inode=listener.inode,
         listener=listener.fileno(),
@@ -201,25 +201,25 @@ def dump_table(
     )
 
 
-def adopt(table: Table) -> Holdings:
+def adopt(handover: Handover) -> Holdings:
     """After the exec: what was inherited, close-on-exec again. The caller owns the result, and
-    `table.journal` and `table.server`."""
-    _set_inheritable(table.numbers(), False)
-    lock = None if table.lock is None else Descriptor(table.lock)
-    sock = socket.socket(fileno=table.listener)
-    listener = Listener(table.address, sock, lock, table.inode)
-    control = None if table.control is None else socket.socket(fileno=table.control)
-    fdstore = None if table.fdstore is None else Descriptor(table.fdstore)
-    return Holdings(table.settings, listener, table.registry(), table.epoch, control, fdstore)
+    `handover.journal` and `handover.server`."""
+    _set_inheritable(handover.numbers(), False)
+    lock = None if handover.lock is None else Descriptor(handover.lock)
+    sock = socket.socket(fileno=handover.listener)
+    listener = Listener(handover.address, sock, lock, handover.inode)
+    control = None if handover.control is None else socket.socket(fileno=handover.control)
+    fdstore = None if handover.fdstore is None else Descriptor(handover.fdstore)
+    return Holdings(handover.settings, listener, handover.table(), handover.epoch, control, fdstore)
 
 
 class _Version(msgspec.Struct):
     version: int
 
 
-def _memfd(table: Table) -> IO[bytes]:
+def _memfd(handover: Handover) -> IO[bytes]:
     file = open(os.memfd_create("fdshare-table"), "w+b")
-    file.write(msgspec.msgpack.encode(table))
+    file.write(msgspec.msgpack.encode(handover))
     file.flush()
     file.seek(0)
     return file

@@ -96,7 +96,7 @@ class _TakerMoved:
 
     def __call__(self, events: int, now: float) -> None:
         loop = self.vigil.loop
-        entry = loop.service.registry.leases.get(self.lease)
+        entry = loop.service.table.leases.get(self.lease)
         if entry is not None and entry.lease is not None:
             self.vigil.unwatch(entry.lease.handle)
         loop.attempt(lambda now: loop.service.lease_moved(self.lease, now), now)

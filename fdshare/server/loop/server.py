@@ -32,7 +32,7 @@ from fdshare.server.core.policy import Policy
 from fdshare.server.core.ports import LeaseState, Session
 from fdshare.server.core.records import Record
 from fdshare.server.core.service import Service
-from fdshare.server.core.table import Entry, Registry
+from fdshare.server.core.table import Entry, Table
 from fdshare.server.failover.fd_store import FdStore
 from fdshare.server.limits import Limits
 from fdshare.server.loop.acceptor import Door
@@ -70,7 +70,7 @@ class Journal(Protocol):
 
 
 class Server:
-    """Serves *registry* on *listener*. Both stay the caller's; the handles in the registry are
+    """Serves *table* on *listener*. Both stay the caller's; the handles in the table are
     closed by `shut_down()`."""
 
     def __init__(
@@ -78,22 +78,22 @@ class Server:
         listener: socket.socket,
         settings: Settings,
         *,
-        registry: Registry | None = None,
+        table: Table | None = None,
         journal: Journal | None = None,
         epoch: str | None = None,
         fdstore: FdStore | None = None,
     ) -> None:
         nofile = raise_descriptor_limit()
-        # Not `or`: an empty registry is false, and a successor of ours would get the other one.
-        self.registry = Registry() if registry is None else registry
+        # Not `or`: an empty table is false, and a successor of ours would get the other one.
+        self.table = Table() if table is None else table
         self.policy = _policy(settings)
         self.service = Service(
-            self.registry, self.policy, Limits.for_rlimit(nofile, **settings.limits), self
+            self.table, self.policy, Limits.for_rlimit(nofile, **settings.limits), self
         )
         self.journal_link = journal
         self._fdstore = fdstore
         if fdstore is not None:
-            fdstore.reconcile(self.registry)
+            fdstore.reconcile(self.table)
         self.auditing = audit_log.isEnabledFor(logging.INFO)
         self.notes: dict[str, str] = {}
         self.settings = settings
@@ -105,7 +105,7 @@ class Server:
         self._prober = Prober(self.loop, self.answer_in_parts)
         epoch = epoch or os.urandom(8).hex()
         self.loop.door = Door(self.loop, listener, self.policy, epoch, settings.authkey)
-        for entry in self.registry.entries.values():
+        for entry in self.table.entries.values():
             self.watch(entry)
 
     def run(self) -> bool:
@@ -120,7 +120,7 @@ class Server:
     def shut_down(self) -> None:
         """Closes every handle of the table; the server is of no use afterwards."""
         self.loop.door.close()
-        self.close(list(self.registry.handles()))
+        self.close(list(self.table.handles()))
         self._prober.stop()
         self.loop.close()
         self._closer.stop(timeout=1.0)
@@ -229,13 +229,13 @@ class Server:
             keeper_pid=keeper_pid,
             redundant=redundant,
             uptime=time.monotonic() - self._started,
-            names=len(self.registry),
-            descriptors=self.registry.descriptors,
-            leases=len(self.registry.leases),
+            names=len(self.table),
+            descriptors=self.table.descriptors,
+            leases=len(self.table.leases),
             connections=len(loop.connections),
             in_flight=loop.measure(),
-            generation=self.registry.generation,
-            serial=self.registry.serial,
+            generation=self.table.generation,
+            serial=self.table.serial,
             counters={
                 **self.service.counters,
                 "accepted": loop.door.accepted,

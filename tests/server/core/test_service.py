@@ -85,7 +85,7 @@ def test_others_may_nothing(world: MemoryWorld) -> None:
         assert caught.value.rule
     with pytest.raises(AccessDenied):
         register(world, stranger, "y")
-    assert list(world.registry.entries) == ["x"]
+    assert list(world.table.entries) == ["x"]
 
 
 def test_root_may_what_the_owner_may(world: MemoryWorld) -> None:
@@ -152,25 +152,25 @@ def test_a_repeat_is_answered_from_memory(world: MemoryWorld) -> None:
     session = world.session(name="me")
     first = register(world, session, id=7)
     assert register(world, session, id=7) == first
-    assert world.registry.generation == 1
+    assert world.table.generation == 1
     assert len(world.open) == 1
 
 
 def test_clients_without_a_session_share_no_memory(world: MemoryWorld) -> None:
     register(world, world.session(), "a", id=7)
     assert register(world, world.session(), "b", id=7).name == "b"
-    assert sorted(world.registry.entries) == ["a", "b"]
+    assert sorted(world.table.entries) == ["a", "b"]
 
 
 def test_so_many_answers_are_kept(world: MemoryWorld) -> None:
     session = world.session(name="me")
     for id in range(1, ANSWERS_KEPT + 2):
         register(world, session, replace=True, id=id)
-    generation = world.registry.generation
+    generation = world.table.generation
     register(world, session, replace=True, id=2)
-    assert world.registry.generation == generation
+    assert world.table.generation == generation
     register(world, session, replace=True, id=1)
-    assert world.registry.generation == generation + 1
+    assert world.table.generation == generation + 1
 
 
 def test_refusals_are_not_remembered(world: MemoryWorld) -> None:
@@ -179,7 +179,7 @@ def test_refusals_are_not_remembered(world: MemoryWorld) -> None:
         world.service.handle(session, 1, m.Unregister("x"), [], 0.0)
     register(world, session)
     world.service.handle(session, 1, m.Unregister("x"), [], 0.0)
-    assert not world.registry.entries
+    assert not world.table.entries
 
 
 # A keeper that cannot keep up
@@ -220,7 +220,7 @@ def test_the_order_of_waiters_survives_a_busy_keeper(world: MemoryWorld) -> None
     (_, _, (_, taker)) = sessions[0].route.sent.pop()
     world.busy = True
     world.say(taker, "dropped")
-    lease = next(iter(world.registry.leases))
+    lease = next(iter(world.table.leases))
     with pytest.raises(JournalBusy):
         world.service.lease_moved(lease, 1.0)
     world.busy = False
@@ -305,12 +305,12 @@ def test_equal_deadlines_and_a_removal(world: MemoryWorld) -> None:
     for name in "abcd":
         register(world, session, name, ttl=5.0)
     register(world, session, "e", ttl=5.0, lifetime="process", grace=5.0)
-    world.service.hung_up(world.registry.entries["e"], 0.0, guard=True)  # its grace ends at 5, too
+    world.service.hung_up(world.table.entries["e"], 0.0, guard=True)  # its grace ends at 5, too
     world.service.handle(session, 1, m.Unregister("b"), [], 1.0)
     world.service.tick(4.999)
-    assert sorted(world.registry.entries) == ["a", "c", "d", "e"]
+    assert sorted(world.table.entries) == ["a", "c", "d", "e"]
     world.service.tick(5.0)
-    assert not world.registry.entries
+    assert not world.table.entries
     assert not world.open
     assert world.service.next_deadline() is None
 
@@ -318,16 +318,16 @@ def test_equal_deadlines_and_a_removal(world: MemoryWorld) -> None:
 def test_grace_does_not_prolong_a_time_to_live(world: MemoryWorld) -> None:
     session = world.session()
     register(world, session, "a", ttl=5.0, lifetime="process", grace=100.0)
-    world.service.hung_up(world.registry.entries["a"], 1.0, guard=True)
+    world.service.hung_up(world.table.entries["a"], 1.0, guard=True)
     world.service.tick(5.0)
-    assert not world.registry.entries
+    assert not world.table.entries
 
 
 def test_many_replacements_leave_no_deadlines_behind(world: MemoryWorld) -> None:
     session = world.session()
     for _ in range(1000):
         register(world, session, replace=True, ttl=1000.0)
-    assert len(world.registry._deadlines) < 100
+    assert len(world.table._deadlines) < 100
 
 
 def test_an_expired_lease_that_was_confirmed_is_the_takers(world: MemoryWorld) -> None:
@@ -338,7 +338,7 @@ def test_an_expired_lease_that_was_confirmed_is_the_takers(world: MemoryWorld) -
     assert world.say(taker, "confirmed")
     world.service.tick(5.0)
     assert world.service.counters["expired"] == 0
-    assert not world.registry.entries
+    assert not world.table.entries
 
 
 # Shape

@@ -1,8 +1,8 @@
-"""The registry under the service, against a model: a dictionary and a few rules.
+"""The table under the service, against a model: a dictionary and a few rules.
 
 The state machine plays clients, takers, clocks and a moody keeper. After every step: the table is
 the model's, every handle is open exactly as long as the table refers to it, the accounts are what
-is there, each request has one answer, and the keeper's registry, fed with the same records, and one
+is there, each request has one answer, and the keeper's table, fed with the same records, and one
 restored from a dump are the same.
 """
 
@@ -25,7 +25,7 @@ from hypothesis.stateful import (
 from fdshare.errors import FdshareError
 from fdshare.protocol import messages as m
 from fdshare.server.core.ports import JournalBusy
-from fdshare.server.core.table import Registry
+from fdshare.server.core.table import Table
 from fdshare.server.limits import Limits
 from server.memoryworld import MemoryWorld
 
@@ -59,8 +59,8 @@ class Held:
     leased_at: float = 0.0
 
 
-def table(registry: Registry) -> dict[str, Any]:
-    """Everything that two equal registries agree about."""
+def contents(table: Table) -> dict[str, Any]:
+    """Everything that two equal tables agree about."""
     return {
         "entries": {
             name: (
@@ -76,14 +76,14 @@ def table(registry: Registry) -> dict[str, Any]:
                 entry.metadata,
                 entry.lease and (entry.lease.id, entry.lease.handle, entry.lease.at),
             )
-            for name, entry in registry.entries.items()
+            for name, entry in table.entries.items()
         },
-        "leases": {id: entry.name for id, entry in registry.leases.items()},
-        "answers": {name: dict(kept) for name, kept in registry.answers.items()},
-        "counters": (registry.generation, registry.serial, registry.last_lease),
-        "descriptors": registry.descriptors,
-        "usage": {uid: (u.names, u.descriptors) for uid, u in registry._usage.items()},
-        "next": registry.next_deadline(),
+        "leases": {id: entry.name for id, entry in table.leases.items()},
+        "answers": {name: dict(kept) for name, kept in table.answers.items()},
+        "counters": (table.generation, table.serial, table.last_lease),
+        "descriptors": table.descriptors,
+        "usage": {uid: (u.names, u.descriptors) for uid, u in table._usage.items()},
+        "next": table.next_deadline(),
     }
 
 
@@ -91,7 +91,7 @@ class Rendezvous(RuleBasedStateMachine):
     @initialize()
     def start(self) -> None:
         self.world = MemoryWorld(own_uid=1, limits=LIMITS)
-        self.service, self.registry = self.world.service, self.world.registry
+        self.service, self.table = self.world.service, self.world.table
         self.now = 0.0
         self.model: dict[str, Held] = {}
         # uid 1 is the server's own, uid 2 may what the policy says: nothing; so all are trusted.
@@ -351,7 +351,7 @@ class Rendezvous(RuleBasedStateMachine):
         revoked = self.world.lease_of[taker] in self.world.revoked  # by what was not journaled
         assert self.world.say(taker, word) != revoked
         if told and not self.moody():
-            entry = self.registry.entries[name]
+            entry = self.table.entries[name]
             assert entry.lease is not None
             self.settle(name)
             self.service.lease_moved(entry.lease.id, self.now)
@@ -413,7 +413,7 @@ class Rendezvous(RuleBasedStateMachine):
         if not guarded or self.moody():
             return
         name = data.draw(st.sampled_from(guarded))
-        entry, held = self.registry.entries[name], self.model[name]
+        entry, held = self.table.entries[name], self.model[name]
         self.service.hung_up(entry, self.now, guard=True)
         self.settle(name, revoke=not held.grace)
         if name not in self.model:
@@ -432,7 +432,7 @@ class Rendezvous(RuleBasedStateMachine):
         if self.moody():
             return
         name = data.draw(st.sampled_from(sorted(self.model)))
-        self.service.hung_up(self.registry.entries[name], self.now, guard=False)
+        self.service.hung_up(self.table.entries[name], self.now, guard=False)
         del self.model[name]
 
     @rule(client=clients)
@@ -442,13 +442,13 @@ class Rendezvous(RuleBasedStateMachine):
         session = self.sessions[client]
         session.route.closed = True
         name = session.name
-        remembered = dict(self.registry.answers.get(name, {}))
+        remembered = dict(self.table.answers.get(name, {}))
         moody = self.moody()
         self.service.disconnected(session, self.now)
         if moody and remembered:
-            assert self.registry.answers[name] == remembered
+            assert self.table.answers[name] == remembered
         else:
-            assert name not in self.registry.answers
+            assert name not in self.table.answers
             self.last.pop(client, None)
         self.waits = {i: w for i, w in self.waits.items() if w[0] != client}
         self.sessions[client] = self.world.session(1, name)
@@ -527,7 +527,7 @@ class Rendezvous(RuleBasedStateMachine):
         assert all(not session.route.sent for session in self.sessions)
 
     def the_table_is_the_model(self) -> None:
-        entries = self.registry.entries
+        entries = self.table.entries
         assert set(entries) == set(self.model)
         for name, held in self.model.items():
             entry = entries[name]
@@ -536,10 +536,10 @@ class Rendezvous(RuleBasedStateMachine):
             assert (entry.guard is not None) == held.guarded
             assert entry.expires == held.expires
             assert (entry.lease is not None) == (held.lease is not None)
-            assert (self.registry.visible(name) is None) == (held.lease is not None)
+            assert (self.table.visible(name) is None) == (held.lease is not None)
 
     def every_handle_is_open_while_it_is_held(self) -> None:
-        held = list(self.registry.handles())
+        held = list(self.table.handles())
         assert len(set(held)) == len(held)
         assert set(held) == self.world.open
 
@@ -547,26 +547,26 @@ class Rendezvous(RuleBasedStateMachine):
         held = self.model.values()
         leases = sum(h.lease is not None for h in held)
         own = sum(len(h.handles) + h.guarded for h in held)
-        assert self.registry.descriptors == own + leases
-        assert len(self.registry.leases) == leases
-        usage = self.registry.usage(1)
+        assert self.table.descriptors == own + leases
+        assert len(self.table.leases) == leases
+        usage = self.table.usage(1)
         assert (usage.names, usage.descriptors) == (len(self.model), own)
 
     def the_keeper_has_the_same(self) -> None:
-        assert table(self.world.keeper) == table(self.registry)
+        assert contents(self.world.keeper) == contents(self.table)
 
     def a_dump_restores_the_same(self) -> None:
-        record, handles = self.registry.dump()
-        other = Registry()
+        record, handles = self.table.dump()
+        other = Table()
         other.apply(record, handles)
         other.restore(
-            {name: dict(kept) for name, kept in self.registry.answers.items()},
-            {name: entry.fetches for name, entry in self.registry.entries.items()},
-            self.registry.generation,
-            self.registry.serial,
-            self.registry.last_lease,
+            {name: dict(kept) for name, kept in self.table.answers.items()},
+            {name: entry.fetches for name, entry in self.table.entries.items()},
+            self.table.generation,
+            self.table.serial,
+            self.table.last_lease,
         )
-        assert table(other) == table(self.registry)
+        assert contents(other) == contents(self.table)
 
     def a_watcher_can_follow(self) -> None:
         for id, event, _ in self.watcher.route.take():
@@ -582,7 +582,7 @@ class Rendezvous(RuleBasedStateMachine):
                 self.seen.pop(event.name, None)
         visible = {n: h.generation for n, h in self.model.items() if h.lease is None}
         assert self.seen == visible
-        assert self.serial == self.registry.serial
+        assert self.serial == self.table.serial
 
     def time_is_asked_for(self) -> None:
         """The loop is told when to look again, never for something that is nobody's."""

@@ -20,7 +20,7 @@ from fdshare.activation import NotifySocket
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.protocol.messages import Kind, Registrant
 from fdshare.server.core.records import Drop, Grant, Move, Put, Record, encode_record
-from fdshare.server.core.table import Registry
+from fdshare.server.core.table import Table
 from fdshare.server.failover.fd_store import TABLE, FdStore
 
 Until = Callable[..., Any]
@@ -215,7 +215,7 @@ def fdstore(monkeypatch: pytest.MonkeyPatch) -> Iterator[FdStore]:
     monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
     made = FdStore.new("epoch")
     yield made
-    made.table.close()
+    made.memfd.close()
 
 
 def put(name: str, generation: int, count: int = 1) -> Record:
@@ -225,7 +225,7 @@ def put(name: str, generation: int, count: int = 1) -> Record:
 
 def again(fdstore: FdStore) -> FdStore:
     """Another one, that reads the same memfd."""
-    return FdStore(fdstore.table)
+    return FdStore(fdstore.memfd)
 
 
 def state(fdstore: FdStore) -> tuple[object, ...]:
@@ -249,11 +249,11 @@ def test_what_is_written_is_read(fdstore: FdStore) -> None:
 def test_a_record_that_is_not_whole_is_as_if_never_written(fdstore: FdStore) -> None:
     fdstore.record(put("a", 1), [10])
     whole = state(fdstore)
-    size = os.fstat(fdstore.table.fileno()).st_size
+    size = os.fstat(fdstore.memfd.fileno()).st_size
     fdstore.record(put("b", 2), [11])
-    end = os.fstat(fdstore.table.fileno()).st_size
+    end = os.fstat(fdstore.memfd.fileno()).st_size
     for cut in range(size, end - 8):
-        os.ftruncate(fdstore.table.fileno(), cut)
+        os.ftruncate(fdstore.memfd.fileno(), cut)
         assert state(again(fdstore)) == whole
     # The next one takes its place.
     after = again(fdstore)
@@ -264,7 +264,7 @@ def test_a_record_that_is_not_whole_is_as_if_never_written(fdstore: FdStore) -> 
 def test_the_memfd_does_not_grow_for_ever(fdstore: FdStore) -> None:
     for generation in range(1, 3000):
         fdstore.record(put("name", generation), [10])
-    assert os.fstat(fdstore.table.fileno()).st_size < 1 << 18
+    assert os.fstat(fdstore.memfd.fileno()).st_size < 1 << 18
     assert state(again(fdstore)) == state(fdstore)
 
 
@@ -272,14 +272,14 @@ def test_reconciling_keeps_the_labels_of_what_is_known(fdstore: FdStore) -> None
     class FakeHandle:
         fd = 0
 
-    registry = Registry()
+    table = Table()
     for record in (put("a", 1), put("b", 2, 2)):
-        registry.apply(record, [FakeHandle(), FakeHandle()])
+        table.apply(record, [FakeHandle(), FakeHandle()])
         fdstore.record(record, [0] * record.changes[0].count)  # type: ignore[union-attr]
     # What the predecessor did and did not come to write:
-    registry.apply(Record([Drop("a", 1, "unregistered")]), [])
-    registry.apply(put("c", 3), [FakeHandle()])
-    fdstore.reconcile(registry)
+    table.apply(Record([Drop("a", 1, "unregistered")]), [])
+    table.apply(put("c", 3), [FakeHandle()])
+    fdstore.reconcile(table)
     assert list(fdstore.held.handles()) == ["fdshare-2", "fdshare-3", "fdshare-4"]
     assert state(again(fdstore)) == state(fdstore)
 
@@ -292,10 +292,10 @@ def test_what_was_not_kept_is_lost_alone(
     passed = {
         label: Descriptor(os.open(os.devnull, os.O_RDONLY)) for label in ("fdshare-2", "fdshare-9")
     }
-    registry = fdstore.restore(passed)
-    assert list(registry.entries) == ["b"]
-    assert registry.generation == 2
-    (handle,) = registry.handles()
+    table = fdstore.restore(passed)
+    assert list(table.entries) == ["b"]
+    assert table.generation == 2
+    (handle,) = table.handles()
     os.close(handle.fd)
     assert "'a' is lost" in caplog.text
     assert passed["fdshare-9"].closed

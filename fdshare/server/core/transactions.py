@@ -1,4 +1,4 @@
-"""Table: the registry behind its rules. Every change is planned, journaled, applied and spread.
+"""Transactions: the table behind its rules. Every change is planned, journaled, applied and spread.
 
 The steps that the verbs share: may this session do that, is there room, has a taker decided, make
 it so. Nothing is mutated before the record of it is written.
@@ -13,19 +13,19 @@ from fdshare.protocol import messages as m
 from fdshare.server.core.policy import Policy
 from fdshare.server.core.ports import Session, World
 from fdshare.server.core.records import Change, Grant, Record, Settle
-from fdshare.server.core.table import Applied, Entry, Handle, Registry
+from fdshare.server.core.table import Applied, Entry, Handle, Table
 from fdshare.server.limits import Limits
 
-__all__ = ["DONE", "Table"]
+__all__ = ["DONE", "Transactions"]
 
 DONE = m.encode(m.Done())
 
 
-class Table:
-    """One registry, one policy and one world."""
+class Transactions:
+    """One table, one policy and one world."""
 
-    def __init__(self, registry: Registry, policy: Policy, limits: Limits, world: World) -> None:
-        self.registry = registry
+    def __init__(self, table: Table, policy: Policy, limits: Limits, world: World) -> None:
+        self.table = table
         self.policy = policy
         self.limits = limits
         self.world = world
@@ -44,7 +44,7 @@ class Table:
     ) -> None:
         """Journals *record*, applies it, answers, and tells whom it concerns."""
         self.world.journal(record, handles)
-        applied = self.registry.apply(record, list(handles))
+        applied = self.table.apply(record, list(handles))
         if answer is not None:
             answer()
         self._spread(applied, now)
@@ -73,7 +73,7 @@ class Table:
     def _lease(self, session: Session, id: int, entry: Entry, now: float) -> None:
         """Answers with the entry and the taker's end of a lease on it."""
         ours, theirs = self.world.lease_pair()
-        lease = self.registry.last_lease + 1
+        lease = self.table.last_lease + 1
         try:
             self._commit(Record([Grant(entry.name, lease, now)]), [ours], now)
         except BaseException:
@@ -91,26 +91,26 @@ class Table:
 
     def _present(self, name: str, now: float) -> Entry | None:
         """The entry that is visible under *name* once its lease, if one is pending, is settled."""
-        entry = self.registry.entries.get(name)
+        entry = self.table.entries.get(name)
         if entry is None or entry.lease is None:
             return entry
         changes = self._settle(entry)
         if changes:
             self._commit(Record(changes), [], now)
-        return self.registry.visible(name)
+        return self.table.visible(name)
 
     def _settle_all(self, now: float) -> None:
-        for entry in list(self.registry.leases.values()):
+        for entry in list(self.table.leases.values()):
             if changes := self._settle(entry):
                 self._commit(Record(changes), [], now)
 
     def _settle_if_crowded(self, session: Session, count: int, now: float) -> None:
         """What takers have confirmed makes room, where *count* descriptors may find none."""
-        registry, limits = self.registry, self.limits
-        if registry.leases and (
+        table, limits = self.table, self.limits
+        if table.leases and (
             not session.trusted
-            or len(registry) >= limits.max_names
-            or registry.descriptors + count > limits.max_descriptors
+            or len(table) >= limits.max_names
+            or table.descriptors + count > limits.max_descriptors
         ):
             self._settle_all(now)
 
@@ -128,10 +128,10 @@ class Table:
         return any(isinstance(change, Settle) and change.outcome == "taken" for change in changes)
 
     def _leases_too_old(self, now: float) -> list[Entry]:
-        if not self.registry.leases:
+        if not self.table.leases:
             return []
         before = now - self.limits.lease_timeout
-        entries = self.registry.leases.values()
+        entries = self.table.leases.values()
         return [e for e in entries if e.lease is not None and e.lease.at <= before]
 
     # Permission and room.
@@ -152,15 +152,15 @@ class Table:
 
     def _check_quota(self, session: Session, count: int, former: Entry | None) -> None:
         """Refuses what would go beyond a limit, with what the replaced entry frees counted in."""
-        limits, registry = self.limits, self.registry
+        limits, table = self.limits, self.table
         freed = len(former.all_handles()) if former else 0
-        names = len(registry) - (former is not None)
+        names = len(table) - (former is not None)
         self._quota("max_names", limits.max_names, names, 1)
-        used = registry.descriptors - freed
+        used = table.descriptors - freed
         self._quota("max_descriptors", limits.max_descriptors, used, count)
         if session.trusted:
             return
-        usage = registry.usage(session.subject.uid)
+        usage = table.usage(session.subject.uid)
         mine = former is not None and former.registrant.uid == session.subject.uid
         self._quota("max_names_per_uid", limits.max_names_per_uid, usage.names - mine, 1)
         # Of the replaced one all but the lease: that counts for nobody.
