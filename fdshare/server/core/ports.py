@@ -1,4 +1,4 @@
-"""The contract between the service and its world: what each may ask of the other, as types."""
+"""What the service and the event loop know of each other, as types."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fdshare.server.core.policy import Subject
 from fdshare.server.core.records import Record
 from fdshare.server.core.table import Entry, Handle
 
-__all__ = ["Awaiting", "JournalBusy", "LeaseState", "Session", "Waiter", "World"]
+__all__ = ["Awaiting", "JournalBusy", "LeaseState", "Session", "Waiter", "Effects"]
 
 Awaiting: TypeAlias = m.Fetch | m.Take | m.Wait
 LeaseState: TypeAlias = Literal["held", "confirmed", "dropped"]
@@ -39,7 +39,7 @@ class Session:
     waiting: dict[int, Waiter] = field(default_factory=dict)
     watches: dict[int, str] = field(default_factory=dict)  # id -> pattern
     holds: bool = False  # an entry that lives no longer than the client or its process
-    route: Any = None  # how the world finds the client
+    route: Any = None  # the client's connection, in the event loop
 
 
 @dataclass(slots=True, eq=False)
@@ -53,8 +53,8 @@ class Waiter:
     done: bool = False
 
 
-class World(Protocol):
-    """What the service may ask for. Handles are the world's own; the service only moves them."""
+class Effects(Protocol):
+    """What the service has done for it. It never looks into a handle, it only passes handles on."""
 
     def answer(
         self, session: Session, id: int, body: bytes, handles: Sequence[Handle] = ()

@@ -28,8 +28,8 @@ class Reading(Audience):
         counters = self.counters
         counters["fetched"] += 1
         counters["requests"] += 1
-        if self.world.auditing:
-            self.world.audit("fetch", name, session, "given")
+        if self.effects.auditing:
+            self.effects.audit("fetch", name, session, "given")
         return entry
 
     def _fetch(
@@ -67,9 +67,9 @@ class Reading(Audience):
             items.append(m.Item(entry.name, entry.generation, entry.kind, len(entry.handles)))
             given += entry.handles
             entry.fetches += 1
-            self.world.audit("fetch", entry.name, session, "given")
+            self.effects.audit("fetch", entry.name, session, "given")
         self.counters["fetched"] += len(items)
-        self.world.answer(session, id, m.encode(m.GivenMany(items)), given)
+        self.effects.answer(session, id, m.encode(m.GivenMany(items)), given)
         return False
 
     def _wait(
@@ -80,7 +80,7 @@ class Reading(Audience):
         if entry is None:
             self._wait_for(session, id, request, now)
         else:
-            self.world.answer(session, id, m.encode(m.Registered(entry.name, entry.generation)))
+            self.effects.answer(session, id, m.encode(m.Registered(entry.name, entry.generation)))
         return False
 
     def _watch(
@@ -102,7 +102,7 @@ class Reading(Audience):
             self._give_up(waiter, FetchTimeout(waiter.request.name, 0.0))
         elif request.target in session.watches:
             self._stop_watching(session, request.target)
-            self.world.answer(session, request.target, DONE)
+            self.effects.answer(session, request.target, DONE)
         return False
 
     def _names(
@@ -114,7 +114,7 @@ class Reading(Audience):
         names = sorted(n for n, e in self.table.entries.items() if not e.lease and matches(n))
         parts = range(0, max(len(names), 1), PART)
         lists = [m.NameList(names[i : i + PART], i + PART < len(names)) for i in parts]
-        self.world.answer_in_parts(session, id, list(map(m.encode, lists)))
+        self.effects.answer_in_parts(session, id, list(map(m.encode, lists)))
         return False
 
     def _info(
@@ -125,7 +125,7 @@ class Reading(Audience):
         entry = self.table.entries.get(request.name)
         if entry is None:
             raise NameNotFound(request.name)
-        self.world.probe(session, id, [entry], now)
+        self.effects.probe(session, id, [entry], now)
         return False
 
     def _infos(
@@ -135,7 +135,7 @@ class Reading(Audience):
         self._settle_all(now)
         matches = matcher(request.pattern)
         found = sorted(n for n in self.table.entries if matches(n))
-        self.world.probe(session, id, [self.table.entries[n] for n in found], now)
+        self.effects.probe(session, id, [self.table.entries[n] for n in found], now)
         return False
 
     def _explain(
@@ -148,7 +148,7 @@ class Reading(Audience):
         # To register under a name that is held is to replace, which the registrant rule is about.
         if allowed and entry and request.verb in ("register", "unregister"):
             allowed, rule = self.policy.decide_removal(entry.registrant.uid, subject)
-        self.world.answer(session, id, m.encode(m.Explained(allowed, rule)))
+        self.effects.answer(session, id, m.encode(m.Explained(allowed, rule)))
         return False
 
     def _stats(
@@ -156,11 +156,11 @@ class Reading(Audience):
     ) -> bool:
         self._permit("stats", "", session)
         self._settle_all(now)
-        self.world.answer(session, id, m.encode(m.StatsReply(self.world.stats())))
+        self.effects.answer(session, id, m.encode(m.StatsReply(self.effects.stats())))
         return False
 
     def _ping(
         self, session: Session, id: int, request: m.Ping, handles: list[Handle], now: float
     ) -> bool:
-        self.world.answer(session, id, DONE)
+        self.effects.answer(session, id, DONE)
         return False

@@ -1,13 +1,15 @@
-"""What the server does with a request: (session, request, now) -> calls on a `World`. No I/O.
+"""What the server does with a request: (session, request, now) -> calls of `Effects`. No I/O.
 
 Theory of operation. Every handler goes in one fixed order: shape, permission, leases of the name
-settled, quota, clash; then it *plans* a `Record`; the world journals it; the table applies it;
-only then is the client answered, waiters woken and watchers told. A handler raises a FdshareError
-to refuse, or `JournalBusy` to be called again with the same request later: nothing has changed
-then. Whoever calls `handle` owns the request's handles again unless it returned True.
+settled, quota, clash; then it *plans* a `Record`, which is journaled and then applied to the table;
+only then the client is answered, waiting requests are served and watchers are told. A handler
+raises a FdshareError to refuse, or `JournalBusy` to be called again with the same request later:
+nothing has changed then. The caller of `handle` owns the request's handles again unless it returned
+True.
 
-The table is the truth; the world is told which handles to watch and which to close, and may be
-wrong about both without harm: every call names an entry and its generation, a stale one is ignored.
+The event loop is told which handles to watch and which to close. It may report something that has
+changed since: every call names the entry or the lease, and what is not in the table any more is
+ignored.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from typing import Literal
 from fdshare.errors import FdshareError, InvalidArgument, TooManyDescriptors
 from fdshare.protocol import messages as m
 from fdshare.server.core.policy import Policy
-from fdshare.server.core.ports import JournalBusy, Session, World
+from fdshare.server.core.ports import Effects, JournalBusy, Session
 from fdshare.server.core.reads import Reading
 from fdshare.server.core.records import Drop, Forget, Linger, Record
 from fdshare.server.core.table import Entry, Handle, Table
@@ -30,10 +32,10 @@ __all__ = ["Service"]
 
 
 class Service(Reading, Changing):
-    """The verbs, over one table, one policy and one world."""
+    """The verbs, over one table and one policy; what they need done is asked of *effects*."""
 
-    def __init__(self, table: Table, policy: Policy, limits: Limits, world: World) -> None:
-        super().__init__(table, policy, limits, world)
+    def __init__(self, table: Table, policy: Policy, limits: Limits, effects: Effects) -> None:
+        super().__init__(table, policy, limits, effects)
         self._absent: dict[str, float] = {}  # clients whose answers are kept, and until when
         self._here: dict[str, int] = {}  # client -> its connections
         self.leaving = False  # a successor comes: what is remembered is for it
@@ -183,8 +185,8 @@ class Service(Reading, Changing):
         self, session: Session, id: int, request: m.Reload, handles: list[Handle], now: float
     ) -> bool:
         self._permit("reload", "", session)
-        self.world.reload_policy()
-        self.world.answer(session, id, DONE)
+        self.effects.reload_policy()
+        self.effects.answer(session, id, DONE)
         return False
 
     def _command(
@@ -201,6 +203,6 @@ class Service(Reading, Changing):
         self._permit(verb, "", session)
         if self._answered_before(session, id):  # we are the successor that was asked for
             return False
-        if self.world.command(verb, session, id):
-            self.world.answer(session, id, DONE)
+        if self.effects.command(verb, session, id):
+            self.effects.answer(session, id, DONE)
         return False

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from fdshare.errors import AccessDenied, QuotaExceeded
 from fdshare.protocol import messages as m
 from fdshare.server.core.policy import Policy
-from fdshare.server.core.ports import Session, World
+from fdshare.server.core.ports import Effects, Session
 from fdshare.server.core.records import Change, Grant, Record, Settle
 from fdshare.server.core.table import Applied, Entry, Handle, Table
 from fdshare.server.limits import Limits
@@ -22,13 +22,13 @@ DONE = m.encode(m.Done())
 
 
 class Transactions:
-    """One table, one policy and one world."""
+    """One table and one policy; what has to be done is asked of *effects*."""
 
-    def __init__(self, table: Table, policy: Policy, limits: Limits, world: World) -> None:
+    def __init__(self, table: Table, policy: Policy, limits: Limits, effects: Effects) -> None:
         self.table = table
         self.policy = policy
         self.limits = limits
-        self.world = world
+        self.effects = effects
         self.counters = dict.fromkeys(
             ("requests", "refused", "registered", "fetched", "taken", "returned", "expired"), 0
         )
@@ -43,22 +43,22 @@ class Transactions:
         answer: Callable[[], None] | None = None,
     ) -> None:
         """Journals *record*, applies it, answers, and tells whom it concerns."""
-        self.world.journal(record, handles)
+        self.effects.journal(record, handles)
         applied = self.table.apply(record, list(handles))
         if answer is not None:
             answer()
         self._spread(applied, now)
 
     def _spread(self, applied: Applied, now: float) -> None:
-        """Tells the world what has changed."""
+        """Has the changed entries watched, closed handles closed, and returns counted."""
         for entry in applied.changed:
-            self.world.watch(entry)
+            self.effects.watch(entry)
         if applied.closed:
-            self.world.close(applied.closed)
+            self.effects.close(applied.closed)
         for event in applied.events:
             if event.event == "returned":
                 self.counters["returned"] += 1
-                self.world.audit("take", event.name, None, "returned")
+                self.effects.audit("take", event.name, None, "returned")
 
     def _give(self, session: Session, id: int, entry: Entry) -> None:
         """Answers a fetch. The reply's body is the same for all, so it is encoded once."""
@@ -67,25 +67,25 @@ class Transactions:
             entry.reply = m.encode(given)
         entry.fetches += 1
         self.counters["fetched"] += 1
-        self.world.answer(session, id, entry.reply, entry.handles)
-        self.world.audit("fetch", entry.name, session, "given")
+        self.effects.answer(session, id, entry.reply, entry.handles)
+        self.effects.audit("fetch", entry.name, session, "given")
 
     def _lease(self, session: Session, id: int, entry: Entry, now: float) -> None:
         """Answers with the entry and the taker's end of a lease on it."""
-        ours, theirs = self.world.lease_pair()
+        ours, theirs = self.effects.lease_pair()
         lease = self.table.last_lease + 1
         try:
             self._commit(Record([Grant(entry.name, lease, now)]), [ours], now)
         except BaseException:
-            self.world.close([ours, theirs])
+            self.effects.close([ours, theirs])
             raise
         given = m.Given(entry.name, entry.generation, entry.kind, entry.metadata, lease=True)
         entry.fetches += 1
         self.counters["taken"] += 1
-        self.world.audit("take", entry.name, session, f"leased {lease}")
-        self.world.answer(session, id, m.encode(given), [*entry.handles, theirs])
-        # The world keeps what it still has to send; the taker's end must not stay open here.
-        self.world.close([theirs])
+        self.effects.audit("take", entry.name, session, f"leased {lease}")
+        self.effects.answer(session, id, m.encode(given), [*entry.handles, theirs])
+        # It is open until it is sent; after that the taker's end must not stay open here.
+        self.effects.close([theirs])
 
     # Leases.
 
@@ -118,7 +118,7 @@ class Transactions:
         """What the taker of *entry* did, as changes; none where it is not leased, or still is."""
         if entry.lease is None:
             return []
-        state = self.world.lease_state(entry.lease.handle, revoke=revoke)
+        state = self.effects.lease_state(entry.lease.handle, revoke=revoke)
         if state == "held":
             return []
         return [Settle(entry.lease.id, "taken" if state == "confirmed" else "returned")]
@@ -175,5 +175,5 @@ class Transactions:
 
     def _registrant(self, session: Session) -> m.Registrant:
         if session.registrant is None:
-            session.registrant = self.world.registrant(session)
+            session.registrant = self.effects.registrant(session)
         return session.registrant

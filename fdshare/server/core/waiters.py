@@ -16,7 +16,7 @@ from fdshare.protocol import messages as m
 from fdshare.protocol.names import check_name, matcher
 from fdshare.protocol.subscriptions import Subscriptions
 from fdshare.server.core.policy import Policy
-from fdshare.server.core.ports import Awaiting, JournalBusy, Session, Waiter, World
+from fdshare.server.core.ports import Awaiting, Effects, JournalBusy, Session, Waiter
 from fdshare.server.core.table import Applied, Table
 from fdshare.server.core.transactions import Transactions
 from fdshare.server.limits import Limits
@@ -30,8 +30,8 @@ _AGAIN = 0.01  # seconds until those who wait for a name are looked at again
 class Audience(Transactions):
     """A table whose changes are awaited."""
 
-    def __init__(self, table: Table, policy: Policy, limits: Limits, world: World) -> None:
-        super().__init__(table, policy, limits, world)
+    def __init__(self, table: Table, policy: Policy, limits: Limits, effects: Effects) -> None:
+        super().__init__(table, policy, limits, effects)
         self._waiting: dict[str, deque[Waiter]] = {}
         self._wait_deadlines: list[tuple[float, int, Waiter]] = []
         self._stale = 0  # how many of them are of waits that are over
@@ -40,7 +40,7 @@ class Audience(Transactions):
         self._order = count()  # between waits that end at the same moment
 
     def _spread(self, applied: Applied, now: float) -> None:
-        """Tells the world, the watchers and those who wait, in that order."""
+        """Then serves the watchers, and those who wait for a name."""
         super()._spread(applied, now)
         if self._watchers:
             self._publish(applied.events)
@@ -52,10 +52,10 @@ class Audience(Transactions):
     def refused(self, session: Session, request: m.AnyRequest | None, error: FdshareError) -> None:
         """Somebody is told *error*; *request* is None for one that was not understood."""
         self.counters["refused"] += 1
-        if self.world.auditing:
+        if self.effects.auditing:
             verb = "request" if request is None else type(request).__name__.lower()
             name = str(getattr(request, "name", "") or getattr(request, "old", ""))
-            self.world.audit(verb, name, session, f"refused: {error}")
+            self.effects.audit(verb, name, session, f"refused: {error}")
 
     # Waiting.
 
@@ -102,7 +102,7 @@ class Audience(Transactions):
                     self._lease(waiter.session, waiter.id, entry, now)
                 elif type(waiter.request) is m.Wait:
                     there = m.Registered(entry.name, entry.generation)
-                    self.world.answer(waiter.session, waiter.id, m.encode(there))
+                    self.effects.answer(waiter.session, waiter.id, m.encode(there))
                 else:
                     self._give(waiter.session, waiter.id, entry)
             except JournalBusy:
@@ -134,7 +134,7 @@ class Audience(Transactions):
 
     def _refuse(self, waiter: Waiter, error: FdshareError) -> None:
         self.refused(waiter.session, waiter.request, error)
-        self.world.answer(waiter.session, waiter.id, m.encode(m.refusal(error)))
+        self.effects.answer(waiter.session, waiter.id, m.encode(m.refusal(error)))
 
     def _stop_waiting(self, waiter: Waiter) -> None:
         waiter.done = True
@@ -166,11 +166,11 @@ class Audience(Transactions):
         ]
         serial, parts = self.table.serial, range(0, max(len(found), 1), PART)
         shots = [m.Snapshot(serial, found[i : i + PART], i + PART < len(found)) for i in parts]
-        self.world.answer_in_parts(session, id, list(map(m.encode, shots)))
+        self.effects.answer_in_parts(session, id, list(map(m.encode, shots)))
 
     def _publish(self, events: Sequence[m.Event]) -> None:
         for event in events:
             names = (event.name, event.old) if event.old else (event.name,)
             interested = self._watchers.of(*names)
             if interested:
-                self.world.publish(interested, m.encode(event))
+                self.effects.publish(interested, m.encode(event))

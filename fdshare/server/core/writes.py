@@ -42,7 +42,7 @@ class Changing(Audience):
             former = None
         self._check_clash(request, former, session)
         if request.lifetime == "connection":
-            self.world.check_lifeline(handles[-1])
+            self.effects.check_lifeline(handles[-1])
         self._check_quota(session, count, former)
         if former is not None and former.lease is not None and not changes:
             changes = self._settle(former, revoke=True)
@@ -62,16 +62,16 @@ class Changing(Audience):
             metadata=request.metadata,
         )
         reply = m.encode(m.Registered(request.name, generation))
-        extra = [self.world.owner_guard(session)] if request.lifetime == "process" else []
+        extra = [self.effects.owner_guard(session)] if request.lifetime == "process" else []
         record = Record([*changes, put], session.name, id, reply)
         try:
             self._commit(record, handles + extra, now, lambda: self._told(session, id, reply))
         except BaseException:
-            self.world.close(extra)
+            self.effects.close(extra)
             raise
         self.counters["registered"] += 1
         session.holds = session.holds or request.lifetime != "server"
-        self.world.audit("register", request.name, session, f"generation {generation}")
+        self.effects.audit("register", request.name, session, f"generation {generation}")
         return True
 
     def _check_registration(self, request: m.Register, count: int) -> None:
@@ -101,7 +101,7 @@ class Changing(Audience):
         self._permit_removal("register", former, session)
 
     def _told(self, session: Session, id: int, reply: bytes) -> None:
-        self.world.answer(session, id, reply)
+        self.effects.answer(session, id, reply)
 
     def _answered_before(self, session: Session, id: int) -> bool:
         """True where the request is a repeat: its client has its first answer now."""
@@ -109,7 +109,7 @@ class Changing(Audience):
         known = self.table.answer(session.name, id) if session.name else None
         if known is None:
             return False
-        self.world.answer(session, id, known)
+        self.effects.answer(session, id, known)
         return True
 
     def _take(
@@ -145,7 +145,7 @@ class Changing(Audience):
         changes.append(Drop(entry.name, entry.generation, "unregistered"))
         record = Record(changes, session.name, id, DONE)
         self._commit(record, [], now, lambda: self._told(session, id, DONE))
-        self.world.audit("unregister", request.name, session, "removed")
+        self.effects.audit("unregister", request.name, session, "removed")
         return False
 
     def _rename(
@@ -168,7 +168,7 @@ class Changing(Audience):
         reply = m.encode(m.Registered(request.new, generation))
         record = Record([Move(request.old, request.new, generation)], session.name, id, reply)
         self._commit(record, [], now, lambda: self._told(session, id, reply))
-        self.world.audit("rename", request.old, session, f"to {request.new}")
+        self.effects.audit("rename", request.old, session, f"to {request.new}")
         return False
 
     def _bind(
@@ -190,13 +190,13 @@ class Changing(Audience):
             raise NameTaken(request.name, clash.generation)
         self._settle_if_crowded(session, 1, now)
         self._check_quota(session, 1, None)
-        kind, handle = self.world.bind(request.address, request.backlog, request.reuse_port)
+        kind, handle = self.effects.bind(request.address, request.backlog, request.reuse_port)
         generation = self.table.generation + 1
         put = Put(request.name, generation, kind, 1, self._registrant(session), now)
         try:
             self._commit(Record([put]), [handle], now)
         except BaseException:
-            self.world.close([handle])
+            self.effects.close([handle])
             raise
-        self.world.audit("bind", request.name, session, request.address)
+        self.effects.audit("bind", request.name, session, request.address)
         return self.table.entries[request.name]

@@ -1,7 +1,7 @@
-"""Server: a service, the loop that serves it, and the world between them.
+"""Server: the service, the table and the event loop together. It is the service's `Effects`.
 
-What a request changes is planned by `Service`; what that takes of sockets, processes and clocks is
-here: leases, guards, hang-up watching, closing, binding, probing, the audit log.
+`Service` plans what a request changes. The system calls that this takes are made from here: leases,
+guards, watching for hang-ups, closing, binding, inspecting; and the audit log is written here.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ class Server:
         a way that the parent would feel."""
         self.loop.abandon()
 
-    # The World of the service.
+    # `Effects`, for the service.
 
     def answer(
         self, session: Session, id: int, body: bytes, handles: Sequence[Handle] = ()

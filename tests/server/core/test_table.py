@@ -27,7 +27,7 @@ from fdshare.protocol import messages as m
 from fdshare.server.core.ports import JournalBusy
 from fdshare.server.core.table import Table
 from fdshare.server.limits import Limits
-from server.memoryworld import MemoryWorld
+from server.memory_effects import MemoryEffects
 
 KIND = m.Kind("descriptor", msgspec.Raw(b"\xc0"))
 LIMITS = msgspec.structs.replace(
@@ -90,13 +90,13 @@ def contents(table: Table) -> dict[str, Any]:
 class Rendezvous(RuleBasedStateMachine):
     @initialize()
     def start(self) -> None:
-        self.world = MemoryWorld(own_uid=1, limits=LIMITS)
-        self.service, self.table = self.world.service, self.world.table
+        self.effects = MemoryEffects(own_uid=1, limits=LIMITS)
+        self.service, self.table = self.effects.service, self.effects.table
         self.now = 0.0
         self.model: dict[str, Held] = {}
         # uid 1 is the server's own, uid 2 may what the policy says: nothing; so all are trusted.
-        self.sessions = [self.world.session(1, f"client-{n}") for n in range(3)]
-        self.watcher = self.world.session(1, "watcher")
+        self.sessions = [self.effects.session(1, f"client-{n}") for n in range(3)]
+        self.watcher = self.effects.session(1, "watcher")
         self.service.handle(self.watcher, 1, m.Watch(), [], 0.0)
         (_, snapshot, _), *_ = self.watcher.route.take()
         self.serial = snapshot.serial
@@ -121,7 +121,7 @@ class Rendezvous(RuleBasedStateMachine):
         except (FdshareError, JournalBusy) as error:
             outcome = error
         if not kept:
-            self.world.close(handles)
+            self.effects.close(handles)
         mine = [sent for sent in session.route.sent if sent[0] == id]
         session.route.sent = [sent for sent in session.route.sent if sent[0] != id]
         if mine:
@@ -160,7 +160,7 @@ class Rendezvous(RuleBasedStateMachine):
         held = self.model.get(name)
         if held is None or held.lease is None:
             return
-        state = self.world.leases[self.world.lease_of[held.lease]]
+        state = self.effects.leases[self.effects.lease_of[held.lease]]
         if state == "confirmed":
             del self.model[name]
         elif state == "dropped" or revoke:
@@ -170,10 +170,12 @@ class Rendezvous(RuleBasedStateMachine):
         """What becomes of a change that would be made."""
         if expected != "done":
             return expected
-        return "keeper_unavailable" if self.world.broken else "busy" if self.world.busy else "done"
+        return (
+            "keeper_unavailable" if self.effects.broken else "busy" if self.effects.busy else "done"
+        )
 
     def moody(self) -> bool:
-        return self.world.broken or self.world.busy
+        return self.effects.broken or self.effects.busy
 
     def pending(self, name: str) -> bool:
         """True where a lease of *name* has ended and the service has not been told."""
@@ -181,7 +183,7 @@ class Rendezvous(RuleBasedStateMachine):
         return (
             held is not None
             and held.lease is not None
-            and self.world.leases[self.world.lease_of[held.lease]] != "held"
+            and self.effects.leases[self.effects.lease_of[held.lease]] != "held"
         )
 
     # The rules.
@@ -217,7 +219,7 @@ class Rendezvous(RuleBasedStateMachine):
         crowded = self.settle_if_crowded(count + (lifetime != "server"))
         former = self.model.get(name)
         pending, moody = self.pending(name), self.moody()
-        handles = self.world.new_handles(count + (lifetime == "connection"))
+        handles = self.effects.new_handles(count + (lifetime == "connection"))
         outcome = self.ask(client, request, list(handles))
         if crowded and moody:
             assert self.code(outcome) in ("busy", "keeper_unavailable")
@@ -226,7 +228,7 @@ class Rendezvous(RuleBasedStateMachine):
         if (
             pending
             and former is not None
-            and self.world.leases[self.world.lease_of[former.lease or 0]] == "confirmed"
+            and self.effects.leases[self.effects.lease_of[former.lease or 0]] == "confirmed"
         ):
             visible = None
         current = visible.generation if visible else 0
@@ -237,7 +239,7 @@ class Rendezvous(RuleBasedStateMachine):
             expected = "name_taken"
         elif self.quota_says_no(count + guarded, visible, former):
             expected = "quota_exceeded"
-        elif lifetime == "process" and self.world.full:
+        elif lifetime == "process" and self.effects.full:
             expected = "descriptor_limit"
         else:
             expected = self.journal("done")
@@ -292,7 +294,7 @@ class Rendezvous(RuleBasedStateMachine):
         if client not in self.last:
             return
         id, request, reply = self.last[client]
-        handles = self.world.new_handles(2 if isinstance(request, m.Register) else 0)
+        handles = self.effects.new_handles(2 if isinstance(request, m.Register) else 0)
         outcome = self.ask(client, request, handles, id)
         assert outcome == (reply, ())
 
@@ -319,8 +321,8 @@ class Rendezvous(RuleBasedStateMachine):
                 deadline = None if wait is None else self.now + wait
                 self.waits[self.asked] = (client, verb(name, wait), deadline)
             return
-        if verb is m.Take and (self.world.full or moody):
-            expected = "descriptor_limit" if self.world.full else self.journal("done")
+        if verb is m.Take and (self.effects.full or moody):
+            expected = "descriptor_limit" if self.effects.full else self.journal("done")
             assert self.code(outcome) == expected
             return
         self.given(verb, name, held, outcome)
@@ -348,8 +350,8 @@ class Rendezvous(RuleBasedStateMachine):
         """A taker confirms or lets go; the service hears of it now, or by the next look."""
         taker = data.draw(st.sampled_from(self.leased()))
         (name,) = [n for n, h in self.model.items() if h.lease == taker]
-        revoked = self.world.lease_of[taker] in self.world.revoked  # by what was not journaled
-        assert self.world.say(taker, word) != revoked
+        revoked = self.effects.lease_of[taker] in self.effects.revoked  # by what was not journaled
+        assert self.effects.say(taker, word) != revoked
         if told and not self.moody():
             entry = self.table.entries[name]
             assert entry.lease is not None
@@ -367,7 +369,7 @@ class Rendezvous(RuleBasedStateMachine):
         outcome = self.ask(client, request, [])
         gone = held is None or (
             self.pending(name)
-            and self.world.leases[self.world.lease_of[held.lease or 0]] == "confirmed"
+            and self.effects.leases[self.effects.lease_of[held.lease or 0]] == "confirmed"
         )
         if gone or held is None:
             assert self.code(outcome) == "name_not_found"
@@ -451,7 +453,7 @@ class Rendezvous(RuleBasedStateMachine):
             assert name not in self.table.answers
             self.last.pop(client, None)
         self.waits = {i: w for i, w in self.waits.items() if w[0] != client}
-        self.sessions[client] = self.world.session(1, name)
+        self.sessions[client] = self.effects.session(1, name)
 
     @precondition(lambda self: self.waits)
     @rule(data=st.data())
@@ -486,9 +488,9 @@ class Rendezvous(RuleBasedStateMachine):
 
     @rule(mood=st.sampled_from(["busy", "broken", "full", *["well"] * 6]))
     def change_mood(self, mood: str) -> None:
-        self.world.busy = self.world.broken = self.world.full = False
+        self.effects.busy = self.effects.broken = self.effects.full = False
         if mood != "well":
-            setattr(self.world, mood, True)
+            setattr(self.effects, mood, True)
 
     # What is always true.
 
@@ -541,7 +543,7 @@ class Rendezvous(RuleBasedStateMachine):
     def every_handle_is_open_while_it_is_held(self) -> None:
         held = list(self.table.handles())
         assert len(set(held)) == len(held)
-        assert set(held) == self.world.open
+        assert set(held) == self.effects.open
 
     def the_accounts_are_right(self) -> None:
         held = self.model.values()
@@ -553,7 +555,7 @@ class Rendezvous(RuleBasedStateMachine):
         assert (usage.names, usage.descriptors) == (len(self.model), own)
 
     def the_keeper_has_the_same(self) -> None:
-        assert contents(self.world.keeper) == contents(self.table)
+        assert contents(self.effects.keeper) == contents(self.table)
 
     def a_dump_restores_the_same(self) -> None:
         record, handles = self.table.dump()

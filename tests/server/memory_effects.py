@@ -1,4 +1,4 @@
-"""A World of the service without a kernel: handles are numbers, and it keeps all promises.
+"""A Effects of the service without a kernel: handles are numbers, and it keeps all promises.
 
 What a client of it sees is in its `Inbox`; the keeper is a second table, fed with what the
 journal carries, through bytes.
@@ -32,7 +32,7 @@ class Inbox:
         return sent
 
 
-class MemoryWorld:
+class MemoryEffects:
     """Opens, closes and leases; `busy` and `broken` are the keeper's moods, `full` the server's."""
 
     auditing = False
@@ -75,7 +75,7 @@ class MemoryWorld:
             self.leases[ours] = word
         return True
 
-    # The World of the service.
+    # The Effects of the service.
 
     def answer(self, session: Session, id: int, body: bytes, handles: Sequence[int] = ()) -> None:
         assert set(handles) <= self.open
