@@ -10,12 +10,12 @@ from fdshare.server.core.policy import Subject
 from fdshare.server.core.ports import Session
 from fdshare.server.core.table import Entry, Handle
 from fdshare.server.core.transactions import DONE
-from fdshare.server.core.waiters import PART, Audience
+from fdshare.server.core.waiters import PART, Waiters
 
-__all__ = ["Reading"]
+__all__ = ["Reads"]
 
 
-class Reading(Audience):
+class Reads(Waiters):
     """fetch, wait, watch and the questions."""
 
     def quick_fetch(self, session: Session, name: str) -> Entry | None:

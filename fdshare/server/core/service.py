@@ -21,17 +21,17 @@ from fdshare.errors import FdshareError, InvalidArgument, TooManyDescriptors
 from fdshare.protocol import messages as m
 from fdshare.server.core.policy import Policy
 from fdshare.server.core.ports import Effects, JournalBusy, Session
-from fdshare.server.core.reads import Reading
+from fdshare.server.core.reads import Reads
 from fdshare.server.core.records import Drop, Forget, Linger, Record
 from fdshare.server.core.table import Entry, Handle, Table
 from fdshare.server.core.transactions import DONE
-from fdshare.server.core.writes import Changing
+from fdshare.server.core.writes import Writes
 from fdshare.server.limits import Limits
 
 __all__ = ["Service"]
 
 
-class Service(Reading, Changing):
+class Service(Reads, Writes):
     """The verbs, over one table and one policy; what they need done is asked of *effects*."""
 
     def __init__(self, table: Table, policy: Policy, limits: Limits, effects: Effects) -> None:

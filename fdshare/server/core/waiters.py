@@ -1,4 +1,4 @@
-"""Audience: who waits for a name, and who watches. Served when a change has been applied.
+"""Waiters: who waits for a name, and who watches. Served when a change has been applied.
 
 A request that waits is kept under its name, in the order of arrival, with its deadline in a heap.
 A watch is a snapshot and then events: encoded once, whoever watches.
@@ -21,14 +21,14 @@ from fdshare.server.core.table import Applied, Table
 from fdshare.server.core.transactions import Transactions
 from fdshare.server.limits import Limits
 
-__all__ = ["PART", "Audience"]
+__all__ = ["PART", "Waiters"]
 
 PART = 1000  # names or entries in one part of a long answer
 _AGAIN = 0.01  # seconds until those who wait for a name are looked at again
 
 
-class Audience(Transactions):
-    """A table whose changes are awaited."""
+class Waiters(Transactions):
+    """Transactions that others wait for: whoever asked for a name, and the watchers."""
 
     def __init__(self, table: Table, policy: Policy, limits: Limits, effects: Effects) -> None:
         super().__init__(table, policy, limits, effects)

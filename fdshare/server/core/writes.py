@@ -17,12 +17,12 @@ from fdshare.server.core.ports import Session
 from fdshare.server.core.records import Drop, Move, Put, Record
 from fdshare.server.core.table import Entry, Handle
 from fdshare.server.core.transactions import DONE
-from fdshare.server.core.waiters import Audience
+from fdshare.server.core.waiters import Waiters
 
-__all__ = ["Changing"]
+__all__ = ["Writes"]
 
 
-class Changing(Audience):
+class Writes(Waiters):
     """register, take, unregister, rename and bind."""
 
     def _register(
