@@ -143,7 +143,7 @@ class MemoryEffects:
         for handle in handles:
             self.open.remove(handle)  # KeyError: closed twice
 
-    def probe(self, session: Session, id: int, entries: Sequence[Entry], now: float) -> None:
+    def inspect(self, session: Session, id: int, entries: Sequence[Entry], now: float) -> None:
         raise NotImplementedError
 
     def bind(self, address: str, backlog: int, reuse_port: bool) -> tuple[m.Kind, int]:

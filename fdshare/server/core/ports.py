@@ -92,7 +92,7 @@ class Effects(Protocol):
     def close(self, handles: Sequence[Handle]) -> None:
         """Never fails, never blocks."""
 
-    def probe(self, session: Session, id: int, entries: Sequence[Entry], now: float) -> None:
+    def inspect(self, session: Session, id: int, entries: Sequence[Entry], now: float) -> None:
         """Answers with an InfoList, when the kernel has been asked; may take a while."""
 
     def bind(self, address: str, backlog: int, reuse_port: bool) -> tuple[m.Kind, Handle]: ...

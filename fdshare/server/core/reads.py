@@ -18,7 +18,7 @@ __all__ = ["Reads"]
 class Reads(Waiters):
     """fetch, wait, watch and the questions."""
 
-    def quick_fetch(self, session: Session, name: str) -> Entry | None:
+    def fetch_again(self, session: Session, name: str) -> Entry | None:
         """The entry to give, where somebody whom no rule restrains fetches a visible name for at
         least the second time: nine requests of ten are that. None for all else; ask `handle`."""
         entry = self.table.entries.get(name)
@@ -125,7 +125,7 @@ class Reads(Waiters):
         entry = self.table.entries.get(request.name)
         if entry is None:
             raise NameNotFound(request.name)
-        self.effects.probe(session, id, [entry], now)
+        self.effects.inspect(session, id, [entry], now)
         return False
 
     def _infos(
@@ -135,7 +135,7 @@ class Reads(Waiters):
         self._settle_all(now)
         matches = matcher(request.pattern)
         found = sorted(n for n in self.table.entries if matches(n))
-        self.effects.probe(session, id, [self.table.entries[n] for n in found], now)
+        self.effects.inspect(session, id, [self.table.entries[n] for n in found], now)
         return False
 
     def _explain(

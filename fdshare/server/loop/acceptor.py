@@ -1,8 +1,9 @@
-"""The door: who gets a connection, and what must be said before the first request.
+"""Acceptor: accepts connections, within the limits, and checks the greeting of each.
 
-accept(2) failing for want of descriptors pauses accepting; it never ends the server and never
-spins. When the door is full the longest idle client *of the uid that knocks* has to go: one user
-cannot shut out another, and an idle client notices nothing, for it connects again by itself.
+Where accept(2) fails because no descriptor is free, accepting pauses: that neither ends the server
+nor makes it spin. Where the limit of connections is reached, the longest idle client of the same
+uid is closed: one user cannot keep another out, and an idle client loses nothing, for it
+reconnects.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from fdshare.server.loop.poller import READ
 if TYPE_CHECKING:
     from fdshare.server.loop.loop import Loop
 
-__all__ = ["Door"]
+__all__ = ["Acceptor"]
 
 log = logging.getLogger("fdshare.server")
 
@@ -47,8 +48,8 @@ _TRY_NEXT: Final = (errno.ECONNABORTED, errno.EPROTO, errno.EINTR)
 _NO_ROOM: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
-class Door:
-    """Accepts on *listener*, which stays the caller's, greets, and keeps the counts."""
+class Acceptor:
+    """Accepts on *listener*, which stays the caller's, and counts the connections of each uid."""
 
     def __init__(
         self, loop: Loop, listener: socket.socket, policy: Policy, epoch: str, authkey: bytes | None
@@ -64,7 +65,7 @@ class Door:
         self._crowded = False  # no connection was accepted since the last pause
         self._per_uid: dict[int, int] = {}
         listener.setblocking(False)
-        loop.poller.register(listener.fileno(), READ, self._on_knock)
+        loop.poller.register(listener.fileno(), READ, self._on_connect)
 
     def use(self, policy: Policy) -> None:
         """A new policy, for those who come from now on."""
@@ -79,10 +80,10 @@ class Door:
         """Ends a pause whose time has passed."""
         if self.paused_until is not None and now >= self.paused_until:
             self.paused_until = None
-            self._loop.poller.register(self._listener.fileno(), READ, self._on_knock)
+            self._loop.poller.register(self._listener.fileno(), READ, self._on_connect)
 
     def left(self, connection: Connection) -> None:
-        """A connection was closed: there is room again."""
+        """Counts *connection* out. A pause ends now, for a descriptor is free again."""
         uid = connection.session.subject.uid
         self._per_uid[uid] -= 1
         if not self._per_uid[uid]:
@@ -90,9 +91,9 @@ class Door:
         if self.paused_until is not None:
             self.paused_until = 0.0  # the next turn opens it
 
-    # Coming in.
+    # Accepting.
 
-    def _on_knock(self, events: int, now: float) -> None:
+    def _on_connect(self, events: int, now: float) -> None:
         for number in range(_BATCH):
             try:
                 sock, _ = self._listener.accept()
@@ -112,11 +113,11 @@ class Door:
             try:
                 self._admit(sock, now)
             except OSError as error:  # the client has gone already, or there is no room for it
-                log.info("a connection was lost at the door: %s", error)
+                log.info("a connection was lost while it was accepted: %s", error)
                 sock.close()
 
     def _pause(self, now: float) -> None:
-        """Frees the place of an idle client, if there is one, and comes back to it."""
+        """Stops accepting for a moment, and closes an idle connection, if there is one."""
         if not self._crowded:
             log.warning("no descriptor is free for a new connection; accepting pauses")
         self._crowded = True
@@ -143,7 +144,7 @@ class Door:
         self._loop.add(connection)
 
     def _make_room(self, uid: int, trusted: bool) -> QuotaExceeded | None:
-        """Sends somebody idle away where the door is full; the refusal where nobody is."""
+        """Closes an idle connection where the limit is reached; the refusal where none is idle."""
         limits = self._loop.service.limits
         used, most = len(self._loop.connections), limits.max_connections
         # The last place is for the administrator, so that a full server can still be asked why.
@@ -161,8 +162,9 @@ class Door:
         return None
 
     def _longest_idle(self, uid: int | None) -> Connection | None:
-        """Of *uid*, or of anybody. Last those that wait, and those whose entries live as long as
-        they do: they lose nothing, but they would notice."""
+        """The connection of *uid*, or of any, whose last request is longest ago. One that waits, or
+        has entries that live as long as it does, only where *uid* has no other: it would lose
+        nothing, but notice."""
         last = None
         for connection in self._loop.connections:
             session = connection.session
@@ -177,7 +179,7 @@ class Door:
 
     def _evict(self, connection: Connection) -> None:
         self.evicted += 1
-        log.info("the door is full: idle pid %d has to go", connection.session.pid)
+        log.info("too many connections: the idle one of pid %d is closed", connection.session.pid)
         self._loop.drop(connection)
 
     def _turn_away(self, sock: socket.socket, refusal: QuotaExceeded) -> None:
@@ -186,12 +188,12 @@ class Door:
             try:
                 send_message(sock, (header(len(body), 0, 0), body))
             except OSError:
-                pass  # it has gone; that was what we wanted to tell it
+                pass  # it has gone before it was told to go
 
     # The greeting.
 
     def greet(self, connection: Connection, frame: Frame[Handle], now: float) -> None:
-        """Takes the Hello, or the proof of an authkey. Raises: ProtocolError, VersionMismatch,
+        """Answers the Hello, or the proof of an authkey. Raises: ProtocolError, VersionMismatch,
         AuthenticationFailed."""
         try:
             request = m.decode_request(frame.body)

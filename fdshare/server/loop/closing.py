@@ -37,12 +37,13 @@ def close_quietly(*owners: Closable) -> None:
 class Handle:
     """One descriptor of the table. *key* is what the event loop finds when it stirs."""
 
-    __slots__ = ("closing", "fd", "key", "pins", "quick")
+    __slots__ = ("at_once", "closing", "fd", "key", "pins")
 
-    def __init__(self, descriptor: Descriptor, *, quick: bool = False) -> None:
-        """Takes *descriptor* over. *quick*: closing it cannot block, and is done at once."""
+    def __init__(self, descriptor: Descriptor, *, at_once: bool = False) -> None:
+        """Takes *descriptor* over. *at_once*: it is closed in the loop's own thread, for its
+        close cannot block."""
         self.fd = descriptor.detach()
-        self.quick = quick
+        self.at_once = at_once
         self.pins = 0
         self.closing = False
         self.key: object = None  # not None: registered with the poller

@@ -15,7 +15,7 @@ from fdshare.protocol.framing import Frame, Receiver
 from fdshare.server.core.ports import Session
 from fdshare.server.loop.closing import Handle
 
-__all__ = ["NO_MEMORY", "Connection", "Output"]
+__all__ = ["NO_MEMORY", "Connection", "QueuedFrame"]
 
 # What a socket says when the kernel has no memory for a message: later it may have.
 NO_MEMORY: Final = (errno.ENOBUFS, errno.ENOMEM)
@@ -24,7 +24,7 @@ NO_MEMORY: Final = (errno.ENOBUFS, errno.ENOMEM)
 _UNREAD: Final = 0x5411 if sys.platform == "linux" else 0x40046677
 
 
-class Output:
+class QueuedFrame:
     """A frame, or what is left of it, with the handles that go with its first byte."""
 
     __slots__ = ("data", "handles")
@@ -43,13 +43,13 @@ class Connection:
         "draining",
         "greeted",
         "in_flight",
+        "inspecting",
         "interest",
         "last_active",
         "output",
         "output_bytes",
         "overflowed",
         "pending",
-        "probing",
         "proof",
         "receiver",
         "session",
@@ -63,7 +63,7 @@ class Connection:
         self.sock = sock
         self.session = session
         self.receiver: Receiver[Handle] = Receiver()
-        self.output: deque[Output] = deque()
+        self.output: deque[QueuedFrame] = deque()
         self.output_bytes = 0
         self.pending: deque[Frame[Handle]] = deque()
         self.in_flight = 0
@@ -73,7 +73,7 @@ class Connection:
         self.draining = False  # close once the output is gone
         self.overflowed = False  # events were dropped
         self.stale: list[int] = []  # watches that need a fresh snapshot because of it
-        self.probing = 0  # how many of its requests ask the kernel about descriptors
+        self.inspecting = 0  # its `info` requests that worker threads answer now
         self.closed = False
         self.interest = 0
         self.slow_since: float | None = now  # until the Hello is there
@@ -87,7 +87,7 @@ class Connection:
         """Appends a frame; its handles are pinned until they are sent."""
         for handle in handles:
             handle.pins += 1
-        self.output.append(Output(data, handles))
+        self.output.append(QueuedFrame(data, handles))
         self.output_bytes += len(data)
 
     def send_next(self) -> tuple[Handle, ...] | None:

@@ -1,8 +1,8 @@
-"""Vigil: what is noticed when a descriptor of the table stirs: an owner gone, a peer, a taker.
+"""Hangups: polls descriptors of the table: guards, leases, and those whose peer may hang up.
 
-Hang-ups are looked for on sockets, pipes and pidfds alone, and what a descriptor is is read off
-/proc: fstat(2) of a file on a dead mount blocks. The keys hold entries, not names or numbers, and
-whatever they find is looked up again: a stir that comes late is ignored.
+Only sockets, pipes and pidfds are polled for a hang-up, and /proc tells what a descriptor is:
+fstat(2) blocks for a file on a dead mount. The poller's keys hold the entry itself, and the service
+looks it up again: a report that comes too late is ignored.
 """
 
 from __future__ import annotations
@@ -15,19 +15,20 @@ from fdshare.server.loop.closing import Handle
 from fdshare.server.loop.loop import Loop
 from fdshare.server.loop.poller import HANGUP, READ
 
-__all__ = ["Vigil"]
+__all__ = ["Hangups"]
 
 log = logging.getLogger("fdshare.server")
 
 
-class Vigil:
-    """Watches handles of entries in the poller of *loop*, and tells its service."""
+class Hangups:
+    """Registers handles with the poller of *loop*, and reports their events to its service."""
 
     def __init__(self, loop: Loop) -> None:
         self.loop = loop
 
     def watch(self, entry: Entry) -> None:
-        """Watches guard, lease and, where it is to go with its peer, the descriptors of *entry*."""
+        """Watches the guard and the lease of *entry*; its descriptors, too, if it is dropped on a
+        hang-up."""
         if entry.guard is not None:
             self._watch(entry.guard, READ, _OwnerGone(self, entry))
         if entry.lease is not None:
@@ -40,7 +41,7 @@ class Vigil:
                     self._watch(handle, HANGUP | events, _PeerGone(self, entry))
 
     def unwatch(self, handle: Handle) -> None:
-        """Before it is closed: its registration would outlive it (see poller.py)."""
+        """To be called before *handle* is closed: its registration would outlive it (poller.py)."""
         if handle.key is not None:
             self.loop.poller.unregister(handle.fd)
             handle.key = None
@@ -50,60 +51,60 @@ class Vigil:
         try:
             self.loop.poller.register(handle.fd, events, key)
         except OSError as error:
-            # The entry is there and stays; a change that was made cannot be refused any more.
+            # The entry is in the table already: it is too late to refuse it.
             log.error("descriptor %d cannot be watched: %s", handle.fd, error)
             return
         handle.key = key
 
 
 class _OwnerGone:
-    """A lifeline or pidfd has stirred: the owner is gone."""
+    """Called when a guard, a lifeline or a pidfd, is readable: the owner is gone."""
 
-    __slots__ = ("entry", "vigil")
+    __slots__ = ("entry", "hangups")
 
-    def __init__(self, vigil: Vigil, entry: Entry) -> None:
-        self.vigil, self.entry = vigil, entry
+    def __init__(self, hangups: Hangups, entry: Entry) -> None:
+        self.hangups, self.entry = hangups, entry
 
     def __call__(self, events: int, now: float) -> None:
-        entry, loop = self.entry, self.vigil.loop
+        entry, loop = self.entry, self.hangups.loop
         if entry.guard is not None:
-            self.vigil.unwatch(entry.guard)  # it stays readable
+            self.hangups.unwatch(entry.guard)  # it stays readable
         loop.attempt(lambda now: loop.service.hung_up(entry, now, guard=True), now)
 
 
 class _PeerGone:
-    """The peer of one of the entry's descriptors is gone."""
+    """Called when the peer of one of the entry's descriptors is gone."""
 
-    __slots__ = ("entry", "vigil")
+    __slots__ = ("entry", "hangups")
 
-    def __init__(self, vigil: Vigil, entry: Entry) -> None:
-        self.vigil, self.entry = vigil, entry
+    def __init__(self, hangups: Hangups, entry: Entry) -> None:
+        self.hangups, self.entry = hangups, entry
 
     def __call__(self, events: int, now: float) -> None:
-        entry, loop = self.entry, self.vigil.loop
+        entry, loop = self.entry, self.hangups.loop
         for handle in entry.handles:
-            self.vigil.unwatch(handle)
+            self.hangups.unwatch(handle)
         loop.attempt(lambda now: loop.service.hung_up(entry, now, guard=False), now)
 
 
 class _TakerMoved:
-    """The taker has confirmed, or let go."""
+    """Called when the taker has confirmed, or closed its end."""
 
-    __slots__ = ("lease", "vigil")
+    __slots__ = ("hangups", "lease")
 
-    def __init__(self, vigil: Vigil, lease: int) -> None:
-        self.vigil, self.lease = vigil, lease
+    def __init__(self, hangups: Hangups, lease: int) -> None:
+        self.hangups, self.lease = hangups, lease
 
     def __call__(self, events: int, now: float) -> None:
-        loop = self.vigil.loop
+        loop = self.hangups.loop
         entry = loop.service.table.leases.get(self.lease)
         if entry is not None and entry.lease is not None:
-            self.vigil.unwatch(entry.lease.handle)
+            self.hangups.unwatch(entry.lease.handle)
         loop.attempt(lambda now: loop.service.lease_moved(self.lease, now), now)
 
 
 def _target(fd: int) -> str:
-    """What /proc calls it: never blocks, where fstat(2) on a dead mount does."""
+    """What /proc/self/fd/N points to. Never blocks, where fstat(2) on a dead mount does."""
     try:
         return os.readlink(f"/proc/self/fd/{fd}")
     except OSError:

@@ -1,7 +1,7 @@
-"""Prober: answers `info`, with what the kernel says of each descriptor, from worker threads.
+"""Inspections: answers `info`. Worker threads ask the kernel about each descriptor.
 
-The kernel may take its time over a descriptor on FUSE or NFS. Handles are pinned meanwhile, and the
-answer is given by the loop's own thread.
+That may block for a descriptor on FUSE or NFS. The handles are pinned meanwhile, and the loop's own
+thread sends the answer.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fdshare.server.core.table import Entry, Handle
 from fdshare.server.loop.inspect import describe_descriptor
 from fdshare.server.loop.loop import Loop
 
-__all__ = ["Prober"]
+__all__ = ["Inspections"]
 
 log = logging.getLogger("fdshare.server")
 
@@ -30,8 +30,8 @@ _WORKERS: Final = 4
 _PART: Final = MAX_FRAME // 4  # bytes of entries in one part of a long answer
 
 
-class Prober:
-    """Workers, started with the first question."""
+class Inspections:
+    """Worker threads, started with the first request."""
 
     def __init__(
         self, loop: Loop, answer_in_parts: Callable[[Session, int, Sequence[bytes]], None]
@@ -40,26 +40,26 @@ class Prober:
         self._answer_in_parts = answer_in_parts
         self._workers: ThreadPoolExecutor | None = None
 
-    def probe(self, session: Session, id: int, entries: Sequence[Entry], now: float) -> None:
+    def inspect(self, session: Session, id: int, entries: Sequence[Entry], now: float) -> None:
         """Answers the request with an InfoList of *entries*, soon."""
         if self._workers is None:
-            self._workers = ThreadPoolExecutor(_WORKERS, thread_name_prefix="fdshare-probe")
+            self._workers = ThreadPoolExecutor(_WORKERS, thread_name_prefix="fdshare-inspect")
         shown = [(_entry_info(entry, now), entry.handles) for entry in entries]
         for _, handles in shown:
             for handle in handles:
                 handle.pins += 1
-        session.route.probing += 1
-        self._workers.submit(self._probe, session, id, shown)
+        session.route.inspecting += 1
+        self._workers.submit(self._inspect, session, id, shown)
 
     def stop(self) -> None:
-        """Asks no more; what is being asked is not waited for."""
+        """Starts no more inspections, and does not wait for those under way."""
         if self._workers is not None:
             self._workers.shutdown(wait=False, cancel_futures=True)
 
-    def _probe(
+    def _inspect(
         self, session: Session, id: int, shown: list[tuple[m.EntryInfo, tuple[Handle, ...]]]
     ) -> None:
-        """In a worker."""
+        """Runs in a worker thread."""
         try:
             bodies = _bodies(shown)
         except Exception as error:
@@ -70,7 +70,7 @@ class Prober:
             self._answer_in_parts(session, id, bodies)
             for _, handles in shown:
                 self._loop.unpin(handles)
-            self._loop.probed(session.route)
+            self._loop.inspected(session.route)
 
         self._loop.post(answer)
 

@@ -1,7 +1,7 @@
 """Loop: the event loop. One thread; accepts, reads, writes, keeps time, and never blocks.
 
 The order of one turn: wait, accept, read and serve, write, then what is due. Slow clients are
-dropped in time; an idle one never is, until the door is full.
+closed after a while; an idle one only where the limit of connections is reached.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from fdshare.server.core.ports import JournalBusy
 from fdshare.server.loop.closing import Handle, close_quietly
 from fdshare.server.loop.connection import Connection
 from fdshare.server.loop.fast_path import Asked, answer
-from fdshare.server.loop.output import Delivery
+from fdshare.server.loop.output import Output
 from fdshare.server.loop.poller import ERROR, HANGUP, READ, WRITE
 
 __all__ = ["Loop"]
@@ -40,7 +40,7 @@ _BUFFER: Final = 1 << 16  # bytes a read takes at most, so that one client canno
 _RETRY: Final = 0.005  # seconds until a throttled connection is looked at again
 
 
-class Loop(Delivery):
+class Loop(Output):
     """Turns readiness into calls."""
 
     def __init__(self, close_handle: Callable[[Handle], None]) -> None:
@@ -174,7 +174,7 @@ class Loop(Delivery):
             since = oldest.slow_since or 0.0
             slow = since + self.service.limits.request_timeout
             due = slow if due is None else min(due, slow)
-        if (paused := self.door.paused_until) is not None:
+        if (paused := self.acceptor.paused_until) is not None:
             due = paused if due is None else min(due, paused)
         return due
 
@@ -203,7 +203,7 @@ class Loop(Delivery):
                 continue
             log.warning("pid %d is too slow, dropped", oldest.session.pid)
             self.drop(oldest)
-        self.door.reopen(now)
+        self.acceptor.reopen(now)
 
     def _is_held_up(self, connection: Connection) -> bool:
         """True where it has read all that it was sent, and waits for us because of others: what is
@@ -279,12 +279,12 @@ class Loop(Delivery):
             self._mark_slow(connection, now)
 
     def _answered_at_once(self, connection: Connection, data: bytes, now: float) -> bool:
-        """The shortest way through the server (see quick.py), for a read that is one fetch: True
+        """The shortest way through the server (fast_path.py), for a read that is one fetch: True
         where it was. Everything here is also done, more generally, on the long way round."""
         name = self._asked.name_in(data)
         if name is None:
             return False
-        entry = self.service.quick_fetch(connection.session, name)
+        entry = self.service.fetch_again(connection.session, name)
         if entry is None:
             return False
         connection.last_active = now
@@ -317,9 +317,9 @@ class Loop(Delivery):
         if not connection.closed:
             self._update(connection)
 
-    def probed(self, connection: Connection) -> None:
+    def inspected(self, connection: Connection) -> None:
         """An `info` of this client has been answered."""
-        connection.probing -= 1
+        connection.inspecting -= 1
         self._resume(connection, time.monotonic())
 
     def _handle(self, connection: Connection, frame: Frame[Handle], now: float) -> bool:
@@ -328,7 +328,7 @@ class Loop(Delivery):
         request: m.AnyRequest | None = None
         try:
             if not connection.greeted:
-                self.door.greet(connection, frame, now)
+                self.acceptor.greet(connection, frame, now)
                 kept = False
             elif frame.lost is not None:
                 raise frame.lost
@@ -376,7 +376,7 @@ class Loop(Delivery):
         self.send(connection, id, m.encode(m.refusal(error)), ())
 
     def expel(self, connection: Connection, error: FdshareError, now: float) -> None:
-        """One error frame, and the door."""
+        """Sends one error frame, and closes the connection after it."""
         self.service.refused(connection.session, None, error)
         connection.draining = True
         self.send(connection, 0, m.encode(m.refusal(error)), ())

@@ -1,8 +1,9 @@
-"""Delivery: what leaves the server, and what a client that does not read makes of it.
+"""Output: sends to the connections, and limits what a client can leave unread.
 
-A frame goes out at once where it can, or waits in its connection's queue. Descriptors sent and not
-yet read are counted, for each connection and in all: the kernel counts them against the whole user.
-A connection is *slow* while a request is half sent, an answer unread or the Hello missing.
+A frame is sent at once if the socket takes it, or waits in its connection's queue. Descriptors sent
+and not yet read are counted, for each connection and in all: the kernel counts them against the
+whole user. A connection is *slow* while a request is half sent, an answer unread or the Hello
+missing.
 """
 
 from __future__ import annotations
@@ -22,25 +23,26 @@ from fdshare.kernel.descriptor import Descriptor
 from fdshare.protocol import messages as m
 from fdshare.protocol.framing import header
 from fdshare.server.core.service import Service
-from fdshare.server.loop.acceptor import Door
+from fdshare.server.loop.acceptor import Acceptor
 from fdshare.server.loop.closing import Handle, close_quietly
 from fdshare.server.loop.connection import NO_MEMORY, Connection
 from fdshare.server.loop.poller import READ, WRITE, Poller
 
-__all__ = ["Delivery"]
+__all__ = ["Output"]
 
 log = logging.getLogger("fdshare.server")
 
 _BACKPRESSURE: Final = 1 << 16  # bytes of unread answers above which a client is not served
-# An answer that is not written yet weighs nothing, and a request of a few bytes asks for megabytes.
-_PROBES: Final = 4  # `info`s of one client under way, from which on it is not served
+# An answer that is not written yet counts no bytes, and a request of a few bytes asks for
+# megabytes.
+_INSPECTIONS: Final = 4  # `info` requests of one client under way: with so many it is not served
 
 
-class Delivery:
-    """Every connection, its output, and its end. `service` and `door` are set by who builds it."""
+class Output:
+    """Every connection: what is sent on it, and how it ends."""
 
     service: Service
-    door: Door
+    acceptor: Acceptor
 
     def __init__(self, close_handle: Callable[[Handle], None]) -> None:
         self.poller = Poller()
@@ -79,16 +81,16 @@ class Delivery:
             self._close_all(frame.descriptors)
         connection.pending.clear()
         self.service.disconnected(connection.session, time.monotonic(), unanswered=unanswered)
-        self.door.left(connection)
+        self.acceptor.left(connection)
 
     def _hang_up(self, sock: socket.socket) -> None:
-        """Closes *sock*; elsewhere if something is unread, for a descriptor in it may be the last
-        of a file whose close blocks."""
+        """Closes *sock*; in a closer's thread if it has unread bytes: a descriptor among them may
+        be the last of its file, and that file's close may block."""
         try:
             sock.shutdown(socket.SHUT_RD)  # nothing comes after we have looked
             unread = array.array("i", [0])
             fcntl.ioctl(sock, termios.FIONREAD, unread)
-        except OSError:  # the peer is gone: look no further
+        except OSError:  # the peer is gone; something may be unread
             unread = array.array("i", [1])
         if unread[0]:
             self._close_handle(Handle(Descriptor(sock.detach())))
@@ -106,8 +108,8 @@ class Delivery:
         *,
         further: bool = False,
     ) -> None:
-        """Queues a frame and sends what can be sent now. One too many ends the connection, unless
-        it is a *further* part of an answer: what was asked for is sent whole."""
+        """Queues a frame and sends what can be sent now. Beyond `max_output` the connection is
+        closed, unless the frame is a *further* part of an answer, which is sent whole."""
         if connection.closed:
             return
         frame = header(len(body), len(handles), id) + body
@@ -129,7 +131,7 @@ class Delivery:
         try:
             sent = send_rights(connection.sock, (frame,), fds)
         except OSError:
-            return False  # what to make of it is for flush(), with the answer in its queue
+            return False  # flush() tries again with the frame in the queue, and handles the error
         connection.in_flight += count
         self.in_flight += count
         if sent < len(frame):
@@ -175,8 +177,8 @@ class Delivery:
             connection.overflowed = False
             connection.stale = list(connection.session.watches)
             self.send(connection, 0, m.encode(m.Overflowed()), ())
-        # No more than the client reads: thousands of watches times thousands of names would be a
-        # second overflow.
+        # No more than the client reads: thousands of watches with thousands of names each would
+        # overflow again.
         stale, connection.stale = connection.stale, []
         while stale and not connection.closed and connection.output_bytes <= _BACKPRESSURE:
             watch = stale.pop()
@@ -185,8 +187,8 @@ class Delivery:
         connection.stale += stale
 
     def _may_fly(self, connection: Connection, count: int) -> bool:
-        """True where *count* more descriptors unread keep within both budgets, as far as that is
-        known after another look at what was read."""
+        """True where *count* more unread descriptors keep within both budgets, after the kernel was
+        asked again what has been read."""
         if self._fits(connection, count):
             return True
         self._measure(connection)
@@ -199,8 +201,8 @@ class Delivery:
     def _fits(self, connection: Connection, count: int) -> bool:
         """True where *count* more keep within both budgets.
 
-        Of what is left of the common one a connection that has not read may take a part, and never
-        the last quarter: some deaf readers leave room for those who read.
+        A connection that has not read may take a part of what is left of the common budget, and
+        never its last quarter: clients that do not read leave room for those that do.
         """
         limits, mine = self.service.limits, connection.in_flight
         if not mine:
@@ -219,17 +221,18 @@ class Delivery:
         if before and not connection.unread():
             self.in_flight -= before
 
-    # What is asked of the poller, and of the clock.
+    # What the poller and the clock are asked for.
 
     def _busy(self, connection: Connection) -> bool:
-        """True where the client has to read, or we to look, before more is done for it."""
-        return connection.probing >= _PROBES or (
+        """True where no request of the client is served now: it has to read its answers first, or
+        its inspections have to end."""
+        return connection.inspecting >= _INSPECTIONS or (
             bool(connection.output)
             and (connection.output_bytes > _BACKPRESSURE or connection in self._throttled)
         )
 
     def _update(self, connection: Connection) -> None:
-        """Asks the poller for what can be used: no reading while something waits to be served."""
+        """Tells the poller what to report: nothing to read while a request waits to be served."""
         if connection.closed:
             return
         interest = 0

@@ -35,12 +35,12 @@ from fdshare.server.core.service import Service
 from fdshare.server.core.table import Entry, Table
 from fdshare.server.failover.fd_store import FdStore
 from fdshare.server.limits import Limits
-from fdshare.server.loop.acceptor import Door
+from fdshare.server.loop.acceptor import Acceptor
 from fdshare.server.loop.binding import bind_address
 from fdshare.server.loop.closing import Closer, Handle
 from fdshare.server.loop.connection import Connection
-from fdshare.server.loop.hangups import Vigil
-from fdshare.server.loop.inspections import Prober
+from fdshare.server.loop.hangups import Hangups
+from fdshare.server.loop.inspections import Inspections
 from fdshare.server.loop.loop import Loop
 from fdshare.server.metrics import metrics_door
 from fdshare.server.settings import Settings, policy_of, read_policy
@@ -101,10 +101,10 @@ class Server:
         self._started = time.monotonic()
         self.loop = Loop(self._close)
         self.loop.service = self.service
-        self._vigil = Vigil(self.loop)
-        self._prober = Prober(self.loop, self.answer_in_parts)
+        self._hangups = Hangups(self.loop)
+        self._inspections = Inspections(self.loop, self.answer_in_parts)
         epoch = epoch or os.urandom(8).hex()
-        self.loop.door = Door(self.loop, listener, self.policy, epoch, settings.authkey)
+        self.loop.acceptor = Acceptor(self.loop, listener, self.policy, epoch, settings.authkey)
         for entry in self.table.entries.values():
             self.watch(entry)
 
@@ -119,9 +119,9 @@ class Server:
 
     def shut_down(self) -> None:
         """Closes every handle of the table; the server is of no use afterwards."""
-        self.loop.door.close()
+        self.loop.acceptor.close()
         self.close(list(self.table.handles()))
-        self._prober.stop()
+        self._inspections.stop()
         self.loop.close()
         self._closer.stop(timeout=1.0)
 
@@ -162,7 +162,7 @@ class Server:
             raise _no_descriptor(error) from None
         # Theirs is closed at once when it has gone: the lease of a taker that never got it ends
         # then, and the entry must be back before its next request.
-        theirs_handle = Handle(Descriptor(theirs.detach()), quick=True)
+        theirs_handle = Handle(Descriptor(theirs.detach()), at_once=True)
         return Handle(Descriptor(ours.detach())), theirs_handle
 
     def lease_state(self, ours: Handle, *, revoke: bool = False) -> LeaseState:
@@ -207,14 +207,14 @@ class Server:
         )
 
     def watch(self, entry: Entry) -> None:
-        self._vigil.watch(entry)
+        self._hangups.watch(entry)
 
     def close(self, handles: Sequence[Handle]) -> None:
         for handle in handles:
             self._close(handle)
 
-    def probe(self, session: Session, id: int, entries: Sequence[Entry], now: float) -> None:
-        self._prober.probe(session, id, entries, now)
+    def inspect(self, session: Session, id: int, entries: Sequence[Entry], now: float) -> None:
+        self._inspections.inspect(session, id, entries, now)
 
     def bind(self, address: str, backlog: int, reuse_port: bool) -> tuple[m.Kind, Handle]:
         sock = bind_address(address, backlog=backlog, reuse_port=reuse_port)
@@ -238,8 +238,8 @@ class Server:
             serial=self.table.serial,
             counters={
                 **self.service.counters,
-                "accepted": loop.door.accepted,
-                "evicted": loop.door.evicted,
+                "accepted": loop.acceptor.accepted,
+                "evicted": loop.acceptor.evicted,
             },
             limits=msgspec.structs.asdict(limits),
             notes=self.notes,
@@ -251,7 +251,7 @@ class Server:
             self.journal_link.keep_policy(text)
         self.settings.policy_text = text
         self.policy = self.service.policy = policy
-        self.loop.door.use(policy)
+        self.loop.acceptor.use(policy)
 
     def try_to_reload(self) -> None:
         """As asked for by a signal, whose sender reads the log."""
@@ -291,12 +291,12 @@ class Server:
 
     def _close(self, handle: Handle) -> None:
         """Closes it once nothing that still has to be sent refers to it."""
-        self._vigil.unwatch(handle)
+        self._hangups.unwatch(handle)
         if handle.pins:
             handle.closing = True
         elif handle.fd >= 0:
             fd, handle.fd = handle.fd, -1
-            if handle.quick:
+            if handle.at_once:
                 os.close(fd)
             else:
                 self._closer.close(fd)
