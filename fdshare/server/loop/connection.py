@@ -45,7 +45,6 @@ class Connection:
         "in_flight",
         "inspecting",
         "interest",
-        "last_active",
         "output",
         "output_bytes",
         "overflowed",
@@ -78,7 +77,6 @@ class Connection:
         self.interest = 0
         self.slow_since: float | None = now  # until the Hello is there
         self.stalled_since: float | None = None  # the first of `pending` waits for the keeper
-        self.last_active = now
 
     def fileno(self) -> int:
         return self.sock.fileno()

@@ -266,7 +266,6 @@ class Loop(Output):
         handles = [Handle(d) for d in descriptors] if descriptors else []
         receiver = connection.receiver
         frames = receiver.feed(self._view[:count], handles, lost)
-        connection.last_active = now
         if frames:
             self._end_slow(connection)  # a request was complete: the clock starts anew
             # To the end of the order: the front is who has been idle longest.
@@ -287,7 +286,6 @@ class Loop(Output):
         entry = self.service.fetch_again(connection.session, name)
         if entry is None:
             return False
-        connection.last_active = now
         del self.connections[connection]
         self.connections[connection] = None
         frame, fds, count = answer(entry, data)
