@@ -19,7 +19,7 @@ from benchmarks.measure import Bench, Run
 from benchmarks.parked import port_of
 from benchmarks.processes import in_child
 from fdshare.mp import get_context
-from fdshare.mp.workers.executor import ProcessPoolExecutor
+from fdshare.mp.executor import ProcessPoolExecutor
 
 ITEMS, CHUNK, WORKERS = 64, 8, 2
 BACK = "a socket each way"

@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from fdshare.kernel.shared_memory import SharedMemory, shared_copy
     from fdshare.kinds import register_kind, unregister_kind
     from fdshare.manager import Manager
-    from fdshare.mp.context import get_context
+    from fdshare.mp.backends import get_context
+    from fdshare.mp.executor import ProcessPoolExecutor
     from fdshare.mp.pickling.hold import hold
     from fdshare.mp.pickling.install import install, uninstall
-    from fdshare.mp.workers.executor import ProcessPoolExecutor
 
 # name -> module. Imported on first use: a program pays for what it uses.
 _LAZY = {
@@ -33,13 +33,13 @@ _LAZY = {
     "connect": "fdshare.client.blocking.client",
     "Manager": "fdshare.manager",
     "Descriptor": "fdshare.kernel.descriptor",
-    "get_context": "fdshare.mp.context",
+    "get_context": "fdshare.mp.backends",
     "hold": "fdshare.mp.pickling.hold",
     "install": "fdshare.mp.pickling.install",
     "uninstall": "fdshare.mp.pickling.install",
     "listen_fds": "fdshare.activation",
     "notify": "fdshare.activation",
-    "ProcessPoolExecutor": "fdshare.mp.workers.executor",
+    "ProcessPoolExecutor": "fdshare.mp.executor",
     "ref": "fdshare.client.ref",
     "register_kind": "fdshare.kinds",
     "SharedMemory": "fdshare.kernel.shared_memory",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fdshare.mp.context import get_context
+    from fdshare.mp.backends import get_context
 
 __all__ = ["get_context"]
 
@@ -14,6 +14,6 @@ def __getattr__(name: str) -> Any:
     # Not at the top: a child that was sent a socket needs the module that takes it, and no context.
     if name != "get_context":
         raise AttributeError(f"module 'fdshare.mp' has no attribute {name!r}")
-    from fdshare.mp.context import get_context
+    from fdshare.mp.backends import get_context
 
     return get_context

@@ -1,128 +1,150 @@
-"""Our classes over one family, all at once: what `on_multiprocessing` and `on_multiprocess` are."""
+"""Our classes over one family. Each is made when it is first asked for: a program may never need
+it, and its base is then not imported."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 from fdshare.mp.channels.connection import ConnectionMixin, ListenerMixin, make_client, make_pipe
 from fdshare.mp.channels.queues import JoinableQueueMixin, QueueMixin, SimpleQueueMixin
-from fdshare.mp.context import ContextMixin
 from fdshare.mp.family import Family
 from fdshare.mp.workers.process import PopenMixin, ProcessMixin
 
-__all__ = ["build", "build_late"]
-
-_METHODS = {
-    "fork": ("Fork", None),
-    "spawn": ("Spawn", "popen_spawn_posix"),
-    "forkserver": ("ForkServer", "popen_forkserver"),
-}
+__all__ = ["Classes"]
 
 
-def build(family: Family) -> dict[str, Any]:
-    """The classes that every program with a context of ours needs."""
-    derive = family.derive
-    stock, queues = family.module("connection"), family.module("queues")
-    connection = derive("Connection", ConnectionMixin, stock.Connection)
-    classes = {
-        "Connection": connection,
-        "Pipe": make_pipe(connection),
-        "Listener": derive("Listener", ListenerMixin, stock.Listener, _connection=connection),
-        "Client": make_client(family, connection),
-        "Queue": derive("Queue", QueueMixin, queues.Queue),
-        "JoinableQueue": derive("JoinableQueue", JoinableQueueMixin, queues.JoinableQueue),
-        "SimpleQueue": derive("SimpleQueue", SimpleQueueMixin, queues.SimpleQueue),
-    }
-    return classes | _build_contexts(family)
+class Classes:
+    """A namespace with a class, or a function that makes one, under each name."""
 
+    def __init__(self, family: Family) -> None:
+        self.family = family
 
-def _build_contexts(family: Family) -> dict[str, Any]:
-    stock = family.module("context")
-    classes: dict[str, Any] = {"CONTEXTS": {}}
-    for method, (prefix, module) in _METHODS.items():
-        process = f"{prefix}Process"
-        popen = {}
-        if module is not None:
-            classes[f"{prefix}Popen"] = _build_popen(family, prefix, module)
-            popen = {"_Popen": staticmethod(classes[f"{prefix}Popen"])}
-        classes[process] = family.derive(process, ProcessMixin, getattr(stock, process), **popen)
-        context = f"{prefix}Context"
-        classes[context] = family.derive(
-            context, ContextMixin, getattr(stock, context), Process=classes[process]
-        )
-        classes["CONTEXTS"][method] = classes[context]()
-    return classes
+    # Channels
 
+    @cached_property
+    def Connection(self) -> Any:
+        stock = self.family.module("connection").Connection
+        return self.family.derive("Connection", ConnectionMixin, stock)
 
-def _build_popen(family: Family, prefix: str, module: str) -> Any:
-    return family.derive(f"{prefix}Popen", PopenMixin, family.module(module).Popen)
+    @cached_property
+    def Pipe(self) -> Any:
+        return make_pipe(self.Connection)
 
+    @cached_property
+    def Listener(self) -> Any:
+        stock = self.family.module("connection").Listener
+        return self.family.derive("Listener", ListenerMixin, stock, _connection=self.Connection)
 
-def build_late(family: Family, name: str) -> Any:
-    """A class that a program may never need, and whose base it then does not import."""
-    builder = _LATE.get(name)
-    if builder is None:
-        raise AttributeError(f"module {family.home!r} has no attribute {name!r}")
-    return builder(family)
+    @cached_property
+    def Client(self) -> Any:
+        return make_client(self.family, self.Connection)
 
+    @cached_property
+    def Queue(self) -> Any:
+        return self._queue("Queue", QueueMixin, self._stock_queues.Queue)
 
-def _pool(family: Family) -> Any:
-    from fdshare.mp.workers.pool import PoolMixin
+    @cached_property
+    def JoinableQueue(self) -> Any:
+        return self._queue("JoinableQueue", JoinableQueueMixin, self._stock_queues.JoinableQueue)
 
-    return family.derive("Pool", PoolMixin, family.module("pool").Pool)
+    @cached_property
+    def SimpleQueue(self) -> Any:
+        return self._simple_queue("SimpleQueue", SimpleQueueMixin)
 
+    @property
+    def _stock_queues(self) -> Any:
+        return self.family.module("queues")
 
-def _task_queue(family: Family) -> Any:
-    from fdshare.mp.workers.pool import TaskQueueMixin
+    def _queue(self, name: str, mixin: type, stock: type, **attributes: Any) -> Any:
+        return self.family.derive(name, mixin, stock, _pipe=staticmethod(self.Pipe), **attributes)
 
-    return family.derive("TaskQueue", TaskQueueMixin, family.module("queues").SimpleQueue)
+    def _simple_queue(self, name: str, mixin: type, **attributes: Any) -> Any:
+        return self._queue(name, mixin, self._stock_queues.SimpleQueue, **attributes)
 
+    # Processes
 
-def _outcome_queue(family: Family) -> Any:
-    from fdshare.mp.workers.pool import OutcomeQueueMixin
+    @cached_property
+    def ForkProcess(self) -> Any:
+        return self._process("ForkProcess")
 
-    return family.derive("OutcomeQueue", OutcomeQueueMixin, family.module("queues").SimpleQueue)
+    @cached_property
+    def SpawnProcess(self) -> Any:
+        return self._process("SpawnProcess", _Popen=staticmethod(self.SpawnPopen))
 
+    @cached_property
+    def ForkServerProcess(self) -> Any:
+        return self._process("ForkServerProcess", _Popen=staticmethod(self.ForkServerPopen))
 
-def _call_queue(family: Family) -> Any:
-    from fdshare.mp.workers.executor import CallQueueMixin, stock_call_queue
+    @cached_property
+    def SpawnPopen(self) -> Any:
+        return self._popen("SpawnPopen", "popen_spawn_posix")
 
-    return family.derive("CallQueue", CallQueueMixin, stock_call_queue())
+    @cached_property
+    def ForkServerPopen(self) -> Any:
+        return self._popen("ForkServerPopen", "popen_forkserver")
 
+    def _process(self, name: str, **attributes: Any) -> Any:
+        stock = getattr(self.family.module("context"), name)
+        call_queue = staticmethod(lambda: self.CallQueue)
+        return self.family.derive(name, ProcessMixin, stock, _call_queue=call_queue, **attributes)
 
-def _result_queue(family: Family) -> Any:
-    from fdshare.mp.workers.executor import ResultQueueMixin
+    def _popen(self, name: str, module: str) -> Any:
+        stock = self.family.module(module).Popen
+        return self.family.derive(name, PopenMixin, stock, _connection=self.Connection)
 
-    return family.derive("ResultQueue", ResultQueueMixin, family.module("queues").SimpleQueue)
+    # Pools, executors and managers
 
+    @cached_property
+    def Pool(self) -> Any:
+        from fdshare.mp.workers.pool import PoolMixin
 
-def _result_reader(family: Family) -> Any:
-    from fdshare.mp.workers.executor import ResultReaderMixin
+        stock = self.family.module("pool").Pool
+        queues = {"_task_queue": self.TaskQueue, "_outcome_queue": self.OutcomeQueue}
+        return self.family.derive("Pool", PoolMixin, stock, **queues)
 
-    return family.derive("ResultReader", ResultReaderMixin, family.module("connection").Connection)
+    @cached_property
+    def TaskQueue(self) -> Any:
+        from fdshare.mp.workers.pool import TaskQueueMixin
 
+        return self._simple_queue("TaskQueue", TaskQueueMixin)
 
-def _sync_manager(family: Family) -> Any:
-    from fdshare.mp.workers.managers import SyncManagerMixin
+    @cached_property
+    def OutcomeQueue(self) -> Any:
+        from fdshare.mp.workers.pool import OutcomeQueueMixin
 
-    return family.derive("SyncManager", SyncManagerMixin, family.module("managers").SyncManager)
+        return self._simple_queue("OutcomeQueue", OutcomeQueueMixin)
 
+    @cached_property
+    def CallQueue(self) -> Any:
+        from fdshare.mp.workers.executor_queues import CallQueueMixin, stock_call_queue
 
-def _manager_connection(family: Family) -> Any:
-    from fdshare.mp.workers.managers import ManagerConnectionMixin
+        return self._queue("CallQueue", CallQueueMixin, stock_call_queue())
 
-    stock = family.module("connection").Connection
-    return family.derive("ManagerConnection", ManagerConnectionMixin, stock)
+    @cached_property
+    def ResultQueue(self) -> Any:
+        from fdshare.mp.workers.executor_queues import ResultQueueMixin
 
+        return self._simple_queue("ResultQueue", ResultQueueMixin, _result_reader=self.ResultReader)
 
-_LATE: dict[str, Callable[[Family], Any]] = {
-    "Pool": _pool,
-    "TaskQueue": _task_queue,
-    "OutcomeQueue": _outcome_queue,
-    "CallQueue": _call_queue,
-    "ResultQueue": _result_queue,
-    "ResultReader": _result_reader,
-    "SyncManager": _sync_manager,
-    "ManagerConnection": _manager_connection,
-}
+    @cached_property
+    def ResultReader(self) -> Any:
+        from fdshare.mp.workers.executor_queues import ResultReaderMixin
+
+        stock = self.family.module("connection").Connection
+        return self.family.derive("ResultReader", ResultReaderMixin, stock)
+
+    @cached_property
+    def SyncManager(self) -> Any:
+        from fdshare.mp.workers.managers import SyncManagerMixin
+
+        stock = self.family.module("managers").SyncManager
+        connection = self.ManagerConnection
+        return self.family.derive("SyncManager", SyncManagerMixin, stock, _connection=connection)
+
+    @cached_property
+    def ManagerConnection(self) -> Any:
+        from fdshare.mp.workers.managers import ManagerConnectionMixin
+
+        stock = self.family.module("connection").Connection
+        return self.family.derive("ManagerConnection", ManagerConnectionMixin, stock)

@@ -1,4 +1,4 @@
-"""get_context: a multiprocessing context whose channels carry descriptors.
+"""A multiprocessing context whose channels carry descriptors.
 
 Derived from multiprocessing/context.py of CPython 3.11 to 3.13: each context is the package's own,
 with our Pipe, Queue, JoinableQueue, SimpleQueue, Pool, Manager and Process. Locks, events, values,
@@ -7,57 +7,37 @@ arrays and everything else are the package's.
 
 from __future__ import annotations
 
-from types import ModuleType
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from fdshare.errors import InvalidArgument
-from fdshare.mp.family import Family, family_of
+from fdshare.mp.classes import Classes
+from fdshare.mp.family import Family
 
-__all__ = ["ContextMixin", "get_context"]
-
-
-def get_context(method: str | None = None, *, backend: str | ModuleType = "multiprocessing") -> Any:
-    """A context for *method* ("fork", "spawn", "forkserver"; None: the backend's default).
-
-    *backend* is "multiprocessing" or "multiprocess", or that module. The context offers everything
-    that `backend.get_context(method)` does; sockets, files, connections and every other kind go
-    through its pipes, queues, pools and managers.
-
-    Raises: ValueError: no such method or backend.
-    """
-    name = backend if isinstance(backend, str) else backend.__name__
-    try:
-        family = family_of(name)
-    except ValueError as error:
-        raise InvalidArgument("backend", str(error)) from None
-    stock = family.module("context")._default_context
-    if method is None:
-        method = stock.get_start_method()
-    if method not in family.classes.CONTEXTS:
-        raise ValueError(f"cannot find context for {method!r}")
-    return family.classes.CONTEXTS[method]
+__all__ = ["ContextMixin", "find_context", "make_contexts"]
 
 
 class ContextMixin:
     """A context whose channels carry descriptors."""
 
     _family: ClassVar[Family]
+    _classes: ClassVar[Classes]
+    _contexts: ClassVar[Mapping[str, Any]]  # method -> the one of ours over the same package
 
     def Pipe(self, duplex: bool = True) -> Any:
         """Two connections, the ends of one pipe: (reader, writer) where not *duplex*."""
-        return self._family.classes.Pipe(duplex)
+        return self._classes.Pipe(duplex)
 
     def Queue(self, maxsize: int = 0) -> Any:
         """A queue; *maxsize* 0 is no limit."""
-        return self._family.classes.Queue(maxsize, ctx=self)
+        return self._classes.Queue(maxsize, ctx=self)
 
     def JoinableQueue(self, maxsize: int = 0) -> Any:
         """A queue with task_done() and join()."""
-        return self._family.classes.JoinableQueue(maxsize, ctx=self)
+        return self._classes.JoinableQueue(maxsize, ctx=self)
 
     def SimpleQueue(self) -> Any:
         """A queue without a thread; put() waits while it is full."""
-        return self._family.classes.SimpleQueue(ctx=self)
+        return self._classes.SimpleQueue(ctx=self)
 
     def Pool(
         self,
@@ -67,23 +47,40 @@ class ContextMixin:
         maxtasksperchild: int | None = None,
     ) -> Any:
         """A pool of worker processes."""
-        return self._family.classes.Pool(
-            processes, initializer, initargs, maxtasksperchild, context=self
-        )
+        return self._classes.Pool(processes, initializer, initargs, maxtasksperchild, context=self)
 
     def Manager(self) -> Any:
         """A started manager; its proxies carry what they are given."""
-        manager = self._family.classes.SyncManager(ctx=self)
+        manager = self._classes.SyncManager(ctx=self)
         manager.start()
         return manager
 
     def get_context(self, method: str | None = None) -> Any:
         """This context, or the one of ours for *method*. Raises: ValueError."""
-        return self if method is None else get_context(method, backend=self._family.package)
+        return self if method is None else find_context(self._contexts, method)
 
-    def __reduce__(self: Any) -> Any:
-        return _context, (self._name, self._family.package)
+    def __reduce__(self) -> Any:
+        return _context_of, (type(self),)
 
 
-def _context(method: str, package: str) -> Any:
-    return get_context(method, backend=package)
+def _context_of(cls: type[ContextMixin]) -> Any:
+    return next(context for context in cls._contexts.values() if type(context) is cls)
+
+
+def find_context(contexts: Mapping[str, Any], method: str) -> Any:
+    """The context for that start method. Raises: ValueError: there is none."""
+    if method not in contexts:
+        raise ValueError(f"cannot find context for {method!r}")
+    return contexts[method]
+
+
+def make_contexts(classes: Classes) -> Mapping[str, Any]:
+    """The contexts of *classes*, by start method."""
+    family, contexts = classes.family, dict[str, Any]()
+    stock = family.module("context")
+    for method, prefix in (("fork", "Fork"), ("spawn", "Spawn"), ("forkserver", "ForkServer")):
+        name = f"{prefix}Context"
+        ours = {"_classes": classes, "_contexts": contexts}
+        ours["Process"] = getattr(classes, f"{prefix}Process")
+        contexts[method] = family.derive(name, ContextMixin, getattr(stock, name), **ours)()
+    return contexts

@@ -8,27 +8,24 @@ read in CPython 3.11.7, 3.12.1 and 3.13.0 and in multiprocess 0.70.19.
 from __future__ import annotations
 
 import importlib
+import sys
 from functools import cached_property
-from types import ModuleType
 from typing import Any
 
 from fdshare.mp.pickling.reducers import make_pickler
 
-__all__ = ["Family", "family_of"]
-
-# Where the classes of each family live: pickles name them, so they need a module each.
-_HOMES = {
-    "multiprocessing": "fdshare.mp.on_multiprocessing",
-    "multiprocess": "fdshare.mp.on_multiprocess",
-}
+__all__ = ["Family"]
 
 
 class Family:
-    """One of the two packages. *home* is the module that holds our classes over it."""
+    """One of the two packages. *home* is the module that holds our classes over it.
 
-    def __init__(self, package: str) -> None:
+    The home's name for its family is FAMILY: a pickle holds no more than that.
+    """
+
+    def __init__(self, package: str, home: str) -> None:
         self.package = package
-        self.home = _HOMES[package]
+        self.home = self.__module__ = home
         # ForkingPickler: register/dumps/loads/_extra_reducers are the same from 3.8 to 3.14.
         self.ForkingPickler: Any = self.module("reduction").ForkingPickler
         self.loads: Any = self.ForkingPickler.loads
@@ -37,11 +34,6 @@ class Family:
     def module(self, name: str) -> Any:
         """One of the package's modules."""
         return importlib.import_module(f"{self.package}.{name}")
-
-    @cached_property
-    def classes(self) -> ModuleType:
-        """Our classes over this package."""
-        return importlib.import_module(self.home)
 
     @property
     def spawning(self) -> Any:
@@ -53,20 +45,15 @@ class Family:
         return self.module("context")
 
     def derive(self, name: str, mixin: type, stock: type, **attributes: Any) -> Any:
-        """The class *name*: *mixin* before *stock*, at home in our module of this family."""
+        """The class *name*: *mixin* before *stock*, put into our module of this family, where
+        pickles find it."""
         namespace = {"__module__": self.home, "__qualname__": name, "__doc__": mixin.__doc__}
-        return type(name, (mixin, stock), namespace | {"_family": self} | attributes)
+        cls = type(name, (mixin, stock), namespace | {"_family": self} | attributes)
+        setattr(sys.modules[self.home], name, cls)
+        return cls
 
-    def __reduce__(self) -> Any:
-        return family_of, (self.package,)
+    def __reduce__(self) -> str:
+        return "FAMILY"
 
     def __repr__(self) -> str:
         return f"<Family {self.package}>"
-
-
-def family_of(package: str) -> Family:
-    """The family of that name; imports the package. Raises: ValueError."""
-    if package not in _HOMES:
-        raise ValueError(f"backend is {package!r}; it may be one of {', '.join(_HOMES)}")
-    family: Family = importlib.import_module(_HOMES[package]).FAMILY
-    return family

@@ -1,17 +1,21 @@
-"""The classes of this package over multiprocess, which pickles with dill. Keep the names: pickles
-hold them."""
+"""The classes of this package over multiprocess, which pickles with dill. Pickles name them: keep
+the names."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from fdshare.mp.classes import build, build_late
+from fdshare.mp.classes import Classes
+from fdshare.mp.context import make_contexts
 from fdshare.mp.family import Family
 
-FAMILY = Family("multiprocess")
-globals().update(build(FAMILY))
+FAMILY = Family("multiprocess", __name__)
+CLASSES = Classes(FAMILY)
+CONTEXTS = make_contexts(CLASSES)
 
 
 def __getattr__(name: str) -> Any:
-    value = globals()[name] = build_late(FAMILY, name)
-    return value
+    # A class that nobody has asked for yet in this process; made, it is in this module.
+    if name.startswith("_"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(CLASSES, name)

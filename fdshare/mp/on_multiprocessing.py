@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from fdshare.mp.classes import build, build_late
+from fdshare.mp.classes import Classes
+from fdshare.mp.context import make_contexts
 from fdshare.mp.family import Family
 
-FAMILY = Family("multiprocessing")
-globals().update(build(FAMILY))
+FAMILY = Family("multiprocessing", __name__)
+CLASSES = Classes(FAMILY)
+CONTEXTS = make_contexts(CLASSES)
 
 
 def __getattr__(name: str) -> Any:
-    value = globals()[name] = build_late(FAMILY, name)
-    return value
+    # A class that nobody has asked for yet in this process; made, it is in this module.
+    if name.startswith("_"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(CLASSES, name)

@@ -17,7 +17,7 @@ from typing import Any
 from test.test_concurrent_futures import util
 
 import fdshare
-from fdshare.mp.family import family_of
+from fdshare.mp.backends import backend_of
 
 MODULES = ("as_completed", "deadlock", "init", "process_pool", "shutdown", "wait")
 MIXINS = ("ProcessPoolForkMixin", "ProcessPoolSpawnMixin", "ProcessPoolForkserverMixin")
@@ -40,7 +40,7 @@ SKIPPED: dict[str, str] = {
 
 
 def get_context(self: Any) -> Any:
-    return family_of("multiprocessing").classes.CONTEXTS[self.ctx]
+    return backend_of("multiprocessing").CONTEXTS[self.ctx]
 
 
 # Those that do not hold for the standard executor on a context of ours either.

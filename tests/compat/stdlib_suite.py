@@ -22,9 +22,8 @@ from typing import Any
 
 from test import _test_multiprocessing as suite
 
-from fdshare.mp.context import get_context
-from fdshare.mp.family import family_of
-from fdshare.mp.workers.executor import ProcessPoolExecutor  # noqa: F401  (its queues must be importable)
+from fdshare.mp.backends import backend_of, get_context
+from fdshare.mp.executor import ProcessPoolExecutor  # noqa: F401  (its queues must be importable)
 
 METHOD = "FDSHARE_COMPAT_METHOD"
 
@@ -55,9 +54,8 @@ class Ours:
 def exchange(method: str) -> None:
     """Put our context in the place of the standard one, here and in what the tests see."""
     context = get_context(method)
-    ours = family_of("multiprocessing").classes
-    for name in ("fork", "spawn", "forkserver"):
-        multiprocessing.context._concrete_contexts[name] = ours.CONTEXTS[name]
+    ours = backend_of("multiprocessing").CLASSES
+    multiprocessing.context._concrete_contexts.update(backend_of("multiprocessing").CONTEXTS)
     stock = multiprocessing.connection
     connection = types.SimpleNamespace(**vars(stock))
     connection.Listener, connection.Client, connection.Pipe = (

@@ -1,18 +1,14 @@
-"""get_context: everything that the package's own context has."""
+"""A context of ours: everything that the package's own context has."""
 
 from __future__ import annotations
 
 import pickle
-import subprocess
-import sys
 from importlib import import_module
 from typing import Any
 
-import multiprocess
 import pytest
 
 from fdshare import get_context
-from fdshare.errors import InvalidArgument
 from mp.common import METHODS, PACKAGES, trackers  # noqa: F401
 
 
@@ -30,24 +26,6 @@ def test_it_has_what_the_packages_own_has(package: str, method: str) -> None:
     assert issubclass(ours.Process, stock.Process)
     assert ours.get_context() is ours
     assert ours.get_context("spawn") is get_context("spawn", backend=package)
-
-
-def test_the_default_is_the_packages_default(package: str) -> None:
-    default = import_module(package).get_start_method()
-    assert get_context(backend=package).get_start_method() == default
-
-
-def test_the_backend_may_be_the_module() -> None:
-    assert get_context("spawn", backend=multiprocess) is get_context(
-        "spawn", backend="multiprocess"
-    )
-
-
-def test_what_there_is_not() -> None:
-    with pytest.raises(ValueError, match="cannot find context for 'thread'"):
-        get_context("thread")
-    with pytest.raises(InvalidArgument, match="it may be one of multiprocessing, multiprocess"):
-        get_context("spawn", backend="threading")
 
 
 def test_it_pickles_as_itself(package: str) -> None:
@@ -74,15 +52,3 @@ def _use(event: Any, value: Any, array: Any, barrier: Any, lock: Any, condition:
         array[0] = 5
     barrier.wait()
     event.set()
-
-
-def test_dill_comes_only_with_multiprocess() -> None:
-    code = (
-        "import sys, fdshare\n"
-        "fdshare.get_context('spawn').Queue\n"
-        "assert not {'dill', 'multiprocess', 'numpy', 'anyio', 'click'} & set(sys.modules)\n"
-        "assert 'multiprocessing.managers' not in sys.modules\n"
-        "fdshare.get_context('spawn', backend='multiprocess')\n"
-        "assert 'dill' in sys.modules\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)

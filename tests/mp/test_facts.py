@@ -24,7 +24,7 @@ import pytest
 
 from fdshare import ProcessPoolExecutor, get_context
 from fdshare.errors import AlreadyTaken, DescriptorLimit, NoTransit
-from fdshare.mp.family import family_of
+from fdshare.mp.backends import backend_of
 from fdshare.mp.pickling.reducers import dumps
 from mp import children
 from mp.common import descriptor_limit_reached, finish, identity, open_now, trackers  # noqa: F401
@@ -119,7 +119,7 @@ def test_drop_a_queue_with_200_undelivered_sockets(ctx: Any) -> None:
 
 
 def test_load_the_same_pickle_twice(listener: socket.socket) -> None:
-    family = family_of("multiprocessing")
+    family = backend_of("multiprocessing").FAMILY
     bundle = dumps(family, [listener]).own()
     data = bytes(bundle.data)
     with bundle.load(family.loads)[0] as arrived:
@@ -132,8 +132,8 @@ def test_load_the_same_pickle_twice(listener: socket.socket) -> None:
 
 UNRELATED = """
 import socket, sys
-from fdshare.mp.family import family_of
-class Shared(family_of("multiprocessing").classes.SyncManager): pass
+from fdshare.mp.backends import backend_of
+class Shared(backend_of("multiprocessing").CLASSES.SyncManager): pass
 Shared.register("inbox")
 manager = Shared(address=sys.argv[1], authkey=b"explicit")
 manager.connect()
@@ -144,7 +144,7 @@ right.send(b"from a stranger")
 
 
 def test_a_manager_with_an_explicit_authkey_and_an_unrelated_process(folder: Path) -> None:
-    class Shared(family_of("multiprocessing").classes.SyncManager):  # type: ignore[misc]
+    class Shared(backend_of("multiprocessing").CLASSES.SyncManager):  # type: ignore[misc]
         pass
 
     Shared.register("inbox", callable=_inbox)

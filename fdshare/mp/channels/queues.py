@@ -31,6 +31,7 @@ class QueueMixin:
     """A queue of a socket pair that carries descriptors, shared by processes."""
 
     _family: ClassVar[Family]
+    _pipe: ClassVar[Any]
     _looks: Any = None  # the semaphore of looking.py, and what this process knows of it
     _looking: Looking | None = None
 
@@ -38,7 +39,7 @@ class QueueMixin:
         if maxsize <= 0:
             maxsize = self._family.module("synchronize").SEM_VALUE_MAX
         self._maxsize = maxsize
-        self._reader, self._writer = self._family.classes.Pipe(duplex=False)
+        self._reader, self._writer = self._pipe(duplex=False)
         self._rlock = ctx.Lock()
         self._wlock = ctx.Lock()
         self._sem = ctx.BoundedSemaphore(maxsize)
@@ -283,9 +284,10 @@ class SimpleQueueMixin:
     """A locked connection that carries descriptors; put() waits while it is full."""
 
     _family: ClassVar[Family]
+    _pipe: ClassVar[Any]
 
     def __init__(self: Any, *, ctx: Any) -> None:
-        self._reader, self._writer = self._family.classes.Pipe(duplex=False)
+        self._reader, self._writer = self._pipe(duplex=False)
         self._rlock = ctx.Lock()
         self._wlock = ctx.Lock()
         self._adopt()

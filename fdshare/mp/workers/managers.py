@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from fdshare.errors import DescriptorLimit
 from fdshare.mp.channels.connection import ConnectionMixin, ListenerMixin, make_client
-from fdshare.mp.family import Family, family_of
+from fdshare.mp.family import Family
 from fdshare.mp.workers.tasks import PATIENCE, PAUSE
 
 __all__ = ["ManagerConnectionMixin", "Serializer", "SyncManagerMixin", "register_serializer"]
@@ -21,19 +21,19 @@ __all__ = ["ManagerConnectionMixin", "Serializer", "SyncManagerMixin", "register
 class Serializer(str):
     """The name of our serializer, registered in every process that unpickles it."""
 
-    __slots__ = ()
+    connection: Any
 
     def __reduce__(self) -> Any:
-        return register_serializer, (self.rpartition("-")[2],)
+        return register_serializer, (self.connection,)
 
 
-def register_serializer(package: str) -> Serializer:
-    """The serializer of the managers of *package*, registered here."""
-    family = family_of(package)
-    name = Serializer(f"fdshare-{package}")
+def register_serializer(connection: Any) -> Serializer:
+    """The serializer of managers that talk over the class *connection*, registered here."""
+    family = connection._family
+    name = Serializer(f"fdshare-{family.package}")
+    name.connection = connection
     known = family.module("managers").listener_client
     if name not in known:
-        connection = family.classes.ManagerConnection
         listener = family.derive(
             "ManagerListener",
             ListenerMixin,
@@ -64,6 +64,7 @@ class SyncManagerMixin:
     """A SyncManager whose objects carry what they are given."""
 
     _family: ClassVar[Family]
+    _connection: ClassVar[Any]
 
     def __init__(
         self,
@@ -74,5 +75,5 @@ class SyncManagerMixin:
         **options: Any,
     ) -> None:
         if serializer == "pickle":
-            serializer = register_serializer(self._family.package)
+            serializer = register_serializer(self._connection)
         super().__init__(address, authkey, serializer, ctx, **options)  # type: ignore[call-arg]

@@ -26,6 +26,8 @@ class PoolMixin:
     """A Pool whose tasks and results carry descriptors."""
 
     _family: ClassVar[Family]
+    _task_queue: ClassVar[Any]
+    _outcome_queue: ClassVar[Any]
 
     def __init__(
         self: Any,
@@ -39,9 +41,8 @@ class PoolMixin:
         super().__init__(processes, initializer, initargs, maxtasksperchild, context)  # type: ignore[call-arg]
 
     def _setup_queues(self: Any) -> None:
-        classes = self._family.classes
-        self._inqueue = classes.TaskQueue(ctx=self._ctx)
-        self._outqueue = classes.OutcomeQueue(ctx=self._ctx)
+        self._inqueue = self._task_queue(ctx=self._ctx)
+        self._outqueue = self._outcome_queue(ctx=self._ctx)
         self._quick_put = self._inqueue.send_task
         self._quick_get = self._outqueue.take
 
@@ -113,7 +114,7 @@ class TaskQueueMixin(SimpleQueueMixin):
         pool = self._family.module("pool")
         if type(function) is Task or function is pool._helper_reraises_exception:
             return task
-        call = Task(self._family.package, dumps(self._family, (function, args, kwds)))
+        call = Task(self._family, dumps(self._family, (function, args, kwds)))
         return job, index, call, (), {}
 
     def get(self: Any) -> Any:

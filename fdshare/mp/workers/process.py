@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import socket
 import sys
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 from fdshare.errors import DescriptorLimit
@@ -25,6 +26,7 @@ class PopenMixin:
     """Starts a process and sends it its Process object with descriptors."""
 
     _family: ClassVar[Family]
+    _connection: ClassVar[Any]
 
     def _launch(self: Any, process: Any) -> None:
         near, far = socket.socketpair()
@@ -33,7 +35,7 @@ class PopenMixin:
                 message = self._pack(process)
                 try:
                     sent = _push_what_fits(message, near)
-                    super()._launch(_StandIn(self._family, process._name, inherited))  # type: ignore[misc]
+                    super()._launch(_StandIn(self._connection, process._name, inherited))  # type: ignore[misc]
                 except BaseException:
                     message.close()
                     raise
@@ -60,21 +62,19 @@ def _push_what_fits(message: Outgoing, sock: socket.socket) -> bool:
 class _StandIn:
     """Pickled by the package in the place of the process object; unpickled, it receives that."""
 
-    def __init__(self, family: Family, name: str, inherited: Descriptor) -> None:
-        self._family = family
+    def __init__(self, connection: Any, name: str, inherited: Descriptor) -> None:
+        self._connection = connection
         self._name = name
         self._inherited = inherited
 
     def __reduce__(self) -> Any:
         # DupFd of a process being started: the number that the child will know it by.
-        copy = self._family.module("reduction").DupFd(self._inherited.fileno())
-        return _receive_process, (self._family.package, copy)
+        reduction = self._connection._family.module("reduction")
+        return _receive_process, (self._connection, reduction.DupFd(self._inherited.fileno()))
 
 
-def _receive_process(package: str, copy: Any) -> Any:
-    from fdshare.mp.family import family_of
-
-    with family_of(package).classes.Connection(copy.detach(), writable=False) as connection:
+def _receive_process(cls: Any, copy: Any) -> Any:
+    with cls(copy.detach(), writable=False) as connection:
         return connection.recv()
 
 
@@ -82,6 +82,7 @@ class ProcessMixin:
     """A Process of a context of ours."""
 
     _family: ClassVar[Family]
+    _call_queue: ClassVar[Callable[[], Any]]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -90,9 +91,9 @@ class ProcessMixin:
 
 def _adopt_executor_queue(process: Any) -> None:
     """concurrent.futures makes its call queue itself, whatever its context. Before its first worker
-    starts, nothing has been put there yet: it becomes one of ours (executor.py)."""
+    starts, nothing has been put there yet: it becomes one of ours (executor_queues.py)."""
     futures = sys.modules.get("concurrent.futures.process")
     if futures is not None and process._target is futures._process_worker:
-        from fdshare.mp.workers.executor import adopt
+        from fdshare.mp.workers.executor_queues import adopt  # for who has an executor
 
-        adopt(process._family, process._args[0])
+        adopt(process._call_queue(), process._args[0])

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from fdshare.errors import DescriptorLimit
 from fdshare.kinds import is_shareable
-from fdshare.mp.family import Family, family_of
+from fdshare.mp.family import Family
 from fdshare.mp.pickling.bundle import Bundle
 from fdshare.mp.pickling.reducers import dumps
 
@@ -28,10 +28,10 @@ PAUSE: Final = 0.02
 class Task:
     """A call, pickled: calling it where it arrives makes the call."""
 
-    __slots__ = ("bundle", "package")
+    __slots__ = ("bundle", "family")
 
-    def __init__(self, package: str, bundle: Bundle) -> None:
-        self.package = package
+    def __init__(self, family: Family, bundle: Bundle) -> None:
+        self.family = family
         self.bundle = bundle
 
     @classmethod
@@ -40,14 +40,14 @@ class Task:
 
         Raises: whatever pickling raises; DescriptorLimit or OSError (EMFILE).
         """
-        return cls(family.package, dumps(family, (function, args, kwargs)).own())
+        return cls(family, dumps(family, (function, args, kwargs)).own())
 
     def __call__(self) -> Any:
-        function, args, kwargs = self.bundle.load(family_of(self.package).loads)
+        function, args, kwargs = self.bundle.load(self.family.loads)
         return function(*args, **kwargs)
 
     def __reduce__(self) -> Any:
-        return type(self), (self.package, self.bundle)
+        return type(self), (self.family, self.bundle)
 
 
 class Outcome:
@@ -102,13 +102,13 @@ def receive_patiently(connection: Any, lock: AbstractContextManager[Any] | None 
 class _Held:
     """An argument of an initializer, for every worker that the pool will ever start."""
 
-    def __init__(self, package: str, bundle: Bundle) -> None:
-        self.package = package
+    def __init__(self, family: Family, bundle: Bundle) -> None:
+        self.family = family
         self.bundle = bundle
 
     def open(self) -> Any:
         """The argument. Called once in each worker: its bundle is a copy of the pool's."""
-        return self.bundle.load(family_of(self.package).loads)
+        return self.bundle.load(self.family.loads)
 
 
 def hold_initializer(family: Family, initializer: Any, initargs: Any) -> tuple[Any, Any]:
@@ -139,7 +139,7 @@ def _hold(family: Family, value: Any) -> Any:
         return {key: value[key] if new is None else new for key, new in parts.items()}
     if not is_shareable(cls):
         return None
-    return _Held(family.package, dumps(family, value).own())
+    return _Held(family, dumps(family, value).own())
 
 
 def _initialize(initializer: Any, held: Any) -> None:

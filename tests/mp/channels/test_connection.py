@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from fdshare import get_context
 from fdshare.errors import DescriptorLimit, NoTransit
-from fdshare.mp.family import family_of
+from fdshare.mp.backends import backend_of
 from mp import children
 from mp.common import (
     METHODS,
@@ -31,7 +31,7 @@ from mp.common import (
 
 @pytest.fixture(params=PACKAGES)
 def classes(request: pytest.FixtureRequest) -> Any:
-    return family_of(request.param).classes
+    return backend_of(request.param).CLASSES
 
 
 @pytest.fixture
@@ -117,7 +117,7 @@ def test_large_messages(pipe: tuple[Any, Any]) -> None:
 @settings(max_examples=15)
 @given(st.lists(st.sampled_from(["int", "socket", "both", "limit"]), max_size=16))
 def test_whatever_was_expected_what_comes_is_received(kinds: list[str]) -> None:
-    classes = family_of("multiprocessing").classes
+    classes = backend_of("multiprocessing").CLASSES
     left, right = classes.Pipe()
     with left, right, socket.socket() as sock:
         item = {"int": 1, "socket": sock, "both": [sock, 2, sock], "limit": sock}

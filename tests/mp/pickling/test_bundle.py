@@ -11,18 +11,18 @@ from typing import Any
 import pytest
 
 from fdshare.errors import AlreadyTaken, DescriptorLimit
-from fdshare.mp.family import family_of
+from fdshare.mp.backends import backend_of
 from fdshare.mp.pickling.bundle import Bundle, Inline, Transit, loads
 from fdshare.mp.pickling.reducers import dumps
 from mp import children
 from mp.common import identity, open_now
 
-FAMILY = family_of("multiprocessing")
+FAMILY = backend_of("multiprocessing").FAMILY
 
 
 @pytest.fixture(params=["multiprocessing", "multiprocess"])
 def family(request: pytest.FixtureRequest) -> Any:
-    return family_of(request.param)
+    return backend_of(request.param).FAMILY
 
 
 def test_a_borrowed_bundle_duplicates_nothing(family: Any) -> None:

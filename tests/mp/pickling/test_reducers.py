@@ -17,7 +17,8 @@ import pytest
 from fdshare import Descriptor
 from fdshare.errors import NameTaken, UnsupportedKind
 from fdshare.kinds import register_kind, unregister_kind
-from fdshare.mp.family import Family, family_of
+from fdshare.mp.backends import backend_of
+from fdshare.mp.family import Family
 from fdshare.mp.pickling.reducers import dumps, encode
 from mp import children
 from mp.common import identity
@@ -25,7 +26,7 @@ from mp.common import identity
 
 @pytest.fixture(params=["multiprocessing", "multiprocess"])
 def family(request: pytest.FixtureRequest) -> Family:
-    return family_of(request.param)
+    return backend_of(request.param).FAMILY
 
 
 def through(family: Family, obj: Any) -> Any:

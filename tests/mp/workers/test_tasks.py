@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from fdshare import get_context
-from fdshare.mp.family import Family, family_of
+from fdshare.mp.backends import backend_of
+from fdshare.mp.family import Family
 from fdshare.mp.pickling.reducers import dumps
 from fdshare.mp.workers.tasks import Outcome, Task, hold_initializer
 from mp import children
@@ -18,7 +19,7 @@ from mp.common import PACKAGES, identity, open_now, trackers  # noqa: F401
 
 @pytest.fixture(params=PACKAGES)
 def family(request: pytest.FixtureRequest) -> Family:
-    return family_of(request.param)
+    return backend_of(request.param).FAMILY
 
 
 def through(family: Family, obj: Any) -> Any:

@@ -1,85 +1,36 @@
-"""ProcessPoolExecutor that pickles in submit(), and the queues of any executor on our contexts.
+"""The queues of executors on our contexts, and the calls and results in them.
 
 Over concurrent/futures/process.py of CPython 3.11 to 3.13. That executor takes Process, locks and a
 SimpleQueue from its context, but makes its call queue from multiprocessing's class whatever the
 context is. So before the first worker starts the call queue becomes one of ours in place (`adopt`),
-in the standard executor too when its `mp_context` is ours. Ours also pickles at submission, opens
-results under guard, keeps tracebacks, and takes contexts of multiprocess.
+in the standard executor too when its `mp_context` is ours.
 
-Private names used: `_SafeQueue`, `_CallItem`, `_ResultItem`, `_RemoteTraceback` of the module,
-`_call_queue` and `_result_queue` of the executor: the same in 3.9 to 3.14.
+Private names used: `_SafeQueue`, `_CallItem`, `_ResultItem` and `_RemoteTraceback` of the module:
+the same in 3.9 to 3.14.
 """
 
 from __future__ import annotations
 
-import concurrent.futures
 import concurrent.futures.process as stock
 import traceback
-from concurrent.futures import Future
 from queue import Full
-from typing import Any
+from typing import Any, ClassVar
 
-from fdshare.errors import InvalidArgument
 from fdshare.mp.channels.connection import ConnectionMixin
 from fdshare.mp.channels.queues import QueueMixin, SimpleQueueMixin, register_after_fork
-from fdshare.mp.context import ContextMixin, get_context
-from fdshare.mp.family import Family, family_of
-from fdshare.mp.workers.tasks import Outcome, Task, hold_initializer, receive_patiently
+from fdshare.mp.workers.tasks import Outcome, Task, receive_patiently
 
-__all__ = ["ProcessPoolExecutor", "adopt"]
-
-
-class ProcessPoolExecutor(concurrent.futures.ProcessPoolExecutor):
-    """A ProcessPoolExecutor whose calls and results carry descriptors.
-
-    *mp_context* may be one of ours, of multiprocessing or of multiprocess; None is ours of the
-    default method. All else as the standard one.
-    """
-
-    def __init__(
-        self,
-        max_workers: int | None = None,
-        mp_context: Any = None,
-        initializer: Any = None,
-        initargs: Any = (),
-        **options: Any,
-    ) -> None:
-        context = _as_ours(mp_context, options.get("max_tasks_per_child") is not None)
-        family = self._family = context._family
-        initializer, initargs = hold_initializer(family, initializer, initargs)
-        super().__init__(max_workers, context, initializer, initargs, **options)
-        adopt(family, self._call_queue)
-        self._result_queue.close()
-        self._result_queue = family.classes.ResultQueue(ctx=context)
-
-    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
-        """The future of `fn(*args, **kwargs)`. It is safe to close what is in it after this call.
-
-        Raises: whatever pickling raises; DescriptorLimit; as the standard one.
-        """
-        return super().submit(_Call.of(self._family, fn, args, kwargs))
-
-    _family: Family
-    _call_queue: Any
-    _result_queue: Any
+__all__ = [
+    "Call",
+    "CallQueueMixin",
+    "ResultQueueMixin",
+    "ResultReaderMixin",
+    "adopt",
+    "stock_call_queue",
+]
 
 
-def _as_ours(context: Any, replaces_workers: bool) -> Any:
-    if context is None:
-        return get_context("spawn" if replaces_workers else None)
-    if isinstance(context, ContextMixin):
-        return context
-    package = type(context).__module__.partition(".")[0]
-    try:
-        family_of(package)
-    except ValueError:
-        raise InvalidArgument(
-            "mp_context", f"{context!r} is a context of neither multiprocessing nor multiprocess"
-        ) from None
-    return get_context(context.get_start_method(), backend=package)
-
-
-class _Call(Task):
+class Call(Task):
     """A Task that returns what it raised, with the traceback that the stock worker would clear."""
 
     __slots__ = ()
@@ -115,13 +66,13 @@ def stock_call_queue() -> Any:
     return stock._SafeQueue
 
 
-def adopt(family: Family, queue: Any) -> None:
-    """Make the call *queue* of an executor one of *family*'s, in place; nothing was put yet."""
+def adopt(cls: Any, queue: Any) -> None:
+    """Make the call *queue* of an executor one of *cls*, in place; nothing was put yet."""
     if isinstance(queue, QueueMixin):
         return
     pipe = queue._reader, queue._writer
-    queue.__class__ = family.classes.CallQueue
-    queue._reader, queue._writer = family.classes.Pipe(duplex=False)
+    queue.__class__ = cls
+    queue._reader, queue._writer = cls._pipe(duplex=False)
     queue._reset()
     register_after_fork(queue)
     for end in pipe:
@@ -140,7 +91,7 @@ class CallQueueMixin(QueueMixin):
                 raise
             self._on_queue_feeder_error(error, obj)
         call = getattr(obj, "fn", None)
-        if type(call) is _Call:
+        if type(call) is Call:
             call.bundle.close()  # the kernel has it
 
     def get(self: Any, block: bool = True, timeout: float | None = None) -> Any:
@@ -158,11 +109,13 @@ class CallQueueMixin(QueueMixin):
 class ResultQueueMixin(SimpleQueueMixin):
     """From the workers to the executor."""
 
+    _result_reader: ClassVar[Any]
+
     def __init__(self: Any, *, ctx: Any) -> None:
         SimpleQueueMixin.__init__(self, ctx=ctx)
         reader, self._reader = self._reader, None
         handle, reader._handle = reader._handle, None
-        self._reader = self._family.classes.ResultReader(handle, writable=False)
+        self._reader = self._result_reader(handle, writable=False)
         self._adopt()
 
     def put(self: Any, obj: Any) -> None:

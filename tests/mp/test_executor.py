@@ -10,15 +10,12 @@ import socket
 import traceback
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
-from typing import Any
 
 import pytest
 
 import fdshare
 from fdshare import ProcessPoolExecutor, get_context
 from fdshare.errors import InvalidArgument
-from fdshare.mp.family import family_of
-from fdshare.mp.workers.executor import adopt
 from mp import children
 from mp.common import METHODS, PACKAGES, identity, open_now, trackers  # noqa: F401
 
@@ -95,15 +92,3 @@ def test_a_worker_that_dies_breaks_the_pool_and_leaks_nothing() -> None:
     del executor, future, futures
     gc.collect()
     assert open_now() <= before
-
-
-def test_a_call_queue_is_adopted_once() -> None:
-    executor = concurrent.futures.ProcessPoolExecutor(1, mp_context=get_context("spawn"))
-    queue: Any = executor._call_queue
-    family = family_of("multiprocessing")
-    adopt(family, queue)
-    reader = queue._reader
-    adopt(family, queue)
-    assert queue._reader is reader
-    assert isinstance(reader, family.classes.Connection)
-    executor.shutdown()

@@ -1,0 +1,50 @@
+"""get_context: the way in, and the two packages by their names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any, Protocol
+
+from fdshare.errors import InvalidArgument
+from fdshare.mp.classes import Classes
+from fdshare.mp.context import find_context
+from fdshare.mp.family import Family
+
+__all__ = ["Backend", "backend_of", "get_context"]
+
+
+class Backend(Protocol):
+    """What the modules `on_multiprocessing` and `on_multiprocess` hold."""
+
+    FAMILY: Family
+    CLASSES: Classes
+    CONTEXTS: Mapping[str, Any]
+
+
+def backend_of(package: str) -> Backend:
+    """Ours over that package, which is imported. Raises: InvalidArgument: neither of the two."""
+    if package == "multiprocessing":
+        from fdshare.mp import on_multiprocessing
+
+        return on_multiprocessing
+    if package == "multiprocess":
+        from fdshare.mp import on_multiprocess
+
+        return on_multiprocess
+    raise InvalidArgument("backend", f"{package!r} is neither multiprocessing nor multiprocess")
+
+
+def get_context(method: str | None = None, *, backend: str | ModuleType = "multiprocessing") -> Any:
+    """A context for *method* ("fork", "spawn", "forkserver"; None: the backend's default).
+
+    *backend* is "multiprocessing" or "multiprocess", or that module. The context offers everything
+    that `backend.get_context(method)` does; sockets, files, connections and every other kind go
+    through its pipes, queues, pools and managers.
+
+    Raises: ValueError: no such method or backend.
+    """
+    ours = backend_of(backend if isinstance(backend, str) else backend.__name__)
+    if method is None:
+        method = ours.FAMILY.module("context")._default_context.get_start_method()
+    return find_context(ours.CONTEXTS, method)
