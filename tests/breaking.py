@@ -7,7 +7,7 @@ import os
 import select
 import signal
 import socket
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -26,6 +26,8 @@ Half = Literal["server", "keeper"]
 # What either half has open beside the table: 0-2, the listener, its lock, the owner's control
 # socket, the epoll, its two ends of a wake-up pair, the journal and the pidfd of the other half.
 FIXED = 11
+# Of these both have all but the wake-up pair and the journal: a socket has an end in each half.
+SHARED = 8
 
 
 def identity(obj: Any) -> tuple[int, int]:
@@ -108,16 +110,22 @@ class Halves:
         wait_until(lambda: self.admin.stats().redundant, "both halves hold everything")
 
     def check_census(self) -> None:
-        """Fails unless both halves have open what the table says, and nothing else, soon: a thread
-        closes."""
+        """Fails unless both halves have open what the table says, the same in both, and nothing
+        else, soon: a thread closes."""
         for half in ("server", "keeper"):
             wait_until(lambda half=half: self.excess(half) == 0, f"the census of the {half}", 5)
+        wait_until(self.alike, "the same in both halves", 5)
 
     def excess(self, half: Half) -> int:
         """How many more descriptors it has open than it should; negative: fewer."""
         stats, pids = self.admin.stats(), self.pids()
         own = FIXED + stats.descriptors + (stats.connections if half == "server" else 0)
         return len(census(pids[half])) - own
+
+    def alike(self) -> bool:
+        """Whether every descriptor of the table is open in both halves, by what it is of."""
+        server, keeper = (Counter(census(pid).values()) for pid in self.pids().values())
+        return (server & keeper).total() == SHARED + self.admin.stats().descriptors
 
 
 class Said(NamedTuple):

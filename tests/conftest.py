@@ -1,4 +1,4 @@
-"""What holds for every test: no descriptor more after it than before, no process left behind."""
+"""What holds for every test: the same descriptors after it as before, no process left behind."""
 
 from __future__ import annotations
 
@@ -68,9 +68,16 @@ def census(pid: int | str = "self") -> dict[int, str]:
     return table
 
 
+def differences(before: dict[int, str], after: dict[int, str]) -> str:
+    """What a census has that another has not, as text; empty where they are equal."""
+    left = {fd: target for fd, target in after.items() if before.get(fd) != target}
+    gone = {fd: target for fd, target in before.items() if after.get(fd) != target}
+    return f"left open: {left}; closed or replaced: {gone}" if left or gone else ""
+
+
 @pytest.fixture(autouse=True)
-def descriptors_counted() -> Iterator[None]:
-    """Fails a test that leaves descriptors open in this process."""
+def descriptors_compared() -> Iterator[None]:
+    """Fails a test after which this process has not the very descriptors that it had before."""
     # What a test leaves in cycles is young; a look at everything, twice a test, would be most of
     # what the suite costs.
     gc.collect(1)
@@ -79,13 +86,9 @@ def descriptors_counted() -> Iterator[None]:
     gc.collect(1)
     # What another thread is about to close gets a moment; a leak stays.
     deadline = time.monotonic() + 2
-    while True:
-        after = census()
-        left = {fd: target for fd, target in after.items() if before.get(fd) != target}
-        if len(after) <= len(before) or time.monotonic() > deadline:
-            break
+    while (wrong := differences(before, census())) and time.monotonic() < deadline:
         gc.collect()
-    assert len(after) <= len(before), f"descriptors left open: {left}"
+    assert not wrong, f"descriptors {wrong}"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -156,35 +159,38 @@ class Watched:
         self.manager = manager
         self.address = manager.address
         with Client(self.address, **self._key()) as admin:
-            self.pid = admin.stats().server_pid
-            # Its log, listener, lock, poller, and what the interpreter has open.
-            self.fixed = wait_until(lambda: self._fixed(admin), "a quiet moment")
+            stats = admin.stats()
+            self.pid, self._alone = stats.server_pid, stats.keeper_pid is None
+            greeted = census(self.pid)
+        # Its log, listener, lock, poller, and what the interpreter has open.
+        self.fixed = wait_until(lambda: self._without_one(greeted), "the connection's end")
 
-    def _fixed(self, admin: Client) -> int | None:
-        """What is neither a connection nor in the table; None where that changed meanwhile."""
-        before, found, after = admin.stats(), len(census(self.pid)), admin.stats()
-        held = after.connections + after.descriptors
-        return found - held if before.connections + before.descriptors == held else None
+    def _without_one(self, before: dict[int, str]) -> dict[int, str] | None:
+        """Its census when one connection less is open than *before*; None until then."""
+        now = census(self.pid)
+        return now if now.items() < before.items() and len(now) == len(before) - 1 else None
 
     def _key(self) -> dict[str, Any]:
         return {"authkey": self.manager._settings.authkey, "trust": self.manager._trust}
 
-    def excess(self, admin: Client) -> int:
-        """How many more descriptors it has open than it should; negative: fewer."""
-        stats = admin.stats()
-        return len(census(self.pid)) - self.fixed - stats.descriptors - stats.connections
+    def wrong(self, admin: Client) -> str:
+        """What it has open and should not, or has not and should, as text; empty where all is as
+        it should be."""
+        stats, now = admin.stats(), census(self.pid)
+        excess = len(now) - len(self.fixed) - stats.descriptors - stats.connections
+        changed = self.fixed.items() - now.items()
+        if excess or (changed and self._alone):  # a new keeper has a new journal
+            return f"{excess} descriptors too many, changed are {changed}: {now}, {stats}"
+        return ""
 
     def check(self) -> None:
         """Fails unless it holds exactly what its registry says, soon: a thread closes."""
         with Client(self.address, **self._key()) as admin:
             try:
-                wait_until(lambda: self.excess(admin) == 0, "the server's census", 5)
+                wait_until(lambda: not self.wrong(admin), "the server's census", 5)
             except AssertionError:
                 entries = [(e.name, e.count, e.lifetime, e.leased) for e in admin.infos()]
-                raise AssertionError(
-                    f"the server has {self.excess(admin)} descriptors too many: "
-                    f"{census(self.pid)}, {admin.stats()}, {entries}"
-                ) from None
+                raise AssertionError(f"the server has {self.wrong(admin)}, {entries}") from None
 
     def empty(self) -> None:
         """Unregisters everything."""

@@ -30,18 +30,18 @@ deaths = pytest.mark.parametrize(
 @pytest.fixture(scope="module")
 def shared() -> Iterator[Manager]:
     with Manager() as manager:
-        manager.ping()  # its connection is there before a test counts descriptors
         yield manager
 
 
 @pytest.fixture
 def manager(shared: Manager) -> Iterator[Manager]:
     """A server with both halves, empty and accounted for after the test."""
-    yield shared
-    for name in shared.names():
-        shared.unregister(name)
-    Halves(shared).redundant()
-    Halves(shared).check_census()
+    with Manager(shared.address).connect() as manager:  # connections of the test's own
+        yield manager
+        for name in manager.names():
+            manager.unregister(name)
+        Halves(manager).redundant()
+        Halves(manager).check_census()
 
 
 @pytest.fixture

@@ -26,19 +26,19 @@ death = pytest.mark.parametrize("death", [None, "server", "keeper"])
 @pytest.fixture(scope="module")
 def shared() -> Iterator[Manager]:
     with Manager(limits={"lease_timeout": 1.0}) as manager:
-        manager.ping()  # its connection is there before a test counts descriptors
         yield manager
 
 
 @pytest.fixture
 def manager(shared: Manager) -> Iterator[Manager]:
     """A server with both halves, empty and accounted for after the test."""
-    yield shared
-    wait_until(lambda: shared.stats().leases == 0)
-    for name in shared.names():
-        shared.unregister(name)
-    Halves(shared).redundant()
-    Halves(shared).check_census()
+    with Manager(shared.address).connect() as manager:  # connections of the test's own
+        yield manager
+        wait_until(lambda: manager.stats().leases == 0)
+        for name in manager.names():
+            manager.unregister(name)
+        Halves(manager).redundant()
+        Halves(manager).check_census()
 
 
 @pytest.fixture
