@@ -12,7 +12,7 @@ import subprocess
 import tempfile
 import weakref
 from collections.abc import Collection
-from typing import Any, Final
+from typing import Final
 
 from fdshare.client.blocking.client import Client
 from fdshare.errors import InvalidArgument, ServerGone
@@ -123,12 +123,6 @@ class Manager(Client):
             self.close()
         else:
             self.shutdown()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__()
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        Manager.__init__(self, state.pop("path"), **state)
 
     def _after_fork(self) -> None:
         super()._after_fork()

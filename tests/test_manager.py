@@ -9,6 +9,7 @@ import multiprocessing.forkserver
 import multiprocessing.managers
 import multiprocessing.resource_tracker
 import os
+import pickle
 import signal
 import socket
 import stat
@@ -64,6 +65,17 @@ def pid_of(manager: Manager) -> int:
 
 
 # As BaseManager
+
+
+def test_it_travels_as_its_address_and_ends_no_server() -> None:
+    with Manager() as manager:
+        copy = pickle.loads(pickle.dumps(manager))
+        assert type(copy) is Manager
+        assert copy.address == manager.address
+        copy.connect()
+        with copy:
+            copy.ping()
+        manager.ping()
 
 
 def test_it_has_what_a_base_manager_has() -> None:

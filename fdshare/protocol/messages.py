@@ -84,9 +84,6 @@ EventKind: TypeAlias = Literal[
 class Message(msgspec.Struct, tag_field="type", omit_defaults=True):
     """The root of all. A Struct's tag is its name in lower case."""
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-
 
 def _tag(name: str) -> str:
     return name.lower()
