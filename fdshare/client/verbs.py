@@ -37,7 +37,7 @@ def register(
     drop_on_hangup: bool,
     metadata: Mapping[str, str] | None,
     lifeline: int | None,
-) -> Steps[m.Entry]:
+) -> Steps[m.Registered]:
     check_name(name)
     check_metadata(metadata or {})
     kind, fds = describe(obj)
@@ -55,9 +55,7 @@ def register(
         metadata=dict(metadata or {}),
     )
     given = [*fds] if lifeline is None else [*fds, lifeline]
-    parts = yield Exchange(request, given)
-    reply = _answer(parts, m.Registered)
-    return m.Entry(reply.name, reply.generation)
+    return _answer((yield Exchange(request, given)), m.Registered)
 
 
 def _answer(parts: Parts, cls: type[R]) -> R:
@@ -172,20 +170,16 @@ def _confirm(lease: Descriptor) -> bool:
     return True
 
 
-def wait(name: str, timeout: float | None) -> Steps[m.Entry]:
-    parts = yield Exchange(m.Wait(name, timeout), wait=timeout)
-    reply = _answer(parts, m.Registered)
-    return m.Entry(reply.name, reply.generation)
+def wait(name: str, timeout: float | None) -> Steps[m.Registered]:
+    return _answer((yield Exchange(m.Wait(name, timeout), wait=timeout)), m.Registered)
 
 
 def unregister(name: str, if_generation: int | None) -> Steps[None]:
     _answer((yield Exchange(m.Unregister(name, if_generation))), m.Done)
 
 
-def rename(old: str, new: str) -> Steps[m.Entry]:
-    parts = yield Exchange(m.Rename(old, new))
-    reply = _answer(parts, m.Registered)
-    return m.Entry(reply.name, reply.generation)
+def rename(old: str, new: str) -> Steps[m.Registered]:
+    return _answer((yield Exchange(m.Rename(old, new))), m.Registered)
 
 
 def bind(name: str, address: str, backlog: int, reuse_port: bool) -> Steps[Any]:

@@ -1,4 +1,4 @@
-"""Watching: what a watch has to know, without the waiting. Replies in, snapshots and events out.
+"""WatchState: what a watch knows, without the waiting. Replies in, snapshots and events out.
 
 Theory of operation. A watch is answered by a Snapshot that is true at one serial; every change of
 the server takes the next serial and is told once to each connection, under id 0. So a watch counts
@@ -21,7 +21,7 @@ import msgspec
 from fdshare.protocol import messages as m
 from fdshare.protocol.names import matcher
 
-__all__ = ["Change", "Snapshot", "Watching"]
+__all__ = ["Change", "Snapshot", "WatchState"]
 
 # Above what one read of the blocking client brings (64 KiB), so that only the other one folds.
 _KEPT: Final = 4096
@@ -44,7 +44,7 @@ class Snapshot(msgspec.Struct, frozen=True):
 Change: TypeAlias = Snapshot | m.Event
 
 
-class Watching:
+class WatchState:
     """The state of one watch. `held` is the table as of what was drawn: name -> generation."""
 
     def __init__(self, pattern: str) -> None:
@@ -54,7 +54,7 @@ class Watching:
         self._matches = matcher(pattern)
         self._reason: Literal["start", "overflow", "reconnect"] = "start"
         self._serial = 0
-        self._parts: list[m.Entry] = []
+        self._parts: dict[str, int] = {}
         self._queue: deque[Change] = deque()
 
     # What came.
@@ -64,22 +64,21 @@ class Watching:
         if self.live:
             self._reason = "reconnect"
         self.live = False
-        self._parts = []
+        self._parts = {}
 
     def overflowed(self) -> None:
         """The server dropped events; it sends a fresh snapshot unasked."""
         if self.live:
             self._reason = "overflow"
         self.live = False
-        self._parts = []
+        self._parts = {}
 
-    def snapshot(self, part: m.Snapshot) -> None:
+    def snapshot(self, part: m.SnapshotPart) -> None:
         """A part of the answer to the Watch, or of a fresh one."""
-        self._parts += part.entries
+        self._parts.update(part.entries)
         if part.more:
             return
-        entries = {entry.name: entry.generation for entry in self._parts}
-        self._parts = []
+        entries, self._parts = self._parts, {}
         self._serial, self.live = part.serial, True
         self._keep(Snapshot(entries, part.serial, self._reason))
 

@@ -23,7 +23,6 @@ __all__ = [
     "Cancel",
     "DescriptorInfo",
     "Done",
-    "Entry",
     "EntryInfo",
     "Event",
     "EventKind",
@@ -56,7 +55,7 @@ __all__ = [
     "Request",
     "ServerStats",
     "Shutdown",
-    "Snapshot",
+    "SnapshotPart",
     "Stats",
     "StatsReply",
     "Take",
@@ -82,7 +81,7 @@ EventKind: TypeAlias = Literal[
 
 
 class Message(msgspec.Struct, tag_field="type", omit_defaults=True):
-    """The root of all. A Struct's tag is its name in lower case."""
+    """The root of all. A Struct's tag is its name in lower case, unless it says another."""
 
 
 def _tag(name: str) -> str:
@@ -214,7 +213,7 @@ class Infos(Request):
 
 
 class Watch(Request):
-    """Answered by a Snapshot under its id, then by events until a Cancel names it."""
+    """Answered by a SnapshotPart under its id, then by events until a Cancel names it."""
 
     pattern: str = "*"
 
@@ -261,7 +260,9 @@ class Done(Reply):
     pass
 
 
-class Registered(Reply):
+class Registered(Reply, frozen=True):  # type: ignore[misc]  # msgspec allows it, dataclasses do not
+    """The entry that is held under *name* now; *generation* is another one after each change."""
+
     name: str
     generation: int
 
@@ -345,18 +346,11 @@ class InfoList(Reply):
     more: bool = False
 
 
-class Entry(msgspec.Struct, frozen=True):
-    """What a client is told of the entry that it registered, or that is there."""
-
-    name: str
-    generation: int
-
-
-class Snapshot(Reply):
-    """What is held at *serial*, in parts where `more`."""
+class SnapshotPart(Reply, tag="snapshot"):
+    """What is held at *serial*: name -> generation, in parts where `more`."""
 
     serial: int
-    entries: list[Entry]
+    entries: dict[str, int]
     more: bool = False
 
 
@@ -372,7 +366,7 @@ class Event(Reply):
 
 
 class Overflowed(Reply):
-    """Events were dropped for this connection; a fresh Snapshot under the watch's id follows."""
+    """Events were dropped for this connection; fresh SnapshotParts under the watch's id follow."""
 
 
 class Explained(Reply):
@@ -443,7 +437,7 @@ AnyReply: TypeAlias = (
     | GivenMany
     | NameList
     | InfoList
-    | Snapshot
+    | SnapshotPart
     | Event
     | Overflowed
     | Explained

@@ -17,7 +17,7 @@ from fdshare.cli.format import (
     what,
     whats,
 )
-from fdshare.protocol.messages import DescriptorInfo, EntryInfo, Registrant, Snapshot
+from fdshare.protocol.messages import DescriptorInfo, EntryInfo, Registrant, SnapshotPart
 
 
 @pytest.mark.parametrize(
@@ -104,4 +104,4 @@ def test_json_has_every_field(capsys: pytest.CaptureFixture[str]) -> None:
     (found,) = json.loads(capsys.readouterr().out)
     assert set(found) == set(EntryInfo.__struct_fields__)
     assert found["ttl"] is None
-    assert plain(Snapshot(1, []))["type"] == "snapshot"
+    assert plain(SnapshotPart(1, {}))["type"] == "snapshot"

@@ -15,8 +15,8 @@ import anyio
 import pytest
 
 import fdshare
-from fdshare.client.asynchronous.client import AsyncClient, AsyncWatch
-from fdshare.client.blocking.client import Client, Watch
+from fdshare.client.asynchronous.client import AsyncClient, AsyncWatcher
+from fdshare.client.blocking.client import Client, Watcher
 from fdshare.errors import (
     AuthenticationFailed,
     ClosedDescriptor,
@@ -58,7 +58,7 @@ class Awaited:
 
 
 class AwaitedWatch:
-    def __init__(self, watch: Watch) -> None:
+    def __init__(self, watch: Watcher) -> None:
         self._watch = watch
 
     @property
@@ -153,7 +153,7 @@ def public(cls: type) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize(("one", "other"), [(Client, AsyncClient), (Watch, AsyncWatch)])
+@pytest.mark.parametrize(("one", "other"), [(Client, AsyncClient), (Watcher, AsyncWatcher)])
 def test_both_clients_have_the_same_verbs_with_the_same_arguments(one: type, other: type) -> None:
     assert public(one).keys() == public(other).keys()
     for name, verb in public(one).items():

@@ -231,7 +231,7 @@ ANSWERS = {
     "names": m.NameList(["x"]),
     "infos": m.InfoList([]),
     "explained": m.Explained(True, ""),
-    "snapshot": m.Snapshot(1, []),
+    "snapshot": m.SnapshotPart(1, {}),
 }
 VERBS: dict[str, tuple[Callable[[Client], Any], str]] = {
     "ping": (lambda c: c.ping(), "done"),

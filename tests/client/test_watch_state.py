@@ -20,7 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 import fdshare
 from fdshare.client import watch_state as module
 from fdshare.client.blocking.client import Client
-from fdshare.client.watch_state import Snapshot, Watching
+from fdshare.client.watch_state import Snapshot, WatchState
 from fdshare.errors import ClosedDescriptor
 from fdshare.manager import Manager
 from fdshare.protocol import messages as m
@@ -38,7 +38,7 @@ class WatchedTable(RuleBasedStateMachine):
         self.matches = matcher(self.pattern)
         self.table: dict[str, int] = {}
         self.serial = 0
-        self.watching = Watching(self.pattern)
+        self.watching = WatchState(self.pattern)
         self.answered = False  # the watch has its snapshot
         self.known = 0  # the serial of the last snapshot
         self.seen = 0  # the serial of what was drawn last
@@ -68,15 +68,15 @@ class WatchedTable(RuleBasedStateMachine):
     @rule(cut=st.integers(0, 5))
     def answer(self, cut: int) -> None:
         """The snapshot, in two parts."""
-        visible = [m.Entry(n, g) for n, g in self.table.items() if self.matches(n)]
-        self.watching.snapshot(m.Snapshot(self.serial, visible[:cut], True))
-        self.watching.snapshot(m.Snapshot(self.serial, visible[cut:], False))
+        visible = [(n, g) for n, g in self.table.items() if self.matches(n)]
+        self.watching.snapshot(m.SnapshotPart(self.serial, dict(visible[:cut]), True))
+        self.watching.snapshot(m.SnapshotPart(self.serial, dict(visible[cut:]), False))
         self.answered, self.known = True, self.serial
 
     @rule()
     def break_off(self) -> None:
         """The connection ends, in the middle of an answer."""
-        self.watching.snapshot(m.Snapshot(self.serial, [m.Entry("x/ghost", 1)], True))
+        self.watching.snapshot(m.SnapshotPart(self.serial, {"x/ghost": 1}, True))
         self.watching.lost()
         self.answered = False
 
@@ -136,8 +136,8 @@ TestWatchedTable.settings = TestWatchedTableWithLittleRoom.settings = _SETTINGS
 
 @given(st.integers(1, 20))
 def test_what_is_not_drawn_is_folded(extra: int) -> None:
-    watching = Watching("*")
-    watching.snapshot(m.Snapshot(0, []))
+    watching = WatchState("*")
+    watching.snapshot(m.SnapshotPart(0, {}))
     for serial in range(1, module._KEPT + extra + 1):
         watching.event(m.Event(serial, "registered", f"n{serial}", serial))
     snapshot = watching.draw()

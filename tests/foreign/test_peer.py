@@ -136,7 +136,7 @@ def sections() -> dict[str, str]:
 )
 def test_every_message_and_field_is_on_the_page(cls: type[Any]) -> None:
     said = sections()
-    name = cls.__name__.lower()
+    name = cls.__struct_config__.tag
     assert name in said, f"{name} is not on the page"
     section = said["fetch" if name == "take" else name]
     for field in msgspec.structs.fields(cls):

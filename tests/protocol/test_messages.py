@@ -73,7 +73,7 @@ def test_requests_there_and_back(cls: type[Any]) -> None:
     @given(struct(cls))
     def check(request: Any) -> None:
         body = m.encode(request)
-        assert msgspec.msgpack.decode(body)["type"] == cls.__name__.lower()
+        assert msgspec.msgpack.decode(body)["type"] == cls.__struct_config__.tag
         assert m.decode_request(body) == request
 
     check()
@@ -85,7 +85,7 @@ def test_replies_there_and_back(cls: type[Any]) -> None:
     @given(struct(cls))
     def check(reply: Any) -> None:
         body = m.encode(reply)
-        assert msgspec.msgpack.decode(body)["type"] == cls.__name__.lower()
+        assert msgspec.msgpack.decode(body)["type"] == cls.__struct_config__.tag
         assert m.decode_reply(body) == reply
 
     check()

@@ -143,7 +143,7 @@ def test_who_waits_goes_last(serve: Serve, null: int) -> None:
     with Peer(manager.address) as waiting, Peer(manager.address) as watching:
         waiting.send(m.Fetch("x", wait=60))
         watching.send(m.Watch())
-        assert type(watching.receive()[1]) is m.Snapshot
+        assert type(watching.receive()[1]) is m.SnapshotPart
         for _ in range(20):
             with Peer(manager.address) as passing:
                 passing.ask(m.Ping())

@@ -70,7 +70,7 @@ def register(
             metadata=_metadata(meta),
         )
     if as_json:
-        print_json(entry)
+        print_json({"name": entry.name, "generation": entry.generation})
     if hold:
         _hold()
 

@@ -127,11 +127,11 @@ def _absolute(address: str) -> str:
     return absolute(address)
 
 
-def _report(made: list[m.Entry], as_json: bool) -> None:
+def _report(made: list[m.Registered], as_json: bool) -> None:
     if as_json:
         from fdshare.cli.format import print_json
 
-        print_json(made)
+        print_json([{"name": entry.name, "generation": entry.generation} for entry in made])
         return
     for entry in made:
         print(entry.name)
@@ -142,7 +142,7 @@ def _report(made: list[m.Entry], as_json: bool) -> None:
 
 def _transfer(
     origin: Client, client: Client, entries: Sequence[m.EntryInfo], replace: bool
-) -> list[m.Entry]:
+) -> list[m.Registered]:
     """Registers with *client* what *origin* holds; undoes what it did where one fails."""
     from fdshare.server.loop.server import raise_descriptor_limit
 
@@ -151,7 +151,7 @@ def _transfer(
     with ExitStack() as stack:
         copies = [_fetch_checked(origin, entry, stack) for entry in entries]
         former = _former(client, entries, stack) if replace else {}
-        made: list[m.Entry] = []
+        made: list[m.Registered] = []
         try:
             for copy in copies:
                 entry = _register(client, copy, replace)
@@ -189,7 +189,7 @@ def _refuse_bound(entries: Sequence[m.EntryInfo]) -> None:
 
 
 def _undo(
-    client: Client, made: Sequence[m.Entry], former: dict[str, Copy], error: BaseException
+    client: Client, made: Sequence[m.Registered], former: dict[str, Copy], error: BaseException
 ) -> None:
     for entry in reversed(made):
         try:
@@ -201,8 +201,8 @@ def _undo(
             print(f"fdshare: {entry.name} stays, after {error}: {failure}", file=sys.stderr)
 
 
-def _register(client: Client, copy: Copy, replace: bool) -> m.Entry:
-    made: m.Entry = client._do(_put(copy, replace))
+def _register(client: Client, copy: Copy, replace: bool) -> m.Registered:
+    made: m.Registered = client._do(_put(copy, replace))
     return made
 
 
@@ -217,7 +217,7 @@ def _fetch(name: str) -> Steps[tuple[Any, list[Descriptor]]]:
     return parts.replies[0], parts.descriptors
 
 
-def _put(copy: Copy, replace: bool) -> Steps[m.Entry]:
+def _put(copy: Copy, replace: bool) -> Steps[m.Registered]:
     from fdshare.client.conversation import Exchange
 
     info = copy.info
@@ -231,4 +231,5 @@ def _put(copy: Copy, replace: bool) -> Steps[m.Entry]:
         metadata=info.metadata,
     )
     parts = yield Exchange(request, [d.fileno() for d in copy.descriptors])
-    return m.Entry(parts.replies[0].name, parts.replies[0].generation)
+    made: m.Registered = parts.replies[0]
+    return made

@@ -22,12 +22,12 @@ from fdshare.client import verbs
 from fdshare.client.asynchronous.pending import Subscription
 from fdshare.client.asynchronous.pipeline import Pipeline
 from fdshare.client.settings import BaseClient, Lifeline
-from fdshare.client.watch_state import Change, Watching
+from fdshare.client.watch_state import Change, WatchState
 from fdshare.errors import ClosedDescriptor, InvalidArgument, ServerTimeout, WatchTimeout
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.protocol import messages as m
 
-__all__ = ["AsyncClient", "AsyncWatch", "connect"]
+__all__ = ["AsyncClient", "AsyncWatcher", "connect"]
 
 T = TypeVar("T")
 
@@ -75,7 +75,7 @@ class AsyncClient(BaseClient):
         grace: float = 0.0,
         drop_on_hangup: bool = False,
         metadata: Mapping[str, str] | None = None,
-    ) -> m.Entry:
+    ) -> m.Registered:
         """The entry that is now held under *name*; see `Client.register`.
 
         It is safe to close *obj* after this call.
@@ -120,23 +120,23 @@ class AsyncClient(BaseClient):
         """As `take`, but the bare descriptors. The caller owns the result."""
         return await self._do(verbs.take_raw(name, timeout))
 
-    async def wait(self, name: str, *, timeout: float | None = None) -> m.Entry:
+    async def wait(self, name: str, *, timeout: float | None = None) -> m.Registered:
         """The entry under *name*, as soon as there is one; no descriptor moves."""
         return await self._do(verbs.wait(name, timeout))
 
-    def watch(self, pattern: str = "*", *, timeout: float | None = None) -> AsyncWatch:
+    def watch(self, pattern: str = "*", *, timeout: float | None = None) -> AsyncWatcher:
         """An asynchronous iterator over what changes: first a Snapshot, then each Event, in order.
 
-        *timeout* bounds each wait, in seconds. See `AsyncWatch`. The caller owns the result.
+        *timeout* bounds each wait, in seconds. See `AsyncWatcher`. The caller owns the result.
         """
-        return AsyncWatch(self, pattern, timeout)
+        return AsyncWatcher(self, pattern, timeout)
 
     async def unregister(self, name: str, *, if_generation: int | None = None) -> None:
         """The server lets go of the entry. Raises: NameNotFound, GenerationMismatch,
         AccessDenied."""
         await self._do(verbs.unregister(name, if_generation))
 
-    async def rename(self, old: str, new: str) -> m.Entry:
+    async def rename(self, old: str, new: str) -> m.Registered:
         """The entry under its new name, with a new generation; in one step."""
         return await self._do(verbs.rename(old, new))
 
@@ -261,7 +261,7 @@ class AsyncClient(BaseClient):
             self._pipeline.drop()
 
 
-class AsyncWatch:
+class AsyncWatcher:
     """Snapshots and events of the names that match a pattern; ends when it is closed.
 
     As `Watch`, for one task at a time; it shares the client's connection. Items that nobody asks
@@ -272,7 +272,7 @@ class AsyncWatch:
         self.pattern = pattern
         self.timeout = timeout
         self._client = client
-        self._watching = Watching(pattern)
+        self._watching = WatchState(pattern)
         self._subscription: Subscription | None = None
         self._closed = False
 
@@ -281,7 +281,7 @@ class AsyncWatch:
         """name -> generation, as of the last item; do not change it."""
         return self._watching.held
 
-    def __aiter__(self) -> AsyncWatch:
+    def __aiter__(self) -> AsyncWatcher:
         return self
 
     async def __anext__(self) -> Change:
@@ -323,7 +323,7 @@ class AsyncWatch:
 
     aclose = close
 
-    async def __aenter__(self) -> AsyncWatch:
+    async def __aenter__(self) -> AsyncWatcher:
         return self
 
     async def __aexit__(self, *exc: object) -> None:

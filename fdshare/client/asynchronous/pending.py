@@ -9,7 +9,7 @@ import anyio
 
 from fdshare.client.conversation import Answer, Exchange, Parts
 from fdshare.client.settings import Search
-from fdshare.client.watch_state import Watching
+from fdshare.client.watch_state import WatchState
 from fdshare.kernel.ancillary import close_all
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.protocol import messages as m
@@ -87,9 +87,9 @@ class Call:
 
 
 class Subscription:
-    """A watch on the connection: it feeds a `Watching`, whose owner waits for `ready`."""
+    """A watch on the connection: it feeds a `WatchState`, whose owner waits for `ready`."""
 
-    def __init__(self, id: int, watching: Watching, search: Search) -> None:
+    def __init__(self, id: int, watching: WatchState, search: Search) -> None:
         self.id = id
         self.watching = watching
         self.exchange = Exchange(m.Watch(watching.pattern))
@@ -114,7 +114,7 @@ class Subscription:
     def answer(self, answer: Answer) -> bool:
         discard(answer.descriptors)
         reply = answer.reply
-        if type(reply) is m.Snapshot:
+        if type(reply) is m.SnapshotPart:
             self.watching.snapshot(reply)
             if self.watching.live:
                 self.notify()

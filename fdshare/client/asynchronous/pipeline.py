@@ -24,7 +24,7 @@ from fdshare.client.asynchronous.pending import Call, Pending, Subscription, dis
 from fdshare.client.asynchronous.transport import Link
 from fdshare.client.conversation import Answer, Conversation, Exchange, Parts
 from fdshare.client.settings import Search, dial
-from fdshare.client.watch_state import Watching
+from fdshare.client.watch_state import WatchState
 from fdshare.errors import (
     ClosedDescriptor,
     FdshareError,
@@ -96,7 +96,7 @@ class Pipeline:
             raise call.error
         return call.parts.finish()
 
-    def subscribe(self, watching: Watching) -> Subscription:
+    def subscribe(self, watching: WatchState) -> Subscription:
         """*watching* is fed from now on, with a snapshot first."""
         subscription = Subscription(self._new_id(), watching, Search(self._reconnect))
         watching.lost()

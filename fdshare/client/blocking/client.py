@@ -16,7 +16,7 @@ from fdshare.client import verbs
 from fdshare.client.blocking.connection import Channel, Gone
 from fdshare.client.conversation import Answer, Exchange, Parts
 from fdshare.client.settings import BaseClient, Lifeline, Search
-from fdshare.client.watch_state import Change, Watching
+from fdshare.client.watch_state import Change, WatchState
 from fdshare.errors import (
     ClosedDescriptor,
     NoServer,
@@ -28,7 +28,7 @@ from fdshare.kernel.ancillary import close_all
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.protocol import messages as m
 
-__all__ = ["Client", "Watch", "connect"]
+__all__ = ["Client", "Watcher", "connect"]
 
 T = TypeVar("T")
 
@@ -66,7 +66,7 @@ class Client(BaseClient):
         """As new; in a forked child, whose copies of the connections are the parent's."""
         self._idle: list[Channel] = []
         self._channels: weakref.WeakSet[Channel] = weakref.WeakSet()  # those in use, too
-        self._watches: weakref.WeakSet[Watch] = weakref.WeakSet()
+        self._watches: weakref.WeakSet[Watcher] = weakref.WeakSet()
 
     # The verbs.
 
@@ -82,7 +82,7 @@ class Client(BaseClient):
         grace: float = 0.0,
         drop_on_hangup: bool = False,
         metadata: Mapping[str, str] | None = None,
-    ) -> m.Entry:
+    ) -> m.Registered:
         """The entry that is now held under *name*; the server has its own copies of *obj*'s
         descriptors (at most 250).
 
@@ -140,7 +140,7 @@ class Client(BaseClient):
         """As `take`, but the bare descriptors, whatever their kind. The caller owns the result."""
         return self._do(verbs.take_raw(name, timeout))
 
-    def wait(self, name: str, *, timeout: float | None = None) -> m.Entry:
+    def wait(self, name: str, *, timeout: float | None = None) -> m.Registered:
         """The entry under *name*, as soon as there is one; no descriptor moves.
 
         Waits up to *timeout* seconds, None for ever. Raises: FetchTimeout, AccessDenied;
@@ -148,19 +148,19 @@ class Client(BaseClient):
         """
         return self._do(verbs.wait(name, timeout))
 
-    def watch(self, pattern: str = "*", *, timeout: float | None = None) -> Watch:
+    def watch(self, pattern: str = "*", *, timeout: float | None = None) -> Watcher:
         """An iterator over what changes: first a Snapshot, then each Event, in order.
 
-        *timeout* bounds each wait, in seconds. See `Watch`. The caller owns the result.
+        *timeout* bounds each wait, in seconds. See `Watcher`. The caller owns the result.
         """
-        return Watch(self, pattern, timeout)
+        return Watcher(self, pattern, timeout)
 
     def unregister(self, name: str, *, if_generation: int | None = None) -> None:
         """The server lets go of the entry. Raises: NameNotFound, GenerationMismatch,
         AccessDenied."""
         self._do(verbs.unregister(name, if_generation))
 
-    def rename(self, old: str, new: str) -> m.Entry:
+    def rename(self, old: str, new: str) -> m.Registered:
         """The entry under its new name, with a new generation; in one step. Raises: NameNotFound,
         NameTaken, AccessDenied."""
         return self._do(verbs.rename(old, new))
@@ -384,7 +384,7 @@ class Client(BaseClient):
             self._watches.add(watch)
 
 
-class Watch:
+class Watcher:
     """Snapshots and events of the names that match a pattern; ends when it is closed.
 
     The first item is a Snapshot, then come the Events in the order of their serial, none missing,
@@ -400,7 +400,7 @@ class Watch:
         self.pattern = pattern
         self.timeout = timeout
         self._client = client
-        self._watching = Watching(pattern)
+        self._watching = WatchState(pattern)
         self._channel = Channel(client.address, client._trust, client._authkey)
         self._id = self._channel.new_id()
         self._asked = 0  # which connection has our request
@@ -412,7 +412,7 @@ class Watch:
         """name -> generation, as of the last item; do not change it."""
         return self._watching.held
 
-    def __iter__(self) -> Watch:
+    def __iter__(self) -> Watcher:
         return self
 
     def __next__(self) -> Change:
@@ -457,7 +457,7 @@ class Watch:
         close_all(answer.descriptors)
         if type(reply) is m.Event:
             self._watching.event(reply)
-        elif type(reply) is m.Snapshot:
+        elif type(reply) is m.SnapshotPart:
             self._watching.snapshot(reply)
         elif type(reply) is m.Overflowed:
             self._watching.overflowed()
@@ -470,7 +470,7 @@ class Watch:
         self._closed = True
         self._channel.close()
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> Watcher:
         return self
 
     def __exit__(self, *exc: object) -> None:

@@ -160,13 +160,19 @@ class Waiters(Transactions):
         """Sends what is visible now to the watch *id*; later events carry later serials."""
         matches = matcher(session.watches[id])
         found = [
-            m.Entry(e.name, e.generation)
+            (e.name, e.generation)
             for e in self.table.entries.values()
             if e.lease is None and matches(e.name)
         ]
         serial, parts = self.table.serial, range(0, max(len(found), 1), PART)
-        shots = [m.Snapshot(serial, found[i : i + PART], i + PART < len(found)) for i in parts]
-        self.effects.answer_in_parts(session, id, list(map(m.encode, shots)))
+        self.effects.answer_in_parts(
+            session,
+            id,
+            [
+                m.encode(m.SnapshotPart(serial, dict(found[i : i + PART]), i + PART < len(found)))
+                for i in parts
+            ],
+        )
 
     def _publish(self, events: Sequence[m.Event]) -> None:
         for event in events:

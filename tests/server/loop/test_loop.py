@@ -313,7 +313,7 @@ def test_too_many_that_wait(serve: Callable[..., Manager]) -> None:
         for _ in range(2):
             peer.send(m.Fetch("x", wait=60))
         peer.send(m.Watch("y"))
-        assert type(peer.receive()[1]) is m.Snapshot
+        assert type(peer.receive()[1]) is m.SnapshotPart
         for request in (m.Fetch("x", wait=60), m.Take("z", wait=None), m.Watch()):
             reply = refused(peer.ask(request), "quota_exceeded")
             assert reply.fields == {"what": "max_waiting", "limit": 3, "used": 3}
@@ -412,7 +412,7 @@ def test_who_was_idle_for_long_has_his_time_to_read(
     manager = serve(limits={"request_timeout": 3.0})
     with Client(manager.address) as client, Peer(manager.address) as idle:
         idle.send(m.Watch("*"))
-        assert type(idle.receive()[1]) is m.Snapshot
+        assert type(idle.receive()[1]) is m.SnapshotPart
         client.register("x", null, ttl=3.2)
         until(lambda: "x" not in client.names())
         name = "y" * 255
