@@ -33,7 +33,7 @@ def imports_by_name() -> dict[str, set[str]]:
 
 # These look up a class whose name is in a pickle or a kind. They depend on no such class: it may be
 # one of multiprocessing, or of another package.
-LOOKED_UP = {"fdshare.kinds", "fdshare.mp.family", "fdshare.mp.pickling.install"}
+LOOKED_UP = {"fdshare.kinds.connections", "fdshare.mp.family", "fdshare.mp.pickling.install"}
 
 
 def import_graph(package: str) -> dict[str, set[str]]:
