@@ -11,7 +11,7 @@ import socket
 import subprocess
 import tempfile
 import weakref
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Final
 
 from fdshare.client.blocking.client import Client
@@ -78,7 +78,7 @@ class Manager(Client):
         """
         if self._process is not None:
             raise InvalidArgument("start", "this manager's server has been started")
-        process, control = _spawn(self._settings)
+        process, control = _spawn(self._settings, self._launch)
         if self._finalizer is not None:
             self._finalizer.detach()
         self._process, self._control = process, control
@@ -124,6 +124,14 @@ class Manager(Client):
         else:
             self.shutdown()
 
+    def _launch(self, control: int) -> subprocess.Popen[bytes]:
+        """A process that begins to serve, told how over its copy of the socket *control*."""
+        return subprocess.Popen(
+            fresh_interpreter("fdshare.server.child", f"main({control})"),
+            pass_fds=[control],
+            stdin=subprocess.DEVNULL,
+        )
+
     def _after_fork(self) -> None:
         super()._after_fork()
         if self._control is not None:  # the server must not outlive the parent through our copy
@@ -160,17 +168,15 @@ class ManagedServer:
             self._listener.close()
 
 
-def _spawn(settings: Settings) -> tuple[subprocess.Popen[bytes], socket.socket]:
+def _spawn(
+    settings: Settings, launch: Callable[[int], subprocess.Popen[bytes]]
+) -> tuple[subprocess.Popen[bytes], socket.socket]:
     """A server process that is ready, and its control socket."""
     process: subprocess.Popen[bytes] | None = None
     ours, theirs = socket.socketpair()
     try:
         with theirs:
-            process = subprocess.Popen(
-                fresh_interpreter("fdshare.server.child", f"main({theirs.fileno()})"),
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-            )
+            process = launch(theirs.fileno())
         send_message(ours, settings)
         said = read_message(ours)
         if not said:

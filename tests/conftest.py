@@ -14,17 +14,15 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import nursery
 import pytest
 from barepeer import Peer
 from hypothesis import settings
+from nursery import Manager
 
-import fdshare.manager
 from fdshare.client.blocking.client import Client
-from fdshare.manager import Manager
 
 T = TypeVar("T")
 
@@ -92,13 +90,9 @@ def descriptors_compared() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def forked_servers() -> Iterator[None]:
-    """A Manager's server is forked, not started: see nursery.py."""
+def forks() -> None:
+    """What forks servers and commands is there before a test's descriptors are compared."""
     nursery.nursery()
-    with pytest.MonkeyPatch.context() as patch:
-        forking = SimpleNamespace(**{**vars(subprocess), "Popen": nursery.Process})
-        patch.setattr(fdshare.manager, "subprocess", forking)
-        yield
 
 
 @pytest.fixture

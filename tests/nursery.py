@@ -25,6 +25,9 @@ import threading
 from pathlib import Path
 from typing import Any, NoReturn
 
+import fdshare.manager
+from fdshare.server.interpreter import fresh_interpreter
+
 _LONGEST = 1 << 17  # bytes of a command with its environment
 _MOST = 64  # descriptors of a command
 _CLONE = {"x86_64": 56, "aarch64": 220}.get(platform.machine())
@@ -126,6 +129,17 @@ class Process(subprocess.Popen[Any]):
         )
 
 
+class Manager(fdshare.manager.Manager):
+    """A Manager like any other, whose `start` forks its server from the nursery."""
+
+    def _launch(self, control: int) -> subprocess.Popen[bytes]:
+        return Process(
+            fresh_interpreter("fdshare.server.child", f"main({control})"),
+            pass_fds=[control],
+            stdin=subprocess.DEVNULL,
+        )
+
+
 def _interpreter() -> list[str]:
     """This interpreter, with its flags."""
     return [sys.executable, *subprocess._args_from_interpreter_flags()]  # type: ignore[attr-defined]
@@ -149,9 +163,9 @@ def nurse(number: int) -> None:
     """Forks what is asked for, until the other end is closed."""
     for name in ("fdshare.cli", "fdshare.server"):
         package = importlib.import_module(name)
-        for module in pkgutil.iter_modules(package.__path__, f"{name}."):
+        for module in pkgutil.walk_packages(package.__path__, f"{name}."):
             importlib.import_module(module.name)
-    for name in ("rich.console", "rich.table", "rich.live", "rich.text", "fdshare.manager"):
+    for name in ("rich.console", "rich.table", "rich.live", "rich.text"):
         importlib.import_module(name)
     interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's is for pytest
     gc.freeze()

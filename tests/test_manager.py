@@ -34,7 +34,6 @@ from fdshare.errors import (
 )
 from fdshare.manager import Manager
 
-fresh = pytest.mark.usefixtures("fresh")  # the others: see nursery.py
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs another user")
 
 
@@ -95,7 +94,6 @@ def test_address_and_authkey_by_position(folder: Path, sock: socket.socket) -> N
             assert other.names() == ["x"]
 
 
-@fresh
 def test_start_and_shutdown(folder: Path, sock: socket.socket) -> None:
     manager = Manager(folder / "x.sock", keeper=False)
     assert manager.start() is manager
@@ -115,7 +113,6 @@ def test_start_and_shutdown(folder: Path, sock: socket.socket) -> None:
         manager.start()
 
 
-@fresh
 def test_with(folder: Path, sock: socket.socket) -> None:
     with Manager(folder / "x.sock", keeper=False) as manager:
         manager["x"] = sock
@@ -125,7 +122,6 @@ def test_with(folder: Path, sock: socket.socket) -> None:
         assert manager.names() == []
 
 
-@fresh
 def test_without_a_path() -> None:
     with Manager(keeper=False) as manager:
         folder = os.path.dirname(manager.address)
@@ -222,7 +218,6 @@ def test_a_live_server_on_the_path(serve: Callable[..., Manager]) -> None:
     owner.ping()
 
 
-@fresh
 def test_two_starters_at_once(folder: Path) -> None:
     """On a path where a dead server left its socket: one of them has it."""
     with socket.socket(socket.AF_UNIX) as stale:
@@ -307,7 +302,6 @@ def test_settings_that_are_none(folder: Path) -> None:
 # Ends
 
 
-@fresh
 def test_signals_end_it(serve: Callable[..., Manager], sock: socket.socket) -> None:
     """SIGTERM does; SIGINT, which a terminal sends to all, is its owner's."""
     owner = serve()
@@ -322,7 +316,6 @@ def test_signals_end_it(serve: Callable[..., Manager], sock: socket.socket) -> N
     assert not os.path.exists(owner.address)
 
 
-@fresh
 @pytest.mark.parametrize("keeper", [False, True])
 def test_a_signal_that_interrupts_nothing_ends_it(
     serve: Callable[..., Manager], until: Callable[..., Any], sock: socket.socket, keeper: bool
@@ -419,7 +412,6 @@ def test_dropped_without_a_word(until: Callable[..., Any]) -> None:
     assert not os.path.exists(folder)
 
 
-@fresh
 def test_it_says_nothing(folder: Path) -> None:
     """Neither of both processes has anything to warn of, from the start to the end."""
     code = (

@@ -18,12 +18,12 @@ import msgspec
 import pytest
 from breaking import Halves, Wire, resident
 from conftest import wait_until
+from nursery import Manager
 
 from fdshare.client.blocking.client import Client
 from fdshare.errors import BadRequest
 from fdshare.kernel.ancillary import send_message
 from fdshare.kernel.endpoint import connect
-from fdshare.manager import Manager
 from fdshare.protocol import messages as m
 from fdshare.protocol.framing import HEADER, header
 

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 from breaking import Halves, Wire
 from conftest import wait_until
+from nursery import Manager
 
 from fdshare.client.blocking.client import Client
 from fdshare.kernel.ancillary import send_message
-from fdshare.manager import Manager
 
 LINGER = 30  # seconds
 

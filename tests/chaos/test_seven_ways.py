@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from breaking import Halves, Wire, cpu_seconds, identity
 from conftest import wait_until
+from nursery import Manager
 
 from fdshare.client.blocking.client import Client
 from fdshare.errors import (
@@ -25,7 +26,6 @@ from fdshare.errors import (
     QuotaExceeded,
 )
 from fdshare.kernel.endpoint import connect
-from fdshare.manager import Manager
 from fdshare.protocol import messages as m
 
 KIND = m.Kind("fd", m.encode({}))

@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 from breaking import Halves
 from conftest import wait_until
+from nursery import Manager
 
 from chaos.load import Worker, seen
 from fdshare.client.blocking.client import Client
-from fdshare.manager import Manager
 
 FAULTS = {
     "sendmsg": ["EINTR", "EAGAIN", "ENOBUFS", "ENOMEM", "ETOOMANYREFS"],

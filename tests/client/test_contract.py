@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 
 import anyio
 import pytest
+from nursery import Manager
 
 import fdshare
 from fdshare.client.asynchronous.client import AsyncClient, AsyncWatcher
@@ -34,7 +35,6 @@ from fdshare.errors import (
     UntrustedServer,
     WatchTimeout,
 )
-from fdshare.manager import Manager
 
 Body: TypeAlias = Callable[[Any], Awaitable[None]]
 

@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from nursery import Manager
 
 from fdshare.client.blocking.client import Client
 from fdshare.client.conversation import Parts
 from fdshare.client.fetch_cache import Fetched
 from fdshare.errors import DescriptorLimit, NameNotFound, ServerTimeout
-from fdshare.manager import Manager
 from fdshare.protocol import messages as m
 from fdshare.protocol.framing import header
 from fdshare.protocol.kind import Kind

@@ -16,13 +16,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from nursery import Manager
 
 import fdshare
 from fdshare.client import watch_state as module
 from fdshare.client.blocking.client import Client
 from fdshare.client.watch_state import Snapshot, WatchState
 from fdshare.errors import ClosedDescriptor
-from fdshare.manager import Manager
 from fdshare.protocol import messages as m
 from fdshare.protocol.names import matcher
 

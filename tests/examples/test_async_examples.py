@@ -14,8 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-
-from fdshare.manager import Manager
+from nursery import Manager
 
 PROGRAMS = Path(__file__).parents[2] / "examples"
 Started = subprocess.Popen[str]

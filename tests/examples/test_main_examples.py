@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 from ending import terminated
+from nursery import Manager
 
 import fdshare
-from fdshare.manager import Manager
 
 PROGRAMS = Path(__file__).parents[2] / "examples"
 Started = subprocess.Popen[str]

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from nursery import Manager
 
 import fdshare
 from fdshare.errors import AlreadyTaken, ClosedDescriptor, NoServer, QuotaExceeded
-from fdshare.manager import Manager
 from fdshare.parking.named import NamedServer
 
 Pair = tuple[socket.socket, socket.socket]

@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 import pytest
 from barepeer import Peer
+from nursery import Manager
 
 from fdshare.client.blocking.client import Client
 from fdshare.errors import (
@@ -23,7 +24,6 @@ from fdshare.errors import (
     QuotaExceeded,
     ServerGone,
 )
-from fdshare.manager import Manager
 from fdshare.protocol import messages as m
 from fdshare.server.limits import RESERVE, Limits
 

@@ -16,11 +16,10 @@ from typing import Any
 import pytest
 from breaking import Half, Halves, connected_pair
 from conftest import wait_until
-from nursery import Process
+from nursery import Manager, Process
 
 from fdshare.client.blocking.client import Client
 from fdshare.errors import InvalidArgument, NameNotFound
-from fdshare.manager import Manager
 
 deaths = pytest.mark.parametrize(
     "order", [[], ["server"], ["keeper"], ["keeper", "server"]], ids=lambda o: "-".join(o) or "none"

@@ -13,11 +13,10 @@ from typing import Any
 import pytest
 from breaking import Half, Halves, Wire, identity, kill
 from conftest import wait_until
-from nursery import Process
+from nursery import Manager, Process
 
 from fdshare.client.blocking.client import Client
 from fdshare.errors import DescriptorLimit, NameNotFound, NameTaken
-from fdshare.manager import Manager
 from fdshare.protocol import messages as m
 
 death = pytest.mark.parametrize("death", [None, "server", "keeper"])

@@ -19,11 +19,11 @@ import pytest
 from breaking import Halves, Wire, cpu_seconds, identity
 from conftest import wait_until
 from ending import let_end
+from nursery import Manager
 
 from fdshare.client.blocking.client import Client
 from fdshare.errors import DescriptorLimit, InvalidArgument, NoServer, QuotaExceeded
 from fdshare.kernel.endpoint import connect
-from fdshare.manager import Manager
 from fdshare.protocol import messages as m
 from fdshare.server.limits import RESERVE, Limits
 

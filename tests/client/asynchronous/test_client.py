@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 import anyio
 import anyio.lowlevel
 import pytest
+from nursery import Manager
 
 import fdshare
 from fdshare.client.blocking.client import Client
@@ -25,7 +26,6 @@ from fdshare.errors import (
     NameNotFound,
     NameTaken,
 )
-from fdshare.manager import Manager
 
 BACKENDS = pytest.mark.parametrize("backend", ["asyncio", "trio"])
 Step: TypeAlias = Callable[[Any, int], Coroutine[Any, Any, Any]]

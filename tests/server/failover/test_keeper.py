@@ -30,7 +30,7 @@ from breaking import (
 )
 from conftest import census, wait_until
 from ending import let_end
-from nursery import Process
+from nursery import Manager, Process
 
 from fdshare.activation import NotifySocket
 from fdshare.client.blocking.client import Client
@@ -45,7 +45,6 @@ from fdshare.errors import (
 )
 from fdshare.kernel.credentials import peer_credentials
 from fdshare.kernel.endpoint import connect
-from fdshare.manager import Manager
 from fdshare.protocol import messages as m
 
 # Which half dies, in this order.

@@ -19,11 +19,11 @@ import pytest
 from breaking import FIXED, Halves, ended, identity, kill
 from conftest import census, wait_until
 from installed import HANGS, Installed
+from nursery import Manager
 
 from fdshare.activation import NotifySocket
 from fdshare.client.blocking.client import Client
 from fdshare.errors import FdshareError, InvalidArgument
-from fdshare.manager import Manager
 from server.test_leases import Taker
 
 
