@@ -13,7 +13,7 @@ import hmac
 import logging
 import os
 import socket
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from fdshare.errors import (
     AuthenticationFailed,
@@ -28,14 +28,12 @@ from fdshare.protocol import messages as m
 from fdshare.protocol.auth import NONCE_SIZE, prove
 from fdshare.protocol.framing import MAX_FRAME, Frame, header
 from fdshare.protocol.names import MAX_SESSION
-from fdshare.server.core.policy import Policy, Subject
+from fdshare.server.core.policy import Subject
 from fdshare.server.core.ports import Session
 from fdshare.server.loop.closing import Handle
 from fdshare.server.loop.connection import Connection
+from fdshare.server.loop.output import Output
 from fdshare.server.loop.poller import READ
-
-if TYPE_CHECKING:
-    from fdshare.server.loop.loop import Loop
 
 __all__ = ["Acceptor"]
 
@@ -49,47 +47,42 @@ _NO_ROOM: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 class Acceptor:
-    """Accepts on *listener*, which stays the caller's, and counts the connections of each uid."""
+    """Accepts on *listener*, which stays the caller's, for *output*."""
 
     def __init__(
-        self, loop: Loop, listener: socket.socket, policy: Policy, epoch: str, authkey: bytes | None
+        self, output: Output, listener: socket.socket, epoch: str, authkey: bytes | None
     ) -> None:
-        self._loop = loop
+        self._output = output
         self._listener = listener
-        self._policy = policy
         self._epoch = epoch
         self._authkey = authkey
         self.accepted = 0
         self.evicted = 0
-        self.paused_until: float | None = None
+        self._paused_until: float | None = None
+        self._connections = 0  # how many there were when it paused
         self._crowded = False  # no connection was accepted since the last pause
-        self._per_uid: dict[int, int] = {}
         listener.setblocking(False)
-        loop.poller.register(listener.fileno(), READ, self._on_connect)
-
-    def use(self, policy: Policy) -> None:
-        """A new policy, for those who come from now on."""
-        self._policy = policy
+        output.poller.register(listener.fileno(), READ, self._on_connect)
 
     def close(self) -> None:
         """Accepts no more."""
-        if self.paused_until is None:
-            self._loop.poller.unregister(self._listener.fileno())
+        if self._paused_until is None:
+            self._output.poller.unregister(self._listener.fileno())
 
-    def reopen(self, now: float) -> None:
-        """Ends a pause whose time has passed."""
-        if self.paused_until is not None and now >= self.paused_until:
-            self.paused_until = None
-            self._loop.poller.register(self._listener.fileno(), READ, self._on_connect)
+    @property
+    def due(self) -> float | None:
+        """When a pause ends: at once where a connection was closed since, for that freed a
+        descriptor. None where accepting does not pause."""
+        if self._paused_until is not None and len(self._output.connections) < self._connections:
+            return 0.0
+        return self._paused_until
 
-    def left(self, connection: Connection) -> None:
-        """Counts *connection* out. A pause ends now, for a descriptor is free again."""
-        uid = connection.session.subject.uid
-        self._per_uid[uid] -= 1
-        if not self._per_uid[uid]:
-            del self._per_uid[uid]
-        if self.paused_until is not None:
-            self.paused_until = 0.0  # the next turn opens it
+    def resume(self, now: float) -> None:
+        """Accepts again if a pause is over."""
+        due = self.due
+        if due is not None and now >= due:
+            self._paused_until = None
+            self._output.poller.register(self._listener.fileno(), READ, self._on_connect)
 
     # Accepting.
 
@@ -121,8 +114,9 @@ class Acceptor:
         if not self._crowded:
             log.warning("no descriptor is free for a new connection; accepting pauses")
         self._crowded = True
-        self._loop.poller.unregister(self._listener.fileno())
-        self.paused_until = now + _PAUSE
+        self._output.poller.unregister(self._listener.fileno())
+        self._paused_until = now + _PAUSE
+        self._connections = len(self._output.connections)
         idle = self._longest_idle(None)
         if idle is not None:
             self._evict(idle)
@@ -131,25 +125,24 @@ class Acceptor:
         self._crowded = False
         sock.setblocking(False)
         who = peer_credentials(sock)
-        trusted = self._policy.trusts(who.uid)
+        trusted = self._output.service.policy.trusts(who.uid)
         session = Session(Subject(who.uid, who.gid, who.groups), who.pid, trusted)
         refusal = self._make_room(who.uid, trusted)
         if refusal is not None:
-            self._loop.service.refused(session, None, refusal)
+            self._output.service.refused(session, None, refusal)
             self._turn_away(sock, refusal)
             return
         connection = session.route = Connection(sock, session, now)
-        self._per_uid[who.uid] = self._per_uid.get(who.uid, 0) + 1
         self.accepted += 1
-        self._loop.add(connection)
+        self._output.add(connection)
 
     def _make_room(self, uid: int, trusted: bool) -> QuotaExceeded | None:
         """Closes an idle connection where the limit is reached; the refusal where none is idle."""
-        limits = self._loop.service.limits
-        used, most = len(self._loop.connections), limits.max_connections
+        limits = self._output.service.limits
+        used, most = len(self._output.connections), limits.max_connections
         # The last place is for the administrator, so that a full server can still be asked why.
         if used < most - (not trusted):
-            mine = self._per_uid.get(uid, 0)
+            mine = self._output.connections_of.get(uid, 0)
             if trusted or mine < limits.max_connections_per_uid:
                 return None
             what, most, used = "max_connections_per_uid", limits.max_connections_per_uid, mine
@@ -166,7 +159,7 @@ class Acceptor:
         has entries that live as long as it does, only where *uid* has no other: it would lose
         nothing, but notice."""
         last = None
-        for connection in self._loop.connections:
+        for connection in self._output.connections:
             session = connection.session
             if uid is not None and session.subject.uid != uid:
                 continue
@@ -180,7 +173,7 @@ class Acceptor:
     def _evict(self, connection: Connection) -> None:
         self.evicted += 1
         log.info("too many connections: the idle one of pid %d is closed", connection.session.pid)
-        self._loop.drop(connection)
+        self._output.drop(connection)
 
     def _turn_away(self, sock: socket.socket, refusal: QuotaExceeded) -> None:
         body = m.encode(m.refusal(refusal))
@@ -216,7 +209,7 @@ class Acceptor:
         else:
             connection.greeted = True
         connection.session.name = request.session
-        self._loop.service.greeted(connection.session)
+        self._output.service.greeted(connection.session)
         welcome = m.Welcome(
             m.MAGIC,
             m.VERSION,
@@ -224,10 +217,10 @@ class Acceptor:
             self._epoch,
             MAX_FRAME,
             MAX_DESCRIPTORS,
-            self._loop.service.limits.in_flight_per_connection,
+            self._output.service.limits.in_flight_per_connection,
             nonce,
         )
-        self._loop.send(connection, frame.id, m.encode(welcome), ())
+        self._output.send(connection, frame.id, m.encode(welcome), ())
 
     def _check_proof(
         self, connection: Connection, frame: Frame[Handle], request: m.AnyRequest
@@ -240,4 +233,4 @@ class Acceptor:
             raise AuthenticationFailed("the authkeys differ")
         connection.proof = None
         connection.greeted = True
-        self._loop.send(connection, frame.id, m.encode(m.Proved(connection.counterproof)), ())
+        self._output.send(connection, frame.id, m.encode(m.Proved(connection.counterproof)), ())

@@ -26,6 +26,8 @@ from fdshare.kernel.ancillary import receive_into
 from fdshare.protocol import messages as m
 from fdshare.protocol.framing import Frame
 from fdshare.server.core.ports import JournalBusy
+from fdshare.server.core.service import Service
+from fdshare.server.loop.acceptor import Acceptor
 from fdshare.server.loop.closing import Handle, close_quietly
 from fdshare.server.loop.connection import Connection
 from fdshare.server.loop.fast_path import Asked, answer
@@ -43,8 +45,17 @@ _RETRY: Final = 0.005  # seconds until a throttled connection is looked at again
 class Loop(Output):
     """Turns readiness into calls."""
 
-    def __init__(self, close_handle: Callable[[Handle], None]) -> None:
-        super().__init__(close_handle)
+    def __init__(
+        self,
+        service: Service,
+        close_handle: Callable[[Handle], None],
+        listener: socket.socket,
+        epoch: str,
+        authkey: bytes | None,
+    ) -> None:
+        """*listener* stays the caller's."""
+        super().__init__(service, close_handle)
+        self.acceptor = Acceptor(self, listener, epoch, authkey)
         self._buffer = bytearray(_BUFFER)
         self._view = memoryview(self._buffer)
         self._asked = Asked()
@@ -174,8 +185,8 @@ class Loop(Output):
             since = oldest.slow_since or 0.0
             slow = since + self.service.limits.request_timeout
             due = slow if due is None else min(due, slow)
-        if (paused := self.acceptor.paused_until) is not None:
-            due = paused if due is None else min(due, paused)
+        if (resume := self.acceptor.due) is not None:
+            due = resume if due is None else min(due, resume)
         return due
 
     def _do_due(self, now: float) -> None:
@@ -203,7 +214,7 @@ class Loop(Output):
                 continue
             log.warning("pid %d is too slow, dropped", oldest.session.pid)
             self.drop(oldest)
-        self.acceptor.reopen(now)
+        self.acceptor.resume(now)
 
     def _is_held_up(self, connection: Connection) -> bool:
         """True where it has read all that it was sent, and waits for us because of others: what is

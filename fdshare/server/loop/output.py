@@ -23,7 +23,6 @@ from fdshare.kernel.descriptor import Descriptor
 from fdshare.protocol import messages as m
 from fdshare.protocol.framing import header
 from fdshare.server.core.service import Service
-from fdshare.server.loop.acceptor import Acceptor
 from fdshare.server.loop.closing import Handle, close_quietly
 from fdshare.server.loop.connection import NO_MEMORY, Connection
 from fdshare.server.loop.poller import READ, WRITE, Poller
@@ -41,12 +40,11 @@ _INSPECTIONS: Final = 4  # `info` requests of one client under way: with so many
 class Output:
     """Every connection: what is sent on it, and how it ends."""
 
-    service: Service
-    acceptor: Acceptor
-
-    def __init__(self, close_handle: Callable[[Handle], None]) -> None:
+    def __init__(self, service: Service, close_handle: Callable[[Handle], None]) -> None:
+        self.service = service
         self.poller = Poller()
         self.connections: dict[Connection, None] = {}  # in the order of their last request
+        self.connections_of: dict[int, int] = {}  # uid -> how many
         self.in_flight = 0
         self._close_handle = close_handle
         self._slow: dict[Connection, None] = {}
@@ -55,6 +53,8 @@ class Output:
 
     def add(self, connection: Connection) -> None:
         self.connections[connection] = None
+        uid = connection.session.subject.uid
+        self.connections_of[uid] = self.connections_of.get(uid, 0) + 1
         connection.interest = READ
         self.poller.register(connection.fileno(), READ, connection)
         self._slow[connection] = None
@@ -65,6 +65,7 @@ class Output:
             return
         connection.closed = True
         self.connections.pop(connection, None)
+        self._count_out(connection.session.subject.uid)
         self._slow.pop(connection, None)
         self._throttled.discard(connection)
         self._stalled.pop(connection, None)
@@ -81,7 +82,11 @@ class Output:
             self._close_all(frame.descriptors)
         connection.pending.clear()
         self.service.disconnected(connection.session, time.monotonic(), unanswered=unanswered)
-        self.acceptor.left(connection)
+
+    def _count_out(self, uid: int) -> None:
+        self.connections_of[uid] -= 1
+        if not self.connections_of[uid]:
+            del self.connections_of[uid]
 
     def _hang_up(self, sock: socket.socket) -> None:
         """Closes *sock*; in a closer's thread if it has unread bytes: a descriptor among them may

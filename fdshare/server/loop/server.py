@@ -35,7 +35,6 @@ from fdshare.server.core.service import Service
 from fdshare.server.core.table import Entry, Table
 from fdshare.server.failover.fd_store import FdStore
 from fdshare.server.limits import Limits
-from fdshare.server.loop.acceptor import Acceptor
 from fdshare.server.loop.binding import bind_address
 from fdshare.server.loop.closing import Closer, Handle
 from fdshare.server.loop.connection import Connection
@@ -86,10 +85,8 @@ class Server:
         nofile = raise_descriptor_limit()
         # Not `or`: an empty table is false, and a successor of ours would get the other one.
         self.table = Table() if table is None else table
-        self.policy = _policy(settings)
-        self.service = Service(
-            self.table, self.policy, Limits.for_rlimit(nofile, **settings.limits), self
-        )
+        limits = Limits.for_rlimit(nofile, **settings.limits)
+        self.service = Service(self.table, _policy(settings), limits, self)
         self.journal_link = journal
         self._fdstore = fdstore
         if fdstore is not None:
@@ -99,12 +96,10 @@ class Server:
         self.settings = settings
         self._closer = Closer()
         self._started = time.monotonic()
-        self.loop = Loop(self._close)
-        self.loop.service = self.service
+        epoch = epoch or os.urandom(8).hex()
+        self.loop = Loop(self.service, self._close, listener, epoch, settings.authkey)
         self._hangups = Hangups(self.loop)
         self._inspections = Inspections(self.loop, self.answer_in_parts)
-        epoch = epoch or os.urandom(8).hex()
-        self.loop.acceptor = Acceptor(self.loop, listener, self.policy, epoch, settings.authkey)
         for entry in self.table.entries.values():
             self.watch(entry)
 
@@ -250,8 +245,7 @@ class Server:
         if self.journal_link is not None:
             self.journal_link.keep_policy(text)
         self.settings.policy_text = text
-        self.policy = self.service.policy = policy
-        self.loop.acceptor.use(policy)
+        self.service.policy = policy
 
     def try_to_reload(self) -> None:
         """As asked for by a signal, whose sender reads the log."""
