@@ -1,27 +1,21 @@
-"""Prometheus text (exposition format 0.0.4) of a server's stats, and a door that serves it.
+"""A server's stats as Prometheus text (exposition format 0.0.4), and over HTTP.
 
 https://prometheus.io/docs/instrumenting/exposition_formats/
 """
 
 from __future__ import annotations
 
-import logging
+import errno
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
-from fdshare.errors import FdshareError, InvalidArgument
+from fdshare.errors import InvalidArgument
 from fdshare.protocol.messages import ServerStats
 
-if TYPE_CHECKING:
-    from fdshare.server.loop.server import Server
-
-__all__ = ["MetricsDoor", "metrics_door", "parse_address", "render"]
-
-log = logging.getLogger("fdshare.server")
+__all__ = ["MetricsEndpoint", "parse_host_port", "render"]
 
 _GAUGES: Final = {
     "uptime": ("uptime_seconds", "Seconds since this server process started."),
@@ -75,7 +69,7 @@ def _family(name: str, kind: str, text: str, samples: list[tuple[str, float]]) -
         yield f"fdshare_{name}{labels} {value:.15g}"
 
 
-def parse_address(text: str) -> tuple[str, int]:
+def parse_host_port(text: str) -> tuple[str, int]:
     """(host, port) of "127.0.0.1:9100" or "[::1]:9100". Raises: InvalidArgument."""
     host, colon, port = text.rpartition(":")
     if not colon or not port.isascii() or not port.isdigit() or int(port) > 65535:
@@ -83,30 +77,11 @@ def parse_address(text: str) -> tuple[str, int]:
     return host.strip("[]") or "127.0.0.1", int(port)
 
 
-@contextmanager
-def metrics_door(server: Server) -> Iterator[None]:
-    """A door for the metrics of *server* while it serves, if its settings ask for one."""
-    address = server.settings.metrics
-    door = None
-    if address:
-        try:
-            door = MetricsDoor(address, server.stats, server.loop.post)
-        except (OSError, FdshareError) as error:
-            # Not worth ending for: what is held is.
-            server.notes["metrics"] = f"not served at {address}: {error}"
-            log.error("no metrics at %s: %s", address, error)
-    try:
-        yield
-    finally:
-        if door is not None:
-            door.close()
+class MetricsEndpoint:
+    """A thread that answers each HTTP request on *address* with the text of `stats()`.
 
-
-class MetricsDoor:
-    """Answers every HTTP request on *address* with the text of `stats()`, from a thread.
-
-    *post* has a call made by the thread that may ask for stats. Never in the way of the server:
-    one request at a time, each within a few seconds.
+    *post* has a call made by the thread that may call `stats`. One request at a time, each within a
+    few seconds: the server is not slowed down.
     """
 
     def __init__(
@@ -116,7 +91,7 @@ class MetricsDoor:
         post: Callable[[Callable[[], None]], None],
     ) -> None:
         """Listens. Raises: InvalidArgument; OSError of bind(2)."""
-        host, port = parse_address(address)
+        host, port = parse_host_port(address)
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._stats = stats
         self._post = post
@@ -127,7 +102,7 @@ class MetricsDoor:
         self._thread.start()
 
     def close(self) -> None:
-        """Ends the thread, soon."""
+        """Stops listening, and waits for the thread, at most a few seconds."""
         try:
             self._sock.shutdown(socket.SHUT_RDWR)  # wakes accept(2) on Linux
         except OSError:
@@ -163,7 +138,7 @@ class MetricsDoor:
         if method not in (b"GET", b"HEAD"):
             status, body = "405 Method Not Allowed", b""
         elif path not in (b"/", b"/metrics"):
-            status, body = "404 Not Found", b"it is at /metrics\n"
+            status, body = "404 Not Found", b"the metrics are at /metrics\n"
         else:
             status, body = "200 OK", self._text().encode()
         head = (
@@ -173,7 +148,7 @@ class MetricsDoor:
         connection.sendall(head.encode() + (b"" if method == b"HEAD" else body))
 
     def _text(self) -> str:
-        """Asked of the loop's thread: nobody else may look at its table."""
+        """The loop's thread calls `stats`: no other may look at its table."""
         answers: SimpleQueue[ServerStats] = SimpleQueue()
         self._post(lambda: answers.put(self._stats()))
         try:
@@ -184,6 +159,4 @@ class MetricsDoor:
 
 def _passing(error: OSError) -> bool:
     """True for a failure of accept(2) after which the next may succeed."""
-    import errno
-
     return error.errno in (errno.EMFILE, errno.ENFILE, errno.ECONNABORTED, errno.ENOMEM)

@@ -1,4 +1,4 @@
-"""Prometheus text, and the door that serves it."""
+"""Prometheus text, and the endpoint that serves it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 from fdshare.errors import InvalidArgument
 from fdshare.protocol.messages import ServerStats
-from fdshare.server.metrics import MetricsDoor, parse_address, render
+from fdshare.server.metrics import MetricsEndpoint, parse_host_port, render
 
 STATS = ServerStats(
     server_pid=1,
@@ -59,49 +59,51 @@ def test_the_text_is_prometheus() -> None:
     ],
 )
 def test_addresses(text: str, address: tuple[str, int]) -> None:
-    assert parse_address(text) == address
+    assert parse_host_port(text) == address
 
 
 @pytest.mark.parametrize("text", ["", "host", "1:x", "1:99999"])
 def test_what_is_no_address(text: str) -> None:
     with pytest.raises(InvalidArgument):
-        parse_address(text)
+        parse_host_port(text)
 
 
 @pytest.fixture
-def door() -> Iterator[MetricsDoor]:
-    door = MetricsDoor("127.0.0.1:0", lambda: STATS, lambda call: call())
-    yield door
-    door.close()
+def endpoint() -> Iterator[MetricsEndpoint]:
+    endpoint = MetricsEndpoint("127.0.0.1:0", lambda: STATS, lambda call: call())
+    yield endpoint
+    endpoint.close()
 
 
-def get(door: MetricsDoor, path: str = "/metrics", method: str = "GET") -> str:
-    request = urllib.request.Request(f"http://127.0.0.1:{door.port}{path}", method=method)
+def get(endpoint: MetricsEndpoint, path: str = "/metrics", method: str = "GET") -> str:
+    request = urllib.request.Request(f"http://127.0.0.1:{endpoint.port}{path}", method=method)
     with urllib.request.urlopen(request, timeout=10) as answer:
         text: str = answer.read().decode()
         return text
 
 
-def test_it_is_served(door: MetricsDoor) -> None:
-    assert get(door) == render(STATS)
-    assert get(door, "/metrics?x=y") == render(STATS)
-    assert get(door, method="HEAD") == ""
+def test_it_is_served(endpoint: MetricsEndpoint) -> None:
+    assert get(endpoint) == render(STATS)
+    assert get(endpoint, "/metrics?x=y") == render(STATS)
+    assert get(endpoint, method="HEAD") == ""
 
 
 @pytest.mark.parametrize(("path", "method", "status"), [("/x", "GET", 404), ("/", "POST", 405)])
-def test_anything_else_is_refused(door: MetricsDoor, path: str, method: str, status: int) -> None:
+def test_anything_else_is_refused(
+    endpoint: MetricsEndpoint, path: str, method: str, status: int
+) -> None:
     with pytest.raises(urllib.error.HTTPError) as caught:
-        get(door, path, method)
+        get(endpoint, path, method)
     with caught.value:
         assert caught.value.code == status
 
 
-def test_a_client_that_says_nothing_is_gone_in_the_end(door: MetricsDoor) -> None:
-    with socket.create_connection(("127.0.0.1", door.port)) as silent:
+def test_a_client_that_says_nothing_is_gone_in_the_end(endpoint: MetricsEndpoint) -> None:
+    with socket.create_connection(("127.0.0.1", endpoint.port)) as silent:
         silent.sendall(b"GET / HT")
         silent.shutdown(socket.SHUT_WR)
         assert silent.recv(100) == b""
-    assert get(door)
+    assert get(endpoint)
 
 
 def test_stats_are_asked_for_by_the_right_thread() -> None:
@@ -117,13 +119,13 @@ def test_stats_are_asked_for_by_the_right_thread() -> None:
         asked.append(threading.current_thread())
         return STATS
 
-    door = MetricsDoor("127.0.0.1:0", stats, post)
+    endpoint = MetricsEndpoint("127.0.0.1:0", stats, post)
     try:
-        with socket.create_connection(("127.0.0.1", door.port)) as sock:
+        with socket.create_connection(("127.0.0.1", endpoint.port)) as sock:
             sock.sendall(b"GET / HTTP/1.0\r\n\r\n")
             assert wake.wait(30)
             calls[0]()  # type: ignore[operator]
             assert sock.recv(100).startswith(b"HTTP/1.1 200 OK")
         assert asked == [threading.current_thread()]
     finally:
-        door.close()
+        endpoint.close()

@@ -50,10 +50,10 @@ def _limits(
 
 def _metrics(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
     if value is not None:
-        from fdshare.server.metrics import parse_address
+        from fdshare.server.metrics import parse_host_port
 
         try:
-            parse_address(value)
+            parse_host_port(value)
         except ValueError as error:
             raise click.BadParameter(str(error)) from None
     return value

@@ -41,7 +41,7 @@ from fdshare.server.loop.connection import Connection
 from fdshare.server.loop.hangups import Hangups
 from fdshare.server.loop.inspections import Inspections
 from fdshare.server.loop.loop import Loop
-from fdshare.server.metrics import metrics_door
+from fdshare.server.metrics import MetricsEndpoint
 from fdshare.server.settings import Settings, policy_of, read_policy
 
 __all__ = ["Journal", "Server", "raise_descriptor_limit"]
@@ -105,8 +105,25 @@ class Server:
 
     def run(self) -> bool:
         """Serves until `stop()`; True where the journal has interrupted it for a moment."""
-        with metrics_door(self):
+        metrics = self._metrics()
+        try:
             return self.loop.run()
+        finally:
+            if metrics is not None:
+                metrics.close()
+
+    def _metrics(self) -> MetricsEndpoint | None:
+        """What serves the metrics, if the settings ask for it. The caller owns the result."""
+        address = self.settings.metrics
+        if not address:
+            return None
+        try:
+            return MetricsEndpoint(address, self.stats, self.loop.post)
+        except (OSError, FdshareError) as error:
+            # The server runs on without: what it holds is worth more.
+            self.notes["metrics"] = f"not served at {address}: {error}"
+            log.error("no metrics at %s: %s", address, error)
+            return None
 
     def stop(self) -> None:
         """Makes `run` return; from any thread, or a signal handler."""
