@@ -31,7 +31,7 @@ from fdshare.cli.support.open_files import same_open_file
 from fdshare.errors import FdshareError
 from fdshare.kernel.ancillary import close_all
 from fdshare.kernel.descriptor import Descriptor
-from fdshare.server.failover.processes import close_all_but
+from fdshare.kernel.descriptor_table import close_all_but
 
 if TYPE_CHECKING:
     from fdshare.cli.support.exec import Launch

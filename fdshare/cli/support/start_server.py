@@ -71,7 +71,7 @@ def _command(arguments: list[str]) -> list[str]:
 def _spawn_orphan(command: list[str], log: int, readies: int) -> None:
     """Starts *command* as a child of init: the program that we become would otherwise get a
     SIGCHLD for a child that it never had."""
-    from fdshare.server.failover.processes import close_all_but
+    from fdshare.kernel.descriptor_table import close_all_but
 
     pid = os.fork()
     if pid:

@@ -30,6 +30,7 @@ from typing import Final
 from fdshare.errors import FdshareError
 from fdshare.kernel.ancillary import receive_into
 from fdshare.kernel.descriptor import Descriptor
+from fdshare.kernel.descriptor_table import close_all_but
 from fdshare.protocol import messages as m
 from fdshare.server import logs
 from fdshare.server.core.records import Record
@@ -43,7 +44,6 @@ from fdshare.server.failover.processes import (
     Holdings,
     Life,
     Note,
-    close_all_but,
     decode_letter,
     encode_letter,
     fence,

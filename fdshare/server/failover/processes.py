@@ -14,7 +14,7 @@ import select
 import signal
 import socket
 import sys
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Literal, NamedTuple, TypeAlias
 
@@ -35,7 +35,6 @@ __all__ = [
     "Holdings",
     "Life",
     "Note",
-    "close_all_but",
     "decode_letter",
     "encode_letter",
     "fence",
@@ -201,34 +200,3 @@ def fork_half() -> Forked:
     finally:
         if os.getpid() == me:
             close_quietly(theirs)
-
-
-def close_all_but(kept: Collection[int]) -> None:
-    """Closes every descriptor of this process but 0-2 and *kept*.
-
-    Objects that own one of the others must have been detached: closed later by its finalizer, the
-    number would be somebody else's.
-    """
-    low = 3
-    for fd in sorted(kept):
-        if fd > low:  # most numbers follow one another, and each call is one of the system
-            os.closerange(low, fd)
-        low = max(low, fd + 1)
-    os.closerange(low, _end())
-
-
-def _end() -> int:
-    """A number that no descriptor of this process reaches: the size of its table (proc(5)), or one
-    more than the last that is listed. Of 10,000 the list takes 16 ms, in which nobody is served."""
-    try:
-        with open("/proc/self/status") as status:
-            for line in status:
-                if line.startswith("FDSize:"):
-                    return int(line.split()[1])
-    except OSError:
-        pass
-    return max(map(int, _numbers()), default=2) + 1
-
-
-def _numbers() -> Iterable[str]:
-    return os.listdir("/proc/self/fd")
