@@ -1,5 +1,4 @@
-"""The descriptor table of this process: closes what a forked child has inherited and may not
-keep."""
+"""The descriptor table of this process: closes what a forked child must not keep."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Link: the server's end of the journal, and what it does when its keeper dies."""
+"""The journal: a SOCK_SEQPACKET pair on which the server's records go to its keeper.
+
+Notes go on it both ways. `Journal` is the server's end; it also replaces a keeper that has died.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,10 @@ import errno
 import logging
 import socket
 import time
-from collections import deque
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Final, Literal, TypeAlias
+
+import msgspec
 
 from fdshare.errors import DescriptorLimit, FdshareError, KeeperUnavailable
 from fdshare.kernel.ancillary import send_message
@@ -16,54 +20,72 @@ from fdshare.kernel.descriptor import Descriptor
 from fdshare.protocol import messages as m
 from fdshare.server.core.ports import JournalBusy
 from fdshare.server.core.records import Record
-from fdshare.server.failover.processes import (
-    BACK_OFF,
-    DEATHS,
-    WITHIN,
-    Forked,
-    Note,
-    decode_letter,
-    encode_letter,
-    fence,
-    fork_half,
-)
+from fdshare.server.failover.fd_store import FdStore
+from fdshare.server.failover.processes import BACK_OFF, Deaths, Forked, fence, fork_half
 from fdshare.server.loop.closing import close_quietly
 from fdshare.server.loop.connection import NO_MEMORY
 from fdshare.server.loop.poller import READ
+from fdshare.server.loop.server import Server
 
-if TYPE_CHECKING:
-    from fdshare.server.loop.server import Server
-
-__all__ = ["Link"]
+__all__ = ["MAX_LETTER", "Journal", "Letter", "Note", "decode_letter", "encode_letter"]
 
 log = logging.getLogger("fdshare.server")
 
-_LETTER = 1 << 17  # bytes; no letter is longer than a socket's send buffer
-_SILENCE = 15.0  # seconds that new code gets from the exec to its first word
-_RETRY = 0.1  # seconds until the next attempt to make a new keeper
+MAX_LETTER: Final = 1 << 17  # bytes: less than a socket's send buffer
+_SILENCE = 15.0  # seconds from the exec of new code to its hello
+_RETRY = 0.1  # seconds until the next attempt to fork a new keeper
 _NONE = "it died, and there is no other yet"
 
 
-class Link:
-    """The `Journal` of a server that has a keeper.
+class Note(msgspec.Struct, tag="note"):
+    """What the halves tell each other beside the records.
 
-    A record is written before its client hears "ok", and needs no answer: what is in the buffer of
-    a SOCK_SEQPACKET pair survives the death of its writer.
+    From the server: "hello" (it serves), "policy" (*data* is the text of a new one), "shutdown" and
+    "upgrade" (a client's request, (*session*, *id*)). From the keeper: "hello" (it holds what the
+    server holds), "drain" (answer what has begun, then end), "reload", "upgrading" (its next note
+    is a hello, or it dies), "failed" (the upgrade, and why).
     """
 
-    def __init__(self, sock: socket.socket, keeper: Descriptor, pid: int) -> None:
-        """Takes *sock* and the pidfd *keeper* over."""
+    verb: Literal[
+        "hello", "policy", "shutdown", "upgrade", "drain", "reload", "upgrading", "failed"
+    ]
+    session: str = ""
+    id: int = 0
+    data: bytes | None = None
+
+
+Letter: TypeAlias = Record | Note
+
+_encoder: Final = msgspec.msgpack.Encoder()
+_decoder: Final = msgspec.msgpack.Decoder(Letter)
+
+encode_letter = _encoder.encode
+decode_letter = _decoder.decode
+
+
+class Journal:
+    """The `JournalWriter` of a server that has a keeper.
+
+    A record is written before its client hears "ok", and is not acknowledged: what is in the buffer
+    of a SOCK_SEQPACKET pair outlives its writer.
+    """
+
+    def __init__(
+        self, sock: socket.socket, keeper: Descriptor, pid: int, fdstore: FdStore | None = None
+    ) -> None:
+        """Takes *sock* and the pidfd *keeper* over. Records go into *fdstore*, too."""
         self._sock = sock
         self._keeper = keeper
         self._pid: int | None = pid
-        self._acquainted = False  # the keeper has said hello: it holds what we hold
+        self._fdstore = fdstore
+        self._acquainted = False  # the keeper has said hello: it holds what the server holds
         self._lost = False
-        self._buried = False  # it is dead, and what we had of it is closed
+        self._buried = False  # it is dead, and our ends of its descriptors are closed
         self._upgrading = False  # it has begun to exec new code ...
-        self._upgrades = 0  # ... for so many times
-        self._deaths: deque[float] = deque(maxlen=DEATHS)
-        self._asked: dict[tuple[str, int], None] = {}  # upgrades that wait for word
-        self._ending = False  # a client was told that the service ends
+        self._upgrades = 0  # ... so many times
+        self._deaths = Deaths()
+        self._asked: dict[tuple[str, int], None] = {}  # upgrades whose clients wait for an answer
+        self._ending = False  # a client was told that the server ends
         self._server: Server
 
     def attach(self, server: Server) -> None:
@@ -73,18 +95,21 @@ class Link:
         server.loop.poller.register(self._sock.fileno(), READ, self._on_letter)
         server.loop.poller.register(self._keeper.fileno(), READ, self._on_death)
 
-    # Journal.
+    # `JournalWriter`, for the server.
 
     def write(self, record: Record, fds: Sequence[int]) -> None:
         if self._lost:
-            # Nothing may be acknowledged that only we hold. A new keeper comes, soon or in a while.
+            # A client must not hear "ok" of what only this process holds.
             raise JournalBusy(_NONE, BACK_OFF)
         letter = encode_letter(record)
-        if len(letter) > _LETTER:  # the keeper would read a part of it
-            raise KeeperUnavailable(f"the record has {len(letter)} bytes, at most {_LETTER}")
+        if len(letter) > MAX_LETTER:  # the keeper would read a part of it
+            raise KeeperUnavailable(f"the record has {len(letter)} bytes, at most {MAX_LETTER}")
         try:
             send_message(self._sock, (letter,), fds)
-        except (BlockingIOError, DescriptorLimit):  # full, or too much in flight: let it read
+        except (
+            BlockingIOError,
+            DescriptorLimit,
+        ):  # full, or too much in flight: it has to read first
             if self._upgrading:
                 raise JournalBusy("its new code has not started yet", _SILENCE) from None
             raise JournalBusy from None
@@ -95,6 +120,8 @@ class Link:
             if error.errno in NO_MEMORY:
                 raise JournalBusy from None
             raise KeeperUnavailable(str(error)) from None
+        if self._fdstore is not None:
+            self._fdstore.record(record, fds)
 
     def state(self) -> tuple[int | None, bool]:
         return self._pid, self._acquainted and not self._lost
@@ -126,10 +153,10 @@ class Link:
 
     def _on_letter(self, events: int, now: float) -> None:
         try:
-            data = self._sock.recv(_LETTER)
+            data = self._sock.recv(MAX_LETTER)
         except OSError as error:
             if error.errno in (errno.EAGAIN, errno.ECONNRESET, *NO_MEMORY):
-                return  # EOF comes after it
+                return  # an end of the stream follows
             data = b""
         if not data:
             self._lose()
@@ -151,13 +178,13 @@ class Link:
             self._upgrade_failed((note.data or b"").decode())
 
     def _check_silence(self, number: int) -> None:
-        """The keeper had put new code in its place: has that said a word since?"""
+        """Ends a keeper whose new code has sent nothing since its exec."""
         if self._upgrading and number == self._upgrades:
             self._upgrade_failed("the new code started and then hung; it was replaced by the old")
             self._lose()
 
     def _upgrade_failed(self, why: str) -> None:
-        """The old code goes on; those who asked are told why."""
+        """The old code goes on; the clients that asked for the upgrade are told why."""
         self._upgrading = False
         self._server.notes["upgrade"] = why
         body = m.encode(m.refusal(FdshareError(f"the upgrade failed, nothing has changed: {why}")))
@@ -173,13 +200,13 @@ class Link:
         self._lose()
 
     def _lose(self) -> None:
-        """The keeper is gone, or as good as: replaced between two turns of the loop."""
+        """The keeper is gone, or will be. It is replaced between two turns of the loop."""
         if not self._lost:
             self._lost = True
             self._server.loop.interrupt()
 
     def replace_keeper(self) -> Forked | None:
-        """Makes a new one, after an interrupt. In the forked child: what it has of us."""
+        """Forks a new keeper, after an interrupt of the loop. In the child: what it is given."""
         if not self._buried and not self._bury():
             return None
         try:
@@ -193,14 +220,14 @@ class Link:
         self._sock, self._keeper, self._pid = half.journal, half.other, half.pid
         self._lost = self._buried = self._acquainted = False
         self.attach(self._server)
-        for session, id in self._asked:  # of the one that died
+        for session, id in self._asked:  # the keeper that died had been told
             self._tell(Note("upgrade", session, id))
         if self._ending:
             self._tell(Note("shutdown"))
         return None
 
     def _bury(self) -> bool:
-        """Makes sure that the keeper is dead. False where the next has to wait."""
+        """Makes sure that the keeper is dead. False if the next one has to wait."""
         poller = self._server.loop.poller
         poller.unregister(self._sock.fileno())
         poller.unregister(self._keeper.fileno())
@@ -210,18 +237,14 @@ class Link:
             self._upgrade_failed("the new code died at its start; the old one goes on")
         close_quietly(self._sock, self._keeper)
         self._buried = True
-        now = time.monotonic()
-        self._deaths.append(now)
-        if len(self._deaths) < DEATHS or now - self._deaths[0] >= WITHIN:
+        often = self._deaths.too_many(time.monotonic())
+        if not often:
             return True
         log.error(
-            "the keeper died %d times in %d s; nothing can be changed before the next start, "
-            "in %d s",
-            DEATHS,
-            WITHIN,
+            "the keeper died %s; nothing can be changed before the next start, in %d s",
+            often,
             BACK_OFF,
         )
-        self._deaths.clear()
         self._interrupt_in(BACK_OFF)
         return False
 

@@ -1,8 +1,8 @@
-"""Keeper: the twin that makes `kill -9` harmless. Speaks no protocol and to no client.
+"""Keeper: the second process, which makes `kill -9` of the server harmless. It talks to no client.
 
 It is the process that was started. It owns the listening socket and a copy of every descriptor,
 follows the server's journal, and forks a new server when the old one is dead. When the keeper dies
-it is the server that forks a new keeper. Either way round the survivor fences first (twin.py).
+it is the server that forks a new keeper. Either way round the survivor fences first (processes.py).
 
     keeper ── fork ──> server       SOCK_SEQPACKET: records up, notes both ways
        │  listener, lock, table        │  listener, table, connections
@@ -22,7 +22,6 @@ import os
 import signal
 import socket
 import time
-from collections import deque
 from collections.abc import Callable
 from functools import partial
 from typing import Final
@@ -35,21 +34,16 @@ from fdshare.protocol import messages as m
 from fdshare.server import logs
 from fdshare.server.core.records import Record
 from fdshare.server.failover.fd_store import FdStore
-from fdshare.server.failover.journal import Link
-from fdshare.server.failover.processes import (
-    BACK_OFF,
-    DEATHS,
-    WITHIN,
-    Forked,
-    Holdings,
-    Life,
+from fdshare.server.failover.holdings import Holdings
+from fdshare.server.failover.journal import (
+    MAX_LETTER,
+    Journal,
+    Letter,
     Note,
     decode_letter,
     encode_letter,
-    fence,
-    fork_half,
-    live,
 )
+from fdshare.server.failover.processes import BACK_OFF, Deaths, Forked, Life, fence, fork_half, live
 from fdshare.server.failover.service_manager import Watchdog, announce_main_pid, report
 from fdshare.server.failover.upgrade import (
     Handover,
@@ -68,7 +62,6 @@ __all__ = ["Keeper", "resume", "run_keeper"]
 
 log = logging.getLogger("fdshare.keeper")
 
-_LETTER: Final = 1 << 17
 # Seconds that a server that was told to end gets for its last answers; less than a Manager waits.
 _DRAIN: Final = 3.0
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
@@ -92,13 +85,13 @@ class Keeper:
         self._watchdog = Watchdog()
         self._closer = Closer()
         self._fencing = False
-        self._deaths: deque[float] = deque(maxlen=DEATHS)
+        self._deaths = Deaths()
         self._start_at: float | None = None if journal is not None else 0.0
         self._stopping = False
         self._drain_until: float | None = None  # when a server that was told to end is killed
         self._wake, self._waker = socket.socketpair()
         self._signals: list[int] = []
-        self._buffer = bytearray(_LETTER)
+        self._buffer = bytearray(MAX_LETTER)
         self._trial: Trial | None = None
         self._trial_until = 0.0
         self._upgrade = Note("upgrade")
@@ -280,18 +273,13 @@ class Keeper:
         now = self._start_at = time.monotonic()
         if self._relieved:  # as it was told to
             return
-        self._deaths.append(now)
-        if len(self._deaths) == DEATHS and now - self._deaths[0] < WITHIN:
+        if often := self._deaths.too_many(now):
             if self._ready is not None:
-                raise FdshareError(f"the server died {DEATHS} times before it served anybody")
+                raise FdshareError(f"the server died {often}, before it served anybody")
             log.error(
-                "the server died %d times in %d s; the table is kept, the next start is in %d s",
-                DEATHS,
-                WITHIN,
-                BACK_OFF,
+                "the server died %s; the table is kept, the next start is in %d s", often, BACK_OFF
             )
             self._start_at = now + BACK_OFF
-            self._deaths.clear()
 
     # The journal.
 
@@ -332,7 +320,7 @@ class Keeper:
             log.critical("a record of the dead server cannot be applied", exc_info=True)
         return True
 
-    def _on_letter(self, letter: Record | Note, handles: list[Handle]) -> None:
+    def _on_letter(self, letter: Letter, handles: list[Handle]) -> None:
         if isinstance(letter, Record):
             self._apply(letter, handles)
         else:
@@ -420,20 +408,22 @@ def _become_server(holdings: Holdings, half: Forked) -> Life | None:
     """In the forked child of a keeper: a server, until it is drained."""
     close_all_but(holdings.descriptors() | {half.journal.fileno(), half.other.fileno()})
     holdings.forget_other_half()
-    link = Link(half.journal, half.other, half.pid)
+    fdstore = None if holdings.fdstore is None else FdStore(holdings.fdstore)
+    if fdstore is not None:
+        fdstore.reconcile(holdings.table)
+    journal = Journal(half.journal, half.other, half.pid, fdstore)
     server = Server(
         holdings.listener.socket,
         holdings.settings,
         table=holdings.table,
-        journal=link,
+        journal=journal,
         epoch=holdings.epoch,
-        fdstore=None if holdings.fdstore is None else FdStore(holdings.fdstore),
     )
-    link.attach(server)
-    link.hello()
+    journal.attach(server)
+    journal.hello()
     server.service.expect(time.monotonic())
     while server.run():
-        if (other := link.replace_keeper()) is not None:
+        if (other := journal.replace_keeper()) is not None:
             server.abandon()
             return partial(_become_keeper, holdings, other)
     return None

@@ -1,9 +1,7 @@
-"""What the two halves of a server have in common: what both hold, how one is told apart from its
-own death, and how a forked half starts clean.
+"""The two processes of a server: how one forks the other, and makes sure that it is dead.
 
-Rules found by killing a prototype a thousand times. EOF is not death: whoever takes over first
-kills the other by pidfd and waits for the pidfd. A new process closes every descriptor that is not
-in its table: one copy of a lease's other end that is left open, and the lease never ends.
+The end of a connection does not prove that the peer is dead. So the half that takes over first
+kills the other by its pidfd and waits for the pidfd: that is the fence.
 """
 
 from __future__ import annotations
@@ -14,114 +12,46 @@ import select
 import signal
 import socket
 import sys
+from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Final, Literal, NamedTuple, TypeAlias
-
-import msgspec
+from typing import Final, NamedTuple, TypeAlias
 
 from fdshare.kernel.descriptor import Descriptor
-from fdshare.kernel.endpoint import Listener
-from fdshare.server.core.records import Record
-from fdshare.server.core.table import Table
 from fdshare.server.loop.closing import close_quietly
-from fdshare.server.settings import Settings
 
-__all__ = [
-    "BACK_OFF",
-    "DEATHS",
-    "WITHIN",
-    "Forked",
-    "Holdings",
-    "Life",
-    "Note",
-    "decode_letter",
-    "encode_letter",
-    "fence",
-    "fork_half",
-    "live",
-]
+__all__ = ["BACK_OFF", "Deaths", "Forked", "Life", "fence", "fork_half", "live"]
 
 log = logging.getLogger("fdshare.server")
 
-# A half that dies so many times within so many seconds has a reason that will not go away: the
-# survivor keeps the table and waits a while before it makes the next.
-DEATHS: Final = 5
-WITHIN: Final = 10.0
+# A half that dies so many times within so many seconds has a reason that does not go away: the
+# survivor keeps the table, and waits a while before it forks the next.
+_MANY: Final = 5
+_WITHIN: Final = 10.0
 BACK_OFF: Final = 5.0
 
-
-@dataclass(slots=True)
-class Holdings:
-    """What survives either half. *control*: the owner's socket, whose end is the server's end.
-    *fdstore*: the memfd of the table in the service manager's store (fdstore.py)."""
-
-    settings: Settings
-    listener: Listener
-    table: Table
-    epoch: str
-    control: socket.socket | None = None
-    fdstore: Descriptor | None = None
-
-    def descriptors(self) -> set[int]:
-        """Every number that a new half must keep."""
-        kept = {self.listener.fileno(), *(handle.fd for handle in self.table.handles())}
-        if (lock := self.listener.lock_fileno()) is not None:
-            kept.add(lock)
-        if self.control is not None:
-            kept.add(self.control.fileno())
-        if self.fdstore is not None:
-            kept.add(self.fdstore.fileno())
-        return kept
-
-    def forget_other_half(self) -> None:
-        """In the forked process: the handles were watched and pinned over there."""
-        for handle in self.table.handles():
-            handle.key, handle.pins, handle.closing = None, 0, False
-
-    def take_listener(self) -> None:
-        """Makes this process the one that is seen to listen, and that removes the path.
-
-        A Listener removes its path only in the process that made it, so it is made anew; and
-        SO_PEERCRED of a listening socket is whoever called listen(2) last.
-        """
-        address, inode = self.listener.address, self.listener.inode
-        sock, lock = self.listener.detach()
-        self.listener = Listener(address, sock, lock, inode)
-        sock.listen(self.settings.backlog)
-
-
-class Note(msgspec.Struct, tag="note"):
-    """Between the halves, beside the records.
-
-    From the server: "hello" (it serves), "policy" (*data* is the text of a new one), "shutdown" and
-    "upgrade" (a client's request, (*session*, *id*)). From the keeper: "hello" (it holds what the
-    server holds), "drain" (answer and end), "reload", "upgrading" (it will say hello again soon, or
-    is dead), "failed" (the upgrade, and why).
-    """
-
-    verb: Literal[
-        "hello", "policy", "shutdown", "upgrade", "drain", "reload", "upgrading", "failed"
-    ]
-    session: str = ""
-    id: int = 0
-    data: bytes | None = None
-
-
-Letter: TypeAlias = Record | Note
-# What a process is for, until it returns what it is for from then on.
+# What a process does until it has something else to do, which is then returned; None to end.
 Life: TypeAlias = "Callable[[], Life | None]"
 
-_encoder = msgspec.msgpack.Encoder()
-_decoder = msgspec.msgpack.Decoder(Letter)
 
-encode_letter = _encoder.encode
-decode_letter = _decoder.decode
+class Deaths:
+    """Counts how often the other half has died."""
+
+    def __init__(self) -> None:
+        self._at: deque[float] = deque(maxlen=_MANY)
+
+    def too_many(self, now: float) -> str:
+        """Counts a death at *now*. Empty, or how many there were in how short a time where they
+        are too many: counting starts anew then."""
+        self._at.append(now)
+        if len(self._at) < _MANY or now - self._at[0] >= _WITHIN:
+            return ""
+        self._at.clear()
+        return f"{_MANY} times in {_WITHIN:g} s"
 
 
 def fence(pidfd: Descriptor) -> str:
-    """Returns when the process is dead, by our hand if need be; says how it died. Then, and not
-    before, what it wrote to us is all there is."""
+    """Kills the process, returns when it is dead, and says how it died. Only then is everything
+    that it wrote to us there to be read."""
     try:
         signal.pidfd_send_signal(pidfd.fileno(), signal.SIGKILL)
     except ProcessLookupError:
@@ -139,18 +69,18 @@ def _reap(pidfd: Descriptor) -> str:
     except ChildProcessError:
         ended = None
     if ended is None:
-        return "it is not known how, for it was no child of ours"
+        return "its status is unknown, for it was no child of this process"
     if ended.si_code == os.CLD_EXITED:
         return f"it ended with status {ended.si_status}"
     return f"it was killed by signal {ended.si_status}"
 
 
 def live(life: Life) -> None:
-    """Lives *life*, and the ones after it; returns only in the process that called it.
+    """Runs *life*, and each life that follows; returns only in the process that called it.
 
-    A half makes the other by fork, and the child returns from wherever that was up to here, to
-    begin a life of its own. Were it to begin it right there, each generation would stand on the
-    stack of the one before, and after two hundred deaths there would be no stack left.
+    A half forks the other in the middle of its own life. The child returns its new life up to here
+    instead of calling it there: else each generation would run on the stack of the one before, and
+    after two hundred deaths no stack would be left.
     """
     root = os.getpid()
     status = 1
@@ -163,13 +93,13 @@ def live(life: Life) -> None:
         if os.getpid() == root:
             raise
         log.exception("process %d failed", os.getpid())
-    if os.getpid() != root:  # what called us is not ours to return to
+    if os.getpid() != root:  # the caller's stack is the parent's: nothing may return into it
         sys.stderr.flush()
         os._exit(status)
 
 
 class Forked(NamedTuple):
-    """One end of a new journal, and the pidfd and pid of the other half, who has the other end.
+    """One end of a new journal, and the pidfd and pid of the other half, which has the other end.
     *born*: this process is the child. The caller owns all."""
 
     born: bool
@@ -192,7 +122,7 @@ def fork_half() -> Forked:
         if pid == 0:
             close_quietly(ours)
             return Forked(True, theirs, us, me)
-        close_quietly(us)  # not before: so a number is free for the child's
+        close_quietly(us)  # only now: its number is free for the child's pidfd
         return Forked(False, ours, Descriptor(os.pidfd_open(pid)), pid)
     except BaseException:
         close_quietly(ours)

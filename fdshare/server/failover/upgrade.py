@@ -21,7 +21,7 @@ from fdshare.kernel.descriptor import Descriptor
 from fdshare.kernel.endpoint import Listener
 from fdshare.server.core.records import Record
 from fdshare.server.core.table import Table
-from fdshare.server.failover.processes import Holdings
+from fdshare.server.failover.holdings import Holdings
 from fdshare.server.interpreter import fresh_interpreter
 from fdshare.server.loop.closing import Handle
 from fdshare.server.settings import Settings, policy_of

@@ -33,7 +33,6 @@ from fdshare.server.core.ports import LeaseState, Session
 from fdshare.server.core.records import Record
 from fdshare.server.core.service import Service
 from fdshare.server.core.table import Entry, Table
-from fdshare.server.failover.fd_store import FdStore
 from fdshare.server.limits import Limits
 from fdshare.server.loop.binding import bind_address
 from fdshare.server.loop.closing import Closer, Handle
@@ -44,7 +43,7 @@ from fdshare.server.loop.loop import Loop
 from fdshare.server.metrics import MetricsEndpoint
 from fdshare.server.settings import Settings, policy_of, read_policy
 
-__all__ = ["Journal", "Server", "raise_descriptor_limit"]
+__all__ = ["JournalWriter", "Server", "raise_descriptor_limit"]
 
 log = logging.getLogger("fdshare.server")
 audit_log = logging.getLogger("fdshare.audit")
@@ -52,20 +51,21 @@ audit_log = logging.getLogger("fdshare.audit")
 _OUTPUT_FOR_EVENTS: Final = 1 << 20  # bytes queued above which a watcher is told Overflow instead
 
 
-class Journal(Protocol):
-    """Where a record must be before its client hears "ok": the link to the keeper."""
+class JournalWriter(Protocol):
+    """The server's end of the journal: its keeper reads the records and commands."""
 
     def write(self, record: Record, fds: Sequence[int]) -> None:
-        """Raises: JournalBusy, KeeperUnavailable; nothing was written then."""
+        """Returns when *record* outlives this process. *fds* are borrowed for the call.
+        Raises: JournalBusy, KeeperUnavailable; nothing was written then."""
 
     def state(self) -> tuple[int | None, bool]:
         """(the keeper's pid, whether it holds everything that the server holds)."""
 
     def command(self, verb: Literal["shutdown", "upgrade"], session: str, id: int) -> bool:
-        """Passes it on; False where the answer comes later."""
+        """Passes a client's command on; False if the answer comes later."""
 
     def keep_policy(self, text: bytes | None) -> None:
-        """For a successor."""
+        """Passes the text of the policy on: a successor needs it."""
 
 
 class Server:
@@ -78,19 +78,15 @@ class Server:
         settings: Settings,
         *,
         table: Table | None = None,
-        journal: Journal | None = None,
+        journal: JournalWriter | None = None,
         epoch: str | None = None,
-        fdstore: FdStore | None = None,
     ) -> None:
         nofile = raise_descriptor_limit()
         # Not `or`: an empty table is false, and a successor of ours would get the other one.
         self.table = Table() if table is None else table
         limits = Limits.for_rlimit(nofile, **settings.limits)
         self.service = Service(self.table, _policy(settings), limits, self)
-        self.journal_link = journal
-        self._fdstore = fdstore
-        if fdstore is not None:
-            fdstore.reconcile(self.table)
+        self._journal = journal
         self.auditing = audit_log.isEnabledFor(logging.INFO)
         self.notes: dict[str, str] = {}
         self.settings = settings
@@ -162,10 +158,8 @@ class Server:
                 self.loop.send(connection, 0, body, ())
 
     def journal(self, record: Record, handles: Sequence[Handle]) -> None:
-        if self.journal_link is not None:
-            self.journal_link.write(record, [handle.fd for handle in handles])
-        if self._fdstore is not None:
-            self._fdstore.record(record, [handle.fd for handle in handles])
+        if self._journal is not None:
+            self._journal.write(record, [handle.fd for handle in handles])
 
     def lease_pair(self) -> tuple[Handle, Handle]:
         try:
@@ -235,7 +229,7 @@ class Server:
 
     def stats(self) -> m.ServerStats:
         loop, limits = self.loop, self.service.limits
-        keeper_pid, redundant = self.journal_link.state() if self.journal_link else (None, False)
+        keeper_pid, redundant = self._journal.state() if self._journal else (None, False)
         return m.ServerStats(
             server_pid=os.getpid(),
             keeper_pid=keeper_pid,
@@ -259,8 +253,8 @@ class Server:
 
     def reload_policy(self) -> None:
         policy, text = read_policy(self.settings)  # raises PolicyError: the old one stays
-        if self.journal_link is not None:
-            self.journal_link.keep_policy(text)
+        if self._journal is not None:
+            self._journal.keep_policy(text)
         self.settings.policy_text = text
         self.service.policy = policy
 
@@ -273,8 +267,8 @@ class Server:
             log.error("the policy stays as it was: %s", error)
 
     def command(self, verb: Literal["shutdown", "upgrade"], session: Session, id: int) -> bool:
-        if self.journal_link is not None:
-            return self.journal_link.command(verb, session.name, id)
+        if self._journal is not None:
+            return self._journal.command(verb, session.name, id)
         if verb == "upgrade":
             raise InvalidArgument("upgrade", "a server without a keeper cannot be upgraded")
         self.loop.stop()

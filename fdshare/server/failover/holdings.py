@@ -1,0 +1,53 @@
+"""Holdings: what both halves of a server hold, and what each hands to the next."""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass
+
+from fdshare.kernel.descriptor import Descriptor
+from fdshare.kernel.endpoint import Listener
+from fdshare.server.core.table import Table
+from fdshare.server.settings import Settings
+
+__all__ = ["Holdings"]
+
+
+@dataclass(slots=True)
+class Holdings:
+    """What outlives either half. *control* is a socket to the owner: its end is the server's end.
+    *fdstore* is the memfd of the table in the service manager's store (fd_store.py)."""
+
+    settings: Settings
+    listener: Listener
+    table: Table
+    epoch: str
+    control: socket.socket | None = None
+    fdstore: Descriptor | None = None
+
+    def descriptors(self) -> set[int]:
+        """Every number that a new half must keep."""
+        kept = {self.listener.fileno(), *(handle.fd for handle in self.table.handles())}
+        if (lock := self.listener.lock_fileno()) is not None:
+            kept.add(lock)
+        if self.control is not None:
+            kept.add(self.control.fileno())
+        if self.fdstore is not None:
+            kept.add(self.fdstore.fileno())
+        return kept
+
+    def forget_other_half(self) -> None:
+        """In the forked process: the handles were watched and pinned in the other one."""
+        for handle in self.table.handles():
+            handle.key, handle.pins, handle.closing = None, 0, False
+
+    def take_listener(self) -> None:
+        """Makes this process the one that listens, as clients see it, and that removes the path.
+
+        A Listener removes its path only in the process that made it, so it is made anew; and
+        SO_PEERCRED of a listening socket is the process that called listen(2) last.
+        """
+        address, inode = self.listener.address, self.listener.inode
+        sock, lock = self.listener.detach()
+        self.listener = Listener(address, sock, lock, inode)
+        sock.listen(self.settings.backlog)
