@@ -29,15 +29,20 @@ __all__ = [
 
 
 class _Change(msgspec.Struct, tag_field="type", omit_defaults=True):
+    @property
+    def draws(self) -> int:
+        """How many of the record's handles are its own."""
+        return 0
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
 
 
 class Put(_Change, tag="put"):
-    """An entry appears under *name*, in the place of the one that was there, if any.
+    """An entry appears under *name*, and replaces the one that was there, if any.
 
-    Draws *count* handles of the record, and one more, its guard, where *guarded*: a lifeline or a
-    pidfd whose end is the entry's end.
+    It draws *count* handles, and if it is *guarded* one more, its guard: a lifeline or a pidfd
+    whose end is the entry's end.
     """
 
     name: str
@@ -52,6 +57,10 @@ class Put(_Change, tag="put"):
     grace: float = 0.0
     drop_on_hangup: bool = False
     metadata: dict[str, str] = {}
+
+    @property
+    def draws(self) -> int:
+        return self.count + self.guarded
 
 
 class Drop(_Change, tag="drop"):
@@ -69,11 +78,15 @@ class Move(_Change, tag="move"):
 
 
 class Grant(_Change, tag="grant"):
-    """The entry is leased to a taker. Draws one handle: our end of the lease."""
+    """The entry is leased to a taker. It draws one handle: our end of the lease."""
 
     name: str
     lease: int
     at: float
+
+    @property
+    def draws(self) -> int:
+        return 1
 
 
 class Settle(_Change, tag="settle"):

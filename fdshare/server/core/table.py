@@ -159,49 +159,6 @@ class Table:
             heapq.heappush(self._deadlines, item)
         return due
 
-    # The whole of it.
-
-    def dump(self) -> tuple[Record, list[Handle]]:
-        """The record that makes these entries and leases again in an empty table, and the
-        handles that it draws; `restore` gives that one the rest."""
-        changes: list[Change] = []
-        handles: list[Handle] = []
-        for entry in self.entries.values():
-            changes.append(
-                Put(
-                    name=entry.name,
-                    generation=entry.generation,
-                    kind=entry.kind,
-                    count=len(entry.handles),
-                    registrant=entry.registrant,
-                    at=entry.at,
-                    lifetime=entry.lifetime,
-                    guarded=entry.guard is not None,
-                    expires=entry.expires,
-                    grace=entry.grace,
-                    drop_on_hangup=entry.drop_on_hangup,
-                    metadata=entry.metadata,
-                )
-            )
-            if entry.lease is not None:
-                changes.append(Grant(entry.name, entry.lease.id, entry.lease.at))
-            handles += entry.all_handles()
-        return Record(changes), handles
-
-    def restore(
-        self,
-        answers: dict[str, dict[int, bytes]],
-        fetches: dict[str, int],
-        generation: int,
-        serial: int,
-        last_lease: int,
-    ) -> None:
-        """What a dump's record does not say."""
-        self.answers = {session: OrderedDict(kept) for session, kept in answers.items()}
-        for name, count in fetches.items():
-            self.entries[name].fetches = count
-        self.generation, self.serial, self.last_lease = generation, serial, last_lease
-
     # Changes.
 
     def apply(self, record: Record, handles: list[Handle]) -> Applied:

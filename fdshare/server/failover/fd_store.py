@@ -2,12 +2,12 @@
 
 systemd keeps what a service sends with FDSTORE=1 and passes it to the next start (sd_notify(3),
 systemd.service(5) FileDescriptorStoreMax=). It keeps a name beside each descriptor and nothing
-else, so the table itself is there, too: in a memfd, as a snapshot and the records since.
+else, so the table itself is stored, too: in a memfd, as an image and the records since.
 
     fdshare-table   the memfd        fdshare-1, fdshare-2 ...   one handle each
 
-A record is in the store before its client hears "ok". Both halves of a server hold the memfd, the
-server alone writes it; a successor compares it with the table that it was given.
+A record is in the store before its client hears "ok". Both halves of a server hold the memfd, and
+only the server writes to it; a successor compares it with the table that it was given.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ import msgspec
 from fdshare.activation import store, unstore
 from fdshare.errors import FdshareError
 from fdshare.kernel.descriptor import Descriptor
-from fdshare.server.core.records import Put, Record
+from fdshare.server.core.image import Image, image_of, table_of
+from fdshare.server.core.records import Record
 from fdshare.server.core.table import Entry, Table
 from fdshare.server.loop.closing import Handle
 
@@ -34,46 +35,34 @@ log = logging.getLogger("fdshare.server")
 
 PREFIX: Final = "fdshare-"
 TABLE: Final = f"{PREFIX}table"
-_START: Final = struct.Struct("=Q")  # of the snapshot; the memfd never leaves this machine
+_START: Final = struct.Struct("=Q")  # of the image; the memfd never leaves this machine
 _FRAME: Final = struct.Struct("=II")  # length and CRC-32 of what follows
 _END: Final = bytes(_FRAME.size)
 _PATIENCE: Final = 1.0  # seconds for a service manager that does not read
-_SLACK: Final = 1 << 16  # bytes of records beyond which, and a few snapshots' worth, we start anew
+_SLACK: Final = 1 << 16  # bytes of records, and three times the image: then a new image is written
 
 
-class _Snapshot(msgspec.Struct, tag="snapshot"):
-    """A table; *labels* are what *record* draws."""
+class _Base(msgspec.Struct, tag="base"):
+    """The table at some moment; *labels* are what the image's record draws."""
 
     epoch: str
-    record: Record
+    image: Image
     labels: list[str]
-    answers: dict[str, dict[int, bytes]]
-    fetches: dict[str, int]
-    generation: int
-    serial: int
-    last_lease: int
-
-    def table(self) -> Table:
-        """With labels for handles."""
-        table = Table()
-        table.apply(self.record, list(self.labels))
-        table.restore(self.answers, self.fetches, self.generation, self.serial, self.last_lease)
-        return table
 
 
 class _Step(msgspec.Struct, tag="step"):
-    """What was done since; *labels* are what *record* draws."""
+    """A record since then; *labels* are what it draws."""
 
     record: Record
     labels: list[str]
 
 
 _encode: Final = msgspec.msgpack.Encoder().encode
-_decode: Final = msgspec.msgpack.Decoder(_Snapshot | _Step).decode
+_decode: Final = msgspec.msgpack.Decoder(_Base | _Step).decode
 
 
 class FdStore:
-    """The memfd, and what the service manager holds with it: a table of labels."""
+    """The memfd, and what it says that the service manager holds: a table of labels."""
 
     def __init__(self, memfd: Descriptor) -> None:
         """Takes *memfd* over."""
@@ -82,29 +71,29 @@ class FdStore:
         self.held = Table()
         self._last = 0  # of the labels
         self._at = _START.size  # where the next record goes
-        self._snapshot = 0  # bytes of the last one
+        self._base = 0  # bytes of the image
         self._load()
 
     @classmethod
     def new(cls, epoch: str) -> FdStore:
-        """An empty one, known to the service manager. The caller owns the result."""
+        """An empty store, whose memfd the service manager holds. The caller owns the result."""
         made = cls(Descriptor(os.memfd_create(TABLE, os.MFD_CLOEXEC)))
         made.epoch = epoch
-        made._write_snapshot()
+        made._write_base()
         _keep(TABLE, made.memfd.fileno())
         return made
 
-    # After the death of everybody: what was passed back.
+    # After the end of both halves: what was passed back.
 
     def restore(self, passed: Mapping[str, Descriptor]) -> Table:
-        """The table, with handles of the descriptors *passed* back by label. What nothing
-        refers to is closed, and let go of by the service manager. Takes *passed* over."""
-        record, labels = self.held.dump()
+        """The table, with handles of the descriptors *passed* back by label. Those that it does not
+        refer to are closed, and the service manager is told to close them. Takes *passed* over."""
+        image, labels = image_of(self.held)
         kept: list[str] = []
         lost: set[str] = set()
         draw = iter(labels)
-        for change in record.changes:
-            drawn = _drawn(change, draw)
+        for change in image.record.changes:
+            drawn = [next(draw) for _ in range(change.draws)]
             name = getattr(change, "name", "")
             if name in lost or any(label not in passed for label in drawn):
                 # The manager's limit, or a start of something else in between.
@@ -115,31 +104,23 @@ class FdStore:
         for label in passed.keys() - set(kept):
             passed[label].close()
             _let_go(label)
-        changes = [c for c in record.changes if getattr(c, "name", "") not in lost]
-        table = Table()
-        table.apply(Record(changes), [Handle(passed[label]) for label in kept])
-        held = self.held
-        fetches = {name: e.fetches for name, e in held.entries.items() if name not in lost}
-        answers = {name: dict(kept) for name, kept in held.answers.items()}
-        table.restore(answers, fetches, held.generation, held.serial, held.last_lease)
-        return table
+        changes = [c for c in image.record.changes if getattr(c, "name", "") not in lost]
+        image.record = Record(changes)
+        image.fetches = {name: n for name, n in image.fetches.items() if name not in lost}
+        return table_of(image, [Handle(passed[label]) for label in kept])
 
     # While serving.
 
     def reconcile(self, table: Table) -> None:
-        """Makes the store hold what *table* does: a predecessor may have died between two
-        steps."""
-        record, handles = table.dump()
+        """Makes the store hold what *table* does: a predecessor may have died while it wrote."""
+        image, handles = image_of(table)
         labels = self._labels_for(table)
         before = set(self.held.handles())
         for label, handle in zip(labels, handles, strict=True):
             if label not in before:
                 _keep(label, handle.fd)
-        held = Table()
-        held.apply(record, list(labels))
-        self.held = held
-        self._copy_rest(table)
-        self._write_snapshot()
+        self.held = table_of(image, list(labels))
+        self._write_base()
         for label in before - set(labels):
             _let_go(label)
 
@@ -152,11 +133,11 @@ class FdStore:
         self._append(_Step(record, labels))
         for label in self.held.apply(record, list(labels)).closed:
             _let_go(label)
-        if self._at > self._snapshot * 4 + _SLACK:
-            self._write_snapshot()
+        if self._at > self._base * 4 + _SLACK:
+            self._write_base()
 
     def _labels_for(self, table: Table) -> list[str]:
-        """A label for each handle of *table*, in the order of its dump: the one it has, where
+        """A label for each handle of *table*, in the order of its image: the one that it has, if
         the store knows the entry."""
         labels: list[str] = []
         for entry in table.entries.values():
@@ -171,11 +152,6 @@ class FdStore:
                 labels.append(_lease_label(entry, known) or self._new_label())
         return labels
 
-    def _copy_rest(self, table: Table) -> None:
-        answers = {name: dict(kept) for name, kept in table.answers.items()}
-        fetches = {name: entry.fetches for name, entry in table.entries.items()}
-        self.held.restore(answers, fetches, table.generation, table.serial, table.last_lease)
-
     def _new_label(self) -> str:
         self._last += 1
         return f"{PREFIX}{self._last}"
@@ -183,16 +159,18 @@ class FdStore:
     # The memfd.
 
     def _load(self) -> None:
-        """What is written, up to the first record that is not whole: its writer died there."""
+        """Reads what is written, up to the first record that is not whole: its writer died
+        there."""
         data = os.pread(self.memfd.fileno(), os.fstat(self.memfd.fileno()).st_size, 0)
         if len(data) < _START.size:
             return
         at = _START.unpack_from(data)[0]
         for body in _frames(data, at):
             step = _decode(body)
-            if isinstance(step, _Snapshot):
-                self.epoch, self.held = step.epoch, step.table()
-                self._snapshot = len(body)
+            if isinstance(step, _Base):
+                self.epoch = step.epoch
+                self.held = table_of(step.image, list(step.labels))
+                self._base = len(body)
             else:
                 self.held.apply(step.record, list(step.labels))
             self._note_labels(step.labels)
@@ -203,27 +181,17 @@ class FdStore:
         numbers = [int(label.removeprefix(PREFIX)) for label in labels]
         self._last = max([self._last, *numbers])
 
-    def _write_snapshot(self) -> None:
-        record, labels = self.held.dump()
-        snapshot = _Snapshot(
-            epoch=self.epoch,
-            record=record,
-            labels=labels,
-            answers={name: dict(kept) for name, kept in self.held.answers.items()},
-            fetches={name: entry.fetches for name, entry in self.held.entries.items()},
-            generation=self.held.generation,
-            serial=self.held.serial,
-            last_lease=self.held.last_lease,
-        )
-        frame = _frame(_encode(snapshot))
+    def _write_base(self) -> None:
+        image, labels = image_of(self.held)
+        frame = _frame(_encode(_Base(self.epoch, image, labels)))
         fd = self.memfd.fileno()
         start = _START.unpack(os.pread(fd, _START.size, 0).ljust(_START.size, b"\0"))[0]
-        # Beside what is valid until the next line but one, and never over it.
+        # Never over the image and the records that are valid until _START is written.
         fits = _START.size + len(frame) + len(_END) <= start
         at = _START.size if fits else max(self._at + len(_END), _START.size)
         os.pwrite(fd, frame + _END, at)
         os.pwrite(fd, _START.pack(at), 0)
-        self._at, self._snapshot = at + len(frame), len(frame)
+        self._at, self._base = at + len(frame), len(frame)
         os.ftruncate(fd, self._at + len(_END))
 
     def _append(self, step: _Step) -> None:
@@ -245,13 +213,6 @@ def _frames(data: bytes, at: int) -> Iterator[bytes]:
             return
         yield body
         at += _FRAME.size + length
-
-
-def _drawn(change: object, labels: Iterator[str]) -> list[str]:
-    """The labels that a Put or Grant of a dump draws."""
-    if isinstance(change, Put):
-        return [next(labels) for _ in range(change.count + change.guarded)]
-    return [next(labels)]
 
 
 def _lease_label(entry: Entry, known: Entry) -> str | None:

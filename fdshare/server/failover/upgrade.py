@@ -19,7 +19,7 @@ import msgspec
 
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.kernel.endpoint import Listener
-from fdshare.server.core.records import Record
+from fdshare.server.core.image import Image, image_of, table_of
 from fdshare.server.core.table import Table
 from fdshare.server.failover.holdings import Holdings
 from fdshare.server.interpreter import fresh_interpreter
@@ -47,13 +47,8 @@ class Handover(msgspec.Struct):
     version: int
     settings: Settings
     epoch: str
-    record: Record  # the Puts and Grants that make the table again ...
-    handles: list[int]  # ... and what they draw
-    answers: dict[str, dict[int, bytes]]
-    fetches: dict[str, int]
-    generation: int
-    serial: int
-    last_lease: int
+    image: Image
+    handles: list[int]  # what its record draws
     address: str
     inode: tuple[int, int] | None
     listener: int
@@ -71,11 +66,8 @@ class Handover(msgspec.Struct):
         return [*self.handles, *(fd for fd in single if fd is not None)]
 
     def table(self) -> Table:
-        """The table that was dumped, with handles of the same numbers."""
-        table = Table()
-        table.apply(self.record, [Handle(Descriptor(fd)) for fd in self.handles])
-        table.restore(self.answers, self.fetches, self.generation, self.serial, self.last_lease)
-        return table
+        """The table, with handles of the same numbers."""
+        return table_of(self.image, [Handle(Descriptor(fd)) for fd in self.handles])
 
 
 class Trial:
@@ -175,19 +167,14 @@ def make_handover(
     holdings: Holdings, journal: socket.socket, server: Descriptor, session: str, id: int
 ) -> Handover:
     """What a keeper holds, and the request, if one, that asked for the upgrade."""
-    table, listener = holdings.table, holdings.listener
-    record, handles = table.dump()
+    listener = holdings.listener
+    image, handles = image_of(holdings.table)
     return Handover(
         version=TABLE_VERSION,
         settings=holdings.settings,
         epoch=holdings.epoch,
-        record=record,
+        image=image,
         handles=[handle.fd for handle in handles],
-        answers={name: dict(kept) for name, kept in table.answers.items()},
-        fetches={name: entry.fetches for name, entry in table.entries.items()},
-        generation=table.generation,
-        serial=table.serial,
-        last_lease=table.last_lease,
         address=listener.address,
         inode=listener.inode,
         listener=listener.fileno(),

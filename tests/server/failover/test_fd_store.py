@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from commandline import Shell
 
@@ -19,7 +20,8 @@ from fdshare import connect
 from fdshare.activation import NotifySocket
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.protocol.messages import Kind, Registrant
-from fdshare.server.core.records import Drop, Grant, Move, Put, Record, encode_record
+from fdshare.server.core.image import image_of
+from fdshare.server.core.records import Drop, Grant, Move, Put, Record
 from fdshare.server.core.table import Table
 from fdshare.server.failover.fd_store import TABLE, FdStore
 
@@ -229,10 +231,8 @@ def again(fdstore: FdStore) -> FdStore:
 
 
 def state(fdstore: FdStore) -> tuple[object, ...]:
-    held = fdstore.held
-    record, labels = held.dump()
-    answers = {name: dict(kept) for name, kept in held.answers.items()}
-    return encode_record(record), labels, answers, held.generation, held.serial, fdstore.epoch
+    image, labels = image_of(fdstore.held)
+    return msgspec.msgpack.encode(image), labels, fdstore.epoch
 
 
 def test_what_is_written_is_read(fdstore: FdStore) -> None:
