@@ -16,8 +16,8 @@ from collections.abc import Callable
 from fdshare.kernel.endpoint import Listener, listen
 from fdshare.server.core.table import Table
 from fdshare.server.failover.fd_store import FdStore
+from fdshare.server.failover.halves import run_keeper
 from fdshare.server.failover.holdings import Holdings
-from fdshare.server.failover.keeper import run_keeper
 from fdshare.server.failover.service_manager import Watchdog, report
 from fdshare.server.limits import Limits
 from fdshare.server.loop.poller import READ

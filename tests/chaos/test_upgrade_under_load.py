@@ -37,7 +37,7 @@ def fds() -> Iterator[list[int]]:
 
 def bad(installed: Installed, way: str) -> tuple[str, Callable[[], None]]:
     """Breaks what is installed: (what the old code will say, how to mend it)."""
-    file = {"dies": "server/failover/keeper.py", "hangs": "server/failover/keeper.py"}.get(
+    file = {"dies": "server/failover/new_code.py", "hangs": "server/failover/new_code.py"}.get(
         way, "server/failover/upgrade.py"
     )
     path = installed.package / file

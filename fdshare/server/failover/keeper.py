@@ -29,36 +29,28 @@ from typing import Final
 from fdshare.errors import FdshareError
 from fdshare.kernel.ancillary import receive_into
 from fdshare.kernel.descriptor import Descriptor
-from fdshare.kernel.descriptor_table import close_all_but
-from fdshare.protocol import messages as m
-from fdshare.server import logs
 from fdshare.server.core.records import Record
-from fdshare.server.failover.fd_store import FdStore
 from fdshare.server.failover.holdings import Holdings
 from fdshare.server.failover.journal import (
     MAX_LETTER,
-    Journal,
     Letter,
     Note,
     decode_letter,
     encode_letter,
 )
-from fdshare.server.failover.processes import BACK_OFF, Deaths, Forked, Life, fence, fork_half, live
-from fdshare.server.failover.service_manager import Watchdog, announce_main_pid, report
+from fdshare.server.failover.processes import BACK_OFF, Deaths, Forked, Life, fence, fork_half
+from fdshare.server.failover.service_manager import Watchdog, report
 from fdshare.server.failover.upgrade import (
     Handover,
     Trial,
-    adopt,
     exec_new_code,
     make_handover,
-    read_handover,
 )
 from fdshare.server.loop.closing import Closer, Handle, close_quietly
 from fdshare.server.loop.connection import NO_MEMORY
 from fdshare.server.loop.poller import READ, Poller
-from fdshare.server.loop.server import Server
 
-__all__ = ["Keeper", "resume", "run_keeper"]
+__all__ = ["Keeper"]
 
 log = logging.getLogger("fdshare.keeper")
 
@@ -68,17 +60,22 @@ _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
 
 
 class Keeper:
-    """One keeper: `run` is its life. *journal* and *server* are None until there is a server."""
+    """One keeper: `run` is its life."""
 
     def __init__(
         self,
         holdings: Holdings,
-        ready: Callable[[], None],
+        become_server: Callable[[Holdings, Forked], Life | None],
+        ready: Callable[[], None] | None = None,
+        *,
         journal: socket.socket | None = None,
         server: Descriptor | None = None,
     ) -> None:
+        """*become_server* is the life of a forked child. *ready* is called once a server serves.
+        *journal* and *server* are of the server that is there; without them it forks the first."""
         self._holdings = holdings
-        self._ready: Callable[[], None] | None = ready
+        self._become_server = become_server
+        self._ready = ready
         self._journal = journal
         self._server = server
         self._poller = Poller()
@@ -221,7 +218,7 @@ class Keeper:
             return None
         if half.born:
             self._abandon()
-            return partial(_become_server, self._holdings, half)
+            return partial(self._become_server, self._holdings, half)
         self._journal, self._server = half.journal, half.other
         self._follow()
         return None
@@ -358,7 +355,7 @@ class Keeper:
         if self._fencing:  # who asked will ask the successor again
             return
         try:
-            self._trial = Trial(self._table(note))
+            self._trial = Trial(self._handover(note))
         except OSError as error:
             self._upgrade_failed(str(error))
             return
@@ -383,7 +380,7 @@ class Keeper:
         self._tell(Note("upgrading"))
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # until the new code can hear them
         try:
-            exec_new_code(self._table(self._upgrade))
+            exec_new_code(self._handover(self._upgrade))
         except OSError as error:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
             self._upgrade_failed(str(error))
@@ -393,59 +390,7 @@ class Keeper:
         log.error("upgrade failed: %s; the old code goes on", why)
         self._tell(Note("failed", data=why[:1000].encode()))
 
-    def _table(self, note: Note) -> Handover:
+    def _handover(self, note: Note) -> Handover:
         assert self._journal is not None
         assert self._server is not None
         return make_handover(self._holdings, self._journal, self._server, note.session, note.id)
-
-
-def run_keeper(holdings: Holdings, ready: Callable[[], None]) -> None:
-    """Keeper and server, until they are told to end."""
-    live(Keeper(holdings, ready).run)
-
-
-def _become_server(holdings: Holdings, half: Forked) -> Life | None:
-    """In the forked child of a keeper: a server, until it is drained."""
-    close_all_but(holdings.descriptors() | {half.journal.fileno(), half.other.fileno()})
-    holdings.forget_other_half()
-    fdstore = None if holdings.fdstore is None else FdStore(holdings.fdstore)
-    if fdstore is not None:
-        fdstore.reconcile(holdings.table)
-    journal = Journal(half.journal, half.other, half.pid, fdstore)
-    server = Server(
-        holdings.listener.socket,
-        holdings.settings,
-        table=holdings.table,
-        journal=journal,
-        epoch=holdings.epoch,
-    )
-    journal.attach(server)
-    journal.hello()
-    server.service.expect(time.monotonic())
-    while server.run():
-        if (other := journal.replace_keeper()) is not None:
-            server.abandon()
-            return partial(_become_keeper, holdings, other)
-    return None
-
-
-def _become_keeper(holdings: Holdings, half: Forked) -> Life | None:
-    """In the forked child of a server: a keeper, until it is told to end."""
-    close_all_but(holdings.descriptors() | {half.journal.fileno(), half.other.fileno()})
-    holdings.forget_other_half()
-    holdings.take_listener()
-    announce_main_pid()
-    return Keeper(holdings, lambda: None, half.journal, half.other).run()
-
-
-def resume(fd: int) -> int:
-    """The new code's first words, in the process that was the old keeper: exit status 0."""
-    handover = read_handover(fd)
-    logs.configure(handover.settings)
-    journal, server = socket.socket(fileno=handover.journal), Descriptor(handover.server)
-    holdings = adopt(handover)
-    if handover.session:
-        done = Record([], handover.session, handover.id, m.encode(m.Done()))
-        holdings.table.apply(done, [])
-    live(partial(Keeper(holdings, lambda: None, journal, server).run, relieve=True))
-    return 0

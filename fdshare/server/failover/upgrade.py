@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
-import sys
 from collections.abc import Iterable
 from typing import IO, Final
 
@@ -24,7 +23,7 @@ from fdshare.server.core.table import Table
 from fdshare.server.failover.holdings import Holdings
 from fdshare.server.interpreter import fresh_interpreter
 from fdshare.server.loop.closing import Handle
-from fdshare.server.settings import Settings, policy_of
+from fdshare.server.settings import Settings
 
 __all__ = [
     "TABLE_VERSION",
@@ -34,10 +33,10 @@ __all__ = [
     "make_handover",
     "exec_new_code",
     "read_handover",
-    "try_table",
 ]
 
 TABLE_VERSION: Final = 1
+_NEW_CODE: Final = "fdshare.server.failover.new_code"
 _TRIAL: Final = 20.0  # seconds the new code gets to say that it can read the table
 
 
@@ -78,7 +77,7 @@ class Trial:
         file = _memfd(handover)
         self._output: IO[bytes] = open(os.memfd_create("fdshare-trial"), "w+b")
         try:
-            command = fresh_interpreter(__name__, f"try_table({file.fileno()})")
+            command = fresh_interpreter(_NEW_CODE, f"try_table({file.fileno()})")
             self._process = subprocess.Popen(
                 command,
                 pass_fds=[file.fileno()],
@@ -122,30 +121,13 @@ class Trial:
         return ""
 
 
-def try_table(fd: int) -> int:
-    """The trial, run by the new code: exit status 0 if it can read the table in *fd*."""
-    try:
-        # Everything that serving takes must be importable, too.
-        import fdshare.server.failover.keeper  # noqa: F401
-
-        handover = read_handover(fd)
-        handover.table()
-        policy_of(handover.settings)
-    except Exception as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
 def exec_new_code(handover: Handover) -> None:
     """Becomes the new code; the pid, the descriptors and the table stay. Returns never; raises
     OSError where exec failed: nothing has changed then."""
     with _memfd(handover) as file:
         _set_inheritable((file.fileno(), *handover.numbers()), True)
         try:
-            command = fresh_interpreter(
-                "fdshare.server.failover.keeper", f"resume({file.fileno()})"
-            )
+            command = fresh_interpreter(_NEW_CODE, f"resume({file.fileno()})")
             os.execv(command[0], command)
         finally:
             _set_inheritable(handover.numbers(), False)

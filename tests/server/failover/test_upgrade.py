@@ -256,6 +256,7 @@ def upgrade_fails(client: Client, halves: Halves, reason: str) -> None:
 
 
 KEEPER = "server/failover/keeper.py"
+NEW_CODE = "server/failover/new_code.py"
 UPGRADE = "server/failover/upgrade.py"
 FUTURE = "from __future__ import annotations\n"
 
@@ -324,7 +325,7 @@ def test_code_that_dies_after_the_exec(
     client.register("a", fd)
     keeper = halves.pids()["keeper"]
     installed.change(
-        KEEPER,
+        NEW_CODE,
         r"def resume\(fd: int\) -> int:\n",
         "def resume(fd: int) -> int:\n    1/0\n",
     )
@@ -340,7 +341,7 @@ def test_code_that_hangs_after_the_exec(
 ) -> None:
     client.register("a", fd)
     hangs = "def resume(fd: int) -> int:\n    import select; select.select([], [], [])\n"
-    installed.change(KEEPER, r"def resume\(fd: int\) -> int:\n", hangs)
+    installed.change(NEW_CODE, r"def resume\(fd: int\) -> int:\n", hangs)
     upgrade_fails(client, halves, "started and then hung")
 
 

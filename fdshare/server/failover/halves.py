@@ -1,0 +1,75 @@
+"""The lives of the two processes of a server. Each forks the other when that is dead:
+
+    keeper ── fork ──> server ── fork, if the keeper dies ──> keeper ── fork, if the server dies ...
+
+A forked process closes every descriptor that its new life does not need. If it kept one copy of a
+lease's other end, for example, the lease would never end.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable
+from functools import partial
+
+from fdshare.kernel.descriptor import Descriptor
+from fdshare.kernel.descriptor_table import close_all_but
+from fdshare.server.failover.fd_store import FdStore
+from fdshare.server.failover.holdings import Holdings
+from fdshare.server.failover.journal import Journal
+from fdshare.server.failover.keeper import Keeper
+from fdshare.server.failover.processes import Forked, Life, live
+from fdshare.server.failover.service_manager import announce_main_pid
+from fdshare.server.loop.server import Server
+
+__all__ = ["resume_keeper", "run_keeper"]
+
+
+def run_keeper(holdings: Holdings, ready: Callable[[], None]) -> None:
+    """Runs a keeper, which forks a server; returns when both have been told to end, and have.
+    *ready* is called once the server serves."""
+    live(Keeper(holdings, _become_server, ready).run)
+
+
+def resume_keeper(holdings: Holdings, journal: socket.socket, server: Descriptor) -> None:
+    """Runs a keeper of new code; *server* is of the old code, and is replaced. Takes both over."""
+    keeper = Keeper(holdings, _become_server, journal=journal, server=server)
+    live(partial(keeper.run, relieve=True))
+
+
+def _become_server(holdings: Holdings, half: Forked) -> Life | None:
+    """In the forked child of a keeper: runs a server, until it is drained."""
+    _start_clean(holdings, half)
+    fdstore = None if holdings.fdstore is None else FdStore(holdings.fdstore)
+    if fdstore is not None:
+        fdstore.reconcile(holdings.table)
+    journal = Journal(half.journal, half.other, half.pid, fdstore)
+    server = Server(
+        holdings.listener.socket,
+        holdings.settings,
+        table=holdings.table,
+        journal=journal,
+        epoch=holdings.epoch,
+    )
+    journal.attach(server)
+    journal.hello()
+    server.service.expect(time.monotonic())
+    while server.run():
+        if (other := journal.replace_keeper()) is not None:
+            server.abandon()
+            return partial(_become_keeper, holdings, other)
+    return None
+
+
+def _become_keeper(holdings: Holdings, half: Forked) -> Life | None:
+    """In the forked child of a server: runs a keeper, until it is told to end."""
+    _start_clean(holdings, half)
+    holdings.take_listener()
+    announce_main_pid()
+    return Keeper(holdings, _become_server, journal=half.journal, server=half.other).run()
+
+
+def _start_clean(holdings: Holdings, half: Forked) -> None:
+    close_all_but(holdings.descriptors() | {half.journal.fileno(), half.other.fileno()})
+    holdings.forget_other_half()
