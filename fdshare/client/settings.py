@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import os
-import resource
 import socket
 import sys
 import threading
@@ -15,8 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from fdshare.client.default_path import default_path
-from fdshare.errors import DescriptorLimit, FdshareError, InvalidArgument, UntrustedServer
+from fdshare.errors import FdshareError, InvalidArgument, UntrustedServer
 from fdshare.kernel.credentials import peer_credentials
+from fdshare.kernel.descriptor_limit import descriptor_limit, is_descriptor_limit
 from fdshare.kernel.endpoint import connect as connect_socket
 
 __all__ = ["BaseClient", "Lifeline", "Search", "dial"]
@@ -73,7 +72,9 @@ def dial(address: str, trust: Collection[int], timeout: float | None) -> socket.
     try:
         sock = connect_socket(address, timeout=timeout)
     except OSError as error:
-        raise _no_descriptor(error) from None
+        if isinstance(error, FdshareError) or not is_descriptor_limit(error):
+            raise
+        raise descriptor_limit(error.errno, "client") from None
     try:
         who = peer_credentials(sock)
         if who.uid not in trust:
@@ -82,15 +83,6 @@ def dial(address: str, trust: Collection[int], timeout: float | None) -> socket.
         sock.close()
         raise
     return sock
-
-
-def _no_descriptor(error: OSError) -> OSError:
-    """*error* of making a socket, in words where it is a limit."""
-    if isinstance(error, FdshareError) or error.errno not in (errno.EMFILE, errno.ENFILE):
-        return error
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    what = "RLIMIT_NOFILE" if error.errno == errno.EMFILE else "fs.file-max"
-    return DescriptorLimit(error.errno, what, limit, None, "client")
 
 
 @dataclass(slots=True)
@@ -139,7 +131,9 @@ class Lifeline:
                 try:
                     self._ends = socket.socketpair()
                 except OSError as error:
-                    raise _no_descriptor(error) from None
+                    if not is_descriptor_limit(error):
+                        raise
+                    raise descriptor_limit(error.errno, "client") from None
             return self._ends[1].fileno()
 
     def close(self) -> None:

@@ -24,7 +24,6 @@ import array
 import errno
 import fcntl
 import os
-import resource
 import select
 import socket
 import struct
@@ -35,7 +34,6 @@ from typing import Final, TypeAlias
 from fdshare.errors import (
     AccessDenied,
     ClosedDescriptor,
-    DescriptorLimit,
     FdshareError,
     InvalidArgument,
     MagicMismatch,
@@ -46,6 +44,7 @@ from fdshare.errors import (
 from fdshare.kernel import credentials as creds
 from fdshare.kernel.credentials import Credentials
 from fdshare.kernel.descriptor import Descriptor, HasFileno, borrow
+from fdshare.kernel.descriptor_limit import descriptor_limit
 
 __all__ = [
     "MAX_DESCRIPTORS",
@@ -133,7 +132,7 @@ def send_rights(
         return sock.sendmsg(buffers, control, flags)
     except OSError as error:
         if error.errno == errno.ETOOMANYREFS:
-            raise in_flight_limit() from None
+            raise descriptor_limit(error.errno, "sender") from None
         raise
 
 
@@ -240,22 +239,7 @@ def _dropped(descriptors: list[Descriptor], control: Control, room: int) -> Fdsh
     if room < needed:
         return TruncatedControl(received, received)
     # There was room for more: the descriptor table was full (scm_detach_fds stops at -EMFILE).
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return DescriptorLimit(errno.EMFILE, "RLIMIT_NOFILE", limit, None, "receiver")
-
-
-def in_flight_limit() -> DescriptorLimit:
-    """The error for ETOOMANYREFS (too_many_unix_fds, net/unix/af_unix.c)."""
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return DescriptorLimit(
-        errno.ETOOMANYREFS,
-        "RLIMIT_NOFILE",
-        limit,
-        None,
-        "sender",
-        "that many descriptors of this user are in flight, sent and not yet received: "
-        "let the receivers read, or raise it (ulimit -n)",
-    )
+    return descriptor_limit(errno.EMFILE, "receiver")
 
 
 @dataclass(frozen=True, slots=True)
@@ -341,7 +325,7 @@ def _send_rest(sock: socket.socket, rest: memoryview) -> None:
 def _send_failure(error: OSError, fds: Sequence[int], claimed: Credentials | None) -> OSError:
     """*error* of sendmsg(2), in words where there are better ones."""
     if error.errno == errno.ETOOMANYREFS:
-        return in_flight_limit()
+        return descriptor_limit(error.errno, "sender")
     if error.errno == errno.EPERM and claimed is not None:
         return creds.refused(claimed)
     if error.errno == errno.EPERM and fds:

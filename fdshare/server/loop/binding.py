@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import errno
 import os
-import resource
 import socket
 import stat
 from typing import Final
 
 from fdshare.errors import (
     AddressInUse,
-    DescriptorLimit,
     EndpointError,
+    FdshareError,
     InvalidArgument,
     UnsupportedPlatform,
 )
 from fdshare.kernel import endpoint
+from fdshare.kernel.descriptor_limit import descriptor_limit, is_descriptor_limit
 from fdshare.kernel.path_lock import live, refuse_other_files
 from fdshare.kernel.port_owner import port_holder
 from fdshare.protocol.bind_address import BindAddress, parse_address
@@ -52,8 +52,8 @@ def bind_address(address: str, *, backlog: int, reuse_port: bool) -> socket.sock
             return _bind_unix(parsed, backlog, reuse_port)
         return _bind_network(parsed, backlog, reuse_port)
     except OSError as error:
-        if error.errno in (errno.EMFILE, errno.ENFILE) and not isinstance(error, EndpointError):
-            raise _no_descriptor(error.errno) from None
+        if is_descriptor_limit(error) and not isinstance(error, FdshareError):
+            raise descriptor_limit(error.errno, "server") from None
         raise
 
 
@@ -158,8 +158,8 @@ def _in_use(address: BindAddress) -> AddressInUse:
 def _trouble(address: BindAddress, error: OSError) -> OSError:
     """What a failed socket(2) or bind(2) means, and what to do about it."""
     code = error.errno or errno.EIO
-    if code in (errno.EMFILE, errno.ENFILE):
-        return _no_descriptor(code)
+    if is_descriptor_limit(error):
+        return descriptor_limit(code, "server")
     if code == errno.EADDRNOTAVAIL:
         reason = f"this machine has no address {address.host}"
     elif code in (errno.EACCES, errno.EPERM):
@@ -172,9 +172,3 @@ def _trouble(address: BindAddress, error: OSError) -> OSError:
     else:
         reason = error.strerror or str(error)
     return EndpointError(str(address), reason, code)
-
-
-def _no_descriptor(code: int) -> DescriptorLimit:
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    what = "RLIMIT_NOFILE" if code == errno.EMFILE else "fs.file-max"
-    return DescriptorLimit(code, what, limit, None, "server", "unregister some or raise it")

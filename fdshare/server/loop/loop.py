@@ -23,6 +23,7 @@ from fdshare.errors import (
     ProtocolError,
 )
 from fdshare.kernel.ancillary import receive_into
+from fdshare.kernel.descriptor_limit import descriptor_limit
 from fdshare.protocol import messages as m
 from fdshare.protocol.framing import Frame
 from fdshare.server.core.ports import JournalBusy
@@ -272,8 +273,8 @@ class Loop(Output):
             and self._answered_at_once(connection, self._view[:count].tobytes(), now)
         ):
             return
-        if lost is not None:
-            lost = self._own_limit(lost)
+        if isinstance(lost, DescriptorLimit):  # the sender has to be told that it is the server's
+            lost = descriptor_limit(lost.errno, "server")
         handles = [Handle(d) for d in descriptors] if descriptors else []
         receiver = connection.receiver
         frames = receiver.feed(self._view[:count], handles, lost)
@@ -389,11 +390,3 @@ class Loop(Output):
         self.service.refused(connection.session, None, error)
         connection.draining = True
         self.send(connection, 0, m.encode(m.refusal(error)), ())
-
-    @staticmethod
-    def _own_limit(lost: FdshareError) -> FdshareError:
-        """What receiving failed on, as the sender has to be told it."""
-        if isinstance(lost, DescriptorLimit):
-            fields = {**lost.fields, "whose": "server", "advice": "unregister some or raise it"}
-            return DescriptorLimit(**fields)
-        return lost

@@ -6,7 +6,6 @@ guards, watching for hang-ups, closing, binding, inspecting; and the audit log i
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import resource
@@ -18,7 +17,6 @@ from typing import Final, Literal, Protocol
 import msgspec
 
 from fdshare.errors import (
-    DescriptorLimit,
     FdshareError,
     InvalidArgument,
     PolicyError,
@@ -26,6 +24,7 @@ from fdshare.errors import (
 )
 from fdshare.kernel.credentials import peer_pidfd
 from fdshare.kernel.descriptor import Descriptor
+from fdshare.kernel.descriptor_limit import descriptor_limit, is_descriptor_limit
 from fdshare.kinds import describe
 from fdshare.protocol import messages as m
 from fdshare.server.core.policy import Policy
@@ -165,7 +164,7 @@ class Server:
         try:
             ours, theirs = socket.socketpair()
         except OSError as error:
-            raise _no_descriptor(error) from None
+            raise descriptor_limit(error.errno, "server") from None
         # Theirs is closed at once when it has gone: the lease of a taker that never got it ends
         # then, and the entry must be back before its next request.
         theirs_handle = Handle(Descriptor(theirs.detach()), at_once=True)
@@ -202,8 +201,8 @@ class Server:
             try:
                 guard = Descriptor(os.pidfd_open(session.pid))
             except OSError as error:
-                if error.errno in (errno.EMFILE, errno.ENFILE):
-                    raise _no_descriptor(error) from None
+                if is_descriptor_limit(error):
+                    raise descriptor_limit(error.errno, "server") from None
                 raise InvalidArgument("lifetime", f"no process {session.pid}: {error}") from None
         return Handle(guard)
 
@@ -330,14 +329,6 @@ def _policy(settings: Settings) -> Policy:
             error,
         )
         return Policy(os.geteuid())
-
-
-def _no_descriptor(error: OSError) -> DescriptorLimit:
-    """The error for a socket or pidfd that could not be made."""
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    what = "fs.file-max" if error.errno == errno.ENFILE else "RLIMIT_NOFILE"
-    code = error.errno or errno.EMFILE
-    return DescriptorLimit(code, what, limit, None, "server", "unregister some or raise it")
 
 
 def _command_of(pid: int) -> str:

@@ -1,0 +1,33 @@
+"""The limits of descriptors, as the error that names the limit and says whose it is."""
+
+from __future__ import annotations
+
+import errno
+import resource
+from typing import Final, Literal
+
+from fdshare.errors import DescriptorLimit
+
+__all__ = ["descriptor_limit", "is_descriptor_limit"]
+
+_ADVICE: Final = {
+    "server": "unregister some or raise it",
+    "sender": "that many descriptors of this user are in flight, sent and not yet received: "
+    "let the receivers read, or raise it (ulimit -n)",
+}
+
+
+def is_descriptor_limit(error: OSError) -> bool:
+    """True if the system call failed because this process, or this system, may open no more."""
+    return error.errno in (errno.EMFILE, errno.ENFILE)
+
+
+def descriptor_limit(
+    code: int | None, whose: Literal["client", "receiver", "sender", "server"]
+) -> DescriptorLimit:
+    """The error for *code*, an errno: EMFILE, ENFILE, or ETOOMANYREFS of a sender
+    (too_many_unix_fds, net/unix/af_unix.c). The limit in it is this process's RLIMIT_NOFILE."""
+    code = code or errno.EMFILE
+    what = "fs.file-max" if code == errno.ENFILE else "RLIMIT_NOFILE"
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return DescriptorLimit(code, what, limit, None, whose, _ADVICE.get(whose, ""))

@@ -1,0 +1,33 @@
+"""descriptor_limit: which limit, whose, and what to do about it."""
+
+from __future__ import annotations
+
+import errno
+import resource
+
+import pytest
+
+from fdshare.kernel.descriptor_limit import descriptor_limit, is_descriptor_limit
+
+
+def test_the_limits_of_open_descriptors() -> None:
+    assert is_descriptor_limit(OSError(errno.EMFILE, ""))
+    assert is_descriptor_limit(OSError(errno.ENFILE, ""))
+    assert not is_descriptor_limit(OSError(errno.ENOMEM, ""))
+
+
+@pytest.mark.parametrize(
+    ("code", "whose", "what", "words"),
+    [
+        (errno.EMFILE, "client", "RLIMIT_NOFILE", "raise it (ulimit -n) or close some"),
+        (errno.ENFILE, "receiver", "fs.file-max", "raise it (ulimit -n) or close some"),
+        (errno.EMFILE, "server", "RLIMIT_NOFILE", "unregister some or raise it"),
+        (errno.ETOOMANYREFS, "sender", "RLIMIT_NOFILE", "in flight"),
+    ],
+)
+def test_it_says_which_and_whose(code: int, whose: str, what: str, words: str) -> None:
+    error = descriptor_limit(code, whose)  # type: ignore[arg-type]
+    assert (error.errno, error.what, error.whose) == (code, what, whose)
+    assert error.limit == resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    assert f"{what} of the {whose} is {error.limit}, all in use" in str(error)
+    assert words in str(error)
