@@ -1,11 +1,12 @@
 """The private server of a process tree, as its processes see it: an address, and a way to start it.
 
-The address is made up by whoever needs one first; children inherit it, or learn it from what they
-are sent. Who finds nobody there binds it and has a server exec'd: of two that try at once bind(2)
-lets one through, and the other one's connect(2) waits in the same backlog. The server is no child
-of anybody: not of multiprocessing, whose daemons may have none, and not for wait(2).
+The first process that needs an address makes one up; its children inherit it, or learn it from what
+they are sent. A process that finds nobody there binds it and has a server exec'd: of two that try
+at once bind(2) lets one through, and the other one's connect(2) waits in the same backlog. The
+server is no child of the process that starts it: multiprocessing's daemons may have none, and no
+wait(2) of the program finds it.
 
-parking/server.py is what runs there, and says what is sent.
+parking/server.py is what runs there; protocol.py has the packets.
 """
 
 from __future__ import annotations
@@ -36,7 +37,18 @@ from fdshare.kernel.ancillary import MAX_DESCRIPTORS, peek_descriptors, send_mes
 from fdshare.kernel.credentials import peer_credentials
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.kernel.endpoint import connect, listen
-from fdshare.parking.server import CREDIT, FULL, KEY, LOOKS, PUT
+from fdshare.parking.protocol import (
+    CREDIT,
+    FULL,
+    KEY_SIZE,
+    ONE_WAY,
+    PUT,
+    READ_INTERVAL,
+    REMOVE,
+    TAKE,
+    USAGE,
+    put_packet,
+)
 
 __all__ = ["PrivateServer", "new_address"]
 
@@ -48,7 +60,7 @@ _IDLE: Final = 4  # connections kept
 _ANSWER: Final = 16  # bytes, more than any answer has
 _PAUSE: Final = 0.005  # seconds, before another try
 _TRIES_IN_FLIGHT: Final = 500
-_UNKNOWN: Final = b"R" + bytes(KEY)  # a request for a key that nobody has
+_NO_KEY: Final = REMOVE + bytes(KEY_SIZE)  # a request for a key that nobody has
 
 
 def new_address() -> str:
@@ -59,106 +71,109 @@ def new_address() -> str:
     return os.path.join(tempfile.mkdtemp(prefix=_PREFIX), "sock")
 
 
-class _Line:
-    """One connection, and the hatch beside it, through which as many descriptors as its *credit*
-    says may be put without waking anybody."""
+class _Connection:
+    """One connection, and its one-way socket, on which *credit* descriptors may be put."""
 
-    __slots__ = ("credit", "hatch", "sock")
+    __slots__ = ("credit", "one_way", "sock")
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
-        self.hatch: socket.socket | None = None
+        self.one_way: socket.socket | None = None
         self.credit = 0
 
     def close(self) -> None:
         self.sock.close()
-        if self.hatch is not None:
-            self.hatch.close()
+        if self.one_way is not None:
+            self.one_way.close()
 
-    def open_hatch(self) -> None:
+    def open_one_way(self) -> socket.socket:
+        """The one-way socket, which stays the connection's."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.hatch = ours
+        self.one_way = ours
         with theirs:
-            send_message(self.sock, (b"L",), [theirs.fileno()])
+            send_message(self.sock, (ONE_WAY,), [theirs.fileno()])
         self.sock.recv(_ANSWER)
+        return ours
 
 
 class PrivateServer:
-    """The server at *address*, started when it is needed. Thread-safe, fork-safe."""
+    """The ParkingServer at *address*, started when it is needed."""
 
     def __init__(self, address: str) -> None:
         self.address = address
         self._renew()
         _servers.add(self)
 
-    def _renew(self) -> list[_Line]:
-        """As new; returns the connections that it had."""
+    def _renew(self) -> list[_Connection]:
+        """Forgets its connections, and returns them."""
         former = [*self._idle, *self._unread.values()] if hasattr(self, "_idle") else []
         # Appended to and popped from by many threads, either in one step.
-        self._idle: list[_Line] = []
-        self._unread: dict[bytes, _Line] = {}
+        self._idle: list[_Connection] = []
+        self._unread: dict[bytes, _Connection] = {}
         return former
 
     def check(self) -> None:
-        """Makes sure that it runs and is ours. Raises: UntrustedServer, UnsupportedPlatform."""
+        """Returns once it runs, and is ours. Raises: UntrustedServer, UnsupportedPlatform."""
         self._give_back(self._borrow(start=True))
 
     def put(self, key: bytes, fds: Sequence[int], ttl: float, uses: int) -> None:
-        """Copies of *fds* (1 to 253) are its own, or on their way to it, when this returns, and
-        will be for *ttl* seconds.
+        """When this returns, the server has copies of *fds* (1 to 253), or they are in the kernel
+        on their way to it; for *ttl* seconds.
 
         *fds* are borrowed for the call. Raises: DescriptorLimit: the server's, or of descriptors in
         flight; ServerGone, ServerTimeout; OSError of sendmsg(2).
         """
-        packet = b"P" + key + PUT.pack(ttl, uses)
+        packet = put_packet(key, ttl, uses)
         for _ in range(_ATTEMPTS):
-            line = self._borrow(start=True)
+            connection = self._borrow(start=True)
             try:
-                if len(fds) <= line.credit and ttl > LOOKS and self._put_aside(line, packet, fds):
+                if (
+                    len(fds) <= connection.credit
+                    and ttl > READ_INTERVAL
+                    and self._put_one_way(connection, packet, fds)
+                ):
                     return
-                self._send(line, packet, fds)
-                answer = line.sock.recv(_ANSWER)
+                self._send(connection, packet, fds)
+                answer = connection.sock.recv(_ANSWER)
             except OSError as error:
-                answer = self._no_answer(line, error)
-            if self._has_put(line, answer):
+                answer = self._no_answer(connection, error)
+            if self._has_put(connection, answer):
                 return
         raise ServerGone(self.address, "it ended again and again")
 
-    def _put_aside(self, line: _Line, packet: bytes, fds: Sequence[int]) -> bool:
-        """Puts it through the hatch, where the server finds it when somebody asks for it."""
-        if line.hatch is None:
-            line.open_hatch()
-        assert line.hatch is not None
+    def _put_one_way(self, connection: _Connection, packet: bytes, fds: Sequence[int]) -> bool:
+        """Puts it where the server reads it when somebody asks for it; False where it cannot."""
+        one_way = connection.one_way or connection.open_one_way()
         try:
-            send_message(line.hatch, (packet,), fds)
+            send_message(one_way, (packet,), fds)
         except DescriptorLimit:
-            return False  # too many are in flight; put openly the server makes room for it
-        line.credit -= len(fds)
-        self._give_back(line)
+            return False  # too many are in flight; for a put with an answer the server makes room
+        connection.credit -= len(fds)
+        self._give_back(connection)
         return True
 
-    def _send(self, line: _Line, packet: bytes, fds: Sequence[int]) -> None:
+    def _send(self, connection: _Connection, packet: bytes, fds: Sequence[int]) -> None:
         """Raises: DescriptorLimit: too many descriptors of this user stay in flight."""
         for _ in range(_TRIES_IN_FLIGHT):
             try:
-                send_message(line.sock, (packet,), fds)
+                send_message(connection.sock, (packet,), fds)
                 return
             except DescriptorLimit:
-                # Asked for what it does not have, the server takes in all that waits in hatches.
-                line.sock.send(_UNKNOWN)
-                if not line.sock.recv(_ANSWER):
+                # Asked for what it does not have, the server reads all one-way sockets.
+                connection.sock.send(_NO_KEY)
+                if not connection.sock.recv(_ANSWER):
                     raise ConnectionResetError from None
                 time.sleep(_PAUSE)
-        send_message(line.sock, (packet,), fds)
+        send_message(connection.sock, (packet,), fds)
 
-    def _has_put(self, line: _Line, answer: bytes) -> bool:
+    def _has_put(self, connection: _Connection, answer: bytes) -> bool:
         if not answer:
-            line.close()
+            connection.close()
             return False
-        line.credit = CREDIT.unpack_from(answer, 1)[0] if answer[:1] == b"P" else 0
-        self._give_back(line)
-        if answer[:1] == b"E":
-            limit, used = FULL.unpack_from(answer, 1)
+        connection.credit = CREDIT.unpack_from(answer, 1)[0] if answer[:1] == PUT else 0
+        self._give_back(connection)
+        if answer[:1] == FULL:
+            limit, used = USAGE.unpack_from(answer, 1)
             advice = "load what was sent, or raise it"
             raise DescriptorLimit(errno.EMFILE, "RLIMIT_NOFILE", limit, used, "server", advice)
         return True
@@ -166,81 +181,82 @@ class PrivateServer:
     def take(self, key: bytes) -> list[Descriptor]:
         """What was put under *key*. The caller owns the result.
 
-        Raises: AlreadyTaken; DescriptorLimit: of this process, where it is still to be had.
+        Raises: AlreadyTaken; DescriptorLimit: of this process, and it can be taken again.
         """
         for _ in range(_ATTEMPTS):
-            line = self._unread.pop(key, None)
+            connection = self._unread.pop(key, None)
             try:
-                if line is None:
-                    line = self._borrow(start=False)
-                    line.sock.send(b"T" + key)
-                # Looked at first: without a place for them the descriptors would be dropped.
-                descriptors = peek_descriptors(line.sock, MAX_DESCRIPTORS)
-                answer = line.sock.recv(_ANSWER)
+                if connection is None:
+                    connection = self._borrow(start=False)
+                    connection.sock.send(TAKE + key)
+                # Looked at first: the kernel drops those for which no number is free here.
+                descriptors = peek_descriptors(connection.sock, MAX_DESCRIPTORS)
+                answer = connection.sock.recv(_ANSWER)
             except NoServer:
                 break
             except OSError as error:
-                assert line is not None
+                assert connection is not None
                 if isinstance(error, DescriptorLimit):
-                    self._unread[key] = line
+                    self._unread[key] = connection
                     raise
-                self._no_answer(line, error)
+                self._no_answer(connection, error)
                 continue
             if answer:
-                self._give_back(line)
-                if answer == b"T":
+                self._give_back(connection)
+                if answer == TAKE:
                     return descriptors
                 break
-            line.close()
+            connection.close()
         raise AlreadyTaken(key.hex())
 
     def take_back(self, key: bytes) -> None:
         """Nothing is under *key* any more. Raises: NoServer, ServerTimeout."""
         answer = b""
         while not answer:
-            line = self._borrow(start=False)
+            connection = self._borrow(start=False)
             try:
-                line.sock.send(b"R" + key)
-                answer = line.sock.recv(_ANSWER)
+                connection.sock.send(REMOVE + key)
+                answer = connection.sock.recv(_ANSWER)
             except OSError as error:
-                self._no_answer(line, error)
+                self._no_answer(connection, error)
             if answer:
-                self._give_back(line)
+                self._give_back(connection)
             else:
-                line.close()
+                connection.close()
 
     def close(self) -> None:
         """Closes this process's connections."""
-        for line in self._renew():
-            line.close()
+        for connection in self._renew():
+            connection.close()
 
     def __del__(self) -> None:
         if hasattr(self, "_unread"):
             self.close()
 
-    # Connections.
+    # Connections
 
-    def _no_answer(self, line: _Line, error: OSError) -> bytes:
-        """Empty, as at the end of a stream, where it was idle too long or its server has ended:
-        another connection may do. Raises what else *error* says."""
-        line.close()
+    def _no_answer(self, connection: _Connection, error: OSError) -> bytes:
+        """b"", as at the end of a stream, where the server dropped it for being idle or has ended:
+        another connection may be answered. Raises: ServerTimeout; *error*, if it is none of these.
+        """
+        connection.close()
         if isinstance(error, BlockingIOError):  # the kernel's timeout
             raise ServerTimeout(self.address, _TIMEOUT) from None
         if not isinstance(error, BrokenPipeError | ConnectionResetError):
             raise error
         return b""
 
-    def _borrow(self, start: bool) -> _Line:
+    def _borrow(self, start: bool) -> _Connection:
         try:
             return self._idle.pop()
         except IndexError:
-            return _Line(self._connect(start))
+            return _Connection(self._connect(start))
 
-    def _give_back(self, line: _Line) -> None:
+    def _give_back(self, connection: _Connection) -> None:
         if len(self._idle) < _IDLE:
-            self._idle.append(line)
+            self._idle.append(connection)
         else:
-            line.close()
+            connection.close()
 
     def _connect(self, start: bool) -> socket.socket:
         for attempt in range(_ATTEMPTS):

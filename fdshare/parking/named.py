@@ -1,7 +1,7 @@
-"""Parking at a rendezvous server that somebody named: `install(path)`.
+"""Parking in a rendezvous server: the one that `install(path)` named.
 
 What is parked there is an entry like any other, with a name that nobody can guess: it survives what
-the server survives, is under its policy and its limits, and can be looked at.
+the server survives, is subject to its policy and its limits, and is listed by `fdshare ls`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["NamedServer"]
 
 
 class NamedServer:
-    """The Depot in a rendezvous server: entries whose names nobody can guess.
+    """The ParkingServer that a rendezvous server is: entries whose names nobody can guess.
 
     One use is one entry: a taker that dies before it has confirmed gives its own use back.
     """
@@ -35,9 +35,9 @@ class NamedServer:
 
     def put(self, key: bytes, fds: Sequence[int], ttl: float, uses: int) -> None:
         name = _name(key)
-        cargo = _Cargo(fds)
+        parcel = _Parcel(fds)
         for use in range(uses):
-            self._client.register(name if uses == 1 else f"{name}/{use}", cargo, ttl=ttl)
+            self._client.register(name if uses == 1 else f"{name}/{use}", parcel, ttl=ttl)
 
     def take(self, key: bytes) -> list[Descriptor]:
         name = _name(key)
@@ -49,7 +49,7 @@ class NamedServer:
             try:
                 return self._client.take_raw(random.choice(left))
             except NameNotFound:
-                continue  # somebody was faster
+                continue  # another process took it
         raise AlreadyTaken(name) from None
 
     def take_back(self, key: bytes) -> None:
@@ -62,8 +62,8 @@ class NamedServer:
         self._client.close()
 
 
-class _Cargo:
-    """Descriptors on their way to the server: its kind says nothing of what they are."""
+class _Parcel:
+    """Descriptors on their way to the server; their kind is in the pickle, and not known here."""
 
     __slots__ = ("fds",)
 
@@ -71,8 +71,8 @@ class _Cargo:
         self.fds = list(fds)
 
 
-_CARGO: Final = Kind("parcel", Raw(msgpack.encode(None)))
-describers[_Cargo] = lambda cargo: (_CARGO, cargo.fds)
+_PARCEL: Final = Kind("parcel", Raw(msgpack.encode(None)))
+describers[_Parcel] = lambda parcel: (_PARCEL, parcel.fds)
 
 
 def _name(key: bytes) -> str:

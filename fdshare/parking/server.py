@@ -1,32 +1,11 @@
-"""The private server of a process tree: takes descriptors in, gives them out once, and goes home.
+"""The private server of a process tree: it holds descriptors until they are taken, and ends when
+nobody is connected and nothing is held.
 
-What is parked for a pickle needs no names, no policy, no lists and no keeper, but every time that
-one process has to wake another is felt by whoever puts a socket into a queue. So this is not the
-rendezvous but a room of its own: packets of one byte and a key, one system call each.
+A parked descriptor needs no name, policy, listing or keeper, but whoever puts a socket into a queue
+pays each time that one process wakes another. So this is not the rendezvous server: protocol.py has
+its few packets, one system call each. Only processes of its own uid and root's may connect.
 
-=======  ==================================================  ===================================
-request                                                      answer
-=======  ==================================================  ===================================
-``P``    key, seconds, uses; with 1..253 descriptors: keep   ``P`` with a credit, or ``E`` with
-                                                             limit and used
-``L``    with one end of a pair: the guest's *hatch*         ``L``
-``T``    key: give                                           ``T`` with the descriptors, or ``N``
-``R``    key: let go                                         ``R``
-=======  ==================================================  ===================================
-
-The socket is SOCK_SEQPACKET: a packet arrives whole, with its own descriptors and no others. What
-is given is gone: the pickle that it belongs to is in the hands of whoever asks, and of nobody else.
-Only processes of our uid, and root's, are let in.
-
-A guest may put through its hatch, too: the body of a ``P``, without an answer, for as many
-descriptors as its credit says. The server does not wait for that; it looks into the hatches when it
-is asked for a key that it does not have, when the guest puts openly or leaves, and now and then.
-What was sent there was sent before anybody could ask for it, so nothing is missed; until then it
-waits in the kernel, like a letter in a box, and survives its sender. A credit has been set aside
-for, so what is put on it cannot be refused. It saves two of the four wake-ups.
-
-The server ends when no process is connected and nothing is kept. Everything kept has a time to
-live, so a tree whose processes are all gone takes it along in the end.
+Everything held has a time to live, so the server of a tree whose processes are all dead ends, too.
 """
 
 from __future__ import annotations
@@ -36,7 +15,6 @@ import os
 import resource
 import shutil
 import socket
-import struct
 import threading
 import time
 from typing import Final
@@ -45,30 +23,37 @@ from fdshare.errors import DescriptorLimit, FdshareError
 from fdshare.kernel.ancillary import close_all, receive_into, send_message
 from fdshare.kernel.credentials import peer_credentials
 from fdshare.kernel.descriptor import Descriptor
+from fdshare.parking.protocol import (
+    CREDIT,
+    FULL,
+    KEY_SIZE,
+    ONE_WAY,
+    PUT,
+    PUT_SIZE,
+    READ_INTERVAL,
+    REMOVE,
+    TAKE,
+    TERMS,
+    UNKNOWN,
+    USAGE,
+)
 from fdshare.server.loop.poller import READ, Poller
 
-__all__ = ["CREDIT", "FULL", "KEY", "LOOKS", "PUT", "serve"]
+__all__ = ["serve"]
 
-KEY: Final = 18  # bytes: 16 that nobody can guess, 2 for the part of a large pickle
-PUT: Final = struct.Struct("=dI")  # seconds, uses
-FULL: Final = struct.Struct("=II")  # limit, used
-CREDIT: Final = struct.Struct("=I")  # descriptors
-LOOKS: Final = 5.0  # seconds between looks into the hatches; by as much what is there may outlive
 _PACKET: Final = 256  # bytes, more than any request has
-_KEY: Final = slice(1, 1 + KEY)
-_PUT_SIZE: Final = 1 + KEY + PUT.size
-_P, _L, _T, _R = b"PLTR"
-_AHEAD: Final = 2  # puts that are taken in before anybody asks
-_MOST_CREDIT: Final = 32  # descriptors of one guest; they count as in flight until they are read
-_EVER: Final = float("inf")
+_KEY: Final = slice(1, 1 + KEY_SIZE)
+_READ_AHEAD: Final = 2  # puts that are read before anybody asks for them
+_MOST_CREDIT: Final = 32  # descriptors of one client; they count as in flight until they are read
+_NEVER: Final = float("inf")
 _BACKLOG: Final = 4096
-_LINGER: Final = 1.0  # seconds that it waits for somebody else after the last has gone
+_LINGER: Final = 1.0  # seconds that it waits for another client after the last has gone
 _RETRY: Final = 0.005  # seconds until what found too many descriptors in flight is tried again
 _RESERVE: Final = 16  # descriptors for the listener, the epoll, and those that are being received
 
 
-class _Kept:
-    """What is kept under one key. *uses*: how often it may still be given."""
+class _Stored:
+    """What is held under one key. *uses*: how often it may still be taken."""
 
     __slots__ = ("descriptors", "expires", "fds", "uses")
 
@@ -79,100 +64,100 @@ class _Kept:
         self.expires = expires
 
 
-class _Guest:
-    """One connection, its hatch, and how many descriptors may still come through that."""
+class _Client:
+    """One connection, and its one-way socket, which may bring *credit* descriptors more."""
 
-    __slots__ = ("credit", "hatch", "sock")
+    __slots__ = ("credit", "one_way", "sock")
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
-        self.hatch: socket.socket | None = None
+        self.one_way: socket.socket | None = None
         self.credit = 0
 
 
-class _Room:
-    """All of it: the guests and what is kept for them."""
+class _Server:
+    """The clients, and what is held for them."""
 
     def __init__(self, listener: socket.socket, nofile: int) -> None:
         self.listener = listener
-        # Of *nofile* descriptors five eighths are for what is kept, an eighth for what may be put
-        # on credit beyond that, the rest for the guests, their hatches and ourselves.
+        # Of *nofile* descriptors five eighths are for what is held, an eighth for what may be put
+        # on credit beyond that, the rest for the clients' sockets and our own.
         self.limit = max(nofile * 5 // 8 - _RESERVE, 1)
         self.most_credit = nofile // 8
-        self.count = 0  # descriptors kept
-        self.credit = 0  # that all guests have together
-        self.kept: dict[bytes, _Kept] = {}
-        self.guests: dict[_Guest, None] = {}  # in the order of their last request
+        self.count = 0  # descriptors held
+        self.credit = 0  # that all clients have together
+        self.stored: dict[bytes, _Stored] = {}
+        self.clients: dict[_Client, None] = {}  # in the order of their last request
         self.deadlines: list[tuple[float, bytes]] = []
-        self.waiting: list[tuple[_Guest, bytes]] = []
+        self.waiting: list[tuple[_Client, bytes]] = []  # for fewer descriptors in flight
         self.poller = Poller()
-        self.hatches = Poller()  # asked, never waited for
+        self.one_way = Poller()  # of one-way sockets; asked, never waited for
         self.buffer = bytearray(_PACKET)
-        self.now = time.monotonic()  # when this turn began
-        self.looked = self.now  # into the hatches
-        self.given = False  # something in this turn
+        self.now = time.monotonic()  # when this turn of the loop began
+        self.all_read = self.now  # when all one-way sockets were read
+        self.gave = False  # something in this turn
 
-    # The turn of the loop.
+    # The loop
 
     def run(self) -> None:
-        """Serves until nobody needs it."""
+        """Serves until no client is connected and nothing is held."""
         self.poller.register(self.listener.fileno(), READ, self)
         while True:
             timeout = self._timeout()
             ready = self.poller.wait(timeout)
             self.now = time.monotonic()
             for key, _ in ready:
-                if type(key) is _Guest:
+                if type(key) is _Client:
                     self._serve(key)
                 else:
-                    self._admit()
-            if self.given:
-                self._look_ahead()
-            if self.now >= self.looked + LOOKS:
-                self._look()
+                    self._accept()
+            if self.gave:
+                self._read_ahead()
+            if self.now >= self.all_read + READ_INTERVAL:
+                self._read_one_way_sockets()
             if self.deadlines and self.deadlines[0][0] <= self.now:
                 self._expire()
             if self.waiting:
                 self._try_again()
-            if not ready and timeout == _LINGER and self._idle():
+            if not ready and timeout == _LINGER and self._is_idle():
                 return
 
-    def _idle(self) -> bool:
-        return not self.guests and not self.kept
+    def _is_idle(self) -> bool:
+        return not self.clients and not self.stored
 
     def _timeout(self) -> float | None:
         if self.waiting:
             return _RETRY
-        if self._idle():
+        if self._is_idle():
             return _LINGER
-        due = self.looked + LOOKS if self.guests else _EVER
+        due = self.all_read + READ_INTERVAL if self.clients else _NEVER
         if self.deadlines:
             due = min(due, self.deadlines[0][0])
         return max(due - self.now, 0.0)
 
     def _expire(self) -> None:
-        gone: list[Descriptor] = []
+        expired: list[Descriptor] = []
         while self.deadlines and self.deadlines[0][0] <= self.now:
             _, key = heapq.heappop(self.deadlines)
-            kept = self.kept.get(key)
-            if kept is not None and kept.expires <= self.now:
-                del self.kept[key]
-                self.count -= len(kept.fds)
-                gone += kept.descriptors
-        if gone:
+            stored = self.stored.get(key)
+            if stored is not None and stored.expires <= self.now:
+                del self.stored[key]
+                self.count -= len(stored.fds)
+                expired += stored.descriptors
+        if expired:
             # Ours may be the last reference, and close(2) may take its time over that (SO_LINGER).
-            threading.Thread(target=close_all, args=(gone,), daemon=True).start()
+            threading.Thread(target=close_all, args=(expired,), daemon=True).start()
 
-    # The door.
+    # Connections
 
-    def _admit(self) -> None:
+    def _accept(self) -> None:
         try:
             sock, _ = self.listener.accept()
         except BlockingIOError:
             return
-        except OSError:  # EMFILE: the guest that was idle longest goes, and comes back some time
-            if self.guests:
-                self._drop(next(iter(self.guests)))
+        except OSError:  # EMFILE: the client that was idle longest has to connect again
+            if self.clients:
+                self._drop(next(iter(self.clients)))
             else:
                 time.sleep(_RETRY)
             return
@@ -184,194 +169,196 @@ class _Room:
         except OSError:  # it has gone again
             sock.close()
             return
-        guest = _Guest(sock)
-        self.guests[guest] = None
-        self.poller.register(sock.fileno(), READ, guest)
+        client = _Client(sock)
+        self.clients[client] = None
+        self.poller.register(sock.fileno(), READ, client)
 
-    def _drop(self, guest: _Guest) -> None:
-        if self.guests.pop(guest, self) is self:
+    def _drop(self, client: _Client) -> None:
+        if self.clients.pop(client, self) is self:
             return
-        self.poller.unregister(guest.sock.fileno())
-        guest.sock.close()
-        self._empty(guest)
-        self._close_hatch(guest)
-        self.credit -= guest.credit
-        self.waiting = [(other, key) for other, key in self.waiting if other is not guest]
+        self.poller.unregister(client.sock.fileno())
+        client.sock.close()
+        self._read_one_way(client)
+        self._close_one_way(client)
+        self.credit -= client.credit
+        self.waiting = [(other, key) for other, key in self.waiting if other is not client]
 
-    # The hatches.
+    # One-way sockets
 
-    def _look(self, wanted: bytes | None = None) -> None:
-        """Takes in all that was put through a hatch until now, or until it finds *wanted*."""
+    def _read_one_way_sockets(self, wanted: bytes | None = None) -> None:
+        """Reads all that was put there until now, or until *wanted* is found."""
         if wanted is None:
-            self.looked = self.now
-        while ready := self.hatches.wait(0):
-            for guest, _ in ready:
-                assert isinstance(guest, _Guest)
-                self._empty(guest, wanted)
-                if wanted in self.kept:
+            self.all_read = self.now
+        while ready := self.one_way.wait(0):
+            for client, _ in ready:
+                assert isinstance(client, _Client)
+                self._read_one_way(client, wanted)
+                if wanted in self.stored:
                     return
 
-    def _look_ahead(self) -> None:
-        """Takes a little in, while whoever was given something just now has to do with that: what
-        comes next is likely to be asked for next."""
-        self.given = False
-        for guest, _ in self.hatches.wait(0):
-            assert isinstance(guest, _Guest)
-            self._empty(guest, most=_AHEAD)
+    def _read_ahead(self) -> None:
+        """Reads a little while the taker of this turn is busy with what it took: what was put next
+        is likely to be asked for next."""
+        self.gave = False
+        for client, _ in self.one_way.wait(0):
+            assert isinstance(client, _Client)
+            self._read_one_way(client, most=_READ_AHEAD)
             return
 
-    def _empty(self, guest: _Guest, wanted: bytes | None = None, most: int | None = None) -> None:
-        while guest.hatch is not None and wanted not in self.kept and most != 0:
+    def _read_one_way(
+        self, client: _Client, wanted: bytes | None = None, most: int | None = None
+    ) -> None:
+        while client.one_way is not None and wanted not in self.stored and most != 0:
             most = most and most - 1
             try:
-                size, descriptors, lost = receive_into(guest.hatch, self.buffer)
+                size, descriptors, lost = receive_into(client.one_way, self.buffer)
             except BlockingIOError:
                 return
             except OSError:
-                self._close_hatch(guest)
+                self._close_one_way(client)
                 return
-            if size != _PUT_SIZE or not self._put(guest, descriptors, lost, guest.credit):
+            if size != PUT_SIZE or not self._put(client, descriptors, lost, client.credit):
                 close_all(descriptors)
-            if not size:  # its other end is closed: the guest goes, too
-                self._close_hatch(guest)
+            if not size:  # its other end is closed: the client leaves
+                self._close_one_way(client)
 
-    def _close_hatch(self, guest: _Guest) -> None:
-        if guest.hatch is not None:
-            self.hatches.unregister(guest.hatch.fileno())
-            guest.hatch.close()
-            guest.hatch = None
+    def _close_one_way(self, client: _Client) -> None:
+        if client.one_way is not None:
+            self.one_way.unregister(client.one_way.fileno())
+            client.one_way.close()
+            client.one_way = None
 
-    # Requests.
+    # Requests
 
-    def _serve(self, guest: _Guest) -> None:
-        if guest not in self.guests:
+    def _serve(self, client: _Client) -> None:
+        if client not in self.clients:
             return  # dropped in this very turn
         try:
-            size, descriptors, lost = receive_into(guest.sock, self.buffer)
+            size, descriptors, lost = receive_into(client.sock, self.buffer)
         except BlockingIOError:
             return
         except OSError:
-            self._drop(guest)
+            self._drop(client)
             return
-        del self.guests[guest]
-        self.guests[guest] = None  # to the end of the order
+        del self.clients[client]
+        self.clients[client] = None  # to the end of the order
         try:
-            if not self._answer(guest, size, descriptors, lost):
-                self._drop(guest)
+            if not self._answer(client, size, descriptors, lost):
+                self._drop(client)
         except Exception:
-            # It has gone, or reads no answers. Whatever else it is costs this guest alone: what is
-            # kept here for the others has nobody else to keep it.
-            self._drop(guest)
+            # It has gone, or does not read its answers. Whatever else it is ends this client alone:
+            # nobody else holds what is held here for the others.
+            self._drop(client)
 
     def _answer(
-        self, guest: _Guest, size: int, descriptors: list[Descriptor], lost: FdshareError | None
+        self, client: _Client, size: int, descriptors: list[Descriptor], lost: FdshareError | None
     ) -> bool:
-        """Carries a request out; False at the end of the stream, and for nonsense."""
-        verb = self.buffer[0] if size else 0
-        if verb == _P and size == _PUT_SIZE and (descriptors or lost):
-            return self._put_openly(guest, descriptors, lost)
-        if verb == _L and size == 1 and len(descriptors) == 1 and guest.hatch is None:
-            return self._open_hatch(guest, descriptors[0])
+        """Carries a request out; False at the end of the stream, and for what is no request."""
+        verb = self.buffer[:1] if size else b""
+        if verb == PUT and size == PUT_SIZE and (descriptors or lost):
+            return self._put_and_answer(client, descriptors, lost)
+        if verb == ONE_WAY and size == 1 and len(descriptors) == 1 and client.one_way is None:
+            return self._open_one_way(client, descriptors[0])
         if descriptors:
             close_all(descriptors)
-        if verb not in (_T, _R) or size != 1 + KEY:
+        if verb not in (TAKE, REMOVE) or size != 1 + KEY_SIZE:
             return False
         key = bytes(self.buffer[_KEY])
-        if key not in self.kept:
-            self._look(key)
-        if verb == _T:
-            self._give(guest, key)
+        if key not in self.stored:
+            self._read_one_way_sockets(key)
+        if verb == TAKE:
+            self._give(client, key)
         else:
-            self._let_go(key)
-            guest.sock.send(b"R")
+            self._remove(key)
+            client.sock.send(REMOVE)
         return True
 
-    def _open_hatch(self, guest: _Guest, descriptor: Descriptor) -> bool:
+    def _open_one_way(self, client: _Client, descriptor: Descriptor) -> bool:
         try:
-            guest.hatch = descriptor.socket()
+            client.one_way = descriptor.socket()
         except OSError:
             descriptor.close()
             return False
-        guest.hatch.setblocking(False)
-        self.hatches.register(guest.hatch.fileno(), READ, guest)
-        guest.sock.send(b"L")
+        client.one_way.setblocking(False)
+        self.one_way.register(client.one_way.fileno(), READ, client)
+        client.sock.send(ONE_WAY)
         return True
 
-    def _put_openly(
-        self, guest: _Guest, descriptors: list[Descriptor], lost: FdshareError | None
+    def _put_and_answer(
+        self, client: _Client, descriptors: list[Descriptor], lost: FdshareError | None
     ) -> bool:
-        request = bytes(self.buffer[:_PUT_SIZE])
-        self._empty(guest)
-        self.buffer[:_PUT_SIZE] = request
-        self.credit -= guest.credit
-        guest.credit = 0
-        if not self._put(guest, descriptors, lost, self.limit - self.count):
+        request = bytes(self.buffer[:PUT_SIZE])
+        self._read_one_way(client)  # what it put before
+        self.buffer[:PUT_SIZE] = request
+        self.credit -= client.credit
+        client.credit = 0
+        if not self._put(client, descriptors, lost, self.limit - self.count):
             close_all(descriptors)
-            guest.sock.send(b"E" + FULL.pack(self.limit, self.count))
+            client.sock.send(FULL + USAGE.pack(self.limit, self.count))
             return True
-        guest.credit = min((self.most_credit - self.credit) // 4, _MOST_CREDIT)
-        self.credit += guest.credit
-        guest.sock.send(b"P" + CREDIT.pack(guest.credit))
+        client.credit = min((self.most_credit - self.credit) // 4, _MOST_CREDIT)
+        self.credit += client.credit
+        client.sock.send(PUT + CREDIT.pack(client.credit))
         return True
 
     def _put(
-        self, guest: _Guest, descriptors: list[Descriptor], lost: FdshareError | None, room: int
+        self, client: _Client, descriptors: list[Descriptor], lost: FdshareError | None, most: int
     ) -> bool:
-        """Keeps *descriptors* as the buffer says; False where it cannot: they are the caller's."""
-        seconds, uses = PUT.unpack_from(self.buffer, 1 + KEY)
+        """Holds *descriptors* as the buffer says; False where it cannot: they are the caller's."""
+        seconds, uses = TERMS.unpack_from(self.buffer, 1 + KEY_SIZE)
         count = len(descriptors)
-        if lost is not None or not 0 < count <= room or not 0 < seconds < _EVER:
+        if lost is not None or not 0 < count <= most or not 0 < seconds < _NEVER:
             return False
         key = bytes(self.buffer[_KEY])
-        if key in self.kept:  # the answer to a first attempt was lost
-            self._let_go(key)
-        used = min(count, guest.credit)
-        guest.credit -= used
+        if key in self.stored:  # the answer to a first attempt was lost
+            self._remove(key)
+        used = min(count, client.credit)
+        client.credit -= used
         self.credit -= used
         expires = self.now + seconds
-        self.kept[key] = _Kept(descriptors, uses, expires)
+        self.stored[key] = _Stored(descriptors, uses, expires)
         self.count += count
         heapq.heappush(self.deadlines, (expires, key))
-        if len(self.deadlines) > 2 * len(self.kept) + 64:
-            self.deadlines = [(kept.expires, key) for key, kept in self.kept.items()]
+        if len(self.deadlines) > 2 * len(self.stored) + 64:
+            self.deadlines = [(stored.expires, key) for key, stored in self.stored.items()]
             heapq.heapify(self.deadlines)
         return True
 
-    def _give(self, guest: _Guest, key: bytes) -> None:
-        kept = self.kept.get(key)
-        if kept is None:
-            guest.sock.send(b"N")
+    def _give(self, client: _Client, key: bytes) -> None:
+        stored = self.stored.get(key)
+        if stored is None:
+            client.sock.send(UNKNOWN)
             return
         try:
-            send_message(guest.sock, (b"T",), kept.fds)
+            send_message(client.sock, (TAKE,), stored.fds)
         except DescriptorLimit:  # too many in flight: they will be read soon
-            self._look()
-            self.waiting.append((guest, key))
+            self._read_one_way_sockets()
+            self.waiting.append((client, key))
             return
-        self.given = True
-        kept.uses -= 1
-        if kept.uses <= 0:
-            self._let_go(key)
+        self.gave = True
+        stored.uses -= 1
+        if stored.uses <= 0:
+            self._remove(key)
 
     def _try_again(self) -> None:
         waiting, self.waiting = self.waiting, []
-        for guest, key in waiting:
+        for client, key in waiting:
             try:
-                self._give(guest, key)
+                self._give(client, key)
             except OSError:
-                self._drop(guest)
+                self._drop(client)
 
-    def _let_go(self, key: bytes) -> None:
-        kept = self.kept.pop(key, None)
-        if kept is not None:
-            self.count -= len(kept.fds)
-            close_all(kept.descriptors)
+    def _remove(self, key: bytes) -> None:
+        stored = self.stored.pop(key, None)
+        if stored is not None:
+            self.count -= len(stored.fds)
+            close_all(stored.descriptors)
 
 
 def serve(fd: int, folder: str | None = None) -> None:
     """Serves on the listener *fd*, which it takes over, until nobody needs it; then removes
     *folder*, where its socket has one."""
-    _be_alone()
+    _leave_starter()
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     with socket.socket(fileno=fd) as listener:
@@ -379,17 +366,17 @@ def serve(fd: int, folder: str | None = None) -> None:
         listener.setblocking(False)
         # Once more, for SO_PEERCRED names whoever called listen(2) last: the starter may be gone.
         listener.listen(_BACKLOG)
-        _Room(listener, hard).run()
+        _Server(listener, hard).run()
     if folder is not None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _be_alone() -> None:
+def _leave_starter() -> None:
     """Keeps nothing of the starter's: its standard streams may be pipes that somebody reads to the
-    end, its folder a mount that somebody wants to leave."""
-    nothing = os.open(os.devnull, os.O_RDWR)
+    end, its working directory a mount that somebody wants to unmount."""
+    null = os.open(os.devnull, os.O_RDWR)
     for number in range(3):
-        os.dup2(nothing, number)
-    if nothing > 2:
-        os.close(nothing)
+        os.dup2(null, number)
+    if null > 2:
+        os.close(null)
     os.chdir("/")

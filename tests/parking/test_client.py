@@ -211,7 +211,7 @@ PrivateServer({private.address!r}).put({KEY!r}, [0], 60, 1)
     private.put(b"2" * 18, [pair[0].fileno()] * 23, 60, 1)
     with pytest.raises(DescriptorLimit):  # more than it can even receive
         private.put(b"3" * 18, [pair[0].fileno()] * 200, 60, 1)
-    # Nothing is lost, and idle guests make room at the door.
+    # Nothing is lost, and idle clients make room for new ones.
     others = [PrivateServer(private.address) for _ in range(60)]
     for other in others:
         with pytest.raises(AlreadyTaken):
@@ -293,7 +293,7 @@ def test_more_in_flight_than_the_sender_may_have(private: PrivateServer, pair: P
             mine = PrivateServer(private.address + "-nobody")
             for number in range(100):
                 mine.put(bytes([number + 1]) * 18, [pair[0].fileno()] * 3, 60, 1)
-                if number == 2:  # connected, and with a hatch
+                if number == 2:  # connected, and with a one-way socket
                     resource.setrlimit(resource.RLIMIT_NOFILE, (8, hard))
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
             for number in range(100):

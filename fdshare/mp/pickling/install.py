@@ -28,7 +28,7 @@ from fdshare.errors import InvalidArgument
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.mp.pickling import parked
 from fdshare.mp.pickling.hold import Held
-from fdshare.mp.pickling.parked import DEFAULT_TTL, Parked, Rendezvous, dumps_single
+from fdshare.mp.pickling.parked import DEFAULT_TTL, Parked, Place, dumps_single
 from fdshare.mp.pickling.reducers import PLAIN, reduce_with
 from fdshare.parking.client import new_address
 
@@ -60,11 +60,11 @@ def install(path: str | os.PathLike[str] | None = None, *, ttl: float = DEFAULT_
     if path is None:
         former = parked.current()
         address = former.address if former.private else new_address()
-        _install(Rendezvous(address, True, float(ttl), load))
+        _install(Place(address, True, float(ttl), load))
     else:
-        rendezvous = Rendezvous(os.path.abspath(os.fspath(path)), False, float(ttl), load)
-        rendezvous.depot().check()
-        _install(rendezvous)
+        place = Place(os.path.abspath(os.fspath(path)), False, float(ttl), load)
+        place.server().check()
+        _install(place)
 
 
 def uninstall() -> None:
@@ -94,7 +94,7 @@ def load(label: list[Any], tag: str, spec: bytes, first: int, count: int) -> Any
     is armed by it. Pickles name it: do not move or rename."""
     if not _armed and not _dismissed and _is_child():
         _token, address, private, ttl, *_arrival = label
-        _install(Rendezvous(address, private, ttl, load))
+        _install(Place(address, private, ttl, load))
     return parked.load(label, tag, spec, first, count)
 
 
@@ -103,10 +103,10 @@ def _is_child() -> bool:
     return any(module is not None and module.parent_process() is not None for module in modules)
 
 
-def _install(rendezvous: Rendezvous) -> None:
+def _install(place: Place) -> None:
     global _dismissed
     _dismissed = False
-    parked.use(rendezvous)
+    parked.use(place)
     # Not multiprocess: it brings dill, which few programs have any use for.
     importlib.import_module("multiprocessing.reduction")
     with _lock:
@@ -198,17 +198,17 @@ def _make_override(package: str, reduction: Any, former: Any) -> Any:
 class _Recruit:
     """A Process on its way to a new interpreter, which is armed on arrival."""
 
-    def __init__(self, process: Any, rendezvous: Rendezvous) -> None:
+    def __init__(self, process: Any, place: Place) -> None:
         self.process = process
-        self.rendezvous = rendezvous
+        self.place = place
 
     def __reduce__(self) -> Any:
-        address, private, ttl, _ = self.rendezvous
+        address, private, ttl, _ = self.place
         return _enlist, (address, private, ttl, self.process)
 
 
 def _enlist(address: str, private: bool, ttl: float, process: Any) -> Any:
-    _install(Rendezvous(address, private, ttl, load))
+    _install(Place(address, private, ttl, load))
     return process
 
 

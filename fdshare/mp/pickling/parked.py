@@ -6,7 +6,7 @@ its kind and the position of its descriptors. Whoever loads it `take`s the entry
 object that needs it. The sender may be gone by then. What nobody loads is let go when its time to
 live has passed.
 
-The server is the one that was named, or the private one of the process tree (private.py).
+The server is the one that was named, or the private one of the process tree (parking/client.py).
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import os
 import pickle
 import struct
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, Final, NamedTuple, Protocol, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias
 
 from msgspec import Raw
 
@@ -33,12 +33,13 @@ from fdshare.kernel.descriptor import Descriptor
 from fdshare.kinds import Kind, describe, rebuild
 from fdshare.mp.pickling.bundle import Reduced
 from fdshare.parking.client import PrivateServer, new_address
+from fdshare.parking.interface import ParkingServer
 from fdshare.protocol.names import MAX_ENTRY_DESCRIPTORS
 
 __all__ = [
     "DEFAULT_TTL",
     "Parked",
-    "Rendezvous",
+    "Place",
     "Repeatable",
     "current",
     "dumps_single",
@@ -58,26 +59,7 @@ _SINGLE: Final = frozenset({"socket", "descriptor"})
 Loader: TypeAlias = Callable[[list[Any], str, bytes, int, int], Any]
 
 
-class Depot(Protocol):
-    """Keeps descriptors under a key of 18 bytes that nobody can guess. Thread-safe, fork-safe."""
-
-    def check(self) -> None:
-        """Makes sure that it is there and can be trusted."""
-
-    def put(self, key: bytes, fds: Sequence[int], ttl: float, uses: int) -> None:
-        """It has copies of *fds* (at most 250) when this returns, and gives them *uses* times."""
-
-    def take(self, key: bytes) -> list[Descriptor]:
-        """What was put; the caller owns it. Raises: AlreadyTaken."""
-
-    def take_back(self, key: bytes) -> None:
-        """Nothing is under *key* any more."""
-
-    def close(self) -> None:
-        """Closes this process's connections."""
-
-
-class Rendezvous(NamedTuple):
+class Place(NamedTuple):
     """Where descriptors are parked, for how many seconds at most, and by what they are loaded.
 
     Each object in a pickle is a call of *loader*, which the pickle names: `install` has one that
@@ -89,17 +71,17 @@ class Rendezvous(NamedTuple):
     ttl: float
     loader: Loader
 
-    def depot(self) -> Depot:
-        """This process's way there; not ours alone, so never closed."""
-        depot = _depots.get(self.address)
-        if depot is None:
+    def server(self) -> ParkingServer:
+        """The server there. It is this process's for all that it parks: not to be closed."""
+        server = _servers.get(self.address)
+        if server is None:
             with _lock:
-                depot = _depots.get(self.address)
-                if depot is None:
-                    depot = _depots[self.address] = self._new_depot()
-        return depot
+                server = _servers.get(self.address)
+                if server is None:
+                    server = _servers[self.address] = self._new_server()
+        return server
 
-    def _new_depot(self) -> Depot:
+    def _new_server(self) -> ParkingServer:
         if self.private:
             return PrivateServer(self.address)
         # Here and not at the top: it brings the whole client, which most children never need.
@@ -109,8 +91,8 @@ class Rendezvous(NamedTuple):
 
 
 _lock = threading.Lock()
-_depots: dict[str, Depot] = {}
-_current: Rendezvous | None = None
+_servers: dict[str, ParkingServer] = {}
+_current: Place | None = None
 
 
 def _after_fork_in_child() -> None:
@@ -121,60 +103,60 @@ def _after_fork_in_child() -> None:
 os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
-def use(rendezvous: Rendezvous | None) -> Rendezvous | None:
-    """Parks at *rendezvous* from now on; returns where it was until now."""
+def use(place: Place | None) -> Place | None:
+    """Parks at *place* from now on; returns where it was until now."""
     global _current
     with _lock:
-        former, _current = _current, rendezvous
+        former, _current = _current, place
     return former
 
 
-def suggest(rendezvous: Rendezvous) -> None:
-    """Parks at *rendezvous* if this process has parked nowhere yet."""
+def suggest(place: Place) -> None:
+    """Parks at *place* if this process has parked nowhere yet."""
     global _current
     with _lock:
         if _current is None:
-            _current = rendezvous
+            _current = place
 
 
-def current() -> Rendezvous:
+def current() -> Place:
     """Where this process parks; made up now if nobody has said."""
     global _current
     if _current is not None:
         return _current
     with _lock:
         if _current is None:
-            _current = Rendezvous(new_address(), True, DEFAULT_TTL, load)
+            _current = Place(new_address(), True, DEFAULT_TTL, load)
         return _current
 
 
 def forget() -> None:
     """Closes this process's connections. A private server that nobody else uses ends soon."""
     with _lock:
-        depots = list(_depots.values())
-        _depots.clear()
-    for depot in depots:
-        depot.close()
+        servers = list(_servers.values())
+        _servers.clear()
+    for server in servers:
+        server.close()
 
 
-def _reached() -> Rendezvous:
+def _reached() -> Place:
     """`current()`, where the right server answers.
 
     Somebody else's server on a private address of ours (the name is known once it was used) is a
     reason to make up another one, which must be before the address is written into a pickle.
     """
-    rendezvous = current()
-    while rendezvous.address not in _depots:
+    place = current()
+    while place.address not in _servers:
         try:
-            rendezvous.depot().check()
+            place.server().check()
         except BaseException as error:
             with _lock:
-                _depots.pop(rendezvous.address, None)
-            if not rendezvous.private or not isinstance(error, UntrustedServer | AccessDenied):
+                _servers.pop(place.address, None)
+            if not place.private or not isinstance(error, UntrustedServer | AccessDenied):
                 raise
-            rendezvous = rendezvous._replace(address=new_address())
-            use(rendezvous)
-    return rendezvous
+            place = place._replace(address=new_address())
+            use(place)
+    return place
 
 
 # Sending
@@ -187,22 +169,22 @@ class Repeatable:
     uses: int
 
 
-def _new_label(token: bytes, rendezvous: Rendezvous) -> list[Any]:
-    return [token, rendezvous.address, rendezvous.private, rendezvous.ttl]
+def _new_label(token: bytes, place: Place) -> list[Any]:
+    return [token, place.address, place.private, place.ttl]
 
 
 class _Parcel:
     """What is parked together. *label* is what all its tickets hold, pickled once by way of the
     memo: a list, for which no pickler asks anybody, and to which the loader adds what it took."""
 
-    __slots__ = ("depot", "fds", "label", "loader", "token", "ttl", "uses")
+    __slots__ = ("fds", "label", "loader", "server", "token", "ttl", "uses")
 
-    def __init__(self, rendezvous: Rendezvous, uses: int) -> None:
+    def __init__(self, place: Place, uses: int) -> None:
         self.token = os.urandom(_TOKEN)
-        self.label = _new_label(self.token, rendezvous)
-        self.loader = rendezvous.loader
-        self.depot = rendezvous.depot()
-        self.ttl = rendezvous.ttl
+        self.label = _new_label(self.token, place)
+        self.loader = place.loader
+        self.server = place.server()
+        self.ttl = place.ttl
         self.uses = uses
         self.fds: list[int] = []
 
@@ -210,18 +192,18 @@ class _Parcel:
         """Parks it. If this raises, part of it may be parked."""
         fds = self.fds
         if len(fds) <= MAX_ENTRY_DESCRIPTORS:
-            self.depot.put(self.token + _FIRST, fds, self.ttl, self.uses)
+            self.server.put(self.token + _FIRST, fds, self.ttl, self.uses)
             return
         for key, first in self._parts():
             part = fds[first : first + MAX_ENTRY_DESCRIPTORS]
-            self.depot.put(key, part, self.ttl, self.uses)
+            self.server.put(key, part, self.ttl, self.uses)
 
     def take_back(self) -> None:
         """Lets go of what was parked; never raises."""
         for key, _ in self._parts():
             # What fails here goes when its time has passed.
             with suppress(FdshareError, OSError):
-                self.depot.take_back(key)
+                self.server.take_back(key)
 
     def _parts(self) -> list[tuple[bytes, int]]:
         firsts = range(0, len(self.fds), MAX_ENTRY_DESCRIPTORS)
@@ -235,20 +217,20 @@ def _key(token: bytes, part: int) -> bytes:
 class Parked:
     """A server holds the descriptors of this pickle."""
 
-    __slots__ = ("_holders", "_parcels", "_rendezvous")
+    __slots__ = ("_holders", "_parcels", "_place")
 
     def __init__(self) -> None:
-        self._rendezvous: Rendezvous | None = None
+        self._place: Place | None = None
         self._parcels: dict[int, _Parcel] = {}
         self._holders: list[tuple[Any, list[int]]] = []
 
     def carry(self, obj: Any, kind: Kind, fds: list[int]) -> Reduced:
-        if self._rendezvous is None:
-            self._rendezvous = _reached()
+        if self._place is None:
+            self._place = _reached()
         uses = obj.uses if isinstance(obj, Repeatable) else 1
         parcel = self._parcels.get(uses)
         if parcel is None:
-            parcel = self._parcels[uses] = _Parcel(self._rendezvous, uses)
+            parcel = self._parcels[uses] = _Parcel(self._place, uses)
         first = len(parcel.fds)
         parcel.fds += fds
         self._holders.append((obj, fds))
@@ -295,7 +277,7 @@ def _check_open(obj: Any, fds: list[int]) -> None:
 # A socket by itself is what is put into queues most. Its pickle is the same for all of a kind, but
 # for the token, and making it anew would be half of the sender's work.
 
-_templates: Final[dict[int, tuple[Kind, Rendezvous, bytes, bytes]]] = {}
+_templates: Final[dict[int, tuple[Kind, Place, bytes, bytes]]] = {}
 _REMEMBERED: Final = 64
 
 
@@ -305,20 +287,20 @@ def dumps_single(obj: Any) -> bytes | None:
     kind, fds = describe(obj)
     if kind.tag not in _SINGLE or (isinstance(obj, Repeatable) and obj.uses != 1):
         return None
-    rendezvous = _reached()
+    place = _reached()
     template = _templates.get(id(kind))
-    if template is None or template[0] is not kind or template[1] is not rendezvous:
-        template = _new_template(kind, rendezvous)
+    if template is None or template[0] is not kind or template[1] is not place:
+        template = _new_template(kind, place)
     token = os.urandom(_TOKEN)
-    depot = rendezvous.depot()
+    server = place.server()
     try:
         try:
-            depot.put(token + _FIRST, fds, rendezvous.ttl, 1)
+            server.put(token + _FIRST, fds, place.ttl, 1)
         finally:
             _check_open(obj, fds)  # as in `commit`
     except BaseException:
         with suppress(FdshareError, OSError):
-            depot.take_back(token + _FIRST)
+            server.take_back(token + _FIRST)
         raise
     return template[2] + token + template[3]
 
@@ -333,12 +315,12 @@ class _Reduces:
         return self._reduced
 
 
-def _new_template(kind: Kind, rendezvous: Rendezvous) -> tuple[Kind, Rendezvous, bytes, bytes]:
-    place = os.urandom(_TOKEN)
-    label = _new_label(place, rendezvous)
-    reduced = rendezvous.loader, (label, kind.tag, bytes(kind.spec), 0, 1)
-    head, tail = pickle.dumps(_Reduces(reduced)).split(place)
-    template = kind, rendezvous, head, tail
+def _new_template(kind: Kind, place: Place) -> tuple[Kind, Place, bytes, bytes]:
+    gap = os.urandom(_TOKEN)
+    label = _new_label(gap, place)
+    reduced = place.loader, (label, kind.tag, bytes(kind.spec), 0, 1)
+    head, tail = pickle.dumps(_Reduces(reduced)).split(gap)
+    template = kind, place, head, tail
     if len(_templates) >= _REMEMBERED:
         _templates.clear()
     _templates[id(kind)] = template
@@ -354,29 +336,29 @@ def load(label: list[Any], tag: str, spec: bytes, first: int, count: int) -> Any
     """
     if type(label[-1]) is not _Arrival:
         token, address, private, ttl = label
-        rendezvous = Rendezvous(address, private, ttl, load)
+        place = Place(address, private, ttl, load)
         if _current is None and private:
-            suggest(rendezvous)
-        depot = _depots.get(address) or rendezvous.depot()
+            suggest(place)
+        server = _servers.get(address) or place.server()
         if not first:
-            taken = depot.take(token + _FIRST)
+            taken = server.take(token + _FIRST)
             if len(taken) == count:
                 return rebuild(Kind(tag, Raw(spec)), taken)
-            label.append(_Arrival(depot, token, {0: list(taken)}))
+            label.append(_Arrival(server, token, {0: list(taken)}))
         else:
-            label.append(_Arrival(depot, token, {}))
+            label.append(_Arrival(server, token, {}))
     return rebuild(Kind(tag, Raw(spec)), label[-1].claim(first, count))
 
 
 class _Arrival:
     """The descriptors of the pickle that is being loaded; closes those that nothing claims."""
 
-    __slots__ = ("_depot", "_parts", "_token")
+    __slots__ = ("_parts", "_server", "_token")
 
     def __init__(
-        self, depot: Depot, token: bytes, parts: dict[int, list[Descriptor | None]]
+        self, server: ParkingServer, token: bytes, parts: dict[int, list[Descriptor | None]]
     ) -> None:
-        self._depot = depot
+        self._server = server
         self._token = token
         self._parts = parts
 
@@ -395,7 +377,7 @@ class _Arrival:
         number, index = divmod(position, MAX_ENTRY_DESCRIPTORS)
         part = self._parts.get(number)
         if part is None:
-            part = self._parts[number] = list(self._depot.take(_key(self._token, number)))
+            part = self._parts[number] = list(self._server.take(_key(self._token, number)))
         descriptor = part[index] if index < len(part) else None
         if descriptor is None:
             raise AlreadyTaken(self._token.hex())

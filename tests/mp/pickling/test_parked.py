@@ -18,7 +18,7 @@ import pytest
 import fdshare
 from fdshare.errors import AlreadyTaken, KindMismatch
 from fdshare.mp.pickling import parked
-from fdshare.mp.pickling.parked import Parked, Rendezvous
+from fdshare.mp.pickling.parked import Parked, Place
 
 Pair = tuple[socket.socket, socket.socket]
 AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become somebody else")
@@ -79,7 +79,7 @@ def test_a_transit_by_itself(pair: Pair) -> None:
 
 
 def test_rolled_back_nothing_is_parked(server: Any, pair: Pair) -> None:
-    parked.use(Rendezvous(server.address, False, 60, parked.load))
+    parked.use(Place(server.address, False, 60, parked.load))
     kind, fds = fdshare.kinds.describe(pair[0])
     transit = Parked()
     transit.carry(pair[0], kind, fds)
