@@ -1,1 +1,1 @@
-"""Where every speed claim of fdshare comes from. `python -m benchmarks` runs all of it."""
+"""The measurements behind every speed claim of fdshare. `python -m benchmarks` runs them all."""

@@ -1,6 +1,6 @@
-"""Charts as SVG, written by hand: no library is needed to draw a few lines and bars.
+"""Charts as SVG, written without a library: they have only a few lines and bars.
 
-They stand on a light card of their own, so that a page may be light or dark.
+Each has a light background of its own, so that the page may be light or dark.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ __all__ = ["draw", "draw_goals"]
 
 WIDTH, HEIGHT = 720, 420
 LEFT, RIGHT, TOP, BOTTOM = 74, 24, 78, 56
-# Told apart by the colour-blind too (Okabe and Ito); the ideal is grey and dashed.
+# Colour-blind readers can distinguish them, too (Okabe and Ito); the ideal is grey and dashed.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 INK, PALE, GRID = "#24292f", "#57606a", "#d8dee4"
 FONT = "font-family='system-ui, -apple-system, Segoe UI, Helvetica, Arial, sans-serif'"
@@ -43,7 +43,7 @@ def draw(curve: Curve) -> str:
 
 
 class Scale:
-    """From a value to a place on the paper."""
+    """From a value to a coordinate of the chart."""
 
     def __init__(self, low: float, high: float, start: float, end: float, log: bool = False):
         self.log = log
@@ -109,7 +109,7 @@ def grid(across: Scale, up: Scale, xs: Sequence[float]) -> list[str]:
     for value in xs:
         x = across(value)
         parts.append(stroke([(x, HEIGHT - BOTTOM), (x, HEIGHT - BOTTOM + 4)], PALE, 1))
-        if x - taken > 44:  # no two labels over one another
+        if x - taken > 44:  # labels do not overlap
             parts.append(text(x, HEIGHT - BOTTOM + 18, figure(value), anchor="middle", fill=PALE))
             taken = x
     return parts
@@ -161,7 +161,7 @@ def figure(value: float) -> str:
     return f"{value:g}"
 
 
-# The goals: how much of each is used.
+# The goals: which share of each is used.
 
 ROW, LABELS = 34, 400
 

@@ -1,8 +1,8 @@
 """fetch and fetch_many on an open connection, beside the floor, s6-fdholderd and BaseManager.
 
 A fetch sends a name, receives the descriptor that a server of its own process holds under it, and
-closes it. The server holds 300 different files. BaseManager can do it inside one process tree only:
-its row has a manager that we started hand out a socket.
+closes it. The server holds 300 different files. BaseManager works inside one process tree only: in
+its row, a manager that this process started returns a socket.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def run(bench: Bench) -> None:
 
 
 def fetches(manager: Manager, fd: int) -> dict[str, Run]:
-    """Our sides, each of which has been checked to do what it says."""
+    """The sides of fdshare; each was checked to do what it says."""
     names = [f"file/{number:03}" for number in range(HELD)]
     for name in names:
         with Descriptor(os.memfd_create(name)) as file:
@@ -153,7 +153,7 @@ def s6_retrieve(folder: Any, fd: int) -> Iterator[Run]:
 
 
 class Shelf:
-    """What a BaseManager serves: a socket to whoever asks."""
+    """What a BaseManager serves: a socket for each caller."""
 
     def __init__(self) -> None:
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -171,7 +171,7 @@ class Shelves(BaseManager):
     shelf: Any
 
 
-# Registered in the class, so that a spawned server knows it too. One shelf for all who ask.
+# Registered in the class, so that a spawned server has it, too. One shelf for all callers.
 _shelf: list[Shelf] = []
 
 
@@ -211,8 +211,8 @@ except Exception as error:
 
 
 def unrelated() -> str:
-    """What happens to a process that is none of the manager's children."""
-    with quiet():  # the manager's server says it, too
+    """What a process gets that is not a child of the manager."""
+    with quiet():  # the manager's server prints it, too
         manager = Shelves(("127.0.0.1", 0), authkey=b"benchmark")
         manager.start()
     with manager:

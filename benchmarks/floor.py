@@ -1,8 +1,8 @@
-"""What the kernel and the interpreter ask for: one descriptor through one socket, and nothing else.
+"""The floor: kernel and interpreter move one descriptor through one socket, and nothing else.
 
 Every exchange sends 31 bytes and receives 61 bytes and a descriptor, which is closed: the sizes of
-a fetch and its answer. The first row is what C needs, the others what bare Python adds to it, and a
-server that waits for many clients and looks up a name.
+a fetch and its answer. The first row is what C needs. The others show what bare Python adds to it,
+and what a server adds that waits for many clients and looks up a name.
 """
 
 from __future__ import annotations

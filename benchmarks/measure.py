@@ -1,13 +1,13 @@
-"""The framework: things measured alternately in one run, and what is made of the figures.
+"""The framework: it measures sides in turn in one run, and summarises the figures.
 
-An absolute time means little on a machine that others share, a ratio of two things measured in turn
-means a lot. So every family of benchmarks makes *sides*, callables that do an operation n times and
-return the seconds it took, and `Bench.alternate` runs slices of all of them in turn, again and
-again, in an order that rotates. What is reported of two sides is the median and the quartiles of
-the ratios of each round.
+An absolute time means little on a machine with other load; the ratio of two sides that were
+measured in turn means much. So every family of benchmarks makes *sides*, callables that do an
+operation n times and return the seconds it took, and `Bench.alternate` runs slices of all of them
+in turn, again and again, in an order that rotates. A row of two sides has the median and the
+quartiles of the ratios of all rounds.
 
 A family is a module with `run(bench)`. It sets its sides up with `bench.keep`, asserts its own
-workload, and calls `alternate`, then `ratio`, `value`, `absent` and `curve` for what it found.
+workload, and calls `alternate`, then `ratio`, `value`, `absent` and `curve` for its results.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from typing import Any, TypeAlias, TypeVar
 __all__ = ["Bench", "Curve", "Line", "NotHere", "Plan", "Row", "Run", "Spread", "each", "middle"]
 
 T = TypeVar("T")
-Run: TypeAlias = Callable[[int], float]  # does it n times, and returns the seconds that took
+Run: TypeAlias = Callable[[int], float]  # does it n times, and returns the seconds it took
 Times: TypeAlias = dict[str, list[float]]  # side -> seconds for one operation, round by round
 
 
 class NotHere(Exception):
-    """A peer is not installed, or cannot do the work: the message says which and why."""
+    """A peer is not installed, or cannot do the work. The message says which and why."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Plan:
         return max(int(number * self.scale), 1)
 
     def points(self, points: Sequence[int]) -> list[int]:
-        """Those of a curve: in a quick run the first and the last two."""
+        """The points of a curve: in a quick run the first and the last two."""
         return list(points) if self.scale == 1 else [points[0], *points[-2:]]
 
 
@@ -73,7 +73,7 @@ class Row:
 
     family: str
     what: str
-    against: str = ""  # what *what* is divided by; empty: the value stands for itself
+    against: str = ""  # what *what* is divided by; empty: the value itself is the result
     value: Spread | None = None
     unit: str = "x"
     ours: Spread | None = None  # seconds for one operation
@@ -115,7 +115,7 @@ class Curve:
 
 
 class Bench:
-    """What a family is given: how much to measure, where to put it, and who is told."""
+    """What a family gets: how much to measure, and where to report it."""
 
     def __init__(self, plan: Plan, tell: Callable[[str], None] = lambda text: None) -> None:
         self.plan = plan
@@ -127,7 +127,7 @@ class Bench:
 
     @contextmanager
     def of(self, family: str) -> Iterator[Bench]:
-        """Within, rows are *family*'s; what was kept is ended afterwards."""
+        """Inside, rows belong to *family*; at its end, what it kept is closed."""
         self.family = family
         with ExitStack() as self._stack:
             yield self
@@ -135,11 +135,11 @@ class Bench:
     # Setting up.
 
     def keep(self, thing: AbstractContextManager[T]) -> T:
-        """Enters it; it is left at the end of the family."""
+        """Enters the context, and leaves it at the end of the family."""
         return self._stack.enter_context(thing)
 
     def last(self, call: Callable[..., object], *args: Any) -> None:
-        """Has *call* made at the end of the family."""
+        """Calls *call* at the end of the family."""
         self._stack.callback(call, *args)
 
     def folder(self) -> Path:
@@ -147,7 +147,7 @@ class Bench:
         return Path(self.keep(tempfile.TemporaryDirectory(prefix="fdb-")))
 
     def step(self, text: str) -> None:
-        """Says what is being done now."""
+        """Shows what is being done now."""
         self._tell(f"{self.family}: {text}")
 
     # Measuring.
@@ -157,8 +157,8 @@ class Bench:
     ) -> Times:
         """side -> seconds for one operation in each round; all sides in turn in every round.
 
-        A slice is *longer* times as long where processes run side by side: the scheduler takes some
-        milliseconds to find out that there is a core for each, and that is not what is measured.
+        A slice is *longer* times as long if processes run at the same time: the scheduler takes
+        some milliseconds to give each a core, and the figure is not to include that.
         """
         names = list(sides)
         wanted = self.plan.slice * longer
@@ -172,7 +172,7 @@ class Bench:
             self.step(f"round {turn + 1} of {total}, {len(names)} sides")
             first = turn % len(names)
             for name in names[first:] + names[:first]:
-                gc.collect()  # what one side left is not the next one's to clear
+                gc.collect()  # one side does not collect the garbage of another
                 times[name].append(sides[name](counts[name]) / counts[name])
         return times
 
@@ -207,7 +207,7 @@ class Bench:
         goal: float | None = None,
         note: str = "",
     ) -> Row:
-        """A row of a figure that stands for itself."""
+        """A row of a figure without a comparison."""
         row = Row(self.family, what, "", Spread.of(figures), unit, goal=goal, note=note)
         self.rows.append(row)
         return row
@@ -222,7 +222,7 @@ class Bench:
 
 def calibrate(run: Run, wanted: float) -> int:
     """How many operations take about *wanted* seconds. What it runs also warms the side up."""
-    run(1)  # what the first one starts, a thread or a server, would be taken for its price
+    run(1)  # the first one may start a thread or a server, and that is not its cost
     count = 1
     while True:
         took = run(count)
@@ -232,7 +232,7 @@ def calibrate(run: Run, wanted: float) -> int:
 
 
 def each(call: Callable[[], object]) -> Run:
-    """A side that makes *call* again and again; the time of one is the median."""
+    """A side that calls *call* again and again; the time of one is the median."""
 
     def run(count: int) -> float:
         took = []
@@ -248,7 +248,7 @@ def each(call: Callable[[], object]) -> Run:
 def middle(nanoseconds: Sequence[int]) -> float:
     """The seconds that so many operations take, if each takes the median.
 
-    Others have turns of the processor, too: of a thousand operations a few take a hundred times
-    longer than all the rest, and a mean would be of those.
+    Other processes use the processor, too: of a thousand operations a few take a hundred times
+    longer than the rest, and would dominate a mean.
     """
     return statistics.median(nanoseconds) * len(nanoseconds) / 1e9

@@ -1,8 +1,8 @@
-"""What a held name costs the server: memory, and that of the kernel, and nothing while it is idle.
+"""The memory that a held name costs the server, and the processor time of an idle server.
 
-Each name is a file of its own (a memfd). What is reported is the growth of the private memory of
-the server's process (Pss of /proc/PID/smaps_rollup) from few names to many, for each name: what the
-kernel has for the descriptor itself is not in it. The keeper holds as much again; its row says so.
+Each name is a file of its own (a memfd). A row shows how much the private memory of the process
+(Pss of /proc/PID/smaps_rollup) grows from few names to many, for each name. It does not include the
+kernel's memory for the descriptor. The keeper has a copy, and a row of its own.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def run(bench: Bench) -> None:
 
 
 def idle(bench: Bench, manager: Manager, pids: dict[str, int]) -> None:
-    """The processor time that holding names takes while nobody asks."""
+    """The processor time that a server with names takes while no client asks."""
     before = {half: cpu_seconds(pid) for half, pid in pids.items()}
     until = monotonic() + min(IDLE, bench.plan.slice * 50)
     sleep(until - monotonic())
@@ -60,7 +60,7 @@ def fill(manager: Manager, number: int, already: int = 0) -> None:
 
 
 def private_memory(pid: int) -> int:
-    """Bytes that are *pid*'s, shared pages counted in part. It collects no garbage before."""
+    """The bytes of *pid*, shared pages counted in part. It collects no garbage before."""
     for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
         if line.startswith("Pss:"):
             return int(line.split()[1]) * 1024

@@ -1,7 +1,7 @@
-"""register, unregister, take, wait and names: what changes the table, or reads it whole.
+"""register, unregister, take, wait and names: the verbs that change the table, or read all of it.
 
-Manager() runs a keeper, so each of our changes is also written to a second process before it is
-answered; s6-fdholderd has no such process. The rows without the keeper compare like with like.
+Manager() runs a keeper, so the server also writes each change to a second process before it
+answers; s6-fdholderd has no such process. The rows without the keeper compare the same work.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def changes(bench: Bench, manager: Manager, fd: int) -> dict[str, Run]:
 
 
 def registers(manager: Manager, file: Descriptor) -> Run:
-    """Stores names that are not there; they are removed when the clock has stopped."""
+    """Stores new names, and removes them after the clock has stopped."""
 
     def run(count: int) -> float:
         names = [f"b/{number}" for number in range(count)]
@@ -88,7 +88,7 @@ def registers(manager: Manager, file: Descriptor) -> Run:
 
 
 def waits(bench: Bench, manager: Manager, file: Descriptor) -> Run:
-    """One thread waits for a name, we register it: from then to the end of its wait."""
+    """One thread waits for a name, this one registers it: the time until the wait ends."""
     asked, ready = threading.Semaphore(0), threading.Semaphore(0)
     ended: list[int] = []
     over: list[bool] = []

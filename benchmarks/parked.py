@@ -1,7 +1,8 @@
-"""A socket through the stock channels, before and after install(): nobody's queue is replaced.
+"""A socket through the stock channels, before and after install(), which replaces no queue.
 
-Before, multiprocessing duplicates it for a thread of the sender, from which the receiver redeems it
-over a connection of its own with two challenges. After, it waits in a server of the process tree.
+Before, multiprocessing duplicates the socket for a thread of the sender, and the receiver fetches
+it from there over a connection of its own with two challenges. After, a server of the process tree
+holds it until the receiver takes it.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def streamed(state: str, listener: socket.socket, several: int = 0) -> Iterator[
 
 
 class Several(Checked):
-    """A list of sockets, of as many descriptors."""
+    """A list of sockets, each with a descriptor of its own."""
 
     def __init__(self, listener: socket.socket, number: int) -> None:
         super().__init__("socket", listener)
@@ -85,7 +86,7 @@ class Several(Checked):
 
 @contextmanager
 def numbers(state: str) -> Iterator[Run]:
-    """An int through a queue of an armed process: what those pay who send no descriptors."""
+    """An int through a queue after install(): the cost for programs that send no descriptors."""
     context = multiprocessing.get_context("fork")
     orders: Any = multiprocessing.SimpleQueue()
     queue = context.Queue()

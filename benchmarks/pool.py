@@ -1,7 +1,7 @@
-"""Pool.map and executors over sockets: ours, the stock ones, and the stock ones with plain numbers.
+"""Pool.map and executors over sockets and ints: those of fdshare, and the stock ones.
 
-A map has 64 items, in chunks of 8, on two workers; a socket's worker asks it for its port and
-closes it. The parent keeps its sockets open: the stock pool pickles them in a thread, later.
+A map has 64 items, in chunks of 8, on two workers; a worker asks a socket for its port and closes
+it. The parent keeps its sockets open, because the stock pool pickles them later in a thread.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def work(what: str) -> Iterator[tuple[Any, list[Any], list[int]]]:
     if what == "ints":
         yield double, list(range(ITEMS)), [double(number) for number in range(ITEMS)]
         return
-    with ExitStack() as stack:  # 64 objects: one object twice in a chunk arrives as one
+    with ExitStack() as stack:  # 64 objects, because one object twice in a chunk arrives as one
         items = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(ITEMS)]
         yield port_of, items, [item.getsockname()[1] for item in items]
 

@@ -1,4 +1,4 @@
-"""The processes that a benchmark runs beside its own: peers in C and Python, and what they tell."""
+"""The processes that a benchmark runs beside its own: peers in C and Python, and their answers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 HERE = Path(__file__).parent
-# The bytes of a fetch of "web/http" and of its answer, so that the floor moves as many as we do.
+# The bytes of a fetch of "web/http" and of its answer, so that the floor moves as many.
 ALIKE = (31, 61)
 _CLOEXEC = int(socket.MSG_CMSG_CLOEXEC)
 
@@ -53,7 +53,7 @@ def compiled(source: str, folder: Path, *libraries: str) -> str:
 
 @contextmanager
 def held_file() -> Iterator[int]:
-    """A descriptor to send: a memfd of its own, so that what arrives can be told from all else."""
+    """A descriptor to send: a memfd of its own, so that the receiver can identify it."""
     fd = os.memfd_create("benchmark")
     try:
         yield fd
@@ -67,8 +67,8 @@ def same_file(one: int, other: int) -> bool:
 
 
 class Told:
-    """A child that is told what to do by lines on its input, and answers with nanoseconds: as
-    `each` does, so many times the median of one."""
+    """A child that reads commands as lines. It answers with nanoseconds: as in `each`, so many
+    times the median of one."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
@@ -84,7 +84,7 @@ class Told:
         return [int(word) for word in answer.split()]
 
     def run(self, verb: str = "") -> Run:
-        """A side that has the child do *verb*."""
+        """A side in which the child does *verb*."""
         return lambda count: self.ask(f"{verb} {count}".strip())[0] / 1e9
 
 
@@ -112,7 +112,7 @@ def c_pingpong(folder: Path, fd: int, sizes: tuple[int, int] = ALIKE) -> Iterato
 def bare_python(
     mode: str, fd: int, sizes: tuple[int, int] = ALIKE, copies: int = 1
 ) -> Iterator[Run]:
-    """The floor in Python: our half is a loop of sendmsg, recvmsg and close, and no more."""
+    """The floor in Python: this half is a loop of sendmsg, recvmsg and close, and no more."""
     ours, theirs = socket.socketpair()
     program = str(HERE / "peers" / "pingpong.py")
     numbers = map(str, (theirs.fileno(), fd, sizes[1], copies))
@@ -173,7 +173,7 @@ def s6(folder: Path, fd: int) -> Iterator[Told]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """What is started within has /dev/null for its standard error."""
+    """Processes that are started inside have /dev/null as standard error."""
     kept = os.dup(2)
     try:
         with open(os.devnull, "wb") as nowhere:
@@ -185,9 +185,9 @@ def quiet() -> Iterator[None]:
 
 
 def cpu_seconds(pid: int) -> float:
-    """The processor time, user and system, that *pid* has had, to the nanosecond of its scheduler.
+    """The processor time of *pid*, user and system, in nanoseconds, as the scheduler counts it.
 
-    /proc/PID/schedstat of its one thread would do; this adds up those of all of them.
+    It is the sum over all threads of the process.
     """
     total = 0
     for task in Path(f"/proc/{pid}/task").iterdir():
@@ -197,8 +197,8 @@ def cpu_seconds(pid: int) -> float:
 
 @contextmanager
 def in_child(side: Callable[[], AbstractContextManager[Run]]) -> Iterator[Run]:
-    """A side that is measured in a forked process of its own, whose threads, children and armed
-    picklers are nobody else's."""
+    """A side that is measured in a forked process of its own, which shares no threads, children and
+    changed picklers with others."""
     ours, theirs = multiprocessing.Pipe()
     process = multiprocessing.get_context("fork").Process(target=_obey, args=(theirs, ours, side))
     process.start()

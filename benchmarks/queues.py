@@ -1,11 +1,12 @@
 """Queues and pipes of `get_context()`, beside the stock ones of multiprocessing and multiprocess.
 
-*Streamed*: a child puts n items, we get them all: what a queue of work costs. *To and fro*: a child
-echoes what it is sent, over a second queue: what an answer costs, each way counted as one. Items
-are an int, or a listening socket, which the receiver closes. And 64 MiB through a pipe.
+*Streamed*: a child puts n items and this process gets them all, as in a queue of work. *To and
+fro*: a child sends each item back over a second queue; each direction counts as one. Items are an
+int, or a listening socket, which the receiver closes. There is also a row for 64 MiB through a
+pipe.
 
-*Bare* is the floor of both kinds of item: the system calls of such a queue, in two loops, with no
-queue around them. What a socket costs there beside an int is the kernel's and socket.socket's.
+*Bare* is the floor for both kinds of item: the system calls of such a queue, in two loops, without
+a queue. The extra cost of a socket beside an int is there that of the kernel and of socket.socket.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def measure(bench: Bench, backend: str, listener: socket.socket) -> None:
 
 
 def large(bench: Bench, backend: str) -> None:
-    """Bytes by the megabyte, where all that counts is how often they are copied."""
+    """Megabytes of bytes: their time depends on how often they are copied."""
     sides = {kind: bench.keep(poured(context)) for kind, context in contexts(backend)}
     times = bench.alternate(sides)
     row = bench.ratio(times, OURS, STOCK, goal=1.0)
@@ -78,20 +79,20 @@ def large(bench: Bench, backend: str) -> None:
 
 
 def contexts(backend: str) -> list[tuple[str, Any]]:
-    """The stock context and ours, both of the start method that this Python version prefers."""
+    """The stock context and fdshare's, both with the default start method of this Python."""
     stock = import_module(backend).get_context("fork")
     return [(STOCK, stock), (OURS, get_context("fork", backend=backend))]
 
 
 class Checked:
-    """What is sent, and how what arrives is told to be that."""
+    """What is sent, and how the receiver recognises it."""
 
     def __init__(self, item: str, listener: socket.socket) -> None:
         self.item: Any = 12345 if item == "int" else listener
         self._address = listener.getsockname() if item == "socket" else None
 
     def done_with(self, item: Any) -> None:
-        """What a receiver does with every one."""
+        """What a receiver does with each item."""
         if self._address is not None:
             item.close()
 
@@ -105,7 +106,7 @@ class Checked:
 
 @contextmanager
 def streamed(context: Any, item: str, listener: socket.socket) -> Iterator[Run]:
-    """A child that puts as many as it is asked for into one queue."""
+    """A child that puts the number of items that it is asked for into one queue."""
     orders: Any = multiprocessing.SimpleQueue()
     queue = context.Queue()
     sent = Checked(item, listener)
@@ -140,7 +141,7 @@ def piped(context: Any, item: str, listener: socket.socket) -> Iterator[Run]:
 @contextmanager
 def bare(item: str, listener: socket.socket) -> Iterator[Run]:
     """As `piped`, but only the calls: a length and a number; or an announcement and a body with a
-    descriptor on it, which is looked at before it is read, and made a socket."""
+    descriptor, which the receiver peeks at before it reads it and makes a socket of it."""
     orders: Any = multiprocessing.SimpleQueue()
     ours, theirs = socket.socketpair()
     sent = Checked(item, listener)
@@ -176,7 +177,7 @@ def bare(item: str, listener: socket.socket) -> Iterator[Run]:
 
 @contextmanager
 def poured(context: Any) -> Iterator[Run]:
-    """A child that receives bytes, and says how many those were."""
+    """A child that receives bytes, and answers how many."""
     ours, theirs = context.Pipe()
     data = bytes(LARGE)
 
@@ -206,7 +207,7 @@ def poured(context: Any) -> Iterator[Run]:
 def draining(
     context: Any, child: Callable[[], None], orders: Any, get: Callable[[], Any], sent: Checked
 ) -> Iterator[Run]:
-    """A side that orders items and gets them, the first to the last."""
+    """A side that asks for items and gets them all."""
     process = context.Process(target=child)
     process.start()
 
@@ -229,7 +230,7 @@ def draining(
 
 @contextmanager
 def echoed(context: Any, item: str, listener: socket.socket) -> Iterator[Run]:
-    """A child that sends back what it is sent; one way of the two is counted."""
+    """A child that sends each item back; a side counts each direction as one operation."""
     there, back = context.Queue(), context.Queue()
     sent = Checked(item, listener)
 
@@ -237,7 +238,7 @@ def echoed(context: Any, item: str, listener: socket.socket) -> Iterator[Run]:
         before = None
         while (got := there.get()) is not None:
             back.put(got)
-            if before is not None:  # only now: the stock queue needs it until it has sent it
+            if before is not None:  # not earlier: the stock queue needs it until it has sent it
                 sent.done_with(before)
             before = got
 

@@ -1,4 +1,4 @@
-"""What is shown and written: progress, the table on the terminal, results.md and results.json."""
+"""The output: progress, the table on the terminal, results.md and results.json."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""After a kill -9: how long until the first fetch succeeds, and that it is the same descriptor.
+"""After a kill -9: the time until the first fetch succeeds, with the same descriptor.
 
-The clock starts when SIGKILL is sent, and stops when a client, which was connected before, has the
-descriptor of a name that was registered before. It does nothing but fetch. The rows with one name
-say how much of it depends on what is held.
+The clock starts when SIGKILL is sent. It stops when a client that was connected before has fetched
+a name that was registered before. The rows with one name show how much of the time depends on the
+number of names.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def run(bench: Bench) -> None:
 def kills(bench: Bench, held: int, victim: str) -> list[float]:
     """Milliseconds of each of a few kills, on one server that survives them all."""
     took = []
-    with quiet():  # it would say on our terminal that it was killed
+    with quiet():  # it would print on this terminal that it was killed
         manager = Manager().start()
     with manager, held_file() as fd:
         bench.step(f"{held} names")
@@ -50,14 +50,14 @@ def one_kill(manager: Manager, victim: str, fd: int) -> float:
     with Client(manager.address) as client:
         client.fetch("mark").close()
         while not (stats := client.stats()).redundant:
-            pass  # the successor of the last one has not been told everything yet
+            pass  # the successor of the last one does not have the whole table yet
         pid = stats.server_pid if victim == "server" else stats.keeper_pid
         assert pid is not None
         start = perf_counter()
         os.kill(pid, signal.SIGKILL)
         found = client.fetch("mark")
         while victim == "server" and client.stats().server_pid == pid:
-            found.close()  # answered before it was dead
+            found.close()  # it answered before it died
             found = client.fetch("mark")
         took = perf_counter() - start
         with found:

@@ -1,9 +1,8 @@
-"""How a fetch grows with what is held and who is served, and a queue with what it carries.
+"""How a fetch grows with the number of names and clients, and a queue with the size of its items.
 
 Each point of a curve has a server of its own; all points of a curve are measured in turn. The two
-rows with goals are points of the curves. The ideal is drawn in: constant where more of something
-should cost nothing, a share of one processor where clients are active, the time that a copy of the
-bytes takes where a queue carries more.
+rows with goals are points of the curves. Each chart has the ideal: constant for names and idle
+clients, a share of one processor for active clients, the time to copy the bytes for a queue.
 """
 
 from __future__ import annotations
@@ -113,7 +112,7 @@ def by_active_clients(bench: Bench, fd: int) -> None:
             rates, times, best = fetching(bench, manager, child)
         total.add(number, rates)
         waits.add(number, times)
-        # One client waits for the server, so two processes that take turns are all that it can use.
+        # One client waits for the server, so it uses one processor: the two processes take turns.
         top = min(best, 1e6 / waits.points[0][1].median * number)
         ceiling.points.append((number, Spread(top, top, top, 1)))
         wait = number / top * 1e6
@@ -198,7 +197,7 @@ def microseconds(figures: list[float]) -> list[float]:
 
 @contextmanager
 def others(*words: str) -> Iterator[subprocess.Popen[str]]:
-    """Clients in a process of their own, all of them connected."""
+    """Clients in a process of their own, all connected."""
     command = [sys.executable, str(HERE / "peers" / "clients.py"), *words]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as child:

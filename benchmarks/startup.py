@@ -1,7 +1,7 @@
-"""What it takes to begin: an import, a server, a command. Each is a new process, or ends with one.
+"""The time to start: an import, a server, a command. Each starts a new process.
 
-An import is timed from exec to exit of an interpreter that does nothing else, less what one takes
-that imports nothing, measured in the same round.
+The time of an import is that of an interpreter that does nothing else, from exec to exit, minus the
+time of one that imports nothing in the same round.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def commands(bench: Bench) -> None:
 
 
 def started(make: type) -> Run:
-    """A server from nothing to its first answer, and none left when it is over."""
+    """A server, from its start to its first answer, and its end."""
 
     def run(count: int) -> float:
         took = 0.0

@@ -8,9 +8,9 @@
     hello
     HELLO
 
-The first copy has the rendezvous server bind the address; all others get the same socket by its
-name. Stop one (Ctrl-C) while another runs, or between two: the port stays open, and connections
-wait in it. Each copy answers what it has accepted before it ends.
+For the first copy the rendezvous server binds the address; all others get the same socket by its
+name. Stop a copy (Ctrl-C) while another one runs, or while none does: the port stays open, and
+connections wait in its queue. Each copy answers what it has accepted before it ends.
 """
 
 from __future__ import annotations
@@ -55,12 +55,12 @@ async def main() -> None:
         open_connections.add(task)
         task.add_done_callback(open_connections.discard)
 
-    # It is non-blocking from now on, for every process that shares it: so are all event loops.
+    # It is non-blocking from now on, in every process that shares it, as event loops need it.
     server = await asyncio.start_server(accepted, sock=listener)
     host, port = listener.getsockname()
     print(f"pid {os.getpid()} serves {host}:{port}", flush=True)
     await stop.wait()
-    server.close()  # our copy of the listener; the name keeps the port open
+    server.close()  # this process's copy; the server keeps the port open
     await asyncio.gather(*open_connections)
 
 

@@ -5,14 +5,14 @@
     4 tasks in 2 processes summed 1000000 numbers of one open file: 499999500000.0
     each of 2 workers has accepted a connection on port 40123
 
-What runs where: this program starts a rendezvous server, opens the data and the listener, and
-registers both. The cluster moves *references*: a name, a path, and the boot id of the machine. A
-plugin resolves them once in every worker, so a task finds the open file, mapped, and the page
-cache holds it once for all workers. Nothing is copied through the scheduler.
+This program starts a rendezvous server, opens the data and the listener, and registers both. The
+cluster moves *references*: a name, a path, and the boot id of the machine. A plugin resolves them
+once in every worker, so a task has the open file, mapped, and the page cache holds it once for all
+workers. The scheduler copies no data.
 
-On a cluster of many machines a descriptor cannot leave its own: there each machine runs a
-rendezvous server, and the plugin's setup opens what the machine does not hold yet (see
-docs/howto/cluster.md). A reference of another machine is refused with ForeignHost.
+A descriptor cannot leave its machine. In a cluster of many machines each one runs a rendezvous
+server, and the plugin's setup opens what the machine does not hold yet (see docs/howto/cluster.md).
+A reference of another machine raises ForeignHost.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Shared(WorkerPlugin):
 
 
 def shared() -> Shared:
-    """What the plugin holds in this worker."""
+    """The plugin of this worker."""
     plugin = get_worker().plugins[Shared.name]
     assert isinstance(plugin, Shared)
     return plugin

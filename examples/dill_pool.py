@@ -8,9 +8,9 @@ multiprocessing.
     worker 4042 read 8 bytes at 27: b'line 003'
     the file was unlinked before the workers saw it
 
-dill pickles lambdas and closures, but it pickles an open file by its *name*, and opens whatever
-has that name where it arrives. Through `fdshare.get_context(backend="multiprocess")` the workers
-get the very file that was open.
+dill pickles lambdas and closures, but it pickles an open file by its *name*, and the receiver opens
+the file that has this name then. With `fdshare.get_context(backend="multiprocess")` the workers get
+the same open file.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def main() -> None:
         file.write(b"".join(b"line %03d\n" % number for number in range(100)))
         os.unlink(named.name)
 
-        # pread() leaves the offset alone, which all who have the file share.
+        # pread() does not move the offset, which all holders of the file share.
         def read(offset: int) -> tuple[int, bytes]:
             return os.getpid(), os.pread(file.fileno(), 8, offset)
 

@@ -1,4 +1,4 @@
-"""Deploy a new version of a server without refusing one connection: it takes the listener from the
+"""Deploy a new version of a server without refusing one connection: it fetches the listener of the
 old one, by name.
 
     $ fdshare serve /tmp/demo.sock &
@@ -12,9 +12,9 @@ old one, by name.
     version 2 (pid 4052) took 127.0.0.1:8080 over
     version 1 (pid 4051) has drained and ends
 
-The listener itself never closes, so there is no moment in which a client could be refused. The new
-version registers itself in place of the old one; the old one watches for that, stops accepting,
-answers what it has accepted, and ends.
+The listener never closes, so no client is refused at any moment. The new version registers itself
+in place of the old one. The old one notices that, stops accepting, answers what it has accepted,
+and ends.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import fdshare
 from fdshare.errors import NameNotFound
 
 NAME = "handover/listener"
-TURN = "handover/turn"  # whose end of a pipe is here serves; when it is replaced, it stops
+TURN = "handover/turn"  # the version whose pipe is here serves; when it is replaced, it stops
 
 
 def listener_of(rendezvous: Any, port: int) -> tuple[socket.socket, str]:
@@ -84,7 +84,7 @@ def answer(connection: socket.socket, version: str) -> None:
                 f"Connection: close\r\n\r\nversion {version}\n".encode()
             )
         except OSError:
-            pass  # the client has gone, or never asked
+            pass  # the client has closed, or never asked
 
 
 def main() -> None:

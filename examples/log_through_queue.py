@@ -6,8 +6,8 @@
     4043 wrote its lines
     /tmp/app.log.1 has 9 lines, /tmp/app.log has none: it is a new file
 
-The workers never learn the file's name. All of them write to the one open file, whose offset they
-share, also after somebody (logrotate, here the program itself) has renamed it.
+The workers do not know the file's name. All write to one open file, whose offset they share, also
+after another program (logrotate; here the program itself) has renamed it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def main() -> None:
     options = parser.parse_args()
 
     fdshare.install()
-    context = multiprocessing.get_context("spawn")  # children that have inherited nothing
+    context = multiprocessing.get_context("spawn")  # children that inherit nothing
     files, done = context.Queue(), context.Queue()
     workers = [context.Process(target=work, args=(files, done)) for _ in range(WORKERS)]
     for worker in workers:

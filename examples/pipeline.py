@@ -1,4 +1,4 @@
-"""Three stages, each a process, hand one open file along by queues, and each writes its part.
+"""Three stages, each a process, pass one open file along by queues, and each writes its part.
 
     $ python pipeline.py report.txt
     collect (pid 4041) wrote 3 lines
@@ -6,9 +6,9 @@
     sign (pid 4043) wrote 1 line
     report.txt has 7 lines
 
-No stage knows a name or opens anything. What the next one gets is the open file itself: its
-position is where the one before has stopped, and what that one had in its buffer was written when
-it put the file into the queue. Each stage closes its own copy when it has handed the file on.
+No stage knows a name or opens a file. The next one gets the open file itself. Its position is where
+the stage before has stopped, because `put` writes the buffer of that stage to the file. Each stage
+closes its own copy when it has passed the file on.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ STAGES: tuple[Callable[[IO[str]], None], ...] = (collect, sort, sign)
 
 
 def stage(work: Callable[[IO[str]], None], before: Any, after: Any) -> None:
-    """A process: takes each report from *before*, does its work, and gives it to *after*."""
+    """A process: gets each report from *before*, does its work, and puts it into *after*."""
     while (item := before.get()) is not None:
         report, history = item
         with report:

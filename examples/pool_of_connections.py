@@ -1,5 +1,5 @@
-"""An acceptor that hands each accepted connection to a multiprocessing.Pool: nothing but a socket
-as an argument, after one line, `fdshare.install()`.
+"""An acceptor that passes each accepted connection to a multiprocessing.Pool: the socket is an
+ordinary argument, after one line, `fdshare.install()`.
 
     $ python pool_of_connections.py
     127.0.0.1:8080: one process accepts, 3 workers answer
@@ -59,7 +59,7 @@ def main() -> None:
                     pool.apply_async(answer, (fdshare.hold(connection),), error_callback=print)
         except KeyboardInterrupt:
             pass
-        pool.close()  # what was accepted is answered
+        pool.close()  # the workers answer what was accepted
         pool.join()
 
 

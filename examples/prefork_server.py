@@ -1,4 +1,4 @@
-"""A pre-forked HTTP server: one process accepts, a queue hands the connections to its workers.
+"""A pre-forked HTTP server: one process accepts, a queue passes the connections to its workers.
 
     $ python prefork_server.py --workers 3
     127.0.0.1:8080: pid 4030 accepts, 3 workers answer
@@ -12,9 +12,9 @@
     4032 answered 16 requests
     4033 answered 17 requests
 
-The queue of `fdshare.get_context()` takes an accepted socket as it takes a number: it is on its
-way when `put` returns, so the acceptor closes its own at once, and a worker that is killed loses
-nothing but the request it was answering. `maxsize` keeps the acceptor from running far ahead.
+The queue of `fdshare.get_context()` accepts a socket like a number. The socket is in the queue when
+`put` returns, so the acceptor closes its own at once, and a worker that is killed loses only the
+request that it was answering. `maxsize` bounds how many connections wait in the queue.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ IDLE = 5  # seconds that a client may take
 
 
 class Handler(BaseHTTPRequestHandler):
-    """The standard library's, on a connection that another process accepted."""
+    """The standard library's handler, on a connection that another process accepted."""
 
     timeout = IDLE
     answered = 0
@@ -54,25 +54,25 @@ class Handler(BaseHTTPRequestHandler):
 
 def work(connections: Any) -> None:
     """A worker: answers until the queue says None."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the acceptor tells when it is over
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the acceptor says when to end
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     while (connection := connections.get()) is not None:
         with connection:
             try:
                 Handler(connection, connection.getpeername(), None)  # type: ignore[arg-type]
             except OSError:
-                pass  # the client has gone
+                pass  # the client has closed
     print(f"{os.getpid()} answered {Handler.answered} requests", flush=True)
 
 
 def accept(listener: socket.socket, connections: Any) -> None:
-    """Hands over what is accepted, until SIGTERM or Ctrl-C."""
+    """Passes accepted connections to the workers, until SIGTERM or Ctrl-C."""
     stopping = False
 
     def stop(*_: object) -> None:
         nonlocal stopping
         stopping = True
-        listener.shutdown(socket.SHUT_RDWR)  # ends accept(), and nothing that is under way
+        listener.shutdown(socket.SHUT_RDWR)  # ends accept(), and no connection
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)

@@ -6,12 +6,12 @@ In one terminal a server, and this program:
     $ python register_listener.py /tmp/demo.sock
     127.0.0.1:8080 is registered as 'web'; this process (pid 4021) is not needed any more
 
-In another one, or in several, serve what arrives there:
+In one or more other terminals, serve the connections:
 
     $ python serve_by_name.py /tmp/demo.sock
 
-and connect: curl http://127.0.0.1:8080/. Connections that come while nobody serves wait in the
-listener's queue. A port of 0 lets the kernel choose one.
+and connect: curl http://127.0.0.1:8080/. Connections that come while no program serves wait in the
+listener's queue. With port 0 the kernel chooses a port.
 """
 
 from __future__ import annotations

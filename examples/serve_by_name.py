@@ -1,4 +1,4 @@
-"""Serve HTTP on a listener that another program bound: fetched by its name, not by its port.
+"""Serve HTTP on a listener that another program bound, and that this one fetches by name.
 
 register_listener.py says how to start the rendezvous server and how to register a listener. Then,
 in as many terminals as you like:
@@ -9,9 +9,8 @@ in as many terminals as you like:
     $ curl http://127.0.0.1:8080/
     hello from pid 4022
 
-All of them serve the same port, and each may be stopped at any time with Ctrl-C: what it has
-accepted it answers, and everything else goes to the others. Started before the listener is
-registered, it waits for it.
+All of them serve the same port. Each may be stopped at any time with Ctrl-C: it answers what it has
+accepted, and the others get the rest. If it starts before the listener is registered, it waits.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ def stop_signals() -> socket.socket:
 
 
 def serve(listener: socket.socket, stop: socket.socket) -> None:
-    # Others accept from it too, so one may be faster; the flag is theirs as well.
+    # Other processes accept from it, too, and may be faster; they share the flag.
     listener.setblocking(False)
     while stop not in select.select([listener, stop], [], [])[0]:
         try:
@@ -72,7 +71,7 @@ def answer(connection: socket.socket) -> None:
                 f"Connection: close\r\n\r\n{body}".encode()
             )
         except OSError:
-            pass  # the client has gone, or never asked
+            pass  # the client has closed, or never asked
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@
     hello
     HELLO
 
-As aio_server.py, and the two may serve one port side by side.
+It does what aio_server.py does, and both may serve one port at the same time.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ async def answer(stream: trio.SocketStream) -> None:
 
 
 async def serve(listener: trio.SocketListener, stop: trio.CancelScope) -> None:
-    """Accepts until stopped; what is accepted by then is answered to its end."""
+    """Accepts until it is stopped, then answers what it has accepted."""
     async with trio.open_nursery() as connections:
         with stop:
             await trio.serve_listeners(answer, [listener], handler_nursery=connections)
-        await listener.aclose()  # our copy; the name keeps the port open
+        await listener.aclose()  # this process's copy; the server keeps the port open
 
 
 async def main() -> None:

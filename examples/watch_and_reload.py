@@ -1,4 +1,4 @@
-"""Servers that reload when somebody publishes another configuration: an open file under a name.
+"""Servers that reload when another configuration is published: an open file under a name.
 
     $ fdshare serve /tmp/demo.sock &
     $ python watch_and_reload.py /tmp/demo.sock publish '{"greeting": "hello"}'
@@ -14,10 +14,10 @@
     $ nc 127.0.0.1 8080
     good morning
 
-Every copy of the server learns of it at once, without polling and without a signal. The file has no
-path: nobody can find it half written, and each generation stays as it is for whoever still reads
-it. A rendezvous server that is restarted shows as a new snapshot, so a change is not missed then
-either.
+Every copy of the server gets the change at once, without polling and without a signal. The file has
+no path: no program can read it half written, and each generation stays as it is for programs that
+still read it. After a restart of the rendezvous server a new snapshot comes, so no change is
+missed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ NAME = "config"
 
 
 async def publish(path: str | None, text: str) -> None:
-    json.loads(text)  # what is no JSON is nobody's configuration
+    json.loads(text)  # refuse what is no JSON
     with tempfile.TemporaryFile() as file:
         file.write(text.encode())
         async with fdshare.aio.connect(path) as rendezvous:
@@ -53,7 +53,7 @@ class Server:
         writer.close()
 
     async def keep_up(self, rendezvous: fdshare.aio.AsyncClient) -> None:
-        """Follows the name; `held` is what is there, however we came to know."""
+        """Follows the name; `held` is the current state, whichever item came."""
         loaded = 0
         async with rendezvous.watch(NAME) as watch:
             async for _ in watch:
@@ -66,7 +66,7 @@ class Server:
         try:
             file = await rendezvous.fetch(NAME)
         except fdshare.errors.NameNotFound:
-            return  # gone again; what was loaded last stays
+            return  # it was removed; the last one stays loaded
         with file:
             # pread: the offset of the file is shared with all who have it open.
             data = os.pread(file.fileno(), os.fstat(file.fileno()).st_size, 0)
@@ -83,7 +83,7 @@ async def serve(path: str | None, address: str) -> None:
         host, port = listener.getsockname()
         server = Server()
         following = asyncio.create_task(server.keep_up(rendezvous))
-        following.add_done_callback(lambda _: stop.set())  # it ends only when something is wrong
+        following.add_done_callback(lambda _: stop.set())  # it ends only with an error
         async with await asyncio.start_server(server.answer, sock=listener):
             print(f"pid {os.getpid()} serves {host}:{port}", flush=True)
             await stop.wait()

@@ -1,4 +1,4 @@
-"""Clients beside the one that is measured, in a process of their own.
+"""Clients beside the measured one, in a process of their own.
 
 Usage: clients.py idle PATH COUNT          connects COUNT times, says "ready", keeps them
        clients.py active PATH NAME COUNT   forks COUNT clients; for every line "SECONDS" on its
@@ -22,7 +22,7 @@ _COUNTS = struct.Struct("QQQ")
 
 
 def idle(path: str, count: int) -> None:
-    clients = [connect(path) for _ in range(count)]  # each has said a word to the server
+    clients = [connect(path) for _ in range(count)]  # each has sent a request to the server
     print("ready", flush=True)
     sys.stdin.read()
     for client in clients:

@@ -2,8 +2,8 @@
 
 Usage: pingpong.py plain|epoll SOCKET DESCRIPTOR REPLY-BYTES [COPIES]
 
-*plain* blocks in recv(2), so it can serve one client only. *epoll* waits for many, as every server
-must, and looks a name up.
+*plain* blocks in recv(2), so it serves one client only. *epoll* waits for many, as a server must,
+and looks a name up.
 """
 
 from __future__ import annotations

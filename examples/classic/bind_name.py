@@ -1,4 +1,4 @@
-"""Bind a name in the file system to a socket, and meet it again.
+"""Bind a name in the file system to a socket, and find it there again.
 
     $ python bind_name.py
     UNIX domain socket bound to foo.socket
@@ -11,9 +11,9 @@
     $ python bind_name.py --reclaim
     UNIX domain socket bound to foo.socket
 
-The name outlives the process, because nobody removed it: that is how UNIX does it. While a
-process has the socket open, or where the file is no socket at all, --reclaim is refused too, and
-says whose it is. Another name may be given as the last argument.
+The name outlives the process: UNIX does not remove it. While a process has the socket open, or if
+the file is no socket, --reclaim is refused, too, and the error says why. Another name may be given
+as the last argument.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def main() -> int:
         print(f"bind_name.py: {error}", file=sys.stderr)
         return 1
     print(f"UNIX domain socket bound to {options.path}")
-    # A Listener that is closed removes its name. Here it is to stay: only the descriptors close.
+    # Listener.close() removes the name. Here the name stays: only the descriptors close.
     sock, lock = listener.detach()
     sock.close()
     if lock is not None:

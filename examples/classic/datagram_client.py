@@ -1,12 +1,12 @@
-"""Sends each line as one datagram from a name of its own, where the answer finds it.
+"""Sends each line as one datagram from a name of its own, which receives the answer.
 
     $ python datagram_client.py demo.socket
     bound to client.5001
     good morning
     GOOD MORNING
 
-The name stands beside the server's and goes when the client ends (Ctrl-D). datagram_server.py
-shows the other side.
+The name is in the server's folder, and the client removes it when it ends (Ctrl-D).
+datagram_server.py shows the other side.
 """
 
 import os

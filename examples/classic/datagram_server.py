@@ -1,4 +1,4 @@
-"""Without connections: one socket for everybody, and every message arrives as it was sent.
+"""Without connections: one socket for all clients, and every message arrives as it was sent.
 
 In one terminal:
 
@@ -7,8 +7,8 @@ In one terminal:
     12 bytes from client.5001: good morning
     10 bytes from client.5002: and to you
 
-and in others what datagram_client.py shows. A client that binds no name of its own can be heard,
-but not answered:
+and in others what datagram_client.py shows. A client that binds no name of its own can send, but
+gets no answer:
 
     no answer: the sender has no name
 
@@ -46,7 +46,7 @@ def answer_one(sock: socket.socket) -> None:
         print(f"{len(message.data)} bytes from {name}: {text}", flush=True)
         try:
             send_fds(sock, [], message.data.upper() or b"?", address=message.address)
-        except OSError as error:  # it did not wait for the answer
+        except OSError as error:  # the client did not wait for the answer
             print(f"no answer to {name}: {error.strerror}", flush=True)
 
 

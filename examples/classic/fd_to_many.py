@@ -9,10 +9,10 @@
     worker 5005 read 'record 4' at offset 36
     parent 5000, which read nothing, is at offset 45
 
-The workers are not the parent's forks: each is a new program in a session of its own, knows the
-socket's path and nothing else, and receives the descriptor there. None of them could open the
-file, because it has no name any more. Which worker comes first may differ; no record is read
-twice and none is left out. Another number of workers may be given as the argument.
+The workers are not forks of the parent: each is a new program in a session of its own. It knows the
+path of the socket, and receives the descriptor there. None of them can open the file, because it
+has no name any more. The order of the workers may differ; no record is read twice and none is left
+out. Another number of workers may be given as the argument.
 """
 
 import os
@@ -22,7 +22,7 @@ import tempfile
 
 from fdshare.kernel import cli_conn, recv_fd, send_fd, serv_accept, serv_listen
 
-RECORD = 9  # bytes, the newline among them
+RECORD = 9  # bytes, with the newline
 
 
 def worker(path: str) -> None:
@@ -30,7 +30,7 @@ def worker(path: str) -> None:
         text = os.read(file.fileno(), RECORD).decode().rstrip()
         offset = os.lseek(file.fileno(), 0, os.SEEK_CUR) - RECORD
         print(f"worker {os.getpid()} read {text!r} at offset {offset}", flush=True)
-        conn.sendall(b".")  # the next one may go on
+        conn.sendall(b".")  # the next worker may read
 
 
 def parent(count: int) -> None:

@@ -5,7 +5,7 @@
     parent 4242 received 'world!'
     hello, world!
 
-Unlike os.pipe(), either end of s_pipe() reads and writes, and descriptors can travel through it.
+Unlike the ends of os.pipe(), both ends of s_pipe() read and write, and they carry descriptors.
 """
 
 import os

@@ -5,8 +5,8 @@
     $ python open_client.py demo.socket r /etc/shadow
     open_client.py: no rule allows uid 1000 to open it for r (EACCES)
 
-This program opens nothing itself: the descriptor it reads was opened by open_server.py, with the
-server's rights. With --traceback the server says where in it an error arose.
+This program opens no file itself: open_server.py opened the descriptor that it reads, with the
+server's rights. With --traceback the server sends the traceback of an error.
 """
 
 import argparse

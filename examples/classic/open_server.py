@@ -1,6 +1,6 @@
 """The open server: opens files for others, with its own rights, where its policy allows it.
 
-In one terminal, as somebody who may read the folder:
+In one terminal, as a user who may read the folder:
 
     $ python open_server.py demo.socket --allow 1000:/srv/reports:r --allow any:/srv/inbox:ra
     listening on demo.socket
@@ -78,8 +78,8 @@ def parse_request(data: bytes) -> tuple[bool, str, str]:
 
 
 def open_allowed(rules: list[Rule], uid: int, mode: str, path: str) -> Descriptor:
-    """The file, opened with this server's rights. Whatever links lie on the way: what counts is
-    the file that was found, and that one is opened, not whatever has its name a moment later."""
+    """The file, opened with this server's rights. It follows links, checks the file that it found,
+    and opens that file, not the one that has its name a moment later."""
     with Descriptor(os.open(path, os.O_PATH | os.O_CLOEXEC)) as found:
         link = f"/proc/self/fd/{found.fileno()}"
         real = os.readlink(link)
@@ -128,7 +128,7 @@ def answer(conn: socket.socket, who: Credentials, rules: list[Rule], request: by
 
 
 def serve(conn: socket.socket, who: Credentials, rules: list[Rule]) -> None:
-    conn.settimeout(10)  # seconds for a request; who says nothing holds nothing
+    conn.settimeout(10)  # seconds for a request; a silent client does not keep a thread
     with conn:
         try:
             for request in requests(conn):
@@ -140,7 +140,7 @@ def serve(conn: socket.socket, who: Credentials, rules: list[Rule]) -> None:
             except OSError:
                 pass
         except (OSError, FdshareError):
-            pass  # it is gone, or silent
+            pass  # the client has closed, or is silent
 
 
 def main() -> None:

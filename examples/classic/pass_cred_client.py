@@ -1,12 +1,12 @@
-"""Receives a descriptor, sees who sent it, and writes what you type to it.
+"""Receives a descriptor and the sender's credentials, and writes what you type to it.
 
     $ python pass_cred_client.py demo.socket
     received from pid 5000, uid 1000, gid 1000
     descriptor 4 received.
     this was typed at the client
 
-The line appears at pass_cred_server.py. A sender that lies about its pid, uid or gid gets an error
-from the kernel (unless it is root), and nothing arrives. End it with Ctrl-D.
+The line appears at pass_cred_server.py. A sender with false credentials gets an error from the
+kernel (unless it is root), and nothing arrives. End it with Ctrl-D.
 """
 
 import os

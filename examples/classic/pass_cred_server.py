@@ -1,4 +1,4 @@
-"""Gives its standard output away, with its credentials, which the kernel vouches for.
+"""Sends its standard output, with its credentials, which the kernel verifies.
 
 In one terminal:
 
@@ -7,7 +7,7 @@ In one terminal:
     descriptor sent, pid 5000, uid 1000, gid 1000
     this was typed at the client
 
-and in another what pass_cred_client.py shows. The client may have thrown its own output away:
+and in another what pass_cred_client.py shows. The client's own output may go nowhere:
 
     $ python pass_cred_client.py demo.socket >/dev/null 2>&1
     this was typed at the client
@@ -42,9 +42,9 @@ def give(conn: socket.socket) -> None:
     try:
         send_fds(conn, [sys.stdout], MAGIC, credentials=True)
     except ConnectionError:
-        return  # it went before it was served
+        return  # the client closed before it was served
     me = own_credentials()
-    # One write, where print() may do two: others write to the same file now.
+    # One write, because print() may do two, and others write to the same file now.
     sys.stdout.write(f"descriptor sent, pid {me.pid}, uid {me.uid}, gid {me.gid}\n")
     sys.stdout.flush()
 

@@ -4,7 +4,7 @@
     descriptor 4 received
     this was typed at the client
 
-The line is not printed here but at pass_fd_server.py. End it with Ctrl-D.
+pass_fd_server.py's terminal shows the line, not this one. End it with Ctrl-D.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Gives its own standard output to whoever connects.
+"""Sends its own standard output to each client.
 
 In one terminal:
 
@@ -7,8 +7,8 @@ In one terminal:
     descriptor sent
     this was typed at the client
 
-and in another what pass_fd_client.py shows: lines typed there appear here, and this program does
-not touch them. The client writes to the same open file as this one. Ctrl-C ends the server.
+and in another what pass_fd_client.py shows. Lines that are typed there appear here, although this
+program does not handle them: the client writes to the same open file. Ctrl-C ends the server.
 """
 
 import signal
@@ -30,8 +30,8 @@ def main() -> None:
                     try:
                         send_fds(conn, [sys.stdout], MAGIC)
                     except ConnectionError:
-                        continue  # it went before it was served
-                # One write, where print() may do two: others write to the same file now.
+                        continue  # the client closed before it was served
+                # One write, because print() may do two, and others write to the same file now.
                 sys.stdout.write("descriptor sent\n")
                 sys.stdout.flush()
         except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""Connections: every client has its own, and the kernel says who each one is.
+"""Every client has a connection of its own, and the kernel says who the client is.
 
 In one terminal:
 
@@ -37,7 +37,7 @@ def serve(conn: socket.socket, who: Credentials) -> None:
                 lines.write(line.upper())
                 lines.flush()
         except ConnectionError:
-            pass  # it went without listening to the answer
+            pass  # the client closed before it read the answer
     say(f"disconnected: pid {who.pid}")
 
 

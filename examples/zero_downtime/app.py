@@ -1,4 +1,4 @@
-"""An application that says which version of it answers: WSGI for gunicorn, ASGI for the others."""
+"""An application that answers with its version: WSGI for gunicorn, ASGI for the others."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ async def asgi(scope: dict[str, Any], receive: Any, send: Any) -> None:
 
 
 async def lifespan(receive: Any, send: Any) -> None:
-    """gunicorn says READY=1 by itself; uvicorn and hypercorn leave that to the application."""
+    """gunicorn sends READY=1 by itself; for uvicorn and hypercorn the application does."""
     await receive()
     asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, accept_no_more)
     await send({"type": "lifespan.startup.complete"})
-    # After what is under way now: then the server accepts.
+    # After the current callbacks: then the server accepts.
     asyncio.get_running_loop().call_later(0.1, fdshare.notify, "READY=1")
     await receive()
     await send({"type": "lifespan.shutdown.complete"})
 
 
 def accept_no_more() -> None:
-    """Leaves new connections to whoever else has the socket; answers those that it has accepted.
+    """Leaves new connections to the other holders of the socket; answers those accepted before.
 
-    uvicorn and hypercorn close, when they are told to stop, what they have accepted and not read
-    yet. So: SIGUSR1, a moment, and then SIGTERM.
+    When they stop, uvicorn and hypercorn close connections that they have accepted and not read
+    yet. So send SIGUSR1, wait a moment, and then send SIGTERM.
     """
     for number in os.listdir("/proc/self/fd"):
         try:

@@ -1,4 +1,4 @@
-"""Requests without end, a new connection for each: what a deploy must not be noticed by.
+"""Requests without end, each on a new connection: a client that must not notice a deploy.
 
 Prints a JSON object at the end (SIGTERM, or after so many seconds): requests that were answered,
 connections that were refused, requests that failed otherwise, and the versions that answered.
@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 
 class Load:
-    """What came of all requests."""
+    """The outcomes of all requests."""
 
     def __init__(self, host: str, port: int, pause: float) -> None:
         self.address = host, port

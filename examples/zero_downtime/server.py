@@ -13,7 +13,7 @@ BODY = f"version {os.environ.get('VERSION', '0')}\n".encode()
 
 
 class Handler(BaseHTTPRequestHandler):
-    timeout = 10  # seconds for a client to say what it wants
+    timeout = 10  # seconds for a client to send its request
 
     def do_GET(self) -> None:
         self.send_response(200)
@@ -26,7 +26,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Server(ThreadingHTTPServer):
-    # What was accepted is answered: server_close() waits for the threads.
+    # It answers what it has accepted: server_close() waits for the threads.
     daemon_threads = False
 
 
@@ -35,7 +35,7 @@ def main() -> None:
     server = Server(("", 0), Handler, bind_and_activate=False)
     server.socket.close()
     server.socket = web.socket()
-    # Another version shares the socket and may be faster to accept: that must not block us.
+    # Another version shares the socket and may accept first: then accept() must not block.
     server.socket.setblocking(False)
     # shutdown() waits for serve_forever(), which a signal handler has interrupted.
     signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=server.shutdown).start())
