@@ -10,7 +10,7 @@ from collections import OrderedDict
 
 import msgspec
 
-from fdshare.server.core.records import Change, Grant, Put, Record
+from fdshare.server.core.records import Change, Grant, Record
 from fdshare.server.core.table import Handle, Table
 
 __all__ = ["Image", "image_of", "table_of"]
@@ -32,22 +32,14 @@ def image_of(table: Table) -> tuple[Image, list[Handle]]:
     changes: list[Change] = []
     handles: list[Handle] = []
     for entry in table.entries.values():
-        changes.append(
-            Put(
-                name=entry.name,
-                generation=entry.generation,
-                kind=entry.kind,
-                count=len(entry.handles),
-                registrant=entry.registrant,
-                at=entry.at,
-                lifetime=entry.lifetime,
-                guarded=entry.guard is not None,
-                expires=entry.expires,
-                grace=entry.grace,
-                drop_on_hangup=entry.drop_on_hangup,
-                metadata=entry.metadata,
-            )
+        put = msgspec.structs.replace(
+            entry.put,
+            name=entry.name,
+            generation=entry.generation,
+            expires=entry.expires,
+            guarded=entry.guard is not None,
         )
+        changes.append(put)
         if entry.lease is not None:
             changes.append(Grant(entry.name, entry.lease.id, entry.lease.at))
         handles += entry.all_handles()

@@ -64,7 +64,7 @@ class Reads(Waiters):
         for entry in entries:
             if given and len(given) + len(entry.handles) > room:
                 break
-            items.append(m.Item(entry.name, entry.generation, entry.kind, len(entry.handles)))
+            items.append(m.Item(entry.name, entry.generation, entry.put.kind, len(entry.handles)))
             given += entry.handles
             entry.fetches += 1
             self.effects.audit("fetch", entry.name, session, "given")
@@ -147,7 +147,7 @@ class Reads(Waiters):
         entry = self.table.entries.get(request.name)
         # To register under a name that is held is to replace, which the registrant rule is about.
         if allowed and entry and request.verb in ("register", "unregister"):
-            allowed, rule = self.policy.decide_removal(entry.registrant.uid, subject)
+            allowed, rule = self.policy.decide_removal(entry.put.registrant.uid, subject)
         self.effects.answer(session, id, m.encode(m.Explained(allowed, rule)))
         return False
 

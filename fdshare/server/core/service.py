@@ -106,12 +106,12 @@ class Service(Reads, Writes):
         """The owner of *entry* is gone (*guard*), or the peer of a descriptor in it."""
         if self.table.entries.get(entry.name) is not entry:
             return
-        changes = self._settle(entry, revoke=not guard or not entry.grace)
+        changes = self._settle(entry, revoke=not guard or not entry.put.grace)
         if self._is_taken(changes):
             self._commit(Record(changes), [], now)
             return
-        if guard and entry.grace:
-            until = now + entry.grace
+        if guard and entry.put.grace:
+            until = now + entry.put.grace
             if entry.expires is not None:  # the grace does not prolong the time to live
                 until = min(until, entry.expires)
             changes.append(Linger(entry.name, entry.generation, until))

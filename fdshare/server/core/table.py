@@ -11,9 +11,10 @@ import heapq
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Final, Literal, TypeAlias
 
-from fdshare.protocol.messages import Event, EventKind, Kind, Lifetime, Registrant
+from fdshare.protocol.messages import Event, EventKind
 from fdshare.server.core.records import (
     Change,
     Drop,
@@ -45,21 +46,18 @@ class Lease:
 
 @dataclass(slots=True)
 class Entry:
-    """One name's worth. *reply* is the encoded answer to a fetch, made once by the service, and
-    *packet* what the event loop keeps of it."""
+    """What is held under one name.
 
+    *put* made it; name, generation and time to live may have changed since. *reply* is the encoded
+    answer to a fetch, made once by the service, and *packet* what the event loop keeps of it.
+    """
+
+    put: Put
     name: str
     generation: int
-    kind: Kind
+    expires: float | None
     handles: tuple[Handle, ...]
     guard: Handle | None
-    registrant: Registrant
-    at: float
-    lifetime: Lifetime
-    expires: float | None
-    grace: float
-    drop_on_hangup: bool
-    metadata: dict[str, str]
     lease: Lease | None = None
     fetches: int = 0
     reply: bytes = b""
@@ -197,20 +195,9 @@ class Table:
         former = self.entries.get(put.name)
         if former is not None:
             self._remove(former, applied)
-        entry = Entry(
-            name=put.name,
-            generation=put.generation,
-            kind=put.kind,
-            handles=tuple(next(source) for _ in range(put.count)),
-            guard=next(source) if put.guarded else None,
-            registrant=put.registrant,
-            at=put.at,
-            lifetime=put.lifetime,
-            expires=put.expires,
-            grace=put.grace,
-            drop_on_hangup=put.drop_on_hangup,
-            metadata=put.metadata,
-        )
+        handles = tuple(islice(source, put.count))
+        guard = next(source) if put.guarded else None
+        entry = Entry(put, put.name, put.generation, put.expires, handles, guard)
         self._add(entry, applied)
         hidden = former is None or former.lease is not None
         event: Literal["registered", "replaced"] = "registered" if hidden else "replaced"
@@ -286,10 +273,10 @@ class Table:
         usage.names += sign
         usage.descriptors += count
         if not usage.names:
-            del self._usage[entry.registrant.uid]
+            del self._usage[entry.put.registrant.uid]
 
     def _of(self, entry: Entry) -> Usage:
-        return self._usage.setdefault(entry.registrant.uid, Usage())
+        return self._usage.setdefault(entry.put.registrant.uid, Usage())
 
     def _schedule(self, entry: Entry) -> None:
         if entry.expires is None:

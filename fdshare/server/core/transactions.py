@@ -63,7 +63,7 @@ class Transactions:
     def _give(self, session: Session, id: int, entry: Entry) -> None:
         """Answers a fetch. The reply's body is the same for all, so it is encoded once."""
         if not entry.reply:
-            given = m.Given(entry.name, entry.generation, entry.kind, entry.metadata)
+            given = m.Given(entry.name, entry.generation, entry.put.kind, entry.put.metadata)
             entry.reply = m.encode(given)
         entry.fetches += 1
         self.counters["fetched"] += 1
@@ -79,7 +79,9 @@ class Transactions:
         except BaseException:
             self.effects.close([ours, theirs])
             raise
-        given = m.Given(entry.name, entry.generation, entry.kind, entry.metadata, lease=True)
+        given = m.Given(
+            entry.name, entry.generation, entry.put.kind, entry.put.metadata, lease=True
+        )
         entry.fetches += 1
         self.counters["taken"] += 1
         self.effects.audit("take", entry.name, session, f"leased {lease}")
@@ -146,7 +148,7 @@ class Transactions:
     def _permit_removal(self, verb: str, entry: Entry, session: Session) -> None:
         if session.trusted:
             return
-        allowed, rule = self.policy.decide_removal(entry.registrant.uid, session.subject)
+        allowed, rule = self.policy.decide_removal(entry.put.registrant.uid, session.subject)
         if not allowed:
             raise AccessDenied(verb, entry.name, session.subject.uid, rule)
 
@@ -161,7 +163,7 @@ class Transactions:
         if session.trusted:
             return
         usage = table.usage(session.subject.uid)
-        mine = former is not None and former.registrant.uid == session.subject.uid
+        mine = former is not None and former.put.registrant.uid == session.subject.uid
         self._quota("max_names_per_uid", limits.max_names_per_uid, usage.names - mine, 1)
         # Of the replaced one all but the lease: that counts for nobody.
         freed -= former is not None and former.lease is not None

@@ -33,7 +33,7 @@ class Hangups:
             self._watch(entry.guard, READ, _OwnerGone(self, entry))
         if entry.lease is not None:
             self._watch(entry.lease.handle, READ, _TakerMoved(self, entry.lease.id))
-        if entry.drop_on_hangup:
+        if entry.put.drop_on_hangup:
             for handle in entry.handles:
                 if _can_hang_up(handle.fd):
                     # A pidfd's hang-up is that it becomes readable; data on a socket is none.

@@ -89,17 +89,17 @@ def _entry_info(entry: Entry, now: float) -> m.EntryInfo:
     return m.EntryInfo(
         name=entry.name,
         generation=entry.generation,
-        kind=entry.kind.tag,
-        registrant=entry.registrant,
-        age=now - entry.at,
+        kind=entry.put.kind.tag,
+        registrant=entry.put.registrant,
+        age=now - entry.put.at,
         count=len(entry.handles),
-        lifetime=entry.lifetime,
+        lifetime=entry.put.lifetime,
         ttl=None if entry.expires is None else entry.expires - now,
-        grace=entry.grace,
-        drop_on_hangup=entry.drop_on_hangup,
+        grace=entry.put.grace,
+        drop_on_hangup=entry.put.drop_on_hangup,
         fetches=entry.fetches,
         leased=entry.lease is not None,
-        metadata=entry.metadata,
+        metadata=entry.put.metadata,
     )
 
 

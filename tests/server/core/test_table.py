@@ -66,15 +66,15 @@ def contents(table: Table) -> dict[str, Any]:
         "entries": {
             name: (
                 entry.generation,
-                entry.kind.tag,
+                entry.put.kind.tag,
                 entry.handles,
                 entry.guard,
-                entry.registrant,
-                entry.at,
-                entry.lifetime,
+                entry.put.registrant,
+                entry.put.at,
+                entry.put.lifetime,
                 entry.expires,
-                entry.grace,
-                entry.metadata,
+                entry.put.grace,
+                entry.put.metadata,
                 entry.lease and (entry.lease.id, entry.lease.handle, entry.lease.at),
             )
             for name, entry in table.entries.items()
