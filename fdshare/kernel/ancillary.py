@@ -55,6 +55,7 @@ __all__ = [
     "peek",
     "peek_descriptors",
     "receive_into",
+    "receive_numbers",
     "recv_fds",
     "rights",
     "send_fds",
@@ -154,6 +155,19 @@ def receive_into(
     return count, descriptors, None
 
 
+def receive_numbers(
+    sock: socket.socket, buffer: bytearray | memoryview, flags: int = 0
+) -> tuple[int, list[int], FdshareError | None]:
+    """As `receive_into`, for a caller that owns descriptors in objects of its own: bare numbers, to
+    be owned, or closed, at once."""
+    count, control, got, _ = sock.recvmsg_into((buffer,), _ROOM, flags | _CLOEXEC)
+    if not control and not got & _CTRUNC:
+        return count, [], None
+    if got & _CTRUNC:
+        return count, [], _dropped(own(control), control, _ROOM)
+    return count, _numbers(control), None
+
+
 def peek(sock: socket.socket, size: int, flags: int = 0) -> tuple[bytes, list[int]]:
     """At most *size* of the next bytes, which stay, and copies of the first descriptors with them,
     or after them: a peek of bytes that bring none looks past them.
@@ -168,13 +182,7 @@ def peek(sock: socket.socket, size: int, flags: int = 0) -> tuple[bytes, list[in
     data, control, got, _ = sock.recvmsg(size, _ROOM, flags | _LOOK)
     if got & _CTRUNC:
         raise _dropped(own(control), control, _ROOM)
-    if not control:
-        return data, []
-    if len(control) == 1 and _CLOEXEC:
-        level, kind, number = control[0]
-        if kind == _RIGHTS and level == _SOCKET and len(number) == _INT:
-            return data, [*_ONE.unpack(number)]
-    return data, [descriptor.detach() for descriptor in own(control)]
+    return data, _numbers(control) if control else []
 
 
 def peek_descriptors(sock: socket.socket, count: int) -> list[Descriptor]:
@@ -206,6 +214,18 @@ def own(control: Control) -> list[Descriptor]:
     if pidfd is not None:
         pidfd.close()
     return owned
+
+
+def _numbers(control: Control) -> list[int]:
+    """As `own`, as bare numbers."""
+    if len(control) == 1 and _CLOEXEC:
+        level, kind, data = control[0]
+        if kind == _RIGHTS and level == _SOCKET:
+            if len(data) == _INT:
+                return [*_ONE.unpack(data)]
+            if not len(data) % _INT:
+                return array.array("i", data).tolist()
+    return [descriptor.detach() for descriptor in own(control)]
 
 
 def _split(control: Control) -> tuple[list[Descriptor], Descriptor | None]:

@@ -44,6 +44,7 @@ from fdshare.kernel.ancillary import (
     peek_descriptors,
     receive,
     receive_into,
+    receive_numbers,
     send_message,
 )
 
@@ -358,6 +359,23 @@ def test_receive_into_reports_instead_of_raising(pair: Pair) -> None:
     assert receive_into(pair[1], buffer) == (0, [], None)
 
 
+@pytest.mark.parametrize("count", [1, 2, 253])
+@pytest.mark.parametrize("credentials", [False, True])
+def test_receive_numbers_gives_them_bare(pair: Pair, count: int, credentials: bool) -> None:
+    if credentials:
+        enable_credentials(pair[1])
+    send_message(pair[0], [b"ab"], [0] * count)
+    buffer = bytearray(10)
+    size, numbers, error = receive_numbers(pair[1], buffer)
+    assert (bytes(buffer[:size]), len(numbers), error) == (b"ab", count, None)
+    for number in numbers:
+        assert os.path.sameopenfile(number, 0)
+        assert not os.get_inheritable(number)
+        os.close(number)
+    pair[0].close()
+    assert receive_numbers(pair[1], buffer) == (0, [], None)
+
+
 def test_short_send_the_descriptors_are_gone_with_the_first_byte() -> None:
     left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     with left, right:
@@ -514,11 +532,12 @@ def test_at_the_limit_peek_loses_nothing_and_receive_into_says_so() -> None:
         """
         import os, resource, socket
         from fdshare.kernel.ancillary import peek_descriptors, receive_into, send_message, close_all
+        from fdshare.kernel.ancillary import receive_numbers
         from fdshare.errors import DescriptorLimit
 
         left, right = socket.socketpair()
-        send_message(left, [b"one"], [0, 0, 0])
-        send_message(left, [b"two"], [0, 0, 0])
+        for word in (b"one", b"two", b"three"):
+            send_message(left, [word], [0, 0, 0])
         resource.setrlimit(resource.RLIMIT_NOFILE, (32, 32))
         hoard = []
         try:
@@ -534,6 +553,9 @@ def test_at_the_limit_peek_loses_nothing_and_receive_into_says_so() -> None:
         buffer = bytearray(10)
         count, got, error = receive_into(right, buffer)
         print(bytes(buffer[:count]), got, type(error).__name__)
+        count, got, error = receive_numbers(right, buffer)
+        print(bytes(buffer[:count]), got, type(error).__name__)
+        os.close(os.dup(0))
         for fd in hoard[:4]:
             os.close(fd)
         copies = peek_descriptors(right, 3)
@@ -541,7 +563,8 @@ def test_at_the_limit_peek_loses_nothing_and_receive_into_says_so() -> None:
         close_all(copies)
         """
     )
-    assert out == f"{errno.EMFILE}\nb'one' [] DescriptorLimit\n3 b'two'\n"
+    said = "b'one' [] DescriptorLimit\nb'two' [] DescriptorLimit\n3 b'three'\n"
+    assert out == f"{errno.EMFILE}\n{said}"
 
 
 IN_FLIGHT = """

@@ -107,7 +107,7 @@ class FdStore:
         changes = [c for c in image.record.changes if getattr(c, "name", "") not in lost]
         image.record = Record(changes)
         image.fetches = {name: n for name, n in image.fetches.items() if name not in lost}
-        return table_of(image, [Handle(passed[label]) for label in kept])
+        return table_of(image, [Handle(passed[label].detach()) for label in kept])
 
     # While serving.
 

@@ -27,7 +27,7 @@ from functools import partial
 from typing import Final
 
 from fdshare.errors import FdshareError
-from fdshare.kernel.ancillary import receive_into
+from fdshare.kernel.ancillary import receive_numbers
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.server.core.records import Record
 from fdshare.server.failover.holdings import Holdings
@@ -290,7 +290,7 @@ class Keeper:
         """Applies the next record; False where there is none now, or none any more."""
         assert self._journal is not None
         try:
-            count, descriptors, lost = receive_into(self._journal, self._buffer)
+            count, fds, lost = receive_numbers(self._journal, self._buffer)
         except OSError as error:
             if error.errno not in (errno.EAGAIN, errno.ECONNRESET, *NO_MEMORY):
                 raise
@@ -306,7 +306,7 @@ class Keeper:
             if self._fencing:  # there is no server any more: what we have is all there is
                 return True
             os._exit(1)
-        handles = [Handle(d) for d in descriptors]
+        handles = list(map(Handle, fds))
         try:
             self._on_letter(decode_letter(bytes(memoryview(self._buffer)[:count])), handles)
         except Exception:

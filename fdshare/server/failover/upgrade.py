@@ -66,7 +66,7 @@ class Handover(msgspec.Struct):
 
     def table(self) -> Table:
         """The table, with handles of the same numbers."""
-        return table_of(self.image, [Handle(Descriptor(fd)) for fd in self.handles])
+        return table_of(self.image, list(map(Handle, self.handles)))
 
 
 class Trial:

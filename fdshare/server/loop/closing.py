@@ -1,8 +1,8 @@
-"""Handle: a held descriptor that is closed off the event loop, and not before it was last sent.
+"""Handle: a descriptor that the server holds; Closer: the threads that close it.
 
-close(2) may block: a TCP socket with SO_LINGER and unsent data, a file on FUSE or NFS. So a thread
-closes, in both halves of the server. A handle that is queued to be sent is pinned; closing
-it then waits for the last pin.
+close(2) may block: a TCP socket with SO_LINGER and unsent data, a file on FUSE or NFS. So threads
+close, in both halves of the server. A handle that is queued to be sent is pinned, and is closed
+only after the last pin is gone.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ import threading
 import time
 from queue import SimpleQueue
 from typing import Final, Protocol
-
-from fdshare.kernel.descriptor import Descriptor
 
 __all__ = ["Closer", "Handle", "close_quietly"]
 
@@ -26,7 +24,7 @@ class Closable(Protocol):
 
 
 def close_quietly(*owners: Closable) -> None:
-    """Closes each. What close(2) reports is somebody else's loss: the number is free."""
+    """Closes each, and ignores what close(2) reports: the number is free in any case."""
     for owner in owners:
         try:
             owner.close()
@@ -35,14 +33,14 @@ def close_quietly(*owners: Closable) -> None:
 
 
 class Handle:
-    """One descriptor of the table. *key* is what the event loop finds when it stirs."""
+    """One descriptor of the table. It has no finalizer: the `Closer`, or the end of the process,
+    closes it. *key* is what the poller reports of it."""
 
     __slots__ = ("at_once", "closing", "fd", "key", "pins")
 
-    def __init__(self, descriptor: Descriptor, *, at_once: bool = False) -> None:
-        """Takes *descriptor* over. *at_once*: it is closed in the loop's own thread, for its
-        close cannot block."""
-        self.fd = descriptor.detach()
+    def __init__(self, fd: int, *, at_once: bool = False) -> None:
+        """Takes *fd* over. *at_once*: its close cannot block, and the loop's own thread does it."""
+        self.fd = fd
         self.at_once = at_once
         self.pins = 0
         self.closing = False
@@ -53,25 +51,26 @@ class Handle:
 
 
 class Closer:
-    """Threads that close what they are given; started with the first, and one more whenever all of
-    them are stuck: a close on a dead FUSE mount never returns, and must not keep the rest open."""
+    """Threads that close descriptors. The first starts with the first close, and another whenever
+    all are stuck: a close on a dead FUSE mount never returns, and the others must still be
+    closed."""
 
     def __init__(self) -> None:
         self._queue: SimpleQueue[int | None] = SimpleQueue()
         self._threads: list[threading.Thread] = []
-        self._since: dict[int, float] = {}  # thread -> when the close that it is in began
+        self._since: dict[int, float] = {}  # thread -> when its current close(2) began
 
     def close(self, fd: int) -> None:
         """Closes *fd*, soon; the closer owns it now."""
         self._queue.put(fd)
         if not self._threads or (len(self._threads) < _MOST and self._is_stuck()):
-            # Daemons: a close that never returns must not keep the process from ending.
+            # Daemon threads: a close that never returns must not keep the process from ending.
             thread = threading.Thread(target=self._run, name="fdshare-closer", daemon=True)
             self._threads.append(thread)
             thread.start()
 
     def stop(self, timeout: float) -> None:
-        """Waits up to *timeout* seconds for what was given so far."""
+        """Waits up to *timeout* seconds for the closes that were asked for so far."""
         deadline = time.monotonic() + timeout
         for _ in self._threads:
             self._queue.put(None)

@@ -22,7 +22,7 @@ from fdshare.errors import (
     KeeperUnavailable,
     ProtocolError,
 )
-from fdshare.kernel.ancillary import receive_into
+from fdshare.kernel.ancillary import receive_numbers
 from fdshare.kernel.descriptor_limit import descriptor_limit
 from fdshare.protocol import messages as m
 from fdshare.protocol.framing import Frame
@@ -255,7 +255,7 @@ class Loop(Output):
 
     def _read(self, connection: Connection, now: float) -> None:
         try:
-            count, descriptors, lost = receive_into(connection.sock, self._buffer)
+            count, fds, lost = receive_numbers(connection.sock, self._buffer)
         except BlockingIOError:
             return
         except OSError:
@@ -265,7 +265,7 @@ class Loop(Output):
             self.drop(connection)
             return
         if (
-            not descriptors
+            not fds
             and lost is None
             and connection.receiver.idle
             and connection.greeted
@@ -275,7 +275,7 @@ class Loop(Output):
             return
         if isinstance(lost, DescriptorLimit):  # the sender has to be told that it is the server's
             lost = descriptor_limit(lost.errno, "server")
-        handles = [Handle(d) for d in descriptors] if descriptors else []
+        handles = list(map(Handle, fds))
         receiver = connection.receiver
         frames = receiver.feed(self._view[:count], handles, lost)
         if frames:

@@ -19,7 +19,6 @@ from typing import Final
 
 from fdshare.errors import DescriptorLimit
 from fdshare.kernel.ancillary import Rights, rights, send_rights
-from fdshare.kernel.descriptor import Descriptor
 from fdshare.protocol import messages as m
 from fdshare.protocol.framing import header
 from fdshare.server.core.service import Service
@@ -98,7 +97,7 @@ class Output:
         except OSError:  # the peer is gone; something may be unread
             unread = array.array("i", [1])
         if unread[0]:
-            self._close_handle(Handle(Descriptor(sock.detach())))
+            self._close_handle(Handle(sock.detach()))
         else:
             close_quietly(sock)
 

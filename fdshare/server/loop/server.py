@@ -23,7 +23,6 @@ from fdshare.errors import (
     UnsupportedPlatform,
 )
 from fdshare.kernel.credentials import peer_pidfd
-from fdshare.kernel.descriptor import Descriptor
 from fdshare.kernel.descriptor_limit import descriptor_limit, is_descriptor_limit
 from fdshare.kinds import describe
 from fdshare.protocol import messages as m
@@ -167,8 +166,8 @@ class Server:
             raise descriptor_limit(error.errno, "server") from None
         # Theirs is closed at once when it has gone: the lease of a taker that never got it ends
         # then, and the entry must be back before its next request.
-        theirs_handle = Handle(Descriptor(theirs.detach()), at_once=True)
-        return Handle(Descriptor(ours.detach())), theirs_handle
+        theirs_handle = Handle(theirs.detach(), at_once=True)
+        return Handle(ours.detach()), theirs_handle
 
     def lease_state(self, ours: Handle, *, revoke: bool = False) -> LeaseState:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, ours.fd)
@@ -195,16 +194,16 @@ class Server:
 
     def owner_guard(self, session: Session) -> Handle:
         guard = peer_pidfd(session.route.sock)
-        if guard is None:
-            if not hasattr(os, "pidfd_open"):
-                raise UnsupportedPlatform('lifetime="process"', "it needs a pidfd")
-            try:
-                guard = Descriptor(os.pidfd_open(session.pid))
-            except OSError as error:
-                if is_descriptor_limit(error):
-                    raise descriptor_limit(error.errno, "server") from None
-                raise InvalidArgument("lifetime", f"no process {session.pid}: {error}") from None
-        return Handle(guard)
+        if guard is not None:
+            return Handle(guard.detach())
+        if not hasattr(os, "pidfd_open"):
+            raise UnsupportedPlatform('lifetime="process"', "it needs a pidfd")
+        try:
+            return Handle(os.pidfd_open(session.pid))
+        except OSError as error:
+            if is_descriptor_limit(error):
+                raise descriptor_limit(error.errno, "server") from None
+            raise InvalidArgument("lifetime", f"no process {session.pid}: {error}") from None
 
     def registrant(self, session: Session) -> m.Registrant:
         return m.Registrant(
@@ -224,7 +223,7 @@ class Server:
     def bind(self, address: str, backlog: int, reuse_port: bool) -> tuple[m.Kind, Handle]:
         sock = bind_address(address, backlog=backlog, reuse_port=reuse_port)
         kind, _ = describe(sock)
-        return kind, Handle(Descriptor(sock.detach()))
+        return kind, Handle(sock.detach())
 
     def stats(self) -> m.ServerStats:
         loop, limits = self.loop, self.service.limits
