@@ -147,7 +147,14 @@ class Service(Reads, Writes):
 
     def next_deadline(self) -> float | None:
         """When to call `tick` next; None where nothing is due."""
-        if not (self._wait_deadlines or self._unserved or self._absent or self.table.timed):
+        table = self.table
+        if not (
+            self._wait_deadlines
+            or self._unserved
+            or self._absent
+            or table.deadlines
+            or table.leases
+        ):
             return None
         due = list(self._unserved.values())
         if (wait := self._next_wait()) is not None:

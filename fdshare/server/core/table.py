@@ -16,7 +16,6 @@ from typing import Any, Final, Literal, TypeAlias
 
 from fdshare.protocol.messages import Event, EventKind
 from fdshare.server.core.records import (
-    Change,
     Drop,
     Forget,
     Grant,
@@ -103,12 +102,9 @@ class Table:
         self.last_lease = 0
         self.descriptors = 0
         self._usage: dict[int, Usage] = {}
-        self._deadlines: list[tuple[float, int, str]] = []
+        self.deadlines: list[tuple[float, int, str]] = []  # a heap, some of entries that are gone
 
     # Questions.
-
-    def __len__(self) -> int:
-        return len(self.entries)
 
     def visible(self, name: str) -> Entry | None:
         """The entry that a fetch would see: a leased one is hidden."""
@@ -129,19 +125,14 @@ class Table:
         for entry in self.entries.values():
             yield from entry.all_handles()
 
-    @property
-    def timed(self) -> bool:
-        """False where nothing in here will ever be due."""
-        return bool(self._deadlines or self.leases)
-
     def next_deadline(self) -> float | None:
         """When the next entry expires; None where none does."""
-        while self._deadlines:
-            expires, generation, name = self._deadlines[0]
+        while self.deadlines:
+            expires, generation, name = self.deadlines[0]
             entry = self.entries.get(name)
             if entry and entry.generation == generation and entry.expires == expires:
                 return expires
-            heapq.heappop(self._deadlines)
+            heapq.heappop(self.deadlines)
         return None
 
     def expired(self, now: float) -> list[Entry]:
@@ -149,12 +140,12 @@ class Table:
         due: list[Entry] = []
         put_back = []
         while (deadline := self.next_deadline()) is not None and deadline <= now:
-            item = heapq.heappop(self._deadlines)
+            item = heapq.heappop(self.deadlines)
             put_back.append(item)
             due.append(self.entries[item[2]])
         # The record that drops them makes these stale; if it is not written, they are due again.
         for item in put_back:
-            heapq.heappush(self._deadlines, item)
+            heapq.heappush(self.deadlines, item)
         return due
 
     # Changes.
@@ -165,31 +156,28 @@ class Table:
         applied = Applied()
         source = iter(handles)
         for change in record.changes:
-            self._apply(change, source, applied)
+            match change:
+                case Put():
+                    self._put(change, source, applied)
+                case Drop():
+                    self._remove(self.entries[change.name], applied)
+                    self._event(applied, change.event, change.name, change.generation)
+                case Move():
+                    self._move(change, applied)
+                case Grant():
+                    self._grant(change, source, applied)
+                case Settle():
+                    self._settle(change, applied)
+                case Linger():
+                    self._linger(change, applied)
+                case Forget():
+                    self.answers.pop(change.session, None)
         if record.reply:
             answers = self.answers.setdefault(record.session, OrderedDict())
             answers[record.id] = record.reply
             if len(answers) > ANSWERS_KEPT:
                 answers.popitem(last=False)
         return applied
-
-    def _apply(self, change: Change, source: Iterator[Handle], applied: Applied) -> None:
-        match change:
-            case Put():
-                self._put(change, source, applied)
-            case Drop():
-                self._remove(self.entries[change.name], applied)
-                self._event(applied, change.event, change.name, change.generation)
-            case Move():
-                self._move(change, applied)
-            case Grant():
-                self._grant(change, source, applied)
-            case Settle():
-                self._settle(change, applied)
-            case Linger():
-                self._linger(change, applied)
-            case Forget():
-                self.answers.pop(change.session, None)
 
     def _put(self, put: Put, source: Iterator[Handle], applied: Applied) -> None:
         former = self.entries.get(put.name)
@@ -233,7 +221,7 @@ class Table:
             applied.closed.append(entry.guard)
             entry.guard = None
             self.descriptors -= 1
-            self._of(entry).descriptors -= 1
+            self._usage[entry.put.registrant.uid].descriptors -= 1
         entry.expires = linger.expires
         self._schedule(entry)
 
@@ -269,26 +257,24 @@ class Table:
         """Names and descriptors of the registrant's uid; a lease is the taker's, not counted."""
         count = sign * (len(entry.handles) + (entry.guard is not None))
         self.descriptors += count
-        usage = self._of(entry)
+        uid = entry.put.registrant.uid
+        usage = self._usage.setdefault(uid, Usage())
         usage.names += sign
         usage.descriptors += count
         if not usage.names:
-            del self._usage[entry.put.registrant.uid]
-
-    def _of(self, entry: Entry) -> Usage:
-        return self._usage.setdefault(entry.put.registrant.uid, Usage())
+            del self._usage[uid]
 
     def _schedule(self, entry: Entry) -> None:
         if entry.expires is None:
             return
-        heapq.heappush(self._deadlines, (entry.expires, entry.generation, entry.name))
-        if len(self._deadlines) > 64 + 2 * len(self.entries):  # mostly stale: of replaced entries
-            self._deadlines = [
+        heapq.heappush(self.deadlines, (entry.expires, entry.generation, entry.name))
+        if len(self.deadlines) > 64 + 2 * len(self.entries):  # mostly stale: of replaced entries
+            self.deadlines = [
                 (entry.expires, entry.generation, entry.name)
                 for entry in self.entries.values()
                 if entry.expires is not None
             ]
-            heapq.heapify(self._deadlines)
+            heapq.heapify(self.deadlines)
 
     def _event(
         self, applied: Applied, event: EventKind, name: str, generation: int, old: str = ""

@@ -6,14 +6,14 @@ it so. Nothing is mutated before the record of it is written.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from fdshare.errors import AccessDenied, QuotaExceeded
 from fdshare.protocol import messages as m
 from fdshare.server.core.policy import Policy
 from fdshare.server.core.ports import Effects, Session
 from fdshare.server.core.records import Change, Grant, Record, Settle
-from fdshare.server.core.table import Applied, Entry, Handle, Table
+from fdshare.server.core.table import Entry, Handle, Table
 from fdshare.server.limits import Limits
 
 __all__ = ["DONE", "Transactions"]
@@ -40,25 +40,23 @@ class Transactions:
         record: Record,
         handles: Sequence[Handle],
         now: float,
-        answer: Callable[[], None] | None = None,
+        session: Session | None = None,
     ) -> None:
-        """Journals *record*, applies it, answers, and tells whom it concerns."""
+        """Journals *record*, applies it, and then tells everybody whom it concerns; first the
+        *session* that asked for it, which is sent the reply in it."""
         self.effects.journal(record, handles)
         applied = self.table.apply(record, list(handles))
-        if answer is not None:
-            answer()
-        self._spread(applied, now)
-
-    def _spread(self, applied: Applied, now: float) -> None:
-        """Has the changed entries watched, closed handles closed, and returns counted."""
+        if session is not None:
+            self.effects.answer(session, record.id, record.reply)
         for entry in applied.changed:
             self.effects.watch(entry)
         if applied.closed:
             self.effects.close(applied.closed)
-        for event in applied.events:
-            if event.event == "returned":
-                self.counters["returned"] += 1
-                self.effects.audit("take", event.name, None, "returned")
+        self._happened(applied.events, now)
+
+    def _happened(self, events: Sequence[m.Event], now: float) -> None:
+        """Called with the events of each record, when it has been applied."""
+        raise NotImplementedError
 
     def _give(self, session: Session, id: int, entry: Entry) -> None:
         """Answers a fetch. The reply's body is the same for all, so it is encoded once."""
@@ -111,7 +109,7 @@ class Transactions:
         table, limits = self.table, self.limits
         if table.leases and (
             not session.trusted
-            or len(table) >= limits.max_names
+            or len(table.entries) >= limits.max_names
             or table.descriptors + count > limits.max_descriptors
         ):
             self._settle_all(now)
@@ -156,7 +154,7 @@ class Transactions:
         """Refuses what would go beyond a limit, with what the replaced entry frees counted in."""
         limits, table = self.limits, self.table
         freed = len(former.all_handles()) if former else 0
-        names = len(table) - (former is not None)
+        names = len(table.entries) - (former is not None)
         self._quota("max_names", limits.max_names, names, 1)
         used = table.descriptors - freed
         self._quota("max_descriptors", limits.max_descriptors, used, count)

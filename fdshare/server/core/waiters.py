@@ -17,7 +17,7 @@ from fdshare.protocol.names import check_name, matcher
 from fdshare.protocol.subscriptions import Subscriptions
 from fdshare.server.core.policy import Policy
 from fdshare.server.core.ports import Awaiting, Effects, JournalBusy, Session, Waiter
-from fdshare.server.core.table import Applied, Table
+from fdshare.server.core.table import Table
 from fdshare.server.core.transactions import Transactions
 from fdshare.server.limits import Limits
 
@@ -39,15 +39,20 @@ class Waiters(Transactions):
         self._watchers: Subscriptions[Session] = Subscriptions()
         self._order = count()  # between waits that end at the same moment
 
-    def _spread(self, applied: Applied, now: float) -> None:
-        """Then serves the watchers, and those who wait for a name."""
-        super()._spread(applied, now)
+    def _happened(self, events: Sequence[m.Event], now: float) -> None:
+        """Tells the watchers, and then those who wait for a name."""
         if self._watchers:
-            self._publish(applied.events)
-        if self._waiting:
-            for event in applied.events:
-                if event.event in ("registered", "replaced", "returned"):
-                    self._wake(event.name, now)
+            self._publish(events)
+        for event in events:
+            if event.event == "returned":
+                self.counters["returned"] += 1
+                self.effects.audit("take", event.name, None, "returned")
+            if event.name in self._waiting and event.event in (
+                "registered",
+                "replaced",
+                "returned",
+            ):
+                self._wake(event.name, now)
 
     def refused(self, session: Session, request: m.AnyRequest | None, error: FdshareError) -> None:
         """Somebody is told *error*; *request* is None for one that was not understood."""

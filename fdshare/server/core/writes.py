@@ -38,7 +38,7 @@ class Writes(Waiters):
         self._settle_if_crowded(session, count, now)
         former = self.table.entries.get(request.name)
         changes = self._settle(former) if former else []
-        if self._is_taken(changes):
+        if changes and self._is_taken(changes):
             former = None
         self._check_clash(request, former, session)
         if request.lifetime == "connection":
@@ -65,7 +65,7 @@ class Writes(Waiters):
         extra = [self.effects.owner_guard(session)] if request.lifetime == "process" else []
         record = Record([*changes, put], session.name, id, reply)
         try:
-            self._commit(record, handles + extra, now, lambda: self._told(session, id, reply))
+            self._commit(record, handles + extra, now, session)
         except BaseException:
             self.effects.close(extra)
             raise
@@ -99,9 +99,6 @@ class Writes(Waiters):
         if wanted is None and not request.replace:
             raise NameTaken(request.name, former.generation)
         self._permit_removal("register", former, session)
-
-    def _told(self, session: Session, id: int, reply: bytes) -> None:
-        self.effects.answer(session, id, reply)
 
     def _answered_before(self, session: Session, id: int) -> bool:
         """True where the request is a repeat: its client has its first answer now."""
@@ -144,7 +141,7 @@ class Writes(Waiters):
                 raise NameNotFound(request.name)
         changes.append(Drop(entry.name, entry.generation, "unregistered"))
         record = Record(changes, session.name, id, DONE)
-        self._commit(record, [], now, lambda: self._told(session, id, DONE))
+        self._commit(record, [], now, session)
         self.effects.audit("unregister", request.name, session, "removed")
         return False
 
@@ -167,7 +164,7 @@ class Writes(Waiters):
         generation = self.table.generation + 1
         reply = m.encode(m.Registered(request.new, generation))
         record = Record([Move(request.old, request.new, generation)], session.name, id, reply)
-        self._commit(record, [], now, lambda: self._told(session, id, reply))
+        self._commit(record, [], now, session)
         self.effects.audit("rename", request.old, session, f"to {request.new}")
         return False
 

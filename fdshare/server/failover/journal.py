@@ -192,7 +192,7 @@ class Journal:
         for connection in list(self._server.loop.connections):
             for session, id in asked:
                 if connection.session.name == session:
-                    self._server.loop.send(connection, id, body, ())
+                    self._server.loop.answer(connection.session, id, body)
 
     # The keeper's death.
 

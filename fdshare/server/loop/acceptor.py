@@ -58,7 +58,7 @@ class Acceptor:
         self._authkey = authkey
         self.accepted = 0
         self.evicted = 0
-        self._paused_until: float | None = None
+        self.paused_until: float | None = None  # None: it accepts
         self._connections = 0  # how many there were when it paused
         self._crowded = False  # no connection was accepted since the last pause
         listener.setblocking(False)
@@ -66,22 +66,20 @@ class Acceptor:
 
     def close(self) -> None:
         """Accepts no more."""
-        if self._paused_until is None:
+        if self.paused_until is None:
             self._output.poller.unregister(self._listener.fileno())
 
     @property
-    def due(self) -> float | None:
-        """When a pause ends: at once where a connection was closed since, for that freed a
-        descriptor. None where accepting does not pause."""
-        if self._paused_until is not None and len(self._output.connections) < self._connections:
-            return 0.0
-        return self._paused_until
+    def due(self) -> float:
+        """When a pause ends: at once if a connection was closed since, for that freed a
+        descriptor."""
+        closed = len(self._output.connections) < self._connections
+        return 0.0 if closed else self.paused_until or 0.0
 
     def resume(self, now: float) -> None:
         """Accepts again if a pause is over."""
-        due = self.due
-        if due is not None and now >= due:
-            self._paused_until = None
+        if self.paused_until is not None and now >= self.due:
+            self.paused_until = None
             self._output.poller.register(self._listener.fileno(), READ, self._on_connect)
 
     # Accepting.
@@ -115,7 +113,7 @@ class Acceptor:
             log.warning("no descriptor is free for a new connection; accepting pauses")
         self._crowded = True
         self._output.poller.unregister(self._listener.fileno())
-        self._paused_until = now + _PAUSE
+        self.paused_until = now + _PAUSE
         self._connections = len(self._output.connections)
         idle = self._longest_idle(None)
         if idle is not None:
@@ -220,7 +218,7 @@ class Acceptor:
             self._output.service.limits.in_flight_per_connection,
             nonce,
         )
-        self._output.send(connection, frame.id, m.encode(welcome), ())
+        self._output.answer(connection.session, frame.id, m.encode(welcome))
 
     def _check_proof(
         self, connection: Connection, frame: Frame[Handle], request: m.AnyRequest
@@ -233,4 +231,5 @@ class Acceptor:
             raise AuthenticationFailed("the authkeys differ")
         connection.proof = None
         connection.greeted = True
-        self._output.send(connection, frame.id, m.encode(m.Proved(connection.counterproof)), ())
+        proved = m.Proved(connection.counterproof)
+        self._output.answer(connection.session, frame.id, m.encode(proved))

@@ -7,7 +7,7 @@ thread sends the answer.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
@@ -33,11 +33,8 @@ _PART: Final = MAX_FRAME // 4  # bytes of entries in one part of a long answer
 class Inspections:
     """Worker threads, started with the first request."""
 
-    def __init__(
-        self, loop: Loop, answer_in_parts: Callable[[Session, int, Sequence[bytes]], None]
-    ) -> None:
+    def __init__(self, loop: Loop) -> None:
         self._loop = loop
-        self._answer_in_parts = answer_in_parts
         self._workers: ThreadPoolExecutor | None = None
 
     def inspect(self, session: Session, id: int, entries: Sequence[Entry], now: float) -> None:
@@ -67,7 +64,7 @@ class Inspections:
             bodies = [m.encode(m.refusal(FdshareError(f"the server failed: {error!r}")))]
 
         def answer() -> None:
-            self._answer_in_parts(session, id, bodies)
+            self._loop.answer_in_parts(session, id, bodies)
             for _, handles in shown:
                 self._loop.unpin(handles)
             self._loop.inspected(session.route)

@@ -186,7 +186,8 @@ class Loop(Output):
             since = oldest.slow_since or 0.0
             slow = since + self.service.limits.request_timeout
             due = slow if due is None else min(due, slow)
-        if (resume := self.acceptor.due) is not None:
+        if self.acceptor.paused_until is not None:
+            resume = self.acceptor.due
             due = resume if due is None else min(due, resume)
         return due
 
@@ -383,10 +384,10 @@ class Loop(Output):
         request: m.AnyRequest | None,
     ) -> None:
         self.service.refused(connection.session, request, error)
-        self.send(connection, id, m.encode(m.refusal(error)), ())
+        self.answer(connection.session, id, m.encode(m.refusal(error)))
 
     def expel(self, connection: Connection, error: FdshareError, now: float) -> None:
         """Sends one error frame, and closes the connection after it."""
         self.service.refused(connection.session, None, error)
         connection.draining = True
-        self.send(connection, 0, m.encode(m.refusal(error)), ())
+        self.answer(connection.session, 0, m.encode(m.refusal(error)))

@@ -14,13 +14,14 @@ import logging
 import socket
 import termios
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from fdshare.errors import DescriptorLimit
 from fdshare.kernel.ancillary import Rights, rights, send_rights
 from fdshare.protocol import messages as m
 from fdshare.protocol.framing import header
+from fdshare.server.core.ports import Session
 from fdshare.server.core.service import Service
 from fdshare.server.loop.closing import Handle, close_quietly
 from fdshare.server.loop.connection import NO_MEMORY, Connection
@@ -30,6 +31,7 @@ __all__ = ["Output"]
 
 log = logging.getLogger("fdshare.server")
 
+_OUTPUT_FOR_EVENTS: Final = 1 << 20  # bytes queued above which a watcher is sent no more events
 _BACKPRESSURE: Final = 1 << 16  # bytes of unread answers above which a client is not served
 # An answer that is not written yet counts no bytes, and a request of a few bytes asks for
 # megabytes.
@@ -103,29 +105,44 @@ class Output:
 
     # Sending.
 
-    def send(
+    def answer(
         self,
-        connection: Connection,
+        session: Session,
         id: int,
         body: bytes,
-        handles: tuple[Handle, ...],
+        handles: Sequence[Handle] = (),
         *,
         further: bool = False,
     ) -> None:
         """Queues a frame and sends what can be sent now. Beyond `max_output` the connection is
         closed, unless the frame is a *further* part of an answer, which is sent whole."""
+        connection: Connection = session.route
         if connection.closed:
             return
         frame = header(len(body), len(handles), id) + body
         fds = rights([handle.fd for handle in handles]) if handles else ()
         if not connection.output and self._sent_at_once(connection, frame, fds, len(handles)):
             return
-        connection.queue(frame, handles)
+        connection.queue(frame, tuple(handles))
         if len(connection.output) == 1:
             self.flush(connection, time.monotonic())
         elif connection.output_bytes > self.service.limits.max_output and not further:
-            log.warning("pid %d does not read its answers, dropped", connection.session.pid)
+            log.warning("pid %d does not read its answers, dropped", session.pid)
             self.drop(connection)
+
+    def answer_in_parts(self, session: Session, id: int, bodies: Sequence[bytes]) -> None:
+        """Sends all of *bodies*, however long they are together."""
+        for number, body in enumerate(bodies):
+            self.answer(session, id, body, further=number > 0)
+
+    def publish(self, sessions: Sequence[Session], body: bytes) -> None:
+        """Sends an event; a client that does not read is sent fresh snapshots later instead."""
+        for session in sessions:
+            connection: Connection = session.route
+            if connection.overflowed or connection.output_bytes > _OUTPUT_FOR_EVENTS:
+                connection.overflowed = True
+            else:
+                self.answer(session, 0, body)
 
     def _sent_at_once(self, connection: Connection, frame: bytes, fds: Rights, count: int) -> bool:
         """The common case, without a queue: True where the whole frame has gone, and its *count*
@@ -180,7 +197,7 @@ class Output:
         if connection.overflowed:
             connection.overflowed = False
             connection.stale = list(connection.session.watches)
-            self.send(connection, 0, m.encode(m.Overflowed()), ())
+            self.answer(connection.session, 0, m.encode(m.Overflowed()))
         # No more than the client reads: thousands of watches with thousands of names each would
         # overflow again.
         stale, connection.stale = connection.stale, []

@@ -30,11 +30,10 @@ from fdshare.server.core.policy import Policy
 from fdshare.server.core.ports import LeaseState, Session
 from fdshare.server.core.records import Record
 from fdshare.server.core.service import Service
-from fdshare.server.core.table import Entry, Table
+from fdshare.server.core.table import Table
 from fdshare.server.limits import Limits
 from fdshare.server.loop.binding import bind_address
 from fdshare.server.loop.closing import Closer, Handle
-from fdshare.server.loop.connection import Connection
 from fdshare.server.loop.hangups import Hangups
 from fdshare.server.loop.inspections import Inspections
 from fdshare.server.loop.loop import Loop
@@ -80,8 +79,7 @@ class Server:
         epoch: str | None = None,
     ) -> None:
         nofile = raise_descriptor_limit()
-        # Not `or`: an empty table is false, and a successor of ours would get the other one.
-        self.table = Table() if table is None else table
+        self.table = table or Table()
         limits = Limits.for_rlimit(nofile, **settings.limits)
         self.service = Service(self.table, _policy(settings), limits, self)
         self._journal = journal
@@ -93,7 +91,13 @@ class Server:
         epoch = epoch or os.urandom(8).hex()
         self.loop = Loop(self.service, self._close, listener, epoch, settings.authkey)
         self._hangups = Hangups(self.loop)
-        self._inspections = Inspections(self.loop, self.answer_in_parts)
+        self._inspections = Inspections(self.loop)
+        # Parts of `Effects`.
+        self.answer = self.loop.answer
+        self.answer_in_parts = self.loop.answer_in_parts
+        self.publish = self.loop.publish
+        self.watch = self._hangups.watch
+        self.inspect = self._inspections.inspect
         for entry in self.table.entries.values():
             self.watch(entry)
 
@@ -137,23 +141,6 @@ class Server:
         self.loop.abandon()
 
     # `Effects`, for the service.
-
-    def answer(
-        self, session: Session, id: int, body: bytes, handles: Sequence[Handle] = ()
-    ) -> None:
-        self.loop.send(session.route, id, body, tuple(handles))
-
-    def answer_in_parts(self, session: Session, id: int, bodies: Sequence[bytes]) -> None:
-        for number, body in enumerate(bodies):
-            self.loop.send(session.route, id, body, (), further=number > 0)
-
-    def publish(self, sessions: Sequence[Session], body: bytes) -> None:
-        for session in sessions:
-            connection: Connection = session.route
-            if connection.overflowed or connection.output_bytes > _OUTPUT_FOR_EVENTS:
-                connection.overflowed = True
-            else:
-                self.loop.send(connection, 0, body, ())
 
     def journal(self, record: Record, handles: Sequence[Handle]) -> None:
         if self._journal is not None:
@@ -210,15 +197,9 @@ class Server:
             session.pid, session.subject.uid, session.subject.gid, _command_of(session.pid)
         )
 
-    def watch(self, entry: Entry) -> None:
-        self._hangups.watch(entry)
-
     def close(self, handles: Sequence[Handle]) -> None:
         for handle in handles:
             self._close(handle)
-
-    def inspect(self, session: Session, id: int, entries: Sequence[Entry], now: float) -> None:
-        self._inspections.inspect(session, id, entries, now)
 
     def bind(self, address: str, backlog: int, reuse_port: bool) -> tuple[m.Kind, Handle]:
         sock = bind_address(address, backlog=backlog, reuse_port=reuse_port)
@@ -233,7 +214,7 @@ class Server:
             keeper_pid=keeper_pid,
             redundant=redundant,
             uptime=time.monotonic() - self._started,
-            names=len(self.table),
+            names=len(self.table.entries),
             descriptors=self.table.descriptors,
             leases=len(self.table.leases),
             connections=len(loop.connections),

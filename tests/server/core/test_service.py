@@ -327,7 +327,7 @@ def test_many_replacements_leave_no_deadlines_behind(effects: MemoryEffects) -> 
     session = effects.session()
     for _ in range(1000):
         register(effects, session, replace=True, ttl=1000.0)
-    assert len(effects.table._deadlines) < 100
+    assert len(effects.table.deadlines) < 100
 
 
 def test_an_expired_lease_that_was_confirmed_is_the_takers(effects: MemoryEffects) -> None:
