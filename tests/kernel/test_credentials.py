@@ -152,6 +152,7 @@ def test_the_row_of_linux_is_what_python_knows() -> None:
 
 
 def test_a_platform_without_means_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Another row of the table, which is data; the code that reads it is the real one.
     monkeypatch.setattr(module, "HERE", PLATFORMS["darwin"])
     with socket.socket(socket.AF_UNIX) as sock:
         with pytest.raises(UnsupportedPlatform, match="for connections only"):

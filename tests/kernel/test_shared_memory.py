@@ -319,7 +319,7 @@ def test_a_system_without_memfd(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_kernel_that_knows_no_noexec(monkeypatch: pytest.MonkeyPatch) -> None:
-    # What the flag does is the kernel's; that one without it is used all the same is ours.
+    # A flag that no kernel knows yet, so that this one refuses it as an older one refuses ours.
     monkeypatch.setattr("fdshare.kernel.shared_memory._NOEXEC_SEAL", 1 << 24)
     with SharedMemory(1) as memory:
         assert memory.buf[0] == 0

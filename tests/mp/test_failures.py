@@ -244,7 +244,7 @@ def test_a_job_that_cannot_be_unpickled_fails_alone(package: str) -> None:
 def test_a_job_at_a_descriptor_limit_fails_alone(ctx: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from fdshare.mp.workers import tasks
 
-    monkeypatch.setattr(tasks, "PATIENCE", 0.1)
+    monkeypatch.setattr(tasks, "PATIENCE", 0.1)  # or every refusal takes 5 s
     with ctx.Pool(1) as pool, ProcessPoolExecutor(1, ctx) as executor:
         assert executor.submit(children.same, 1).result() == 1
         with descriptor_limit_reached():

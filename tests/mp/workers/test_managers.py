@@ -76,7 +76,7 @@ def test_locks_and_pools_of_a_manager(ctx: Any) -> None:
 def test_a_reply_that_finds_no_room_is_an_error_and_not_the_next_reply(
     ctx: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(managers, "PATIENCE", 0.1)
+    monkeypatch.setattr(managers, "PATIENCE", 0.1)  # or every refusal takes 5 s
     with ctx.Manager() as manager:
         with socket.socket() as sock:
             items = manager.list([sock])
