@@ -43,9 +43,18 @@ from fdshare.errors import (
     NoServer,
     ServerGone,
 )
+from fdshare.kernel.ancillary import send_message
 from fdshare.kernel.credentials import peer_credentials
-from fdshare.kernel.endpoint import connect
+from fdshare.kernel.descriptor import Descriptor
+from fdshare.kernel.endpoint import connect, listen
 from fdshare.protocol import messages as m
+from fdshare.server.core.records import Move, Put, Record
+from fdshare.server.core.table import Table
+from fdshare.server.failover.holdings import Holdings
+from fdshare.server.failover.journal import encode_letter
+from fdshare.server.failover.keeper import Keeper
+from fdshare.server.loop.poller import READ
+from fdshare.server.settings import Settings
 
 # Which half dies, in this order.
 ALL: list[list[Half]] = [
@@ -903,3 +912,69 @@ def test_what_is_not_there_is_still_not_there(manager: Manager, halves: Halves) 
             manager.fetch("a")
     os.close(read)
     os.close(write)
+
+
+# One keeper alone: the test is its server.
+
+
+@pytest.fixture
+def lone(folder: Path) -> Iterator[tuple[Keeper, socket.socket]]:
+    """A keeper in this process that follows the journal whose other end the test has, and a server
+    that is a mere process."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    server = Descriptor(os.pidfd_open(process.pid))
+    settings = Settings(path=str(folder / "s"))
+    holdings = Holdings(settings, listen(folder / "s"), Table(), "epoch")
+    keeper = Keeper(holdings, lambda holdings, half: None, journal=ours, server=server)
+    keeper._follow()
+    yield keeper, theirs
+    theirs.close()
+    keeper._let_go()
+    ours.close()
+    server.close()
+    process.kill()
+    process.communicate()
+
+
+def put(generation: int) -> Record:
+    change = Put(f"n{generation}", generation, KIND, 1, m.Registrant(1, 0, 0), 0.0)
+    return Record([change])
+
+
+IMPOSSIBLE = Record([Move("nobody has this name", "b", 1)])
+
+
+def test_the_journal_of_the_dead_is_read_to_its_end(
+    lone: tuple[Keeper, socket.socket], null: int
+) -> None:
+    """Also past the ECONNRESET of what the server had not read: the keeper's hello."""
+    keeper, journal = lone
+    for generation in range(1, 101):
+        send_message(journal, (encode_letter(put(generation)),), [null])
+    journal.close()
+    keeper._on_death(READ)
+    assert list(keeper._holdings.table.entries) == [f"n{n}" for n in range(1, 101)]
+
+
+def test_a_record_that_cannot_be_applied_ends_the_keeper(
+    lone: tuple[Keeper, socket.socket],
+) -> None:
+    """The server has the table, and makes another keeper of that."""
+    keeper, journal = lone
+    journal.send(encode_letter(IMPOSSIBLE))
+    with pytest.raises(KeyError):
+        keeper._on_journal(READ)
+
+
+def test_the_dead_servers_other_records_are_applied(
+    lone: tuple[Keeper, socket.socket], null: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """There is nobody any more who has the table."""
+    keeper, journal = lone
+    send_message(journal, (encode_letter(put(1)),), [null])
+    journal.send(encode_letter(IMPOSSIBLE))
+    send_message(journal, (encode_letter(put(2)),), [null])
+    keeper._on_death(READ)
+    assert list(keeper._holdings.table.entries) == ["n1", "n2"]
+    assert "cannot be applied" in caplog.text

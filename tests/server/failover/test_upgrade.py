@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from breaking import FIXED, Halves, ended, identity, kill
+from breaking import FIXED, Halves, ended, identity, kill, state
 from conftest import census, wait_until
 from installed import HANGS, Installed
 from nursery import Manager
@@ -223,6 +223,17 @@ def test_the_owner_goes_over(folder: Path) -> None:
     assert not (folder / "s").exists()
 
 
+def until_said(told: NotifySocket, line: str) -> list[list[str]]:
+    """The lines of each notification up to the one that has *line*."""
+    said: list[list[str]] = []
+    while not said or line not in said[-1]:
+        notification = told.receive()
+        assert notification is not None
+        notification.close()
+        said.append(notification.lines)
+    return said
+
+
 def test_the_service_manager_is_told(installed: Installed, folder: Path) -> None:
     with NotifySocket(str(folder / "notify")) as told:
         installed.start(NOTIFY_SOCKET=told.address)
@@ -231,12 +242,7 @@ def test_the_service_manager_is_told(installed: Installed, folder: Path) -> None
             client.upgrade()
             client.shutdown()
         wait_until(lambda: not installed.path.exists())
-        said = []
-        while not any("STOPPING=1" in lines for lines in said):
-            notification = told.receive()
-            assert notification is not None
-            notification.close()
-            said.append(notification.lines)
+        said = until_said(told, "STOPPING=1")
         assert not any("MAINPID" in line for lines in said[1:] for line in lines)
 
 
@@ -407,6 +413,28 @@ def test_it_ends_in_the_middle_of_a_trial(installed: Installed, client: Client) 
     client.shutdown()
     wait_until(lambda: not installed.path.exists())
     wait_until(lambda: ended(trial), "the trial ends, too")
+
+
+def test_it_ends_although_the_trial_succeeds(installed: Installed, folder: Path) -> None:
+    """New code that takes over while the service ends would begin it anew."""
+    os.mkfifo(folder / "proceed")
+    with NotifySocket(str(folder / "notify")) as told:
+        installed.start(NOTIFY_SOCKET=told.address)
+        installed.begin(UPGRADE, f"open({str(folder / 'proceed')!r}).read()")
+        with Client(installed.path) as client:
+            halves = Halves(client)
+            pids = halves.pids()
+            os.kill(pids["keeper"], signal.SIGUSR2)
+            trial = trial_runs(halves)
+        os.kill(pids["server"], signal.SIGSTOP)  # so the keeper waits for it, and for the trial
+        os.kill(pids["keeper"], signal.SIGTERM)
+        until_said(told, "STOPPING=1")
+    (folder / "proceed").write_text("")
+    wait_until(lambda: state(trial) == "X", "the keeper knows how the trial went")
+    os.kill(pids["server"], signal.SIGCONT)
+    for pid in pids.values():
+        wait_until(lambda pid=pid: ended(pid), f"{pid} ends")
+    assert not installed.path.exists()
 
 
 @pytest.mark.parametrize("half", ["server", "keeper"])
