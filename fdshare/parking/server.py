@@ -307,11 +307,12 @@ class _Server:
         """Holds *descriptors* as the buffer says; False where it cannot: they are the caller's."""
         seconds, uses = TERMS.unpack_from(self.buffer, 1 + KEY_SIZE)
         count = len(descriptors)
+        key = bytes(self.buffer[_KEY])
+        if (former := self.stored.get(key)) is not None:  # the answer to a first attempt was lost
+            most += len(former.fds)
         if lost is not None or not 0 < count <= most or not 0 < seconds < _NEVER:
             return False
-        key = bytes(self.buffer[_KEY])
-        if key in self.stored:  # the answer to a first attempt was lost
-            self._remove(key)
+        self._remove(key)
         used = min(count, client.credit)
         client.credit -= used
         self.credit -= used

@@ -281,6 +281,17 @@ def test_the_same_key_again(client: socket.socket, pair: Pair) -> None:
     os.close(fd)
 
 
+@pytest.mark.parametrize("server", [64], indirect=True)
+def test_what_is_put_again_counts_once(server: Server, client: socket.socket, pair: Pair) -> None:
+    fd = pair[0].fileno()
+    for _ in range(5):
+        assert put(client, A, *[fd] * 10) == PUT
+    assert put(client, B, *[fd] * 14) == PUT  # there are 24 places
+    assert put(client, A, *[fd] * 10) == PUT  # in those that the first attempt has
+    assert put(client, A, *[fd] * 11)[:1] == FULL
+    assert (taken(client, A), taken(client, B)) == (10, 14)
+
+
 def test_time_to_live(client: socket.socket, pair: Pair) -> None:
     near, far = pair
     put(client, A, near.fileno(), ttl=0.05)
