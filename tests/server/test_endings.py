@@ -299,8 +299,8 @@ def test_the_process_of_a_pidfd(manager: Manager, break_: Any, order: list[Half]
     break_(order)
     assert manager.names() == ["a"]
     process.kill()
+    gone(manager)  # before anybody has asked for its status, which alone is a hang-up to epoll
     process.communicate()
-    gone(manager)
 
 
 def test_what_cannot_hang_up_stays(manager: Manager, folder: Path) -> None:

@@ -261,6 +261,16 @@ def test_a_record_that_is_not_whole_is_as_if_never_written(fdstore: FdStore) -> 
     assert sorted(again(fdstore).held.entries) == ["a", "c"]
 
 
+def test_a_record_that_is_not_as_it_was_written_is_as_if_never_written(fdstore: FdStore) -> None:
+    fdstore.record(put("a", 1), [10])
+    whole = state(fdstore)
+    fdstore.record(put("tail", 2), [11])
+    fd = fdstore.memfd.fileno()
+    data = os.pread(fd, os.fstat(fd).st_size, 0)
+    os.pwrite(fd, b"tale", data.index(b"tail"))  # a good name, too
+    assert state(again(fdstore)) == whole
+
+
 def test_the_memfd_does_not_grow_for_ever(fdstore: FdStore) -> None:
     for generation in range(1, 3000):
         fdstore.record(put("name", generation), [10])
