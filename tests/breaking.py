@@ -7,6 +7,7 @@ import os
 import select
 import signal
 import socket
+import struct
 from collections import Counter, deque
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
@@ -206,3 +207,41 @@ def connected_pair() -> tuple[socket.socket, socket.socket]:
         near = socket.create_connection(listener.getsockname())
         far, _ = listener.accept()
     return near, far
+
+
+def lingering_pair(seconds: int) -> tuple[socket.socket, socket.socket]:
+    """A TCP socket whose last close(2) takes *seconds*, and its peer, which can `reset` it."""
+    with socket.socket() as listener:
+        # Small buffers, and a peer that never reads: what is sent stays unsent.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        sock = socket.create_connection(listener.getsockname())
+        peer, _ = listener.accept()
+    sock.setblocking(False)
+    try:
+        while True:
+            sock.send(b"unsent" * 10_000)
+    except BlockingIOError:
+        pass
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, seconds))
+    # With O_NONBLOCK close(2) would not wait; the flag is the description's, and so is this.
+    sock.setblocking(True)
+    return sock, peer
+
+
+def reset(peer: socket.socket) -> None:
+    """Closes *peer* with a RST: nobody waits for it any more."""
+    peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    peer.close()
+
+
+def leave_unread(address: str, pid: int, sock: socket.socket) -> None:
+    """Gives the server *pid* the last copy of *sock* where it never reads it: behind bytes that
+    end the connection."""
+    with Wire(address) as wire, sock:
+        wire.sock.settimeout(None)  # or Python asks poll(2) first, for which there is no room
+        os.kill(pid, signal.SIGSTOP)
+        wire.sock.sendall(b"\xff" * 70_000)
+        send_message(wire.sock, (b"x",), [sock.fileno()])
+    os.kill(pid, signal.SIGCONT)

@@ -1,0 +1,49 @@
+"""connection: the kernel keeps the time of each request."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import struct
+
+import pytest
+from conftest import Watched, census
+
+from fdshare.client.blocking.client import Client
+from fdshare.errors import ServerTimeout
+
+
+def kernel_timeouts(fd: int) -> tuple[float, float]:
+    """The seconds of SO_RCVTIMEO and SO_SNDTIMEO."""
+    with socket.socket(fileno=os.dup(fd)) as sock:
+        values = [
+            struct.unpack("@ll", sock.getsockopt(socket.SOL_SOCKET, option, 16))
+            for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO)
+        ]
+    receive, send = (seconds + micros / 1e6 for seconds, micros in values)
+    return receive, send
+
+
+def test_each_request_has_its_own_time(server: Watched) -> None:
+    before = census()
+    with Client(server.address, timeout=30) as client:
+        client.register("there", 0)
+        (fd,) = census().keys() - before.keys()
+        for wait, least, most in ((0, 15, 30), (100, 100, 130), (0, 15, 46), (None, 86400, 86400)):
+            client.fetch_raw("there", timeout=wait)[0].close()
+            # A request sets what fits it, which is not to the second what is left of its time.
+            assert all(least <= value <= most for value in kernel_timeouts(fd)), wait
+
+
+def test_who_gets_no_answer_stops_waiting(server: Watched) -> None:
+    """Also on a connection whose last request had more time."""
+    with Client(server.address, timeout=0.2) as client:
+        client.register("there", 0)
+        client.fetch_raw("there", timeout=500)[0].close()
+        os.kill(server.pid, signal.SIGSTOP)
+        try:
+            with pytest.raises(ServerTimeout):
+                client.info("there")
+        finally:
+            os.kill(server.pid, signal.SIGCONT)
