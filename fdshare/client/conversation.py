@@ -26,9 +26,9 @@ from fdshare.kernel.ancillary import close_all
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.protocol import messages as m
 from fdshare.protocol.auth import NONCE_SIZE, prove
-from fdshare.protocol.framing import HEADER, MAX_FRAME, Receiver, header
+from fdshare.protocol.framing import HEADER, MAX_FRAME, Receiver, only_frame
 
-__all__ = ["Answer", "Conversation", "Exchange", "Parts", "Received"]
+__all__ = ["Answer", "Conversation", "Exchange", "Parts", "Read"]
 
 
 # The next two are Structs, not dataclasses: made in C, in a tenth of the time, for every request.
@@ -36,11 +36,12 @@ __all__ = ["Answer", "Conversation", "Exchange", "Parts", "Received"]
 
 class Exchange(msgspec.Struct):
     """A request to be made: *fds* are borrowed until it is answered. *wait* is how many seconds
-    more than usual the answer may take, None for ever."""
+    more than usual the answer may take, None for ever. *id* is 0 until it is first sent."""
 
     request: m.Request
     fds: Sequence[int] = ()
     wait: float | None = 0.0
+    id: int = 0
 
     def deadline(self, started: float, timeout: float | None) -> float | None:
         """When the answer must be there, if the server may take *timeout* seconds."""
@@ -57,7 +58,8 @@ class Exchange(msgspec.Struct):
             self.request = msgspec.structs.replace(self.request, wait=left)
 
 
-Received: TypeAlias = tuple[memoryview, list[Descriptor], FdshareError | None]
+# What one recvmsg(2) brought: bytes, descriptors, and why some of these are missing.
+Read: TypeAlias = tuple[memoryview, list[Descriptor], FdshareError | None]
 
 
 class Answer(NamedTuple):
@@ -147,15 +149,10 @@ class Conversation:
     ) -> Parts | None:
         """The whole answer to request *id*, where *data* is that and nothing else, as it nearly
         always is. None for all other cases: nothing has been taken then, `feed` them."""
-        if lost is not None or not self._receiver.idle:
-            return None
-        frame = data.tobytes()
-        length = len(frame) - HEADER.size
-        # There is but one header that will do, and it is made faster than another is taken apart.
-        if length < 0 or not frame.startswith(header(length, len(descriptors), id)):
+        if lost is not None or not self._receiver.idle or only_frame(data, len(descriptors)) != id:
             return None
         try:
-            reply = m.decode_reply(frame[HEADER.size :])
+            reply = m.decode_reply(data[HEADER.size :].tobytes())
         except ProtocolError:
             return None
         if type(reply) is not m.Given and (

@@ -1,9 +1,9 @@
-"""Fetched: what a connection remembers of its fetches, so that the next one of a name is short.
+"""FetchCache: what a connection remembers of its fetches, so that the next one of a name is short.
 
-A fetch that was made before will be asked for with the same bytes again, and answered with the same
+A fetch that was made before is asked for with the same bytes again, and answered with the same
 bytes until the entry changes; only the id differs. So both frames are kept, an answer that is the
 expected one need not be decoded, and any other is decoded as ever. What is remembered can never be
-wrong: an answer is believed for what it says, here by comparing what it says.
+wrong: it is used only where the answer that came has the same bytes.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from typing import Final
 
 from fdshare.client.conversation import Parts
 from fdshare.protocol import messages as m
-from fdshare.protocol.framing import HEADER, only_frame
+from fdshare.protocol.framing import HEADER
 
-__all__ = ["Fetched", "Known"]
+__all__ = ["CachedFetch", "FetchCache"]
 
 _ID: Final = struct.Struct(">I")  # the last field of a header
 _REMEMBERED: Final = 1024  # names
 _LONGEST: Final = 1024  # bytes of an answer
 
 
-class Known:
+class CachedFetch:
     """One fetch: its two frames, without their ids, and what the answer says."""
 
     __slots__ = ("_answer", "_answer_head", "_request", "_request_head", "count", "reply")
@@ -42,17 +42,15 @@ class Known:
         )
 
 
-class Fetched(dict[str, Known]):
-    """name -> what is known of its fetch."""
+class FetchCache(dict[str, CachedFetch]):
+    """name -> the fetch of it."""
 
-    def learn(self, name: str, request: bytes, data: memoryview, parts: Parts) -> None:
-        """Remembers a fetch that was asked for with *request*, and answered with *parts*; unless
-        *data* is more, or less, than the frame of that answer."""
-        reply, count = parts.replies[0], len(parts.descriptors)
-        if type(reply) is not m.Given or not HEADER.size < len(data) <= _LONGEST:
-            return
-        if only_frame(data, count) != _ID.unpack_from(request, 8)[0]:
+    def learn(self, name: str, request: bytes, answer: memoryview, parts: Parts) -> None:
+        """Remembers a fetch that was asked for with the frame *request*, and answered with the one
+        frame *answer*, which says *parts*."""
+        reply = parts.replies[0]
+        if type(reply) is not m.Given or len(answer) > _LONGEST:
             return
         if len(self) >= _REMEMBERED:
             self.clear()
-        self[name] = Known(request, data.tobytes(), reply, count)
+        self[name] = CachedFetch(request, answer.tobytes(), reply, len(parts.descriptors))

@@ -1,4 +1,4 @@
-"""What clients are before they wait for anything: where the server is, and whom they believe."""
+"""What every client has: the address of its server, the uids it trusts, and its lifeline."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fdshare.kernel.credentials import peer_credentials
 from fdshare.kernel.descriptor_limit import descriptor_limit, is_descriptor_limit
 from fdshare.kernel.endpoint import connect as connect_socket
 
-__all__ = ["BaseClient", "Lifeline", "Search", "dial"]
+__all__ = ["BaseClient", "Dialer", "Lifeline", "Search"]
 
 
 class BaseClient:
@@ -38,6 +38,7 @@ class BaseClient:
         self.reconnect = reconnect
         self._authkey = None if authkey is None else bytes(authkey)
         self._trust = frozenset((0, os.geteuid()) if trust is None else trust)
+        self._dialer = Dialer(self.address, self._trust)
         self._closed = False
 
     def __bool__(self) -> bool:
@@ -63,32 +64,41 @@ class BaseClient:
         self.__init__(state.pop("path"), **state)  # type: ignore[misc]
 
 
-def dial(address: str, trust: Collection[int], timeout: float | None) -> socket.socket:
-    """A blocking socket connected to a server that is believed. The caller owns the result.
+class Dialer:
+    """Makes the connections of a client, and knows whether there ever was a server."""
 
-    Raises: UntrustedServer, NoServer, EndpointError; ServerTimeout: its backlog stayed full for
-    *timeout* seconds; DescriptorLimit: this process's.
-    """
-    try:
-        sock = connect_socket(address, timeout=timeout)
-    except OSError as error:
-        if isinstance(error, FdshareError) or not is_descriptor_limit(error):
+    def __init__(self, address: str, trust: Collection[int]) -> None:
+        self.address = address
+        self._trust = trust
+        self.reached = False  # a connection was made, perhaps long ago
+
+    def dial(self, timeout: float | None) -> socket.socket:
+        """A blocking socket connected to a server that is trusted. The caller owns the result.
+
+        Raises: UntrustedServer, NoServer, EndpointError; ServerTimeout: its backlog stayed full for
+        *timeout* seconds; DescriptorLimit: this process's.
+        """
+        try:
+            sock = connect_socket(self.address, timeout=timeout)
+        except OSError as error:
+            if isinstance(error, FdshareError) or not is_descriptor_limit(error):
+                raise
+            raise descriptor_limit(error.errno, "client") from None
+        try:
+            who = peer_credentials(sock)
+            if who.uid not in self._trust:
+                raise UntrustedServer(self.address, who.uid)
+        except BaseException:
+            sock.close()
             raise
-        raise descriptor_limit(error.errno, "client") from None
-    try:
-        who = peer_credentials(sock)
-        if who.uid not in trust:
-            raise UntrustedServer(address, who.uid)
-    except BaseException:
-        sock.close()
-        raise
-    return sock
+        self.reached = True
+        return sock
 
 
 @dataclass(slots=True)
 class Search:
-    """How long a server that was lost is looked for: *seconds* from the moment it was missed. One
-    that has answered in between was found, however often it dies."""
+    """How long a server that was lost is looked for: *seconds* from the moment it was missed. If
+    it answers in between, the time starts again, however often it dies."""
 
     seconds: float
     _until: float | None = None
@@ -99,13 +109,13 @@ class Search:
         self._found_at = time.monotonic()
 
     def answered(self) -> None:
-        """There was a word from the server on the connection that was made."""
+        """The server said something on the connection that was made."""
         self._until = None
 
     def missed(self) -> bool:
         """There is no server, or the connection ended. True where it is time to give up."""
         now = time.monotonic()
-        # One that held for a while was no flicker of a server that dies again and again.
+        # A connection that held for a while: the server is not one that dies again and again.
         if self._until is None or (self._found_at and now - self._found_at > self.seconds):
             self._until = now + self.seconds
         self._found_at = 0.0
@@ -113,10 +123,11 @@ class Search:
 
 
 class Lifeline:
-    """A socket pair: one end goes with entries of lifetime "connection", the other is their life.
+    """A socket pair: the server gets one end with each entry of lifetime "connection", and keeps
+    the entry as long as the other end is open.
 
-    The server sees the end of it when the last copy of our end is closed, so a forked child closes
-    its copy at once.
+    The server sees it closed when the last copy of our end is, so a forked child closes its copy at
+    once.
     """
 
     def __init__(self) -> None:
@@ -137,7 +148,7 @@ class Lifeline:
             return self._ends[1].fileno()
 
     def close(self) -> None:
-        """The entries may go."""
+        """Ends the lifetime of the entries."""
         with self._lock:
             ends, self._ends = self._ends, None
         for end in ends or ():

@@ -39,7 +39,8 @@ def register(
     lifeline: int | None,
 ) -> Steps[m.Registered]:
     check_name(name)
-    check_metadata(metadata or {})
+    if metadata:
+        check_metadata(metadata)
     kind, fds = describe(obj)
     if len(fds) > MAX_ENTRY_DESCRIPTORS:
         raise TooManyDescriptors(len(fds), MAX_ENTRY_DESCRIPTORS)

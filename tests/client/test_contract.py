@@ -16,8 +16,10 @@ import pytest
 from nursery import Manager
 
 import fdshare
-from fdshare.client.asynchronous.client import AsyncClient, AsyncWatcher
-from fdshare.client.blocking.client import Client, Watcher
+from fdshare.client.asynchronous.client import AsyncClient
+from fdshare.client.asynchronous.watch import AsyncWatcher
+from fdshare.client.blocking.client import Client
+from fdshare.client.blocking.watch import Watcher
 from fdshare.errors import (
     AuthenticationFailed,
     ClosedDescriptor,

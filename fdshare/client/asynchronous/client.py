@@ -19,15 +19,14 @@ import anyio.lowlevel
 from anyio.abc import TaskGroup
 
 from fdshare.client import verbs
-from fdshare.client.asynchronous.pending import Subscription
 from fdshare.client.asynchronous.pipeline import Pipeline
+from fdshare.client.asynchronous.watch import AsyncWatcher
 from fdshare.client.settings import BaseClient, Lifeline
-from fdshare.client.watch_state import Change, WatchState
-from fdshare.errors import ClosedDescriptor, InvalidArgument, ServerTimeout, WatchTimeout
+from fdshare.errors import ClosedDescriptor, InvalidArgument
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.protocol import messages as m
 
-__all__ = ["AsyncClient", "AsyncWatcher", "connect"]
+__all__ = ["AsyncClient", "connect"]
 
 T = TypeVar("T")
 
@@ -129,7 +128,7 @@ class AsyncClient(BaseClient):
 
         *timeout* bounds each wait, in seconds. See `AsyncWatcher`. The caller owns the result.
         """
-        return AsyncWatcher(self, pattern, timeout)
+        return AsyncWatcher(self, self._open_pipeline, pattern, timeout)
 
     async def unregister(self, name: str, *, if_generation: int | None = None) -> None:
         """The server lets go of the entry. Raises: NameNotFound, GenerationMismatch,
@@ -205,9 +204,7 @@ class AsyncClient(BaseClient):
         if self._entered:
             raise InvalidArgument("client", "it was entered before; make another one")
         self._entered = True
-        self._pipeline = Pipeline(
-            self.address, self._trust, self._authkey, self.timeout, self.reconnect
-        )
+        self._pipeline = Pipeline(self._dialer, self._authkey, self.timeout, self.reconnect)
         self._tasks = anyio.create_task_group()
         await self._tasks.__aenter__()
         try:
@@ -239,10 +236,10 @@ class AsyncClient(BaseClient):
 
     async def _do(self, steps: verbs.Steps[T]) -> T:
         try:
-            self._check_open()
+            pipeline = self._open_pipeline()
             exchange = next(steps)
             while True:
-                exchange = steps.send(await self._pipeline.exchange(exchange))
+                exchange = steps.send(await pipeline.exchange(exchange))
         except StopIteration as stop:
             result: T = stop.value
             return result
@@ -250,89 +247,16 @@ class AsyncClient(BaseClient):
             steps.close()
             raise
 
-    def _check_open(self) -> None:
+    def _open_pipeline(self) -> Pipeline:
         if self._closed:
             raise ClosedDescriptor("the client is closed, or was not entered with `async with`")
+        return self._pipeline
 
     def _after_fork(self) -> None:
         """In the child, where the event loop is not: lets go of the parent's connection."""
         if not self._closed:
             self._closed = True
             self._pipeline.drop()
-
-
-class AsyncWatcher:
-    """Snapshots and events of the names that match a pattern; ends when it is closed.
-
-    As `Watch`, for one task at a time; it shares the client's connection. Items that nobody asks
-    for are kept up to a bound, and then folded into one Snapshot of what is held now.
-    """
-
-    def __init__(self, client: AsyncClient, pattern: str, timeout: float | None) -> None:
-        self.pattern = pattern
-        self.timeout = timeout
-        self._client = client
-        self._watching = WatchState(pattern)
-        self._subscription: Subscription | None = None
-        self._closed = False
-
-    @property
-    def held(self) -> dict[str, int]:
-        """name -> generation, as of the last item; do not change it."""
-        return self._watching.held
-
-    def __aiter__(self) -> AsyncWatcher:
-        return self
-
-    async def __anext__(self) -> Change:
-        with anyio.move_on_after(self.timeout):
-            return await self._next()
-        raise WatchTimeout(self.pattern, self.timeout or 0.0)
-
-    async def _next(self) -> Change:
-        await anyio.lowlevel.checkpoint()  # before anything is drawn: what is drawn is returned
-        while (change := self._watching.draw()) is None:
-            if self._closed:
-                raise StopAsyncIteration
-            await self._ready()
-        return change
-
-    async def _ready(self) -> None:
-        """Returns when there may be more to draw."""
-        if self._subscription is None:
-            self._client._check_open()
-            self._subscription = self._client._pipeline.subscribe(self._watching)
-        subscription = self._subscription
-        # Only the first answer has to come in time; events come when they come.
-        patience = None if self._watching.live else self._client.timeout
-        with anyio.move_on_after(patience) as scope:
-            await subscription.ready()
-        if subscription.error is not None:
-            self._subscription = None  # the next try is a new one
-            raise subscription.error
-        if scope.cancelled_caught:
-            raise ServerTimeout(self._client.address, patience or 0.0)
-
-    async def close(self) -> None:
-        """Ends it: the iterator has no further item."""
-        self._closed = True
-        if self._subscription is not None:
-            self._client._pipeline.unsubscribe(self._subscription)
-            self._subscription.notify()
-        await anyio.lowlevel.checkpoint()
-
-    aclose = close
-
-    async def __aenter__(self) -> AsyncWatcher:
-        return self
-
-    async def __aexit__(self, *exc: object) -> None:
-        await self.close()
-
-    def __del__(self) -> None:
-        # Perhaps in another thread: the pipeline notices when the next event comes.
-        if self._subscription is not None:
-            self._subscription.orphaned = True
 
 
 _clients: weakref.WeakSet[AsyncClient] = weakref.WeakSet()

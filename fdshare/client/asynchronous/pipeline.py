@@ -15,15 +15,15 @@ from __future__ import annotations
 import copy
 import socket
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Final
 
 import anyio
 
 from fdshare.client.asynchronous.pending import Call, Pending, Subscription, discard
-from fdshare.client.asynchronous.transport import Link
+from fdshare.client.asynchronous.transport import Transport
 from fdshare.client.conversation import Answer, Conversation, Exchange, Parts
-from fdshare.client.settings import Search, dial
+from fdshare.client.settings import Dialer, Search
 from fdshare.client.watch_state import WatchState
 from fdshare.errors import (
     ClosedDescriptor,
@@ -51,22 +51,19 @@ class Pipeline:
 
     def __init__(
         self,
-        address: str,
-        trust: Collection[int],
+        dialer: Dialer,
         authkey: bytes | None,
         timeout: float | None,
         reconnect: float,
     ) -> None:
-        self._address = address
-        self._trust = trust
+        self._dialer = dialer
         self._authkey = authkey
         self._timeout = timeout
         self._reconnect = reconnect
         self._conversation = Conversation(authkey)
         self._pending: dict[int, Pending] = {}
         self._watchers: Subscriptions[Subscription] = Subscriptions()
-        self._link: Link | None = None
-        self._was_open = False
+        self._transport: Transport | None = None
         self._open = True
         self._work = anyio.Event()
         self._changes = anyio.Semaphore(_MOST_CHANGES)
@@ -81,7 +78,7 @@ class Pipeline:
             if type(exchange.request) in _CHANGES:
                 await self._changes.acquire()  # released by `_end`
             return await self._answer(exchange)
-        raise ServerTimeout(self._address, delay or 0.0)
+        raise ServerTimeout(self._dialer.address, delay or 0.0)
 
     async def _answer(self, exchange: Exchange) -> Parts:
         call = Call(self._new_id(), exchange, Search(self._reconnect))
@@ -119,8 +116,8 @@ class Pipeline:
     def drop(self) -> None:
         """In a forked child: closes the copy of the connection, and nothing else."""
         self._open = False
-        if self._link is not None:
-            self._link.sock.close()
+        if self._transport is not None:
+            self._transport.sock.close()
 
     def _new_id(self) -> int:
         if not self._open:
@@ -132,14 +129,14 @@ class Pipeline:
 
     def _send(self, pending: Pending) -> None:
         """Sends it now, or has `run` do it when there is a connection."""
-        link = self._link
-        if link is None:
+        transport = self._transport
+        if transport is None:
             self._work.set()
             return
         exchange = pending.exchange
         frame = self._conversation.frame(pending.id, exchange.request, len(exchange.fds))
-        link.queue(frame, exchange.fds, pending)
-        link.flush()
+        transport.queue(frame, exchange.fds, pending)
+        transport.flush()
 
     def _abandon(self, pending: Pending) -> None:
         """Nobody waits for it any more."""
@@ -148,12 +145,12 @@ class Pipeline:
             pending.discard()
         if self._pending.get(pending.id) is not pending:
             return
-        if not pending.sent or self._link is None:
+        if not pending.sent or self._transport is None:
             self._end(pending)
         elif type(pending.exchange.request) in _WAITS or isinstance(pending, Subscription):
             cancel = self._conversation.frame(self._conversation.next_id(), m.Cancel(pending.id), 0)
-            self._link.queue(cancel)
-            self._link.flush()
+            self._transport.queue(cancel)
+            self._transport.flush()
 
     def _end(self, pending: Pending) -> None:
         """The last was heard of it."""
@@ -207,9 +204,9 @@ class Pipeline:
             self._fail_all(error)
             return
         try:
-            end = await self._converse(Link(sock, self.fail))
+            end = await self._converse(Transport(sock, self.fail))
         finally:
-            self._link = None
+            self._transport = None
             sock.close()
             if self._conversation.welcome is not None:
                 for pending in self._pending.values():
@@ -223,16 +220,14 @@ class Pipeline:
     def _dial(self) -> socket.socket | None:
         """A connection, or None where the server has to be waited for."""
         try:
-            sock = dial(self._address, self._trust, 0.0)
+            return self._dialer.dial(0.0)
         except ServerTimeout:  # its backlog is full
             return None
         except NoServer as error:
-            if not self._was_open:
+            if not self._dialer.reached:
                 raise
             self._missed(error.reason)
             return None
-        self._was_open = True
-        return sock
 
     def _missed(self, reason: str) -> None:
         """The connection ended, or there is none to be had: what waits, waits for the next."""
@@ -242,50 +237,50 @@ class Pipeline:
             if pending.abandoned:
                 self._end(pending)
             elif pending.search.missed():
-                self.fail(pending, ServerGone(self._address, reason))
+                self.fail(pending, ServerGone(self._dialer.address, reason))
 
-    async def _converse(self, link: Link) -> FdshareError | str:
+    async def _converse(self, transport: Transport) -> FdshareError | str:
         """Talks until the connection ends; the error that everybody gets, or why it ended."""
-        link.queue(self._conversation.hello())
+        transport.queue(self._conversation.hello())
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(link.write)
+            tasks.start_soon(transport.write)
             try:
                 if self._authkey is not None:
                     with anyio.fail_after(self._timeout):
-                        await self._authenticate(link)
-                return await self._read(link)
+                        await self._authenticate(transport)
+                return await self._read(transport)
             except FdshareError as error:
                 return error
             except TimeoutError:
-                return ServerTimeout(self._address, self._timeout or 0.0)
+                return ServerTimeout(self._dialer.address, self._timeout or 0.0)
             except OSError as error:
                 return str(error)
             finally:
                 tasks.cancel_scope.cancel()
         raise AssertionError  # for mypy: the task group swallows nothing
 
-    async def _read(self, link: Link) -> str:
-        self._link = link
+    async def _read(self, transport: Transport) -> str:
+        self._transport = transport
         for pending in list(self._pending.values()):
             pending.search.found()
             self._send(pending)
-        while (answers := await link.read(self._conversation)) is not None:
+        while (answers := await transport.read(self._conversation)) is not None:
             self._dispatch(answers)
         return "it closed the connection"
 
-    async def _authenticate(self, link: Link) -> None:
-        link.flush()
+    async def _authenticate(self, transport: Transport) -> None:
+        transport.flush()
         while self._conversation.welcome is None:
-            self._dispatch(await self._must_read(link))
-        link.queue(self._conversation.proof())
-        link.flush()
-        while not (answers := await self._must_read(link)):
+            self._dispatch(await self._must_read(transport))
+        transport.queue(self._conversation.proof())
+        transport.flush()
+        while not (answers := await self._must_read(transport)):
             pass
         self._conversation.check_proof(answers[0])
         self._dispatch(answers[1:])
 
-    async def _must_read(self, link: Link) -> list[Answer]:
-        answers = await link.read(self._conversation)
+    async def _must_read(self, transport: Transport) -> list[Answer]:
+        answers = await transport.read(self._conversation)
         if answers is None:
             raise ConnectionResetError("it closed the connection")
         return answers

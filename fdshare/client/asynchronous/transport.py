@@ -1,4 +1,4 @@
-"""Link: one connection of an asynchronous client: frames out, answers in, descriptors with both.
+"""Transport: one connection of an asynchronous client: frames out, answers in, with descriptors.
 
 Readiness comes from the event loop, the system calls are ours: the loops' own lose descriptors
 where the control data are truncated.
@@ -19,7 +19,7 @@ from fdshare.client.conversation import Answer, Conversation
 from fdshare.errors import ClosedDescriptor
 from fdshare.kernel.ancillary import receive_into, send_message
 
-__all__ = ["Link"]
+__all__ = ["Transport"]
 
 _BUFFER: Final = 1 << 16
 
@@ -35,7 +35,7 @@ class _Piece:
         self.pending = pending
 
 
-class Link:
+class Transport:
     """One connection: sends at once what the socket takes, and the rest when it is writable."""
 
     def __init__(self, sock: socket.socket, refused: Callable[[Pending, Exception], None]) -> None:

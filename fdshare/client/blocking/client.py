@@ -1,7 +1,7 @@
 """Client: the verbs, blocking, from any thread.
 
-A call takes a channel, a connection of its own, from a small pool, so that a wait of an hour blocks
-only its caller. Timeouts are the kernel's (SO_RCVTIMEO): a fetch is one sendmsg and one recvmsg.
+A call takes a connection of its own from a small pool, so that a wait of an hour blocks only its
+caller. Timeouts are the kernel's (SO_RCVTIMEO): a fetch is one sendmsg and one recvmsg.
 """
 
 from __future__ import annotations
@@ -9,32 +9,23 @@ from __future__ import annotations
 import os
 import time
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, Final, TypeVar
 
 from fdshare.client import verbs
-from fdshare.client.blocking.connection import Channel, Gone
-from fdshare.client.conversation import Answer, Exchange, Parts
-from fdshare.client.settings import BaseClient, Lifeline, Search
-from fdshare.client.watch_state import Change, WatchState
-from fdshare.errors import (
-    ClosedDescriptor,
-    NoServer,
-    ServerGone,
-    ServerTimeout,
-    WatchTimeout,
-)
-from fdshare.kernel.ancillary import close_all
+from fdshare.client.blocking.connection import BlockingConnection, ConnectionLost
+from fdshare.client.blocking.watch import Watcher
+from fdshare.client.conversation import Exchange, Parts
+from fdshare.client.settings import BaseClient, Lifeline
+from fdshare.errors import ClosedDescriptor, ServerTimeout
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.protocol import messages as m
 
-__all__ = ["Client", "Watcher", "connect"]
+__all__ = ["Client", "connect"]
 
 T = TypeVar("T")
 
 _POOL: Final = 4  # idle connections kept
-_FIRST_PAUSE: Final = 0.005  # seconds between attempts to reconnect, doubled each time ...
-_LONGEST_PAUSE: Final = 0.2  # ... up to this
 
 
 class Client(BaseClient):
@@ -58,14 +49,13 @@ class Client(BaseClient):
     ) -> None:
         super().__init__(path, authkey=authkey, timeout=timeout, reconnect=reconnect, trust=trust)
         self._lifeline = Lifeline()
-        self._was_there = False  # the server has been connected to once
         self._reset()
         _clients.add(self)
 
     def _reset(self) -> None:
         """As new; in a forked child, whose copies of the connections are the parent's."""
-        self._idle: list[Channel] = []
-        self._channels: weakref.WeakSet[Channel] = weakref.WeakSet()  # those in use, too
+        self._idle: list[BlockingConnection] = []
+        self._connections: weakref.WeakSet[BlockingConnection] = weakref.WeakSet()  # all in use
         self._watches: weakref.WeakSet[Watcher] = weakref.WeakSet()
 
     # The verbs.
@@ -153,7 +143,9 @@ class Client(BaseClient):
 
         *timeout* bounds each wait, in seconds. See `Watcher`. The caller owns the result.
         """
-        return Watcher(self, pattern, timeout)
+        watcher = Watcher(self, pattern, timeout)
+        self._watches.add(watcher)
+        return watcher
 
     def unregister(self, name: str, *, if_generation: int | None = None) -> None:
         """The server lets go of the entry. Raises: NameNotFound, GenerationMismatch,
@@ -258,14 +250,14 @@ class Client(BaseClient):
         try:
             exchange = next(steps)
             try:
-                channel = self._idle.pop()  # atomic, without a lock
+                connection = self._idle.pop()  # atomic, without a lock
             except IndexError:
-                channel = self._new_channel()
+                connection = self._new_connection()
             try:
                 while True:
-                    exchange = steps.send(self._exchange(channel, exchange))
+                    exchange = steps.send(self._exchange(connection, exchange))
             finally:
-                self._give_back(channel)
+                self._give_back(connection)
         except StopIteration as stop:
             result: T = stop.value
             return result
@@ -276,209 +268,63 @@ class Client(BaseClient):
     def _fetch(self, name: str, timeout: float | None) -> Parts:
         """As `_do`, for a fetch, which takes one exchange and not even a generator."""
         try:
-            channel = self._idle.pop()
+            connection = self._idle.pop()
         except IndexError:
-            channel = self._new_channel()
+            connection = self._new_connection()
         try:
             if timeout == 0 and type(name) is str:
-                parts = channel.fetch(name, self.timeout)
+                parts = connection.fetch(name, self.timeout)
                 if parts is not None:
                     return parts
-            return self._exchange(channel, verbs.asking(name, timeout))
+            return self._exchange(connection, verbs.asking(name, timeout))
         finally:
-            self._give_back(channel)
+            self._give_back(connection)
 
-    def _exchange(self, channel: Channel, exchange: Exchange) -> Parts:
-        id = channel.new_id()
+    def _exchange(self, connection: BlockingConnection, exchange: Exchange) -> Parts:
         started = time.monotonic()
-        timeout = self.timeout
-        if exchange.wait == 0 and timeout is not None:
-            deadline: float | None = started + timeout
-        else:
-            deadline = exchange.deadline(started, timeout)
+        deadline = exchange.deadline(started, self.timeout)
         try:
-            return channel.exchange(exchange, deadline, id)
-        except Gone:  # or not yet there
-            return self._repeat(channel, exchange, started, deadline, id)
-        except ServerTimeout:
-            assert deadline is not None
-            raise ServerTimeout(self.address, deadline - started) from None
-
-    def _repeat(
-        self, channel: Channel, exchange: Exchange, started: float, deadline: float | None, id: int
-    ) -> Parts:
-        """The answer to a request whose connection ended, or was never made."""
-
-        def attempt() -> Parts:
-            if channel.opened != before:  # a repeat: of the wait for a name, the rest is left
-                exchange.shorten(started)
-            return channel.exchange(exchange, deadline, id)
-
-        before = channel.opened or 1
-        try:
-            return self._persist(channel, deadline, attempt)
-        except ServerTimeout:
-            assert deadline is not None
-            raise ServerTimeout(self.address, deadline - started) from None
-
-    def _persist(self, channel: Channel, deadline: float | None, attempt: Callable[[], T]) -> T:
-        """What *attempt* returns on an open *channel*; again on another connection if one ends.
-
-        Raises: ServerGone: it was looked for in vain; NoServer: there never was one.
-        """
-        search = Search(self.reconnect)
-        pause, losses = _FIRST_PAUSE, 0
-        while True:
-            before, welcomes = channel.opened, channel.welcomes
             try:
-                channel.open(deadline)
-                if channel.opened != before:
-                    self._was_there = True
-                    search.found()
-                return attempt()
-            except (Gone, NoServer) as error:
-                if isinstance(error, NoServer) and not self._was_there:
-                    raise
-                late = deadline is not None and time.monotonic() >= deadline
-                if channel.welcomes != welcomes:
-                    search.answered()
-                if search.missed() or late:
-                    raise ServerGone(self.address, str(error)) from None
-                losses += 1
-                if isinstance(error, NoServer) or losses > 1:
-                    time.sleep(pause)
-                    pause = min(pause * 2, _LONGEST_PAUSE)
+                return connection.exchange(exchange, deadline)
+            except ConnectionLost:  # or not made yet
+                return connection.repeat(exchange, started, deadline, self.reconnect)
+        except ServerTimeout:
+            assert deadline is not None
+            raise ServerTimeout(self.address, deadline - started) from None
 
-    def _new_channel(self) -> Channel:
+    def _new_connection(self) -> BlockingConnection:
         if self._closed:
             raise ClosedDescriptor("the client is closed")
-        channel = Channel(self.address, self._trust, self._authkey)
-        self._channels.add(channel)
-        return channel
+        connection = BlockingConnection(self._dialer, self._authkey)
+        self._connections.add(connection)
+        return connection
 
-    def _give_back(self, channel: Channel) -> None:
+    def _give_back(self, connection: BlockingConnection) -> None:
         if len(self._idle) >= _POOL:
-            channel.close()
+            connection.close()
             return
-        self._idle.append(channel)
+        self._idle.append(connection)
         if self._closed:  # perhaps since we looked
             self._close_idle()
 
     def _close_idle(self) -> None:
         while True:
             try:
-                channel = self._idle.pop()
+                connection = self._idle.pop()
             except IndexError:
                 return
-            channel.close()
+            connection.close()
 
     def _after_fork(self) -> None:
         """In the child: lets go of the parent's connections."""
-        channels, watches, closed = list(self._channels), list(self._watches), self._closed
+        connections, watches, closed = list(self._connections), list(self._watches), self._closed
         self._reset()
         self._closed = closed
-        for channel in channels:  # of threads that are not here, too
-            channel.close()
+        for connection in connections:  # of threads that are not here, too
+            connection.close()
         for watch in watches:
-            watch._channel.close()
+            watch._after_fork()
             self._watches.add(watch)
-
-
-class Watcher:
-    """Snapshots and events of the names that match a pattern; ends when it is closed.
-
-    The first item is a Snapshot, then come the Events in the order of their serial, none missing,
-    none twice. Where this side was too slow, or the server was lost, another Snapshot says what is
-    held now. `held` maps name -> generation as of the last item, so a loop need not look at the
-    items at all. It has a connection of its own; for one thread at a time.
-
-    Iterating raises WatchTimeout, after which it goes on; ServerGone, after which it may be tried
-    again; AccessDenied; ClosedDescriptor where the client is closed.
-    """
-
-    def __init__(self, client: Client, pattern: str, timeout: float | None) -> None:
-        self.pattern = pattern
-        self.timeout = timeout
-        self._client = client
-        self._watching = WatchState(pattern)
-        self._channel = Channel(client.address, client._trust, client._authkey)
-        self._id = self._channel.new_id()
-        self._asked = 0  # which connection has our request
-        self._closed = False
-        client._watches.add(self)
-
-    @property
-    def held(self) -> dict[str, int]:
-        """name -> generation, as of the last item; do not change it."""
-        return self._watching.held
-
-    def __iter__(self) -> Watcher:
-        return self
-
-    def __next__(self) -> Change:
-        end = None if self.timeout is None else time.monotonic() + self.timeout
-        while (change := self._watching.draw()) is None:
-            if self._closed:
-                raise StopIteration
-            if self._client._closed:
-                raise ClosedDescriptor("the client is closed")
-            self._receive(end)
-        return change
-
-    def _receive(self, end: float | None) -> None:
-        """Feeds what comes next, at most until *end*."""
-        deadline, patience = end, self._client.timeout
-        if not self._watching.live and patience is not None:
-            answer_due = time.monotonic() + patience
-            deadline = answer_due if end is None else min(end, answer_due)
-        try:
-            answers = self._client._persist(self._channel, deadline, lambda: self._ask(deadline))
-        except ServerTimeout:
-            if end is not None and time.monotonic() >= end:
-                raise WatchTimeout(self.pattern, self.timeout or 0.0) from None
-            self._channel.close()
-            raise
-        for answer in answers:
-            self._feed(answer)
-
-    def _ask(self, deadline: float | None) -> list[Answer]:
-        if self._asked != self._channel.opened:
-            self._watching.lost()
-            self._channel.send(Exchange(m.Watch(self.pattern)), deadline, self._id)
-            self._asked = self._channel.opened
-        try:
-            return self._channel.receive(deadline)
-        except Gone:
-            self._channel.close()
-            raise
-
-    def _feed(self, answer: Answer) -> None:
-        reply = answer.reply
-        close_all(answer.descriptors)
-        if type(reply) is m.Event:
-            self._watching.event(reply)
-        elif type(reply) is m.SnapshotPart:
-            self._watching.snapshot(reply)
-        elif type(reply) is m.Overflowed:
-            self._watching.overflowed()
-        elif type(reply) is m.Refused:
-            self._channel.close()
-            raise m.refusal_error(reply)
-
-    def close(self) -> None:
-        """Ends it: the iterator has no further item."""
-        self._closed = True
-        self._channel.close()
-
-    def __enter__(self) -> Watcher:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        if hasattr(self, "_channel"):
-            self._channel.close()
 
 
 _clients: weakref.WeakSet[Client] = weakref.WeakSet()

@@ -1,4 +1,4 @@
-"""Channel: one blocking connection to the server, with its timeouts kept by the kernel.
+"""BlockingConnection: one connection to the server, with its timeouts kept by the kernel.
 
 SO_RCVTIMEO and SO_SNDTIMEO bound each call, so that a request and its answer are one sendmsg(2) and
 one recvmsg(2), without a poll between them.
@@ -10,33 +10,36 @@ import errno
 import socket
 import struct
 import time
-from collections.abc import Collection, Iterable
-from typing import Final, NoReturn
+from collections.abc import Callable, Sequence
+from typing import Final, NoReturn, TypeVar
 
-from fdshare.client.conversation import Answer, Conversation, Exchange, Parts, Received
-from fdshare.client.fetch_cache import Fetched
-from fdshare.client.settings import dial
-from fdshare.errors import ClosedDescriptor, FdshareError, ServerTimeout
-from fdshare.kernel.ancillary import receive_into, send_message
+from fdshare.client.conversation import Answer, Conversation, Exchange, Parts, Read
+from fdshare.client.fetch_cache import FetchCache
+from fdshare.client.settings import Dialer, Search
+from fdshare.errors import ClosedDescriptor, FdshareError, NoServer, ServerGone, ServerTimeout
+from fdshare.kernel.ancillary import close_all, receive_into, rights, send_rights
 from fdshare.protocol import messages as m
 
-__all__ = ["Channel", "Gone"]
+__all__ = ["BlockingConnection", "ConnectionLost"]
+
+T = TypeVar("T")
 
 _BUFFER: Final = 1 << 16
 _TIMEVAL: Final = struct.Struct("@ll")  # struct timeval
-_LONGEST: Final = 86400.0  # seconds; struct timeval ends somewhere, and we look again after these
+_LONGEST: Final = 86400.0  # seconds; struct timeval has a limit, and we look again after these
+_FIRST_PAUSE: Final = 0.005  # seconds between attempts to reconnect, doubled each time ...
+_LONGEST_PAUSE: Final = 0.2  # ... up to this
 
 
-class Gone(Exception):
-    """The connection ended; another one may do."""
+class ConnectionLost(Exception):
+    """The connection ended, or was never made; another one may do."""
 
 
-class Channel:
+class BlockingConnection:
     """One connection to the server, and the conversation that outlives it. For one caller."""
 
-    def __init__(self, address: str, trust: Collection[int], authkey: bytes | None) -> None:
-        self._address = address
-        self._trust = trust
+    def __init__(self, dialer: Dialer, authkey: bytes | None) -> None:
+        self._dialer = dialer
         self._authkey = authkey
         self._sock: socket.socket | None = None
         self._greeting = b""
@@ -44,8 +47,7 @@ class Channel:
         self._buffer = bytearray(_BUFFER)
         self._view = memoryview(self._buffer)
         self._kernel_timeout = 0.0
-        self._usual = False  # greeted, and the timeouts are those of a request that does not wait
-        self._fetched = Fetched()
+        self._cache = FetchCache()
         self.opened = 0  # how many connections there were
 
     def open(self, deadline: float | None) -> None:
@@ -56,15 +58,14 @@ class Channel:
         if self._sock is not None:
             return
         left = None if deadline is None else max(deadline - time.monotonic(), 0.0)
-        sock = dial(self._address, self._trust, left)
+        sock = self._dialer.dial(left)
         try:
             self._sock = sock
             self.opened += 1
             self._kernel_timeout = 0.0
-            self._usual = False
             self._greeting = self._conversation.hello()
             if self._authkey is not None:
-                self._authenticate(deadline)
+                self._authenticate(sock, deadline)
         except BaseException:
             self._sock = None
             sock.close()
@@ -75,69 +76,147 @@ class Channel:
         if self._sock is not None:
             self._sock.close()
             self._sock = None
-            self._usual = False
             # What was half received belongs to nobody.
             self._conversation.hello()
 
-    def exchange(self, exchange: Exchange, deadline: float | None, id: int) -> Parts:
-        """The whole answer to *exchange*. Raises: Gone, ServerTimeout, or the refusal."""
+    def persist(self, attempt: Callable[[], T], deadline: float | None, reconnect: float) -> T:
+        """What *attempt* returns while this is open; where the connection ends it is made again,
+        and *attempt* called again. A server that is lost is looked for *reconnect* seconds.
+
+        Raises: ServerGone: it was not found again; NoServer: there never was one; and what
+        *attempt* raises.
+        """
+        search = Search(reconnect)
+        pause, losses = _FIRST_PAUSE, 0
+        while True:
+            before, welcomes = self.opened, self._conversation.welcomes
+            was_there = self._dialer.reached
+            try:
+                self.open(deadline)
+                if self.opened != before:
+                    search.found()
+                return attempt()
+            except (ConnectionLost, NoServer) as error:
+                if isinstance(error, NoServer) and not was_there:
+                    raise
+                late = deadline is not None and time.monotonic() >= deadline
+                if self._conversation.welcomes != welcomes:
+                    search.answered()
+                if search.missed() or late:
+                    raise ServerGone(self._dialer.address, str(error)) from None
+                losses += 1
+                if isinstance(error, NoServer) or losses > 1:
+                    time.sleep(pause)
+                    pause = min(pause * 2, _LONGEST_PAUSE)
+
+    def repeat(
+        self, exchange: Exchange, started: float, deadline: float | None, reconnect: float
+    ) -> Parts:
+        """The answer to *exchange*, begun at *started*, whose connection ended or was never made.
+
+        Raises: as `persist` and `exchange`.
+        """
+
+        def attempt() -> Parts:
+            if exchange.id:  # it was sent before: of the wait for a name, the rest is left
+                exchange.shorten(started)
+            return self.exchange(exchange, deadline)
+
+        return self.persist(attempt, deadline, reconnect)
+
+    def exchange(self, exchange: Exchange, deadline: float | None) -> Parts:
+        """The whole answer to *exchange*, which gets an id and keeps it when it is repeated.
+
+        Raises: ConnectionLost, ServerTimeout, or the refusal.
+        """
+        sock = self._sock
+        if sock is None:
+            raise ConnectionLost("not connected")
         try:
-            if self._sock is None:
-                raise Gone("not connected")
+            id = exchange.id = exchange.id or self._conversation.next_id()
             frame = self._conversation.frame(id, exchange.request, len(exchange.fds))
-            if not self._sent_at_once(frame, exchange, deadline):
-                self._write(frame, exchange.fds, deadline)
-            received = self._read(deadline)
-            parts = self._answer(id, received, deadline)
-            if type(exchange.request) is m.Fetch and exchange.wait == 0:
-                self._fetched.learn(exchange.request.name, frame, received[0], parts)
+            self._write(sock, frame, exchange.fds, deadline)
+            read = self._read(sock, deadline)
+            parts = self._conversation.whole(*read, id)
+            if parts is None:
+                return self._collect(sock, id, read, deadline)
+            if exchange.wait == 0 and type(exchange.request) is m.Fetch:
+                self._cache.learn(exchange.request.name, frame, read[0], parts)
             return parts
         except BaseException as error:
             self._end_unless_refused(error)
             raise
 
     def fetch(self, name: str, timeout: float | None) -> Parts | None:
-        """The answer to a fetch that was made before, by the shortest way (see fetched.py): one
+        """The answer to a fetch that was made before, by the shortest way (see fetch_cache.py): one
         send, one receive, and the answer that was expected. None: go the long way, `exchange`; to
-        ask once more does no harm. Raises: as `exchange`, but not Gone."""
-        known, sock = self._fetched.get(name), self._sock
-        if known is None or sock is None or not self._usual:
+        ask once more does no harm. Raises: as `exchange`, but not ConnectionLost."""
+        known, sock = self._cache.get(name), self._sock
+        if known is None or sock is None or self._greeting:
             return None
-        started = time.monotonic()
+        deadline = None if timeout is None else time.monotonic() + timeout
         id = self._conversation.next_id()
         request, expected = known.stamped(id)
         try:
+            self._limit(sock, deadline)
             try:
                 if sock.send(request) < len(request):
-                    raise Gone("half a request went")
+                    raise ConnectionLost("half a request went")
             except OSError:
                 return None  # the long way knows what each of them means
-            deadline = None if timeout is None else started + timeout
-            received = data, descriptors, lost = self._read(deadline)
+            read = data, descriptors, lost = self._read(sock, deadline)
             if data.tobytes() == expected and len(descriptors) == known.count and lost is None:
                 return Parts([known.reply], descriptors)
-            return self._answer(id, received, deadline)
-        except Gone:
+            whole = self._conversation.whole(*read, id)
+            return whole or self._collect(sock, id, read, deadline)
+        except ConnectionLost:
             self.close()
             return None
         except ServerTimeout:
             self.close()
-            raise ServerTimeout(self._address, timeout or 0.0) from None
+            raise ServerTimeout(self._dialer.address, timeout or 0.0) from None
         except BaseException as error:
             self._end_unless_refused(error)
             raise
 
-    def _answer(self, id: int, received: Received, deadline: float | None) -> Parts:
-        """The whole answer to request *id*, which begins with *received*, or comes after it."""
-        if (whole := self._conversation.whole(*received, id)) is not None:
-            return whole
-        answers = self._conversation.feed(*received)
+    def send(self, exchange: Exchange, deadline: float | None) -> None:
+        """Sends a request whose answers the caller will `receive`.
+
+        Raises: ConnectionLost, ServerTimeout.
+        """
+        exchange.id = exchange.id or self._conversation.next_id()
+        frame = self._conversation.frame(exchange.id, exchange.request, len(exchange.fds))
+        try:
+            self._write(self._connected(), frame, exchange.fds, deadline)
+        except BaseException:
+            self.close()  # it may have gone in part
+            raise
+
+    def receive(self, deadline: float | None) -> list[Answer]:
+        """The next answers and events, at least one.
+
+        Raises: ConnectionLost, ServerTimeout: none came.
+        """
+        sock = self._connected()
+        self._limit(sock, deadline)  # which may be another one than that of the request
+        while not (answers := self._receive(sock, deadline)):
+            pass
+        return answers
+
+    def _connected(self) -> socket.socket:
+        if self._sock is None:
+            raise ConnectionLost("not connected")
+        return self._sock
+
+    def _collect(self, sock: socket.socket, id: int, read: Read, deadline: float | None) -> Parts:
+        """The whole answer to request *id*, which begins in *read* or comes after it."""
+        answers = self._conversation.feed(*read)
         parts = Parts()
         while True:
             for answer in answers:
-                if self._part_of(answer, id) and parts.add(answer):
+                if _belongs(answer, id) and parts.add(answer):
                     return parts.finish()
-            answers = self._receive(deadline)
+            answers = self._receive(sock, deadline)
 
     def _end_unless_refused(self, error: BaseException) -> None:
         """A refusal leaves the connection in order; after anything else an answer may come late."""
@@ -146,137 +225,81 @@ class Channel:
         ):
             self.close()
 
-    def _sent_at_once(self, frame: bytes, exchange: Exchange, deadline: float | None) -> bool:
-        """The common case: no greeting, no descriptors, no wait, timeouts set. True: it is gone."""
-        sock = self._sock
-        if self._greeting or exchange.fds or exchange.wait != 0 or not self._usual:
-            self._usual = exchange.wait == 0  # the next one will find the timeouts that it needs
-            return False
-        assert sock is not None
-        try:
-            sent = sock.send(frame)
-        except OSError:
-            return False  # the long way knows what each of them means
-        if sent < len(frame):
-            self._write(memoryview(frame)[sent:], (), deadline)
-        return True
-
-    def send(self, exchange: Exchange, deadline: float | None, id: int) -> None:
-        """Sends a request whose answers the caller will `receive`. Raises: Gone, ServerTimeout."""
-        try:
-            self._send(exchange, id, deadline)
-        except BaseException:
-            self.close()  # it may have gone in part
-            raise
-
-    def receive(self, deadline: float | None) -> list[Answer]:
-        """The next answers and events, at least one. Raises: Gone, ServerTimeout: none came."""
-        if self._sock is not None:
-            self._limit(deadline)  # which may be another one than that of the request
-        while not (answers := self._receive(deadline)):
-            pass
-        return answers
-
-    @property
-    def welcomes(self) -> int:
-        """On how many connections the server has said something."""
-        return self._conversation.welcomes
-
-    def new_id(self) -> int:
-        """An id that no other request of this session has."""
-        return self._conversation.next_id()
-
-    def _part_of(self, answer: Answer, id: int) -> bool:
-        if answer.id == id:
-            return True
-        for descriptor in answer.descriptors:
-            descriptor.close()
-        if answer.id == 0 and type(answer.reply) is m.Refused:
-            raise m.refusal_error(answer.reply)  # the door, and the reason
-        return False
-
-    def _authenticate(self, deadline: float | None) -> None:
-        self._write(b"", (), deadline)
+    def _authenticate(self, sock: socket.socket, deadline: float | None) -> None:
+        self._write(sock, b"", (), deadline)
         while self._conversation.welcome is None:
-            for answer in self._receive(deadline):
-                self._part_of(answer, -1)
-        self._write(self._conversation.proof(), (), deadline)
-        while not (answers := self._receive(deadline)):
+            for answer in self._receive(sock, deadline):
+                _belongs(answer, -1)
+        self._write(sock, self._conversation.proof(), (), deadline)
+        while not (answers := self._receive(sock, deadline)):
             pass
         self._conversation.check_proof(answers[0])
 
-    def _send(self, exchange: Exchange, id: int, deadline: float | None) -> None:
-        frame = self._conversation.frame(id, exchange.request, len(exchange.fds))
-        self._write(frame, exchange.fds, deadline)
-
-    def _write(self, data: bytes | memoryview, fds: Iterable[int], deadline: float | None) -> None:
-        sock = self._connected()
-        numbers = list(fds) if fds else []
+    def _write(
+        self,
+        sock: socket.socket,
+        data: bytes | memoryview,
+        fds: Sequence[int],
+        deadline: float | None,
+    ) -> None:
+        """Sends all of *data*, after the greeting if that has not gone yet."""
         if self._greeting:
-            if numbers and data:  # descriptors go with the first byte of their own frame
-                self._write(b"", (), deadline)
+            if fds and data:  # descriptors go with the first byte of their own frame
+                self._write(sock, b"", (), deadline)
             data = self._greeting + data
+        control = rights(fds)
         while data:
-            self._limit(deadline)
+            self._limit(sock, deadline)
             try:
-                sent = send_message(sock, (data,), numbers)
-                if sent == len(data):
-                    self._greeting = b""
-                    return
-            except BlockingIOError:
+                sent = send_rights(sock, (data,), control)
+            except BlockingIOError:  # the kernel's timeout
                 self._check_time(deadline)
                 continue
             except (BrokenPipeError, ConnectionResetError) as error:
-                # What the server said before it closed the door is still there to be read.
-                self._last_words(error, deadline)
+                # What the server said before it closed the connection can still be read.
+                self._last_words(sock, error, deadline)
             except OSError as error:
-                if error.errno == errno.EBADF and numbers:
-                    raise ClosedDescriptor(f"one of {numbers} is not open") from None
+                if error.errno == errno.EBADF and control:
+                    raise ClosedDescriptor(f"one of {list(fds)} is not open") from None
                 raise
-            numbers = []
             self._greeting = b""  # not before: what was refused for its descriptors has not gone
-            data = memoryview(data)[sent:]
+            if sent == len(data):
+                return
+            data, control = memoryview(data)[sent:], ()
 
-    def _last_words(self, error: OSError, deadline: float | None) -> NoReturn:
+    def _last_words(self, sock: socket.socket, error: OSError, deadline: float | None) -> NoReturn:
         try:
-            for answer in self._receive(deadline):
-                self._part_of(answer, -1)
+            for answer in self._receive(sock, deadline):
+                _belongs(answer, -1)
         except OSError as reading:
             if isinstance(reading, FdshareError):
                 raise
-        raise Gone(str(error)) from None
+        raise ConnectionLost(str(error)) from None
 
-    def _receive(self, deadline: float | None) -> list[Answer]:
-        return self._conversation.feed(*self._read(deadline))
+    def _receive(self, sock: socket.socket, deadline: float | None) -> list[Answer]:
+        return self._conversation.feed(*self._read(sock, deadline))
 
-    def _read(self, deadline: float | None) -> Received:
+    def _read(self, sock: socket.socket, deadline: float | None) -> Read:
         """What one recvmsg(2) brought: bytes, at least one, descriptors, why some are missing."""
-        sock = self._connected()
         while True:
             try:
                 count, descriptors, lost = receive_into(sock, self._buffer)
                 break
             except BlockingIOError:  # the kernel's timeout
                 self._check_time(deadline)
-                self._limit(deadline)
+                self._limit(sock, deadline)
             except ConnectionResetError as error:
-                raise Gone(str(error)) from None
+                raise ConnectionLost(str(error)) from None
         if not count:
-            raise Gone("it closed the connection")
+            raise ConnectionLost("it closed the connection")
         return self._view[:count], descriptors, lost
-
-    def _connected(self) -> socket.socket:
-        if self._sock is None:
-            raise Gone("not connected")
-        return self._sock
 
     def _check_time(self, deadline: float | None) -> None:
         if deadline is not None and time.monotonic() >= deadline:
-            raise ServerTimeout(self._address, 0.0)
+            raise ServerTimeout(self._dialer.address, 0.0)
 
-    def _limit(self, deadline: float | None) -> None:
+    def _limit(self, sock: socket.socket, deadline: float | None) -> None:
         """Sets the kernel's timeouts, unless what is set still fits."""
-        assert self._sock is not None
         left = 0.0 if deadline is None else max(deadline - time.monotonic(), 0.001)
         left = min(left, _LONGEST)
         # Waking too early or a little late is harmless, for the deadline is looked at again then;
@@ -285,5 +308,18 @@ class Channel:
             return
         self._kernel_timeout = left or _LONGEST
         value = _TIMEVAL.pack(int(self._kernel_timeout), int(self._kernel_timeout % 1 * 1e6))
-        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)
-        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, value)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, value)
+
+
+def _belongs(answer: Answer, id: int) -> bool:
+    """Whether *answer* is to request *id*; the descriptors of any other are closed.
+
+    Raises: the reason, where the server says why it closes the connection.
+    """
+    if answer.id == id:
+        return True
+    close_all(answer.descriptors)
+    if answer.id == 0 and type(answer.reply) is m.Refused:
+        raise m.refusal_error(answer.reply)
+    return False

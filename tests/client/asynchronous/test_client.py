@@ -316,19 +316,19 @@ def test_a_cancelled_registration_that_was_not_sent_sends_nothing(
 
     async def main() -> None:
         async with fdshare.aio.connect(server.address) as mine:
-            link = mine._pipeline._link
+            transport = mine._pipeline._transport
             # As much as the server lets pass while it does not read: nothing, for it is stopped.
             os.kill(server.pid, 19)
             try:
                 with anyio.CancelScope() as scope:
                     async with anyio.create_task_group() as tasks:
                         sent = 0
-                        while not link._output:  # until the socket is full
+                        while not transport._output:  # until the socket is full
                             tasks.start_soon(mine.explain, "fetch", "x" * 60000, 0, 0)
                             await anyio.lowlevel.checkpoint()
                             sent += 1
                         tasks.start_soon(mine.register, "wrong", pipe)
-                        while len(link._output) < 2:
+                        while len(transport._output) < 2:
                             await anyio.lowlevel.checkpoint()
                         scope.cancel()
                 assert sent > 1

@@ -1,0 +1,117 @@
+"""Watcher: a blocking iterator over what changes, on a connection of its own."""
+
+from __future__ import annotations
+
+import time
+
+from fdshare.client.blocking.connection import BlockingConnection, ConnectionLost
+from fdshare.client.conversation import Answer, Exchange
+from fdshare.client.settings import BaseClient
+from fdshare.client.watch_state import Change, WatchState
+from fdshare.errors import ClosedDescriptor, ServerTimeout, WatchTimeout
+from fdshare.kernel.ancillary import close_all
+from fdshare.protocol import messages as m
+
+__all__ = ["Watcher"]
+
+
+class Watcher:
+    """Snapshots and events of the names that match a pattern; ends when it is closed.
+
+    The first item is a Snapshot, then come the Events in the order of their serial, none missing,
+    none twice. Where this side was too slow, or the server was lost, another Snapshot says what is
+    held now. `held` maps name -> generation as of the last item, so a loop need not look at the
+    items at all. It has a connection of its own; for one thread at a time.
+
+    Iterating raises WatchTimeout, after which it goes on; ServerGone, after which it may be tried
+    again; AccessDenied; ClosedDescriptor where the client is closed.
+    """
+
+    def __init__(self, client: BaseClient, pattern: str, timeout: float | None) -> None:
+        self.pattern = pattern
+        self.timeout = timeout
+        self._client = client
+        self._state = WatchState(pattern)
+        self._connection = BlockingConnection(client._dialer, client._authkey)
+        self._request = Exchange(m.Watch(pattern))
+        self._asked = 0  # which connection has our request
+        self._closed = False
+
+    @property
+    def held(self) -> dict[str, int]:
+        """name -> generation, as of the last item; do not change it."""
+        return self._state.held
+
+    def __iter__(self) -> Watcher:
+        return self
+
+    def __next__(self) -> Change:
+        end = None if self.timeout is None else time.monotonic() + self.timeout
+        while (change := self._state.draw()) is None:
+            if self._closed:
+                raise StopIteration
+            if self._client._closed:
+                raise ClosedDescriptor("the client is closed")
+            self._receive(end)
+        return change
+
+    def _receive(self, end: float | None) -> None:
+        """Feeds what comes next, at most until *end*."""
+        deadline, patience = end, self._client.timeout
+        if not self._state.live and patience is not None:
+            answer_due = time.monotonic() + patience
+            deadline = answer_due if end is None else min(end, answer_due)
+        try:
+            answers = self._connection.persist(
+                lambda: self._ask(deadline), deadline, self._client.reconnect
+            )
+        except ServerTimeout:
+            if end is not None and time.monotonic() >= end:
+                raise WatchTimeout(self.pattern, self.timeout or 0.0) from None
+            self._connection.close()
+            raise
+        for answer in answers:
+            self._feed(answer)
+
+    def _ask(self, deadline: float | None) -> list[Answer]:
+        if self._asked != self._connection.opened:
+            self._state.lost()
+            self._connection.send(self._request, deadline)
+            self._asked = self._connection.opened
+        try:
+            return self._connection.receive(deadline)
+        except ConnectionLost:
+            self._connection.close()
+            raise
+
+    def _feed(self, answer: Answer) -> None:
+        reply = answer.reply
+        close_all(answer.descriptors)
+        if type(reply) is m.Event:
+            self._state.event(reply)
+        elif type(reply) is m.SnapshotPart:
+            self._state.snapshot(reply)
+        elif type(reply) is m.Overflowed:
+            self._state.overflowed()
+        elif type(reply) is m.Refused:
+            self._connection.close()
+            raise m.refusal_error(reply)
+
+    def close(self) -> None:
+        """Ends it: the iterator has no further item."""
+        self._closed = True
+        self._connection.close()
+
+    def _after_fork(self) -> None:
+        """In the child, where the connection is the parent's: the next item comes on another."""
+        self._connection.close()
+
+    def __enter__(self) -> Watcher:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_connection"):
+            self._connection.close()
