@@ -21,7 +21,7 @@ import msgspec
 from fdshare.protocol import messages as m
 from fdshare.protocol.names import matcher
 
-__all__ = ["Change", "Snapshot", "WatchState"]
+__all__ = ["WatchItem", "Snapshot", "WatchState"]
 
 # Above what one read of the blocking client brings (64 KiB), so that only the other one folds.
 _KEPT: Final = 4096
@@ -41,7 +41,7 @@ class Snapshot(msgspec.Struct, frozen=True):
     event: ClassVar[Literal["snapshot"]] = "snapshot"
 
 
-Change: TypeAlias = Snapshot | m.Event
+WatchItem: TypeAlias = Snapshot | m.Event
 
 
 class WatchState:
@@ -55,7 +55,7 @@ class WatchState:
         self._reason: Literal["start", "overflow", "reconnect"] = "start"
         self._serial = 0
         self._parts: dict[str, int] = {}
-        self._queue: deque[Change] = deque()
+        self._queue: deque[WatchItem] = deque()
 
     # What came.
 
@@ -97,7 +97,7 @@ class WatchState:
 
     # What goes.
 
-    def draw(self) -> Change | None:
+    def draw(self) -> WatchItem | None:
         """The next snapshot or event, in the order of serials; None where nothing new is known."""
         if not self._queue:
             return None
@@ -105,7 +105,7 @@ class WatchState:
         self.held = _applied(self.held, change)
         return change
 
-    def _keep(self, change: Change) -> None:
+    def _keep(self, change: WatchItem) -> None:
         self._queue.append(change)
         if len(self._queue) > _KEPT:
             table = dict(self.held)
@@ -115,7 +115,7 @@ class WatchState:
             self._queue.append(Snapshot(table, change.serial, "overflow"))
 
 
-def _applied(table: dict[str, int], change: Change) -> dict[str, int]:
+def _applied(table: dict[str, int], change: WatchItem) -> dict[str, int]:
     """*table* after *change*: itself, or another one."""
     if type(change) is Snapshot:
         return dict(change.entries)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from typing import Final, Literal, NamedTuple
 
-__all__ = ["Holder", "port_holder"]
+__all__ = ["PortOwner", "port_owner"]
 
 # Seconds. Naming the pid means to look through every process's descriptors; past this it is left.
 _PATIENCE: Final = 0.05
@@ -19,14 +19,14 @@ _UDP_BOUND: Final = ("07", "01")
 _ANY: Final = ("0.0.0.0", "::")
 
 
-class Holder(NamedTuple):
+class PortOwner(NamedTuple):
     """*pid* is None where it was not found: another user's process, or too many to look at."""
 
     uid: int
     pid: int | None
 
 
-def port_holder(protocol: Literal["tcp", "udp"], host: str, port: int) -> Holder | None:
+def port_owner(protocol: Literal["tcp", "udp"], host: str, port: int) -> PortOwner | None:
     """Whose socket stands in the way of a bind(2) to *host* and *port*; None where /proc does not
     tell. Takes at most a twentieth of a second more than reading /proc/net. proc_net(5)."""
     for family in ("", "6"):
@@ -34,7 +34,7 @@ def port_holder(protocol: Literal["tcp", "udp"], host: str, port: int) -> Holder
             with open(f"/proc/net/{protocol}{family}") as table:
                 for row in _rows(table, protocol):
                     if row.port == port and (row.host in (*_ANY, host) or host in _ANY):
-                        return Holder(row.uid, _pid_of(f"socket:[{row.inode}]"))
+                        return PortOwner(row.uid, _pid_of(f"socket:[{row.inode}]"))
         except (OSError, ValueError, IndexError, struct.error):
             continue
     return None

@@ -106,7 +106,7 @@ class SharedMemory:
         memory = cls.__new__(cls)
         memory._map = None
         memory.size = found
-        memory._descriptor = _Held(descriptor.detach())
+        memory._descriptor = _QuietDescriptor(descriptor.detach())
         return memory
 
     def fileno(self) -> int:
@@ -281,7 +281,7 @@ def shared_copy(array: Any) -> numpy.ndarray[Any, Any]:
     return memory.as_array(given.dtype, given.shape)
 
 
-class _Held(Descriptor):
+class _QuietDescriptor(Descriptor):
     """A descriptor that goes quietly with the last thing that refers to it, as memory does."""
 
     __slots__ = ()
@@ -293,10 +293,10 @@ class _Held(Descriptor):
 class _Map(mmap.mmap):
     """A mapping that keeps the descriptor: an array may outlive the SharedMemory it was made by."""
 
-    descriptor: _Held
+    descriptor: _QuietDescriptor
 
     @classmethod
-    def of(cls, descriptor: _Held, size: int) -> _Map:
+    def of(cls, descriptor: _QuietDescriptor, size: int) -> _Map:
         """The whole block, writable if the seals and the descriptor allow it."""
         seals = _seals(descriptor)
         access = fcntl.fcntl(descriptor.fileno(), fcntl.F_GETFL) & os.O_ACCMODE
@@ -313,16 +313,16 @@ class _Map(mmap.mmap):
         return mapping
 
 
-def _create(name: str) -> _Held:
+def _create(name: str) -> _QuietDescriptor:
     """A new memfd. Raises: UnsupportedPlatform; OSError."""
     _platform()
     flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
     try:
-        return _Held(os.memfd_create(name, flags | _NOEXEC_SEAL))
+        return _QuietDescriptor(os.memfd_create(name, flags | _NOEXEC_SEAL))
     except OSError as error:
         if error.errno != errno.EINVAL:  # of a Linux before 6.3
             raise
-    return _Held(os.memfd_create(name, flags))
+    return _QuietDescriptor(os.memfd_create(name, flags))
 
 
 def _platform() -> None:

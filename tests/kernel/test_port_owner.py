@@ -10,7 +10,7 @@ from typing import Literal
 
 import pytest
 
-from fdshare.kernel.port_owner import Holder, port_holder
+from fdshare.kernel.port_owner import PortOwner, port_owner
 
 pytestmark = pytest.mark.skipif(not os.path.exists("/proc/net/tcp"), reason="no /proc/net")
 
@@ -19,16 +19,16 @@ pytestmark = pytest.mark.skipif(not os.path.exists("/proc/net/tcp"), reason="no 
 def test_our_own_listener(asked: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-        assert port_holder("tcp", asked, port) == Holder(os.geteuid(), os.getpid())
-        assert port_holder("tcp", "127.0.0.9", port) is None
-        assert port_holder("udp", asked, port) is None
-    assert port_holder("tcp", asked, port) is None
+        assert port_owner("tcp", asked, port) == PortOwner(os.geteuid(), os.getpid())
+        assert port_owner("tcp", "127.0.0.9", port) is None
+        assert port_owner("udp", asked, port) is None
+    assert port_owner("tcp", asked, port) is None
 
 
 def test_a_wildcard_stands_in_everybodys_way() -> None:
     with socket.create_server(("0.0.0.0", 0)) as listener:
         port = listener.getsockname()[1]
-        assert port_holder("tcp", "127.0.0.1", port) == Holder(os.geteuid(), os.getpid())
+        assert port_owner("tcp", "127.0.0.1", port) == PortOwner(os.geteuid(), os.getpid())
 
 
 def test_ipv6() -> None:
@@ -38,15 +38,15 @@ def test_ipv6() -> None:
         pytest.skip("no IPv6 here")
     with listener:
         port = listener.getsockname()[1]
-        assert port_holder("tcp", "::1", port) == Holder(os.geteuid(), os.getpid())
-        assert port_holder("tcp", "::2", port) is None
+        assert port_owner("tcp", "::1", port) == PortOwner(os.geteuid(), os.getpid())
+        assert port_owner("tcp", "::2", port) is None
 
 
 def test_udp() -> None:
     with socket.socket(type=socket.SOCK_DGRAM) as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
-        assert port_holder("udp", "127.0.0.1", port) == Holder(os.geteuid(), os.getpid())
+        assert port_owner("udp", "127.0.0.1", port) == PortOwner(os.geteuid(), os.getpid())
 
 
 OTHER = """
@@ -64,7 +64,7 @@ def test_another_process() -> None:
     ) as child:
         assert child.stdout is not None
         port = int(child.stdout.readline())
-        holder = port_holder(protocol, "127.0.0.1", port)
+        holder = port_owner(protocol, "127.0.0.1", port)
         child.communicate("\n", timeout=30)
     assert holder is not None
     assert holder.uid == os.geteuid()

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from fdshare.client.blocking.client import Client
-    from fdshare.client.watch_state import Change
+    from fdshare.client.watch_state import WatchItem
     from fdshare.protocol.messages import EntryInfo, ServerStats
 
 __all__ = ["top"]
@@ -219,7 +219,7 @@ def _follow_events(client: Client, view: View) -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
-def _event_line(change: Change) -> str:
+def _event_line(change: WatchItem) -> str:
     if change.event == "snapshot":
         return ""
     old = f" (was {printable(change.old)})" if change.old else ""

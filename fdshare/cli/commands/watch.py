@@ -16,7 +16,7 @@ from fdshare.cli.options import for_server, json_option, name_argument
 
 if TYPE_CHECKING:
     from fdshare.client.blocking.client import Client
-    from fdshare.client.watch_state import Change
+    from fdshare.client.watch_state import WatchItem
 
 __all__ = ["wait", "watch"]
 
@@ -76,7 +76,7 @@ def _leave_with_reader() -> None:
     threading.Thread(target=look, daemon=True).start()
 
 
-def _as_data(change: Change) -> dict[str, object]:
+def _as_data(change: WatchItem) -> dict[str, object]:
     from fdshare.cli.format import plain
 
     data = {"event": change.event, **plain(change)}
@@ -84,7 +84,7 @@ def _as_data(change: Change) -> dict[str, object]:
     return data
 
 
-def _in_words(change: Change) -> str:
+def _in_words(change: WatchItem) -> str:
     from fdshare.client.watch_state import Snapshot
 
     if isinstance(change, Snapshot):

@@ -14,7 +14,7 @@ from fdshare.kernel.ancillary import close_all
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.protocol import messages as m
 
-__all__ = ["Call", "Pending", "Subscription", "discard"]
+__all__ = ["PendingRequest", "Pending", "Subscription", "discard"]
 
 
 class Pending(Protocol):
@@ -36,7 +36,7 @@ class Pending(Protocol):
         """There will be no answer."""
 
 
-class Call:
+class PendingRequest:
     """A request that one task waits for."""
 
     __slots__ = (

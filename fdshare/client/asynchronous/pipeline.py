@@ -20,7 +20,7 @@ from typing import Final
 
 import anyio
 
-from fdshare.client.asynchronous.pending import Call, Pending, Subscription, discard
+from fdshare.client.asynchronous.pending import Pending, PendingRequest, Subscription, discard
 from fdshare.client.asynchronous.transport import Transport
 from fdshare.client.conversation import Answer, Conversation, Exchange, Parts
 from fdshare.client.settings import Dialer, Search
@@ -81,7 +81,7 @@ class Pipeline:
         raise ServerTimeout(self._dialer.address, delay or 0.0)
 
     async def _answer(self, exchange: Exchange) -> Parts:
-        call = Call(self._new_id(), exchange, Search(self._reconnect))
+        call = PendingRequest(self._new_id(), exchange, Search(self._reconnect))
         self._pending[call.id] = call
         try:
             self._send(call)
@@ -141,7 +141,7 @@ class Pipeline:
     def _abandon(self, pending: Pending) -> None:
         """Nobody waits for it any more."""
         pending.abandoned = True
-        if isinstance(pending, Call):
+        if isinstance(pending, PendingRequest):
             pending.discard()
         if self._pending.get(pending.id) is not pending:
             return

@@ -10,7 +10,7 @@ import anyio.lowlevel
 from fdshare.client.asynchronous.pending import Subscription
 from fdshare.client.asynchronous.pipeline import Pipeline
 from fdshare.client.settings import BaseClient
-from fdshare.client.watch_state import Change, WatchState
+from fdshare.client.watch_state import WatchItem, WatchState
 from fdshare.errors import ServerTimeout, WatchTimeout
 
 __all__ = ["AsyncWatcher"]
@@ -48,12 +48,12 @@ class AsyncWatcher:
     def __aiter__(self) -> AsyncWatcher:
         return self
 
-    async def __anext__(self) -> Change:
+    async def __anext__(self) -> WatchItem:
         with anyio.move_on_after(self.timeout):
             return await self._next()
         raise WatchTimeout(self.pattern, self.timeout or 0.0)
 
-    async def _next(self) -> Change:
+    async def _next(self) -> WatchItem:
         await anyio.lowlevel.checkpoint()  # before anything is drawn: what is drawn is returned
         while (change := self._state.draw()) is None:
             if self._closed:

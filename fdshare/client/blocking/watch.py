@@ -7,7 +7,7 @@ import time
 from fdshare.client.blocking.connection import BlockingConnection, ConnectionLost
 from fdshare.client.conversation import Answer, Exchange
 from fdshare.client.settings import BaseClient
-from fdshare.client.watch_state import Change, WatchState
+from fdshare.client.watch_state import WatchItem, WatchState
 from fdshare.errors import ClosedDescriptor, ServerTimeout, WatchTimeout
 from fdshare.kernel.ancillary import close_all
 from fdshare.protocol import messages as m
@@ -45,7 +45,7 @@ class Watcher:
     def __iter__(self) -> Watcher:
         return self
 
-    def __next__(self) -> Change:
+    def __next__(self) -> WatchItem:
         end = None if self.timeout is None else time.monotonic() + self.timeout
         while (change := self._state.draw()) is None:
             if self._closed:

@@ -22,7 +22,7 @@ from fdshare.errors import (
 from fdshare.kernel import endpoint
 from fdshare.kernel.descriptor_limit import descriptor_limit, is_descriptor_limit
 from fdshare.kernel.path_lock import live, refuse_other_files
-from fdshare.kernel.port_owner import port_holder
+from fdshare.kernel.port_owner import port_owner
 from fdshare.protocol.bind_address import BindAddress, parse_address
 
 __all__ = ["bind_address", "parse_address"]
@@ -143,16 +143,16 @@ def _check_folder(path: str) -> None:
 def _in_use(address: BindAddress) -> AddressInUse:
     """The error that names who has the port, where /proc tells."""
     scheme = address.scheme
-    holder = None if scheme == "unix" else port_holder(scheme, address.host, address.port)
-    if holder is None:
+    owner = None if scheme == "unix" else port_owner(scheme, address.host, address.port)
+    if owner is None:
         return AddressInUse(str(address), "another socket has it; choose another port")
-    if holder.pid == os.getpid():
+    if owner.pid == os.getpid():
         reason = "this server itself has it, bound before; fetch that one by its name"
-    elif holder.pid is not None:
-        reason = f"pid {holder.pid} of uid {holder.uid} has it; stop that, or choose another port"
+    elif owner.pid is not None:
+        reason = f"pid {owner.pid} of uid {owner.uid} has it; stop that, or choose another port"
     else:
-        reason = f"a process of uid {holder.uid} has it; stop that, or choose another port"
-    return AddressInUse(str(address), reason, holder.pid)
+        reason = f"a process of uid {owner.uid} has it; stop that, or choose another port"
+    return AddressInUse(str(address), reason, owner.pid)
 
 
 def _trouble(address: BindAddress, error: OSError) -> OSError:
