@@ -18,8 +18,8 @@ LeaseState: TypeAlias = Literal["held", "confirmed", "dropped"]
 
 
 class JournalBusy(Exception):
-    """The keeper cannot take a record now; call again when it can. *wait*: how many seconds longer
-    than usual that may take."""
+    """The keeper cannot take a record now; to be tried again. *wait*: so many seconds more than
+    usual may pass until it can."""
 
     def __init__(self, reason: str = "it does not read its journal", wait: float = 0.0) -> None:
         super().__init__(reason)
@@ -38,7 +38,7 @@ class Session:
     registrant: m.Registrant | None = None
     waiting: dict[int, Waiter] = field(default_factory=dict)
     watches: dict[int, str] = field(default_factory=dict)  # id -> pattern
-    holds: bool = False  # an entry that lives no longer than the client or its process
+    holds: bool = False  # it has registered an entry that ends with it or with its process
     route: Any = None  # the client's connection, in the event loop
 
 
@@ -59,52 +59,58 @@ class Effects(Protocol):
     def answer(
         self, session: Session, id: int, body: bytes, handles: Sequence[Handle] = ()
     ) -> None:
-        """Sends *body* and copies of *handles*; never fails, never blocks."""
+        """Sends *body* and copies of *handles*. Never fails, never blocks."""
 
     def answer_in_parts(self, session: Session, id: int, bodies: Sequence[bytes]) -> None:
-        """Sends all of *bodies*, however long they are together; never fails, never blocks."""
+        """Sends all of *bodies*, however long they are together. Never fails, never blocks."""
 
     def publish(self, sessions: Sequence[Session], body: bytes) -> None:
-        """Sends one event to many; a session that cannot take it is `resync`ed later."""
+        """Sends one event to many. A session whose client does not read is sent `Overflowed` and
+        fresh snapshots later instead."""
 
     def journal(self, record: Record, handles: Sequence[Handle]) -> None:
-        """Returns once the keeper is bound to learn it. Raises: JournalBusy, KeeperUnavailable."""
+        """Returns when *record* outlives this process. Raises: JournalBusy, KeeperUnavailable."""
 
     def lease_pair(self) -> tuple[Handle, Handle]:
-        """A new lease: (our end, the taker's). Raises: DescriptorLimit."""
+        """A new lease: (our end, the taker's end). Raises: DescriptorLimit."""
 
     def lease_state(self, ours: Handle, *, revoke: bool = False) -> LeaseState:
-        """What the taker has done; with *revoke* it can do nothing more: never "held"."""
+        """What the taker has done. After *revoke* it can do nothing more; the result is not
+        "held"."""
 
     def check_lifeline(self, handle: Handle) -> None:
-        """Raises: InvalidArgument: it is no socket."""
+        """Raises: InvalidArgument: it is not a socket."""
 
     def owner_guard(self, session: Session) -> Handle:
         """A pidfd of the client's process. Raises: DescriptorLimit, InvalidArgument,
         UnsupportedPlatform."""
 
-    def registrant(self, session: Session) -> m.Registrant: ...
+    def registrant(self, session: Session) -> m.Registrant:
+        """Who the client is, for an entry that it registers."""
 
     def watch(self, entry: Entry) -> None:
-        """Tell `hung_up` and `lease_moved` when guard, descriptors or lease of *entry* stir.
-        Never fails: the change is made, what cannot be watched is not."""
+        """From now on `hung_up` and `lease_moved` are called when guard, descriptors or lease of
+        *entry* report it. Never fails: the entry is in the table, even if it cannot be watched."""
 
     def close(self, handles: Sequence[Handle]) -> None:
-        """Never fails, never blocks."""
+        """Closes each when it has been sent where it still has to be. Never fails, never blocks."""
 
     def inspect(self, session: Session, id: int, entries: Sequence[Entry], now: float) -> None:
-        """Answers with an InfoList, when the kernel has been asked; may take a while."""
+        """Answers with an InfoList, later, when the kernel has been asked about each descriptor."""
 
-    def bind(self, address: str, backlog: int, reuse_port: bool) -> tuple[m.Kind, Handle]: ...
+    def bind(self, address: str, backlog: int, reuse_port: bool) -> tuple[m.Kind, Handle]:
+        """A new socket bound to *address*. Raises: as `binding.bind_address`."""
 
     def stats(self) -> m.ServerStats: ...
 
-    def reload_policy(self) -> None: ...
+    def reload_policy(self) -> None:
+        """Reads the policy file again. Raises: PolicyError: the old policy stays."""
 
     def command(self, verb: Literal["shutdown", "upgrade"], session: Session, id: int) -> bool:
-        """Has it done; False where the answer comes later, from `upgraded` or a successor."""
+        """Carries it out. True: the request is to be answered now. False: it is answered later, by
+        this server or its successor."""
 
     auditing: bool  # whether `audit` does anything
 
     def audit(self, verb: str, name: str, session: Session | None, outcome: str) -> None:
-        """Notes who was given or refused what; *session* is None for what happened by itself."""
+        """Logs who was given or refused what; *session* is None if no client asked for it."""

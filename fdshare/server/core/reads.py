@@ -1,4 +1,4 @@
-"""The verbs that leave the table as it is. A handler answers, or has its client wait."""
+"""The verbs that do not change the table. A handler answers, or keeps the request waiting."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ __all__ = ["Reads"]
 
 
 class Reads(Waiters):
-    """fetch, wait, watch and the questions."""
+    """fetch, wait, watch, and what only asks."""
 
     def fetch_again(self, session: Session, name: str) -> Entry | None:
-        """The entry to give, where somebody whom no rule restrains fetches a visible name for at
-        least the second time: nine requests of ten are that. None for all else; ask `handle`."""
+        """The entry to give, counted as fetched, if a trusted client fetches a visible name that
+        was fetched before: nine requests of ten are such. None otherwise: call `handle`."""
         entry = self.table.entries.get(name)
         if entry is None or not entry.reply or entry.lease is not None or not session.trusted:
             return None
@@ -145,7 +145,7 @@ class Reads(Waiters):
         subject = Subject(request.uid, request.gid, tuple(request.groups))
         allowed, rule = self.policy.decide(request.verb, request.name, subject)
         entry = self.table.entries.get(request.name)
-        # To register under a name that is held is to replace, which the registrant rule is about.
+        # Registering a name that is held replaces the entry: the registrant rule decides that, too.
         if allowed and entry and request.verb in ("register", "unregister"):
             allowed, rule = self.policy.decide_removal(entry.put.registrant.uid, subject)
         self.effects.answer(session, id, m.encode(m.Explained(allowed, rule)))

@@ -1,8 +1,7 @@
-"""Every change of the table, as data: what the server decides, journals, and only then applies.
+"""Record: one atomic change of the table, as data. It is decided, journaled, and then applied.
 
-A `Record` is one atomic step: all of its changes or none. The server and its keeper hold one
-`Table` each and apply the same records in the same order, so both hold the same table. Times are
-of CLOCK_MONOTONIC, which both read.
+The server and its keeper have a `Table` each and apply the same records in the same order, so both
+hold the same. Times are of CLOCK_MONOTONIC, which is the same for both.
 """
 
 from __future__ import annotations
@@ -64,7 +63,7 @@ class Put(_Change, tag="put"):
 
 
 class Drop(_Change, tag="drop"):
-    """The entry of this generation is gone; *event* says why."""
+    """The entry is removed; *event* says why."""
 
     name: str
     generation: int
@@ -90,14 +89,15 @@ class Grant(_Change, tag="grant"):
 
 
 class Settle(_Change, tag="settle"):
-    """The lease has ended: the entry is the taker's, or back under its name."""
+    """The lease ends: the entry is removed, or visible under its name again."""
 
     lease: int
     outcome: Literal["taken", "returned"]
 
 
 class Linger(_Change, tag="linger"):
-    """The owner of the entry is gone; its guard is closed and the grace runs until *expires*."""
+    """The owner of the entry is gone: its guard is closed, and the entry expires after its
+    grace."""
 
     name: str
     generation: int
@@ -105,7 +105,7 @@ class Linger(_Change, tag="linger"):
 
 
 class Forget(_Change, tag="forget"):
-    """The client of this session will not repeat a request any more."""
+    """The answers for this session are forgotten: its client repeats no request any more."""
 
     session: str
 
@@ -114,8 +114,9 @@ Change: TypeAlias = Put | Drop | Move | Grant | Settle | Linger | Forget
 
 
 class Record(msgspec.Struct, tag="record", frozen=True, omit_defaults=True):
-    """One step. (*session*, *id*) is the request that asked for it and *reply* the body that
-    answers it, kept so that a repeat of the request is answered and not carried out again."""
+    """All of its changes are applied, or none. (*session*, *id*) is the request that asked for it,
+    and *reply* the body of its answer: a repeat of the request is sent that, and not carried
+    out."""
 
     changes: list[Change]
     session: str = ""

@@ -36,9 +36,9 @@ class Service(Reads, Writes):
 
     def __init__(self, table: Table, policy: Policy, limits: Limits, effects: Effects) -> None:
         super().__init__(table, policy, limits, effects)
-        self._absent: dict[str, float] = {}  # clients whose answers are kept, and until when
-        self._here: dict[str, int] = {}  # client -> its connections
-        self.leaving = False  # a successor comes: what is remembered is for it
+        self._absent: dict[str, float] = {}  # client -> until when its answers are kept
+        self._here: dict[str, int] = {}  # client -> how many connections it has
+        self.leaving = False  # the server ends: what is remembered is for its successor
         self._handlers: dict[type, Callable[..., bool]] = {
             m.Fetch: self._fetch,
             m.Take: self._take,
@@ -61,7 +61,7 @@ class Service(Reads, Writes):
             m.Reload: self._reload,
         }
 
-    # The entry points: a request, an end, a stir, a tick.
+    # What the event loop calls.
 
     def handle(
         self, session: Session, id: int, request: m.AnyRequest, handles: list[Handle], now: float
@@ -73,14 +73,14 @@ class Service(Reads, Writes):
         self.counters["requests"] += 1
         handler = self._handlers.get(type(request))
         if handler is None:
-            raise InvalidArgument("request", f"{type(request).__name__} has no place here")
+            raise InvalidArgument("request", f"a {type(request).__name__} is not expected here")
         if handles and type(request) is not m.Register:
             raise TooManyDescriptors(len(handles), 0)
         return handler(session, id, request, handles, now)
 
     def disconnected(self, session: Session, now: float, *, unanswered: bool = False) -> None:
-        """The client's connection has ended: nothing waits for it any more. *unanswered*: there
-        are answers that it cannot have read, so it may come back and repeat the requests."""
+        """The client's connection has ended: its waits and watches end. *unanswered*: it cannot
+        have read all of its answers, so it may reconnect and repeat the requests."""
         for waiter in list(session.waiting.values()):
             self._stop_waiting(waiter)
         for id in list(session.watches):
@@ -95,15 +95,15 @@ class Service(Reads, Writes):
                 self._absent[session.name] = now + self.limits.session_timeout
 
     def _has_left(self, name: str) -> bool:
-        """Counts one connection less of a client. True where answers for it are remembered and it
-        has no other connection: it may have made a new one before the old one's end was seen."""
+        """Counts one connection less of a client. True if answers for it are remembered and it has
+        no other connection: it may have reconnected before the end of the old one was seen."""
         count = self._here.pop(name, 0) - 1
         if count > 0:
             self._here[name] = count
         return count <= 0 and name in self.table.answers
 
     def hung_up(self, entry: Entry, now: float, *, guard: bool) -> None:
-        """The owner of *entry* is gone (*guard*), or the peer of a descriptor in it."""
+        """The owner of *entry* is gone (*guard*), or the peer of one of its descriptors."""
         if self.table.entries.get(entry.name) is not entry:
             return
         changes = self._settle(entry, revoke=not guard or not entry.put.grace)
@@ -120,7 +120,7 @@ class Service(Reads, Writes):
         self._commit(Record(changes), [], now)
 
     def lease_moved(self, lease: int, now: float) -> None:
-        """The taker has confirmed or let go."""
+        """The taker has confirmed, or closed its end."""
         entry = self.table.leases.get(lease)
         if entry is None:
             return
@@ -129,11 +129,12 @@ class Service(Reads, Writes):
             self._commit(Record(changes), [], now)
 
     def tick(self, now: float) -> None:
-        """Everything that is due at *now*: expiries, leases held too long, waits that are over."""
+        """Does everything that is due at *now*: expiries, leases held too long, waits that are
+        over."""
         self._end_waits(now)
         for entry in self.table.expired(now):
             if self.table.entries.get(entry.name) is not entry:
-                continue  # it was due twice
+                continue  # another deadline at the same time has removed it
             changes = self._settle(entry, revoke=True)
             if not self._is_taken(changes):
                 changes = [Drop(entry.name, entry.generation, "expired")]
@@ -146,7 +147,7 @@ class Service(Reads, Writes):
                 self._commit(Record(changes), [], now)
 
     def next_deadline(self) -> float | None:
-        """When to call `tick` next; None where nothing is due."""
+        """When to call `tick` next; None if nothing is due."""
         table = self.table
         if not (
             self._wait_deadlines
@@ -170,13 +171,13 @@ class Service(Reads, Writes):
         return min(due, default=None)
 
     def expect(self, now: float) -> None:
-        """After a server's death: the clients whose answers are remembered have until the session
-        timeout to come back."""
+        """After the death of a server: its clients, whose answers are remembered, have the session
+        timeout to reconnect."""
         until = now + self.limits.session_timeout
         self._absent = dict.fromkeys(self.table.answers, until)
 
     def greeted(self, session: Session) -> None:
-        """The client of *session* is here, or here again."""
+        """The client of *session* has connected, or reconnected."""
         self._absent.pop(session.name, None)
         if session.name:
             self._here[session.name] = self._here.get(session.name, 0) + 1
@@ -208,7 +209,7 @@ class Service(Reads, Writes):
             "shutdown" if type(request) is m.Shutdown else "upgrade"
         )
         self._permit(verb, "", session)
-        if self._answered_before(session, id):  # we are the successor that was asked for
+        if self._answered_before(session, id):  # this server is the successor that was asked for
             return False
         if self.effects.command(verb, session, id):
             self.effects.answer(session, id, DONE)

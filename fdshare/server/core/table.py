@@ -1,8 +1,8 @@
-"""The table: names -> entries. Pure: time comes in with the changes, what must be closed goes out.
+"""Table: names -> entries. Pure: time comes in with the changes, what must be closed is returned.
 
-The table decides nothing. `Service` plans a `Record`, the record is journaled, and `apply` makes
-it so; applying the same records to another table makes the same table. A handle is whatever the
-caller uses for an open descriptor: the table only stores it and gives it back.
+The table decides nothing. `Service` plans a `Record`, the record is journaled, and `apply` carries
+it out; the same records applied to another table make an equal table. A handle is what the caller
+has for an open descriptor: the table stores it and gives it back.
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ __all__ = ["ANSWERS_KEPT", "Applied", "Entry", "Handle", "Lease", "Table"]
 
 Handle: TypeAlias = Any
 
-# A client may have this many mutating requests unanswered and still repeat all of them.
+# So many requests that change something can a client have unanswered and still repeat.
 ANSWERS_KEPT: Final = 64
 
 
 @dataclass(slots=True)
 class Lease:
-    """A take in flight. *handle* is our end: a byte on it confirms, its end returns the entry."""
+    """A take that is not confirmed yet. *handle* is our end of a socket pair: a byte on it
+    confirms, the end of the stream returns the entry."""
 
     id: int
     handle: Handle
@@ -48,7 +49,7 @@ class Entry:
     """What is held under one name.
 
     *put* made it; name, generation and time to live may have changed since. *reply* is the encoded
-    answer to a fetch, made once by the service, and *packet* what the event loop keeps of it.
+    answer to a fetch, made once by the service, and *prepared* the same as the event loop sends it.
     """
 
     put: Put
@@ -60,7 +61,7 @@ class Entry:
     lease: Lease | None = None
     fetches: int = 0
     reply: bytes = b""
-    packet: object = None
+    prepared: object = None
 
     def all_handles(self) -> list[Handle]:
         """Those of the entry, its guard and its lease."""
@@ -74,8 +75,8 @@ class Entry:
 
 @dataclass(slots=True)
 class Applied:
-    """What a record did: handles that nothing refers to any more, events in order, and the entries
-    whose handles must be watched from now on (guards, leases, hang-ups)."""
+    """What a record did: handles to be closed, events in order, and entries of which a guard, a
+    lease or hang-ups are to be watched."""
 
     closed: list[Handle] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
@@ -84,7 +85,7 @@ class Applied:
 
 @dataclass(slots=True)
 class Usage:
-    """What one uid holds."""
+    """What the entries of one uid amount to."""
 
     names: int = 0
     descriptors: int = 0
@@ -104,7 +105,7 @@ class Table:
         self._usage: dict[int, Usage] = {}
         self.deadlines: list[tuple[float, int, str]] = []  # a heap, some of entries that are gone
 
-    # Questions.
+    # Asking.
 
     def visible(self, name: str) -> Entry | None:
         """The entry that a fetch would see: a leased one is hidden."""
@@ -126,7 +127,7 @@ class Table:
             yield from entry.all_handles()
 
     def next_deadline(self) -> float | None:
-        """When the next entry expires; None where none does."""
+        """When the next entry expires; None if none does."""
         while self.deadlines:
             expires, generation, name = self.deadlines[0]
             entry = self.entries.get(name)
@@ -143,7 +144,8 @@ class Table:
             item = heapq.heappop(self.deadlines)
             put_back.append(item)
             due.append(self.entries[item[2]])
-        # The record that drops them makes these stale; if it is not written, they are due again.
+        # When the record that drops them is applied, these are stale; if it fails, they are due
+        # again.
         for item in put_back:
             heapq.heappush(self.deadlines, item)
         return due
@@ -151,8 +153,8 @@ class Table:
     # Changes.
 
     def apply(self, record: Record, handles: list[Handle]) -> Applied:
-        """Makes *record* so. *handles* are those that its Puts and Grants draw, in order; the
-        table owns them now, and the caller those in `closed`."""
+        """Carries *record* out. *handles* are those that its changes draw, in order: the table owns
+        them now, and the caller those in `closed`."""
         applied = Applied()
         source = iter(handles)
         for change in record.changes:
@@ -225,7 +227,7 @@ class Table:
         entry.expires = linger.expires
         self._schedule(entry)
 
-    # The bookkeeping that all of them share.
+    # What the changes have in common.
 
     def _add(self, entry: Entry, applied: Applied) -> None:
         self.entries[entry.name] = entry
@@ -254,7 +256,7 @@ class Table:
         return handle
 
     def _account(self, entry: Entry, sign: Literal[1, -1]) -> None:
-        """Names and descriptors of the registrant's uid; a lease is the taker's, not counted."""
+        """Counts names and descriptors for the registrant's uid. The lease is not counted."""
         count = sign * (len(entry.handles) + (entry.guard is not None))
         self.descriptors += count
         uid = entry.put.registrant.uid

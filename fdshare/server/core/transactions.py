@@ -1,7 +1,5 @@
-"""Transactions: the table behind its rules. Every change is planned, journaled, applied and spread.
-
-The steps that the verbs share: may this session do that, is there room, has a taker decided, make
-it so. Nothing is mutated before the record of it is written.
+"""Transactions: the steps that the verbs share. They check permission and room, settle leases, and
+commit a record: it is journaled, then applied to the table, and then everybody concerned is told.
 """
 
 from __future__ import annotations
@@ -33,7 +31,7 @@ class Transactions:
             ("requests", "refused", "registered", "fetched", "taken", "returned", "expired"), 0
         )
 
-    # Making it so.
+    # Committing, and giving.
 
     def _commit(
         self,
@@ -59,7 +57,8 @@ class Transactions:
         raise NotImplementedError
 
     def _give(self, session: Session, id: int, entry: Entry) -> None:
-        """Answers a fetch. The reply's body is the same for all, so it is encoded once."""
+        """Answers a fetch. The body of the reply is the same for all clients: it is encoded
+        once."""
         if not entry.reply:
             given = m.Given(entry.name, entry.generation, entry.put.kind, entry.put.metadata)
             entry.reply = m.encode(given)
@@ -69,7 +68,7 @@ class Transactions:
         self.effects.audit("fetch", entry.name, session, "given")
 
     def _lease(self, session: Session, id: int, entry: Entry, now: float) -> None:
-        """Answers with the entry and the taker's end of a lease on it."""
+        """Answers with the entry and the taker's end of a new lease on it."""
         ours, theirs = self.effects.lease_pair()
         lease = self.table.last_lease + 1
         try:
@@ -90,7 +89,8 @@ class Transactions:
     # Leases.
 
     def _present(self, name: str, now: float) -> Entry | None:
-        """The entry that is visible under *name* once its lease, if one is pending, is settled."""
+        """The entry that is visible under *name*, after its lease was settled if the taker
+        decided."""
         entry = self.table.entries.get(name)
         if entry is None or entry.lease is None:
             return entry
@@ -105,7 +105,8 @@ class Transactions:
                 self._commit(Record(changes), [], now)
 
     def _settle_if_crowded(self, session: Session, count: int, now: float) -> None:
-        """What takers have confirmed makes room, where *count* descriptors may find none."""
+        """Settles all leases if there may be no room for *count* descriptors: what takers have
+        confirmed makes room."""
         table, limits = self.table, self.limits
         if table.leases and (
             not session.trusted
@@ -115,7 +116,8 @@ class Transactions:
             self._settle_all(now)
 
     def _settle(self, entry: Entry, *, revoke: bool = False) -> list[Change]:
-        """What the taker of *entry* did, as changes; none where it is not leased, or still is."""
+        """What the taker of *entry* has decided, as changes; none if it is not leased, or has not
+        decided."""
         if entry.lease is None:
             return []
         state = self.effects.lease_state(entry.lease.handle, revoke=revoke)
@@ -151,7 +153,8 @@ class Transactions:
             raise AccessDenied(verb, entry.name, session.subject.uid, rule)
 
     def _check_quota(self, session: Session, count: int, former: Entry | None) -> None:
-        """Refuses what would go beyond a limit, with what the replaced entry frees counted in."""
+        """Refuses what would exceed a limit. What the replaced entry *former* frees counts as
+        free."""
         limits, table = self.limits, self.table
         freed = len(former.all_handles()) if former else 0
         names = len(table.entries) - (former is not None)
@@ -163,7 +166,7 @@ class Transactions:
         usage = table.usage(session.subject.uid)
         mine = former is not None and former.put.registrant.uid == session.subject.uid
         self._quota("max_names_per_uid", limits.max_names_per_uid, usage.names - mine, 1)
-        # Of the replaced one all but the lease: that counts for nobody.
+        # Without the lease of the replaced entry: that counts for nobody.
         freed -= former is not None and former.lease is not None
         used = usage.descriptors - (freed if mine else 0)
         self._quota("max_descriptors_per_uid", limits.max_descriptors_per_uid, used, count)

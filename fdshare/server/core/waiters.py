@@ -1,7 +1,7 @@
-"""Waiters: who waits for a name, and who watches. Served when a change has been applied.
+"""Waiters: requests that wait for a name, and watches. Both are served when a change was applied.
 
 A request that waits is kept under its name, in the order of arrival, with its deadline in a heap.
-A watch is a snapshot and then events: encoded once, whoever watches.
+A watch is sent a snapshot and then events; each event is encoded once for all watches.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fdshare.server.limits import Limits
 __all__ = ["PART", "Waiters"]
 
 PART = 1000  # names or entries in one part of a long answer
-_AGAIN = 0.01  # seconds until those who wait for a name are looked at again
+_AGAIN = 0.01  # seconds until the waiters of a name that could not be served are tried again
 
 
 class Waiters(Transactions):
@@ -34,10 +34,10 @@ class Waiters(Transactions):
         super().__init__(table, policy, limits, effects)
         self._waiting: dict[str, deque[Waiter]] = {}
         self._wait_deadlines: list[tuple[float, int, Waiter]] = []
-        self._stale = 0  # how many of them are of waits that are over
-        self._unserved: dict[str, float] = {}  # names whose waiters were not served: when to try
+        self._stale = 0  # how many of them belong to waits that are over
+        self._unserved: dict[str, float] = {}  # name -> when to try to serve its waiters again
         self._watchers: Subscriptions[Session] = Subscriptions()
-        self._order = count()  # between waits that end at the same moment
+        self._order = count()  # of waits that end at the same moment
 
     def _happened(self, events: Sequence[m.Event], now: float) -> None:
         """Tells the watchers, and then those who wait for a name."""
@@ -55,7 +55,7 @@ class Waiters(Transactions):
                 self._wake(event.name, now)
 
     def refused(self, session: Session, request: m.AnyRequest | None, error: FdshareError) -> None:
-        """Somebody is told *error*; *request* is None for one that was not understood."""
+        """Counts and notes a refusal; *request* is None for one that could not be decoded."""
         self.counters["refused"] += 1
         if self.effects.auditing:
             verb = "request" if request is None else type(request).__name__.lower()
@@ -78,14 +78,14 @@ class Waiters(Transactions):
             heapq.heappush(self._wait_deadlines, (waiter.deadline, next(self._order), waiter))
 
     def _check_waiting(self, session: Session, id: int) -> None:
-        """Refuses one wait or watch too many, and an id that one goes by already."""
+        """Refuses one wait or watch too many, and an id that is in use."""
         if id in session.waiting or id in session.watches:
             raise InvalidArgument("id", f"request {id} of this connection is still under way")
         used = len(session.waiting) + len(session.watches)
         self._quota("max_waiting", self.limits.max_waiting, used, 1)
 
     def _keep_waiting(self, waiter: Waiter) -> None:
-        """Puts one like *waiter*, which was stopped, to the front of its queue."""
+        """Puts *waiter*, which was stopped, back to the front of its queue, as a new one."""
         again = Waiter(waiter.session, waiter.id, waiter.request, waiter.deadline)
         again.session.waiting[again.id] = again
         self._waiting.setdefault(again.request.name, deque()).appendleft(again)
@@ -93,14 +93,14 @@ class Waiters(Transactions):
             heapq.heappush(self._wait_deadlines, (again.deadline, next(self._order), again))
 
     def _wake(self, name: str, now: float) -> None:
-        """Serves those who wait for *name*, in their order, while it is there."""
+        """Serves the waiters of *name*, in their order, as long as the name is visible."""
         for waiter in list(self._waiting.get(name, ())):
             entry = self.table.visible(name)
             if entry is None:
                 return
-            if waiter.done:  # answering one of them showed that this one's client is gone
+            if waiter.done:  # its client was found gone when another of its waiters was answered
                 continue
-            # Before it is answered: should the client turn out to be gone, its waits end here too.
+            # Before the answer: if the client turns out to be gone, its other waits end in there.
             self._stop_waiting(waiter)
             try:
                 if type(waiter.request) is m.Take:
@@ -118,7 +118,7 @@ class Waiters(Transactions):
                 self._refuse(waiter, error)
 
     def _end_waits(self, now: float) -> None:
-        """Gives up the waits that are over, and serves those that could not be served before."""
+        """Refuses the waits that are over, and serves those that could not be served before."""
         while (deadline := self._next_wait()) is not None and deadline <= now:
             waiter = self._wait_deadlines[0][2]
             self._give_up(waiter, FetchTimeout(waiter.request.name, waiter.request.wait or 0.0))

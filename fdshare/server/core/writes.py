@@ -1,5 +1,6 @@
-"""The verbs that change the table. Each goes in one fixed order: shape, permission, leases of the
-name settled, quota, clash; then the record; only then is anything mutated, and the client answered.
+"""The verbs that change the table. Each has one fixed order: check the shape, check the permission,
+settle the lease of the name, check quota and clash, write the record; only then change the table
+and answer the client.
 """
 
 from __future__ import annotations
@@ -85,9 +86,9 @@ class Writes(Waiters):
         if count > MAX_ENTRY_DESCRIPTORS:
             raise TooManyDescriptors(count, MAX_ENTRY_DESCRIPTORS)
         if request.ttl is not None and not 0 < request.ttl < float("inf"):
-            raise InvalidArgument("ttl", f"{request.ttl!r} is no positive number of seconds")
+            raise InvalidArgument("ttl", f"{request.ttl!r} is not a positive number of seconds")
         if not 0 <= request.grace < float("inf"):
-            raise InvalidArgument("grace", f"{request.grace!r} is no number of seconds")
+            raise InvalidArgument("grace", f"{request.grace!r} is not a number of seconds")
 
     def _check_clash(self, request: m.Register, former: Entry | None, session: Session) -> None:
         wanted = request.if_generation
@@ -101,8 +102,8 @@ class Writes(Waiters):
         self._permit_removal("register", former, session)
 
     def _answered_before(self, session: Session, id: int) -> bool:
-        """True where the request is a repeat: its client has its first answer now."""
-        # Clients without a session repeat nothing, and must not get each other's answers.
+        """True if the request is a repeat: then its client was sent its first answer again."""
+        # A client without a session id repeats nothing, and must not get the answer of another.
         known = self.table.answer(session.name, id) if session.name else None
         if known is None:
             return False
@@ -183,7 +184,7 @@ class Writes(Waiters):
         self._permit("bind", request.address, session)
         self._permit("register", request.name, session)
         clash = self.table.entries.get(request.name)
-        if clash is not None:  # leased: somebody is taking it
+        if clash is not None:  # it is leased
             raise NameTaken(request.name, clash.generation)
         self._settle_if_crowded(session, 1, now)
         self._check_quota(session, 1, None)

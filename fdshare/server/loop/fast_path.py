@@ -1,9 +1,9 @@
-"""The shortest way through the server: a frame that asks for an entry, and the frame it is given.
+"""The fast path: a repeated fetch is recognised by its bytes, and its reply is ready to be sent.
 
-Nine requests of ten are fetches of names that were fetched before. So what such a frame asks for is
-remembered by its bytes, all but the id: decoding is a pure function, what is remembered never
-becomes wrong. And the answer is kept beside the entry, but for the id, with the control message
-that carries its descriptors. Whatever is not as usual is None here and goes the long way round.
+Nine requests of ten fetch a name that was fetched before. The bytes of such a frame, all but the
+id, are remembered with the name: decoding is a pure function, so what is remembered stays right.
+The reply, all but the id, is kept with the entry, and so is the control message that carries the
+descriptors. Every other frame is decoded and handled as usual.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from fdshare.protocol import messages as m
 from fdshare.protocol.framing import HEADER, header, only_frame
 from fdshare.server.core.table import Entry
 
-__all__ = ["Asked", "Packet", "answer"]
+__all__ = ["FetchFrames", "PreparedReply", "reply_frame"]
 
 _REMEMBERED: Final = 4096  # frames
 _LONGEST: Final = 400  # bytes of a frame that fetches a name of 255
-# How such a body goes on after its first byte, which says how many fields there are. Only a hint:
-# who encodes in another order goes the long way.
+# Such a body after its first byte, the number of fields. An encoder that orders the fields in
+# another way is served, too, but not on this path.
 _START: Final = b"\xa4type\xa5fetch\xa4name"
 _START_AT: Final = HEADER.size + 1
 
 
-class Asked(dict[bytes, str]):
+class FetchFrames(dict[bytes, str]):
     """Frame without its id -> the name that it fetches."""
 
     def name_in(self, data: bytes) -> str | None:
-        """The name, where *data* is one frame, without descriptors, that fetches one; else None."""
+        """The name, if *data* is one frame without descriptors that fetches one; else None."""
         return self.get(data[:8] + data[12:]) or self._learn(data)
 
     def _learn(self, data: bytes) -> str | None:
@@ -50,8 +50,8 @@ class Asked(dict[bytes, str]):
         return request.name
 
 
-class Packet(NamedTuple):
-    """An answer but for its id: the header before it, the body after it, the descriptors."""
+class PreparedReply(NamedTuple):
+    """A reply without its id: the header before the id, the body after it, the descriptors."""
 
     head: bytes
     body: bytes
@@ -59,16 +59,15 @@ class Packet(NamedTuple):
     descriptors: int
 
 
-def answer(entry: Entry, data: bytes) -> tuple[bytes, Rights, int]:
-    """(frame, control message, number of descriptors) that give *entry* to who asked with *data*.
-
-    *entry* has its `reply`.
-    """
-    packet = entry.packet
-    if type(packet) is not Packet or packet[1] is not entry.reply:  # it was renamed since
+def reply_frame(entry: Entry, request: bytes) -> tuple[bytes, Rights, int]:
+    """(frame, control message, number of descriptors): the reply to the frame *request*, which
+    fetches *entry*. `entry.reply` is encoded already."""
+    prepared = entry.prepared
+    # Encoded anew, for the entry was renamed: then this is prepared anew, too.
+    if type(prepared) is not PreparedReply or prepared[1] is not entry.reply:
         count = len(entry.handles)
         start = header(len(entry.reply), count, 0)[:8]
         fds = [handle.fd for handle in entry.handles]
-        packet = entry.packet = Packet(start, entry.reply, rights(fds), count)
-    head, body, fds_ready, count = packet
-    return head + data[8:12] + body, fds_ready, count
+        prepared = entry.prepared = PreparedReply(start, entry.reply, rights(fds), count)
+    head, body, fds_ready, count = prepared
+    return head + request[8:12] + body, fds_ready, count

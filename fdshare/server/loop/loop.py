@@ -31,7 +31,7 @@ from fdshare.server.core.service import Service
 from fdshare.server.loop.acceptor import Acceptor
 from fdshare.server.loop.closing import Handle, close_quietly
 from fdshare.server.loop.connection import Connection
-from fdshare.server.loop.fast_path import Asked, answer
+from fdshare.server.loop.fast_path import FetchFrames, reply_frame
 from fdshare.server.loop.output import Output
 from fdshare.server.loop.poller import ERROR, HANGUP, READ, WRITE
 
@@ -59,7 +59,7 @@ class Loop(Output):
         self.acceptor = Acceptor(self, listener, epoch, authkey)
         self._buffer = bytearray(_BUFFER)
         self._view = memoryview(self._buffer)
-        self._asked = Asked()
+        self._fetch_frames = FetchFrames()
         self._timers: list[tuple[float, int, Callable[[float], None]]] = []
         self._order = count()
         self._posted: list[Callable[[], None]] = []
@@ -291,9 +291,9 @@ class Loop(Output):
             self._mark_slow(connection, now)
 
     def _answered_at_once(self, connection: Connection, data: bytes, now: float) -> bool:
-        """The shortest way through the server (fast_path.py), for a read that is one fetch: True
-        where it was. Everything here is also done, more generally, on the long way round."""
-        name = self._asked.name_in(data)
+        """The fast path (fast_path.py): True if *data* was one fetch, which is answered now. The
+        usual path does all of this, too."""
+        name = self._fetch_frames.name_in(data)
         if name is None:
             return False
         entry = self.service.fetch_again(connection.session, name)
@@ -301,7 +301,7 @@ class Loop(Output):
             return False
         del self.connections[connection]
         self.connections[connection] = None
-        frame, fds, count = answer(entry, data)
+        frame, fds, count = reply_frame(entry, data)
         if not self._sent_at_once(connection, frame, fds, count):
             connection.queue(frame, entry.handles)
             self.flush(connection, now)

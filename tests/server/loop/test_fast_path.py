@@ -1,4 +1,4 @@
-"""The short way through the server knows one frame that fetches, and nothing else."""
+"""The fast path recognises one frame that fetches, and nothing else."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fdshare.client.blocking.client import Client
 from fdshare.errors import NameNotFound
 from fdshare.protocol import messages as m
 from fdshare.protocol.framing import HEADER, header
-from fdshare.server.loop.fast_path import Asked
+from fdshare.server.loop.fast_path import FetchFrames
 
 
 def frame(request: Any, id: int = 7, count: int = 0) -> bytes:
@@ -20,11 +20,11 @@ def frame(request: Any, id: int = 7, count: int = 0) -> bytes:
 
 
 def test_name_of_a_fetch_whatever_its_id() -> None:
-    asked = Asked()
+    frames = FetchFrames()
     for id in (1, 2, 0xFFFFFFFF):
-        assert asked.name_in(frame(m.Fetch("web"), id)) == "web"
-    assert asked.name_in(frame(m.Fetch("dns"), 3)) == "dns"
-    assert asked.name_in(frame(m.Fetch("x" * 255), 3)) == "x" * 255
+        assert frames.name_in(frame(m.Fetch("web"), id)) == "web"
+    assert frames.name_in(frame(m.Fetch("dns"), 3)) == "dns"
+    assert frames.name_in(frame(m.Fetch("x" * 255), 3)) == "x" * 255
 
 
 @pytest.mark.parametrize(
@@ -43,20 +43,20 @@ def test_name_of_a_fetch_whatever_its_id() -> None:
         header(5, 0, 7) + b"\xc1" * 5,
     ],
 )
-def test_all_else_goes_the_long_way(data: bytes) -> None:
-    asked = Asked()
+def test_all_else_is_not_on_the_fast_path(data: bytes) -> None:
+    frames = FetchFrames()
     for _ in range(2):
-        assert asked.name_in(data) is None
+        assert frames.name_in(data) is None
     # Not even when its like was seen before.
-    assert asked.name_in(frame(m.Fetch("web"))) == "web"
-    assert asked.name_in(data) is None
+    assert frames.name_in(frame(m.Fetch("web"))) == "web"
+    assert frames.name_in(data) is None
 
 
 def test_what_it_remembers_is_bounded() -> None:
-    asked = Asked()
+    frames = FetchFrames()
     for number in range(10_000):
-        assert asked.name_in(frame(m.Fetch(f"n/{number}"))) == f"n/{number}"
-    assert len(asked) <= 4096
+        assert frames.name_in(frame(m.Fetch(f"n/{number}"))) == f"n/{number}"
+    assert len(frames) <= 4096
 
 
 def test_header_has_the_id_where_it_is_cut_out() -> None:
