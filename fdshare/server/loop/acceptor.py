@@ -39,8 +39,8 @@ __all__ = ["Acceptor"]
 
 log = logging.getLogger("fdshare.server")
 
-_PAUSE: Final = 0.1  # seconds without accepting where there was no descriptor for it
-_BATCH: Final = 64  # connections accepted in one turn of the loop
+_PAUSE: Final = 0.1  # seconds without accepting, after no descriptor was free for it
+_BATCH: Final = 64  # connections that one turn of the loop accepts at most
 # accept(2): errors of the connection that was to be accepted, not of the listener.
 _TRY_NEXT: Final = (errno.ECONNABORTED, errno.EPROTO, errno.EINTR)
 _NO_ROOM: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
@@ -96,8 +96,8 @@ class Acceptor:
                 if error.errno not in _NO_ROOM:
                     log.error("accept failed: %s", error)
                 elif number:
-                    # accept4(2) reserves a number before it looks whether anybody waits, and then
-                    # says EMFILE to an empty queue: the poller knows better.
+                    # accept4(2) reserves a number before it looks at the queue, and reports EMFILE
+                    # even if that is empty: the poller will tell.
                     return
                 self._pause(now)
                 return
@@ -138,7 +138,7 @@ class Acceptor:
         """Closes an idle connection where the limit is reached; the refusal where none is idle."""
         limits = self._output.service.limits
         used, most = len(self._output.connections), limits.max_connections
-        # The last place is for the administrator, so that a full server can still be asked why.
+        # The last place is the administrator's, who can still ask a full server for its state.
         if used < most - (not trusted):
             mine = self._output.connections_of.get(uid, 0)
             if trusted or mine < limits.max_connections_per_uid:
@@ -183,7 +183,7 @@ class Acceptor:
 
     # The greeting.
 
-    def greet(self, connection: Connection, frame: Frame[Handle], now: float) -> None:
+    def greet(self, connection: Connection, frame: Frame[Handle]) -> None:
         """Answers the Hello, or the proof of an authkey. Raises: ProtocolError, VersionMismatch,
         AuthenticationFailed."""
         try:

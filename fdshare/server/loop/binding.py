@@ -1,7 +1,7 @@
-"""What the `bind` verb binds: the server makes the socket, once, for all who ask for the name.
+"""The sockets of the `bind` verb: the server binds an address once, for all who ask for the name.
 
-Runs in the server's event loop, so nothing here waits: no name is looked up, a probe of a UNIX
-socket does not block.
+This runs in the event loop and never blocks: no host name is looked up, and the test whether a UNIX
+socket is live does not wait.
 """
 
 from __future__ import annotations
@@ -66,12 +66,12 @@ def _bind_network(address: BindAddress, backlog: int, reuse_port: bool) -> socke
         raise _trouble(address, error) from None
     try:
         if stream:
-            # Not for udp: there it would let two sockets share the port, and one starve.
+            # Not for udp: two sockets could share the port then, and one of them would get nothing.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if reuse_port:
             _share_port(sock)
         if address.is_ipv6:
-            # Or [::] would take the port of 0.0.0.0 too, which a policy was not asked about.
+            # Else [::] would take the port of 0.0.0.0, too, for which the policy was not asked.
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         _bind(sock, address, backlog)
         return sock
@@ -117,18 +117,18 @@ def _bind_unix(address: BindAddress, backlog: int, reuse_port: bool) -> socket.s
         if in_use.pid is not None:
             raise in_use
         _check_folder(path)
-        stale = True  # or its queue is full: listen() looks again, under the lock
+        stale = True  # or its queue is full: listen() checks again, under the lock
     mode = _MODE if address.mode is None else address.mode
     listener = endpoint.listen(path, mode=mode, backlog=backlog, reclaim=stale, locked=stale)
     sock, lock = listener.detach()
     if lock is not None:
-        # It was for the removal; from here on the socket itself answers.
+        # It was taken to remove the path; from now on the listening socket shows that it is in use.
         lock.close()
     return sock
 
 
 def _check_folder(path: str) -> None:
-    """Refuses to replace what is on *path* where others could have put it, or could swap it."""
+    """Refuses to replace what is at *path* if other users could have put it there, or swap it."""
     folder = os.path.dirname(path)
     info = os.stat(folder)
     others_write = stat.S_IMODE(info.st_mode) & (stat.S_IWGRP | stat.S_IWOTH)
@@ -141,7 +141,7 @@ def _check_folder(path: str) -> None:
 
 
 def _in_use(address: BindAddress) -> AddressInUse:
-    """The error that names who has the port, where /proc tells."""
+    """The error that names the process that has the port, if /proc tells."""
     scheme = address.scheme
     owner = None if scheme == "unix" else port_owner(scheme, address.host, address.port)
     if owner is None:
@@ -156,7 +156,7 @@ def _in_use(address: BindAddress) -> AddressInUse:
 
 
 def _trouble(address: BindAddress, error: OSError) -> OSError:
-    """What a failed socket(2) or bind(2) means, and what to do about it."""
+    """What a failed socket(2) or bind(2) means, as the error to raise."""
     code = error.errno or errno.EIO
     if is_descriptor_limit(error):
         return descriptor_limit(code, "server")

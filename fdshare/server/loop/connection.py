@@ -1,4 +1,4 @@
-"""Connection: one client's socket in the server, with its output queue and what is in flight."""
+"""Connection: one client's socket in the server, its queue of frames, and its state."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from fdshare.server.loop.closing import Handle
 
 __all__ = ["NO_MEMORY", "Connection", "QueuedFrame"]
 
-# What a socket says when the kernel has no memory for a message: later it may have.
+# The kernel has no memory for a message now; to be tried again.
 NO_MEMORY: Final = (errno.ENOBUFS, errno.ENOMEM)
 
-# Bytes that we sent and the peer has not read: SIOCOUTQ, <linux/sockios.h>; FIONWRITE elsewhere.
+# Bytes that were sent and the peer has not read: SIOCOUTQ, <linux/sockios.h>; FIONWRITE elsewhere.
 _UNREAD: Final = 0x5411 if sys.platform == "linux" else 0x40046677
 
 
 class QueuedFrame:
-    """A frame, or what is left of it, with the handles that go with its first byte."""
+    """A frame, or the rest of one, and the handles that are sent with its first byte."""
 
     __slots__ = ("data", "handles")
 
@@ -35,7 +35,7 @@ class QueuedFrame:
 
 
 class Connection:
-    """State of one client. The loop owns the transitions; this class does the sending."""
+    """The state of one client, which the loop changes; sending is done here."""
 
     __slots__ = (
         "closed",
@@ -67,32 +67,33 @@ class Connection:
         self.pending: deque[Frame[Handle]] = deque()
         self.in_flight = 0
         self.greeted = False
-        self.proof: bytes | None = None  # the MAC that the client still has to show
-        self.counterproof = b""  # ... and what it is answered then
-        self.draining = False  # close once the output is gone
-        self.overflowed = False  # events were dropped
-        self.stale: list[int] = []  # watches that need a fresh snapshot because of it
+        self.proof: bytes | None = None  # the MAC that the client still has to send
+        self.counterproof = b""  # ... and the one that it is answered with
+        self.draining = False  # to be closed when the queue is sent
+        self.overflowed = False  # events were not sent
+        self.stale: list[int] = []  # watches that need a fresh snapshot after that
         self.inspecting = 0  # its `info` requests that worker threads answer now
         self.closed = False
         self.interest = 0
-        self.slow_since: float | None = now  # until the Hello is there
+        self.slow_since: float | None = now  # it owes the Hello
         self.stalled_since: float | None = None  # the first of `pending` waits for the keeper
 
     def fileno(self) -> int:
         return self.sock.fileno()
 
     def queue(self, data: bytes, handles: tuple[Handle, ...]) -> None:
-        """Appends a frame; its handles are pinned until they are sent."""
+        """Appends a frame. Its handles are pinned until they are sent."""
         for handle in handles:
             handle.pins += 1
         self.output.append(QueuedFrame(data, handles))
         self.output_bytes += len(data)
 
     def send_next(self) -> tuple[Handle, ...] | None:
-        """Sends from the front of the queue. The handles that went, or None where it is full.
+        """Sends from the first frame of the queue. The handles that were sent; None if the socket
+        is full.
 
-        Raises: DescriptorLimit (ETOOMANYREFS): somebody, perhaps elsewhere, has to read first;
-        OSError: NO_MEMORY, or the connection is gone.
+        Raises: DescriptorLimit (ETOOMANYREFS): this user's receivers, here or elsewhere, have to
+        read first; OSError: NO_MEMORY, or the connection is gone.
         """
         front = self.output[0]
         try:
@@ -109,7 +110,7 @@ class Connection:
         return gone
 
     def unread(self) -> bool:
-        """True while the peer has not read all that was sent; resets `in_flight` once it has."""
+        """True if the peer has not read all that was sent; if it has, `in_flight` is 0 now."""
         if not self.in_flight:
             return False
         count = array.array("i", [0])

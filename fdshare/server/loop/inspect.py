@@ -1,8 +1,8 @@
-"""What the kernel says of one descriptor, for `info`.
+"""What the kernel knows of one descriptor, for `info`.
 
-For a worker thread: asking may block where the file system is a daemon or another machine, so the
-link in /proc is read first (the kernel answers that by itself), and only a file on a local file
-system is asked for its size.
+To be called in a worker thread: fstat(2) may block where the file system is a daemon or another
+machine. So the link in /proc is read first, which the kernel answers by itself, and only a file on
+a local file system is asked for its size.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ _SEALS: Final = {
     0x10: "future_write",
     0x20: "exec",
 }
-# Where fstat(2) asks nobody but this kernel. Any other (fuse, nfs, 9p, cifs ...) is not asked.
+# File systems on which fstat(2) is answered by this kernel alone. On others (fuse, nfs, 9p, cifs
+# ...) it is not called.
 _LOCAL: Final = """
     bcachefs btrfs cgroup2 devpts devtmpfs erofs exfat ext2 ext3 ext4 f2fs hugetlbfs iso9660 jfs
     mqueue ntfs3 overlay proc ramfs squashfs sysfs tmpfs udf vfat xfs zfs
@@ -66,11 +67,11 @@ def describe_descriptor(fd: int) -> DescriptorInfo:
     return DescriptorInfo(access=access, **facts)
 
 
-# By type. Each returns the facts that it could learn, "type" at least.
+# One function for each type. It returns the facts that it could find, "type" at least.
 
 
 def _by_link(fd: int, link: str, access: str) -> _Facts:
-    """What /proc/self/fd/N points to tells the type without asking any file system."""
+    """By what /proc/self/fd/N points to: no file system is asked."""
     if link.startswith("/memfd:"):
         return _memfd(fd, link)
     if link.startswith("/"):
@@ -89,7 +90,7 @@ def _by_link(fd: int, link: str, access: str) -> _Facts:
 
 
 def _by_stat(fd: int, access: str) -> _Facts:
-    """Where there is no /proc: fstat(2) is all there is."""
+    """By fstat(2), where there is no /proc."""
     try:
         mode = os.fstat(fd).st_mode
     except OSError:
@@ -182,11 +183,11 @@ def _socket_health(sock: socket.socket, facts: _Facts) -> _Facts:
     return {"queue": queue, "backlog": backlog, "health": "; ".join(filter(None, wrong))}
 
 
-# What is wrong.
+# Health: what is wrong with it.
 
 
 def _peer_health(events: int, tcp: TcpState | None) -> str:
-    """Of a stream: whether something still comes from the other end."""
+    """Of a stream: whether the other end can still send."""
     # A socket that was never connected has POLLHUP, but not POLLRDHUP (tcp_poll(), unix_poll()).
     if not events & (_RDHUP or select.POLLHUP):
         return ""
@@ -199,7 +200,7 @@ def _peer_health(events: int, tcp: TcpState | None) -> str:
 
 def _path_health(path: str, inode: int | None) -> str:
     """Whether a UNIX socket can still be reached under the *path* it was bound to."""
-    # What was bound through a directory descriptor (a long path) has that one's number in its name.
+    # A long path is bound through a directory descriptor: its name has /proc in it then.
     if not path.startswith("/") or path.startswith("/proc/"):
         return ""
     try:
@@ -222,7 +223,7 @@ def _pipe_health(fd: int, access: str) -> str:
     return ""
 
 
-# What the kernel says, without asking a file system.
+# What the kernel answers without asking a file system.
 
 
 def _link(fd: int) -> str:
@@ -255,7 +256,7 @@ def _offset(fd: int) -> int | None:
 
 
 def _is_local(fd: int) -> bool:
-    """False where fstat(2) might wait for a daemon, another machine, or we do not know."""
+    """False if fstat(2) may wait for a daemon or another machine, or if that is not known."""
     wanted = _fdinfo(fd).get("mnt_id")
     try:
         with open("/proc/self/mountinfo", errors="replace") as table:
@@ -270,7 +271,7 @@ def _is_local(fd: int) -> bool:
 
 
 def _events(fd: int) -> int:
-    """What poll(2) reports this moment; 0 where it reports nothing."""
+    """What poll(2) reports now; 0 if it reports nothing."""
     poller = select.poll()
     try:
         poller.register(fd, select.POLLIN | select.POLLPRI | _RDHUP)
@@ -281,7 +282,7 @@ def _events(fd: int) -> int:
 
 
 def _peer(sock: socket.socket) -> str:
-    """The other end's address, or its pid where it has none. Raises: OSError ENOTCONN."""
+    """The other end's address, or its pid if it has none. Raises: OSError ENOTCONN."""
     address = _address(sock.family, sock.getpeername())
     if address or sock.family != socket.AF_UNIX:
         return address
@@ -290,7 +291,7 @@ def _peer(sock: socket.socket) -> str:
 
 
 def _address(family: int, name: Any) -> str:
-    """A socket's name as a person writes it; empty for an unbound one."""
+    """A socket's name as text; empty if it is not bound."""
     if family == socket.AF_UNIX:
         raw = os.fsencode(name) if isinstance(name, str) else bytes(name)
         return _text(b"@" + raw[1:] if raw[:1] == b"\0" else raw)
@@ -303,18 +304,18 @@ def _address(family: int, name: Any) -> str:
 
 
 def _word(value: int, prefix: str) -> str:
-    """The constant's name without its *prefix*, in lower case; the number where it has none."""
+    """The constant's name without its *prefix*, in lower case; the number if it has no name."""
     name = getattr(value, "name", None)
     return name.removeprefix(prefix).lower() if name else str(int(value))
 
 
 def _text(raw: bytes) -> str:
-    """What msgpack can carry, whatever bytes a path has."""
+    """*raw* as UTF-8, which msgpack can carry, whatever bytes a path has."""
     return raw.decode("utf-8", "backslashreplace")
 
 
 def _try(ask: Callable[[], Any], default: Any) -> Any:
-    """What *ask* returns; *default* where the kernel, or this system, does not answer."""
+    """What *ask* returns; *default* if the kernel, or this system, does not answer."""
     try:
         return ask()
     except (OSError, ValueError, FdshareError):

@@ -1,7 +1,8 @@
-"""Loop: the event loop. One thread; accepts, reads, writes, keeps time, and never blocks.
+"""Loop: the event loop, in one thread. It reads, serves and writes, and never blocks.
 
-The order of one turn: wait, accept, read and serve, write, then what is due. Slow clients are
-closed after a while; an idle one only where the limit of connections is reached.
+A turn waits once, handles each ready descriptor (a new connection, a request, room for output), and
+then does what is due. A slow client is closed after a while, an idle one only where the limit of
+connections is reached.
 """
 
 from __future__ import annotations
@@ -39,12 +40,12 @@ __all__ = ["Loop"]
 
 log = logging.getLogger("fdshare.server")
 
-_BUFFER: Final = 1 << 16  # bytes a read takes at most, so that one client cannot fill a turn
-_RETRY: Final = 0.005  # seconds until a throttled connection is looked at again
+_BUFFER: Final = 1 << 16  # bytes that one read takes at most, so that others get their turn, too
+_RETRY: Final = 0.005  # seconds until a throttled connection is tried again
 
 
 class Loop(Output):
-    """Turns readiness into calls."""
+    """Waits for readiness and for deadlines, and makes the calls that these ask for."""
 
     def __init__(
         self,
@@ -64,8 +65,8 @@ class Loop(Output):
         self._order = count()
         self._posted: list[Callable[[], None]] = []
         self._post_lock = threading.Lock()
-        self._tick_again = 0.0  # not before, for the keeper could not take what was due
-        self._retry_at = 0.0  # when the throttled and the stalled are looked at; 0: not set
+        self._tick_again = 0.0  # no tick before: the keeper could not take what was due
+        self._retry_at = 0.0  # when throttled and stalled connections are tried again; 0: not set
         self._stopping = False
         self._interrupted = False
         self._wake, self._waker = socket.socketpair()
@@ -76,8 +77,8 @@ class Loop(Output):
     # Running and stopping.
 
     def run(self) -> bool:
-        """Serves until `stop()`, the connections are closed then; or until `interrupt()`: True, and
-        it is to be called again."""
+        """Serves until `stop()`, and closes the connections; False then. True after `interrupt()`:
+        to be called again."""
         try:
             while not self._stopping:
                 self.turn()
@@ -97,7 +98,7 @@ class Loop(Output):
             self.drop(connection)
 
     def turn(self) -> None:
-        """Waits once, and does all that came of it."""
+        """Waits once, handles what is ready, and does what is due."""
         due = self._next_due()
         timeout = None if due is None else max(due - time.monotonic(), 0.0)
         ready = self.poller.wait(timeout)
@@ -114,23 +115,24 @@ class Loop(Output):
             self._do_due(now)
 
     def stop(self) -> None:
-        """Makes `run` return soon; from any thread, or a signal handler."""
+        """Makes `run` return soon. May be called from any thread, and from a signal handler."""
         self._stopping = True
         self._wake_up()
 
     def interrupt(self) -> None:
-        """Makes `run` return after this turn, with everything as it is; from the loop's thread."""
+        """Makes `run` return after this turn, with all connections open. Only in the loop's
+        thread."""
         self._interrupted = True
 
     def post(self, call: Callable[[], None]) -> None:
-        """Has *call* made by the loop's thread; from any thread."""
+        """Has the loop's thread make *call*. May be called from any thread."""
         with self._post_lock:
             self._posted.append(call)
         self._wake_up()
 
     def wake_on_signals(self) -> int:
-        """Has every signal end the wait for events. What signal.set_wakeup_fd() is to be given
-        before `close`. Both in the main thread."""
+        """Makes every signal end the wait for events. The result is to be given to
+        signal.set_wakeup_fd() before `close`. Both only in the main thread."""
         return signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
 
     def abandon(self) -> None:
@@ -148,7 +150,7 @@ class Loop(Output):
         try:
             self._waker.send(b"\0")
         except (BlockingIOError, OSError):
-            pass  # full: it will wake anyway; closed: nobody is there to wake
+            pass  # full: it wakes in any case; closed: the loop has ended
 
     def _on_wake(self, events: int, now: float) -> None:
         try:
@@ -161,7 +163,7 @@ class Loop(Output):
             call()
 
     def _finish(self) -> None:
-        """Gives the last answers a moment to leave."""
+        """Sends what is queued, for at most a second."""
         deadline = time.monotonic() + 1.0
         while any(c.output for c in self.connections) and time.monotonic() < deadline:
             for connection in list(self.connections):
@@ -171,9 +173,9 @@ class Loop(Output):
     # Time.
 
     def _next_due(self) -> float | None:
-        """When `_do_due` has something to do; None: not before something else happens."""
+        """When `_do_due` has something to do; None if nothing is planned."""
         if self._throttled or self._stalled:
-            # Set once and not anew in each turn: others who keep us busy must not put it off.
+            # Set once and not in each turn: a busy loop must not postpone it.
             self._retry_at = self._retry_at or time.monotonic() + _RETRY
             return self._retry_at
         due = self.service.next_deadline()
@@ -219,15 +221,16 @@ class Loop(Output):
         self.acceptor.resume(now)
 
     def _is_held_up(self, connection: Connection) -> bool:
-        """True where it has read all that it was sent, and waits for us because of others: what is
-        in flight to them leaves no room."""
+        """True if the client has read all that it was sent, and waits only because the descriptors
+        in flight to others leave no room."""
         if connection not in self._throttled or not connection.receiver.idle:
             return False
         self._measure(connection)
         return not connection.in_flight
 
     def attempt(self, change: Callable[[float], None], now: float) -> None:
-        """Makes a change that nobody asked for; again later if the keeper cannot take it now."""
+        """Makes a change that no request asked for; later again if the keeper cannot take it
+        now."""
         try:
             change(now)
         except (JournalBusy, KeeperUnavailable):
@@ -236,7 +239,7 @@ class Loop(Output):
             log.exception("a change failed")
 
     def later(self, delay: float, change: Callable[[float], None]) -> None:
-        """Attempts *change* in *delay* seconds; from the loop's thread."""
+        """Attempts *change* in *delay* seconds. Only in the loop's thread."""
         heapq.heappush(self._timers, (time.monotonic() + delay, next(self._order), change))
 
     # Reading and serving.
@@ -274,19 +277,19 @@ class Loop(Output):
             and self._answered_at_once(connection, self._view[:count].tobytes(), now)
         ):
             return
-        if isinstance(lost, DescriptorLimit):  # the sender has to be told that it is the server's
+        if isinstance(lost, DescriptorLimit):  # to the sender, the receiver is the server
             lost = descriptor_limit(lost.errno, "server")
         handles = list(map(Handle, fds))
         receiver = connection.receiver
         frames = receiver.feed(self._view[:count], handles, lost)
         if frames:
-            self._end_slow(connection)  # a request was complete: the clock starts anew
-            # To the end of the order: the front is who has been idle longest.
+            self._end_slow(connection)  # a whole request has come: its time starts anew
+            # To the end of the order: the first is the one that is idle for longest.
             self.connections.pop(connection, None)
             self.connections[connection] = None
             self._serve(connection, frames, now)
         if receiver.failure is not None and not connection.closed:
-            self.expel(connection, receiver.failure, now)
+            self.expel(connection, receiver.failure)
         if connection.output or not receiver.idle or connection.slow_since is not None:
             self._mark_slow(connection, now)
 
@@ -308,7 +311,7 @@ class Loop(Output):
         return True
 
     def _serve(self, connection: Connection, frames: list[Frame[Handle]], now: float) -> None:
-        """Handles *frames* in order, or keeps those that have to wait."""
+        """Handles *frames* in order, and keeps those that have to wait."""
         for index, frame in enumerate(frames):
             if connection.closed or connection.draining:
                 self._close_all(frame.descriptors)
@@ -318,9 +321,9 @@ class Loop(Output):
                 return
 
     def _resume(self, connection: Connection, now: float) -> None:
-        """Goes on with the frames that had to wait."""
+        """Handles the frames that had to wait, as far as possible."""
         while connection.pending and not connection.closed and not self._busy(connection):
-            # Taken off first: a drop while it is served must not close its descriptors again.
+            # Removed first: a drop while it is served must not close its descriptors again.
             frame = connection.pending.popleft()
             if not self._handle(connection, frame, now):
                 connection.pending.appendleft(frame)
@@ -334,12 +337,12 @@ class Loop(Output):
         self._resume(connection, time.monotonic())
 
     def _handle(self, connection: Connection, frame: Frame[Handle], now: float) -> bool:
-        """Carries out one frame. False where it must be tried again: nothing has happened then."""
+        """Carries out one request. False if it must be tried again: nothing has happened then."""
         handles = frame.descriptors
         request: m.AnyRequest | None = None
         try:
             if not connection.greeted:
-                self.acceptor.greet(connection, frame, now)
+                self.acceptor.greet(connection, frame)
                 kept = False
             elif frame.lost is not None:
                 raise frame.lost
@@ -352,7 +355,7 @@ class Loop(Output):
             self._refuse(connection, frame.id, KeeperUnavailable(busy.reason), request)
             kept = False
         except ProtocolError as error:
-            self.expel(connection, error, now)
+            self.expel(connection, error)
             kept = False
         except FdshareError as error:
             self._refuse(connection, frame.id, error, request)
@@ -386,7 +389,7 @@ class Loop(Output):
         self.service.refused(connection.session, request, error)
         self.answer(connection.session, id, m.encode(m.refusal(error)))
 
-    def expel(self, connection: Connection, error: FdshareError, now: float) -> None:
+    def expel(self, connection: Connection, error: FdshareError) -> None:
         """Sends one error frame, and closes the connection after it."""
         self.service.refused(connection.session, None, error)
         connection.draining = True

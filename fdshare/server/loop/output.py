@@ -61,7 +61,7 @@ class Output:
         self._slow[connection] = None
 
     def drop(self, connection: Connection) -> None:
-        """Closes it and forgets all that waited for it."""
+        """Closes it, and ends all that was done for it."""
         if connection.closed:
             return
         connection.closed = True
@@ -93,7 +93,7 @@ class Output:
         """Closes *sock*; in a closer's thread if it has unread bytes: a descriptor among them may
         be the last of its file, and that file's close may block."""
         try:
-            sock.shutdown(socket.SHUT_RD)  # nothing comes after we have looked
+            sock.shutdown(socket.SHUT_RD)  # after this nothing more arrives
             unread = array.array("i", [0])
             fcntl.ioctl(sock, termios.FIONREAD, unread)
         except OSError:  # the peer is gone; something may be unread
@@ -184,13 +184,13 @@ class Output:
         if connection.closed:
             return
         if connection.output_bytes < before and connection.greeted:
-            self._end_slow(connection)  # the client reads, however slowly
+            self._end_slow(connection)  # the client reads
         if not connection.output:
-            self._emptied(connection, now)
+            self._emptied(connection)
         self._mark_slow(connection, now)
         self._update(connection)
 
-    def _emptied(self, connection: Connection, now: float) -> None:
+    def _emptied(self, connection: Connection) -> None:
         if connection.draining:
             self.drop(connection)
             return
