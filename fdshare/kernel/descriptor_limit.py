@@ -1,4 +1,4 @@
-"""The limits of descriptors, as the error that names the limit and says whose it is."""
+"""How many descriptors a process may have open, and the error that says so."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Final, Literal
 
 from fdshare.errors import DescriptorLimit
 
-__all__ = ["descriptor_limit", "is_descriptor_limit"]
+__all__ = ["descriptor_limit", "is_descriptor_limit", "raise_descriptor_limit"]
 
 _ADVICE: Final = {
     "server": "unregister some or raise it",
@@ -31,3 +31,14 @@ def descriptor_limit(
     what = "fs.file-max" if code == errno.ENFILE else "RLIMIT_NOFILE"
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return DescriptorLimit(code, what, limit, None, whose, _ADVICE.get(whose, ""))
+
+
+def raise_descriptor_limit() -> int:
+    """Raises the soft RLIMIT_NOFILE to the hard one; the limit that applies then."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        except (ValueError, OSError):
+            return soft
+    return hard

@@ -1,1 +1,1 @@
-"""The rendezvous server: a pure table, policy and service, and the loop around them."""
+"""The rendezvous server: a pure core, the event loop around it, and a second process for both."""

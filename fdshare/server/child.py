@@ -1,7 +1,7 @@
 """A server as a child: `python -m fdshare.server CONTROL-FD`, for `Manager.start()` and its like.
 
-The other end of CONTROL-FD sends the settings, is told "ready" or the error, and is the owner: when
-it is closed, by intent or because its process died, the server ends.
+The owner has the other end of CONTROL-FD. It sends the settings, and is sent "ready" or the error.
+When its end is closed, on purpose or because its process died, the server ends.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def read_message(control: socket.socket) -> bytes:
 
 
 def main(fd: int) -> int:
-    """Exit status 0, or 1 where it could not start, which the owner is told."""
+    """Runs the server: exit status 0, or 1 if it could not start. The owner is sent the error."""
     with socket.socket(fileno=fd) as control:
         control.set_inheritable(False)
         return _serve(control)

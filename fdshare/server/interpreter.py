@@ -1,4 +1,4 @@
-"""A fresh interpreter that runs this very fdshare: for servers as children, and for new code."""
+"""The command line of a new interpreter that runs the same fdshare."""
 
 from __future__ import annotations
 

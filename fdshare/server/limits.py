@@ -1,4 +1,4 @@
-"""How much the server lets itself be asked for; sized from RLIMIT_NOFILE, all settable."""
+"""The limits of a server. Their defaults depend on RLIMIT_NOFILE; each can be set."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from fdshare.errors import InvalidArgument
 
 __all__ = ["Limits"]
 
-# Held back from every limit: the listener, the epoll, the journal, the log, files opened for a
-# moment, one administrative connection, and what the interpreter itself has open.
+# Descriptors that no limit counts on: the listener, epoll, the journal, the log, files that are
+# open for a moment, one connection for an administrator, and what the interpreter has open.
 RESERVE: Final = 32
 
 
 class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Counts, bytes and seconds. A limit for each uid does not bind root and the server's uid."""
+    """Counts, bytes and seconds. A limit for each uid does not apply to root and the server's
+    uid."""
 
     max_descriptors: int
     max_names: int
@@ -26,7 +27,7 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_connections_per_uid: int
     in_flight_per_connection: int
     in_flight: int
-    max_output: int = 4 << 20  # bytes queued for one connection before it is cut off
+    max_output: int = 4 << 20  # bytes queued for one connection before it is closed
     max_waiting: int = 4096  # requests of one connection that wait for a name
     request_timeout: float = 30.0  # seconds for a half-sent request, or an unread answer
     lease_timeout: float = 60.0  # seconds for a take to be confirmed
@@ -39,13 +40,13 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
         *changed* replaces single limits. Half of *nofile* at most is ever in flight: the kernel
         counts what was sent and not yet read against the whole user (unix(7), ETOOMANYREFS).
-        Raises: InvalidArgument: there is no such limit, or it is no number above zero.
+        Raises: InvalidArgument: there is no such limit, or its value is not a number above zero.
         """
         for name, value in changed.items():
             if name not in cls.__struct_fields__:
                 raise InvalidArgument("limits", f"there is no limit {name!r}")
             if not value > 0:
-                raise InvalidArgument("limits", f"{name} is {value!r}, no number above zero")
+                raise InvalidArgument("limits", f"{name} is {value!r}, not a number above zero")
             if not name.endswith("_timeout") and value != int(value):
                 raise InvalidArgument("limits", f"{name} is {value!r}, a count has no fraction")
         usable = max(nofile - RESERVE, 16)

@@ -1,4 +1,4 @@
-"""Where the server's log goes: standard error, as text or JSON lines."""
+"""The server's log, on standard error: text or JSON lines."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _EXTRA = ("verb", "entry", "outcome", "pid", "uid")  # what the audit log adds t
 
 
 def configure(settings: Settings) -> None:
-    """Sends the loggers of the server to standard error; in every process of it."""
+    """Makes the loggers of the server write to standard error. To be called in each process."""
     handler = logging.StreamHandler(sys.stderr)
     if settings.log_format == "json":
         handler.setFormatter(_JsonLines())

@@ -1,7 +1,6 @@
-"""A server from its settings: listen, say that it is ready, serve, leave nothing behind.
+"""Runs a server as its settings say: it listens, reports that it is ready, serves, and cleans up.
 
-Everybody starts a server through here: the command line, `Manager.start()` and the private server
-of a process tree.
+The command line and `Manager.start()` both start a server here.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import socket
 import time
 from collections.abc import Callable
 
+from fdshare.kernel.descriptor_limit import raise_descriptor_limit
 from fdshare.kernel.endpoint import Listener, listen
 from fdshare.server.core.table import Table
 from fdshare.server.failover.fd_store import FdStore
@@ -21,7 +21,7 @@ from fdshare.server.failover.holdings import Holdings
 from fdshare.server.failover.service_manager import Watchdog, report
 from fdshare.server.limits import Limits
 from fdshare.server.loop.poller import READ
-from fdshare.server.loop.server import Server, raise_descriptor_limit
+from fdshare.server.loop.server import Server
 from fdshare.server.settings import Settings, read_policy
 
 __all__ = ["serve"]
@@ -40,9 +40,9 @@ def serve(
 ) -> None:
     """Serves until SIGTERM, SIGINT, a shutdown request or the end of *control*; in the main thread.
 
-    *ready* is called once clients can connect. *listener*, taken over, replaces `settings.path`.
-    *control* is borrowed. *fdstore*, with a keeper, has the table in the service manager's store,
-    and *table* is what was restored from it.
+    *ready* is called once clients can connect. *listener*, which is taken over, replaces
+    `settings.path`. *control* is borrowed. With a keeper, *fdstore* keeps the table in the service
+    manager's store, and *table* is what was restored from it.
     Raises: AddressInUse, EndpointError, PolicyError, InvalidArgument.
     """
     Limits.for_rlimit(raise_descriptor_limit(), **settings.limits)
@@ -71,7 +71,7 @@ def serve(
 
 
 def _feed(watchdog: Watchdog, server: Server) -> None:
-    """Feeds *watchdog* from the server's loop, now and whenever it is due."""
+    """Feeds *watchdog* from the server's loop, now and each time it is due."""
     watchdog.feed()
     if watchdog.due is not None:
         delay = watchdog.due - time.monotonic()
@@ -79,7 +79,8 @@ def _feed(watchdog: Watchdog, server: Server) -> None:
 
 
 class _Signals:
-    """SIGTERM and SIGINT stop, SIGHUP reloads; the former handlers come back at the end."""
+    """SIGTERM and SIGINT stop the server, SIGHUP reloads; the former handlers are restored at the
+    end."""
 
     def __init__(self, server: Server) -> None:
         self._server = server
@@ -90,7 +91,7 @@ class _Signals:
         ours = {signal.SIGTERM: self._stop, signal.SIGINT: self._stop, signal.SIGHUP: self._reload}
         for number, handler in ours.items():
             self._former[number] = signal.signal(number, handler)
-        # A handler in Python runs only once epoll_wait(2) returns, and that does not notice a
+        # A handler in Python runs only after epoll_wait(2) returns, which is not interrupted by a
         # signal that came just before it, or to another thread.
         self._former_wakeup = self._server.loop.wake_on_signals()
 

@@ -15,12 +15,11 @@ from fdshare.server.core.policy_file import policy_from_toml
 
 __all__ = ["MAX_POLICY", "Settings", "policy_of", "read_policy"]
 
-MAX_POLICY: Final = 1 << 16  # bytes; the keeper is told of it in one message
+MAX_POLICY: Final = 1 << 16  # bytes; it is sent to the keeper in one message
 
 
 class Settings(msgspec.Struct, kw_only=True):
-    """Plain data alone: a new process is handed it, and so is new code when the server upgrades
-    itself by exec; a callable would be lost there."""
+    """Only data that can be encoded: it is sent to a new process, and to new code in an upgrade."""
 
     path: str
     mode: int = 0o600
@@ -29,15 +28,15 @@ class Settings(msgspec.Struct, kw_only=True):
     limits: dict[str, float | int] = {}  # fields of Limits, by name
     authkey: bytes | None = None
     policy: str | None = None  # path of a TOML file
-    policy_text: bytes | None = None  # what was read there last, and was good
+    policy_text: bytes | None = None  # the last valid text that was read there
     log_format: Literal["text", "json"] = "text"
     log_level: str = "INFO"
     metrics: str | None = None  # HOST:PORT for Prometheus text over HTTP
 
 
 def read_policy(settings: Settings) -> tuple[Policy, bytes | None]:
-    """The policy in the file that *settings* name, and its text; the default where they name none.
-    Raises: PolicyError."""
+    """The policy in the file that *settings* name, and its text; the default policy if they name
+    none. Raises: PolicyError."""
     if settings.policy is None:
         return Policy(os.geteuid()), None
     try:
@@ -52,9 +51,9 @@ def read_policy(settings: Settings) -> tuple[Policy, bytes | None]:
 
 def policy_of(settings: Settings) -> Policy:
     """The policy of the text that *settings* remember: a successor decides as its predecessor did,
-    whatever the file has become since.
+    even if the file has changed since.
 
-    Raises: PolicyError: its users and groups are looked up anew, and one may be gone.
+    Raises: PolicyError: its users and groups are looked up again, and one may be gone.
     """
     if settings.policy is None or settings.policy_text is None:
         return read_policy(settings)[0]

@@ -47,7 +47,7 @@ def bad(installed: Installed, way: str) -> tuple[str, Callable[[], None]]:
         installed.begin(file, "def f(:")
         reason = "SyntaxError"
     elif way == "refuses":
-        installed.change(file, r"TABLE_VERSION: Final = \d+", "TABLE_VERSION: Final = 99")
+        installed.change(file, r"HANDOVER_VERSION: Final = \d+", "HANDOVER_VERSION: Final = 99")
         reason = "reads 99"
     elif way == "hangs in its trial":
         installed.begin(file, HANGS)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import resource
+import subprocess
+import sys
 
 import pytest
 
@@ -31,3 +33,14 @@ def test_it_says_which_and_whose(code: int, whose: str, what: str, words: str) -
     assert error.limit == resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     assert f"{what} of the {whose} is {error.limit}, all in use" in str(error)
     assert words in str(error)
+
+
+def test_the_soft_limit_is_raised_to_the_hard_one() -> None:
+    program = (
+        "import resource\n"
+        "from fdshare.kernel.descriptor_limit import raise_descriptor_limit\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (50, 60))\n"
+        "print(raise_descriptor_limit(), resource.getrlimit(resource.RLIMIT_NOFILE))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
+    assert done.stdout == b"60 (60, 60)\n"

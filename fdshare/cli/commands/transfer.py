@@ -144,7 +144,7 @@ def _transfer(
     origin: Client, client: Client, entries: Sequence[m.EntryInfo], replace: bool
 ) -> list[m.Registered]:
     """Registers with *client* what *origin* holds; undoes what it did where one fails."""
-    from fdshare.server.loop.server import raise_descriptor_limit
+    from fdshare.kernel.descriptor_limit import raise_descriptor_limit
 
     raise_descriptor_limit()
     _refuse_bound(entries)

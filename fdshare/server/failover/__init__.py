@@ -1,1 +1,1 @@
-"""The second process: keeper, journal, upgrade, and the copy at the service manager."""
+"""The second process: keeper, journal, upgrade, and the service manager's store."""

@@ -1,8 +1,8 @@
 """Keeper: the second process, which makes `kill -9` of the server harmless. It talks to no client.
 
 It is the process that was started. It owns the listening socket and a copy of every descriptor,
-follows the server's journal, and forks a new server when the old one is dead. When the keeper dies
-it is the server that forks a new keeper. Either way round the survivor fences first (processes.py).
+follows the server's journal, and forks a new server when the old one is dead. When the keeper dies,
+the server forks a new keeper. In both cases the survivor first fences the other (processes.py).
 
     keeper ── fork ──> server       SOCK_SEQPACKET: records up, notes both ways
        │  listener, lock, table        │  listener, table, connections
@@ -54,13 +54,13 @@ __all__ = ["Keeper"]
 
 log = logging.getLogger("fdshare.keeper")
 
-# Seconds that a server that was told to end gets for its last answers; less than a Manager waits.
+# Seconds for the last answers of a server that was told to end; less than a Manager waits.
 _DRAIN: Final = 3.0
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
 
 
 class Keeper:
-    """One keeper: `run` is its life."""
+    """One keeper; `run` is its life."""
 
     def __init__(
         self,
@@ -92,16 +92,16 @@ class Keeper:
         self._trial: Trial | None = None
         self._trial_until = 0.0
         self._upgrade = Note("upgrade")
-        self._relieved = False  # the server was told to make room for one of newer code
+        self._relieved = False  # the server was told to end, because its code is old
 
-    # Its life.
+    # Running.
 
     def run(self, *, relieve: bool = False) -> Life | None:
-        """Returns when the server has been told to end and has; nothing is held any more. In a
-        forked child: the life of the server that it is to be.
+        """Returns None when the server has been told to end, and has; nothing is held any more. In
+        a forked child: the life of the server that the child becomes.
 
-        With *relieve* the server that is there is of older code: it answers what it has begun, and
-        makes room for one of ours.
+        With *relieve* the server that is there runs older code: it answers the requests that it
+        has, ends, and is replaced.
         """
         for end in (self._wake, self._waker):
             end.setblocking(False)
@@ -147,7 +147,7 @@ class Keeper:
 
     def _let_go(self) -> None:
         if self._trial is not None:
-            self._trial.verdict()  # ends it
+            self._trial.verdict()  # which ends it
         self._holdings.listener.close()
         for handle in list(self._holdings.table.handles()):
             self._closer.close(handle.fd)
@@ -161,19 +161,21 @@ class Keeper:
     def _hear_signals(self) -> None:
         for number in _SIGNALS:
             signal.signal(number, self._note_signal)
-        # A handler in Python runs only once epoll_wait(2) returns, and that does not notice a
+        # A handler in Python runs only after epoll_wait(2) returns, which is not interrupted by a
         # signal that came just before it, or to another thread.
         signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
         if self._holdings.control is not None:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is the owner's
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)  # our old code blocked them
+        signal.pthread_sigmask(
+            signal.SIG_UNBLOCK, _SIGNALS
+        )  # blocked by the old code, before its exec
 
     def _note_signal(self, number: int, frame: object) -> None:
         self._signals.append(number)
         try:
             self._waker.send(b"\0")
         except OSError:
-            pass  # full: it wakes anyway
+            pass  # full: it wakes in any case
 
     def _on_signal(self, events: int) -> None:
         try:
@@ -224,7 +226,7 @@ class Keeper:
         return None
 
     def _follow(self) -> None:
-        """Watches the server and its journal, and says that we do."""
+        """Watches the server and its journal, and tells the server that it does."""
         assert self._journal is not None
         assert self._server is not None
         self._journal.setblocking(False)
@@ -233,27 +235,29 @@ class Keeper:
         self._tell(Note("hello"))
 
     def _abandon(self) -> None:
-        """In a forked child: closes its copies of what is this keeper's alone."""
+        """In a forked child: closes its copies of what belongs to the keeper alone."""
         for number in _SIGNALS:
-            signal.signal(number, signal.SIG_IGN)  # the keeper commands
+            signal.signal(number, signal.SIG_IGN)  # the keeper passes them on
         signal.set_wakeup_fd(-1)
         close_quietly(self._poller, self._wake, self._waker)
         if self._trial is not None:
             self._trial.abandon()
 
     def _on_death(self, events: int) -> None:
-        if self._server is not None:  # else its journal had ended in the same batch
+        if self._server is not None:  # else the end of its journal came in the same batch
             self._on_server_gone()
 
     def _on_server_gone(self) -> None:
-        """Fence, read the journal to its end, and only then think of a successor."""
+        """Fences the server, reads the journal to its end, and only then plans a successor."""
         assert self._server is not None
         assert self._journal is not None
         self._poller.unregister(self._server.fileno())
         self._poller.unregister(self._journal.fileno())
         self._fencing = True
         how = fence(self._server)
-        for _ in range(3):  # ECONNRESET, of a note that it has not read, comes before the records
+        for _ in range(
+            3
+        ):  # ECONNRESET, for a note that it has not read, is reported before the records
             while self._read_letter():
                 pass
         self._fencing = False
@@ -268,7 +272,7 @@ class Keeper:
 
     def _plan_successor(self) -> None:
         now = self._start_at = time.monotonic()
-        if self._relieved:  # as it was told to
+        if self._relieved:  # it was told to end
             return
         if often := self._deaths.too_many(now):
             if self._ready is not None:
@@ -281,13 +285,14 @@ class Keeper:
     # The journal.
 
     def _on_journal(self, events: int) -> None:
-        # A few at a time: signals and the owner want to be heard too.
+        # A few at a time: signals and the owner must not wait long.
         for _ in range(64):
             if self._journal is None or not self._read_letter():
                 return
 
     def _read_letter(self) -> bool:
-        """Applies the next record; False where there is none now, or none any more."""
+        """Reads the next letter and does what it says; False if there is none now, or none any
+        more."""
         assert self._journal is not None
         try:
             count, fds, lost = receive_numbers(self._journal, self._buffer)
@@ -297,21 +302,21 @@ class Keeper:
             return False
         if not count:
             if not self._fencing:
-                self._on_server_gone()  # EOF is not death, but it will be
+                self._on_server_gone()  # the end of the stream: it is dead, or will be
             return False
         if lost is not None:
-            # We hold what the server holds and no more, so this is a limit lowered under us. The
-            # server has the table: it makes a new keeper, and that one holds all of it.
+            # This process holds no more than the server does: somebody has lowered its limit. The
+            # server forks a new keeper, which has the whole table.
             log.critical("the journal lost descriptors: %s", lost)
-            if self._fencing:  # there is no server any more: what we have is all there is
+            if self._fencing:  # no server is left: what is here is all there is
                 return True
             os._exit(1)
         handles = list(map(Handle, fds))
         try:
             self._on_letter(decode_letter(bytes(memoryview(self._buffer)[:count])), handles)
         except Exception:
-            # The server has the table: it makes a new keeper of that. If it is dead, ours is all
-            # there is, and one record that cannot be applied is no reason to lose the rest.
+            # The server forks a new keeper, which has the whole table. If the server is dead, this
+            # table is all there is: one record that cannot be applied must not lose the rest.
             if not self._fencing:
                 raise
             log.critical("a record of the dead server cannot be applied", exc_info=True)
@@ -349,10 +354,10 @@ class Keeper:
     # New code.
 
     def _start_upgrade(self, note: Note) -> None:
-        """Has the new code try the table, beside everything else that goes on."""
+        """Starts a trial of the new code; everything else goes on meanwhile."""
         if self._trial is not None or self._stopping or self._journal is None:
             return
-        if self._fencing:  # who asked will ask the successor again
+        if self._fencing:  # the client repeats its request to the successor
             return
         try:
             self._trial = Trial(self._handover(note))
@@ -372,10 +377,10 @@ class Keeper:
             self._exec()
 
     def _exec(self) -> None:
-        """Replaces this process's code; returns only if that failed.
+        """Replaces the code of this process; returns only if that failed.
 
-        The server stays as it is meanwhile. What it journals waits for the new code, and if that
-        dies or hangs, the server makes a keeper of the old.
+        The server goes on meanwhile. Its records wait in the journal for the new code. If that dies
+        or hangs, the server forks a keeper of the old code.
         """
         self._tell(Note("upgrading"))
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # until the new code can hear them

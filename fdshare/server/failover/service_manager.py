@@ -1,6 +1,6 @@
-"""What the service manager hears of a keeper: sd_notify(3), where there is one to hear it.
+"""Reports to the service manager, if there is one: sd_notify(3).
 
-A manager that is gone, or does not read, is no reason to fail: every report is given up in time.
+They never fail. A manager that does not read gets a second for each; then the report is dropped.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _PATIENCE: Final = 1.0  # seconds for a manager that does not read
 
 
 def report(state: str) -> None:
-    """Tells the service manager *state*, if there is one. Never fails."""
+    """Sends *state* to the service manager, if there is one. Never fails."""
     try:
         notify(state, timeout=_PATIENCE)
     except (OSError, FdshareError) as error:
@@ -29,9 +29,9 @@ def report(state: str) -> None:
 
 
 def announce_main_pid() -> None:
-    """This process is the one to watch from now on, in the place of one that died.
+    """Tells the service manager to watch this process from now on, instead of one that died.
 
-    systemd believes it of any process of the unit where NotifyAccess=all.
+    systemd accepts that from every process of the unit if NotifyAccess=all.
     """
     if "WATCHDOG_PID" in os.environ:
         os.environ["WATCHDOG_PID"] = str(os.getpid())
@@ -39,9 +39,9 @@ def announce_main_pid() -> None:
 
 
 class Watchdog:
-    """Reports WATCHDOG=1 at half the time that the service manager allows, sd_watchdog_enabled(3).
+    """Reports WATCHDOG=1 twice in the time that the service manager allows, sd_watchdog_enabled(3).
 
-    *due* is when, None where nobody asks for it.
+    *due* is the time of the next report, None if none are asked for.
     """
 
     def __init__(self) -> None:
@@ -49,7 +49,7 @@ class Watchdog:
         self.due = None if self._every is None else time.monotonic()
 
     def feed(self) -> None:
-        """Reports, if it is time to."""
+        """Reports, if it is time."""
         if self.due is not None and self._every is not None and time.monotonic() >= self.due:
             report("WATCHDOG=1")
             self.due = time.monotonic() + self._every

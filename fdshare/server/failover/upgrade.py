@@ -1,9 +1,9 @@
-"""New code for a running keeper: tried first, then put in its place by exec, table and all.
+"""New code for a running keeper: it is tried first, and then replaces the old code by exec.
 
-The table goes through a memfd, the descriptors are inherited by number. Three ways to fail, and the
-old code goes on after each: the trial, a child that has to say that it can read the table; the exec
-itself; and new code that dies or says nothing after it, when the old server, which is still there
-with everything, makes a keeper of the old code.
+The table is passed in a memfd, and the descriptors are inherited by number. An upgrade can fail in
+three places, and the old code goes on after each. In the trial, a child process, the new code must
+be able to read the table. The exec itself may fail. And if the new code dies or hangs after the
+exec, the old server, which still has everything, forks a keeper of the old code.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fdshare.server.loop.closing import Handle
 from fdshare.server.settings import Settings
 
 __all__ = [
-    "TABLE_VERSION",
+    "HANDOVER_VERSION",
     "Handover",
     "Trial",
     "adopt",
@@ -35,13 +35,13 @@ __all__ = [
     "read_handover",
 ]
 
-TABLE_VERSION: Final = 1
+HANDOVER_VERSION: Final = 1
 _NEW_CODE: Final = "fdshare.server.failover.new_code"
-_TRIAL: Final = 20.0  # seconds the new code gets to say that it can read the table
+_TRIAL: Final = 20.0  # seconds for the trial
 
 
 class Handover(msgspec.Struct):
-    """Everything a keeper holds; descriptors by their numbers."""
+    """Everything that a keeper holds; descriptors by their numbers."""
 
     version: int
     settings: Settings
@@ -60,7 +60,7 @@ class Handover(msgspec.Struct):
     fdstore: int | None = None
 
     def numbers(self) -> list[int]:
-        """Every descriptor the new code inherits."""
+        """Every descriptor that the new code inherits."""
         single = (self.listener, self.lock, self.control, self.journal, self.server, self.fdstore)
         return [*self.handles, *(fd for fd in single if fd is not None)]
 
@@ -70,7 +70,7 @@ class Handover(msgspec.Struct):
 
 
 class Trial:
-    """New code reading a copy of the table, in a child; wait for `fileno()` to be readable."""
+    """New code that reads the handover, in a child. It has ended when `fileno()` is readable."""
 
     def __init__(self, handover: Handover) -> None:
         """Raises: OSError."""
@@ -98,14 +98,14 @@ class Trial:
         """In a forked child: closes its copies; the trial is the parent's."""
         self.pidfd.close()
         self._output.close()
-        self._process.returncode = 0  # or subprocess would wait for it at the end of this object
+        self._process.returncode = 0  # else subprocess would wait for it in __del__
 
     def fileno(self) -> int:
         return self.pidfd.fileno()
 
     def verdict(self) -> str:
-        """Empty if the new code can read the table, else why not. A trial that has not ended is
-        killed: it hangs."""
+        """Empty if the new code can read the handover, else why it cannot. A trial that has not
+        ended is killed: it hangs."""
         hangs = self._process.poll() is None
         if hangs:
             self._process.kill()
@@ -122,8 +122,8 @@ class Trial:
 
 
 def exec_new_code(handover: Handover) -> None:
-    """Becomes the new code; the pid, the descriptors and the table stay. Returns never; raises
-    OSError where exec failed: nothing has changed then."""
+    """Runs the new code in this process; the pid and the descriptors stay. Does not return.
+    Raises: OSError: exec failed; nothing has changed then."""
     with _memfd(handover) as file:
         _set_inheritable((file.fileno(), *handover.numbers()), True)
         try:
@@ -134,13 +134,13 @@ def exec_new_code(handover: Handover) -> None:
 
 
 def read_handover(fd: int) -> Handover:
-    """The table in the memfd *fd*, which is closed. Raises: ValueError."""
+    """The handover in the memfd *fd*, which is closed. Raises: ValueError."""
     with open(fd, "rb") as file:
         file.seek(0)
         data = file.read()
     version = msgspec.msgpack.decode(data, type=_Version).version
-    if version != TABLE_VERSION:
-        raise ValueError(f"the table has version {version}, this code reads {TABLE_VERSION}")
+    if version != HANDOVER_VERSION:
+        raise ValueError(f"the handover has version {version}, this code reads {HANDOVER_VERSION}")
     handover: Handover = msgspec.msgpack.decode(data, type=Handover)
     return handover
 
@@ -148,11 +148,11 @@ def read_handover(fd: int) -> Handover:
 def make_handover(
     holdings: Holdings, journal: socket.socket, server: Descriptor, session: str, id: int
 ) -> Handover:
-    """What a keeper holds, and the request, if one, that asked for the upgrade."""
+    """What a keeper holds, and the request that asked for the upgrade, if there was one."""
     listener = holdings.listener
     image, handles = image_of(holdings.table)
     return Handover(
-        version=TABLE_VERSION,
+        version=HANDOVER_VERSION,
         settings=holdings.settings,
         epoch=holdings.epoch,
         image=image,
@@ -171,8 +171,8 @@ def make_handover(
 
 
 def adopt(handover: Handover) -> Holdings:
-    """After the exec: what was inherited, close-on-exec again. The caller owns the result, and
-    `handover.journal` and `handover.server`."""
+    """After the exec: what was inherited, as objects, and close-on-exec again. The caller owns the
+    result, and `handover.journal` and `handover.server`."""
     _set_inheritable(handover.numbers(), False)
     lock = None if handover.lock is None else Descriptor(handover.lock)
     sock = socket.socket(fileno=handover.listener)
@@ -187,7 +187,7 @@ class _Version(msgspec.Struct):
 
 
 def _memfd(handover: Handover) -> IO[bytes]:
-    file = open(os.memfd_create("fdshare-table"), "w+b")
+    file = open(os.memfd_create("fdshare-handover"), "w+b")
     file.write(msgspec.msgpack.encode(handover))
     file.flush()
     file.seek(0)

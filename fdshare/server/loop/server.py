@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import resource
 import socket
 import time
 from collections.abc import Sequence
@@ -23,7 +22,11 @@ from fdshare.errors import (
     UnsupportedPlatform,
 )
 from fdshare.kernel.credentials import peer_pidfd
-from fdshare.kernel.descriptor_limit import descriptor_limit, is_descriptor_limit
+from fdshare.kernel.descriptor_limit import (
+    descriptor_limit,
+    is_descriptor_limit,
+    raise_descriptor_limit,
+)
 from fdshare.kinds import describe
 from fdshare.protocol import messages as m
 from fdshare.server.core.policy import Policy
@@ -40,7 +43,7 @@ from fdshare.server.loop.loop import Loop
 from fdshare.server.metrics import MetricsEndpoint
 from fdshare.server.settings import Settings, policy_of, read_policy
 
-__all__ = ["JournalWriter", "Server", "raise_descriptor_limit"]
+__all__ = ["JournalWriter", "Server"]
 
 log = logging.getLogger("fdshare.server")
 audit_log = logging.getLogger("fdshare.audit")
@@ -66,8 +69,8 @@ class JournalWriter(Protocol):
 
 
 class Server:
-    """Serves *table* on *listener*. Both stay the caller's; the handles in the table are
-    closed by `shut_down()`."""
+    """Serves *table* on *listener*. Both stay the caller's; `shut_down()` closes the handles in the
+    table."""
 
     def __init__(
         self,
@@ -102,7 +105,8 @@ class Server:
             self.watch(entry)
 
     def run(self) -> bool:
-        """Serves until `stop()`; True where the journal has interrupted it for a moment."""
+        """Serves until `stop()`; False then. True after the journal interrupted it: to be called
+        again."""
         metrics = self._metrics()
         try:
             return self.loop.run()
@@ -124,11 +128,11 @@ class Server:
             return None
 
     def stop(self) -> None:
-        """Makes `run` return; from any thread, or a signal handler."""
+        """Makes `run` return soon. May be called from any thread, and from a signal handler."""
         self.loop.stop()
 
     def shut_down(self) -> None:
-        """Closes every handle of the table; the server is of no use afterwards."""
+        """Closes every handle of the table, and everything else. The server cannot run again."""
         self.loop.acceptor.close()
         self.close(list(self.table.handles()))
         self._inspections.stop()
@@ -136,8 +140,8 @@ class Server:
         self._closer.stop(timeout=1.0)
 
     def abandon(self) -> None:
-        """In a forked child: gives up all that is this process's alone, and closes none of it in
-        a way that the parent would feel."""
+        """In a forked child: forgets what is the parent's alone, without a close that the parent
+        would notice."""
         self.loop.abandon()
 
     # `Effects`, for the service.
@@ -151,8 +155,8 @@ class Server:
             ours, theirs = socket.socketpair()
         except OSError as error:
             raise descriptor_limit(error.errno, "server") from None
-        # Theirs is closed at once when it has gone: the lease of a taker that never got it ends
-        # then, and the entry must be back before its next request.
+        # Theirs is closed at once when it was sent: if the taker never received it, that ends the
+        # lease, and the entry must be back before the taker's next request.
         theirs_handle = Handle(theirs.detach(), at_once=True)
         return Handle(ours.detach()), theirs_handle
 
@@ -160,7 +164,7 @@ class Server:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, ours.fd)
         try:
             if revoke:
-                # What was confirmed before stays readable; a later byte is EPIPE for the taker.
+                # A byte sent before stays readable; one sent later is EPIPE for the taker.
                 sock.shutdown(socket.SHUT_RD)
             confirmed = sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
         except BlockingIOError:
@@ -174,9 +178,9 @@ class Server:
     def check_lifeline(self, handle: Handle) -> None:
         try:  # asks for SO_TYPE; never blocks, where fstat(2) may
             socket.socket(fileno=handle.fd).detach()
-        except OSError:  # a file cannot be polled, an eventfd is nobody's life
+        except OSError:  # only the end of a socket's peer tells that a client is gone
             raise InvalidArgument(
-                "lifetime", "the lifeline, which comes last, is no socket"
+                "lifetime", "the lifeline, the last descriptor, is not a socket"
             ) from None
 
     def owner_guard(self, session: Session) -> Handle:
@@ -238,7 +242,7 @@ class Server:
         self.service.policy = policy
 
     def try_to_reload(self) -> None:
-        """As asked for by a signal, whose sender reads the log."""
+        """Reloads for a signal: its sender finds in the log how that went."""
         try:
             self.reload_policy()
             log.info("policy reloaded")
@@ -271,10 +275,8 @@ class Server:
             extra={**what, "pid": pid, "uid": uid},
         )
 
-    # Behind it.
-
     def _close(self, handle: Handle) -> None:
-        """Closes it once nothing that still has to be sent refers to it."""
+        """Closes *handle*, or has it closed when it has been sent where it still has to be."""
         self._hangups.unwatch(handle)
         if handle.pins:
             handle.closing = True
@@ -286,20 +288,9 @@ class Server:
                 self._closer.close(fd)
 
 
-def raise_descriptor_limit() -> int:
-    """Raises the soft RLIMIT_NOFILE to the hard one; the limit that holds then."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        except (ValueError, OSError):
-            return soft
-    return hard
-
-
 def _policy(settings: Settings) -> Policy:
-    """What *settings* remember; where that cannot be read any more nobody but root and we may do
-    anything: a server that does not start would keep everything from everybody."""
+    """The policy that *settings* remember. If that cannot be read any more, only root and this uid
+    may do anything: that is better than a server that does not start."""
     try:
         return policy_of(settings)
     except PolicyError as error:
@@ -312,7 +303,7 @@ def _policy(settings: Settings) -> Policy:
 
 
 def _command_of(pid: int) -> str:
-    """The command line of *pid*, at most 80 characters; empty where /proc does not show it."""
+    """The command line of *pid*, at most 80 characters; empty if /proc does not show it."""
     try:
         with open(f"/proc/{pid}/cmdline", "rb") as file:
             raw = file.read(256)

@@ -279,8 +279,8 @@ FUTURE = "from __future__ import annotations\n"
         ),
         (
             UPGRADE,
-            r"TABLE_VERSION: Final = \d+",
-            "TABLE_VERSION: Final = 99",
+            r"HANDOVER_VERSION: Final = \d+",
+            "HANDOVER_VERSION: Final = 99",
             "99",
         ),
         (
