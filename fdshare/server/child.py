@@ -1,7 +1,7 @@
-"""A server as a child: `python -m fdshare.server CONTROL-FD`, for `Manager.start()` and its like.
+"""A server as a child process, of `Manager.start()` for example; `main` runs in a new interpreter.
 
-The owner has the other end of CONTROL-FD. It sends the settings, and is sent "ready" or the error.
-When its end is closed, on purpose or because its process died, the server ends.
+The owner has the other end of a control socket. It sends the settings, and is sent "ready" or the
+error. When its end is closed, on purpose or because its process died, the server ends.
 """
 
 from __future__ import annotations
@@ -9,8 +9,6 @@ from __future__ import annotations
 import signal
 import socket
 import struct
-import sys
-from typing import NoReturn
 
 import msgspec
 
@@ -39,7 +37,8 @@ def read_message(control: socket.socket) -> bytes:
 
 
 def main(fd: int) -> int:
-    """Runs the server: exit status 0, or 1 if it could not start. The owner is sent the error."""
+    """Runs the server of the control socket *fd*: exit status 0, or 1 if it could not start. The
+    owner is sent the error."""
     with socket.socket(fileno=fd) as control:
         control.set_inheritable(False)
         return _serve(control)
@@ -59,11 +58,3 @@ def _serve(control: socket.socket) -> int:
         send_message(control, m.refusal(error))
         return 1
     return 0
-
-
-def run() -> NoReturn:
-    sys.exit(main(int(sys.argv[1])))
-
-
-if __name__ == "__main__":
-    run()
