@@ -1,4 +1,4 @@
-"""Every way in which fdshare refuses, one class each.
+"""The exceptions of fdshare: one class for each refusal, all of them a FdshareError.
 
 ::
 
@@ -12,7 +12,7 @@
     ├── AccessDenied           (PermissionError)   the policy says no, and which rule said so
     ├── AuthenticationFailed   (PermissionError)   the authkeys differ
     ├── UntrustedServer        (PermissionError)   the socket belongs to another user
-    ├── AddressInUse           (OSError)           a live server, or something that is no socket
+    ├── AddressInUse           (OSError)           a live server, or a file that is not a socket
     ├── EndpointError          (OSError)           the path cannot be bound or reached
     │   └── NoServer           (FileNotFoundError) nobody listens there
     ├── ServerGone             (ConnectionError)   it ended in the middle
@@ -30,21 +30,21 @@
     ├── TruncatedControl       (OSError)           the control buffer was too small
     ├── MagicMismatch          (ValueError)        the data is not the one expected
     ├── RemoteError            (OSError)           the peer sent a status instead of a descriptor
-    ├── UnsupportedPlatform    (NotImplementedError) the kernel offers no means
+    ├── UnsupportedPlatform    (NotImplementedError) this system does not have it
     ├── UnsupportedKind        (TypeError)         the state is not in the descriptor
     ├── UnknownKind            (LookupError)       no rebuild is registered under the tag
     ├── KindMismatch           (ValueError)        the descriptor is not what the kind says
     ├── UnreadData             (ValueError)        read-ahead that cannot be put back
-    ├── MemoryBusy             (BufferError)       shared memory that somebody still writes to
+    ├── MemoryBusy             (BufferError)       somebody can still write to the memory
     ├── NoTransit              (TypeError)         this channel carries no descriptors
     ├── ForeignHost            (LookupError)       a reference made on another machine or boot
     ├── PolicyError            (ValueError)        the policy file is wrong, and where
     └── Overflow               (BufferError)       a watcher was too slow; a fresh snapshot follows
 
-Each leaf also is the builtin that people catch. Those that are an OSError carry an errno. The
-named attributes are the constructor's arguments: a program reads those, a person reads the
-message. Errors travel over the rendezvous as (code, fields), never as pickles, and through
-`multiprocessing` as pickles like any exception.
+Each leaf is also the builtin that people catch. Those that are an OSError have an errno. The
+attributes are the arguments of the constructor: a program reads these, a person reads the message.
+Between client and server an error travels as (code, fields), never as a pickle; through
+`multiprocessing` as a pickle, like any exception.
 """
 
 from __future__ import annotations
@@ -98,7 +98,11 @@ _by_code: dict[str, type[FdshareError]] = {}
 
 
 class FdshareError(Exception):
-    """The root. `fields` are the constructor's arguments, in plain data that msgpack can carry."""
+    """The root of all: `except FdshareError` catches whatever fdshare refuses.
+
+    *message* is for a person. *fields* are the arguments of the constructor, in plain data that
+    msgpack can carry; each is an attribute too.
+    """
 
     code: ClassVar[str] = "error"
     fields: dict[str, Any]
@@ -128,8 +132,10 @@ _by_code["error"] = FdshareError
 
 
 def error_from_wire(code: str, fields: dict[str, Any], message: str) -> FdshareError:
-    """The exception that a peer described; a code or fields of a newer peer make a plain
-    FdshareError with the peer's message."""
+    """The exception that a peer described.
+
+    A code or fields that only a newer release knows make a plain FdshareError with the message.
+    """
     cls = _by_code.get(code, FdshareError)
     if cls is not FdshareError:
         try:
@@ -145,14 +151,25 @@ def error_from_wire(code: str, fields: dict[str, Any], message: str) -> FdshareE
 
 
 class InvalidName(FdshareError, ValueError, code="invalid_name"):
+    """The name breaks a rule; *reason* says which.
+
+    Choose another name.
+    """
+
     name: str
     reason: str
 
     def __init__(self, name: str, reason: str) -> None:
-        super().__init__(f"{name!r} is no name: {reason}", name=name, reason=reason)
+        super().__init__(f"{name!r} is not a valid name: {reason}", name=name, reason=reason)
 
 
 class NameNotFound(FdshareError, KeyError, code="name_not_found"):
+    """Nothing is registered under *names*.
+
+    Wait for it with a timeout, or register it first. An entry that is leased to a taker is hidden,
+    and counts as not there.
+    """
+
     names: list[str]
 
     def __init__(self, names: list[str] | str) -> None:
@@ -162,6 +179,12 @@ class NameNotFound(FdshareError, KeyError, code="name_not_found"):
 
 
 class AlreadyTaken(NameNotFound, code="already_taken"):
+    """The descriptors of this pickle are gone.
+
+    It was loaded before, or its time to live passed. Send `fdshare.hold(obj, uses=n)` where one
+    pickle is loaded n times.
+    """
+
     def __init__(self, names: list[str] | str) -> None:
         names = [names] if isinstance(names, str) else list(names)
         FdshareError.__init__(
@@ -174,6 +197,11 @@ class AlreadyTaken(NameNotFound, code="already_taken"):
 
 
 class NameTaken(FdshareError, FileExistsError, code="name_taken"):
+    """Something else is registered under *name*, at *generation*.
+
+    Pass replace=True to put yours in its place, or choose another name.
+    """
+
     name: str
     generation: int
 
@@ -188,6 +216,11 @@ class NameTaken(FdshareError, FileExistsError, code="name_taken"):
 
 
 class GenerationMismatch(FdshareError, ValueError, code="generation_mismatch"):
+    """The entry is not at the generation that was *expected*: it was replaced or is gone.
+
+    *current* is its generation, 0 where the name is free. Look at it again before you decide.
+    """
+
     name: str
     expected: int
     current: int
@@ -203,6 +236,11 @@ class GenerationMismatch(FdshareError, ValueError, code="generation_mismatch"):
 
 
 class InvalidArgument(FdshareError, ValueError, code="invalid_argument"):
+    """The value of *argument* is not allowed; *reason* says why.
+
+    Pass another value.
+    """
+
     argument: str
     reason: str
 
@@ -211,6 +249,11 @@ class InvalidArgument(FdshareError, ValueError, code="invalid_argument"):
 
 
 class AccessDenied(FdshareError, PermissionError, code="access_denied"):
+    """The policy of the server does not allow *verb* on *name* for *uid*.
+
+    *rule* is the rule that decides. Have the policy changed, and check it with `explain`.
+    """
+
     verb: str
     name: str
     uid: int
@@ -224,6 +267,11 @@ class AccessDenied(FdshareError, PermissionError, code="access_denied"):
 
 
 class AuthenticationFailed(FdshareError, PermissionError, code="authentication_failed"):
+    """The authkeys of client and server differ, or one side has none.
+
+    Use the same key on both sides.
+    """
+
     reason: str
 
     def __init__(self, reason: str) -> None:
@@ -232,13 +280,18 @@ class AuthenticationFailed(FdshareError, PermissionError, code="authentication_f
 
 
 class UntrustedServer(FdshareError, PermissionError, code="untrusted_server"):
+    """The server at *address* runs as *uid*, which this client does not trust.
+
+    Anybody can put a socket into a shared folder. If you trust that user, pass the uid in *trust*.
+    """
+
     address: str
     uid: int
 
     def __init__(self, address: str, uid: int) -> None:
         super().__init__(
             f"the server at {address} runs as uid {uid}, neither yours nor root; "
-            "name the uids you trust (trust=...) if that is meant",
+            "if you trust that user, pass the uid in trust=...",
             address=address,
             uid=uid,
         )
@@ -246,6 +299,11 @@ class UntrustedServer(FdshareError, PermissionError, code="untrusted_server"):
 
 
 class AddressInUse(FdshareError, OSError, code="address_in_use"):
+    """A live server has *address*, or a file that is not a socket is there.
+
+    *pid* is the server, where it is known. Stop it, move the file away, or choose another address.
+    """
+
     address: str
     pid: int | None
     reason: str
@@ -256,6 +314,11 @@ class AddressInUse(FdshareError, OSError, code="address_in_use"):
 
 
 class EndpointError(FdshareError, OSError, code="endpoint_error"):
+    """*address* cannot be bound or reached; *reason* says why.
+
+    `errno` is the error of the system call, where there was one.
+    """
+
     address: str
     reason: str
 
@@ -264,6 +327,11 @@ class EndpointError(FdshareError, OSError, code="endpoint_error"):
 
 
 class NoServer(EndpointError, FileNotFoundError, code="no_server"):
+    """Nobody listens at *address*.
+
+    Start a server there: `fdshare serve ADDRESS`.
+    """
+
     def __init__(self, address: str, reason: str, errno: int | None = None) -> None:
         FdshareError.__init__(
             self,
@@ -275,6 +343,11 @@ class NoServer(EndpointError, FileNotFoundError, code="no_server"):
 
 
 class ServerGone(FdshareError, ConnectionError, code="server_gone"):
+    """The server ended during the call, and was not found again in time.
+
+    A change may have happened or not: look, then repeat. *reconnect* of the client is the time.
+    """
+
     address: str
     reason: str
 
@@ -286,6 +359,11 @@ class ServerGone(FdshareError, ConnectionError, code="server_gone"):
 
 
 class ProtocolError(FdshareError, ConnectionError, code="protocol_error"):
+    """The peer sent what the protocol does not allow; the connection is closed.
+
+    The peer is another program, or has a fault.
+    """
+
     reason: str
 
     def __init__(self, reason: str) -> None:
@@ -294,6 +372,11 @@ class ProtocolError(FdshareError, ConnectionError, code="protocol_error"):
 
 
 class VersionMismatch(ProtocolError, code="version_mismatch"):
+    """The peer speaks protocol version *theirs*, this side speaks *ours*.
+
+    Run the same release of fdshare on both sides.
+    """
+
     theirs: int
     ours: int
 
@@ -309,6 +392,11 @@ class VersionMismatch(ProtocolError, code="version_mismatch"):
 
 
 class BadRequest(FdshareError, ValueError, code="bad_request"):
+    """The server could not read the body of a request.
+
+    The client is of another release, or has a fault.
+    """
+
     reason: str
 
     def __init__(self, reason: str) -> None:
@@ -316,6 +404,11 @@ class BadRequest(FdshareError, ValueError, code="bad_request"):
 
 
 class FetchTimeout(FdshareError, TimeoutError, code="fetch_timeout"):
+    """Nothing was registered under *name* within *timeout* seconds.
+
+    Try again, or wait longer.
+    """
+
     name: str
     timeout: float
 
@@ -329,6 +422,11 @@ class FetchTimeout(FdshareError, TimeoutError, code="fetch_timeout"):
 
 
 class WatchTimeout(FdshareError, TimeoutError, code="watch_timeout"):
+    """No name that matches *pattern* changed within *timeout* seconds.
+
+    The watch goes on: ask for its next item.
+    """
+
     pattern: str
     timeout: float
 
@@ -342,6 +440,11 @@ class WatchTimeout(FdshareError, TimeoutError, code="watch_timeout"):
 
 
 class ServerTimeout(FdshareError, TimeoutError, code="server_timeout"):
+    """The server did not answer within *timeout* seconds.
+
+    It is stopped or overloaded. A change may have happened or not: look, then repeat.
+    """
+
     address: str
     timeout: float
 
@@ -355,7 +458,11 @@ class ServerTimeout(FdshareError, TimeoutError, code="server_timeout"):
 
 
 class DescriptorLimit(FdshareError, OSError, code="descriptor_limit"):
-    """`whose` is "sender", "receiver", "client" or "server"; `what` is the name of the limit."""
+    """A process has no descriptor left, or too many of its user's are in flight.
+
+    Raise the limit, or close some. *whose* is "sender", "receiver", "client" or "server"; *what* is
+    the name of the limit, *limit* its value, *used* how many are in use, where it is known.
+    """
 
     errno: int
     what: str
@@ -380,7 +487,11 @@ class DescriptorLimit(FdshareError, OSError, code="descriptor_limit"):
 
 
 class QuotaExceeded(FdshareError, OSError, code="quota_exceeded"):
-    """`what` is the option that raises the limit: "max_names", "max_connections_per_uid" ..."""
+    """A limit of the server is reached: *used* of *limit*.
+
+    Unregister something, or raise the limit. *what* is the option that raises it: "max_names",
+    "max_connections_per_uid" ...
+    """
 
     what: str
     limit: int
@@ -397,6 +508,11 @@ class QuotaExceeded(FdshareError, OSError, code="quota_exceeded"):
 
 
 class KeeperUnavailable(FdshareError, OSError, code="keeper_unavailable"):
+    """The keeper could not record the change, so the server did not make it.
+
+    Try again; `fdshare stats` shows how the keeper is.
+    """
+
     reason: str
 
     def __init__(self, reason: str) -> None:
@@ -408,6 +524,11 @@ class KeeperUnavailable(FdshareError, OSError, code="keeper_unavailable"):
 
 
 class TooManyDescriptors(FdshareError, ValueError, code="too_many_descriptors"):
+    """*count* descriptors were given, where one message or entry has at most *limit*.
+
+    Use several messages or entries.
+    """
+
     count: int
     limit: int
 
@@ -418,6 +539,11 @@ class TooManyDescriptors(FdshareError, ValueError, code="too_many_descriptors"):
 
 
 class ClosedDescriptor(FdshareError, ValueError, code="closed_descriptor"):
+    """A descriptor, or the object that owns it, is used after it was closed.
+
+    Keep it open for as long as it is used.
+    """
+
     reason: str
 
     def __init__(self, reason: str = "the descriptor is closed") -> None:
@@ -425,6 +551,11 @@ class ClosedDescriptor(FdshareError, ValueError, code="closed_descriptor"):
 
 
 class TruncatedControl(FdshareError, OSError, code="truncated_control"):
+    """The peer sent more descriptors than there was *room* for.
+
+    The *received* ones that fitted were closed. Receive with more room.
+    """
+
     received: int
     room: int
 
@@ -439,6 +570,11 @@ class TruncatedControl(FdshareError, OSError, code="truncated_control"):
 
 
 class MagicMismatch(FdshareError, ValueError, code="magic_mismatch"):
+    """The data that came with a descriptor are not the *expected* ones.
+
+    The descriptors were closed. The peer is another program.
+    """
+
     expected: bytes
     received: bytes
 
@@ -452,7 +588,10 @@ class MagicMismatch(FdshareError, ValueError, code="magic_mismatch"):
 
 
 class RemoteError(FdshareError, OSError, code="remote_error"):
-    """`status` is 1..255, as the peer's send_err() gave it; often an errno, and set as one."""
+    """The peer of `recv_fd` sent a status and a text in place of a descriptor.
+
+    *status* is 1 to 255, as its `send_err` gave it; often an errno, and set as one.
+    """
 
     status: int
 
@@ -462,16 +601,26 @@ class RemoteError(FdshareError, OSError, code="remote_error"):
 
 
 class UnsupportedPlatform(FdshareError, NotImplementedError, code="unsupported_platform"):
+    """*feature* is not available on this system; *reason* says why.
+
+    Use another way, or another system.
+    """
+
     feature: str
     reason: str
 
     def __init__(self, feature: str, reason: str) -> None:
         super().__init__(
-            f"{feature} is not to be had here: {reason}", feature=feature, reason=reason
+            f"{feature} is not available here: {reason}", feature=feature, reason=reason
         )
 
 
 class UnsupportedKind(FdshareError, TypeError, code="unsupported_kind"):
+    """An object of *type_name* cannot be shared; *reason* says why.
+
+    Share what is below it, or write a kind of your own with `fdshare.register_kind`.
+    """
+
     type_name: str
     reason: str
 
@@ -480,6 +629,11 @@ class UnsupportedKind(FdshareError, TypeError, code="unsupported_kind"):
 
 
 class UnknownKind(FdshareError, LookupError, code="unknown_kind"):
+    """The object has a kind whose *tag* this process does not know.
+
+    Call `fdshare.register_kind` for it here, too.
+    """
+
     tag: str
 
     def __init__(self, tag: str) -> None:
@@ -491,14 +645,26 @@ class UnknownKind(FdshareError, LookupError, code="unknown_kind"):
 
 
 class KindMismatch(FdshareError, ValueError, code="kind_mismatch"):
+    """The descriptor is not what its kind, *tag*, says; it was closed.
+
+    *reason* says what differs. Whoever registered or sent it has to correct it.
+    """
+
     tag: str
     reason: str
 
     def __init__(self, tag: str, reason: str) -> None:
-        super().__init__(f"the descriptor is no {tag}: {reason}", tag=tag, reason=reason)
+        super().__init__(
+            f"the descriptor does not fit the kind {tag!r}: {reason}", tag=tag, reason=reason
+        )
 
 
 class UnreadData(FdshareError, ValueError, code="unread_data"):
+    """*count* bytes are in the buffer of the file object and cannot be put back.
+
+    Read them first, or open the file with buffering=0.
+    """
+
     count: int
 
     def __init__(self, count: int) -> None:
@@ -510,6 +676,11 @@ class UnreadData(FdshareError, ValueError, code="unread_data"):
 
 
 class MemoryBusy(FdshareError, BufferError, code="memory_busy"):
+    """The memory cannot be sealed: somebody can still write to it.
+
+    *reason* says who. Delete what maps it for writing, then seal.
+    """
+
     reason: str
 
     def __init__(self, reason: str) -> None:
@@ -517,6 +688,11 @@ class MemoryBusy(FdshareError, BufferError, code="memory_busy"):
 
 
 class NoTransit(FdshareError, TypeError, code="no_transit"):
+    """An object of *type_name* is pickled for a channel that carries no descriptors.
+
+    Call `fdshare.install` first, or use a channel of `fdshare.get_context`.
+    """
+
     type_name: str
 
     def __init__(self, type_name: str) -> None:
@@ -528,6 +704,11 @@ class NoTransit(FdshareError, TypeError, code="no_transit"):
 
 
 class ForeignHost(FdshareError, LookupError, code="foreign_host"):
+    """A reference that was *made_on* another machine, or before a reboot, is used *here*.
+
+    Descriptors do not leave their machine. Register one here, too.
+    """
+
     name: str
     made_on: str
     here: str
@@ -543,6 +724,11 @@ class ForeignHost(FdshareError, LookupError, code="foreign_host"):
 
 
 class PolicyError(FdshareError, ValueError, code="policy_error"):
+    """The policy *file* is wrong at *where*; *reason* says how.
+
+    Correct it. A server that runs keeps its old policy.
+    """
+
     file: str
     where: str
     reason: str
@@ -552,5 +738,10 @@ class PolicyError(FdshareError, ValueError, code="policy_error"):
 
 
 class Overflow(FdshareError, BufferError, code="overflow"):
+    """A watcher read too slowly, and the server dropped events for it.
+
+    A new snapshot follows: start again from that.
+    """
+
     def __init__(self) -> None:
         super().__init__("this watcher was too slow; events were dropped, a new snapshot follows")
