@@ -8,7 +8,7 @@ import anyio
 import anyio.lowlevel
 import pytest
 
-from fdshare.client.asynchronous.pending import Call, Subscription, discard
+from fdshare.client.asynchronous.pending import PendingRequest, Subscription, discard
 from fdshare.client.conversation import Answer, Exchange
 from fdshare.client.settings import Search
 from fdshare.client.watch_state import Snapshot, WatchState
@@ -21,8 +21,8 @@ def null() -> Descriptor:
     return Descriptor(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
 
 
-def call(exchange: Exchange | None = None) -> Call:
-    return Call(1, exchange or Exchange(m.Ping()), Search(1.0))
+def call(exchange: Exchange | None = None) -> PendingRequest:
+    return PendingRequest(1, exchange or Exchange(m.Ping()), Search(1.0))
 
 
 def part(names: list[str], more: bool, *descriptors: Descriptor) -> Answer:

@@ -10,7 +10,7 @@ import anyio.lowlevel
 import pytest
 from conftest import census
 
-from fdshare.client.asynchronous.pending import Call, Pending
+from fdshare.client.asynchronous.pending import Pending, PendingRequest
 from fdshare.client.asynchronous.transport import Transport
 from fdshare.client.conversation import Conversation, Exchange
 from fdshare.client.settings import Search
@@ -27,11 +27,11 @@ class Refused(list[tuple[Pending, Exception]]):
         self.append((pending, error))
 
 
-def call(fds: tuple[int, ...] = ()) -> Call:
-    return Call(1, Exchange(m.Ping(), fds), Search(1.0))
+def call(fds: tuple[int, ...] = ()) -> PendingRequest:
+    return PendingRequest(1, Exchange(m.Ping(), fds), Search(1.0))
 
 
-def queue(transport: Transport, data: bytes, pending: Call) -> None:
+def queue(transport: Transport, data: bytes, pending: PendingRequest) -> None:
     transport.queue(data, pending.exchange.fds, pending)
 
 
