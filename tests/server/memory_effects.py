@@ -1,4 +1,4 @@
-"""A Effects of the service without a kernel: handles are numbers, and it keeps all promises.
+"""An Effects of the service without a kernel: handles are numbers, and it keeps all promises.
 
 What a client of it sees is in its `Inbox`; the keeper is a second table, fed with what the
 journal carries, through bytes.
@@ -6,13 +6,16 @@ journal carries, through bytes.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import msgspec
+
 from fdshare.errors import DescriptorLimit, KeeperUnavailable
 from fdshare.protocol import messages as m
-from fdshare.server.core.policy import Policy, Subject
+from fdshare.server.core.policy import Decision, Policy, Subject
 from fdshare.server.core.ports import JournalBusy, LeaseState, Session
 from fdshare.server.core.records import Grant, Put, Record, decode_record, encode_record
 from fdshare.server.core.service import Service
@@ -160,3 +163,32 @@ class MemoryEffects:
 
     def audit(self, verb: str, name: str, session: Session | None, outcome: str) -> None:
         pass
+
+
+KIND = m.Kind("descriptor", msgspec.Raw(b"\xc0"))
+
+
+class Everybody(Policy):
+    """Lets everybody do everything, but for the registrant rule."""
+
+    def decide(self, verb: str, name: str, subject: Subject) -> Decision:
+        return Decision(True, "all")
+
+
+_ids = itertools.count(1001)  # of requests for which the test has none
+
+
+def register(
+    effects: MemoryEffects, session: Session, name: str = "x", count: int = 1, **fields: Any
+) -> Any:
+    """The reply. Raises the refusal; the handles are closed then."""
+    handles = effects.new_handles(count)
+    id, now = fields.pop("id", next(_ids)), fields.pop("now", 0.0)
+    try:
+        kept = effects.service.handle(session, id, m.Register(name, KIND, **fields), handles, now)
+    except BaseException:
+        effects.close(handles)
+        raise
+    if not kept:
+        effects.close(handles)
+    return session.route.sent.pop(0)[1]

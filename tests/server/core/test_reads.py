@@ -1,0 +1,141 @@
+"""reads: what is given, and listed, and explained, without a change of the table."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from fdshare.errors import NameNotFound
+from fdshare.protocol import messages as m
+from fdshare.server.core.ports import Session
+from fdshare.server.core.waiters import PART
+from server.memory_effects import Everybody, MemoryEffects, register
+
+
+def ask(effects: MemoryEffects, session: Session, request: m.Request) -> list[Any]:
+    """The replies to *request*."""
+    effects.service.handle(session, 99, request, [], 0.0)
+    return [reply for id, reply, _ in session.route.take() if id == 99]
+
+
+def test_fetch_many_gives_what_fits(effects: MemoryEffects) -> None:
+    session = effects.session()
+    for name, count in (("a", 200), ("b", 50), ("c", 4), ("d", 250)):
+        register(effects, session, name, count=count)
+    asked = ["a", "b", "c", "d", "a"]
+    answers = []
+    while asked:
+        effects.service.handle(session, 1, m.FetchMany(asked), [], 0.0)
+        ((_, reply, handles),) = session.route.take()
+        assert sum(item.count for item in reply.items) == len(handles) <= 253
+        answers.append([item.name for item in reply.items])
+        asked = [name for name in asked if name not in answers[-1]]
+    assert answers == [["a", "b"], ["c"], ["d"]]
+
+
+def test_a_renamed_entry_answers_by_its_new_name(effects: MemoryEffects) -> None:
+    session = effects.session()
+    register(effects, session, "old")
+    effects.service.handle(session, 1, m.Fetch("old"), [], 0.0)  # its answer is encoded, and kept
+    effects.service.handle(session, 2, m.Rename("old", "new"), [], 0.0)
+    effects.service.handle(session, 3, m.Fetch("new"), [], 0.0)
+    _, (_, renamed, _), (_, given, _) = session.route.take()
+    assert (given.name, given.generation) == ("new", renamed.generation)
+
+
+def test_the_same_fetch_again_is_counted(effects: MemoryEffects) -> None:
+    session, stranger = effects.session(), effects.session(uid=2)
+    register(effects, session)
+    again = effects.service.fetch_again
+    assert again(session, "x") is None  # its answer has not been encoded yet
+    ask(effects, session, m.Fetch("x"))
+    entry = again(session, "x")
+    assert entry is effects.table.entries["x"]
+    assert (entry.fetches, effects.service.counters["fetched"]) == (2, 2)
+    assert again(stranger, "x") is None
+    assert again(session, "y") is None
+    ask(effects, session, m.Take("x"))
+    assert again(session, "x") is None  # leased
+    assert effects.service.counters["fetched"] == 2
+
+
+def test_fetch_many_names_all_that_is_missing(effects: MemoryEffects) -> None:
+    session = effects.session()
+    register(effects, session, "b")
+    with pytest.raises(NameNotFound) as caught:
+        ask(effects, session, m.FetchMany(["a", "b", "c", "a"]))
+    assert caught.value.names == ["a", "c"]
+    assert effects.table.entries["b"].fetches == 0
+    (reply,) = ask(effects, session, m.FetchMany(["b", "b"]))
+    assert [item.name for item in reply.items] == ["b"]
+    assert effects.table.entries["b"].fetches == 1
+
+
+@pytest.mark.parametrize(("count", "parts"), [(0, 1), (1, 1), (PART, 1), (PART + 1, 2)])
+def test_long_lists_come_in_parts(effects: MemoryEffects, count: int, parts: int) -> None:
+    effects.service.limits = msgspec.structs.replace(
+        effects.service.limits, max_names=2 * PART, max_descriptors=2 * PART
+    )
+    session = effects.session()
+    for number in range(count):
+        register(effects, session, f"{number:05}")
+    for request in (m.Names("*"), m.Watch("*")):
+        replies = ask(effects, session, request)
+        assert [reply.more for reply in replies] == [True] * (parts - 1) + [False]
+        held = [reply.names if request == m.Names("*") else reply.entries for reply in replies]
+        assert [name for part in held for name in part] == sorted(effects.table.entries)
+
+
+def test_what_is_leased_is_in_no_list(effects: MemoryEffects) -> None:
+    session = effects.session()
+    register(effects, session, "a")
+    register(effects, session, "b")
+    effects.service.handle(session, 1, m.Take("a"), [], 0.0)
+    ((_, _, (_, taker)),) = session.route.take()
+    assert ask(effects, session, m.Names("*"))[0].names == ["b"]
+    assert ask(effects, session, m.Watch("*"))[0].entries == {"b": 2}
+    assert effects.say(taker, "dropped")
+    assert ask(effects, session, m.Names("*"))[0].names == ["a", "b"]  # it is asked first
+
+
+def test_a_cancelled_wait_is_answered(effects: MemoryEffects) -> None:
+    session = effects.session()
+    effects.service.handle(session, 1, m.Fetch("x", 60.0), [], 0.0)
+    effects.service.handle(session, 2, m.Cancel(1), [], 0.0)
+    ((id, refused, _),) = session.route.take()
+    assert (id, refused.code) == (1, "fetch_timeout")
+    assert effects.service.next_deadline() is None
+    register(effects, session)
+    assert not session.route.take()
+
+
+def test_a_cancelled_watch_is_answered_and_told_no_more(effects: MemoryEffects) -> None:
+    session = effects.session()
+    effects.service.handle(session, 1, m.Watch("*"), [], 0.0)
+    effects.service.handle(session, 2, m.Cancel(1), [], 0.0)
+    _, (id, done, _) = session.route.take()
+    assert (id, done) == (1, m.Done())
+    register(effects, effects.session())
+    assert not session.route.take()
+    effects.service.handle(session, 3, m.Cancel(1), [], 0.0)  # the answer was on its way
+    assert not session.route.take()
+
+
+def test_explain_knows_the_registrant(effects: MemoryEffects) -> None:
+    """To replace or to remove is a registrant's, and a trusted user's, whatever the rules say."""
+    effects.service.policy = Everybody(1)
+    session = effects.session()
+    register(effects, effects.session(uid=2))
+    for verb, name, uid, allowed in (
+        ("register", "x", 2, True),
+        ("register", "x", 3, False),
+        ("unregister", "x", 3, False),
+        ("unregister", "x", 1, True),
+        ("fetch", "x", 3, True),
+        ("register", "free", 3, True),
+    ):
+        (reply,) = ask(effects, session, m.Explain(verb, name, uid, uid))
+        assert reply.allowed == allowed, (verb, name, uid)
+        assert reply.rule

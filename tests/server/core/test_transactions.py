@@ -1,0 +1,109 @@
+"""transactions: permission, room and leases."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from fdshare.errors import (
+    AccessDenied,
+    KeeperUnavailable,
+    QuotaExceeded,
+)
+from fdshare.protocol import messages as m
+from fdshare.server.limits import Limits
+from server.memory_effects import Everybody, MemoryEffects, register
+
+
+def test_others_may_nothing(effects: MemoryEffects) -> None:
+    register(effects, effects.session())
+    stranger = effects.session(uid=2)
+    for request in (
+        m.Fetch("x"),
+        m.Take("x"),
+        m.Wait("x"),
+        m.FetchMany(["x"]),
+        m.Unregister("x"),
+        m.Rename("x", "y"),
+        m.Bind("x", "tcp://127.0.0.1:0"),
+        m.Names(),
+        m.Info("x"),
+        m.Infos(),
+        m.Watch(),
+        m.Explain("fetch", "x", 0, 0),
+        m.Stats(),
+        m.Shutdown(),
+        m.Upgrade(),
+        m.Reload(),
+    ):
+        with pytest.raises(AccessDenied) as caught:
+            effects.service.handle(stranger, 1, request, [], 0.0)
+        assert caught.value.uid == 2
+        assert caught.value.rule
+    with pytest.raises(AccessDenied):
+        register(effects, stranger, "y")
+    assert list(effects.table.entries) == ["x"]
+
+
+def test_root_may_what_the_owner_may(effects: MemoryEffects) -> None:
+    register(effects, effects.session(uid=0))
+    effects.service.handle(effects.session(uid=1), 1, m.Unregister("x"), [], 0.0)
+
+
+def test_quotas_of_a_user_bind_no_other() -> None:
+    limits = msgspec.structs.replace(
+        Limits.for_rlimit(1000), max_names_per_uid=2, max_descriptors_per_uid=5
+    )
+    effects = MemoryEffects(limits=limits)
+    effects.service.policy = Everybody(1)
+    two, three, owner = effects.session(2), effects.session(3), effects.session(1)
+    register(effects, two, "a", count=3)
+    with pytest.raises(QuotaExceeded) as caught:
+        register(effects, two, "b", count=3)
+    assert caught.value.fields == {"what": "max_descriptors_per_uid", "limit": 5, "used": 3}
+    register(effects, two, "b", count=2)
+    with pytest.raises(QuotaExceeded) as caught:
+        register(effects, two, "c")
+    assert caught.value.fields == {"what": "max_names_per_uid", "limit": 2, "used": 2}
+    register(effects, two, "a", count=3, replace=True)
+    register(effects, three, "c", count=5)
+    for name in "defg":
+        register(effects, owner, name, count=5)
+    effects.service.handle(two, 1, m.Unregister("a"), [], 0.0)
+    register(effects, two, "again", count=3)
+
+
+def test_a_lease_on_my_entry_does_not_make_room_for_more() -> None:
+    limits = msgspec.structs.replace(Limits.for_rlimit(1000), max_descriptors_per_uid=3)
+    effects = MemoryEffects(limits=limits)
+    effects.service.policy = Everybody(1)
+    mine = effects.session(2)
+    register(effects, mine, "a", count=3)
+    effects.service.handle(effects.session(1), 1, m.Take("a"), [], 0.0)
+    with pytest.raises(QuotaExceeded):
+        register(effects, mine, "a", count=4, replace=True)
+
+
+def test_a_broken_keeper_refuses_changes_and_nothing_else(effects: MemoryEffects) -> None:
+    session = effects.session()
+    register(effects, session)
+    effects.broken = True
+    with pytest.raises(KeeperUnavailable):
+        register(effects, session, "y")
+    with pytest.raises(KeeperUnavailable):
+        effects.service.handle(session, 1, m.Take("x"), [], 0.0)
+    effects.service.handle(session, 2, m.Fetch("x"), [], 0.0)
+    effects.service.handle(session, 3, m.Names(), [], 0.0)
+    assert [type(sent[1]) for sent in session.route.sent] == [m.Given, m.NameList]
+    assert len(effects.open) == 1
+
+
+def test_an_expired_lease_that_was_confirmed_is_the_takers(effects: MemoryEffects) -> None:
+    session = effects.session()
+    register(effects, session, ttl=5.0)
+    effects.service.handle(session, 1, m.Take("x"), [], 0.0)
+    ((_, _, (_, taker)),) = session.route.take()
+    assert effects.say(taker, "confirmed")
+    effects.service.tick(5.0)
+    assert effects.service.counters["expired"] == 0
+    assert not effects.table.entries

@@ -1,0 +1,109 @@
+"""waiters: requests that wait for a name, in their order, whatever the keeper and others do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from fdshare.errors import (
+    InvalidArgument,
+)
+from fdshare.protocol import messages as m
+from fdshare.server.core.ports import JournalBusy, Session
+from server.memory_effects import MemoryEffects, register
+
+
+def test_a_busy_keeper_does_not_lose_a_waiter(effects: MemoryEffects) -> None:
+    """The change that wakes it is journaled, the lease that it wants is not, at first."""
+    waiting = effects.session()
+    effects.service.handle(waiting, 1, m.Take("x", wait=None), [], 0.0)
+    journal = effects.journal
+
+    def moody(record: Any, handles: Any) -> None:
+        journal(record, handles)
+        effects.busy = True
+
+    effects.journal = moody  # type: ignore[method-assign]
+    register(effects, effects.session())
+    effects.journal = journal  # type: ignore[method-assign]
+    assert not waiting.route.sent
+    due = effects.service.next_deadline()
+    assert due is not None
+    effects.service.tick(due)
+    assert not waiting.route.sent
+    effects.busy = False
+    due = effects.service.next_deadline()
+    assert due is not None
+    effects.service.tick(due)
+    ((id, reply, handles),) = waiting.route.sent
+    assert (id, reply.lease, len(handles)) == (1, True, 2)
+    assert not waiting.waiting
+
+
+def test_the_order_of_waiters_survives_a_busy_keeper(effects: MemoryEffects) -> None:
+    sessions = [effects.session() for _ in range(3)]
+    for session in sessions:
+        effects.service.handle(session, 1, m.Take("x", wait=5.0), [], 0.0)
+    register(effects, effects.session())
+    (_, _, (_, taker)) = sessions[0].route.sent.pop()
+    effects.busy = True
+    effects.say(taker, "dropped")
+    lease = next(iter(effects.table.leases))
+    with pytest.raises(JournalBusy):
+        effects.service.lease_moved(lease, 1.0)
+    effects.busy = False
+    effects.service.lease_moved(lease, 1.0)
+    assert [len(session.route.sent) for session in sessions] == [0, 1, 0]
+    effects.service.tick(5.0)
+    assert [session.route.sent[-1][1].__class__ for session in sessions[1:]] == [m.Given, m.Refused]
+
+
+def test_a_client_that_is_found_gone_while_it_is_served(effects: MemoryEffects) -> None:
+    """Answering the first of its waits shows it: the others end too, those behind are served."""
+    gone, alive = effects.session(), effects.session()
+    for id in (1, 2):
+        effects.service.handle(gone, id, m.Fetch("x", wait=60.0), [], 0.0)
+    effects.service.handle(alive, 3, m.Fetch("x", wait=60.0), [], 0.0)
+    answer = effects.answer
+
+    def answering(session: Session, id: int, body: bytes, handles: Any = ()) -> None:
+        if session is gone and not gone.route.closed:
+            gone.route.closed = True
+            effects.service.disconnected(gone, 0.0)
+        answer(session, id, body, handles)
+
+    effects.answer = answering  # type: ignore[method-assign]
+    register(effects, effects.session())
+    assert not gone.waiting
+    assert [type(sent[1]) for sent in alive.route.sent] == [m.Given]
+    assert not effects.service._waiting
+
+
+def test_no_descriptor_for_a_lease_refuses_the_waiter_alone(effects: MemoryEffects) -> None:
+    waiting = effects.session()
+    effects.service.handle(waiting, 1, m.Take("x", wait=None), [], 0.0)
+    effects.full = True
+    register(effects, effects.session())
+    assert waiting.route.sent[0][1].code == "descriptor_limit"
+    assert len(effects.open) == 1
+
+
+def test_waits_that_are_over_leave_nothing_behind(effects: MemoryEffects) -> None:
+    session = effects.session()
+    for id in range(1, 2000):
+        effects.service.handle(session, id, m.Fetch("x", wait=1e6), [], 0.0)
+        effects.service.handle(session, 5000, m.Cancel(id), [], 0.0)
+    assert len(effects.service._wait_deadlines) < 200
+    assert effects.service.next_deadline() in (None, 1e6)
+    assert not session.waiting
+
+
+def test_ids_under_way_are_taken(effects: MemoryEffects) -> None:
+    session = effects.session()
+    effects.service.handle(session, 1, m.Fetch("x", wait=1.0), [], 0.0)
+    effects.service.handle(session, 2, m.Watch("*"), [], 0.0)
+    for id in (1, 2):
+        for request in (m.Fetch("x", wait=1.0), m.Watch("*")):
+            with pytest.raises(InvalidArgument):
+                effects.service.handle(session, id, request, [], 0.0)

@@ -1,0 +1,76 @@
+"""writes: who may change what, and what a repeat is answered."""
+
+from __future__ import annotations
+
+import pytest
+
+from fdshare.errors import (
+    AccessDenied,
+    NameNotFound,
+)
+from fdshare.protocol import messages as m
+from fdshare.server.core.table import ANSWERS_KEPT
+from server.memory_effects import Everybody, MemoryEffects, register
+
+
+def test_only_the_registrant_replaces_and_removes(effects: MemoryEffects) -> None:
+    effects.service.policy = Everybody(1)
+    mine, theirs, root = effects.session(2), effects.session(3), effects.session(0)
+    register(effects, mine)
+    for attempt in (
+        lambda: register(effects, theirs, replace=True),
+        lambda: effects.service.handle(theirs, 1, m.Unregister("x"), [], 0.0),
+        lambda: effects.service.handle(theirs, 1, m.Rename("x", "y"), [], 0.0),
+    ):
+        with pytest.raises(AccessDenied) as caught:
+            attempt()
+        assert caught.value.name == "x"
+    register(effects, mine, replace=True)
+    register(effects, root, replace=True)
+    with pytest.raises(AccessDenied):
+        register(effects, mine, replace=True)
+
+
+def test_a_repeat_is_answered_from_memory(effects: MemoryEffects) -> None:
+    session = effects.session(name="me")
+    first = register(effects, session, id=7)
+    assert register(effects, session, id=7) == first
+    assert effects.table.generation == 1
+    assert len(effects.open) == 1
+
+
+def test_clients_without_a_session_share_no_memory(effects: MemoryEffects) -> None:
+    register(effects, effects.session(), "a", id=7)
+    assert register(effects, effects.session(), "b", id=7).name == "b"
+    assert sorted(effects.table.entries) == ["a", "b"]
+
+
+def test_so_many_answers_are_kept(effects: MemoryEffects) -> None:
+    session = effects.session(name="me")
+    for id in range(1, ANSWERS_KEPT + 2):
+        register(effects, session, replace=True, id=id)
+    generation = effects.table.generation
+    register(effects, session, replace=True, id=2)
+    assert effects.table.generation == generation
+    register(effects, session, replace=True, id=1)
+    assert effects.table.generation == generation + 1
+
+
+def test_refusals_are_not_remembered(effects: MemoryEffects) -> None:
+    session = effects.session(name="me")
+    with pytest.raises(NameNotFound):
+        effects.service.handle(session, 1, m.Unregister("x"), [], 0.0)
+    register(effects, session)
+    effects.service.handle(session, 1, m.Unregister("x"), [], 0.0)
+    assert not effects.table.entries
+
+
+def test_what_a_watcher_sees_of_a_leased_name_that_is_replaced(effects: MemoryEffects) -> None:
+    """The lease is revoked first: nobody sees a name replaced that he has seen taken."""
+    session, watcher = effects.session(), effects.session()
+    effects.service.handle(watcher, 1, m.Watch("*"), [], 0.0)
+    register(effects, session)
+    effects.service.handle(session, 1, m.Take("x"), [], 0.0)
+    register(effects, session, replace=True)
+    events = [sent[1].event for sent in watcher.route.take()[1:]]
+    assert events == ["registered", "taken", "returned", "replaced"]
