@@ -1,0 +1,179 @@
+"""holdings: what each half hands to the next, the answers to repeated requests among it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from breaking import (
+    Half,
+    Halves,
+    Wire,
+    identity,
+)
+from conftest import wait_until
+from nursery import Manager
+
+from fdshare.errors import (
+    NameTaken,
+)
+from fdshare.protocol import messages as m
+from server.failover.orders import KIND
+
+
+def repeat(manager: Manager, halves: Halves, death: Half | None, ask: Callable[[Wire], Any]) -> Any:
+    """The answers to two requests that are the same, with a death between them."""
+    with Wire(manager.address, "the same session") as wire:
+        first = ask(wire)
+        if death is None:
+            return first, ask(wire)
+        halves.kill(death)
+        if death == "keeper":
+            return first, ask(wire)
+    with Wire(manager.address, "the same session") as wire:
+        return first, ask(wire)
+
+
+both = pytest.mark.parametrize("death", [None, "server", "keeper"])
+
+
+@both
+def test_a_repeated_register_is_recognised(
+    manager: Manager, halves: Halves, death: Half | None
+) -> None:
+    read, write = os.pipe()
+    request = m.Register("a", KIND)
+    first, second = repeat(manager, halves, death, lambda wire: wire.ask(7, request, [read]).reply)
+    assert first == second == m.Registered("a", 1)
+    assert manager.stats().generation == 1
+    with Wire(manager.address, "another session") as wire:
+        assert isinstance(wire.refused(7, request, [read]), NameTaken)
+    os.close(read)
+    os.close(write)
+
+
+@both
+@pytest.mark.parametrize("condition", [{"replace": True}, {"if_generation": 1}])
+def test_a_repeated_replace_is_recognised(
+    manager: Manager, halves: Halves, death: Half | None, condition: dict[str, Any]
+) -> None:
+    read, write = os.pipe()
+    manager.register("a", read)
+    request = m.Register("a", KIND, **condition)
+    first, second = repeat(manager, halves, death, lambda wire: wire.ask(7, request, [write]).reply)
+    assert first == second == m.Registered("a", 2)
+    assert manager.stats().generation == 2
+    os.close(read)
+    os.close(write)
+
+
+@both
+def test_a_repeated_unregister_is_recognised(
+    manager: Manager, halves: Halves, death: Half | None
+) -> None:
+    read, write = os.pipe()
+    manager.register("a", read)
+
+    def ask(wire: Wire) -> Any:
+        reply = wire.ask(7, m.Unregister("a")).reply
+        # Somebody else's of the same name must not go with the repeat.
+        if "a" not in manager:
+            manager.register("a", write)
+        return reply
+
+    assert repeat(manager, halves, death, ask) == (m.Done(), m.Done())
+    assert manager.info("a").generation == 2
+    os.close(read)
+    os.close(write)
+
+
+@both
+def test_a_repeated_rename_is_recognised(
+    manager: Manager, halves: Halves, death: Half | None
+) -> None:
+    read, write = os.pipe()
+    manager.register("a", read)
+    first, second = repeat(
+        manager, halves, death, lambda wire: wire.ask(7, m.Rename("a", "b")).reply
+    )
+    assert first == second == m.Registered("b", 2)
+    assert manager.names() == ["b"]
+    os.close(read)
+    os.close(write)
+
+
+@both
+def test_a_repeated_take_is_leased_again(
+    manager: Manager, halves: Halves, death: Half | None
+) -> None:
+    """The lease of an answer that nobody got has ended: the repeat gets the entry."""
+    read, write = os.pipe()
+    manager.register("a", read)
+
+    def ask(wire: Wire) -> Any:
+        said = wire.ask(7, m.Take("a", 5.0))
+        for descriptor in said.descriptors:
+            descriptor.close()
+        return said.reply
+
+    first, second = repeat(manager, halves, death, ask)
+    assert first == second
+    wait_until(lambda: manager.names() == ["a"])
+    os.close(read)
+    os.close(write)
+
+
+@both
+def test_a_repeated_bind_finds_the_first(
+    manager: Manager, halves: Halves, death: Half | None
+) -> None:
+    def ask(wire: Wire) -> Any:
+        said = wire.ask(7, m.Bind("web", "tcp://127.0.0.1:0"))
+        with said.descriptors[0] as descriptor:
+            return said.reply, identity(descriptor)
+
+    first, second = repeat(manager, halves, death, ask)
+    assert first == second
+
+
+@both
+def test_a_repeated_reload_is_harmless(
+    manager: Manager, halves: Halves, death: Half | None
+) -> None:
+    answers = repeat(manager, halves, death, lambda wire: wire.ask(7, m.Reload()).reply)
+    assert answers == (m.Done(), m.Done())
+
+
+def test_answers_of_those_who_leave_are_forgotten(manager: Manager, halves: Halves) -> None:
+    read, write = os.pipe()
+    with Wire(manager.address, "short") as wire:
+        wire.ask(7, m.Register("a", KIND), [read])
+    wait_until(lambda: manager.stats().connections == 1)
+    with Wire(manager.address, "short") as wire:
+        assert isinstance(wire.refused(7, m.Register("a", KIND), [read]), NameTaken)
+    os.close(read)
+    os.close(write)
+
+
+def test_a_session_that_came_back_early_keeps_its_answers(manager: Manager, halves: Halves) -> None:
+    """The end of the old connection may be seen after the Hello of the new one."""
+    read, write = os.pipe()
+    old = Wire(manager.address, "same")
+    with Wire(manager.address, "same") as wire:
+        wire.ask(8, m.Register("a", KIND), [read])
+        old.close()
+        wait_until(lambda: manager.stats().connections == 2)
+        assert wire.ask(8, m.Register("a", KIND), [read]).reply == m.Registered("a", 1)
+    os.close(read)
+    os.close(write)
+
+
+def test_without_a_session_nothing_is_repeated(manager: Manager, halves: Halves) -> None:
+    read, write = os.pipe()
+    with Wire(manager.address) as wire:
+        wire.ask(7, m.Register("a", KIND), [read])
+        assert isinstance(wire.refused(7, m.Register("a", KIND), [read]), NameTaken)
+    os.close(read)
+    os.close(write)
