@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +21,15 @@ from nursery import Manager
 from fdshare.errors import (
     NameTaken,
 )
+from fdshare.kernel.credentials import peer_credentials
+from fdshare.kernel.descriptor import Descriptor
+from fdshare.kernel.endpoint import connect, listen
 from fdshare.protocol import messages as m
+from fdshare.server.core.records import Put, Record
+from fdshare.server.core.table import Table
+from fdshare.server.failover.holdings import Holdings
+from fdshare.server.loop.closing import Handle
+from fdshare.server.settings import Settings
 from server.failover.orders import KIND
 
 
@@ -177,3 +187,54 @@ def test_without_a_session_nothing_is_repeated(manager: Manager, halves: Halves)
         assert isinstance(wire.refused(7, m.Register("a", KIND), [read]), NameTaken)
     os.close(read)
     os.close(write)
+
+
+# What is held, by itself.
+
+
+@pytest.fixture
+def holdings(folder: Path) -> Iterator[Holdings]:
+    """Those of a server with one entry of two descriptors and a guard."""
+    made = Holdings(Settings(path=str(folder / "s")), listen(folder / "s"), Table(), "epoch")
+    put = Put("a", 1, KIND, 2, m.Registrant(1, 0, 0), 0.0, guarded=True)
+    made.table.apply(Record([put]), [Handle(os.eventfd(n)) for n in range(3)])
+    yield made
+    made.listener.close()
+    for handle in made.table.handles():
+        os.close(handle.fd)
+
+
+def test_every_number_that_a_new_half_keeps(holdings: Holdings) -> None:
+    listener = holdings.listener
+    held = {handle.fd for handle in holdings.table.handles()}
+    assert len(held) == 3
+    expected = held | {listener.fileno(), listener.lock_fileno()}
+    assert holdings.descriptors() == expected
+    near, far = socket.socketpair()
+    with near, far, Descriptor(os.memfd_create("table")) as memfd:
+        holdings.control, holdings.fdstore = near, memfd
+        assert holdings.descriptors() == expected | {near.fileno(), memfd.fileno()}
+
+
+def test_nothing_of_the_other_half_sticks_to_the_handles(holdings: Holdings) -> None:
+    for handle in holdings.table.handles():
+        handle.key, handle.pins, handle.closing = object(), 3, True
+    holdings.forget_other_half()
+    for handle in holdings.table.handles():
+        assert (handle.key, handle.pins, handle.closing) == (None, 0, False)
+
+
+def test_who_takes_the_listener_is_seen_to_listen_and_removes_the_path(holdings: Holdings) -> None:
+    path = holdings.listener.address
+    pid = os.fork()
+    if not pid:
+        try:
+            holdings.take_listener()
+            with connect(path) as sock:
+                assert peer_credentials(sock).pid == os.getpid()
+            holdings.listener.close()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert not os.path.exists(path)

@@ -6,9 +6,11 @@ import os
 import select
 import signal
 import subprocess
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pytest
 from breaking import (
     Halves,
     ended,
@@ -17,6 +19,7 @@ from conftest import wait_until
 
 from fdshare.activation import NotifySocket
 from fdshare.client.blocking.client import Client
+from fdshare.server.failover.service_manager import Watchdog, announce_main_pid, report
 
 
 def expect(socket_: NotifySocket, key: str) -> str:
@@ -81,3 +84,82 @@ def test_a_service_manager_that_is_gone_harms_nobody(
             halves.kill(half)
         client.shutdown()
     process.wait()
+
+
+# Alone.
+
+
+@pytest.fixture
+def told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[NotifySocket]:
+    """The service manager of this process."""
+    with NotifySocket(str(folder / "notify")) as told:
+        monkeypatch.setenv("NOTIFY_SOCKET", told.address)
+        yield told
+
+
+def waiting(told: NotifySocket) -> list[list[str]]:
+    """The lines of what has come."""
+    said = []
+    while select.select([told], [], [], 0)[0]:
+        notification = told.receive()
+        assert notification is not None
+        notification.close()
+        said.append(list(notification.lines))
+    return said
+
+
+def test_who_takes_over_is_the_one_that_is_watched(
+    told: NotifySocket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WATCHDOG_PID", raising=False)
+    announce_main_pid()
+    assert "WATCHDOG_PID" not in os.environ
+    monkeypatch.setenv("WATCHDOG_PID", "1")
+    monkeypatch.setenv("WATCHDOG_USEC", "1000000")
+    assert Watchdog().due is None  # process 1 feeds it
+    announce_main_pid()
+    assert Watchdog().due is not None
+    assert waiting(told) == [[f"MAINPID={os.getpid()}"]] * 2
+
+
+def test_a_watchdog_is_fed_when_it_is_due(
+    told: NotifySocket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WATCHDOG_PID", raising=False)
+    monkeypatch.setenv("WATCHDOG_USEC", "2000000000")
+    before = time.monotonic()
+    watchdog = Watchdog()
+    watchdog.feed()
+    assert waiting(told) == [["WATCHDOG=1"]]
+    assert watchdog.due is not None
+    assert before + 1000 <= watchdog.due <= time.monotonic() + 1000  # half of the time
+    watchdog.feed()
+    assert waiting(told) == []
+    watchdog.due = before
+    watchdog.feed()
+    assert waiting(told) == [["WATCHDOG=1"]]
+
+
+@pytest.mark.parametrize("usec", [None, "soon", "-1"])
+def test_no_watchdog(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, usec: str | None
+) -> None:
+    """Where none was asked for, or nobody can tell how often."""
+    monkeypatch.delenv("WATCHDOG_USEC", raising=False)
+    if usec is not None:
+        monkeypatch.setenv("WATCHDOG_USEC", usec)
+    watchdog = Watchdog()
+    watchdog.feed()
+    assert watchdog.due is None
+    assert ("is not fed" in caplog.text) == (usec is not None)
+
+
+def test_a_report_never_fails(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, folder: Path
+) -> None:
+    for address in (str(folder / "nobody"), "neither a path nor a name", "/" + "x" * 200):
+        monkeypatch.setenv("NOTIFY_SOCKET", address)
+        report("READY=1")
+    assert caplog.text.count("the service manager was not told READY=1") == 3
+    monkeypatch.delenv("NOTIFY_SOCKET")
+    report("READY=1")
