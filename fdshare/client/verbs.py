@@ -1,16 +1,17 @@
-"""Every verb as a generator: it yields the exchanges it needs, is sent the answers, returns the
-result. What waits, and how, is the business of who drives it; refusals are raised into it.
+"""The verbs as generators: each yields its exchanges, is sent the answers, and returns the result.
 
-So a verb is written once for the blocking and the asynchronous client.
+The client that drives a generator does the waiting, and raises refusals into it. So a verb is
+written once for the blocking and the asynchronous client.
 """
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Generator, Iterable, Mapping
 from typing import Any, Final, TypeAlias, TypeVar
 
 from fdshare.client.conversation import Exchange, Parts
-from fdshare.errors import NameNotFound, ProtocolError, TooManyDescriptors
+from fdshare.errors import KindMismatch, NameNotFound, ProtocolError, TooManyDescriptors
 from fdshare.kernel.ancillary import close_all
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.kinds import describe, rebuild
@@ -20,7 +21,7 @@ from fdshare.protocol.names import MAX_ENTRY_DESCRIPTORS, check_metadata, check_
 
 T = TypeVar("T")
 R = TypeVar("R", bound=m.Reply)
-# So many of 255 bytes, with msgpack's own, stay below MAX_FRAME.
+# So many names of 255 bytes, with what msgpack adds, stay below MAX_FRAME.
 _MOST_NAMES: Final = 4000
 Steps: TypeAlias = Generator[Exchange, Parts, T]
 
@@ -67,10 +68,10 @@ def _answer(parts: Parts, cls: type[R]) -> R:
     reply = parts.replies[0]
     if type(reply) is not cls:
         close_all(parts.descriptors)
-        raise ProtocolError(f"{type(reply).__name__} where {cls.__name__} was asked for")
+        raise ProtocolError(f"the answer is {type(reply).__name__} instead of {cls.__name__}")
     if parts.descriptors and cls is not m.Given and cls is not m.GivenMany:
         close_all(parts.descriptors)
-        raise ProtocolError(f"{len(parts.descriptors)} descriptors with {cls.__name__}")
+        raise ProtocolError(f"{len(parts.descriptors)} descriptors came with {cls.__name__}")
     return reply
 
 
@@ -83,7 +84,7 @@ def fetch_raw(name: str, timeout: float | None) -> Steps[list[Descriptor]]:
 
 
 def asking(name: str, timeout: float | None) -> Exchange:
-    """The only step of a fetch, for who needs no generator; `given` or `given_raw` ends it."""
+    """The only exchange of a fetch; `given` or `given_raw` makes its result of the answer."""
     return Exchange(m.Fetch(name, timeout), wait=timeout)
 
 
@@ -102,7 +103,7 @@ def fetch_many(names: Iterable[str]) -> Steps[dict[str, Any]]:
     try:
         while len(found) < len(wanted):
             left = wanted[len(found) :]
-            # All at first, to hear what is missing; then no more than one answer can have.
+            # All of them at first, to learn what is missing; then what one answer can carry.
             most = MAX_FRAME_DESCRIPTORS if found else _MOST_NAMES
             parts = yield Exchange(m.FetchMany(left[:most]))
             _rebuild_items(parts, found, left)
@@ -120,9 +121,11 @@ def _rebuild_items(parts: Parts, found: dict[str, Any], names: list[str]) -> Non
     try:
         counts = [item.count for item in items]
         if not items or [item.name for item in items] != names[: len(items)]:
-            raise ProtocolError("other names than were asked for")
+            raise ProtocolError("the answer has other names than the request")
         if sum(counts) != len(descriptors) or min(counts) < 0:
-            raise ProtocolError(f"{len(descriptors)} descriptors are not what its items need")
+            raise ProtocolError(
+                f"{len(descriptors)} descriptors came, its items have {sum(counts)}"
+            )
         for item, count in zip(items, counts, strict=True):
             start, end = end, end + count
             found[item.name] = rebuild(item.kind, descriptors[start:end])
@@ -139,7 +142,7 @@ def take(name: str, timeout: float | None) -> Steps[Any]:
             obj = rebuild(given.kind, parts.descriptors)
             if _confirm(lease):
                 return obj
-        # Revoked: the entry was replaced, removed or given back before we said that we have it.
+        # Revoked: the entry was replaced, removed or given back before our confirmation.
         obj.close()
 
 
@@ -154,9 +157,9 @@ def take_raw(name: str, timeout: float | None) -> Steps[list[Descriptor]]:
 
 
 def _lease_of(parts: Parts) -> Descriptor:
-    """The last of the descriptors, which is not the entry's."""
+    """The lease, which is the last of the descriptors; it is taken off them."""
     if not parts.descriptors:
-        raise ProtocolError("it gave no lease")
+        raise ProtocolError("the answer to a take has no lease")
     return parts.descriptors.pop()
 
 
@@ -183,9 +186,19 @@ def rename(old: str, new: str) -> Steps[m.Registered]:
     return _answer((yield Exchange(m.Rename(old, new))), m.Registered)
 
 
-def bind(name: str, address: str, backlog: int, reuse_port: bool) -> Steps[Any]:
+def bind(name: str, address: str, backlog: int, reuse_port: bool) -> Steps[socket.socket]:
     parts = yield Exchange(m.Bind(name, address, backlog, reuse_port))
-    return rebuild(_answer(parts, m.Given).kind, parts.descriptors)
+    kind, descriptors = _answer(parts, m.Given).kind, parts.descriptors
+    if kind.tag == "socket":
+        bound: socket.socket = rebuild(kind, descriptors)
+        return bound
+    try:  # *name* was there already; a socket may have been registered by its number
+        if kind.tag == "descriptor" and len(descriptors) == 1:
+            return descriptors[0].socket()
+    except OSError:
+        pass
+    close_all(descriptors)
+    raise KindMismatch("socket", f"{name!r} is registered as a {kind.tag}")
 
 
 def names(pattern: str) -> Steps[list[str]]:

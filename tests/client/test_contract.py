@@ -27,6 +27,7 @@ from fdshare.errors import (
     GenerationMismatch,
     InvalidArgument,
     InvalidName,
+    KindMismatch,
     NameNotFound,
     NameTaken,
     NoServer,
@@ -37,6 +38,7 @@ from fdshare.errors import (
     UntrustedServer,
     WatchTimeout,
 )
+from fdshare.kernel.descriptor import Descriptor
 
 Body: TypeAlias = Callable[[Any], Awaitable[None]]
 
@@ -335,6 +337,24 @@ def test_bind_gives_all_the_same_listener(run: Runner) -> None:
             assert same(one, two)
         with pytest.raises(InvalidArgument):
             await client.bind("other", "nonsense")
+
+    run(body)
+
+
+def test_bind_returns_a_socket_or_refuses(run: Runner, sock: socket.socket, null: int) -> None:
+    async def body(client: Any) -> None:
+        with Descriptor.dup_of(sock) as number:
+            await client.register("by its number", number)
+        with await client.bind("by its number", "tcp://127.0.0.1:0") as found:
+            assert type(found) is socket.socket
+            assert same(found, sock)
+        await client.register("null", null)
+        with pytest.raises(KindMismatch, match="registered as a descriptor"):
+            await client.bind("null", "tcp://127.0.0.1:0")
+        with open(os.devnull) as file:
+            await client.register("file", file)
+        with pytest.raises(KindMismatch, match="registered as a file"):
+            await client.bind("file", "tcp://127.0.0.1:0")
 
     run(body)
 

@@ -167,10 +167,10 @@ def _get(client: Client, want: Wanted, options: dict[str, Any]) -> list[Descript
         return list(map(with_own_position, fetched))
     from fdshare.kernel.descriptor import Descriptor
 
-    obj = client.bind(
+    bound = client.bind(
         want.name, want.address, backlog=options["backlog"], reuse_port=options["reuse_port"]
     )
-    descriptor = Descriptor(obj.detach()) if hasattr(obj, "detach") else Descriptor.dup_of(obj)
+    descriptor = Descriptor(bound.detach())
     _compare(want, descriptor)
     return [descriptor]
 
