@@ -1,8 +1,11 @@
-"""Service managers: take descriptors over (LISTEN_FDS), report (sd_notify), and the other side too.
+"""Service managers: take passed descriptors (LISTEN_FDS), report (sd_notify); and the other side.
 
 A program calls `listen_fds()` and `notify("READY=1")`, under systemd or under `fdshare run`, which
 speaks the same protocols. Written after sd_listen_fds(3), sd_notify(3), systemd.exec(5) and
 systemd's src/libsystemd/sd-daemon/sd-daemon.c, whose rules stand beside the lines.
+
+FIRST is the number of the first descriptor that is passed, STORED the name of a stored one that
+came without a name.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import select
 import socket
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, Self
 
 from fdshare.errors import (
     ClosedDescriptor,
@@ -59,12 +62,12 @@ _VARIABLES: Final = ("LISTEN_PID", "LISTEN_PIDFDID", "LISTEN_FDS", "LISTEN_FDNAM
 
 
 def listen_fds(*, unset_environment: bool = True) -> dict[str, list[Descriptor]]:
-    """The descriptors a service manager passed, by name, in the order given; {} where there are
-    none or they are meant for another process.
+    """The descriptors that a service manager passed, by name, in the order given.
 
-    Names come from LISTEN_FDNAMES and may repeat; without it all are "unknown". Every descriptor is
-    close-on-exec now. The variables are removed, also if this raises, so that a second call finds
-    nothing and children are not misled; pass *unset_environment* False to leave them.
+    {} if there are none, or if they are meant for another process. Names come from LISTEN_FDNAMES
+    and may repeat; without it all are "unknown". Every descriptor is close-on-exec now. The
+    variables are removed, also if this raises, so that neither a second call nor a child takes them
+    again; pass *unset_environment* False to leave them.
 
     Raises: InvalidArgument: a count that is no positive number, or not that of the names;
     ClosedDescriptor: one of them is not open. The caller owns the result.
@@ -124,7 +127,7 @@ def _passed_names(environment: Mapping[str, str]) -> list[str]:
 
 
 def _check_open(last: int, count: int) -> None:
-    """Of a huge count, says so before a list of that length is made."""
+    """Refuses a huge count before a list of that length is made."""
     try:
         fcntl.fcntl(last, fcntl.F_GETFD)
     except OSError:
@@ -138,11 +141,11 @@ def _number(variable: str, text: str) -> int:
             return int(text)
         except ValueError:
             pass
-    raise InvalidArgument(variable, f"{text!r} is no number")
+    raise InvalidArgument(variable, f"{text!r} is not a number")
 
 
 def own_pidfd_id() -> int | None:
-    """What LISTEN_PIDFDID says of this process: the inode of its pidfd, unique until the next boot.
+    """The LISTEN_PIDFDID of this process: the inode of its pidfd, unique until the next boot.
 
     None where the kernel has no pidfs (before Linux 6.9).
     """
@@ -161,8 +164,11 @@ def own_pidfd_id() -> int | None:
 
 
 def check_fdname(name: str) -> str:
-    """*name* itself, if systemd allows it for a descriptor: at most 255 printable ASCII
-    characters, no colon. Raises: InvalidName (systemd would ignore the name without a word)."""
+    """*name* itself, if systemd allows it for a descriptor.
+
+    That is at most 255 printable ASCII characters, no colon. Raises: InvalidName, where systemd
+    would ignore the name silently.
+    """
     if len(name) > _MAX_FDNAME:
         raise InvalidName(name[:40] + "...", f"{len(name)} characters, systemd allows 255")
     for character in name:
@@ -201,13 +207,13 @@ def notify(
     unset_environment: bool = False,
     timeout: float | None = None,
 ) -> bool:
-    """True when *state* ("READY=1", "STATUS=...", several lines) went to NOTIFY_SOCKET; False
-    where there is none, so that a program may always call it.
+    """True when *state* was sent to NOTIFY_SOCKET; False where there is none.
 
-    With *fds* (at most 253) go copies; the sender's credentials always, and a privileged sender may
-    speak for *pid*. *timeout*: seconds to wait for a manager that does not read. *fds* are borrowed
-    for the call.
-    Raises: InvalidArgument: NOTIFY_SOCKET is no UNIX address; OSError: the manager is not there;
+    So a program can call it whether it has a service manager or not. *state* is "READY=1",
+    "STATUS=..." or several lines. Copies of *fds* (at most 253) go with it, and the sender's
+    credentials; a privileged sender may report for another *pid*. *timeout*: seconds to wait for a
+    manager that does not read. *fds* are borrowed for the call.
+    Raises: InvalidArgument: NOTIFY_SOCKET is not a UNIX address; OSError: the manager is not there;
     BlockingIOError or TimeoutError: it does not read; TooManyDescriptors, DescriptorLimit.
     """
     address = os.environ.get("NOTIFY_SOCKET")
@@ -247,10 +253,10 @@ def store(
     poll: bool = True,
     timeout: float | None = None,
 ) -> bool:
-    """True when the service manager was given copies of *fds* (at most 253) to keep under *name*
-    (FDSTORE=1): they come back by `listen_fds` at the next start.
+    """True when the service manager was given copies of *fds* to keep under *name* (FDSTORE=1).
 
-    Without *poll* they are kept past a hang-up (FDPOLL=0). It is safe to close *fds* after this
+    `listen_fds` returns them at the next start. At most 253. Without *poll* they are kept past a
+    hang-up (FDPOLL=0). It is safe to close *fds* after this
     call. Raises: InvalidName, and those of `notify`.
     """
     polled = "" if poll else "\nFDPOLL=0"
@@ -264,8 +270,10 @@ def unstore(name: str, *, timeout: float | None = None) -> bool:
 
 
 def barrier(timeout: float | None = None) -> bool:
-    """True when the service manager has handled all that was sent before (BARRIER=1); False
-    where there is none. *timeout* in seconds. Raises: ServerTimeout, and those of `notify`."""
+    """True when the service manager has handled all that was sent before (BARRIER=1).
+
+    False where there is none. *timeout* in seconds. Raises: ServerTimeout, and those of `notify`.
+    """
     ours, theirs = map(Descriptor, os.pipe())
     with ours:
         with theirs:
@@ -280,14 +288,16 @@ def barrier(timeout: float | None = None) -> bool:
 
 
 def watchdog_seconds() -> float | None:
-    """Within how many seconds each WATCHDOG=1 must follow the last; None where nobody waits for
-    one. sd_watchdog_enabled(3). Raises: InvalidArgument."""
+    """The seconds within which each WATCHDOG=1 must follow the last; None where none is expected.
+
+    As sd_watchdog_enabled(3). Raises: InvalidArgument.
+    """
     text, pid = os.environ.get("WATCHDOG_USEC"), os.environ.get("WATCHDOG_PID")
     if not text or (pid and _number("WATCHDOG_PID", pid) != os.getpid()):
         return None
     usec = _number("WATCHDOG_USEC", text)
     if usec <= 0:
-        raise InvalidArgument("WATCHDOG_USEC", f"{usec} is no time span")
+        raise InvalidArgument("WATCHDOG_USEC", f"{usec} is not a time span")
     return usec / 1e6
 
 
@@ -296,7 +306,10 @@ def watchdog_seconds() -> float | None:
 
 @dataclass(frozen=True, slots=True)
 class Notification:
-    """One datagram. *lines* as sent; *sender* as the kernel said; the caller owns *descriptors*."""
+    """One datagram of a service: *lines* as sent, *sender* as the kernel says.
+
+    The caller owns *descriptors*.
+    """
 
     lines: list[str]
     descriptors: list[Descriptor] = field(default_factory=list)
@@ -307,7 +320,7 @@ class Notification:
         return line in self.lines
 
     def value(self, key: str) -> str | None:
-        """What stands behind the first KEY=, or None."""
+        """The value of the first KEY=, or None."""
         for line in self.lines:
             if line.startswith(f"{key}="):
                 return line[len(key) + 1 :]
@@ -315,8 +328,10 @@ class Notification:
 
     @property
     def is_barrier(self) -> bool:
-        """True for a BARRIER=1, which is alone and has one descriptor: close it when all that came
-        before is done."""
+        """True for a BARRIER=1, which is alone and has one descriptor.
+
+        Close it when all that came before is done.
+        """
         return self.lines == ["BARRIER=1"] and len(self.descriptors) == 1
 
     def close(self) -> None:
@@ -325,7 +340,7 @@ class Notification:
 
 
 class NotifySocket:
-    """Owns a socket whose address is for a child's NOTIFY_SOCKET."""
+    """Owns a socket whose address is the NOTIFY_SOCKET of a child."""
 
     def __init__(self, path: str) -> None:
         """Binds *path*, mode 0600. Raises: AddressInUse, EndpointError."""
@@ -334,12 +349,14 @@ class NotifySocket:
         self.address = self._listener.address
 
     def fileno(self) -> int:
-        """Readable when a notification is there."""
+        """The number of the socket, readable when there is a notification."""
         return self._listener.fileno()
 
     def receive(self) -> Notification | None:
-        """The next one; None for what systemd would not accept either: too long, a NUL, not UTF-8,
-        more than 253 descriptors. Blocks. The caller owns its descriptors.
+        """The next notification; None for one that systemd would not accept either.
+
+        That is one that is too long, has a NUL or more than 253 descriptors, or is not UTF-8.
+        Blocks. The caller owns its descriptors.
 
         Raises: DescriptorLimit: no descriptor is free; the notification is still there.
         """
@@ -360,7 +377,7 @@ class NotifySocket:
         return Notification(lines, got.descriptors, got.credentials)
 
     def abandon(self) -> None:
-        """Leaves it to a forked child: closes this process's copy, the path stays."""
+        """Closes this process's copy, for a forked child that uses the other; the path stays."""
         sock, _ = self._listener.detach()
         sock.close()
 
@@ -368,7 +385,10 @@ class NotifySocket:
         """Closes the socket and removes its path."""
         self._listener.close()
 
-    def __enter__(self) -> NotifySocket:
+    def __repr__(self) -> str:
+        return f"<NotifySocket {self.address}{' closed' if self.fileno() < 0 else ''}>"
+
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:

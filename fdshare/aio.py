@@ -1,8 +1,9 @@
-"""The asynchronous client, for asyncio and trio: `async with fdshare.aio.connect() as client`."""
+"""The asynchronous client, for asyncio and trio: `async with fdshare.aio.connect() as client`.
+
+What its verbs return has the names that `fdshare` gives it: Registered, Snapshot, Event ...
+"""
 
 from fdshare.client.asynchronous.client import AsyncClient, connect
 from fdshare.client.asynchronous.watch import AsyncWatcher
-from fdshare.client.watch_state import Snapshot
-from fdshare.protocol.messages import Event, Registered
 
-__all__ = ["AsyncClient", "AsyncWatcher", "Event", "Registered", "Snapshot", "connect"]
+__all__ = ["AsyncClient", "AsyncWatcher", "connect"]

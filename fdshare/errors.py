@@ -91,7 +91,6 @@ __all__ = [
     "ForeignHost",
     "PolicyError",
     "Overflow",
-    "error_from_wire",
 ]
 
 _by_code: dict[str, type[FdshareError]] = {}

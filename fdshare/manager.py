@@ -12,7 +12,7 @@ import subprocess
 import tempfile
 import weakref
 from collections.abc import Callable, Collection
-from typing import Final
+from typing import Final, Self
 
 from fdshare.client.blocking.client import Client
 from fdshare.errors import InvalidArgument, ServerGone
@@ -29,12 +29,13 @@ _GRACE: Final = 5.0  # seconds a server gets to end by itself
 
 
 class Manager(Client):
-    """Every verb of `Client`, and a server of its own to say them to.
+    """Every verb of `Client`, and the server: it starts one, finds one, or is one.
 
-    Without a *path* the server listens in a new private folder. *keeper*: run the twin process that
-    makes a `kill -9` of either harmless. *limits*: fields of `Limits` by name. *policy*: a TOML
-    file. *authkey* as BaseManager's. As a context manager it starts and shuts down, unless it was
-    connected before: then it only closes its connections.
+    Without a *path* the server listens in a new private folder. *keeper*: run a second process, so
+    that `kill -9` of either loses nothing. *mode* is that of the socket's file. *limits*: fields of
+    `Limits` by name. *policy*: a TOML file. *authkey* as BaseManager's. As a context manager it
+    starts the server and shuts it down, unless it was connected before: then it only closes its
+    connections.
     """
 
     def __init__(
@@ -71,8 +72,8 @@ class Manager(Client):
         if self._folder is not None:
             self._finalizer = weakref.finalize(self, _end, os.getpid(), None, None, self._folder)
 
-    def start(self) -> Manager:
-        """Starts the server in a process of its own, that ends with this one; returns itself.
+    def start(self) -> Self:
+        """Itself, when the server has started in a process of its own, which ends with this one.
 
         Raises: AddressInUse, EndpointError, PolicyError; InvalidArgument: started already.
         """
@@ -85,9 +86,11 @@ class Manager(Client):
         self._finalizer = weakref.finalize(self, _end, os.getpid(), process, control, self._folder)
         return self
 
-    def connect(self) -> Manager:
-        """Makes sure that a server answers at the address; returns itself. Raises: NoServer and
-        the others of `fdshare.connect`."""
+    def connect(self) -> Self:
+        """Itself, when a server has answered at the address.
+
+        Raises: NoServer and the others of `fdshare.connect`.
+        """
         self.ping()
         self._connected = True
         return self
@@ -97,7 +100,7 @@ class Manager(Client):
         return ManagedServer(self._settings)
 
     def shutdown(self) -> None:
-        """Ends the server: the one that was started here, or the one that is connected to."""
+        """Ends the server: the one that was started here, or else the one at the address."""
         if self._process is None:
             super().shutdown()
         elif self._finalizer is not None:
@@ -113,7 +116,7 @@ class Manager(Client):
         except subprocess.TimeoutExpired:
             pass
 
-    def __enter__(self) -> Manager:
+    def __enter__(self) -> Self:
         if self._process is None and not self._connected:
             self.start()
         return self
@@ -134,12 +137,15 @@ class Manager(Client):
 
     def _after_fork(self) -> None:
         super()._after_fork()
-        if self._control is not None:  # the server must not outlive the parent through our copy
+        if self._control is not None:  # with our copy open the server would outlive the parent
             self._control.close()
 
 
 class ManagedServer:
     """A server in this process: `serve_forever()` until `stop()` or a client's shutdown."""
+
+    def __repr__(self) -> str:
+        return f"<ManagedServer {self.address}>"
 
     def __init__(self, settings: Settings) -> None:
         self._listener: Listener = listen(settings.path, mode=settings.mode)
@@ -151,7 +157,7 @@ class ManagedServer:
         self.address = self._listener.address
 
     def serve_forever(self) -> None:
-        """Serves; everything it holds is closed when it returns."""
+        """Serves until it is stopped, then closes everything that it holds."""
         try:
             self._server.run()
         finally:

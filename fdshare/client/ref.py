@@ -1,7 +1,7 @@
-"""ref: a name that travels where a descriptor cannot, and is resolved where it is used.
+"""ref: a name that can be pickled where a descriptor cannot, and is fetched where it is used.
 
 A cluster engine may move a task to any of its machines. A reference knows which boot of which
-machine it was made on, so that on another one it is an error that says so, instead of whatever
+machine it was made on. On another one it raises an error that says so, instead of fetching what
 somebody else keeps under the same name.
 """
 
@@ -25,7 +25,7 @@ _BOOT_ID: Final = "/proc/sys/kernel/random/boot_id"
 
 @dataclass(frozen=True, slots=True)
 class Ref:
-    """*name* at the server on *path* of one machine. Holds no descriptor; may be pickled freely."""
+    """*name* at the server on *path* of one machine; it has no descriptor, and can be pickled."""
 
     name: str
     path: str
@@ -52,8 +52,10 @@ class Ref:
             return client.fetch(self.name, timeout=timeout)
 
     def as_object(self) -> Any:
-        """Something to give as an argument to a task: unpickling it fetches, so that the task gets
-        the object itself. The task owns it; each unpickling makes another one."""
+        """An argument for a task on this machine: unpickling it fetches the object.
+
+        The task owns the object; each unpickling makes another one.
+        """
         return _Lazy(self)
 
     def __str__(self) -> str:
@@ -78,8 +80,8 @@ class _Lazy:
 def ref(name: str, path: str | os.PathLike[str] | None = None) -> Ref:
     """A reference to what is, or will be, registered under *name* at the server on *path*.
 
-    *path* as for `connect`; what the default is, is decided here and travels along. The server is
-    not asked. Raises: InvalidName.
+    *path* as for `connect`; the default is looked up now, and is part of the reference. The server
+    is not asked. Raises: InvalidName.
     """
     check_name(name)
     address = default_path() if path is None else os.fspath(path)

@@ -29,10 +29,10 @@ _THERE: Final = frozenset(("registered", "replaced", "returned"))
 
 
 class Snapshot(msgspec.Struct, frozen=True):
-    """What is held, all of it, at *serial*: name -> generation.
+    """All that is registered at *serial*: name -> generation.
 
-    *reason* is "start"; "overflow" where this watcher was too slow and events were dropped; or
-    "reconnect" where the server was lost and perhaps is another one now, with serials of its own.
+    *reason* is "start"; "overflow" if this watcher was too slow and events were dropped; or
+    "reconnect" if the server was lost and perhaps is another one now, with serials of its own.
     """
 
     entries: dict[str, int]

@@ -1,6 +1,7 @@
-"""What the operating system does with descriptors: no names, no protocol.
+"""Descriptor passing without a server: system calls about descriptors; no names, no protocol.
 
-The classic calls of descriptor passing, each importable from here.
+The calls of the textbook, the general pair `send_fds` and `recv_fds` (at most MAX_DESCRIPTORS with
+one message), sockets on a path, and the credentials of the other end.
 """
 
 from fdshare.kernel.ancillary import MAX_DESCRIPTORS, Received, close_all, recv_fds, send_fds

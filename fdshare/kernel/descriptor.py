@@ -27,7 +27,8 @@ _DETACHED: Final = -2
 class HasFileno(Protocol):
     """Anything that knows its descriptor: a socket, a file, a Connection, a Descriptor."""
 
-    def fileno(self) -> int: ...
+    def fileno(self) -> int:
+        """The number of the descriptor, which stays the object's."""
 
 
 def borrow(obj: HasFileno | int) -> int:

@@ -236,12 +236,12 @@ def s_pipe() -> tuple[socket.socket, socket.socket]:
 
 
 def serv_listen(path: Address) -> Listener:
-    """`listen(path)`. The caller owns the result."""
+    """The Listener of `listen(path)`. The caller owns the result."""
     return listen(path)
 
 
 def serv_accept(listener: Listener) -> tuple[socket.socket, Credentials]:
-    """`listener.accept()`: the connection, and who made it, from the kernel and not the client.
+    """The next connection, and who made it, as the kernel says and not the client.
 
     The caller owns the result.
     """
@@ -249,7 +249,7 @@ def serv_accept(listener: Listener) -> tuple[socket.socket, Credentials]:
 
 
 def cli_conn(path: Address) -> socket.socket:
-    """`connect(path)`: a connection that no other client shares. The caller owns the result."""
+    """A connection to the server at *path*, as `connect` makes it. The caller owns the result."""
     return connect(path)
 
 

@@ -59,6 +59,10 @@ class ContextMixin:
         """This context, or the one of ours for *method*. Raises: ValueError."""
         return self if method is None else find_context(self._contexts, method)
 
+    def __repr__(self) -> str:
+        method: str = self.get_start_method()  # type: ignore[attr-defined]
+        return f"<fdshare context {method!r} of {self._family.package}>"
+
     def __reduce__(self) -> Any:
         return _context_of, (type(self),)
 

@@ -51,6 +51,9 @@ class ProcessPoolExecutor(concurrent.futures.ProcessPoolExecutor):
         """
         return super().submit(Call.of(self._family, fn, args, kwargs))
 
+    def __repr__(self) -> str:
+        return f"<ProcessPoolExecutor of {self._mp_context!r}>"
+
     _family: Family
     _call_queue: Any
     _result_queue: Any

@@ -261,7 +261,7 @@ class Done(Reply):
 
 
 class Registered(Reply, frozen=True):  # type: ignore[misc]  # msgspec allows it, dataclasses do not
-    """The entry that is held under *name* now; *generation* is another one after each change."""
+    """The entry that is registered under *name*; *generation* changes when it is replaced."""
 
     name: str
     generation: int
@@ -303,8 +303,11 @@ class Registrant(msgspec.Struct, frozen=True):
 
 
 class DescriptorInfo(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What the kernel says of one descriptor. *type* is "socket", "file", "directory", "pipe",
-    "memfd", "tty", "device" or the word of /proc/PID/fd ("pidfd", "eventfd", "eventpoll" ...)."""
+    """What the kernel says of one descriptor.
+
+    *type* is "socket", "file", "directory", "pipe", "memfd", "tty", "device" or the word of
+    /proc/PID/fd ("pidfd", "eventfd", "eventpoll" ...).
+    """
 
     type: str
     access: str = ""  # "r", "w", "rw", or "path" (O_PATH)
@@ -355,8 +358,11 @@ class SnapshotPart(Reply, tag="snapshot"):
 
 
 class Event(Reply):
-    """One change. *serial* grows by one with each change of the server; *old* is the former name
-    of an entry that was renamed (then *event* is "registered" or "replaced")."""
+    """One change of what is registered.
+
+    *serial* grows by one with each change of the server. *old* is the former name of an entry that
+    was renamed; then *event* is "registered" or "replaced".
+    """
 
     serial: int
     event: EventKind
@@ -370,12 +376,14 @@ class Overflowed(Reply):
 
 
 class Explained(Reply):
+    """Whether the policy allows what was asked about, and the rule that decides."""
+
     allowed: bool
     rule: str
 
 
 class ServerStats(msgspec.Struct, frozen=True):
-    """How the server is. *redundant*: both halves hold everything, either may die now."""
+    """The state of the server. *redundant*: both halves hold everything, either may die now."""
 
     server_pid: int
     keeper_pid: int | None

@@ -9,10 +9,11 @@ happens once or not at all; ask, if you need to know.
 from __future__ import annotations
 
 import os
+import socket
 import weakref
 from collections.abc import Collection, Iterable, Mapping
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import anyio
 import anyio.lowlevel
@@ -32,14 +33,15 @@ T = TypeVar("T")
 
 
 class AsyncClient(BaseClient):
-    """The verbs of one server, to be awaited. Entered with `async with`, once; it is left in the
-    task that entered it. For the tasks of one event loop.
+    """The verbs of one server, to be awaited by the tasks of one event loop.
 
-    *timeout* is how many seconds the server may take to answer, None for ever; the timeout of a
-    verb that waits for a name comes on top. A server that is lost in the middle of a call is looked
-    for during *reconnect* seconds, and the request repeated under its number: it happens once.
+    It is entered with `async with`, once, and left in the task that entered it.
 
-    *trust* are the uids whose server is believed; None for one's own and root.
+    *timeout*: seconds that the server may take to answer, None for ever; the timeout of a verb that
+    waits for a name is added. If the server is lost during a call, the client looks for it during
+    *reconnect* seconds and repeats the request under its number, so that it happens once.
+
+    *trust*: the uids whose server is trusted; None for one's own and root.
     """
 
     _tasks: TaskGroup
@@ -75,7 +77,7 @@ class AsyncClient(BaseClient):
         drop_on_hangup: bool = False,
         metadata: Mapping[str, str] | None = None,
     ) -> m.Registered:
-        """The entry that is now held under *name*; see `Client.register`.
+        """The entry that is now registered under *name*; see `Client.register`.
 
         It is safe to close *obj* after this call.
         """
@@ -111,8 +113,10 @@ class AsyncClient(BaseClient):
         return await self._do(verbs.fetch_many(names))
 
     async def take(self, name: str, *, timeout: float | None = 0) -> Any:
-        """As `fetch`, and the entry is gone once this has returned; cancelled, it is back under
-        its name. The caller owns the result."""
+        """As `fetch`, and the entry is removed once this has returned.
+
+        If it is cancelled, the entry is back under its name. The caller owns the result.
+        """
         return await self._do(verbs.take(name, timeout))
 
     async def take_raw(self, name: str, *, timeout: float | None = 0) -> list[Descriptor]:
@@ -131,8 +135,10 @@ class AsyncClient(BaseClient):
         return AsyncWatcher(self, self._open_pipeline, pattern, timeout)
 
     async def unregister(self, name: str, *, if_generation: int | None = None) -> None:
-        """The server lets go of the entry. Raises: NameNotFound, GenerationMismatch,
-        AccessDenied."""
+        """Removes the entry; the server closes its descriptors.
+
+        Raises: NameNotFound, GenerationMismatch, AccessDenied.
+        """
         await self._do(verbs.unregister(name, if_generation))
 
     async def rename(self, old: str, new: str) -> m.Registered:
@@ -141,9 +147,11 @@ class AsyncClient(BaseClient):
 
     async def bind(
         self, name: str, address: str, *, backlog: int = 4096, reuse_port: bool = False
-    ) -> Any:
-        """The socket under *name*; if there is none, the server binds *address* and registers it;
-        see `Client.bind`. The caller owns the result."""
+    ) -> socket.socket:
+        """The socket under *name*; if there is none, the server binds *address* and registers it.
+
+        See `Client.bind`. The caller owns the result.
+        """
         return await self._do(verbs.bind(name, address, backlog, reuse_port))
 
     async def names(self, pattern: str = "*") -> list[str]:
@@ -151,21 +159,24 @@ class AsyncClient(BaseClient):
         return await self._do(verbs.names(pattern))
 
     async def info(self, name: str) -> m.EntryInfo:
-        """What is known of *name*, each descriptor as the kernel sees it. Raises: NameNotFound."""
+        """What the server knows of *name*, and the kernel of its descriptors.
+
+        Raises: NameNotFound.
+        """
         return await self._do(verbs.info(name))
 
     async def infos(self, pattern: str = "*") -> list[m.EntryInfo]:
-        """`info` of every entry that matches, in the order of names."""
+        """`info` of every entry whose name matches the shell pattern, in the order of names."""
         return await self._do(verbs.infos(pattern))
 
     async def explain(
         self, verb: str, name: str, uid: int, gid: int, groups: Iterable[int] = ()
     ) -> m.Explained:
-        """Whether uid *uid* may, and the rule that decides."""
+        """Whether the policy allows *verb* on *name* to that user, and the rule that decides."""
         return await self._do(verbs.explain(verb, name, uid, gid, groups))
 
     async def stats(self) -> m.ServerStats:
-        """How the server is: pids, counts, limits."""
+        """The state of the server: pids, counts, limits."""
         return await self._do(verbs.stats())
 
     async def ping(self) -> None:
@@ -181,14 +192,16 @@ class AsyncClient(BaseClient):
         await self._do(verbs.simple(m.Upgrade()))
 
     async def shutdown(self) -> None:
-        """Ends the server and all that it holds."""
+        """Ends the server; it closes all that it holds."""
         await self._do(verbs.simple(m.Shutdown()))
 
     # Its own life.
 
     async def close(self) -> None:
-        """Closes the connection; entries with lifetime "connection" go. Others stay. Whoever waits
-        in another task gets ClosedDescriptor."""
+        """Closes the connection, which ends entries of lifetime "connection". Others stay.
+
+        A call that waits in another task raises ClosedDescriptor.
+        """
         self._close()
         await anyio.lowlevel.checkpoint()
 
@@ -200,7 +213,7 @@ class AsyncClient(BaseClient):
             self._pipeline.close()
         self._lifeline.close()
 
-    async def __aenter__(self) -> AsyncClient:
+    async def __aenter__(self) -> Self:
         if self._entered:
             raise InvalidArgument("client", "it was entered before; make another one")
         self._entered = True
@@ -253,7 +266,7 @@ class AsyncClient(BaseClient):
         return self._pipeline
 
     def _after_fork(self) -> None:
-        """In the child, where the event loop is not: lets go of the parent's connection."""
+        """In the child, which has no event loop: closes its copy of the parent's connection."""
         if not self._closed:
             self._closed = True
             self._pipeline.drop()
@@ -278,10 +291,10 @@ def connect(
     reconnect: float = 2.0,
     trust: Collection[int] | None = None,
 ) -> AsyncClient:
-    """An AsyncClient of the server at *path* (see `default_path`), to be entered: `async with`
-    makes the connection and has a first word with the server.
+    """An AsyncClient of the server at *path*, to be entered with `async with`.
 
-    Entering raises: NoServer, UntrustedServer, AuthenticationFailed, ProtocolError,
-    VersionMismatch, ServerTimeout, EndpointError.
+    Entering it connects, and waits until the server has answered. The arguments are those of
+    `fdshare.connect`. Entering raises: NoServer, UntrustedServer, AuthenticationFailed,
+    ProtocolError, VersionMismatch, ServerTimeout, EndpointError.
     """
     return AsyncClient(path, authkey=authkey, timeout=timeout, reconnect=reconnect, trust=trust)

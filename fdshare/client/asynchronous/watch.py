@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Self
 
 import anyio
 import anyio.lowlevel
@@ -17,10 +18,10 @@ __all__ = ["AsyncWatcher"]
 
 
 class AsyncWatcher:
-    """Snapshots and events of the names that match a pattern; ends when it is closed.
+    """An asynchronous iterator over snapshots and events of the names that match a pattern.
 
-    As `Watcher`, for one task at a time; it shares the client's connection. Items that nobody asks
-    for are kept up to a bound, and then folded into one Snapshot of what is held now.
+    As `Watcher`, for one task at a time; it uses the client's connection. Items that nobody asks
+    for are kept up to a bound, and then folded into one Snapshot of what is registered now.
     """
 
     def __init__(
@@ -45,7 +46,10 @@ class AsyncWatcher:
         """name -> generation, as of the last item; do not change it."""
         return self._state.held
 
-    def __aiter__(self) -> AsyncWatcher:
+    def __repr__(self) -> str:
+        return f"<AsyncWatcher of {self.pattern!r}{' closed' if self._closed else ''}>"
+
+    def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> WatchItem:
@@ -78,7 +82,7 @@ class AsyncWatcher:
             raise ServerTimeout(self._client.address, patience or 0.0)
 
     async def close(self) -> None:
-        """Ends it: the iterator has no further item."""
+        """Ends the iteration."""
         self._closed = True
         if self._pipeline is not None and self._subscription is not None:
             self._pipeline.unsubscribe(self._subscription)
@@ -87,7 +91,7 @@ class AsyncWatcher:
 
     aclose = close
 
-    async def __aenter__(self) -> AsyncWatcher:
+    async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *exc: object) -> None:

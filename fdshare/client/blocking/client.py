@@ -1,4 +1,4 @@
-"""Client: the verbs, blocking, from any thread.
+"""Client: the verbs, each of which blocks its caller; from any thread.
 
 A call takes a connection of its own from a small pool, so that a wait of an hour blocks only its
 caller. Timeouts are the kernel's (SO_RCVTIMEO): a fetch is one sendmsg and one recvmsg.
@@ -7,10 +7,11 @@ caller. Timeouts are the kernel's (SO_RCVTIMEO): a fetch is one sendmsg and one 
 from __future__ import annotations
 
 import os
+import socket
 import time
 import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Self, TypeVar
 
 from fdshare.client import verbs
 from fdshare.client.blocking.connection import BlockingConnection, ConnectionLost
@@ -31,11 +32,11 @@ _POOL: Final = 4  # idle connections kept
 class Client(BaseClient):
     """The verbs of one server. Thread-safe, fork-safe, picklable (it travels as its address).
 
-    *timeout* is how many seconds the server may take to answer, None for ever; the timeout of a
-    verb that waits for a name comes on top. A server that is lost in the middle of a call is looked
-    for during *reconnect* seconds, and the request repeated under its number: it happens once.
+    *timeout*: seconds that the server may take to answer, None for ever; the timeout of a verb that
+    waits for a name is added. If the server is lost during a call, the client looks for it during
+    *reconnect* seconds and repeats the request under its number, so that it happens once.
 
-    *trust* are the uids whose server is believed; None for one's own and root.
+    *trust*: the uids whose server is trusted; None for one's own and root.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class Client(BaseClient):
         _clients.add(self)
 
     def _reset(self) -> None:
-        """As new; in a forked child, whose copies of the connections are the parent's."""
+        """No connections and no watches, as when it was made."""
         self._idle: list[BlockingConnection] = []
         self._connections: weakref.WeakSet[BlockingConnection] = weakref.WeakSet()  # all in use
         self._watches: weakref.WeakSet[Watcher] = weakref.WeakSet()
@@ -73,13 +74,13 @@ class Client(BaseClient):
         drop_on_hangup: bool = False,
         metadata: Mapping[str, str] | None = None,
     ) -> m.Registered:
-        """The entry that is now held under *name*; the server has its own copies of *obj*'s
-        descriptors (at most 250).
+        """The entry that is now registered under *name*.
 
-        *if_generation* implies *replace*, but only of that generation; 0: only if the name is free.
-        *lifetime*: "server", "connection" (until this client is closed or its process ends) or
-        "process"; with *grace* seconds more. *ttl*: seconds. *drop_on_hangup*: the entry goes when
-        the peer of a socket or pipe does. *metadata*: str to str, 4 KiB in all.
+        The server gets its own copies of *obj*'s descriptors (at most 250). *if_generation*:
+        replace that generation alone; 0: only if the name is free. *lifetime*: the entry lives as
+        long as the "server", as this "connection" (until the client is closed or its process ends)
+        or as this "process", and *grace* seconds more. *ttl*: seconds. *drop_on_hangup*: the entry
+        ends when the peer of a socket or pipe hangs up. *metadata*: str to str, 4 KiB in all.
 
         It is safe to close *obj* after this call. Raises: InvalidName, NameTaken,
         GenerationMismatch, AccessDenied, QuotaExceeded, TooManyDescriptors, UnsupportedKind,
@@ -104,9 +105,11 @@ class Client(BaseClient):
     def fetch(self, name: str, *, timeout: float | None = 0) -> Any:
         """A new object of the kind that was registered under *name*; the entry stays.
 
-        Waits up to *timeout* seconds for the name to appear, None for ever. The caller owns the
-        result. Raises: NameNotFound (no timeout), FetchTimeout, AccessDenied, DescriptorLimit,
-        KindMismatch, UnknownKind.
+        That is a socket.socket, a file object, a Connection, a SharedMemory, a numpy array, a
+        Descriptor, or what the `rebuild` of a registered kind returns. Waits up to *timeout*
+        seconds for the name to appear, None for ever. The caller owns the result. Raises:
+        NameNotFound (no timeout), FetchTimeout, AccessDenied, DescriptorLimit, KindMismatch,
+        UnknownKind.
         """
         return verbs.given(self._fetch(name, timeout))
 
@@ -122,8 +125,10 @@ class Client(BaseClient):
         return self._do(verbs.fetch_many(names))
 
     def take(self, name: str, *, timeout: float | None = 0) -> Any:
-        """As `fetch`, and the entry is gone: it is removed when this side has the object, and is
-        back under its name if this process dies before. The caller owns the result."""
+        """As `fetch`, and the entry is removed once this side has the object.
+
+        If this process dies before, the entry is back under its name. The caller owns the result.
+        """
         return self._do(verbs.take(name, timeout))
 
     def take_raw(self, name: str, *, timeout: float | None = 0) -> list[Descriptor]:
@@ -148,22 +153,27 @@ class Client(BaseClient):
         return watcher
 
     def unregister(self, name: str, *, if_generation: int | None = None) -> None:
-        """The server lets go of the entry. Raises: NameNotFound, GenerationMismatch,
-        AccessDenied."""
+        """Removes the entry; the server closes its descriptors.
+
+        Raises: NameNotFound, GenerationMismatch, AccessDenied.
+        """
         self._do(verbs.unregister(name, if_generation))
 
     def rename(self, old: str, new: str) -> m.Registered:
-        """The entry under its new name, with a new generation; in one step. Raises: NameNotFound,
-        NameTaken, AccessDenied."""
+        """The entry under its new name, with a new generation; in one step.
+
+        Raises: NameNotFound, NameTaken, AccessDenied.
+        """
         return self._do(verbs.rename(old, new))
 
     def bind(
         self, name: str, address: str, *, backlog: int = 4096, reuse_port: bool = False
-    ) -> Any:
+    ) -> socket.socket:
         """The socket under *name*; if there is none, the server binds *address* and registers it.
 
         *address*: tcp://HOST:PORT, udp://HOST:PORT, unix:///PATH. Two callers at once get the same
-        socket. The caller owns the result. Raises: AddressInUse, InvalidArgument, AccessDenied.
+        socket. The caller owns the result. Raises: AddressInUse, InvalidArgument, AccessDenied;
+        KindMismatch: what is registered under *name* is not a socket.
         """
         return self._do(verbs.bind(name, address, backlog, reuse_port))
 
@@ -172,21 +182,24 @@ class Client(BaseClient):
         return self._do(verbs.names(pattern))
 
     def info(self, name: str) -> m.EntryInfo:
-        """What is known of *name*, each descriptor as the kernel sees it. Raises: NameNotFound."""
+        """What the server knows of *name*, and the kernel of its descriptors.
+
+        Raises: NameNotFound.
+        """
         return self._do(verbs.info(name))
 
     def infos(self, pattern: str = "*") -> list[m.EntryInfo]:
-        """`info` of every entry that matches, in the order of names."""
+        """`info` of every entry whose name matches the shell pattern, in the order of names."""
         return self._do(verbs.infos(pattern))
 
     def explain(
         self, verb: str, name: str, uid: int, gid: int, groups: Iterable[int] = ()
     ) -> m.Explained:
-        """Whether uid *uid* may, and the rule that decides."""
+        """Whether the policy allows *verb* on *name* to that user, and the rule that decides."""
         return self._do(verbs.explain(verb, name, uid, gid, groups))
 
     def stats(self) -> m.ServerStats:
-        """How the server is: pids, counts, limits."""
+        """The state of the server: pids, counts, limits."""
         return self._do(verbs.stats())
 
     def ping(self) -> None:
@@ -198,12 +211,14 @@ class Client(BaseClient):
         self._do(verbs.simple(m.Reload()))
 
     def upgrade(self) -> None:
-        """Returns when the server runs the code that is installed now, with all that it holds; the
-        keeper's pid stays. Raises: FdshareError: why not; nothing has changed then."""
+        """Returns when the server runs the code that is installed now, with all that it holds.
+
+        The keeper's pid stays. Raises: FdshareError: why not; nothing has changed then.
+        """
         self._do(verbs.simple(m.Upgrade()))
 
     def shutdown(self) -> None:
-        """Ends the server and all that it holds."""
+        """Ends the server; it closes all that it holds."""
         self._do(verbs.simple(m.Shutdown()))
 
     # The mapping protocol, on names.
@@ -229,12 +244,12 @@ class Client(BaseClient):
     # Its own life.
 
     def close(self) -> None:
-        """Closes the connections; entries with lifetime "connection" go. Others stay."""
+        """Closes the connections, which ends entries of lifetime "connection". Others stay."""
         self._closed = True
         self._close_idle()
         self._lifeline.close()
 
-    def __enter__(self) -> Client:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -316,7 +331,7 @@ class Client(BaseClient):
             connection.close()
 
     def _after_fork(self) -> None:
-        """In the child: lets go of the parent's connections."""
+        """In the child: closes its copies of the parent's connections."""
         connections, watches, closed = list(self._connections), list(self._watches), self._closed
         self._reset()
         self._closed = closed
@@ -346,10 +361,12 @@ def connect(
     reconnect: float = 2.0,
     trust: Collection[int] | None = None,
 ) -> Client:
-    """A Client of the server at *path* (see `default_path`), after a first word with it.
+    """A Client of the server at *path*, which has answered.
 
-    The caller owns the result. Raises: NoServer, UntrustedServer, AuthenticationFailed,
-    ProtocolError, VersionMismatch, ServerTimeout, EndpointError.
+    *path*: None is `$FDSHARE_PATH`, else `$XDG_RUNTIME_DIR/fdshare.sock`, else /run/fdshare.sock
+    for root and /tmp/fdshare-UID/fdshare.sock for others. *authkey* as the server has it; the
+    others as for `Client`. The caller owns the result. Raises: NoServer, UntrustedServer,
+    AuthenticationFailed, ProtocolError, VersionMismatch, ServerTimeout, EndpointError.
     """
     client = Client(path, authkey=authkey, timeout=timeout, reconnect=reconnect, trust=trust)
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Self
 
 from fdshare.client.blocking.connection import BlockingConnection, ConnectionLost
 from fdshare.client.conversation import Answer, Exchange
@@ -16,15 +17,15 @@ __all__ = ["Watcher"]
 
 
 class Watcher:
-    """Snapshots and events of the names that match a pattern; ends when it is closed.
+    """An iterator over snapshots and events of the names that match a pattern.
 
     The first item is a Snapshot, then come the Events in the order of their serial, none missing,
-    none twice. Where this side was too slow, or the server was lost, another Snapshot says what is
-    held now. `held` maps name -> generation as of the last item, so a loop need not look at the
-    items at all. It has a connection of its own; for one thread at a time.
+    none twice. If this side was too slow, or the server was lost, another Snapshot says what is
+    registered now. `held` maps name -> generation as of the last item, so a loop need not look at
+    the items at all. It has a connection of its own; for one thread at a time.
 
-    Iterating raises WatchTimeout, after which it goes on; ServerGone, after which it may be tried
-    again; AccessDenied; ClosedDescriptor where the client is closed.
+    Iterating raises WatchTimeout, after which it goes on; ServerGone, after which it can be tried
+    again; AccessDenied; ClosedDescriptor if the client is closed. It ends when it is closed.
     """
 
     def __init__(self, client: BaseClient, pattern: str, timeout: float | None) -> None:
@@ -42,7 +43,10 @@ class Watcher:
         """name -> generation, as of the last item; do not change it."""
         return self._state.held
 
-    def __iter__(self) -> Watcher:
+    def __repr__(self) -> str:
+        return f"<Watcher of {self.pattern!r}{' closed' if self._closed else ''}>"
+
+    def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> WatchItem:
@@ -98,7 +102,7 @@ class Watcher:
             raise m.refusal_error(reply)
 
     def close(self) -> None:
-        """Ends it: the iterator has no further item."""
+        """Ends the iteration."""
         self._closed = True
         self._connection.close()
 
@@ -106,7 +110,7 @@ class Watcher:
         """In the child, where the connection is the parent's: the next item comes on another."""
         self._connection.close()
 
-    def __enter__(self) -> Watcher:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:

@@ -62,8 +62,7 @@ class Held(Repeatable):
 
 
 def hold(obj: Any, uses: int = 1, *, newline: str | None = _UNSET) -> Held:
-    """A stand-in for *obj*, to be sent in its place through any channel that pickles; what arrives
-    is the object itself.
+    """A Held: sent in place of *obj* through any channel that pickles, it arrives as the object.
 
     Its descriptors are duplicated now. Each pickle of it can be loaded *uses* times, in as many
     processes. *newline*: as in `open()`, for a text file whose own is not known to CPython.

@@ -46,12 +46,13 @@ _dismissed = False  # uninstall() was called: what arrives changes nothing
 
 
 def install(path: str | os.PathLike[str] | None = None, *, ttl: float = DEFAULT_TTL) -> None:
-    """From now on the queues, pipes, pools and executors of multiprocessing and multiprocess carry
-    sockets, files and everything else with a descriptor; in this process and in its children.
+    """Makes the stock channels of multiprocessing and multiprocess carry descriptors from now on.
 
-    The descriptors wait in the server at *path*, or in a private one of this process and its
-    children, which is started when it is first needed and ends by itself. What nobody has loaded
-    after *ttl* seconds is let go. Called again, it changes both for what is sent from then on.
+    Their queues, pipes, pools and executors then carry sockets, files and everything else with a
+    descriptor, in this process and in its children. The descriptors wait in the server at *path*,
+    or in a private one of this process and its children, which is started when it is first needed
+    and ends by itself. What nobody has loaded after *ttl* seconds is let go. Called again, it
+    changes both for what is sent from then on.
 
     Raises: NoServer and the others of `fdshare.connect`, where *path* is given; InvalidArgument.
     """
