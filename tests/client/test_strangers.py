@@ -534,13 +534,15 @@ def test_a_server_that_comes_back(folder: Path, serve: Callable[..., Manager]) -
     with Client(path, reconnect=20) as client, socket.socket() as sock:
         client.register("x", sock)
         killed(first)
-        thread = threading.Thread(target=serve, args=(path,))
+        second = Manager(path, keeper=False)
+        thread = threading.Thread(target=second.start)
         thread.start()
         try:
             client.register("y", sock)  # looked for it, found it, registered once
         finally:
             thread.join()
-        assert client.names() == ["y"]
+        with second:
+            assert client.names() == ["y"]
 
 
 def test_a_server_that_does_not_come_back(folder: Path, serve: Callable[..., Manager]) -> None:
