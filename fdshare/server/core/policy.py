@@ -132,4 +132,4 @@ class Policy:
         return Decision(False, f"it belongs to uid {registrant_uid}, who registered it")
 
 
-_PING: Final = Decision(True, "whoever may connect may ping")
+_PING: Final = Decision(True, "every client may ping")

@@ -144,7 +144,7 @@ def _verbs(text: _RuleText) -> frozenset[str]:
         if verb == "rename":
             raise _Fault(key, "a rename is 'unregister' of the old name, 'register' of the new")
         if verb == "ping":
-            raise _Fault(key, "whoever may connect may ping, no rule is asked")
+            raise _Fault(key, "every client may ping, no rule is asked")
         if verb not in VERBS:
             raise _Fault(key, f"there is no verb {verb!r}, only '*' alone or {', '.join(VERBS)}")
         if text.names is None and text.addresses is None:

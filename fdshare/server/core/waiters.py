@@ -28,7 +28,7 @@ _AGAIN = 0.01  # seconds until the waiters of a name that could not be served ar
 
 
 class Waiters(Transactions):
-    """Transactions that others wait for: whoever asked for a name, and the watchers."""
+    """Transactions that clients wait for: those that want a name, and the watchers."""
 
     def __init__(self, table: Table, policy: Policy, limits: Limits, effects: Effects) -> None:
         super().__init__(table, policy, limits, effects)

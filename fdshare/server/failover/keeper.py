@@ -33,7 +33,6 @@ from fdshare.server.core.records import Record
 from fdshare.server.failover.holdings import Holdings
 from fdshare.server.failover.journal import (
     MAX_LETTER,
-    Letter,
     Note,
     decode_letter,
     encode_letter,
@@ -305,7 +304,7 @@ class Keeper:
                 self._on_server_gone()  # the end of the stream: it is dead, or will be
             return False
         if lost is not None:
-            # This process holds no more than the server does: somebody has lowered its limit. The
+            # This process holds no more than the server does: its limit was lowered. The
             # server forks a new keeper, which has the whole table.
             log.critical("the journal lost descriptors: %s", lost)
             if self._fencing:  # no server is left: what is here is all there is
@@ -313,7 +312,12 @@ class Keeper:
             os._exit(1)
         handles = list(map(Handle, fds))
         try:
-            self._on_letter(decode_letter(bytes(memoryview(self._buffer)[:count])), handles)
+            letter = decode_letter(bytes(memoryview(self._buffer)[:count]))
+            if isinstance(letter, Record):
+                for handle in self._holdings.table.apply(letter, handles).closed:
+                    self._closer.close(handle.fd)
+            else:
+                self._on_note(letter)
         except Exception:
             # The server forks a new keeper, which has the whole table. If the server is dead, this
             # table is all there is: one record that cannot be applied must not lose the rest.
@@ -321,16 +325,6 @@ class Keeper:
                 raise
             log.critical("a record of the dead server cannot be applied", exc_info=True)
         return True
-
-    def _on_letter(self, letter: Letter, handles: list[Handle]) -> None:
-        if isinstance(letter, Record):
-            self._apply(letter, handles)
-        else:
-            self._on_note(letter)
-
-    def _apply(self, record: Record, handles: list[Handle]) -> None:
-        for handle in self._holdings.table.apply(record, handles).closed:
-            self._closer.close(handle.fd)
 
     def _on_note(self, note: Note) -> None:
         if note.verb == "hello":
