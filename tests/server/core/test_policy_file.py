@@ -52,7 +52,7 @@ RULE = '[[rule]]\neffect = "allow"\nverbs = ["fetch"]\n'
         (RULE + "names = ['']\n", "rule 1 (line 1), names[0]", "no name is empty"),
         (RULE.replace("fetch", "fech"), "rule 1 (line 1), verbs[0]", "no verb 'fech'"),
         (RULE.replace("fetch", "rename"), "rule 1 (line 1), verbs[0]", "a rename is"),
-        (RULE.replace("fetch", "ping"), "rule 1 (line 1), verbs[0]", "whoever may connect"),
+        (RULE.replace("fetch", "ping"), "rule 1 (line 1), verbs[0]", "every client may ping"),
         (RULE.replace('"fetch"', '"fetch", "*"'), "rule 1 (line 1), verbs[1]", "'*' alone"),
         (RULE.replace('"fetch"', ""), "rule 1 (line 1), verbs", "empty list"),
         (RULE.replace("fetch", "list") + "names = ['a']\n", "verbs[0]", "without them"),
