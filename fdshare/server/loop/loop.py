@@ -277,9 +277,10 @@ class Loop(Output):
             and self._answered_at_once(connection, self._view[:count].tobytes(), now)
         ):
             return
-        if isinstance(lost, DescriptorLimit):  # to the sender, the receiver is the server
+        if lost is not None and isinstance(lost, DescriptorLimit):
+            # "receiver" says nothing to the sender: it is the server's limit.
             lost = descriptor_limit(lost.errno, "server")
-        handles = list(map(Handle, fds))
+        handles = list(map(Handle, fds)) if fds else []
         receiver = connection.receiver
         frames = receiver.feed(self._view[:count], handles, lost)
         if frames:
