@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import socket
@@ -16,6 +17,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from barepeer import Peer
 from breaking import Halves, Wire, cpu_seconds, identity
 from conftest import wait_until
 from ending import let_end
@@ -510,3 +512,89 @@ def test_ten_thousand_names(fd: int) -> None:
         manager.fetch_raw("n/77")[0].close()
         manager.unregister("n/77")
         assert len(manager.names()) == count - 1
+
+
+Serve = Callable[..., Manager]
+
+
+@pytest.mark.parametrize("nofile", [20, 64, 256, 1024, 20_000, 1 << 20])
+def test_limits_fit_into_the_process(nofile: int) -> None:
+    limits = Limits.for_rlimit(nofile)
+    if nofile > 2 * RESERVE:
+        assert limits.max_descriptors + limits.max_connections + RESERVE <= nofile
+        assert limits.in_flight < nofile / 2
+    assert limits.max_names_per_uid <= limits.max_names
+    assert limits.in_flight_per_connection <= max(limits.in_flight, 8)
+    for number in msgspec.structs.astuple(limits):
+        assert number > 0
+
+
+def test_limits_by_name() -> None:
+    limits = Limits.for_rlimit(1024, max_names=7, lease_timeout=0.5)
+    assert (limits.max_names, limits.lease_timeout) == (7, 0.5)
+    with pytest.raises(InvalidArgument) as caught:
+        Limits.for_rlimit(1024, max_nmaes=7)
+    assert "max_nmaes" in str(caught.value)
+
+
+def test_a_limit_that_there_is_not(folder: Path) -> None:
+    manager = Manager(folder / "x.sock", keeper=False, limits={"max_fun": 1})
+    with pytest.raises(InvalidArgument) as caught:
+        manager.start()
+    assert "max_fun" in str(caught.value)
+
+
+def test_max_names(serve: Serve, null: int) -> None:
+    with Client(serve(limits={"max_names": 3}).address) as client:
+        for name in "abc":
+            client.register(name, null)
+        for _ in range(2):
+            with pytest.raises(QuotaExceeded) as caught:
+                client.register("d", null)
+            assert caught.value.fields == {"what": "max_names", "limit": 3, "used": 3}
+            assert caught.value.errno == errno.EDQUOT
+            assert "max_names" in str(caught.value)
+        client.register("a", null, replace=True)
+        client.rename("a", "e")
+        client.unregister("b")
+        client.register("d", null)
+        with pytest.raises(QuotaExceeded):
+            client.bind("f", "tcp://127.0.0.1:0")
+        assert client.names() == ["c", "d", "e"]
+
+
+def test_max_descriptors(serve: Serve, null: int) -> None:
+    manager = serve(limits={"max_descriptors": 10})
+    with Client(manager.address) as client, Peer(manager.address) as peer:
+        peer.ask(m.Register("a", KIND), [null] * 4)
+        peer.ask(m.Register("b", KIND), [null] * 5)
+        reply = peer.ask(m.Register("c", KIND), [null] * 2)
+        assert reply.fields == {"what": "max_descriptors", "limit": 10, "used": 9}
+        peer.ask(m.Register("c", KIND), [null])
+        assert client.stats().descriptors == 10
+        with pytest.raises(QuotaExceeded):
+            client.register("d", null)
+        assert type(peer.ask(m.Register("a", KIND, replace=True), [null] * 4)) is m.Registered
+        assert peer.ask(m.Register("a", KIND, replace=True), [null] * 5).code == "quota_exceeded"
+        client.unregister("c")
+        with pytest.raises(QuotaExceeded):  # the lifeline, and the pidfd, are descriptors too
+            client.register("d", null, lifetime="connection")
+        with pytest.raises(QuotaExceeded):
+            client.register("d", null, lifetime="process")
+        client.register("d", null)
+        for descriptor in client.take_raw("b"):  # a full server can be emptied
+            descriptor.close()
+        client.register("e", null, lifetime="process")
+
+
+def test_at_the_limit_everything_else_goes_on(serve: Serve, null: int) -> None:
+    with Client(serve(limits={"max_names": 2}).address) as client:
+        client.register("a", null)
+        client.register("b", null)
+        assert client.names() == ["a", "b"]
+        assert len(client.infos()) == 2
+        client.fetch("a").close()
+        client.rename("a", "c")
+        client.take("c").close()
+        client.unregister("b")
+        client.ping()

@@ -28,7 +28,7 @@ from fdshare.errors import (
 )
 from fdshare.kernel.credentials import peer_credentials
 from fdshare.kernel.endpoint import connect
-from server.failover.orders import ALL, SOME, deaths
+from server.orders import ALL, SOME, deaths
 
 
 def table(client: Client) -> list[tuple[Any, ...]]:

@@ -30,7 +30,7 @@ from fdshare.server.core.table import Table
 from fdshare.server.failover.holdings import Holdings
 from fdshare.server.loop.closing import Handle
 from fdshare.server.settings import Settings
-from server.failover.orders import KIND
+from server.orders import KIND
 
 
 def repeat(manager: Manager, halves: Halves, death: Half | None, ask: Callable[[Wire], Any]) -> Any:

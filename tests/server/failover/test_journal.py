@@ -27,7 +27,7 @@ from fdshare.errors import (
     KeeperUnavailable,
 )
 from fdshare.protocol import messages as m
-from server.failover.orders import KIND
+from server.orders import KIND
 
 
 def test_a_record_that_does_not_fit_is_refused(manager: Manager, halves: Halves) -> None:

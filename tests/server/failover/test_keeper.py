@@ -35,7 +35,7 @@ from fdshare.server.failover.journal import encode_letter
 from fdshare.server.failover.keeper import Keeper
 from fdshare.server.loop.poller import READ
 from fdshare.server.settings import Settings
-from server.failover.orders import KIND, SOME, deaths
+from server.orders import KIND, SOME, deaths
 
 
 @pytest.mark.parametrize("half", ["server", "keeper"])

@@ -18,7 +18,7 @@ from fdshare.server.failover.new_code import try_table
 from fdshare.server.failover.upgrade import Handover, make_handover
 from fdshare.server.loop.closing import Handle
 from fdshare.server.settings import Settings
-from server.failover.orders import KIND
+from server.orders import KIND
 
 
 @pytest.fixture

@@ -1,18 +1,29 @@
-"""acceptor: who is let in when the server is full."""
+"""acceptor: who is let in, with which greeting, when the server is full, and when it has no
+descriptor left."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
+from barepeer import Peer
 from breaking import Wire
 from nursery import Manager
 
-from fdshare.errors import QuotaExceeded
+from fdshare.client.blocking.client import Client
+from fdshare.errors import (
+    QuotaExceeded,
+    ServerGone,
+)
 from fdshare.protocol import messages as m
+from fdshare.protocol.framing import header
+from server.full import fill_gaps, limited, server_pid
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can be other users")
 
@@ -51,3 +62,157 @@ def test_the_last_place_is_for_an_administrator(folder: Path) -> None:
         assert manager.stats().connections == 4
         for wire in (*crowd, refused):
             wire.close()
+
+
+def refused(reply: Any, code: str) -> m.Refused:
+    assert type(reply) is m.Refused, reply
+    assert reply.code == code, reply
+    return reply
+
+
+@pytest.mark.parametrize(
+    ("said", "code"),
+    [
+        (m.Ping(), "protocol_error"),
+        (m.Hello("ftp", m.VERSION, ""), "protocol_error"),
+        (m.Hello(m.MAGIC, m.VERSION + 1, ""), "version_mismatch"),
+        (m.Prove(b"x"), "protocol_error"),
+    ],
+    ids=["none", "magic", "version", "prove"],
+)
+def test_greetings_that_are_none(server: Any, said: Any, code: str) -> None:
+    with Peer(server.address, hello=False) as peer:
+        peer.send(said)
+        assert peer.expelled().code == code
+
+
+def test_a_greeting_of_a_newer_version_says_which(server: Any) -> None:
+    with Peer(server.address, hello=False) as peer:
+        peer.send(m.Hello(m.MAGIC, m.VERSION + 1, ""))
+        assert peer.expelled().fields == {"theirs": m.VERSION + 1, "ours": m.VERSION}
+
+
+@pytest.mark.parametrize("body", [b"", b"\xc1", b"\x80", m.encode(m.Done())], ids=str)
+def test_a_greeting_that_cannot_be_read(server: Any, body: bytes) -> None:
+    with Peer(server.address, hello=False) as peer:
+        peer.write(header(len(body), 0, 0) + body)
+        assert peer.expelled() is not None or peer.ask(m.Ping())
+
+
+def test_a_second_greeting(peer: Peer) -> None:
+    refused(peer.ask(m.Hello(m.MAGIC, m.VERSION, "again")), "invalid_argument")
+    assert type(peer.ask(m.Ping())) is m.Done
+
+
+Serve = Callable[..., Manager]
+
+
+KIND = m.Kind("descriptor", msgspec.Raw(b"\xc0"))
+
+
+def test_a_full_door(serve: Serve) -> None:
+    """The longest idle one goes, and does not even notice."""
+    manager = serve(limits={"max_connections": 4})
+    with ExitStack() as stack:
+        clients = [stack.enter_context(Client(manager.address)) for _ in range(10)]
+        for client in clients:
+            client.ping()
+        for client in clients:
+            client.ping()
+        stats = clients[0].stats()
+        assert stats.connections <= 4
+        assert stats.counters["evicted"] >= 10
+
+
+def test_who_waits_goes_last(serve: Serve, null: int) -> None:
+    manager = serve(limits={"max_connections": 4})
+    with Peer(manager.address) as waiting, Peer(manager.address) as watching:
+        waiting.send(m.Fetch("x", wait=60))
+        watching.send(m.Watch())
+        assert type(watching.receive()[1]) is m.SnapshotPart
+        for _ in range(20):
+            with Peer(manager.address) as passing:
+                passing.ask(m.Ping())
+                with Client(manager.address) as client:
+                    client.ping()
+        with Client(manager.address) as client:
+            client.register("x", null)
+            _, _, (descriptor,) = waiting.receive()
+            descriptor.close()
+            assert watching.receive()[1].event == "registered"
+
+
+def test_an_evicted_client_repeats(serve: Serve, null: int) -> None:
+    """Two that wait and one that knocks, at a door for two: all get what they want in the end."""
+    manager = serve(limits={"max_connections": 3})
+    with ExitStack() as stack:
+        clients = [stack.enter_context(Client(manager.address, reconnect=20)) for _ in range(6)]
+        for number, client in enumerate(clients):
+            client.register(f"{number}", null)
+        for number, client in enumerate(clients):
+            client.take(f"{number}").close()
+        assert clients[0].names() == []
+
+
+def test_nobody_to_send_away(serve: Serve, null: int) -> None:
+    """Those who have not read their answers are not idle."""
+    manager = serve(limits={"max_connections": 2, "in_flight_per_connection": 1})
+    with Peer(manager.address) as one, Peer(manager.address) as two:
+        one.ask(m.Register("x", KIND), [null])
+        for busy in (one, two):
+            busy.write(b"".join(busy.frame(m.Fetch("x")) for _ in range(5)))
+        with Client(manager.address, reconnect=0.1) as client:
+            with pytest.raises((QuotaExceeded, ServerGone)) as caught:
+                client.ping()
+            if isinstance(caught.value, QuotaExceeded):
+                assert caught.value.fields == {"what": "max_connections", "limit": 2, "used": 2}
+        for busy in (one, two):
+            for _ in range(5):
+                _, _, (descriptor,) = busy.receive()
+                descriptor.close()
+        with Client(manager.address) as client:
+            client.ping()
+
+
+def test_the_server_cannot_accept(serve: Serve, null: int, until: Callable[..., Any]) -> None:
+    """It goes on for those who are there, sends an idle one away, and accepts again; it holds what
+    it held."""
+    manager = serve()
+    with Client(manager.address) as client, ExitStack() as stack:
+        client.register("x", null)
+        peers = fill_gaps(manager, stack)
+        for peer in peers:
+            peer.send(m.Fetch("later", wait=60))
+            peer.ask(m.Ping())
+        with limited(server_pid(manager), 0):
+            client.fetch("x").close()
+            with Client(manager.address, timeout=20) as late:
+                late.ping()  # in the place of an idle one: the first client
+            client.fetch("x").close()
+            client.ping()
+        client.register("later", null)
+        for peer in peers:
+            _, reply, descriptors = peer.receive()
+            for descriptor in descriptors:
+                descriptor.close()
+            assert type(reply) is m.Given
+
+
+def test_the_server_cannot_accept_and_nobody_is_idle(
+    serve: Serve, null: int, until: Callable[..., Any]
+) -> None:
+    manager = serve()
+    with ExitStack() as stack, Peer(manager.address) as one, Client(manager.address) as client:
+        client.ping()
+        for peer in (one, *fill_gaps(manager, stack)):
+            peer.send(m.Fetch("x", wait=60))
+        with limited(server_pid(manager), 0):
+            late = socket.socket(socket.AF_UNIX)
+            late.connect(manager.address)
+            client.ping()
+            client.ping()
+        late.close()
+        with Client(manager.address) as other:
+            other.register("x", null)
+        _, _, (descriptor,) = one.receive()
+        descriptor.close()

@@ -1,11 +1,19 @@
-"""output: how connections end."""
+"""output: what a client can leave unread, and how connections end."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import pytest
+from barepeer import Peer
 from breaking import leave_unread, lingering_pair, reset
 from conftest import Watched
 
 from fdshare.client.blocking.client import Client
+from fdshare.manager import Manager
+from fdshare.protocol import messages as m
 
 
 def test_nobody_waits_for_the_close_of_what_was_not_read(server: Watched) -> None:
@@ -17,3 +25,131 @@ def test_nobody_waits_for_the_close_of_what_was_not_read(server: Watched) -> Non
             client.ping()
     finally:
         reset(peer)
+
+
+KIND = m.Kind("descriptor", msgspec.Raw(b"\xc0"))
+
+
+def test_requests_whose_answers_are_not_read_wait(server: Any, peer: Peer, null: int) -> None:
+    """... and are served when they are: none is forgotten, none twice."""
+    with Client(server.address) as client:
+        for number in range(50):
+            client.register(f"{number:03}" + "x" * 200, null)
+        count = 300  # answers of 10 KB each: more than any buffer holds
+        peer.write(b"".join(peer.frame(m.Names()) for _ in range(count)))
+        client.ping()
+        for number in range(1, count + 1):
+            id, reply, _ = peer.receive()
+            assert id == number
+            assert len(reply.names) == 50
+
+
+def test_an_answer_longer_than_the_output_limit(serve: Callable[..., Manager], null: int) -> None:
+    """What a client asked for and reads is sent, however long it is."""
+    manager = serve(limits={"max_output": 100_000})
+    with Client(manager.address) as client:
+        for number in range(4000):
+            client.register(f"{number:04}" + "x" * 200, null)
+        assert len(client.names()) == 4000
+        assert len(client.infos()) == 4000
+
+
+def test_a_half_sent_request_and_an_unread_answer_time_out(
+    serve: Callable[..., Manager], null: int, until: Callable[..., Any]
+) -> None:
+    manager = serve(limits={"request_timeout": 0.3})
+    with (
+        Client(manager.address) as client,
+        Peer(manager.address) as idle,
+        Peer(manager.address) as half,
+        Peer(manager.address) as deaf,
+        Peer(manager.address, hello=False) as silent,
+        Peer(manager.address) as waiting,
+    ):
+        for number in range(50):
+            client.register(f"{number:03}" + "x" * 200, null)
+        half.write(half.frame(m.Register("half", KIND), 1)[:20], [null])
+        waiting.send(m.Fetch("later", wait=60))
+        deaf.write(b"".join(deaf.frame(m.Names()) for _ in range(200)))
+        until(lambda: client.stats().connections == 3, "three of six to be dropped")
+        for slow in (half, silent):
+            with pytest.raises((EOFError, ConnectionResetError)):
+                slow.receive()
+        assert type(idle.ask(m.Ping())) is m.Done
+        client.register("later", null)
+        _, reply, (descriptor,) = waiting.receive()
+        descriptor.close()
+        assert type(reply) is m.Given
+
+
+def test_a_slow_reader_of_descriptors_harms_nobody(
+    serve: Callable[..., Manager], null: int, until: Callable[..., Any]
+) -> None:
+    """Never more than the budget is in flight, and all arrives in the end."""
+    manager = serve(limits={"in_flight_per_connection": 20, "in_flight": 50})
+    with Client(manager.address) as client, Peer(manager.address) as slow:
+        client.register("x", null)
+        # In one piece: a hundred would not all find room while the server does not read.
+        slow.write(b"".join(slow.frame(m.Fetch("x")) for _ in range(100)))
+        until(lambda: client.stats().in_flight >= 20, "the budget to be used")
+        for _ in range(100):
+            client.fetch("x").close()
+            assert client.stats().in_flight <= 21
+        for number in range(1, 101):
+            id, reply, (descriptor,) = slow.receive()
+            descriptor.close()
+            assert (id, type(reply)) == (number, m.Given)
+        assert type(slow.ask(m.Ping())) is m.Done
+
+
+def test_who_was_idle_for_long_has_his_time_to_read(
+    serve: Callable[..., Manager], null: int, until: Callable[..., Any]
+) -> None:
+    """The clock of a slow reader starts when he is sent more than fits, not when he last asked."""
+    manager = serve(limits={"request_timeout": 3.0})
+    with Client(manager.address) as client, Peer(manager.address) as idle:
+        idle.send(m.Watch("*"))
+        assert type(idle.receive()[1]) is m.SnapshotPart
+        client.register("x", null, ttl=3.2)
+        until(lambda: "x" not in client.names())
+        name = "y" * 255
+        for _ in range(1500):  # more than a socket holds
+            client.register(name, null, replace=True)
+        last = client.register("z", null).generation
+        while getattr(event := idle.receive()[1], "generation", None) != last:
+            assert type(event) is m.Event
+
+
+def test_the_budget_of_all(serve: Callable[..., Manager], null: int) -> None:
+    """Slow readers together cannot stop a quick one for longer than they may be slow, and it is
+    not taken for one of them."""
+    limits = {"in_flight_per_connection": 20, "in_flight": 50, "request_timeout": 0.5}
+    manager = serve(limits=limits)
+    with Client(manager.address) as client:
+        client.register("x", null)
+        slow = [Peer(manager.address) for _ in range(4)]
+        try:
+            for peer in slow:
+                peer.write(b"".join(peer.frame(m.Fetch("x")) for _ in range(30)))
+            quick = slow[0]
+            for _ in range(30):
+                _, _, (descriptor,) = quick.receive()
+                descriptor.close()
+            assert type(quick.ask(m.Ping())) is m.Done
+            client.fetch("x").close()
+        finally:
+            for peer in slow:
+                peer.close()
+
+
+def test_entries_larger_than_the_budget(serve: Callable[..., Manager], null: int) -> None:
+    manager = serve(limits={"in_flight_per_connection": 10, "in_flight": 20})
+    with Peer(manager.address) as peer:
+        peer.ask(m.Register("big", KIND), [null] * 100)
+        for _ in range(3):
+            peer.send(m.Fetch("big"))
+        for _ in range(3):
+            _, _, descriptors = peer.receive()
+            assert len(descriptors) == 100
+            for descriptor in descriptors:
+                descriptor.close()

@@ -6,6 +6,8 @@ import pytest
 from breaking import (
     Half,
 )
+from conftest import wait_until
+from nursery import Manager
 
 from fdshare.protocol import messages as m
 
@@ -27,5 +29,12 @@ SOME: list[list[Half]] = [["server"], ["keeper"], ["keeper", "server", "keeper"]
 KIND = m.Kind("fd", m.encode({}))
 
 
+WITH_NONE: list[list[Half]] = [[], ["server"], ["keeper"], ["keeper", "server"]]
+
+
 def deaths(orders: list[list[Half]]) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("order", orders, ids="-".join)
+    return pytest.mark.parametrize("order", orders, ids=lambda order: "-".join(order) or "none")
+
+
+def gone(manager: Manager, name: str = "a") -> None:
+    wait_until(lambda: name not in manager, f"{name} is gone")
