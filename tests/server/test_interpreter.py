@@ -1,0 +1,40 @@
+"""interpreter: a new interpreter that runs this fdshare, wherever it is started."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from fdshare import version
+from fdshare.server.interpreter import fresh_interpreter
+
+
+def test_it_ends_with_the_status_of_the_call() -> None:
+    for status in (0, 3):
+        command = fresh_interpreter("os", f"_exit({status})")
+        assert subprocess.run(command, check=False).returncode == status
+
+
+def test_fdshare_is_found_where_it_was_found_here(folder: Path) -> None:
+    """Not where the folder of the moment, or the environment, has another."""
+    (folder / "fdshare").mkdir()
+    (folder / "fdshare" / "__init__.py").write_text("raise SystemExit(9)")
+    command = fresh_interpreter("fdshare.version", "__file__")  # sys.exit() prints a str
+    done = subprocess.run(
+        command, cwd=folder, env={"PYTHONPATH": str(folder)}, capture_output=True, text=True
+    )
+    assert done.stderr.strip() == version.__file__
+
+
+def test_it_has_the_flags_of_this_one() -> None:
+    """What multiprocessing passes on."""
+    code = (
+        "import subprocess; from fdshare.server.interpreter import fresh_interpreter; "
+        "subprocess.run(fresh_interpreter('sys', 'flags'))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-OO", "-E", "-c", code], capture_output=True, text=True, check=True
+    )
+    assert "optimize=2" in done.stderr
+    assert "ignore_environment=1" in done.stderr
