@@ -1,0 +1,86 @@
+"""Where the tests of a module are: in the file of its name, in the folder of its folder."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import fdshare
+
+TESTS = Path(__file__).parent
+PACKAGE = Path(fdshare.__file__).parent
+
+# What a single module does not do by itself, and why it is tested in one place.
+ACROSS = {
+    "chaos": "breaks a whole server and its clients, and keeps a ledger",
+    "compat": "runs CPython's own tests over our classes",
+    "examples": "runs the programs of examples/",
+    "foreign": "speaks the protocol from its description, without our code",
+    "client/test_contract.py": "what both clients and Manager promise alike",
+    "client/test_lifetimes.py": "what a client's end does to its entries",
+    "client/test_processes.py": "clients in threads, over fork, in pickles",
+    "client/test_strangers.py": "both clients against servers that break every rule",
+    "kernel/test_foreign_peer.py": "the textbook's programs in C as the other side",
+    "mp/test_facts.py": "what the stock classes do, which ours answer",
+    "mp/test_failures.py": "every channel at its limits, and with peers that die",
+    "mp/test_howto_pools.py": "runs what docs/howto/pools.md says",
+    "mp/test_matrix.py": "every channel with every start method, of both packages",
+    "server/test_audit.py": "the audit log, from the verb to the line",
+    "server/test_boundaries.py": "no descriptor left: the server, the client, the kernel",
+    "server/test_endings.py": "how entries end, over the death of either half",
+    "server/test_leases.py": "takes, over the death of the taker and of either half",
+    "test_benchmarks.py": "the programs of benchmarks/",
+    "test_layout.py": "this",
+    "test_public.py": "the public surface, of all modules",
+}
+
+# Types alone: what they describe is tested where it is.
+TYPES = {"parking/interface.py", "server/core/ports.py"}
+
+
+def modules() -> list[Path]:
+    """Those that need tests, relative to the package."""
+    paths = (path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
+    return sorted(path for path in paths if does_something(path) and str(path) not in TYPES)
+
+
+def does_something(path: Path) -> bool:
+    """Whether it has a function or a class. An `__init__` that imports what is first used has
+    neither, nor does `__main__`, which calls main()."""
+    if path.name == "__main__.py":
+        return False
+    body = ast.parse((PACKAGE / path).read_text()).body
+    defined = {n.name for n in body if isinstance(n, ast.FunctionDef | ast.ClassDef)}
+    return bool(defined - {"__getattr__", "__dir__"} if path.name == "__init__.py" else defined)
+
+
+def test_of(module: Path) -> Path:
+    """Its file of tests, relative to tests/; that of a package has the name of the package."""
+    name = module.parent.name if module.name == "__init__.py" else module.stem
+    return module.parent / f"test_{name}.py"
+
+
+test_of.__test__ = False  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("module", modules(), ids=str)
+def test_every_module_has_its_tests(module: Path) -> None:
+    path = TESTS / test_of(module)
+    assert path.is_file(), f"fdshare/{module} has no tests/{test_of(module)}"
+    assert "def test_" in path.read_text() or "TestCase" in path.read_text()
+
+
+def test_every_file_of_tests_has_its_module() -> None:
+    known = {test_of(module) for module in modules()}
+    for path in TESTS.rglob("test_*.py"):
+        relative = path.relative_to(TESTS)
+        tool = path.with_name(path.name.removeprefix("test_"))  # one of the tests themselves
+        across = str(relative) in ACROSS or relative.parts[0] in ACROSS
+        assert relative in known or across or tool.is_file(), f"of what is tests/{relative}?"
+
+
+def test_what_is_excepted_is_there() -> None:
+    assert all((TESTS / path).exists() for path in ACROSS)
+    assert all((PACKAGE / path).is_file() for path in TYPES)
