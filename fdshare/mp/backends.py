@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Protocol
 
 from fdshare.errors import InvalidArgument
 from fdshare.mp.classes import Classes
-from fdshare.mp.context import find_context
+from fdshare.mp.context import Context, find_context
 from fdshare.mp.family import Family
 
 __all__ = ["Backend", "backend_of", "get_context"]
@@ -19,7 +19,7 @@ class Backend(Protocol):
 
     FAMILY: Family
     CLASSES: Classes
-    CONTEXTS: Mapping[str, Any]
+    CONTEXTS: Mapping[str, Context]
 
 
 def backend_of(package: str) -> Backend:
@@ -35,7 +35,9 @@ def backend_of(package: str) -> Backend:
     raise InvalidArgument("backend", f"{package!r} is neither multiprocessing nor multiprocess")
 
 
-def get_context(method: str | None = None, *, backend: str | ModuleType = "multiprocessing") -> Any:
+def get_context(
+    method: str | None = None, *, backend: str | ModuleType = "multiprocessing"
+) -> Context:
     """A context for *method* ("fork", "spawn", "forkserver"; None: the backend's default).
 
     *backend* is "multiprocessing" or "multiprocess", or that module. The context offers everything
@@ -46,5 +48,5 @@ def get_context(method: str | None = None, *, backend: str | ModuleType = "multi
     """
     ours = backend_of(backend if isinstance(backend, str) else backend.__name__)
     if method is None:
-        method = ours.FAMILY.module("context")._default_context.get_start_method()
+        method = ours.FAMILY.context._default_context.get_start_method()
     return find_context(ours.CONTEXTS, method)

@@ -4,18 +4,39 @@ it, and its base is then not imported."""
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
-from fdshare.mp.channels.connection import ConnectionMixin, ListenerMixin, make_client, make_pipe
+from fdshare.mp.channels.connection import (
+    ClientFunction,
+    ConnectionMixin,
+    ListenerMixin,
+    PipeFunction,
+    make_client,
+    make_pipe,
+)
 from fdshare.mp.channels.queues import JoinableQueueMixin, QueueMixin, SimpleQueueMixin
 from fdshare.mp.family import Family
+from fdshare.mp.stock import PopenModule, StockProcess, executor_module
 from fdshare.mp.workers.process import PopenMixin, ProcessMixin
+
+if TYPE_CHECKING:
+    from fdshare.mp.workers.executor_queues import (
+        CallQueueMixin,
+        ResultQueueMixin,
+        ResultReaderMixin,
+    )
+    from fdshare.mp.workers.managers import ManagerConnectionMixin, SyncManagerMixin
+    from fdshare.mp.workers.pool import OutcomeQueueMixin, PoolMixin, TaskQueueMixin
 
 __all__ = ["Classes"]
 
+C = TypeVar("C", bound=ConnectionMixin)
+Q = TypeVar("Q", bound=QueueMixin)
+S = TypeVar("S", bound=SimpleQueueMixin)
+
 
 class Classes:
-    """A namespace with a class, or a function that makes one, under each name."""
+    """A namespace with a class, or a function that makes objects of one, under each name."""
 
     def __init__(self, family: Family) -> None:
         self.family = family
@@ -23,128 +44,127 @@ class Classes:
     # Channels
 
     @cached_property
-    def Connection(self) -> Any:
-        stock = self.family.module("connection").Connection
-        return self.family.derive("Connection", ConnectionMixin, stock)
+    def Connection(self) -> type[ConnectionMixin]:
+        return self._connection("Connection", ConnectionMixin)
 
     @cached_property
-    def Pipe(self) -> Any:
+    def Pipe(self) -> PipeFunction:
         return make_pipe(self.Connection)
 
     @cached_property
-    def Listener(self) -> Any:
-        stock = self.family.module("connection").Listener
+    def Listener(self) -> type[ListenerMixin]:
+        stock = self.family.connection.Listener
         return self.family.derive("Listener", ListenerMixin, stock, _connection=self.Connection)
 
     @cached_property
-    def Client(self) -> Any:
+    def Client(self) -> ClientFunction:
         return make_client(self.family, self.Connection)
 
     @cached_property
-    def Queue(self) -> Any:
-        return self._queue("Queue", QueueMixin, self._stock_queues.Queue)
+    def Queue(self) -> type[QueueMixin]:
+        return self._queue("Queue", QueueMixin, self.family.queues.Queue)
 
     @cached_property
-    def JoinableQueue(self) -> Any:
-        return self._queue("JoinableQueue", JoinableQueueMixin, self._stock_queues.JoinableQueue)
+    def JoinableQueue(self) -> type[JoinableQueueMixin]:
+        stock = self.family.queues.JoinableQueue
+        return self._queue("JoinableQueue", JoinableQueueMixin, stock)
 
     @cached_property
-    def SimpleQueue(self) -> Any:
+    def SimpleQueue(self) -> type[SimpleQueueMixin]:
         return self._simple_queue("SimpleQueue", SimpleQueueMixin)
 
-    @property
-    def _stock_queues(self) -> Any:
-        return self.family.module("queues")
+    def _connection(self, name: str, mixin: type[C]) -> type[C]:
+        return self.family.derive(name, mixin, self.family.connection.Connection)
 
-    def _queue(self, name: str, mixin: type, stock: type, **attributes: Any) -> Any:
-        return self.family.derive(name, mixin, stock, _pipe=staticmethod(self.Pipe), **attributes)
+    def _queue(self, name: str, mixin: type[Q], stock: type) -> type[Q]:
+        return self.family.derive(name, mixin, stock, _pipe=staticmethod(self.Pipe))
 
-    def _simple_queue(self, name: str, mixin: type, **attributes: Any) -> Any:
-        return self._queue(name, mixin, self._stock_queues.SimpleQueue, **attributes)
+    def _simple_queue(self, name: str, mixin: type[S], **attributes: object) -> type[S]:
+        stock, pipe = self.family.queues.SimpleQueue, staticmethod(self.Pipe)
+        return self.family.derive(name, mixin, stock, _pipe=pipe, **attributes)
 
     # Processes
 
     @cached_property
-    def ForkProcess(self) -> Any:
-        return self._process("ForkProcess")
+    def ForkProcess(self) -> type[ProcessMixin]:
+        return self._process("ForkProcess", self.family.context.ForkProcess)
 
     @cached_property
-    def SpawnProcess(self) -> Any:
-        return self._process("SpawnProcess", _Popen=staticmethod(self.SpawnPopen))
+    def SpawnProcess(self) -> type[ProcessMixin]:
+        return self._process("SpawnProcess", self.family.context.SpawnProcess, self.SpawnPopen)
 
     @cached_property
-    def ForkServerProcess(self) -> Any:
-        return self._process("ForkServerProcess", _Popen=staticmethod(self.ForkServerPopen))
+    def ForkServerProcess(self) -> type[ProcessMixin]:
+        stock = self.family.context.ForkServerProcess
+        return self._process("ForkServerProcess", stock, self.ForkServerPopen)
 
     @cached_property
-    def SpawnPopen(self) -> Any:
-        return self._popen("SpawnPopen", "popen_spawn_posix")
+    def SpawnPopen(self) -> type[PopenMixin]:
+        return self._popen("SpawnPopen", self.family.popen_spawn_posix)
 
     @cached_property
-    def ForkServerPopen(self) -> Any:
-        return self._popen("ForkServerPopen", "popen_forkserver")
+    def ForkServerPopen(self) -> type[PopenMixin]:
+        return self._popen("ForkServerPopen", self.family.popen_forkserver)
 
-    def _process(self, name: str, **attributes: Any) -> Any:
-        stock = getattr(self.family.module("context"), name)
-        call_queue = staticmethod(lambda: self.CallQueue)
-        return self.family.derive(name, ProcessMixin, stock, _call_queue=call_queue, **attributes)
+    def _process(
+        self, name: str, stock: type[StockProcess], popen: type[PopenMixin] | None = None
+    ) -> type[ProcessMixin]:
+        attributes: dict[str, object] = {}
+        if popen is not None:
+            attributes["_Popen"] = staticmethod(popen)
+        return self.family.derive(name, ProcessMixin, stock, _classes=self, **attributes)
 
-    def _popen(self, name: str, module: str) -> Any:
-        stock = self.family.module(module).Popen
-        return self.family.derive(name, PopenMixin, stock, _connection=self.Connection)
+    def _popen(self, name: str, module: PopenModule) -> type[PopenMixin]:
+        return self.family.derive(name, PopenMixin, module.Popen, _connection=self.Connection)
 
     # Pools, executors and managers
 
     @cached_property
-    def Pool(self) -> Any:
+    def Pool(self) -> type[PoolMixin]:
         from fdshare.mp.workers.pool import PoolMixin
 
-        stock = self.family.module("pool").Pool
         queues = {"_task_queue": self.TaskQueue, "_outcome_queue": self.OutcomeQueue}
-        return self.family.derive("Pool", PoolMixin, stock, **queues)
+        return self.family.derive("Pool", PoolMixin, self.family.pool.Pool, **queues)
 
     @cached_property
-    def TaskQueue(self) -> Any:
+    def TaskQueue(self) -> type[TaskQueueMixin]:
         from fdshare.mp.workers.pool import TaskQueueMixin
 
         return self._simple_queue("TaskQueue", TaskQueueMixin)
 
     @cached_property
-    def OutcomeQueue(self) -> Any:
+    def OutcomeQueue(self) -> type[OutcomeQueueMixin]:
         from fdshare.mp.workers.pool import OutcomeQueueMixin
 
         return self._simple_queue("OutcomeQueue", OutcomeQueueMixin)
 
     @cached_property
-    def CallQueue(self) -> Any:
-        from fdshare.mp.workers.executor_queues import CallQueueMixin, stock_call_queue
+    def CallQueue(self) -> type[CallQueueMixin]:
+        from fdshare.mp.workers.executor_queues import CallQueueMixin
 
-        return self._queue("CallQueue", CallQueueMixin, stock_call_queue())
+        return self._queue("CallQueue", CallQueueMixin, executor_module()._SafeQueue)
 
     @cached_property
-    def ResultQueue(self) -> Any:
+    def ResultQueue(self) -> type[ResultQueueMixin]:
         from fdshare.mp.workers.executor_queues import ResultQueueMixin
 
         return self._simple_queue("ResultQueue", ResultQueueMixin, _result_reader=self.ResultReader)
 
     @cached_property
-    def ResultReader(self) -> Any:
+    def ResultReader(self) -> type[ResultReaderMixin]:
         from fdshare.mp.workers.executor_queues import ResultReaderMixin
 
-        stock = self.family.module("connection").Connection
-        return self.family.derive("ResultReader", ResultReaderMixin, stock)
+        return self._connection("ResultReader", ResultReaderMixin)
 
     @cached_property
-    def SyncManager(self) -> Any:
+    def SyncManager(self) -> type[SyncManagerMixin]:
         from fdshare.mp.workers.managers import SyncManagerMixin
 
-        stock = self.family.module("managers").SyncManager
-        connection = self.ManagerConnection
+        stock, connection = self.family.managers.SyncManager, self.ManagerConnection
         return self.family.derive("SyncManager", SyncManagerMixin, stock, _connection=connection)
 
     @cached_property
-    def ManagerConnection(self) -> Any:
+    def ManagerConnection(self) -> type[ManagerConnectionMixin]:
         from fdshare.mp.workers.managers import ManagerConnectionMixin
 
-        stock = self.family.module("connection").Connection
-        return self.family.derive("ManagerConnection", ManagerConnectionMixin, stock)
+        return self._connection("ManagerConnection", ManagerConnectionMixin)

@@ -1,24 +1,34 @@
 """ProcessPoolExecutor that pickles in submit(), opens results under guard, keeps tracebacks, and
 takes contexts of multiprocess.
 
-Over concurrent/futures/process.py of CPython 3.11 to 3.13. Private names used: `_call_queue` and
-`_result_queue` of the executor: the same in 3.9 to 3.14. workers/executor_queues.py has the queues.
+Over concurrent/futures/process.py of CPython 3.11 to 3.13. workers/executor_queues.py has the
+queues, stock.py the private names that are used.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
+from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from fdshare.errors import InvalidArgument
 from fdshare.mp.backends import backend_of, get_context
-from fdshare.mp.context import ContextMixin
+from fdshare.mp.context import Context
 from fdshare.mp.family import Family
-from fdshare.mp.workers.executor_queues import Call, adopt
+from fdshare.mp.workers.executor_queues import Call, ResultQueueMixin, adopt
 from fdshare.mp.workers.tasks import hold_initializer
 
+if TYPE_CHECKING:
+    from multiprocessing.context import BaseContext
+
+    from fdshare.mp.stock import StockSafeQueue
+
 __all__ = ["ProcessPoolExecutor"]
+
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class ProcessPoolExecutor(concurrent.futures.ProcessPoolExecutor):
@@ -28,23 +38,30 @@ class ProcessPoolExecutor(concurrent.futures.ProcessPoolExecutor):
     default method. All else as the standard one.
     """
 
+    _family: Family
+    _call_queue: StockSafeQueue
+    _result_queue: ResultQueueMixin
+
     def __init__(
         self,
         max_workers: int | None = None,
-        mp_context: Any = None,
-        initializer: Any = None,
-        initargs: Any = (),
-        **options: Any,
+        mp_context: BaseContext | None = None,
+        initializer: Callable[..., object] | None = None,
+        initargs: tuple[Any, ...] = (),
+        *,
+        max_tasks_per_child: int | None = None,
     ) -> None:
-        context = _as_ours(mp_context, options.get("max_tasks_per_child") is not None)
-        family = self._family = context._family
-        initializer, initargs = hold_initializer(family, initializer, initargs)
-        super().__init__(max_workers, context, initializer, initargs, **options)
+        context = _as_ours(mp_context, max_tasks_per_child is not None)
+        self._family = context._family
+        start, held = hold_initializer(self._family, initializer, initargs)
+        super().__init__(
+            max_workers, context, start, tuple(held), max_tasks_per_child=max_tasks_per_child
+        )
         adopt(context._classes.CallQueue, self._call_queue)
         self._result_queue.close()
         self._result_queue = context._classes.ResultQueue(ctx=context)
 
-    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """The future of `fn(*args, **kwargs)`. It is safe to close what is in it after this call.
 
         Raises: whatever pickling raises; DescriptorLimit; as the standard one.
@@ -54,15 +71,11 @@ class ProcessPoolExecutor(concurrent.futures.ProcessPoolExecutor):
     def __repr__(self) -> str:
         return f"<ProcessPoolExecutor of {self._mp_context!r}>"
 
-    _family: Family
-    _call_queue: Any
-    _result_queue: Any
 
-
-def _as_ours(context: Any, replaces_workers: bool) -> Any:
+def _as_ours(context: BaseContext | None, replaces_workers: bool) -> Context:
     if context is None:
         return get_context("spawn" if replaces_workers else None)
-    if isinstance(context, ContextMixin):
+    if isinstance(context, Context):
         return context
     package = type(context).__module__.partition(".")[0]
     try:

@@ -21,4 +21,4 @@ def test_it_is_pickled_by_its_name(family: Family) -> None:
 
 
 def test_nobody_is_spawning(family: Family) -> None:
-    assert family.spawning is None
+    assert not family.is_spawning

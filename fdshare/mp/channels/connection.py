@@ -6,9 +6,7 @@ says how), `Pipe(duplex=False)` is a socket pair too (a pipe carries none), larg
 into one buffer, and a connection pickles itself through the transit of the pickle. Where there is
 no AF_UNIX socket below, a pipe or TCP, a connection does what the package's own does.
 
-Of the package's private names these are used, the same from 3.3 to 3.14: `_handle`, `_close`,
-`_check_closed`, `_check_readable`, `_check_writable`, `_bad_message_length`, `_send_bytes`,
-`_recv_bytes` (which returns a BytesIO), `_poll`.
+stock.py has the private names that are used.
 """
 
 from __future__ import annotations
@@ -18,7 +16,8 @@ import math
 import os
 import select
 import socket
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from fdshare.errors import DescriptorLimit, InvalidArgument, NoTransit
 from fdshare.mp.channels.looking import AT_ONCE, Looking
@@ -31,11 +30,23 @@ from fdshare.mp.channels.receiving import (
 )
 from fdshare.mp.channels.sending import send_now
 from fdshare.mp.family import Family
-from fdshare.mp.pickling.bundle import Arrived, Bundle, Encoded, open_arrived
+from fdshare.mp.pickling.bundle import Arrived, Bundle, Encoded, Reduced, open_arrived
 from fdshare.mp.pickling.bundle import loads as loads_envelope
 from fdshare.mp.pickling.reducers import encode
+from fdshare.mp.stock import Address, Duplicate, StockConnection, StockListener
 
-__all__ = ["ConnectionMixin", "ListenerMixin", "make_client", "make_pipe"]
+__all__ = [
+    "ClientFunction",
+    "ConnectionMixin",
+    "ListenerMixin",
+    "PipeFunction",
+    "make_client",
+    "make_pipe",
+    "turned_into",
+]
+
+
+C = TypeVar("C", bound="ConnectionMixin")
 
 
 class _Channel(socket.socket):
@@ -52,11 +63,10 @@ class _Channel(socket.socket):
             self.close()
 
 
-class ConnectionMixin:
+class ConnectionMixin(StockConnection):
     """A Connection that carries descriptors beside the bytes."""
 
     _family: ClassVar[Family]
-    _handle: int | None
     _socket: socket.socket | None = None
     _tried = False
     # Set where several processes read from this socket, each under a lock: a message that one had
@@ -68,7 +78,7 @@ class ConnectionMixin:
     # Of a queue, whose other readers are to look as well.
     _looking: Looking | None = None
 
-    def send(self: Any, obj: Any) -> None:
+    def send(self, obj: Any) -> None:
         """Send *obj* with its descriptors. It is safe to close *obj* after this call.
 
         Raises: what pickling raises; DescriptorLimit (ETOOMANYREFS): nobody received for long.
@@ -77,11 +87,11 @@ class ConnectionMixin:
         self._check_writable()
         sock = self._socket or self._open()
         if sock is None:
-            super().send(obj)  # type: ignore[misc]
+            super().send(obj)
             return
         _send(sock, encode(self._family, obj))
 
-    def recv(self: Any) -> Any:
+    def recv(self) -> Any:
         """The next object. The caller owns the result.
 
         Raises: EOFError; DescriptorLimit: at this process's limit; the object is still there, and
@@ -91,14 +101,14 @@ class ConnectionMixin:
         self._check_readable()
         sock = self._socket or self._open()
         if sock is None:
-            return super().recv()  # type: ignore[misc]
+            return super().recv()
         return self.decode(self.receive())
 
-    def poll(self: Any, timeout: float | None = 0.0) -> bool:
+    def poll(self, timeout: float | None = 0.0) -> bool:
         """Whether something can be read, within *timeout* seconds (None: no limit)."""
         self._check_closed()
         self._check_readable()
-        return self._poll(timeout)  # type: ignore[no-any-return]
+        return self._poll(timeout)
 
     def carrier(self) -> socket.socket:
         """The socket below; it stays the connection's. Raises: NoTransit: it is none of AF_UNIX."""
@@ -107,12 +117,12 @@ class ConnectionMixin:
             raise NoTransit("a descriptor")
         return sock
 
-    def send_message(self: Any, message: Encoded) -> None:
+    def send_message(self, message: Encoded) -> None:
         """Send what is pickled already. Raises: as `send`."""
         self._check_closed()
         _send(self.carrier(), message)
 
-    def receive(self: Any) -> Arrived:
+    def receive(self) -> Arrived:
         """The next message, for `open_arrived`. Raises: as `recv`."""
         if self._handle is None:
             self._check_closed()
@@ -141,7 +151,7 @@ class ConnectionMixin:
                 looking.plain(sock)
         return message
 
-    def _count(self: Any) -> None:
+    def _count(self) -> None:
         """One more message with descriptors came: where several do, look for the next."""
         self._in_a_row += 1
         if self._in_a_row > 1 and self._looking is not None:
@@ -151,7 +161,7 @@ class ConnectionMixin:
         """What is in a received message. The caller owns the result."""
         return open_arrived(message, self._family.loads)
 
-    def receive_without(self: Any, reason: BaseException) -> Any:
+    def receive_without(self, reason: BaseException) -> Any:
         """The message that was left at the limit, without its descriptors, which are lost.
 
         Bundles in it raise *reason* when they are opened.
@@ -161,17 +171,17 @@ class ConnectionMixin:
             return self.decode(self.receive())
         return loads_envelope(self._family.loads, data, [], reason)
 
-    def discard(self: Any) -> None:
+    def discard(self) -> None:
         """Let go of the message that was left at the limit."""
         self._without()
 
-    def _without(self: Any) -> bytes | None:
+    def _without(self) -> bytes | None:
         sock = self.carrier()
         announced = marked(sock) if self._shared else self._announced
         self._announced = False
         return read_without(sock, announced)
 
-    def _open(self: Any) -> socket.socket | None:
+    def _open(self) -> socket.socket | None:
         """The socket below, where it is one that carries descriptors."""
         if self._tried:
             return None
@@ -191,17 +201,17 @@ class ConnectionMixin:
         self._socket = sock
         return sock
 
-    def _send_bytes(self: Any, buf: Any) -> None:
+    def _send_bytes(self, buf: bytes | memoryview) -> None:
         sock = self._socket or self._open()
         if sock is None:
-            super()._send_bytes(buf)  # type: ignore[misc]
+            super()._send_bytes(buf)
         else:
             _send(sock, Bundle(buf))
 
-    def _recv_bytes(self: Any, maxsize: int | None = None) -> io.BytesIO | None:
+    def _recv_bytes(self, maxsize: int | None = None) -> io.BytesIO | None:
         sock = self._socket or self._open()
         if sock is None:
-            return super()._recv_bytes(maxsize)  # type: ignore[misc, no-any-return]
+            return super()._recv_bytes(maxsize)
         announced = marked(sock) if self._shared else self._announced
         looking = self._looking is not None and self._looking.level() > 0
         try:
@@ -215,25 +225,25 @@ class ConnectionMixin:
         buffer.seek(0, io.SEEK_END)  # recv_bytes_into() takes the length from there
         return buffer
 
-    def _poll(self: Any, timeout: float | None) -> bool:
+    def _poll(self, timeout: float | None) -> bool:
         # wait([self]) does the same by way of a new selector, at three times the price.
         poller = select.poll()
-        poller.register(self._handle, select.POLLIN)
+        poller.register(self.fileno(), select.POLLIN)
         # poll(2) takes a negative number for no limit; here that is None, and less than 0 is 0.
         limit = None if timeout is None else max(0, math.ceil(timeout * 1000))
         return bool(poller.poll(limit))
 
-    def _close(self: Any, _close: Any = os.close) -> None:
+    def _close(self, _close: Callable[[int], None] = os.close) -> None:
         if self._socket is not None:
             self._socket.close()
-        else:
+        elif self._handle is not None:
             _close(self._handle)
 
-    def __reduce__(self: Any) -> Any:
+    def __reduce__(self) -> Reduced:
         # Only a pickler that is none of ours, nor armed by install(), comes here.
-        if self._family.spawning is None:
+        if not self._family.is_spawning:
             raise NoTransit("Connection")
-        copy = self._family.module("reduction").DupFd(self.fileno())
+        copy = self._family.reduction.DupFd(self.fileno())
         return _inherited, (type(self), copy, self.readable, self.writable)
 
 
@@ -243,18 +253,25 @@ def _send(sock: socket.socket, message: Encoded) -> None:
         rest.push_patiently(sock)
 
 
-def _inherited(cls: Any, copy: Any, readable: bool, writable: bool) -> Any:
+def _inherited(
+    cls: type[ConnectionMixin], copy: Duplicate, readable: bool, writable: bool
+) -> ConnectionMixin:
     return cls(copy.detach(), readable, writable)
 
 
-def make_pipe(connection: Any) -> Any:
-    """`Pipe` that returns two of the class *connection*."""
+class PipeFunction(Protocol):
+    """Makes two connections, the ends of one socket pair: (reader, writer) where not *duplex*.
 
-    def Pipe(duplex: bool = True) -> tuple[Any, Any]:
-        """Two connections, the ends of one socket pair: (reader, writer) where not *duplex*.
+    The caller owns the result.
+    """
 
-        The caller owns the result.
-        """
+    def __call__(self, duplex: bool = True) -> tuple[ConnectionMixin, ConnectionMixin]: ...
+
+
+def make_pipe(connection: type[ConnectionMixin]) -> PipeFunction:
+    """The Pipe that makes two of the class *connection*."""
+
+    def Pipe(duplex: bool = True) -> tuple[ConnectionMixin, ConnectionMixin]:
         left, right = socket.socketpair()
         return (
             connection(left.detach(), writable=duplex),
@@ -264,27 +281,38 @@ def make_pipe(connection: Any) -> Any:
     return Pipe
 
 
-class ListenerMixin:
+class ListenerMixin(StockListener):
     """A Listener whose accepted connections carry descriptors, where its address is a path."""
 
-    _connection: ClassVar[Any]
+    _connection: ClassVar[type[ConnectionMixin]]
 
-    def accept(self: Any) -> Any:
+    def accept(self) -> ConnectionMixin:
         """A connection to the next client. The caller owns the result."""
-        return _turned_into(self._connection, super().accept())  # type: ignore[misc]
+        return turned_into(self._connection, super().accept())
 
 
-def make_client(family: Family, connection: Any) -> Any:
-    """`Client` that returns objects of the class *connection*."""
-    stock = family.module("connection").Client
+class ClientFunction(Protocol):
+    """Makes a connection to the address of a Listener. The caller owns the result."""
 
-    def Client(*args: Any, **kwargs: Any) -> Any:
-        """A connection to the address of a Listener. The caller owns the result."""
-        return _turned_into(connection, stock(*args, **kwargs))
+    def __call__(
+        self, address: Address, family: str | None = None, authkey: bytes | None = None
+    ) -> ConnectionMixin: ...
 
+
+def make_client(family: Family, connection: type[ConnectionMixin]) -> ClientFunction:
+    """The Client that makes connections of the class *connection*."""
+
+    def Client(
+        address: Address, family: str | None = None, authkey: bytes | None = None
+    ) -> ConnectionMixin:
+        return turned_into(connection, stock(address, family, authkey))
+
+    stock = family.connection.Client
     return Client
 
 
-def _turned_into(cls: Any, connection: Any) -> Any:
+def turned_into(cls: type[C], connection: StockConnection) -> C:
+    """A connection of *cls* with the descriptor of *connection*, which has none then."""
     handle, connection._handle = connection._handle, None
+    assert handle is not None
     return cls(handle, connection.readable, connection.writable)

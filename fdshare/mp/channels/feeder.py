@@ -14,19 +14,25 @@ import socket
 import threading
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from fdshare.mp.channels.framing import JOINED, headed
 from fdshare.mp.channels.sending import Outgoing, send_now
 from fdshare.mp.pickling.bundle import Encoded
 
+if TYPE_CHECKING:
+    from multiprocessing.synchronize import Lock
+
 __all__ = ["READER_GONE", "Outbox"]
 
-_STOP: Final = object()
 _DONTWAIT: Final = socket.MSG_DONTWAIT
 _MOMENT: Final = 5  # milliseconds
 # ECONNRESET where a socket's reader left something unread (unix_release_sock, net/unix/af_unix.c).
 READER_GONE: Final = frozenset({errno.EPIPE, errno.ECONNRESET})
+
+
+# A message, what `failed` is told of it, and whether the write lock goes on with it; None: stop.
+Item: TypeAlias = tuple[bytes | Outgoing, Any, bool]
 
 
 class Outbox:
@@ -38,7 +44,7 @@ class Outbox:
     def __init__(
         self,
         sock: socket.socket,
-        write_lock: Any,
+        write_lock: Lock,
         closing: Callable[[], None],
         ended: Callable[[], None],
         failed: Callable[[BaseException, Any], None],
@@ -54,7 +60,7 @@ class Outbox:
         self._stopping = False
         self._failed = failed
         self._level = level
-        self._waiting: deque[Any] = deque()
+        self._waiting: deque[Item | None] = deque()
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         # True while a message that is no longer in _waiting is on its way.
@@ -117,7 +123,7 @@ class Outbox:
         self._closing()
         with self._lock:
             if self.thread is not None:
-                self._waiting.append(_STOP)
+                self._waiting.append(None)
                 self._changed.notify()
                 return
         self._ended()
@@ -163,34 +169,39 @@ class Outbox:
                     self._changed.wait()
                 batch = self._next_batch()
                 self._busy = True
-            if batch[0] is _STOP:
+            if not batch:
                 self._ended()
                 return
             self._deliver(batch)
             del batch
 
-    def _next_batch(self) -> list[Any]:
-        """The next message; with those after it that fit into the same send, if all are bytes."""
-        waiting = self._waiting
-        batch = [waiting.popleft()]
-        if batch[0] is _STOP or type(batch[0][0]) is not bytes:
+    def _next_batch(self) -> list[Item]:
+        """The next message; with those after it that fit into the same send, if all are bytes.
+        Nothing: stop."""
+        first = self._waiting.popleft()
+        if first is None:
+            return []
+        batch = [first]
+        if type(first[0]) is not bytes:
             return batch
-        size = len(batch[0][0])
-        while waiting and waiting[0] is not _STOP and type(waiting[0][0]) is bytes:
-            size += len(waiting[0][0])
+        size = len(first[0])
+        while self._waiting and (item := self._waiting[0]) is not None and type(item[0]) is bytes:
+            size += len(item[0])
             if size > JOINED:
                 break
-            batch.append(waiting.popleft())
+            batch.append(item)
+            self._waiting.popleft()
         return batch
 
-    def _deliver(self, batch: list[Any]) -> None:
+    def _deliver(self, batch: list[Item]) -> None:
         first, _, holds_lock = batch[0]
         try:
             if not holds_lock:
                 self._acquire()
             try:
-                if type(first) is bytes:
-                    self._sock.sendall(b"".join([headed(item[0]) for item in batch]))
+                if isinstance(first, bytes):
+                    small = [headed(data) for data, _, _ in batch if isinstance(data, bytes)]
+                    self._sock.sendall(b"".join(small))
                 else:
                     first.push_patiently(self._sock)
             finally:

@@ -17,11 +17,15 @@ from __future__ import annotations
 
 import socket
 import sys
-from typing import Any, Final
+from typing import TYPE_CHECKING, Final
 
 from fdshare.errors import DescriptorLimit
 from fdshare.kernel.ancillary import close_all, peek
 from fdshare.kernel.descriptor import Descriptor
+from fdshare.mp.stock import raw
+
+if TYPE_CHECKING:
+    from multiprocessing.synchronize import Lock, Semaphore
 
 __all__ = ["AT_ONCE", "POSSIBLE", "Looking"]
 
@@ -36,12 +40,12 @@ class Looking:
 
     __slots__ = ("_plain", "_semaphore", "_unlocked", "level")
 
-    def __init__(self, semaphore: Any, write_lock: Any) -> None:
+    def __init__(self, semaphore: Semaphore, write_lock: Lock) -> None:
         """*semaphore* was made with a value of 0. Both belong to the queue."""
         self._semaphore = semaphore
-        # SemLock's methods, as Queue.qsize() of the standard library calls them.
-        self.level = semaphore._semlock._get_value
-        self._unlocked = write_lock._semlock._get_value
+        # As Queue.qsize() of the standard library calls it.
+        self.level = raw(semaphore)._get_value
+        self._unlocked = raw(write_lock)._get_value
         self._plain = 0
 
     def begin(self) -> None:

@@ -16,28 +16,44 @@ import time
 import weakref
 from collections.abc import Callable
 from queue import Empty, Full
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
+from fdshare.mp.channels.connection import ConnectionMixin, PipeFunction
 from fdshare.mp.channels.feeder import READER_GONE, Outbox
 from fdshare.mp.channels.looking import POSSIBLE, Looking
 from fdshare.mp.family import Family
 from fdshare.mp.pickling.bundle import Arrived, Encoded, open_arrived
 from fdshare.mp.pickling.reducers import encode
+from fdshare.mp.stock import (
+    StockContext,
+    StockJoinableQueue,
+    StockQueue,
+    StockSimpleQueue,
+    raw,
+)
+
+if TYPE_CHECKING:
+    from multiprocessing.synchronize import BoundedSemaphore, Semaphore
 
 __all__ = ["JoinableQueueMixin", "QueueMixin", "SimpleQueueMixin", "register_after_fork"]
 
 
-class QueueMixin:
+State: TypeAlias = tuple[Any, ...]
+
+
+class QueueMixin(StockQueue):
     """A queue of a socket pair that carries descriptors, shared by processes."""
 
     _family: ClassVar[Family]
-    _pipe: ClassVar[Any]
-    _looks: Any = None  # the semaphore of looking.py, and what this process knows of it
+    _pipe: ClassVar[PipeFunction]
+    _reader: ConnectionMixin
+    _writer: ConnectionMixin
+    _looks: Semaphore | None = None  # of looking.py, and what this process knows of it
     _looking: Looking | None = None
 
-    def __init__(self: Any, maxsize: int = 0, *, ctx: Any) -> None:
+    def __init__(self, maxsize: int = 0, *, ctx: StockContext) -> None:
         if maxsize <= 0:
-            maxsize = self._family.module("synchronize").SEM_VALUE_MAX
+            maxsize = self._family.synchronize.SEM_VALUE_MAX
         self._maxsize = maxsize
         self._reader, self._writer = self._pipe(duplex=False)
         self._rlock = ctx.Lock()
@@ -49,7 +65,7 @@ class QueueMixin:
         self._reset()
         register_after_fork(self)
 
-    def __getstate__(self: Any) -> tuple[Any, ...]:
+    def __getstate__(self) -> State:  # type: ignore[override]
         _assert_spawning(self)
         return (
             self._ignore_epipe,
@@ -63,7 +79,7 @@ class QueueMixin:
             self._opid,
         )
 
-    def __setstate__(self: Any, state: tuple[Any, ...]) -> None:
+    def __setstate__(self, state: State) -> None:  # type: ignore[override]
         (
             self._ignore_epipe,
             self._maxsize,
@@ -77,9 +93,9 @@ class QueueMixin:
         ) = state
         self._reset()
 
-    def _reset(self: Any, after_fork: bool = False) -> None:
+    def _reset(self, after_fork: bool = False) -> None:
         self._closed = False
-        self._outbox = None
+        self._outbox: Outbox | None = None
         self._opening = threading.Lock()
         self._close = None
         self._jointhread = None
@@ -90,7 +106,7 @@ class QueueMixin:
         self._reader._looking = self._looking
         self._poll = self._reader.poll
 
-    def put(self: Any, obj: Any, block: bool = True, timeout: float | None = None) -> None:
+    def put(self, obj: Any, block: bool = True, timeout: float | None = None) -> None:
         """Put *obj*. It is safe to close *obj* and what is in it after this call.
 
         Raises: Full; ValueError: the queue is closed; whatever pickling raises; DescriptorLimit: no
@@ -103,7 +119,7 @@ class QueueMixin:
             raise Full
         self._dispatch(message, obj)
 
-    def _dispatch(self: Any, message: Encoded, obj: Any) -> None:
+    def _dispatch(self, message: Encoded, obj: Any) -> None:
         outbox = self._outbox or self._open_outbox()
         try:
             if outbox.put(message, obj if self._tells_object else None):
@@ -123,7 +139,7 @@ class QueueMixin:
                 self._sem.release()
             raise
 
-    def get(self: Any, block: bool = True, timeout: float | None = None) -> Any:
+    def get(self, block: bool = True, timeout: float | None = None) -> Any:
         """The next object. The caller owns the result.
 
         Raises: Empty; ValueError: the queue is closed; DescriptorLimit: at this process's limit,
@@ -142,20 +158,20 @@ class QueueMixin:
             self._sem.release()
         return open_arrived(message, self._family.loads)
 
-    def _take_within(self: Any, block: bool, timeout: float | None) -> Arrived:
+    def _take_within(self, block: bool, timeout: float | None) -> Arrived:
         deadline = time.monotonic() + (timeout or 0)
         if not self._rlock.acquire(block, timeout):
             raise Empty
         try:
             if not self._poll(deadline - time.monotonic() if block else 0):
                 raise Empty
-            message: Arrived = self._reader.receive()
+            message = self._reader.receive()
             self._sem.release()
         finally:
             self._rlock.release()
         return message
 
-    def close(self: Any) -> None:
+    def close(self) -> None:
         """No more put or get in this process; what was put is still sent.
 
         Unless no process is left that could get it: where the stock queue would wait for ever at
@@ -166,19 +182,19 @@ class QueueMixin:
         if close is not None:
             close()
 
-    def join_thread(self: Any) -> None:
+    def join_thread(self) -> None:
         """Wait until what was put is sent; after close()."""
         assert self._closed, f"Queue {self!r} not closed"
         if self._jointhread is not None:
             self._jointhread()
 
-    def cancel_join_thread(self: Any) -> None:
+    def cancel_join_thread(self) -> None:
         """Do not wait at exit for what was put to be sent: it may be lost."""
         self._joincancelled = True
         if self._jointhread is not None:
             self._jointhread.cancel()
 
-    def _open_outbox(self: Any) -> Outbox:
+    def _open_outbox(self) -> Outbox:
         with self._opening:
             if self._outbox is None:
                 reader, writer = self._reader, self._writer
@@ -187,7 +203,7 @@ class QueueMixin:
                     self._family, self._sem, self._ignore_epipe, self._on_queue_feeder_error
                 )
                 # The stock handler only prints: then the object need not be kept for it.
-                stock = self._family.module("queues").Queue
+                stock = self._family.queues.Queue
                 self._tells_object = (
                     type(self)._on_queue_feeder_error is not stock._on_queue_feeder_error
                 )
@@ -196,12 +212,11 @@ class QueueMixin:
                     writer.carrier(), self._wlock, reader.close, writer.close, failed, level
                 )
                 self._close = self._outbox.stop
-            outbox: Outbox = self._outbox
-        return outbox
+            return self._outbox
 
-    def _started(self: Any, outbox: Outbox) -> None:
+    def _started(self, outbox: Outbox) -> None:
         """The thread runs: at exit it is told to end and waited for, as the stock queue's."""
-        finalize = self._family.module("util").Finalize
+        finalize = self._family.util.Finalize
         if not self._joincancelled:
             self._jointhread = finalize(
                 outbox.thread, _join, [weakref.ref(outbox.thread)], exitpriority=-5
@@ -209,26 +224,29 @@ class QueueMixin:
         self._close = finalize(self, outbox.stop, [], exitpriority=10)
 
 
-def register_after_fork(queue: Any) -> None:
+def register_after_fork(queue: QueueMixin) -> None:
     """A forked child starts with an empty outbox of its own."""
-    queue._family.module("util").register_after_fork(queue, _after_fork)
+    queue._family.util.register_after_fork(queue, _after_fork)
 
 
-def _after_fork(queue: Any) -> None:
+def _after_fork(queue: QueueMixin) -> None:
     queue._reset(after_fork=True)
 
 
-def _join(reference: Any) -> None:
+def _join(reference: weakref.ref[threading.Thread]) -> None:
     thread = reference()
     if thread is not None:
         thread.join()
 
 
 def _reporter(
-    family: Family, semaphore: Any, ignore_epipe: bool, report: Callable[[BaseException, Any], None]
+    family: Family,
+    semaphore: BoundedSemaphore,
+    ignore_epipe: bool,
+    report: Callable[[BaseException, Any], None],
 ) -> Callable[[BaseException, Any], None]:
     """What the thread does with an error: as `Queue._feed` of the standard library."""
-    util = family.module("util")
+    util = family.util
 
     def failed(error: BaseException, obj: Any) -> None:
         if ignore_epipe and getattr(error, "errno", 0) in READER_GONE:
@@ -242,31 +260,31 @@ def _reporter(
     return failed
 
 
-def _assert_spawning(obj: Any) -> None:
+def _assert_spawning(obj: QueueMixin | SimpleQueueMixin) -> None:
     """Raises: RuntimeError: *obj* is pickled, and no process is being started."""
-    if obj._family.spawning is None:
+    if not obj._family.is_spawning:
         raise RuntimeError(
             f"{type(obj).__name__} objects should only be shared between processes "
             "through inheritance"
         )
 
 
-class JoinableQueueMixin(QueueMixin):
+class JoinableQueueMixin(QueueMixin, StockJoinableQueue):
     """A Queue that also counts what is unfinished."""
 
-    def __init__(self: Any, maxsize: int = 0, *, ctx: Any) -> None:
+    def __init__(self, maxsize: int = 0, *, ctx: StockContext) -> None:
         QueueMixin.__init__(self, maxsize, ctx=ctx)
         self._unfinished_tasks = ctx.Semaphore(0)
         self._cond = ctx.Condition()
 
-    def __getstate__(self: Any) -> tuple[Any, ...]:
+    def __getstate__(self) -> State:  # type: ignore[override]
         return (*QueueMixin.__getstate__(self), self._cond, self._unfinished_tasks)
 
-    def __setstate__(self: Any, state: tuple[Any, ...]) -> None:
+    def __setstate__(self, state: State) -> None:  # type: ignore[override]
         QueueMixin.__setstate__(self, state[:-2])
         self._cond, self._unfinished_tasks = state[-2:]
 
-    def _dispatch(self: Any, message: Encoded, obj: Any) -> None:
+    def _dispatch(self, message: Encoded, obj: Any) -> None:
         # Counted before it can be received: task_done() may follow at once.
         with self._cond:
             self._unfinished_tasks.release()
@@ -275,42 +293,44 @@ class JoinableQueueMixin(QueueMixin):
         except BaseException:
             with self._cond:
                 self._unfinished_tasks.acquire(False)
-                if self._unfinished_tasks._semlock._is_zero():
+                if raw(self._unfinished_tasks)._is_zero():
                     self._cond.notify_all()
             raise
 
 
-class SimpleQueueMixin:
+class SimpleQueueMixin(StockSimpleQueue):
     """A locked connection that carries descriptors; put() waits while it is full."""
 
     _family: ClassVar[Family]
-    _pipe: ClassVar[Any]
+    _pipe: ClassVar[PipeFunction]
+    _reader: ConnectionMixin
+    _writer: ConnectionMixin
 
-    def __init__(self: Any, *, ctx: Any) -> None:
+    def __init__(self, *, ctx: StockContext) -> None:
         self._reader, self._writer = self._pipe(duplex=False)
         self._rlock = ctx.Lock()
         self._wlock = ctx.Lock()
         self._adopt()
 
-    def __getstate__(self: Any) -> tuple[Any, ...]:
+    def __getstate__(self) -> State:  # type: ignore[override]
         _assert_spawning(self)
         return (self._reader, self._writer, self._rlock, self._wlock)
 
-    def __setstate__(self: Any, state: tuple[Any, ...]) -> None:
+    def __setstate__(self, state: State) -> None:  # type: ignore[override]
         self._reader, self._writer, self._rlock, self._wlock = state
         self._adopt()
 
-    def _adopt(self: Any) -> None:
+    def _adopt(self) -> None:
         self._reader._shared = True
         self._poll = self._reader.poll
 
-    def get(self: Any) -> Any:
+    def get(self) -> Any:
         """The next object. The caller owns the result. Raises: as `Queue.get`."""
         with self._rlock:
             message = self._reader.receive()
         return open_arrived(message, self._family.loads)
 
-    def put(self: Any, obj: Any) -> None:
+    def put(self, obj: Any) -> None:
         """Send *obj*. It is safe to close *obj* after this call. Raises: as `Connection.send`."""
         message = encode(self._family, obj)
         with self._wlock:

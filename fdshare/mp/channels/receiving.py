@@ -23,7 +23,7 @@ from fdshare.mp.channels.framing import (
     LONG_FOLLOWS,
     SHORT_BODY,
 )
-from fdshare.mp.pickling.bundle import Arrived, Bundle, made_at_once
+from fdshare.mp.pickling.bundle import Arrived, Bundle, Made, made_at_once
 
 __all__ = ["marked", "read_bytes", "read_expected", "read_message", "read_without"]
 
@@ -74,7 +74,7 @@ def read_message(sock: socket.socket, announced: bool) -> Arrived:
         announced = False  # it was cancelled
 
 
-def _read_body(sock: socket.socket, size: int, announced: bool) -> Bundle | tuple[Any] | None:
+def _read_body(sock: socket.socket, size: int, announced: bool) -> Bundle | Made | None:
     """The message whose body is next; None if that was cancelled."""
     try:
         if size <= SHORT_BODY:
@@ -91,7 +91,7 @@ def _read_body(sock: socket.socket, size: int, announced: bool) -> Bundle | tupl
     return _read_rest(sock, 0, body_size, copies, announced)
 
 
-def read_expected(sock: socket.socket) -> Bundle | tuple[Any] | None:
+def read_expected(sock: socket.socket) -> Bundle | Made | None:
     """The next message, if it is there and has descriptors: in one look and one read, where
     `read_message` needs a read more. None: it is for `read_message`. Blocks until there is one.
 
@@ -117,7 +117,7 @@ def read_expected(sock: socket.socket) -> Bundle | tuple[Any] | None:
 
 def _read_rest(
     sock: socket.socket, start: int, size: int, copies: list[int], announced: bool
-) -> Bundle | tuple[Any] | None:
+) -> Bundle | Made | None:
     """The message of a body of *size* bytes that comes after *start* bytes, with the descriptors
     that were seen there, now its. None: it was cancelled."""
     try:

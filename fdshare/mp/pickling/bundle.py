@@ -28,6 +28,7 @@ __all__ = [
     "Bundle",
     "Encoded",
     "Inline",
+    "Made",
     "Reduced",
     "Transit",
     "loads",
@@ -36,7 +37,7 @@ __all__ = [
 ]
 
 Reduced: TypeAlias = tuple[Callable[..., Any], tuple[Any, ...]]
-Loads: TypeAlias = Callable[[Any], Any]
+Loads: TypeAlias = Callable[[bytes | memoryview], Any]
 
 
 class Transit(Protocol):
@@ -94,7 +95,7 @@ class Bundle:
         self,
         data: bytes | memoryview,
         fds: list[int] | None = None,
-        holders: Any = None,
+        holders: object = None,
         owned: list[Descriptor] | None = None,
     ) -> None:
         """*fds* are borrowed from *holders*, or else it has the descriptors *owned*."""
@@ -164,8 +165,9 @@ class Bundle:
 # What a channel is given: a pickle without descriptors; one with; or, of an object by itself that
 # is sent often, its pickle, the same bytes object each time, and its descriptors, borrowed.
 Encoded: TypeAlias = bytes | Bundle | tuple[bytes, list[int]]
-# What it gives: a pickle without descriptors; one with; or (the object,), made on the way.
-Arrived: TypeAlias = bytes | Bundle | tuple[Any]
+Made: TypeAlias = tuple[Any]  # (an object,) that was made where its message was read
+# What it gives: a pickle without descriptors; one with; or an object.
+Arrived: TypeAlias = bytes | Bundle | Made
 
 
 def open_arrived(message: Arrived, load: Loads) -> Any:
@@ -173,9 +175,9 @@ def open_arrived(message: Arrived, load: Loads) -> Any:
 
     Raises: as `Bundle.load`.
     """
-    if type(message) is bytes:
+    if isinstance(message, bytes):
         return load(message)
-    return message[0] if type(message) is tuple else message.load(load)  # type: ignore[union-attr]
+    return message[0] if isinstance(message, tuple) else message.load(load)
 
 
 class _Missing:
@@ -185,13 +187,14 @@ class _Missing:
         self.reason = reason
 
 
-def _rebundle(data: bytes, descriptors: list[Any]) -> Bundle:
-    bundle = Bundle(data, owned=[])
+def _rebundle(data: bytes, descriptors: list[Descriptor | _Missing]) -> Bundle:
+    owned: list[Descriptor] = []
+    bundle = Bundle(data, owned=owned)
     for descriptor in descriptors:
         if isinstance(descriptor, _Missing):
             bundle.missing = descriptor.reason
         else:
-            bundle.owned.append(descriptor)  # type: ignore[union-attr]
+            owned.append(descriptor)
     return bundle
 
 
@@ -228,7 +231,10 @@ _local: Final = _Local()
 
 
 def loads(
-    load: Loads, data: Any, descriptors: list[Descriptor], missing: BaseException | None = None
+    load: Loads,
+    data: bytes | memoryview,
+    descriptors: list[Descriptor],
+    missing: BaseException | None = None,
 ) -> Any:
     """What *load* makes of *data*, in which the tickets stand for *descriptors*.
 

@@ -22,15 +22,27 @@ import threading
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from fdshare.errors import InvalidArgument
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.mp.pickling import parked
+from fdshare.mp.pickling.bundle import Reduced
 from fdshare.mp.pickling.hold import Held
-from fdshare.mp.pickling.parked import DEFAULT_TTL, Parked, Place, dumps_single
-from fdshare.mp.pickling.reducers import PLAIN, reduce_with
+from fdshare.mp.pickling.parked import DEFAULT_TTL, Label, Parked, Place, dumps_single
+from fdshare.mp.pickling.reducers import PLAIN, Override, reduce_with
 from fdshare.parking.client import new_address
+
+if TYPE_CHECKING:
+    from fdshare.mp.stock import ReductionModule, StockForkingPickler, StockProcess
+
+    class _ArmedPickler(StockForkingPickler):
+        """A ForkingPickler with our methods."""
+
+        bare_exceptions: bool
+        saw_exception: bool
+        parked: Parked | None
+
 
 __all__ = ["install", "load", "uninstall"]
 
@@ -41,7 +53,7 @@ _WITHOUT_PARTS: Final = frozenset({int, str, bytes, float, bool, type(None)})
 # What may be a single descriptor, with a short way.
 _SINGLE: Final = frozenset({socket.socket, Descriptor, Held})
 _lock = threading.Lock()
-_armed: dict[type, dict[str, Any]] = {}  # class -> what its attributes were
+_armed: dict[type, dict[str, object]] = {}  # class -> what its attributes were
 _dismissed = False  # uninstall() was called: what arrives changes nothing
 
 
@@ -90,7 +102,7 @@ def uninstall() -> None:
     parked.forget()
 
 
-def load(label: list[Any], tag: str, spec: bytes, first: int, count: int) -> Any:
+def load(label: Label, tag: str, spec: bytes, first: int, count: int) -> Any:
     """As `parked.load`, for the pickles of a process that is armed: the child that it is called in
     is armed by it. Pickles name it: do not move or rename."""
     if not _armed and not _dismissed and _is_child():
@@ -114,24 +126,22 @@ def _install(place: Place) -> None:
         for package in _PACKAGES:
             reduction = sys.modules.get(f"{package}.reduction")
             if reduction is not None:
-                _arm(reduction)
+                _arm(cast("ReductionModule", reduction))
             elif _late not in sys.meta_path:
                 sys.meta_path.insert(0, _late)
 
 
-def _arm(reduction: ModuleType) -> None:
+def _arm(reduction: ReductionModule) -> None:
     """Gives the ForkingPickler of *reduction* its methods."""
     pickler = reduction.ForkingPickler
     if pickler in _armed:
         return
     package = reduction.__name__.rpartition(".")[0]
     # reducers.py: exceptions are pickled as the package does it.
-    new = {
-        "dumps": _make_dumps(pickler, pickler.dumps.__func__),
-        "dump": _make_dump(package, reduction, pickler.dump),
-        "reducer_override": _make_override(
-            package, reduction, getattr(pickler, "reducer_override", None)
-        ),
+    new: dict[str, object] = {
+        "dumps": _make_dumps(pickler),
+        "dump": _make_dump(package, reduction),
+        "reducer_override": _make_override(package, reduction),
         "bare_exceptions": True,
         "parked": None,
     }
@@ -140,8 +150,10 @@ def _arm(reduction: ModuleType) -> None:
         setattr(pickler, name, value)
 
 
-def _make_dumps(pickler: type, stock_dumps: Any) -> Any:
-    def dumps(cls: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:
+def _make_dumps(pickler: type[StockForkingPickler]) -> object:
+    stock_dumps = vars(pickler)["dumps"].__func__
+
+    def dumps(cls: type, /, obj: Any, *args: object, **kwargs: object) -> bytes | memoryview:
         """*obj* pickled; a single descriptor takes the short way, and so does what has no parts."""
         if cls is pickler and not args and not kwargs:
             of = type(obj)
@@ -149,13 +161,16 @@ def _make_dumps(pickler: type, stock_dumps: Any) -> Any:
                 return pickle.dumps(obj)
             if of in _SINGLE and (message := dumps_single(obj)) is not None:
                 return message
-        return stock_dumps(cls, obj, *args, **kwargs)
+        pickled: memoryview = stock_dumps(cls, obj, *args, **kwargs)
+        return pickled
 
     return classmethod(dumps)
 
 
-def _make_dump(package: str, reduction: Any, stock_dump: Any) -> Any:
-    def dump(self: Any, obj: Any) -> None:
+def _make_dump(package: str, reduction: ReductionModule) -> object:
+    stock_dump = reduction.ForkingPickler.dump
+
+    def dump(self: _ArmedPickler, obj: Any) -> None:
         """Pickles *obj*, and parks the descriptors in it when all of it is pickled."""
         if reduction.context.get_spawning_popen() is not None:
             obj = _with_arms(package, obj)
@@ -171,10 +186,11 @@ def _make_dump(package: str, reduction: Any, stock_dump: Any) -> Any:
     return dump
 
 
-def _make_override(package: str, reduction: Any, former: Any) -> Any:
+def _make_override(package: str, reduction: ReductionModule) -> object:
+    former = getattr(reduction.ForkingPickler, "reducer_override", None)
     name = f"{package}.connection"
 
-    def reducer_override(self: Any, obj: Any) -> Any:
+    def reducer_override(self: _ArmedPickler, obj: Any) -> Override:
         cls = type(obj)
         if cls in PLAIN:
             return NotImplemented
@@ -199,16 +215,16 @@ def _make_override(package: str, reduction: Any, former: Any) -> Any:
 class _Recruit:
     """A Process on its way to a new interpreter, which is armed on arrival."""
 
-    def __init__(self, process: Any, place: Place) -> None:
+    def __init__(self, process: StockProcess, place: Place) -> None:
         self.process = process
         self.place = place
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> Reduced:
         address, private, ttl, _ = self.place
         return _enlist, (address, private, ttl, self.process)
 
 
-def _enlist(address: str, private: bool, ttl: float, process: Any) -> Any:
+def _enlist(address: str, private: bool, ttl: float, process: StockProcess) -> StockProcess:
     _install(Place(address, private, ttl, load))
     return process
 
@@ -238,7 +254,8 @@ class _Late:
 
 
 def _arming(spec: ModuleSpec) -> ModuleSpec:
-    loader: Any = spec.loader
+    loader = spec.loader
+    assert loader is not None  # of a namespace package alone it is None
     execute = loader.exec_module
 
     def exec_module(module: ModuleType) -> None:
@@ -246,9 +263,9 @@ def _arming(spec: ModuleSpec) -> ModuleSpec:
         with _lock:
             if _late in sys.meta_path:
                 sys.meta_path.remove(_late)
-                _arm(module)
+                _arm(cast("ReductionModule", module))
 
-    loader.exec_module = exec_module
+    loader.exec_module = exec_module  # type: ignore[method-assign]
     return spec
 
 

@@ -38,6 +38,7 @@ from fdshare.protocol.names import MAX_ENTRY_DESCRIPTORS
 
 __all__ = [
     "DEFAULT_TTL",
+    "Label",
     "Parked",
     "Place",
     "Repeatable",
@@ -56,7 +57,9 @@ _FIRST: Final = _PART.pack(0)
 _SINGLE: Final = frozenset({"socket", "descriptor"})
 
 
-Loader: TypeAlias = Callable[[list[Any], str, bytes, int, int], Any]
+# What all objects of one pickle share: token, address, private, ttl; then an _Arrival.
+Label: TypeAlias = list[Any]
+Loader: TypeAlias = Callable[[Label, str, bytes, int, int], Any]
 
 
 class Place(NamedTuple):
@@ -169,7 +172,7 @@ class Repeatable:
     uses: int
 
 
-def _new_label(token: bytes, place: Place) -> list[Any]:
+def _new_label(token: bytes, place: Place) -> Label:
     return [token, place.address, place.private, place.ttl]
 
 
@@ -330,7 +333,7 @@ def _new_template(kind: Kind, place: Place) -> tuple[Kind, Place, bytes, bytes]:
 # Receiving
 
 
-def load(label: list[Any], tag: str, spec: bytes, first: int, count: int) -> Any:
+def load(label: Label, tag: str, spec: bytes, first: int, count: int) -> Any:
     """The object of *tag* and *spec* with *count* descriptors from position *first* on, of the
     pickle whose parcel has *label*. Pickles name it: do not move or rename.
     """

@@ -14,13 +14,34 @@ from __future__ import annotations
 import copyreg
 import io
 import pickle
+from collections.abc import Callable
 from types import BuiltinFunctionType, FunctionType, TracebackType
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol, TypeAlias
 
 from fdshare.kinds import Kind, describe, describers, in_shared_memory, is_shareable, user_kinds
-from fdshare.mp.pickling.bundle import Bundle, Encoded, Inline, Transit
+from fdshare.mp.pickling.bundle import Bundle, Encoded, Inline, Reduced, Transit
 
-__all__ = ["PLAIN", "dumps", "encode", "make_pickler", "reduce_with"]
+if TYPE_CHECKING:
+    from pickle import Pickler as _Pickler
+
+    from fdshare.mp.stock import StockForkingPickler
+else:
+    _Pickler = object
+
+__all__ = [
+    "PLAIN",
+    "ExceptionPickler",
+    "HasPickler",
+    "Override",
+    "TransitPickler",
+    "dumps",
+    "encode",
+    "make_pickler",
+    "reduce_with",
+]
+
+# What a reducer_override returns: a reduce value, or NotImplemented, which is Any to a checker.
+Override: TypeAlias = Any
 
 # Types that never hold a descriptor themselves; for dill's pickler, which asks about each of them.
 PLAIN: Final = frozenset(
@@ -32,28 +53,49 @@ _NUMBERS_AND_TEXT: Final = frozenset({int, str, bytes, float, bool, type(None)})
 _plain_dumps: Final = pickle.dumps
 
 
-def make_pickler(forking_pickler: Any) -> Any:
-    """The pickler of our channels, for the family of *forking_pickler*. Instances have a `transit`.
+class ExceptionPickler(Protocol):
+    """What `reduce_with` asks and tells the pickler that calls it."""
+
+    bare_exceptions: bool  # pickle them as the package does it
+    saw_exception: bool  # and pickled its traceback
+
+
+class TransitPickler(_Pickler):
+    """The pickler of our channels, before the class that pickles for one family."""
+
+    transit: Transit
+    bare_exceptions = False
+    saw_exception = False
+    registered: ClassVar[dict[type, Callable[[Any], tuple[Any, ...] | str]]]
+
+    def reducer_override(self, obj: Any) -> Override:
+        cls = type(obj)
+        if cls in PLAIN:
+            return NotImplemented
+        if cls in self.registered and not is_shareable(cls):
+            return self.registered[cls](obj)
+        return reduce_with(self.transit, self, obj, cls)
+
+
+def make_pickler(forking_pickler: type[StockForkingPickler]) -> type[TransitPickler]:
+    """The TransitPickler for the family of *forking_pickler*.
 
     On the standard family it is a pickle.Pickler that asks for the reducers registered with
     *forking_pickler* when it meets a type: ForkingPickler copies the table of them for each pickle.
     """
-    registered = forking_pickler._extra_reducers
-
-    def reducer_override(self: Any, obj: Any) -> Any:
-        cls = type(obj)
-        if cls in PLAIN:
-            return NotImplemented
-        if cls in registered and not is_shareable(cls):
-            return registered[cls](obj)
-        return reduce_with(self.transit, self, obj, cls)
-
-    namespace = {"transit": None, "bare_exceptions": False, "saw_exception": False}
     base = pickle.Pickler if issubclass(forking_pickler, pickle.Pickler) else forking_pickler
-    return type("Pickler", (base,), namespace | {"reducer_override": reducer_override})
+    registered = forking_pickler._extra_reducers
+    return type("Pickler", (TransitPickler, base), {"registered": registered})
 
 
-def encode(family: Any, obj: Any) -> Encoded:
+class HasPickler(Protocol):
+    """A family, as far as pickling goes."""
+
+    @property
+    def Pickler(self) -> type[TransitPickler]: ...
+
+
+def encode(family: HasPickler, obj: Any) -> Encoded:
     """*obj* pickled. Its descriptors are borrowed from *obj*.
 
     Raises: whatever pickling raises; nothing was duplicated then.
@@ -72,18 +114,18 @@ def encode(family: Any, obj: Any) -> Encoded:
     return _dump(family, obj, False)
 
 
-def dumps(family: Any, obj: Any) -> Bundle:
+def dumps(family: HasPickler, obj: Any) -> Bundle:
     """As `encode`, a Bundle in any case."""
     message = encode(family, obj)
-    if type(message) is bytes:
+    if isinstance(message, bytes):
         return Bundle(message)
-    if type(message) is tuple:
+    if isinstance(message, tuple):
         data, fds = message
         return Bundle(data, fds, obj)
-    return message  # type: ignore[return-value]
+    return message
 
 
-def _dump(family: Any, obj: Any, bare_exceptions: bool) -> Bundle:
+def _dump(family: HasPickler, obj: Any, bare_exceptions: bool) -> Bundle:
     buffer = io.BytesIO()
     pickler = family.Pickler(buffer, None)
     pickler.transit = transit = Inline()
@@ -119,14 +161,14 @@ def _bare_pickle(kind: Kind) -> tuple[Kind, bytes] | None:
 class _Bare:
     """Pickles as what it was given."""
 
-    def __init__(self, reduced: Any) -> None:
+    def __init__(self, reduced: Reduced) -> None:
         self._reduced = reduced
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> Reduced:
         return self._reduced
 
 
-def reduce_with(transit: Transit, pickler: Any, obj: Any, cls: type) -> Any:
+def reduce_with(transit: Transit, pickler: ExceptionPickler, obj: Any, cls: type) -> Override:
     """The reduce value of *obj*, of type *cls*; NotImplemented where *pickler* knows better.
 
     Raises: what `kinds.describe` raises.
@@ -146,7 +188,9 @@ def reduce_with(transit: Transit, pickler: Any, obj: Any, cls: type) -> Any:
     return NotImplemented
 
 
-def _reduce_with_fileno(transit: Transit, pickler: Any, obj: Any, cls: type) -> Any:
+def _reduce_with_fileno(
+    transit: Transit, pickler: ExceptionPickler, obj: Any, cls: type
+) -> Override:
     if is_shareable(cls):
         return transit.carry(obj, *describe(obj))
     if cls in copyreg.dispatch_table or cls in getattr(pickler, "dispatch", ()):
@@ -159,7 +203,7 @@ def _reduce_with_fileno(transit: Transit, pickler: Any, obj: Any, cls: type) -> 
         return transit.carry(obj, *describe(obj))
 
 
-def _reduce_exception(pickler: Any, error: BaseException) -> Any:
+def _reduce_exception(pickler: ExceptionPickler, error: BaseException) -> Override:
     if pickler.bare_exceptions:
         return NotImplemented
     pickler.saw_exception = True
@@ -168,7 +212,7 @@ def _reduce_exception(pickler: Any, error: BaseException) -> Any:
     return pickle_exception(error)
 
 
-def _reduce_traceback(pickler: Any, traceback: TracebackType) -> Any:
+def _reduce_traceback(pickler: ExceptionPickler, traceback: TracebackType) -> Override:
     if pickler.bare_exceptions:
         return NotImplemented
     from tblib.pickling_support import pickle_traceback

@@ -5,19 +5,19 @@ SimpleQueue from its context, but makes its call queue from multiprocessing's cl
 context is. So before the first worker starts the call queue becomes one of ours in place (`adopt`),
 in the standard executor too when its `mp_context` is ours.
 
-Private names used: `_SafeQueue`, `_CallItem`, `_ResultItem` and `_RemoteTraceback` of the module:
-the same in 3.9 to 3.14.
+stock.py has the private names that are used.
 """
 
 from __future__ import annotations
 
-import concurrent.futures.process as stock
 import traceback
 from queue import Full
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
-from fdshare.mp.channels.connection import ConnectionMixin
+from fdshare.mp.channels.connection import ConnectionMixin, turned_into
 from fdshare.mp.channels.queues import QueueMixin, SimpleQueueMixin, register_after_fork
+from fdshare.mp.pickling.bundle import Reduced
+from fdshare.mp.stock import StockContext, StockQueue, StockSafeQueue, executor_module
 from fdshare.mp.workers.tasks import Outcome, Task, receive_patiently
 
 __all__ = [
@@ -26,8 +26,10 @@ __all__ = [
     "ResultQueueMixin",
     "ResultReaderMixin",
     "adopt",
-    "stock_call_queue",
 ]
+
+
+_futures: Final = executor_module()
 
 
 class Call(Task):
@@ -47,31 +49,26 @@ class _Raised:
         self.error = error
         self.text = "".join(traceback.format_exception(error))
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> Reduced:
         return _raised, (self.error, self.text)
 
 
 def _raised(error: BaseException, text: str) -> BaseException:
     # As the standard executor: the worker's traceback as text, for who prints the exception.
-    remote: Any = stock._RemoteTraceback
-    error.__cause__ = remote(f'\n"""\n{text}"""')
+    error.__cause__ = _futures._RemoteTraceback(f'\n"""\n{text}"""')
     return error
 
 
 # The call queue
 
 
-def stock_call_queue() -> Any:
-    """The class that a call queue of ours derives from."""
-    return stock._SafeQueue
-
-
-def adopt(cls: Any, queue: Any) -> None:
+def adopt(cls: type[CallQueueMixin], queue: StockQueue) -> None:
     """Make the call *queue* of an executor one of *cls*, in place; nothing was put yet."""
     if isinstance(queue, QueueMixin):
         return
     pipe = queue._reader, queue._writer
     queue.__class__ = cls
+    assert isinstance(queue, QueueMixin)
     queue._reader, queue._writer = cls._pipe(duplex=False)
     queue._reset()
     register_after_fork(queue)
@@ -79,22 +76,22 @@ def adopt(cls: Any, queue: Any) -> None:
         end.close()
 
 
-class CallQueueMixin(QueueMixin):
+class CallQueueMixin(QueueMixin, StockSafeQueue):
     """From the executor to its workers."""
 
-    def put(self: Any, obj: Any, block: bool = True, timeout: float | None = None) -> None:
+    def put(self, obj: Any, block: bool = True, timeout: float | None = None) -> None:
         """Send a call. What cannot be pickled or sent fails its future: the caller is a thread."""
         try:
             QueueMixin.put(self, obj, block, timeout)
         except Exception as error:
-            if not isinstance(obj, stock._CallItem) or self._closed or isinstance(error, Full):
+            if not isinstance(obj, _futures._CallItem) or self._closed or isinstance(error, Full):
                 raise
             self._on_queue_feeder_error(error, obj)
         call = getattr(obj, "fn", None)
         if type(call) is Call:
             call.bundle.close()  # the kernel has it
 
-    def get(self: Any, block: bool = True, timeout: float | None = None) -> Any:
+    def get(self, block: bool = True, timeout: float | None = None) -> Any:
         """The next call, still a bundle if it was submitted to an executor of ours."""
         if not block or timeout is not None:
             return QueueMixin.get(self, block, timeout)
@@ -109,30 +106,28 @@ class CallQueueMixin(QueueMixin):
 class ResultQueueMixin(SimpleQueueMixin):
     """From the workers to the executor."""
 
-    _result_reader: ClassVar[Any]
+    _result_reader: ClassVar[type[ResultReaderMixin]]
 
-    def __init__(self: Any, *, ctx: Any) -> None:
+    def __init__(self, *, ctx: StockContext) -> None:
         SimpleQueueMixin.__init__(self, ctx=ctx)
-        reader, self._reader = self._reader, None
-        handle, reader._handle = reader._handle, None
-        self._reader = self._result_reader(handle, writable=False)
+        self._reader = turned_into(self._result_reader, self._reader)
         self._adopt()
 
-    def put(self: Any, obj: Any) -> None:
+    def put(self, obj: Any) -> None:
         """Send a result. Raises: whatever pickling raises; the worker then sends that."""
-        if isinstance(obj, stock._ResultItem):
+        if isinstance(obj, _futures._ResultItem):
             if isinstance(obj.result, _Raised) or obj.exception is not None:
                 outcome = Outcome.of(self._family, False, obj.exception or obj.result)
             else:
                 outcome = Outcome.of(self._family, True, obj.result)
-            obj = stock._ResultItem(obj.work_id, None, outcome, obj.exit_pid)
+            obj = _futures._ResultItem(obj.work_id, None, outcome, obj.exit_pid)
         SimpleQueueMixin.put(self, obj)
 
 
 class ResultReaderMixin(ConnectionMixin):
     """The end that the executor's manager thread reads."""
 
-    def recv(self: Any) -> Any:
+    def recv(self) -> Any:
         """The next result, opened; what goes wrong with it is its own error."""
         item = receive_patiently(self)
         outcome = getattr(item, "result", None)

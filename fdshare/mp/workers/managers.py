@@ -13,6 +13,8 @@ from typing import Any, ClassVar
 from fdshare.errors import DescriptorLimit
 from fdshare.mp.channels.connection import ConnectionMixin, ListenerMixin, make_client
 from fdshare.mp.family import Family
+from fdshare.mp.pickling.bundle import Reduced
+from fdshare.mp.stock import Address, StockContext, StockManager
 from fdshare.mp.workers.tasks import PATIENCE, PAUSE
 
 __all__ = ["ManagerConnectionMixin", "Serializer", "SyncManagerMixin", "register_serializer"]
@@ -21,23 +23,23 @@ __all__ = ["ManagerConnectionMixin", "Serializer", "SyncManagerMixin", "register
 class Serializer(str):
     """The name of our serializer, registered in every process that unpickles it."""
 
-    connection: Any
+    connection: type[ManagerConnectionMixin]
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> Reduced:
         return register_serializer, (self.connection,)
 
 
-def register_serializer(connection: Any) -> Serializer:
+def register_serializer(connection: type[ManagerConnectionMixin]) -> Serializer:
     """The serializer of managers that talk over the class *connection*, registered here."""
     family = connection._family
     name = Serializer(f"fdshare-{family.package}")
     name.connection = connection
-    known = family.module("managers").listener_client
+    known = family.managers.listener_client
     if name not in known:
         listener = family.derive(
             "ManagerListener",
             ListenerMixin,
-            family.module("connection").Listener,
+            family.connection.Listener,
             _connection=connection,
         )
         known[name] = (listener, make_client(family, connection))
@@ -47,7 +49,7 @@ def register_serializer(connection: Any) -> Serializer:
 class ManagerConnectionMixin(ConnectionMixin):
     """A connection on which each message is answered: none may be left to be read later."""
 
-    def recv(self: Any) -> Any:
+    def recv(self) -> Any:
         """The next object. Raises: DescriptorLimit, after some seconds; it is gone then."""
         deadline = time.monotonic() + PATIENCE
         while True:
@@ -60,20 +62,21 @@ class ManagerConnectionMixin(ConnectionMixin):
             time.sleep(PAUSE)
 
 
-class SyncManagerMixin:
+class SyncManagerMixin(StockManager):
     """A SyncManager whose objects carry what they are given."""
 
     _family: ClassVar[Family]
-    _connection: ClassVar[Any]
+    _connection: ClassVar[type[ManagerConnectionMixin]]
 
     def __init__(
         self,
-        address: Any = None,
+        address: Address | None = None,
         authkey: bytes | None = None,
         serializer: str = "pickle",
-        ctx: Any = None,
-        **options: Any,
+        ctx: StockContext | None = None,
+        *,
+        shutdown_timeout: float = 1.0,
     ) -> None:
         if serializer == "pickle":
             serializer = register_serializer(self._connection)
-        super().__init__(address, authkey, serializer, ctx, **options)  # type: ignore[call-arg]
+        super().__init__(address, authkey, serializer, ctx, shutdown_timeout=shutdown_timeout)

@@ -10,41 +10,47 @@ from __future__ import annotations
 
 import socket
 import sys
-from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from fdshare.errors import DescriptorLimit
 from fdshare.kernel.descriptor import Descriptor
+from fdshare.mp.channels.connection import ConnectionMixin
 from fdshare.mp.channels.sending import Outgoing
 from fdshare.mp.family import Family
+from fdshare.mp.pickling.bundle import Reduced
 from fdshare.mp.pickling.reducers import dumps
+from fdshare.mp.stock import Duplicate, StockPopen, StockProcess
+
+if TYPE_CHECKING:
+    from fdshare.mp.workers.executor_queues import CallQueueMixin
 
 __all__ = ["PopenMixin", "ProcessMixin"]
 
 
-class PopenMixin:
+class PopenMixin(StockPopen):
     """Starts a process and sends it its Process object with descriptors."""
 
     _family: ClassVar[Family]
-    _connection: ClassVar[Any]
+    _connection: ClassVar[type[ConnectionMixin]]
 
-    def _launch(self: Any, process: Any) -> None:
+    def _launch(self, process_obj: StockProcess) -> None:
         near, far = socket.socketpair()
         with near:
             with Descriptor(far.detach()) as inherited:
-                message = self._pack(process)
+                message = self._pack(process_obj)
                 try:
                     sent = _push_what_fits(message, near)
-                    super()._launch(_StandIn(self._connection, process._name, inherited))  # type: ignore[misc]
+                    stand_in = _StandIn(self._connection, process_obj._name, inherited)
+                    super()._launch(stand_in)  # type: ignore[arg-type]
                 except BaseException:
                     message.close()
                     raise
             if not sent:
                 message.push_patiently(near)
 
-    def _pack(self: Any, process: Any) -> Outgoing:
+    def _pack(self, process: StockProcess) -> Outgoing:
         # Locks, queues and shared memory let themselves be pickled only while this says so.
-        context = self._family.module("context")
+        context = self._family.context
         context.set_spawning_popen(self)
         try:
             return Outgoing(dumps(self._family, process))
@@ -62,38 +68,46 @@ def _push_what_fits(message: Outgoing, sock: socket.socket) -> bool:
 class _StandIn:
     """Pickled by the package in the place of the process object; unpickled, it receives that."""
 
-    def __init__(self, connection: Any, name: str, inherited: Descriptor) -> None:
+    def __init__(self, connection: type[ConnectionMixin], name: str, inherited: Descriptor) -> None:
         self._connection = connection
         self._name = name
         self._inherited = inherited
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> Reduced:
         # DupFd of a process being started: the number that the child will know it by.
-        reduction = self._connection._family.module("reduction")
+        reduction = self._connection._family.reduction
         return _receive_process, (self._connection, reduction.DupFd(self._inherited.fileno()))
 
 
-def _receive_process(cls: Any, copy: Any) -> Any:
+def _receive_process(cls: type[ConnectionMixin], copy: Duplicate) -> StockProcess:
     with cls(copy.detach(), writable=False) as connection:
-        return connection.recv()
+        process: StockProcess = connection.recv()
+    return process
 
 
-class ProcessMixin:
+class HasCallQueue(Protocol):
+    """Makes the class when it is asked for: most programs have no executor."""
+
+    @property
+    def CallQueue(self) -> type[CallQueueMixin]: ...
+
+
+class ProcessMixin(StockProcess):
     """A Process of a context of ours."""
 
     _family: ClassVar[Family]
-    _call_queue: ClassVar[Callable[[], Any]]
+    _classes: ClassVar[HasCallQueue]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         _adopt_executor_queue(self)
 
 
-def _adopt_executor_queue(process: Any) -> None:
+def _adopt_executor_queue(process: ProcessMixin) -> None:
     """concurrent.futures makes its call queue itself, whatever its context. Before its first worker
     starts, nothing has been put there yet: it becomes one of ours (executor_queues.py)."""
     futures = sys.modules.get("concurrent.futures.process")
     if futures is not None and process._target is futures._process_worker:
         from fdshare.mp.workers.executor_queues import adopt  # for who has an executor
 
-        adopt(process._call_queue(), process._args[0])
+        adopt(process._classes.CallQueue, process._args[0])

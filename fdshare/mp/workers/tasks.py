@@ -9,14 +9,21 @@ that reads for all jobs.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from fdshare.errors import DescriptorLimit
 from fdshare.kinds import is_shareable
+from fdshare.mp.channels.connection import ConnectionMixin
 from fdshare.mp.family import Family
-from fdshare.mp.pickling.bundle import Bundle
+from fdshare.mp.pickling.bundle import Bundle, Reduced
 from fdshare.mp.pickling.reducers import dumps
+from fdshare.mp.stock import Function
+
+if TYPE_CHECKING:
+    from multiprocessing.synchronize import Lock
+    from typing import Self
 
 __all__ = ["Outcome", "Task", "hold_initializer", "receive_patiently"]
 
@@ -35,7 +42,9 @@ class Task:
         self.bundle = bundle
 
     @classmethod
-    def of(cls, family: Family, function: Any, args: Any, kwargs: Any) -> Task:
+    def of(
+        cls, family: Family, function: Function, args: Iterable[Any], kwargs: Mapping[str, Any]
+    ) -> Self:
         """The call, with duplicates. It is safe to close what is in it after this call.
 
         Raises: whatever pickling raises; DescriptorLimit or OSError (EMFILE).
@@ -46,7 +55,7 @@ class Task:
         function, args, kwargs = self.bundle.load(self.family.loads)
         return function(*args, **kwargs)
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> Reduced:
         return type(self), (self.family, self.bundle)
 
 
@@ -71,18 +80,18 @@ class Outcome:
         except Exception as error:
             return False, error
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> Reduced:
         return Outcome, (self.ok, self.bundle)
 
 
-def receive_patiently(connection: Any, lock: AbstractContextManager[Any] | None = None) -> Any:
+def receive_patiently(connection: ConnectionMixin, lock: Lock | None = None) -> Any:
     """The next object of *connection*, an envelope of bundles, read under *lock*.
 
     At the descriptor limit it waits, without the lock: another process may have room. Past PATIENCE
     seconds the envelope comes without its descriptors, and the bundles that need them raise the
     DescriptorLimit when they are opened.
     """
-    guard = nullcontext() if lock is None else lock
+    guard: AbstractContextManager[object] = nullcontext() if lock is None else lock
     deadline = time.monotonic() + PATIENCE
     while True:
         with guard:
@@ -99,7 +108,7 @@ def receive_patiently(connection: Any, lock: AbstractContextManager[Any] | None 
 # What a pool holds for workers that start later
 
 
-class _Held:
+class _Argument:
     """An argument of an initializer, for every worker that the pool will ever start."""
 
     def __init__(self, family: Family, bundle: Bundle) -> None:
@@ -111,7 +120,9 @@ class _Held:
         return self.bundle.load(self.family.loads)
 
 
-def hold_initializer(family: Family, initializer: Any, initargs: Any) -> tuple[Any, Any]:
+def hold_initializer(
+    family: Family, initializer: Function | None, initargs: Iterable[Any]
+) -> tuple[Function | None, Iterable[Any]]:
     """*initializer* and *initargs* with duplicates of every descriptor in the arguments.
 
     Looks into tuples, lists and dicts; what else holds a descriptor must stay open for the pool's
@@ -139,10 +150,10 @@ def _hold(family: Family, value: Any) -> Any:
         return {key: value[key] if new is None else new for key, new in parts.items()}
     if not is_shareable(cls):
         return None
-    return _Held(family, dumps(family, value).own())
+    return _Argument(family, dumps(family, value).own())
 
 
-def _initialize(initializer: Any, held: Any) -> None:
+def _initialize(initializer: Function, held: tuple[Any, ...]) -> None:
     initializer(*_open(held))
 
 
@@ -152,4 +163,4 @@ def _open(value: Any) -> Any:
         return cls(map(_open, value))
     if cls is dict:
         return {key: _open(item) for key, item in value.items()}
-    return value.open() if cls is _Held else value
+    return value.open() if cls is _Argument else value

@@ -43,7 +43,7 @@ def pipe(classes: Any) -> Iterator[tuple[Any, Any]]:
 
 def test_it_is_a_connection_of_the_package(pipe: tuple[Any, Any]) -> None:
     left, _ = pipe
-    stock = left._family.module("connection").Connection
+    stock = left._family.connection.Connection
     assert isinstance(left, stock)
     assert left.readable
     assert left.writable

@@ -37,7 +37,7 @@ def queue(ctx: Any, request: pytest.FixtureRequest) -> Iterator[Any]:
 
 
 def test_it_is_a_queue_of_the_package(queue: Any) -> None:
-    stock = getattr(queue._family.module("queues"), type(queue).__name__)
+    stock = getattr(queue._family.queues, type(queue).__name__)
     assert isinstance(queue, stock)
 
 

@@ -91,7 +91,7 @@ def test_a_reply_that_finds_no_room_is_an_error_and_not_the_next_reply(
 def test_the_serializer_brings_its_registration(ctx: Any) -> None:
     name = register_serializer(ctx._classes.ManagerConnection)
     assert isinstance(name, Serializer)
-    known = ctx._family.module("managers").listener_client
+    known = ctx._family.managers.listener_client
     former = known.pop(name)
     arrived = ctx._family.loads(ctx._family.ForkingPickler.dumps(name))
     assert arrived == name
