@@ -1,7 +1,7 @@
 """Conversation: the client's half of the protocol without the waiting. Bytes in, answers out.
 
-Both clients talk through it: the blocking one has one for each connection of its pool, the
-asynchronous one a single one with many requests under way.
+Both clients use it: the blocking one has one for each connection of its pool, the asynchronous one
+has one for all its requests.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from fdshare.protocol.framing import HEADER, MAX_FRAME, Receiver, only_frame
 __all__ = ["Answer", "Conversation", "Exchange", "Parts", "Read"]
 
 
-# The next two are Structs, not dataclasses: made in C, in a tenth of the time, for every request.
+# Exchange and Parts are Structs and not dataclasses: C makes them, in a tenth of the time.
 
 
 class Exchange(msgspec.Struct):
@@ -44,15 +44,18 @@ class Exchange(msgspec.Struct):
     id: int = 0
 
     def deadline(self, started: float, timeout: float | None) -> float | None:
-        """When the answer must be there, if the server may take *timeout* seconds."""
+        """When the answer must have come, if the server may take *timeout* seconds.
+
+        None is never. Raises: InvalidArgument.
+        """
         if self.wait != self.wait:
-            raise InvalidArgument("timeout", "nan is no number of seconds")
+            raise InvalidArgument("timeout", "nan is not a number of seconds")
         if timeout is None or self.wait is None:
             return None
         return started + timeout + self.wait
 
     def shorten(self, started: float) -> None:
-        """For a repeat: of the wait that began at *started*, the request keeps what is left."""
+        """Before a repeat: reduces the wait, which began at *started*, to what is left of it."""
         if self.wait:
             left = max(started + self.wait - time.monotonic(), 0.001)
             self.request = msgspec.structs.replace(self.request, wait=left)
@@ -63,7 +66,7 @@ Read: TypeAlias = tuple[memoryview, list[Descriptor], FdshareError | None]
 
 
 class Answer(NamedTuple):
-    """What came under one id: the receiver of it owns the descriptors."""
+    """One frame for a request; who gets it owns the descriptors."""
 
     id: int
     reply: m.AnyReply
@@ -79,14 +82,14 @@ class Parts(msgspec.Struct):
     lost: FdshareError | None = None
 
     def add(self, answer: Answer) -> bool:
-        """Takes one part over; True where it was the last."""
+        """Takes one part over; True if it was the last."""
         self.replies.append(answer.reply)
         self.descriptors += answer.descriptors
         self.lost = self.lost or answer.lost
         return not getattr(answer.reply, "more", False)
 
     def finish(self) -> Parts:
-        """Itself. Raises the refusal, or why descriptors are missing; all are closed then."""
+        """Itself. Raises the refusal, or why descriptors are missing; then all are closed."""
         reply = self.replies[-1]
         failure = m.refusal_error(reply) if type(reply) is m.Refused else self.lost
         if failure is not None:
@@ -114,7 +117,7 @@ class Conversation:
         return self._last_id
 
     def hello(self) -> bytes:
-        """The first frame of a new connection; what was half received on the old one is closed."""
+        """The first frame of a new connection. Closes what was half received on the old one."""
         close_all(self._receiver.drain())
         self._receiver = Receiver()
         self.welcome = None
@@ -123,10 +126,9 @@ class Conversation:
         return self.frame(0, hello, 0)
 
     def frame(self, id: int, request: m.Request, count: int) -> bytes:
-        """The bytes of a request that goes with *count* descriptors.
+        """The frame of a request that has *count* descriptors.
 
-        Raises: InvalidName: it has a str that is not Unicode; InvalidArgument: no message can
-        carry it.
+        Raises: InvalidName: a str in it is not Unicode; InvalidArgument: a message cannot carry it.
         """
         try:
             body = m.encode(request)
@@ -147,8 +149,10 @@ class Conversation:
         lost: FdshareError | None,
         id: int,
     ) -> Parts | None:
-        """The whole answer to request *id*, where *data* is that and nothing else, as it nearly
-        always is. None for all other cases: nothing has been taken then, `feed` them."""
+        """The whole answer to request *id*, if *data* is that and nothing else, as nearly always.
+
+        None in every other case: then nothing was taken over, and `feed` has to get it.
+        """
         if lost is not None or not self._receiver.idle or only_frame(data, len(descriptors)) != id:
             return None
         try:
@@ -164,9 +168,9 @@ class Conversation:
     def feed(
         self, data: memoryview, descriptors: list[Descriptor], lost: FdshareError | None
     ) -> list[Answer]:
-        """The answers and events in what was received; the Welcome is kept, not returned.
+        """The answers and events in what was received. The Welcome is kept, not returned.
 
-        Raises: ProtocolError, VersionMismatch: hang up; everything received is closed.
+        Raises: ProtocolError, VersionMismatch: close the connection; all that came is closed.
         """
         receiver = self._receiver
         frames = receiver.feed(data, descriptors, lost)
@@ -189,7 +193,7 @@ class Conversation:
 
     def _check(self, welcome: m.Welcome) -> None:
         if welcome.magic != m.MAGIC:
-            raise ProtocolError("the first frame is no Welcome")
+            raise ProtocolError("the first frame is not a Welcome")
         if welcome.version != m.VERSION:
             raise VersionMismatch(welcome.version, m.VERSION)
         self.welcome = welcome
@@ -198,12 +202,14 @@ class Conversation:
     # The authkey, where there is one: two more frames before the first request.
 
     def proof(self) -> bytes:
-        """The frame that answers the Welcome. Raises: AuthenticationFailed: none was asked for."""
+        """The frame that answers the Welcome. Raises: AuthenticationFailed: it has no nonce."""
         assert self._authkey is not None
         assert self.welcome is not None
         self._server_nonce = self.welcome.nonce
         if not self._server_nonce:
-            raise AuthenticationFailed("the server asks for no authkey, so it proves none either")
+            raise AuthenticationFailed(
+                "the server has no authkey, so it cannot prove that it has yours"
+            )
         mac = prove(self._authkey, "client", self._nonce, self._server_nonce)
         return self.frame(0, m.Prove(mac), 0)
 

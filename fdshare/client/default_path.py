@@ -1,4 +1,4 @@
-"""Where the server is, when nobody says."""
+"""The path of the server where the caller gives none."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def default_path(*, create: bool = False) -> str:
     """`$FDSHARE_PATH`, else `$XDG_RUNTIME_DIR/fdshare.sock`, else `/run/fdshare.sock` for root and
     `/tmp/fdshare-UID/fdshare.sock` for others.
 
-    The folder under /tmp is made by a server (*create*), with mode 0700. Anybody may make folders
-    there first, so one that is not ours alone is refused.
+    A server makes the folder under /tmp (*create*), with mode 0700. Anybody can make a folder there
+    first, so one that is not this user's alone is refused.
     Raises: EndpointError.
     """
     if path := os.environ.get("FDSHARE_PATH"):

@@ -1,9 +1,9 @@
 """FetchCache: what a connection remembers of its fetches, so that the next one of a name is short.
 
 A fetch that was made before is asked for with the same bytes again, and answered with the same
-bytes until the entry changes; only the id differs. So both frames are kept, an answer that is the
-expected one need not be decoded, and any other is decoded as ever. What is remembered can never be
-wrong: it is used only where the answer that came has the same bytes.
+bytes until the entry changes; only the id differs. So both frames are kept: an answer with the
+expected bytes need not be decoded, and any other is decoded as usual. So what is remembered cannot
+be out of date.
 """
 
 from __future__ import annotations

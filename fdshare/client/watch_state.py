@@ -6,9 +6,9 @@ for itself only the events that match its pattern and come after its snapshot::
 
     lost() ──> waiting for a snapshot ──(last part)──> live ──(Overflowed)──> waiting ...
 
-While it waits, events are not its business: the snapshot holds what they did. What nobody draws is
-kept up to a bound; beyond it all that is kept is folded into one snapshot, as if it had been asked
-for now. History may be shortened, then; the state always converges.
+While it waits it ignores events, because the snapshot has their effect. Items that nobody draws are
+kept up to a bound; beyond it they are all folded into one snapshot, as if the watch began now. So
+history may be shortened, but the state always converges.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fdshare.protocol.names import matcher
 
 __all__ = ["WatchItem", "Snapshot", "WatchState"]
 
-# Above what one read of the blocking client brings (64 KiB), so that only the other one folds.
+# More than one read of the blocking client brings (64 KiB): only the asynchronous one folds.
 _KEPT: Final = 4096
 _THERE: Final = frozenset(("registered", "replaced", "returned"))
 
@@ -45,7 +45,7 @@ WatchItem: TypeAlias = Snapshot | m.Event
 
 
 class WatchState:
-    """The state of one watch. `held` is the table as of what was drawn: name -> generation."""
+    """The state of one watch. `held`: name -> generation as of the last item that was drawn."""
 
     def __init__(self, pattern: str) -> None:
         self.pattern = pattern
@@ -57,24 +57,24 @@ class WatchState:
         self._parts: dict[str, int] = {}
         self._queue: deque[WatchItem] = deque()
 
-    # What came.
+    # In.
 
     def lost(self) -> None:
-        """The connection ended: a snapshot of the next one has to come first."""
+        """The connection ended: on the next one a snapshot comes first."""
         if self.live:
             self._reason = "reconnect"
         self.live = False
         self._parts = {}
 
     def overflowed(self) -> None:
-        """The server dropped events; it sends a fresh snapshot unasked."""
+        """The server dropped events; it sends a new snapshot by itself."""
         if self.live:
             self._reason = "overflow"
         self.live = False
         self._parts = {}
 
     def snapshot(self, part: m.SnapshotPart) -> None:
-        """A part of the answer to the Watch, or of a fresh one."""
+        """A part of the snapshot that answers the Watch, or of a new one."""
         self._parts.update(part.entries)
         if part.more:
             return
@@ -83,22 +83,22 @@ class WatchState:
         self._keep(Snapshot(entries, part.serial, self._reason))
 
     def event(self, event: m.Event) -> bool:
-        """An event of the connection, whomever it concerns. True where there is more to draw."""
+        """An event of the connection, of this watch or another. True if there is more to draw."""
         if not self.live or event.serial <= self._serial:
             return False
         if not self._matches(event.name):
             if not (event.old and self._matches(event.old)):
                 return False
-            # Renamed out of sight: for this watcher it is gone.
+            # Renamed to what this watch does not match: for it, the entry is gone.
             event = m.Event(event.serial, "unregistered", event.old, event.generation)
         self._serial = event.serial
         self._keep(event)
         return True
 
-    # What goes.
+    # Out.
 
     def draw(self) -> WatchItem | None:
-        """The next snapshot or event, in the order of serials; None where nothing new is known."""
+        """The next snapshot or event, in the order of serials; None if there is none yet."""
         if not self._queue:
             return None
         change = self._queue.popleft()

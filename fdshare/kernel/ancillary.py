@@ -112,7 +112,7 @@ def send_message(
 
 
 def rights(fds: Sequence[int]) -> Rights:
-    """The control message that carries *fds* (at most 253), to be sent as often as one likes.
+    """The control message that carries *fds* (at most 253); it can be sent several times.
 
     *fds* stay the caller's, and must be open whenever it is sent. Raises: TooManyDescriptors.
     """
@@ -174,8 +174,8 @@ def peek(sock: socket.socket, size: int, flags: int = 0) -> tuple[bytes, list[in
 
     Blocks as recvmsg(2) does until there is a byte. Consume the bytes afterwards with a plain
     recv(): without a control buffer the kernel drops its own references. The caller owns the
-    descriptors, bare numbers for who has no use for a Descriptor: to be closed, or owned, at once.
-    An end of stream gives no bytes and none.
+    descriptors, which are bare numbers: close or own each at once. An end of stream gives no bytes
+    and none.
 
     Raises: DescriptorLimit (EMFILE): nothing is consumed, peek again when descriptors are free.
     """
@@ -201,7 +201,7 @@ def peek_descriptors(sock: socket.socket, count: int) -> list[Descriptor]:
 def own(control: Control) -> list[Descriptor]:
     """A Descriptor for every int of every SCM_RIGHTS message in *control*. Cannot raise.
 
-    A pidfd that came along (SO_PASSPIDFD) is closed: only `recv_fds` hands it out.
+    A pidfd that came with it (SO_PASSPIDFD) is closed: only `recv_fds` returns it.
     """
     if len(control) == 1 and _CLOEXEC:
         level, kind, data = control[0]
@@ -248,7 +248,7 @@ def _split(control: Control) -> tuple[list[Descriptor], Descriptor | None]:
 
 
 def _dropped(descriptors: list[Descriptor], control: Control, room: int) -> FdshareError:
-    """Closes what fitted; the error that says why the rest did not."""
+    """The error that says why descriptors are missing. Closes those that fitted."""
     received = len(descriptors)
     close_all(descriptors)
     sizes = [len(data) for _, _, data in control]
@@ -301,10 +301,10 @@ def send_fds(
     """Send *data* whole, with copies of *fds* (at most 253) and the sender's credentials.
 
     *credentials* may be True (pid, effective uid and gid of this process) or, for privileged
-    senders, whose to claim. *address* is where to, on a datagram socket that is not connected. The
-    descriptors go with the first byte; the rest of a long stream message follows in further writes,
-    for which this waits even on a non-blocking socket. *fds* are borrowed for the call: it is safe
-    to close them after it.
+    senders, those to claim. *address* is the destination, on a datagram socket that is not
+    connected. The descriptors go with the first byte; the rest of a long stream message follows in
+    further writes, for which this waits even on a non-blocking socket. *fds* are borrowed for the
+    call: it is safe to close them after it.
 
     Raises:
         InvalidArgument: no data; a claimed pid that does not exist.
@@ -315,7 +315,7 @@ def send_fds(
     """
     numbers = [borrow(fd) for fd in fds]
     if not data:
-        raise InvalidArgument("data", "at least one byte must go along, or nothing is delivered")
+        raise InvalidArgument("data", "it is empty; descriptors are delivered with a byte only")
     if len(numbers) > MAX_DESCRIPTORS:
         raise TooManyDescriptors(len(numbers), MAX_DESCRIPTORS)
     control: list[tuple[int, int, Bytes | array.array[int]]] = []
@@ -343,14 +343,14 @@ def _send_rest(sock: socket.socket, rest: memoryview) -> None:
 
 
 def _send_failure(error: OSError, fds: Sequence[int], claimed: Credentials | None) -> OSError:
-    """*error* of sendmsg(2), in words where there are better ones."""
+    """The error to raise for *error* of sendmsg(2): a FdshareError where one fits."""
     if error.errno == errno.ETOOMANYREFS:
         return descriptor_limit(error.errno, "sender")
     if error.errno == errno.EPERM and claimed is not None:
         return creds.refused(claimed)
     if error.errno == errno.EPERM and fds:
         return AccessDenied(
-            "send", "descriptors", os.geteuid(), "the receiving socket takes none (SO_PASSRIGHTS)"
+            "send", "descriptors", os.geteuid(), "the receiving socket refuses them (SO_PASSRIGHTS)"
         )
     if error.errno == errno.ESRCH and claimed is not None:
         raise InvalidArgument("credentials", f"no process has the pid {claimed.pid}") from None
@@ -381,17 +381,17 @@ def recv_fds(
 ) -> Received:
     """The next at most *max_bytes* of *sock* and the at most *max_fds* descriptors with them.
 
-    With *expect*, the data must begin so. *lossless* looks before it takes, so that at the limit
-    of open descriptors nothing is lost: it needs one more system call, and that no other thread or
-    process reads from the same socket. Without it the message is gone when DescriptorLimit is
-    raised. The caller owns the result.
+    With *expect*, the data must begin with it. With *lossless* it peeks before it reads, so that at
+    the limit of open descriptors nothing is lost: that costs one system call more, and no other
+    thread or process may read from the socket. Without it the message is lost when DescriptorLimit
+    is raised. The caller owns the result.
 
     Raises:
         DescriptorLimit: this process has no descriptors free; the message is still there.
         TooManyDescriptors: more than *max_fds* came, and all were closed; `count` says how many.
-        MagicMismatch: not what was *expect*ed; the descriptors were closed.
-        ServerGone: the stream ended, where something was *expect*ed.
-        ProtocolError: credentials that are no credentials. OSError of recvmsg(2), TimeoutError,
+        MagicMismatch: the data do not begin with *expect*; the descriptors were closed.
+        ServerGone: the stream ended before *expect*.
+        ProtocolError: credentials that cannot be read. OSError of recvmsg(2), TimeoutError,
         BlockingIOError.
     """
     if max_bytes < 1:
@@ -430,12 +430,12 @@ def receive(sock: socket.socket, max_bytes: int, room: int = _ROOM, flags: int =
 
 
 def _receive_looking(sock: socket.socket, max_bytes: int) -> Received:
-    """As `receive`, but a message whose descriptors find no place stays unread."""
+    """As `receive`, but where no descriptor is free the message stays unread."""
     seen = receive(sock, max_bytes + 1, _ROOM, socket.MSG_PEEK)
     stream = sock.type == socket.SOCK_STREAM
     if len(seen.data) > max_bytes and stream:
-        # Descriptors of this peek may belong to the bytes beyond max_bytes. There was a place for
-        # them a moment ago, so what the real read brings will find one.
+        # Descriptors of this peek may belong to the bytes beyond max_bytes. So many were free a
+        # moment ago, so the real read will have enough.
         seen.close()
         return receive(sock, max_bytes)
     try:
@@ -451,7 +451,7 @@ def _receive_looking(sock: socket.socket, max_bytes: int) -> Received:
 
 
 def _credentials(control: Control) -> Credentials | None:
-    """The last credentials among *control*; kinds that nobody knows are passed over."""
+    """The last credentials in *control*; messages of other kinds are ignored."""
     found = None
     for level, kind, data in control:
         if level == socket.SOL_SOCKET and kind in creds.HERE.control:

@@ -1,7 +1,7 @@
-"""Credentials: who is at the other end of a socket, asked of the kernel and never of the peer.
+"""Credentials: who is at the other end of a socket, as the kernel says and not the peer.
 
-What differs from system to system stands in one table, `PLATFORMS`. Its parsers take bytes, so
-that those of the other systems run in the tests of this one.
+One table, `PLATFORMS`, has what differs between systems. Its parsers take bytes, so that the tests
+of one system run those of all.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ __all__ = [
 class Credentials:
     """pid, uid and gid as the receiving side's namespaces see them.
 
-    pid is 0 where the peer lives in a pid namespace we cannot see, or where the system does not
-    tell; uid and gid are 65534 where its user namespace has no mapping (user_namespaces(7)).
-    `groups` are the supplementary ones, where the kernel tells.
+    pid is 0 where the peer is in a pid namespace that we cannot see, or where the system does not
+    say; uid and gid are 65534 where its user namespace has no mapping (user_namespaces(7)).
+    `groups` are the supplementary ones, where the kernel gives them.
     """
 
     pid: int
@@ -74,14 +74,14 @@ def parse_ucred(data: bytes) -> Credentials:
 
 
 def parse_xucred(data: bytes) -> Credentials:
-    """FreeBSD and macOS: LOCAL_PEERCRED; the pid is 0 where the structure has none.
+    """FreeBSD and macOS: LOCAL_PEERCRED; the pid is 0 where the structure has no pid.
 
     Raises: ProtocolError: truncated, or of another version.
     """
     _whole(data, _XUCRED.size, "struct xucred")
     version, uid, count, *groups = _XUCRED.unpack_from(data)
     if version != _XUCRED_VERSION:
-        raise ProtocolError(f"struct xucred has version {version}, known is {_XUCRED_VERSION}")
+        raise ProtocolError(f"struct xucred has version {version}, not {_XUCRED_VERSION}")
     pid = _XUCRED_PID.unpack_from(data)[-1] if len(data) >= _XUCRED_PID.size else 0
     # The first group is the effective one.
     groups = groups[: max(0, count)]
@@ -122,7 +122,7 @@ class Platform:
 
     sun_path: int  # sizeof(sockaddr_un.sun_path), <sys/un.h>
     abstract: bool = False  # names without a file
-    # getsockopt(level, option, size) that tells the peer, and how to read it.
+    # getsockopt(level, option, size) that returns the peer, and the parser of it.
     peer: tuple[int, int, int, Parser] | None = None
     peer_pid: tuple[int, int] | None = None  # (level, option) of an int, where `peer` has no pid
     peer_groups: tuple[int, int] | None = None
@@ -172,7 +172,7 @@ PLATFORMS: Final[Mapping[str, Platform]] = {
 
 
 def platform(name: str = sys.platform) -> Platform:
-    """The row of this system ("freebsd14" is "freebsd"); one that offers nothing where unknown."""
+    """The row of this system ("freebsd14" is "freebsd"); for an unknown one a row without any."""
     return PLATFORMS.get(name.rstrip("0123456789."), Platform(sun_path=104))
 
 
@@ -180,19 +180,19 @@ HERE: Final = platform()
 
 
 def own_credentials() -> Credentials:
-    """This process's, as a peer would see them: effective uid and gid."""
+    """The credentials of this process, as a peer sees them: effective uid and gid."""
     return Credentials(os.getpid(), os.geteuid(), os.getegid(), tuple(os.getgroups()))
 
 
 def peer_credentials(sock: socket.socket) -> Credentials:
-    """Who was at the other end when the connection was made, according to the kernel.
+    """The credentials of the other end when the connection was made, as the kernel says.
 
     SO_PEERCRED and SO_PEERGROUPS on Linux, LOCAL_PEERCRED on FreeBSD and macOS. For the socket of
-    a connect(2) that is whoever called listen(2).
+    a connect(2) they are those of the process that called listen(2).
     Raises: UnsupportedPlatform; OSError where *sock* has no peer (ENOTCONN, FreeBSD and macOS).
     """
     if HERE.peer is None:
-        raise UnsupportedPlatform("peer credentials", f"no means known on {sys.platform}")
+        raise UnsupportedPlatform("peer credentials", f"fdshare knows no call on {sys.platform}")
     level, option, size, parse = HERE.peer
     who = parse(sock.getsockopt(level, option, size))
     if HERE.peer_pid is not None:
@@ -203,7 +203,7 @@ def peer_credentials(sock: socket.socket) -> Credentials:
 
 
 def _peer_groups(sock: socket.socket, level: int, option: int) -> tuple[int, ...]:
-    """The peer's supplementary groups; none where the kernel does not tell, or of more than 256."""
+    """The peer's supplementary groups; () where the kernel has none, or more than 256."""
     for size in (256, 1024):  # bytes; socket.getsockopt() accepts no larger buffer
         try:
             raw = sock.getsockopt(level, option, size)
@@ -216,7 +216,7 @@ def _peer_groups(sock: socket.socket, level: int, option: int) -> tuple[int, ...
 
 
 def peer_pidfd(sock: socket.socket) -> Descriptor | None:
-    """A pidfd for the peer, safe against pid reuse; None where the kernel has none to give.
+    """A pidfd for the peer, safe against pid reuse; None where the kernel offers none.
 
     SO_PEERPIDFD, Linux 6.5. The caller owns the result.
     """
@@ -243,7 +243,7 @@ def enable_credentials(sock: socket.socket, on: bool = True) -> None:
 
 
 def control_message(credentials: Credentials | None) -> tuple[int, int, bytes]:
-    """The control message that attaches *credentials*, None being this process's own.
+    """The control message that attaches *credentials*; None means this process's own.
 
     Raises: UnsupportedPlatform.
     """

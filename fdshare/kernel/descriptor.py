@@ -1,12 +1,13 @@
 """Descriptor: owns one open file descriptor and closes it exactly once.
 
-A descriptor number is a promise about somebody else's table: nothing in the integer says who closes
-it. Everything in fdshare that owns one holds a `Descriptor`; everything that only uses one for the
-length of a call takes anything with `fileno()`, or a bare int, and says so.
+Nothing in a descriptor's number says who closes it. So everything in fdshare that owns one has a
+`Descriptor`. What only uses one during a call takes anything with `fileno()`, or a bare int, and
+its docstring says so.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import io
 import os
@@ -40,7 +41,7 @@ def borrow(obj: HasFileno | int) -> int:
     """
     if isinstance(obj, int):
         if isinstance(obj, bool) or obj < 0:
-            raise ClosedDescriptor(f"{obj!r} is no descriptor")
+            raise ClosedDescriptor(f"{obj!r} is not a descriptor")
         return obj
     try:
         fd = obj.fileno()
@@ -61,8 +62,8 @@ class Descriptor:
     """Owns one open descriptor, in one of three states: open, closed, detached.
 
     `Descriptor(fd)` takes over *fd*, which must be open; `Descriptor.dup_of(obj)` makes a copy and
-    leaves *obj* alone. Dropped without close(), it closes and warns (ResourceWarning). Not safe for
-    one thread to close while another uses: the number could already be somebody else's.
+    does not touch *obj*. One that is dropped without close() is closed with a ResourceWarning. A
+    thread must not close it while another uses it: the number may be another descriptor by then.
     """
 
     __slots__ = ("__weakref__", "_fd")
@@ -80,7 +81,7 @@ class Descriptor:
         try:
             return cls(fcntl.fcntl(borrow(obj), fcntl.F_DUPFD_CLOEXEC, 0))
         except OSError as error:
-            if error.errno == 9:  # EBADF
+            if error.errno == errno.EBADF:
                 raise ClosedDescriptor(f"descriptor {borrow(obj)} is not open") from None
             raise
 
@@ -97,17 +98,18 @@ class Descriptor:
         return self._fd < 0
 
     def close(self) -> None:
-        """Close it; does nothing where it is closed or detached already."""
+        """Closes it; does nothing if it is closed or detached."""
         fd, self._fd = self._fd, _CLOSED
         if fd >= 0:
-            # close(2) on Linux frees the number whatever it returns; a retry could hit another's.
+            # close(2) on Linux frees the number whatever it returns: a second try could close
+            # another descriptor.
             os.close(fd)
 
     def detach(self) -> int:
-        """The number, of which the caller is now the owner; this object is done."""
+        """The number, which the caller owns now; this object is detached."""
         fd = self._fd
         if fd < 0:
-            return self.fileno()  # which says in which way it is gone
+            return self.fileno()  # raises, and says which of both it is
         self._fd = _DETACHED
         return fd
 
@@ -125,10 +127,10 @@ class Descriptor:
         return file
 
     def socket(self) -> socket.socket:
-        """A socket that takes the descriptor over; family, type and protocol asked of the kernel.
+        """A socket that takes the descriptor over; the kernel says its family, type and protocol.
 
-        The caller owns the result; this object is detached, unless the descriptor is no socket
-        (OSError ENOTSOCK).
+        The caller owns the result; this object is detached. Raises: OSError ENOTSOCK: it is not a
+        socket, and is still this object's.
         """
         sock = socket.socket(fileno=self.fileno())
         self._fd = _DETACHED
@@ -145,14 +147,14 @@ class Descriptor:
         return f"<Descriptor {state}>"
 
     def __reduce__(self) -> str:
-        # The number means nothing in another process; the reducers of fdshare.mp carry the thing.
+        # The number means nothing in another process; the reducers of fdshare.mp send a copy.
         raise TypeError(
             "a Descriptor cannot be pickled by itself: call fdshare.install(), or send it through "
             "a channel of fdshare.get_context()"
         )
 
     def __del__(self) -> None:
-        # Not getattr: half of all descriptors die detached, and this runs for each.
+        # Not getattr, which is slower: this runs for each descriptor, detached ones too.
         try:
             fd = self._fd
         except AttributeError:  # __init__ was never reached

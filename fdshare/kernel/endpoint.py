@@ -1,8 +1,8 @@
 """Endpoints with a name: listen, connect and datagram sockets on a path, and unnamed pairs.
 
-`listen` tells apart what bind(2) throws together as "Address already in use": a live server (its
-pid), a dead one's socket (removed and taken), or something that is no socket (never touched).
-claim.py has the rules.
+Where bind(2) says "Address already in use", `listen` says what is there: a live server (its pid), a
+dead one's socket (which it replaces), or a file that is not a socket (which it never touches).
+path_lock.py has the rules.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ BACKLOG: Final = 1024  # the kernel cuts it to net.core.somaxconn
 _FIRST_WAIT: Final = 0.001  # seconds between tries on a full backlog, doubled each time ...
 _LONGEST_WAIT: Final = 0.05  # ... up to this
 
-# umask(2) belongs to the process: two binds at once would restore each other's.
+# The process has one umask(2): of two binds at once, each would restore the other's.
 _umask_lock = threading.Lock()
 
 
@@ -80,7 +80,9 @@ class Listener:
         Raises: EndpointError: *sock* is not a listening UNIX socket; it is still the caller's.
         """
         if sock.family != socket.AF_UNIX:
-            raise EndpointError(str(sock.getsockname()), "it is no UNIX socket", errno.EAFNOSUPPORT)
+            raise EndpointError(
+                str(sock.getsockname()), "it is not a UNIX socket", errno.EAFNOSUPPORT
+            )
         name = sock.getsockname()
         address = "@" + os.fsdecode(name[1:]) if isinstance(name, bytes) else name
         if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
@@ -96,7 +98,7 @@ class Listener:
         return None if self.lock is None else self.lock.fileno()
 
     def accept(self) -> tuple[socket.socket, Credentials]:
-        """The next connection and who made it, according to the kernel.
+        """The next connection and the credentials of who made it, from the kernel.
 
         The caller owns the result. Raises: OSError of accept(2).
         """
@@ -108,12 +110,12 @@ class Listener:
             raise
 
     def detach(self) -> tuple[socket.socket, Descriptor | None]:
-        """The socket and the lock, of which the caller is now the owner; the path stays."""
+        """The socket and the lock, which the caller owns now; the path stays."""
         lock, self.lock, self.inode = self.lock, None, None
         return socket.socket(fileno=self.socket.detach()), lock
 
     def close(self) -> None:
-        """Remove the path if it is still ours, close the socket, let the lock go."""
+        """Removes the path if it is still ours, closes the socket, releases the lock."""
         try:
             # Before the socket closes: until then its inode's number cannot be used again.
             if self.inode is not None and self._pid == os.getpid():
@@ -145,13 +147,13 @@ def listen(
 ) -> Listener:
     """A socket bound to *path* (a pathname, or `@name`), listening unless it is SOCK_DGRAM.
 
-    A dead server's socket on the path is replaced, unless *reclaim* is false. *mode* is the file's
-    from its first moment on. Without *locked* there is no PATH.lock, which only *reclaim* needs.
-    The caller owns the result.
+    A dead server's socket on the path is replaced, unless *reclaim* is false. *mode* is that of the
+    file from its first moment on. Without *locked* there is no PATH.lock, which only *reclaim*
+    needs. The caller owns the result.
 
     Raises:
-        AddressInUse: a live server (`pid`), a stale socket and no *reclaim*, or no socket at all.
-        EndpointError: the folder is missing, not writable, no directory; the lock is another's.
+        AddressInUse: a live server (`pid`), a stale socket and no *reclaim*, or another file.
+        EndpointError: the folder is missing, not writable or not a directory; another user's lock.
     """
     address = absolute(path)
     sock = socket.socket(socket.AF_UNIX, kind)
@@ -197,18 +199,18 @@ def connect(
 ) -> socket.socket:
     """A blocking socket connected to the server at *path* (a pathname, or `@name`).
 
-    A full backlog is waited for, at most *timeout* seconds (None: without limit; 0: not at all).
+    It waits while the backlog is full, at most *timeout* seconds (None: without limit).
     The caller owns the result.
 
     Raises:
-        NoServer: nothing there, or its server died.
+        NoServer: nothing is there, or its server died.
         ServerTimeout: the backlog stayed full.
         EndpointError: not a socket, no permission, a socket of another type.
     """
     address = absolute(path)
     sock = socket.socket(socket.AF_UNIX, kind)
     try:
-        # Not blocking: Python takes a blocking connect that a signal interrupted for done.
+        # Not blocking: a blocking connect that a signal interrupts returns to Python as if done.
         sock.setblocking(False)
         with sockaddr(address, exists=True) as name:
             _connect_within(sock, address, name, timeout)
@@ -241,7 +243,7 @@ def serv_listen(path: Address) -> Listener:
 
 
 def serv_accept(listener: Listener) -> tuple[socket.socket, Credentials]:
-    """The next connection, and who made it, as the kernel says and not the client.
+    """The next connection, and the credentials of who made it, from the kernel.
 
     The caller owns the result.
     """
@@ -272,7 +274,7 @@ def _start(sock: socket.socket, backlog: int) -> None:
 
 
 def _bind(address: str, sock: socket.socket, mode: int) -> Inode:
-    """Bind, with *mode* right from the start; the new inode."""
+    """The inode of the path that *sock* is bound to, with *mode* from its first moment on."""
     try:
         with sockaddr(address, exists=False) as name:
             if sys.platform == "linux":
@@ -283,21 +285,21 @@ def _bind(address: str, sock: socket.socket, mode: int) -> Inode:
     except OSError as error:
         if isinstance(error, EndpointError):
             raise
-        if error.errno == errno.EADDRINUSE:  # somebody who takes no lock was faster
+        if error.errno == errno.EADDRINUSE:  # another process, which uses no lock, was faster
             raise live(address, sock.type) from None
         raise trouble(address, error) from None
     return info.st_dev, info.st_ino
 
 
 def _bind_linux(sock: socket.socket, name: bytes, mode: int) -> None:
-    """Bind with at most *mode*, then give back what the umask took.
+    """Binds with at most *mode*, then sets the bits that the umask removed.
 
     unix_bind_bsd() (net/unix/af_unix.c) starts from the mode of the socket's own inode, so the
     umask, which other threads use at the same moment, need not be touched to narrow it.
     """
     os.fchmod(sock.fileno(), mode)
     sock.bind(name)
-    # A descriptor of the inode, not its name: between the two somebody could swap the name.
+    # A descriptor of the inode, not its name, which somebody could replace in between.
     inode = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         info = os.fstat(inode)
@@ -335,10 +337,10 @@ def _connect_within(sock: socket.socket, address: str, name: bytes, timeout: flo
 
 
 def _unreachable(address: str, error: OSError) -> EndpointError:
-    """What a failed connect means."""
+    """The error for a connect(2) that failed."""
     code = error.errno or errno.EIO
     if is_abstract(address) and code == errno.ECONNREFUSED:
-        return NoServer(address, "nobody listens on that abstract name", code)
+        return NoServer(address, "no process listens on that abstract name", code)
     try:
         found = os.lstat(address)
     except OSError:

@@ -6,8 +6,8 @@ so that either end may be that program::
     any bytes, for people | NUL | status
 
 Status 0: a descriptor rides along. 1 to 255: refused, and the bytes before the NUL say why. The
-bytes of a refusal hold no NUL, and nothing follows the status until the other side has spoken, or
-one reads exactly as far as the status (as `recv_fd` does).
+bytes of a refusal have no NUL. Nothing follows the status until the other side has answered, or the
+reader reads exactly up to the status, as `recv_fd` does.
 """
 
 from __future__ import annotations

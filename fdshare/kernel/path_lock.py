@@ -1,10 +1,9 @@
-"""Who has a socket's path: the lock beside it, the probe of what stands there, the removal.
+"""The path of a socket: the lock beside it, the probe of what is there, the removal of a stale one.
 
-bind(2) says "Address already in use" of a live server, of a socket that a dead one left behind and
-of any other file. Telling them apart, and taking a stale one, is a race between processes that
-start at the same moment; flock(2) on PATH.lock decides it. The lock is held as long as the listener
-lives and its file is never unlinked: the lock of an unlinked file excludes nobody who opens the
-path anew.
+bind(2) says "Address already in use" of a live server, of a socket that a dead one left and of any
+other file. Processes that start at the same moment race to tell these apart and to replace a stale
+one; flock(2) on PATH.lock decides. The listener keeps the lock for its whole life, and nobody
+unlinks the file: the lock of an unlinked file does not exclude a process that opens the path anew.
 """
 
 from __future__ import annotations
@@ -24,14 +23,17 @@ from fdshare.kernel.unix_address import file_type, sockaddr, trouble
 
 __all__ = ["Inode", "clear", "live", "lock", "refuse_other_files", "remove"]
 
-_STARTING: Final = 1.0  # seconds that a lock's holder gets to listen, so that we can tell its pid
+_STARTING: Final = 1.0  # seconds for the owner of a lock to listen, so that we can say its pid
 _PAUSE: Final = 0.02  # seconds between looks
 
 Inode: TypeAlias = tuple[int, int]  # st_dev, st_ino
 
 
 def lock(address: str) -> Descriptor:
-    """PATH.lock, opened and locked. The lock lasts as long as any copy of the descriptor."""
+    """PATH.lock, open and locked. The lock lasts as long as any copy of the descriptor.
+
+    The caller owns the result. Raises: AddressInUse, EndpointError.
+    """
     path = address + ".lock"
     # O_NOFOLLOW, and the owner below: in a shared folder the name could be anybody's.
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
@@ -57,14 +59,14 @@ def lock(address: str) -> Descriptor:
 
 
 def _flock(address: str, held: Descriptor) -> None:
-    """Take the lock; where another has it, say who listens."""
+    """Takes the lock. Raises: AddressInUse, with the pid that listens."""
     deadline = time.monotonic() + _STARTING
     while True:
         try:
             fcntl.flock(held.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
             return
         except BlockingIOError:
-            # The holder may be between its lock and its listen(), or between its close and its end.
+            # Its owner may be between lock and listen(), or between close and its end.
             if time.monotonic() > deadline or _listening_pid(address, socket.SOCK_STREAM):
                 raise live(address, socket.SOCK_STREAM) from None
         time.sleep(_PAUSE)
@@ -76,7 +78,10 @@ def _not_our_lock(address: str, why: str) -> EndpointError:
 
 
 def refuse_other_files(address: str) -> os.stat_result | None:
-    """The lstat of the socket on the path, or None where there is nothing."""
+    """The lstat of the socket on the path, None where nothing is there.
+
+    Raises: AddressInUse: it is another file.
+    """
     try:
         found = os.lstat(address)
     except FileNotFoundError:
@@ -86,14 +91,14 @@ def refuse_other_files(address: str) -> os.stat_result | None:
     if not stat.S_ISSOCK(found.st_mode):
         raise AddressInUse(
             address,
-            f"it is {file_type(found.st_mode)}, not a socket, and is left alone; "
+            f"it is {file_type(found.st_mode)}, not a socket, and stays; "
             "choose another path or move it away",
         )
     return found
 
 
 def clear(address: str, kind: int, reclaim: bool) -> None:
-    """Make the path free, or raise AddressInUse. The caller holds the lock, if there is one."""
+    """Makes the path free. The caller has the lock, if there is one. Raises: AddressInUse."""
     found = refuse_other_files(address)
     if found is None:
         return
@@ -123,16 +128,16 @@ def _alive(address: str, kind: int) -> bool:
 
 
 def live(address: str, kind: int) -> AddressInUse:
-    """The error that names the live server's pid, where the kernel tells it."""
-    pid = _listening_pid(address, kind) or _lock_holder(address)
+    """The error that says that a live server has the path, and its pid where it is known."""
+    pid = _listening_pid(address, kind) or _lock_owner(address)
     who = "another process has it open" if pid is None else f"a live server, pid {pid}"
     return AddressInUse(address, f"{who}; stop that one, or choose another path", pid)
 
 
 def _listening_pid(address: str, kind: int) -> int | None:
-    """The pid that listens: SO_PEERCRED of a listener is whoever called listen(2).
+    """The pid that listens: SO_PEERCRED of a listener is the process that called listen(2).
 
-    None: nobody, a full backlog, a datagram socket, or a process outside our pid namespace.
+    None: no process, a full backlog, a datagram socket, or a process outside our pid namespace.
     """
     with socket.socket(socket.AF_UNIX, kind) as probe:
         probe.setblocking(False)
@@ -144,8 +149,8 @@ def _listening_pid(address: str, kind: int) -> int | None:
             return None
 
 
-def _lock_holder(address: str) -> int | None:
-    """The pid that locked PATH.lock, while it lives and where /proc/locks tells it (Linux)."""
+def _lock_owner(address: str) -> int | None:
+    """The pid that locked PATH.lock, while it lives and where /proc/locks has it (Linux)."""
     try:
         inode = os.stat(address + ".lock").st_ino
         with open("/proc/locks") as table:
@@ -161,7 +166,7 @@ def _lock_holder(address: str) -> int | None:
 
 
 def remove(address: str, inode: Inode) -> None:
-    """Unlink the path if it is still that inode."""
+    """Unlinks the path if it is still that inode."""
     try:
         info = os.lstat(address)
         if (info.st_dev, info.st_ino) == inode:

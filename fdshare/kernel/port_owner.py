@@ -1,4 +1,4 @@
-"""Who has a TCP or UDP port: what /proc tells, for an error message that names somebody."""
+"""The process that has a TCP or UDP port, from /proc, so that an error message can say its pid."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Final, Literal, NamedTuple
 
 __all__ = ["PortOwner", "port_owner"]
 
-# Seconds. Naming the pid means to look through every process's descriptors; past this it is left.
+# Seconds. To find the pid is to look through the descriptors of every process; it ends after this.
 _PATIENCE: Final = 0.05
 # <net/tcp_states.h>, as /proc/net/tcp and /proc/net/udp print them.
 _LISTEN: Final = "0A"
@@ -20,15 +20,17 @@ _ANY: Final = ("0.0.0.0", "::")
 
 
 class PortOwner(NamedTuple):
-    """*pid* is None where it was not found: another user's process, or too many to look at."""
+    """*pid* is None where it was not found: another user's process, or too many processes."""
 
     uid: int
     pid: int | None
 
 
 def port_owner(protocol: Literal["tcp", "udp"], host: str, port: int) -> PortOwner | None:
-    """Whose socket stands in the way of a bind(2) to *host* and *port*; None where /proc does not
-    tell. Takes at most a twentieth of a second more than reading /proc/net. proc_net(5)."""
+    """Whose socket prevents a bind(2) to *host* and *port*; None where /proc does not say.
+
+    Takes at most a twentieth of a second more than reading /proc/net. proc_net(5).
+    """
     for family in ("", "6"):
         try:
             with open(f"/proc/net/{protocol}{family}") as table:

@@ -1,9 +1,9 @@
-"""SharedMemory: a block of memory that travels as a descriptor, on memfd_create(2) and its seals.
+"""SharedMemory: memory that is sent as a descriptor, made with memfd_create(2) and its seals.
 
-Its size is sealed from the start: nobody can shrink it under a reader, whose access would then end
-in SIGBUS. `seal()` takes the right to write away as well, from everybody and for ever. Seals belong
-to the memory and not to the descriptor (fcntl(2), "File Sealing"), so a receiver need not trust the
-sender: it asks the kernel before it maps anything.
+Its size is sealed from the start: nobody can shrink it while others read it, which would end them
+with SIGBUS. After `seal()` nobody can write to it any more. Seals belong to the memory and not to
+the descriptor (fcntl(2), "File Sealing"), so a receiver need not trust the sender: it asks the
+kernel before it maps anything.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = ["ArrayPlace", "SharedMemory", "array_place", "is_sealed", "shared_cop
 
 # <linux/fcntl.h>; Python names F_SEAL_FUTURE_WRITE (Linux 5.1) from 3.14 on.
 _FUTURE_WRITE: Final = 0x10
-# <linux/memfd.h>, Linux 6.3: never executable, which some systems ask for (vm.memfd_noexec).
+# <linux/memfd.h>, Linux 6.3: never executable, which vm.memfd_noexec may require.
 _NOEXEC_SEAL: Final = 0x8
 
 
@@ -40,10 +40,10 @@ class SharedMemory:
     Register it, send it through a queue, or pass its descriptor: what arrives is the same memory,
     not a copy. Both sides may write until somebody calls `seal()`; there is no lock in it.
 
-    The memory lives as long as anything refers to it: this object, a view of it, an array in it, in
-    any process, or a name it is registered under. `close()` only gives this object's descriptor
-    back early; views stay valid. The caller owns the result.
-    Raises: UnsupportedPlatform; InvalidArgument; OSError of memfd_create(2) and ftruncate(2).
+    The memory exists as long as anything refers to it: this object, a view of it, an array in it,
+    in any process, or a name it is registered under. `close()` only closes this object's descriptor
+    early; views stay valid. The caller owns the result. Raises: UnsupportedPlatform;
+    InvalidArgument; OSError of memfd_create(2) and ftruncate(2).
     """
 
     __slots__ = ("__weakref__", "_descriptor", "_map", "size")
@@ -97,9 +97,9 @@ class SharedMemory:
         if not seals & fcntl.F_SEAL_SHRINK:
             raise KindMismatch("memory", "it could shrink while it is read: its size is not sealed")
         if sealed and not seals & fcntl.F_SEAL_WRITE:
-            raise KindMismatch("memory", "it was said to be sealed, and somebody can still write")
+            raise KindMismatch("memory", "the kind says sealed, but somebody can still write")
         if access == os.O_WRONLY:
-            raise KindMismatch("memory", "it was opened for writing alone, and cannot be mapped")
+            raise KindMismatch("memory", "it is open for writing only, and cannot be mapped")
         found = os.fstat(fd).st_size
         if size is not None and size != found:
             raise KindMismatch("memory", f"it has {found} bytes, the sender said {size}")
@@ -142,11 +142,11 @@ class SharedMemory:
         return memoryview(self._map)
 
     def seal(self, *, keep_writing: bool = False) -> None:
-        """Nobody can write any more; with *keep_writing* only views that are mapped by now can.
+        """Ends all writing, in every process and for ever.
 
-        For ever, and in every process. Without *keep_writing* no writable view may be left
-        anywhere: release memoryviews and drop arrays of this object first, and seal before others
-        have mapped it. Does nothing where it is sealed.
+        With *keep_writing* the views that are mapped now stay writable. Without it no writable view
+        may be left anywhere: release memoryviews and drop arrays of this object first, and seal
+        before others have mapped it. Does nothing if it is sealed.
         Raises: MemoryBusy: somebody can still write, and nothing has changed.
         """
         if self.sealed:
@@ -181,9 +181,9 @@ class SharedMemory:
     ) -> numpy.ndarray[Any, Any]:
         """A numpy array that lies in this memory: no copy, read-only where `buf` is.
 
-        Without *shape* as many items as fit behind *offset* (bytes). It keeps the memory alive, and
-        can itself be registered or sent. Raises: InvalidArgument: it does not fit, or *dtype* holds
-        Python objects, which are pointers.
+        Without *shape* it has as many items as fit after *offset* (bytes). It keeps the memory
+        alive, and can itself be registered or sent. Raises: InvalidArgument: it does not fit, or
+        *dtype* holds Python objects, which are pointers.
         """
         import numpy
 
@@ -203,7 +203,7 @@ class SharedMemory:
             raise InvalidArgument("shape", f"{shape} of {kind} at {offset}: {error}") from None
 
     def close(self) -> None:
-        """Give the descriptor back; the memory is unmapped when its last view is gone."""
+        """Closes the descriptor; the memory is unmapped when its last view is gone."""
         self._map = None
         self._descriptor.close()
 
@@ -282,7 +282,7 @@ def shared_copy(array: Any) -> numpy.ndarray[Any, Any]:
 
 
 class _QuietDescriptor(Descriptor):
-    """A descriptor that goes quietly with the last thing that refers to it, as memory does."""
+    """A descriptor that is closed, without a warning, when nothing refers to it any more."""
 
     __slots__ = ()
 

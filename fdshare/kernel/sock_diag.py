@@ -1,5 +1,5 @@
-"""What Linux tells of a socket beyond getsockopt(2)'s everyday answers: its accept queue, and which
-inode a UNIX socket was bound to. Everything here is None where the kernel does not say."""
+"""What Linux knows of a socket that getsockopt(2) does not return: its accept queue, and the inode
+that a UNIX socket is bound to. Everything here is None where the kernel does not say."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class TcpState(NamedTuple):
 
 
 def tcp_state(sock: socket.socket) -> TcpState | None:
-    """The state of a TCP socket by TCP_INFO (tcp(7)); None where the system does not tell."""
+    """The state of a TCP socket by TCP_INFO (tcp(7)); None where the system does not say."""
     if sys.platform != "linux":
         return None
     try:

@@ -1,7 +1,7 @@
 """Addresses of UNIX sockets: pathnames, paths longer than `sun_path`, abstract names.
 
-An address is a pathname, or `@name` for a name in Linux's abstract namespace (unix(7)), which no
-file mode guards: whoever can name it can connect to it. A path of which the first character is an
+An address is a pathname, or `@name` for a name in Linux's abstract namespace (unix(7)). An abstract
+name has no file mode: everybody in the network namespace can connect to it. A path that begins with
 @ is written `./@name`.
 """
 
@@ -54,7 +54,7 @@ def absolute(address: Address) -> str:
     if "\0" in text:
         raise EndpointError(
             text,
-            "the address holds a NUL byte; @name is how an abstract one is written",
+            "the address has a NUL byte; write an abstract name as @name",
             errno.EINVAL,
         )
     if not is_abstract(text):
@@ -70,11 +70,11 @@ def absolute(address: Address) -> str:
 
 @contextmanager
 def sockaddr(address: str, *, exists: bool) -> Iterator[bytes]:
-    """What to give bind(2), or connect(2) where the socket *exists*, for an absolute *address*.
+    """The argument of bind(2), or of connect(2) where the socket *exists*, for *address*.
 
     A path longer than `sun_path` goes through a descriptor of its directory, or of the socket
     itself, in /proc/self/fd (Linux); it is open as long as the context.
-    Raises: EndpointError where that cannot help; OSError of open(2).
+    *address* is absolute. Raises: EndpointError: it is too long even so; OSError of open(2).
     """
     raw = os.fsencode(address)
     if is_abstract(address):
@@ -91,7 +91,7 @@ def sockaddr(address: str, *, exists: bool) -> Iterator[bytes]:
             errno.ENAMETOOLONG,
         )
     folder, name = os.path.split(raw)
-    # "/proc/self/fd/" + up to 10 digits + "/": what is left is for the name.
+    # "/proc/self/fd/" + up to 10 digits + "/": the rest is for the name.
     fits = len(name) < SUN_PATH - 25
     if not fits and not exists:
         raise EndpointError(
@@ -115,8 +115,7 @@ def file_type(mode: int) -> str:
 
 
 def trouble(address: str, error: OSError) -> EndpointError:
-    """The EndpointError that says what *error*, from making a file at *address*, means and what to
-    do about it."""
+    """The EndpointError for *error*, from making a file at *address*: its cause and the remedy."""
     folder = os.path.dirname(address)
     code = error.errno or errno.EIO
     if code == errno.ENOENT:
@@ -135,7 +134,7 @@ def trouble(address: str, error: OSError) -> EndpointError:
 
 
 def _who_may_write(folder: str) -> str:
-    """Why uid so-and-so cannot make a file in *folder*."""
+    """Why this user cannot make a file in *folder*."""
     me = f"uid {os.geteuid()}"
     try:
         info = os.stat(folder)

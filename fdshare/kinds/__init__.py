@@ -1,8 +1,8 @@
 """Kinds: a Python object to (Kind, descriptors), and back.
 
 A kind says how to rebuild an object around its descriptors. It is data, a tag and a typed Struct,
-never a pickle: whoever sends one can make us build a socket or a file of the wrong kind, and
-nothing else. The receiver checks the kind against the descriptor all the same.
+never a pickle: the most that a sender can do is to make us build a socket or a file of the wrong
+kind, and the receiver checks the kind against the descriptor.
 
 ===========================================  ==========================================
 shared                                       rebuilt as
@@ -93,7 +93,7 @@ def rebuild(kind: Kind, descriptors: list[Descriptor]) -> Any:
     one of *descriptors* is closed. The caller owns the result.
     """
     if kind.tag == "descriptor" and len(descriptors) == 1:
-        return descriptors[0]  # what came is what was meant
+        return descriptors[0]
     try:
         rebuild_it = _rebuilders.get(kind.tag)
         if rebuild_it is None:
@@ -102,7 +102,7 @@ def rebuild(kind: Kind, descriptors: list[Descriptor]) -> Any:
     except BaseException as error:
         close_all(descriptors)
         if isinstance(error, msgspec.MsgspecError | UnicodeDecodeError):
-            raise KindMismatch(kind.tag, f"its description is not one: {error}") from None
+            raise KindMismatch(kind.tag, f"its description cannot be read: {error}") from None
         raise
 
 
@@ -138,10 +138,10 @@ def in_shared_memory(array: Any) -> bool:
 def register_kind(cls: type, tag: str, describe: UserDescribe, rebuild: UserRebuild) -> None:
     """From now on objects of *cls* and its subclasses are shared under *tag*, in this process.
 
-    `describe(obj)` returns (what msgpack can carry, things with fileno() or numbers), which stay
-    *obj*'s. `rebuild(that, descriptors)` gets the Descriptors and returns the object; the ones it
-    neither keeps, detaches nor closes are its to lose; if it raises, all are closed. The receiver
-    must register the same tag.
+    `describe(obj)` returns (a description that msgpack can carry, the descriptors: things with
+    fileno(), or numbers), which stay *obj*'s. `rebuild(description, descriptors)` gets Descriptors,
+    owns them and returns the object; if it raises, all are closed. The receiver must register the
+    same tag.
 
     Raises: InvalidArgument: the tag is empty, one of fdshare's, or another class's.
     """

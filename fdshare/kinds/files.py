@@ -1,12 +1,12 @@
-"""File objects taken apart and put together again: raw, buffer and text, each around the next.
+"""File objects: each arrives as the same class, at the same position, with the same settings.
 
-An open file shares its offset through the kernel, and nothing else: what Python has read ahead or
-not yet written is in one process's memory. Before a file is shared its writers are flushed, and its
-readers give back what they read ahead, by moving the offset to where the file object says it is.
-What cannot be given back (a pipe has no offset) is `UnreadData`, and the file stays as it was.
+Processes share the offset of an open file through the kernel, and nothing else: what Python has
+read ahead or not yet written is in the memory of one process. So before a file is shared, its
+writers are flushed, and the offset of a reader is moved back to where the file object says it is.
+Where that is not possible (a pipe has no offset) it is `UnreadData`, and the file stays as it was.
 
-CPython tells some of this only sideways; each such way stands in a function of its own here, with
-the versions it was read and tested in (3.11, 3.12, 3.13).
+CPython has no attribute for some of this. Each detour has a function of its own, with the versions
+in which it was read and tested (3.11, 3.12, 3.13).
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def _layer_of(buffer: Any) -> str:
             "Python does not say which two files it is made of; share these, or the socket",
         )
     raise UnsupportedKind(
-        type(buffer).__qualname__, "it is no file of the io module; share the file beneath it"
+        type(buffer).__qualname__, "it is not a file of the io module; share the file below it"
     )
 
 
@@ -150,7 +150,7 @@ def _raw_spec(raw: io.FileIO | socket.SocketIO) -> RawSpec:
     if isinstance(raw, socket.SocketIO):
         # `_sock` is the only way to the timeout; there under that name since 3.0.
         return RawSpec(raw.mode, None, True, raw._sock.gettimeout())  # type: ignore[attr-defined]
-    # An integer name is a number in *this* process; a path stays worth knowing.
+    # An integer name is a number in *this* process; a path means the same in another.
     name: object = getattr(raw, "name", None)
     if isinstance(name, bytes):
         name = os.fsdecode(name)
@@ -202,7 +202,7 @@ def _open_socket_file(spec: RawSpec, descriptor: Descriptor) -> Any:
 
 
 def _settle_buffer(buffer: Any, layer: str) -> None:
-    """Nothing is left in *buffer*: written out, or given back to the kernel."""
+    """Empties *buffer*: writes it out, or moves the offset back."""
     if layer != "reader":
         # For a BufferedRandom this also moves the offset back (bufferedio.c, flush_and_rewind).
         buffer.flush()
@@ -274,7 +274,7 @@ def _rewind_text(text: io.TextIOWrapper) -> str | None:
 def _refuse_unread_text(text: io.TextIOWrapper, buffer: Any) -> None:
     """Raises UnreadData where *text* has decoded more of a pipe than was read from it.
 
-    The characters can only be counted by reading them, so they are served again to the next read.
+    The characters can only be counted by reading them, so the next read gets them again.
     """
     stash = vars(buffer).get("read1")  # of an earlier refusal, not read since
     if stash is None:
@@ -294,7 +294,7 @@ class _DrainedError(Exception):
 
 
 def _drain(text: io.TextIOWrapper, buffer: Any) -> str:
-    """The characters that *text* has decoded and not yet given out; it gives them out now."""
+    """The characters that *text* has decoded and not yet returned; they are read now."""
 
     def stop(_: int = -1) -> bytes:
         raise _DrainedError
@@ -311,7 +311,7 @@ def _drain(text: io.TextIOWrapper, buffer: Any) -> str:
 
 
 class _Stash:
-    """Stands before read1() and read() of *buffer* until the first call, which gets *data*."""
+    """Replaces read1() and read() of *buffer* until the first call, which returns *data*."""
 
     def __init__(self, buffer: Any, data: bytes) -> None:
         self.buffer = buffer
@@ -341,12 +341,12 @@ def _wrap_text(buffer: Any, spec: TextSpec) -> io.TextIOWrapper:
 
 
 def newline_of(text: io.TextIOWrapper) -> str | None:
-    """The *newline* that *text* was made with; None, the default, where CPython does not tell."""
+    """The *newline* that *text* was made with; None, the default, if CPython does not show it."""
     return _newline(text) if _tells_newline() else None
 
 
 def _strings(text: io.TextIOWrapper) -> list[str]:
-    """What a TextIOWrapper shows the collector, in order: encoding, newline?, decoded?, errors."""
+    """The strings that a TextIOWrapper refers to: encoding, newline?, decoded?, errors."""
     return [part for part in gc.get_referents(text) if type(part) is str]
 
 

@@ -1,9 +1,8 @@
-"""The authkey challenge: both sides prove that they have the key, and neither shows it.
+"""The authkey challenge: both sides prove that they have the key, without sending it.
 
-The client's nonce goes with its Hello, the server's with the Welcome. A proof is HMAC-SHA256 over
-the prover's role and both nonces: with the role inside, a challenge sent back to its maker asks for
-another proof than the one it would get. The client proves first, so that nobody without the key
-gets a proof to guess at.
+The client's nonce is in its Hello, the server's in the Welcome. A proof is HMAC-SHA256 over the
+role of its maker and both nonces: because of the role, a proof cannot be reflected to its maker.
+The client proves first, so that nobody without the key gets a proof on which to try keys.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The addresses of `bind`: tcp://HOST:PORT, udp://HOST:PORT, unix:///PATH, unix:@NAME. Pure.
 
-One thing has one spelling, because a policy compares spellings: whatever could be written in two
-ways is refused with the one way to write it, and `localhost` is read as 127.0.0.1.
+Each address has one spelling, because a policy compares spellings. A second spelling is refused
+with a message that says the first; only `localhost` is read as 127.0.0.1.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ _FORMS: Final = "tcp://HOST:PORT, udp://HOST:PORT, unix:///PATH or unix:@NAME"
 
 
 class BindAddress(NamedTuple):
-    """*host* and *port* of tcp and udp; *path* of unix, where a first `@` means an abstract name.
+    """An address: *host* and *port* of tcp and udp; *path* of unix, where a first `@` is abstract.
 
-    str() is the one spelling of it.
+    str() is its one spelling.
     """
 
     scheme: Scheme
@@ -47,12 +47,12 @@ class BindAddress(NamedTuple):
 
 
 def parse_address(text: str) -> BindAddress:
-    """What *text* names.
+    """The address that *text* is.
 
-    HOST is an IPv4 address, an IPv6 address in brackets, or `localhost`; other names are not
-    looked up, since that may block for seconds. PORT 0 lets the kernel choose. A path is absolute;
-    `?mode=0660` behind it is the mode of the socket's file.
-    Raises: InvalidArgument, saying how to write it.
+    HOST is an IPv4 address, an IPv6 address in brackets, or `localhost`; other names are not looked
+    up, because that may block for seconds. With PORT 0 the kernel chooses. A path is absolute;
+    `?mode=0660` after it is the mode of the socket's file.
+    Raises: InvalidArgument, which says how to write it.
     """
     if _CONTROL.search(text):
         raise _bad(text, "it has a control character")
@@ -81,7 +81,7 @@ def _network(text: str, scheme: Scheme, rest: str) -> BindAddress:
     except ValueError:
         raise _bad(
             text,
-            f"{host!r} is no numeric address; names other than localhost are not looked up, "
+            f"{host!r} is not a numeric address; names other than localhost are not looked up, "
             "and all interfaces are 0.0.0.0 or [::]",
         ) from None
 
@@ -90,7 +90,7 @@ def _ipv6(text: str, host: str) -> str:
     try:
         address = ipaddress.IPv6Address(host)
     except ValueError:
-        raise _bad(text, f"{host!r} is no IPv6 address") from None
+        raise _bad(text, f"{host!r} is not an IPv6 address") from None
     if address.ipv4_mapped is not None:
         raise _bad(text, f"write the IPv4 address: {address.ipv4_mapped}")
     if address.scope_id is not None and not address.is_link_local:
@@ -114,7 +114,7 @@ def _unix(text: str, rest: str) -> BindAddress:
     if not rest.startswith("///") or len(path) < 2:
         raise _bad(text, "write unix:///PATH with an absolute path, or unix:@NAME")
     if any(part in ("", ".", "..") for part in path[1:].split("/")):
-        raise _bad(text, "a path without '//', '.', '..' and a slash at its end")
+        raise _bad(text, "write a path without '//', '.', '..' and a slash at its end")
     try:
         path.encode()
     except UnicodeEncodeError:
@@ -123,4 +123,4 @@ def _unix(text: str, rest: str) -> BindAddress:
 
 
 def _bad(text: str, reason: str) -> InvalidArgument:
-    return InvalidArgument("address", f"{text!a} is no address to bind: {reason}")
+    return InvalidArgument("address", f"{text!a} is not an address to bind: {reason}")

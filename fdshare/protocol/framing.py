@@ -17,7 +17,7 @@ header's count decides: bytes and descriptors go into two queues, and a frame wh
 draws its count from the front of the second. A sender must pass all descriptors of a frame with the
 frame's first byte, in one sendmsg(2).
 
-Whoever feeds this automaton gets back what belongs to no frame when it gives up: `drain()`.
+When the automaton stops, `drain()` returns the descriptors that belong to no frame.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 HEADER: Final = struct.Struct(">IHBBI")
-# A thousand names of 255 bytes fit well; a peer cannot make us hold more than this unasked.
+# A thousand names of 255 bytes fit; a peer cannot make us keep more than this for one frame.
 MAX_FRAME: Final = 1 << 20
 MAX_FRAME_DESCRIPTORS: Final = 253  # SCM_MAX_FD
 
@@ -48,7 +48,7 @@ D = TypeVar("D")
 
 
 class Frame(NamedTuple, Generic[D]):
-    """One frame. *lost* says why its descriptors are not here although it announced some."""
+    """One frame. *lost* says why the descriptors that it announced are missing."""
 
     id: int
     body: bytes
@@ -62,10 +62,9 @@ def header(length: int, descriptors: int, id: int) -> bytes:
 
 
 def only_frame(data: bytes | memoryview, descriptors: int) -> int:
-    """The id of the frame that *data* is, no more and no less, with just so many descriptors.
+    """The id of the one frame that *data* is, with exactly so many *descriptors*; else -1.
 
-    The common case, told without taking anything apart; -1 for all others, which are for the
-    automaton. The body is data[HEADER.size:].
+    This is the common case, which needs no automaton. The body is data[HEADER.size:].
     """
     if len(data) < HEADER.size:
         return -1
@@ -90,8 +89,8 @@ class Receiver(Generic[D]):
     def __init__(self, max_frame: int = MAX_FRAME) -> None:
         self._max_frame = max_frame
         self._bytes = bytearray()
-        # What _bytes must hold before looking at it again makes sense: a frame that trickles in
-        # byte by byte costs no more than one that comes whole.
+        # The length that _bytes needs before it is looked at again: a frame that comes byte by byte
+        # costs no more than one that comes whole.
         self._need = HEADER.size
         self._descriptors: deque[D] = deque()
         self._lost: FdshareError | None = None
@@ -106,10 +105,10 @@ class Receiver(Generic[D]):
     ) -> list[Frame[D]]:
         """The frames that *data* completes. Never raises: anything else is a bug.
 
-        *lost* is the reason where the kernel dropped descriptors of this read: the next frame that
-        announced some carries it instead of them. Where the peer broke the framing, `failure` says
-        how; the frames before it are still good, and `drain()` returns what belongs to none. Feed
-        no more then.
+        *lost* is the reason if the kernel dropped descriptors of this read: the next frame that
+        announces some has it instead of them. If the peer broke the framing, `failure` says how;
+        the frames before it are good, and `drain()` returns the descriptors that belong to none.
+        Feed no more then.
         """
         if self.idle and lost is None and self._lost is None:
             id = only_frame(data, len(descriptors))
@@ -137,7 +136,7 @@ class Receiver(Generic[D]):
         self.idle = not self._bytes
         self._check_rest()
         if self.failure is not None and self.idle and frames:
-            # What is left over came with the last one: nobody knows which of them it meant.
+            # The last frame came with too many: nobody knows which of them are its own.
             self._descriptors.extendleft(reversed(frames.pop().descriptors))
         return frames
 
@@ -158,9 +157,11 @@ class Receiver(Generic[D]):
         if reserved:
             raise ProtocolError(f"byte 7 of a header is {reserved}, not 0")
         if length > self._max_frame:
-            raise ProtocolError(f"a frame of {length} bytes, at most {self._max_frame}")
+            raise ProtocolError(
+                f"a frame has {length} bytes, at most {self._max_frame} are allowed"
+            )
         if count > MAX_FRAME_DESCRIPTORS:
-            raise ProtocolError(f"a frame with {count} descriptors, at most 253")
+            raise ProtocolError(f"a frame has {count} descriptors, at most 253 are allowed")
         self._need = HEADER.size + length
         end = at + self._need
         return end if end <= len(view) else None

@@ -8,10 +8,9 @@ __all__ = ["Kind"]
 
 
 class Kind(msgspec.Struct, frozen=True):
-    """*tag* says which rebuild to look up at the receiver, *spec* is that rebuild's own Struct.
+    """*tag* is the name of the rebuild at the receiver, *spec* the encoded Struct for it.
 
-    The rendezvous stores both and reads neither, so a server need not know the kinds of its
-    clients.
+    The server stores both and reads neither, so it need not know the kinds of its clients.
     """
 
     tag: str

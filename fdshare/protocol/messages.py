@@ -1,12 +1,12 @@
 """Every message of the rendezvous, as a typed Struct.
 
-A message is the body of one frame (see `wire`), a msgpack map with its name under "type". The
-request's id is in the frame's header and not in here, so that a reply's body is the same whoever
-asked and need be encoded once. Every request gets exactly one answer under its id, the last
-`more=False` where an answer comes in parts; events come under id 0.
+A message is the body of one frame (framing.py), a msgpack map with its name under "type". The id of
+the request is in the header of the frame and not in here: so the body of a reply is the same for
+every client, and is encoded once. Every request gets one answer under its id; an answer in parts
+ends with the one that has `more=False`. Events have the id 0.
 
-Unknown fields are ignored, missing ones have the default: both sides may be of different releases.
-Times are seconds; ages and time left are relative, for clocks differ.
+Unknown fields are ignored and missing ones have the default, because both sides may be of different
+releases. Times are in seconds; ages and time left are relative, because clocks differ.
 """
 
 from __future__ import annotations
@@ -96,12 +96,12 @@ class Reply(Message, tag=_tag):
     """Server to client."""
 
 
-# The greeting: the first frame each way; the client pipelines its first request behind it.
+# The greeting: the first frame each way. The client sends its first request right after it.
 
 
 class Hello(Request):
-    """*session* is the client's connection id, kept when it reconnects: a request repeated with
-    the same (session, id) is answered from memory. *nonce* only with an authkey."""
+    """*session* is an id of the client, which it keeps when it reconnects: a request repeated with
+    the same (session, id) gets the stored answer. *nonce* only with an authkey."""
 
     magic: str
     version: int
@@ -110,8 +110,8 @@ class Hello(Request):
 
 
 class Welcome(Reply):
-    """*epoch* changes when the server lost its table; *nonce* is not empty where an authkey is
-    asked for."""
+    """*epoch* changes when the server loses its table; *nonce* is empty unless the server has an
+    authkey."""
 
     magic: str
     version: int
@@ -139,8 +139,8 @@ class Proved(Reply):
 
 
 class Register(Request):
-    """The frame's descriptors are the entry's; with lifetime "connection" one more comes last: one
-    end of a socket pair whose other end the client keeps."""
+    """The descriptors of the frame are the entry's. With lifetime "connection" one more comes last:
+    one end of a socket pair, of which the client keeps the other."""
 
     name: str
     kind: Kind
@@ -154,29 +154,29 @@ class Register(Request):
 
 
 class Fetch(Request):
-    """*wait* seconds for the name to appear; None is for ever."""
+    """Waits *wait* seconds for the name to appear, None for ever."""
 
     name: str
     wait: float | None = 0.0
 
 
 class Take(Request):
-    """As Fetch; the entry is leased. The last descriptor of the reply is the lease: one byte
-    written to it confirms, closing it unwritten returns the entry."""
+    """As Fetch, and leases the entry. The last descriptor of the reply is the lease: one byte on it
+    confirms the take; closing it without that returns the entry."""
 
     name: str
     wait: float | None = 0.0
 
 
 class Wait(Request):
-    """Answered by a Registered when the name is there: a Fetch that moves no descriptors."""
+    """Answered by a Registered when the name is there: a Fetch without descriptors."""
 
     name: str
     wait: float | None = None
 
 
 class FetchMany(Request):
-    """Answered for as many of *names*, from the first, as one frame carries: ask for the rest."""
+    """Answered for as many of *names*, from the first, as one frame can carry."""
 
     names: list[str]
 
@@ -219,8 +219,8 @@ class Watch(Request):
 
 
 class Cancel(Request):
-    """The request *target* is answered at once, with a refusal if it still waited. No answer of
-    its own."""
+    """The request *target* is answered at once, with a refusal if it still waits. It has no answer
+    of its own."""
 
     target: int
 
@@ -276,7 +276,7 @@ class Given(Reply):
 
 
 class Item(msgspec.Struct, frozen=True):
-    """One of a GivenMany: *count* of the frame's descriptors are its own, in order."""
+    """One entry of a GivenMany: the next *count* descriptors of the frame are its own."""
 
     name: str
     generation: int
@@ -294,7 +294,7 @@ class NameList(Reply):
 
 
 class Registrant(msgspec.Struct, frozen=True):
-    """Who registered it, as the kernel said when it connected; *command* as /proc said."""
+    """Who registered the entry, as the kernel said when it connected; *command* is from /proc."""
 
     pid: int
     uid: int
@@ -326,7 +326,10 @@ class DescriptorInfo(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class EntryInfo(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What `info` tells of an entry."""
+    """What the server knows of an entry, and the kernel of its descriptors.
+
+    Times are in seconds; *count* is the number of descriptors.
+    """
 
     name: str
     generation: int
@@ -398,7 +401,7 @@ class ServerStats(msgspec.Struct, frozen=True):
     serial: int
     counters: dict[str, int]
     limits: dict[str, float]
-    notes: dict[str, str] = {}  # what an operator should know: why the last upgrade failed ...
+    notes: dict[str, str] = {}  # for the operator: why the last upgrade failed ...
 
 
 class StatsReply(Reply):
@@ -470,16 +473,16 @@ def decode_request(body: bytes) -> AnyRequest:
 
 
 def decode_reply(body: bytes) -> AnyReply:
-    """The reply or event in *body*. Raises: ProtocolError (a server that answers nonsense)."""
+    """The reply or event in *body*. Raises: ProtocolError."""
     try:
         reply: AnyReply = _replies.decode(body)
         return reply
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise ProtocolError(f"its answer cannot be read: {error}") from None
+        raise ProtocolError(f"the answer cannot be read: {error}") from None
 
 
 def refusal(error: FdshareError) -> Refused:
-    """*error* as the message that carries it."""
+    """The message that carries *error*."""
     return Refused(error.code, error.fields, error.message)
 
 

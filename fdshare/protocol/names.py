@@ -1,4 +1,4 @@
-"""The rules for names and metadata, the same on both sides of the wire."""
+"""The rules for names, patterns and metadata, the same for the client and the server."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ __all__ = [
 
 MAX_NAME: Final = 255  # bytes of UTF-8; systemd's limit for a descriptor's name, too
 MAX_METADATA: Final = 4096  # bytes of all keys and values together
-# A record of the server's journal is one message on a SOCK_SEQPACKET socket: everything that a
-# client may put into one has its bound, and together they fit into half of the smallest buffer.
+# A record of the server's journal is one message on a SOCK_SEQPACKET socket. So whatever a client
+# can put into one has a bound, and all of it fits into half of the smallest buffer.
 MAX_KIND: Final = 16384  # bytes of a kind's tag and spec
-MAX_SESSION: Final = 64  # bytes of a client's connection id
+MAX_SESSION: Final = 64  # bytes of a client's session id
 # SCM_MAX_FD is 253; an entry shares its message with a lifeline, and the journal adds its own.
 MAX_ENTRY_DESCRIPTORS: Final = 250
 
@@ -49,12 +49,12 @@ def check_name(name: str) -> str:
     if _CONTROL.search(name):
         raise InvalidName(name, "it has a control character")
     if "/../" in f"/{name}/":
-        raise InvalidName(name, "'..' is no group")
+        raise InvalidName(name, "a part of it is '..'")
     return name
 
 
 def check_metadata(metadata: Mapping[str, str]) -> None:
-    """Raises InvalidArgument unless *metadata* maps str to str, 4 KiB in all."""
+    """Raises InvalidArgument if *metadata* is not str to str, or more than 4 KiB in all."""
     for key, value in metadata.items():
         if not isinstance(key, str) or not isinstance(value, str):
             raise InvalidArgument("metadata", f"str to str only, not {key!r}: {value!r}")
@@ -68,18 +68,18 @@ def check_metadata(metadata: Mapping[str, str]) -> None:
 
 
 def has_wildcards(pattern: str) -> bool:
-    """False where *pattern* matches itself and nothing else."""
+    """False if *pattern* matches itself and nothing else."""
     return any(special in pattern for special in "*?[")
 
 
 def matcher(pattern: str) -> Callable[[str], object]:
-    """A test for names: shell wildcards as in fnmatch(3) without flags, `*` crosses `/`.
+    """A test for names: shell wildcards as in fnmatch(3) without flags; `*` matches `/` too.
 
-    Raises: InvalidArgument: it is longer than any that a name needs.
+    Raises: InvalidArgument: the pattern is too long.
     """
     if pattern == "*":
         return lambda name: True
-    if len(pattern) > _MAX_PATTERN:  # translating one takes time that grows with its square
+    if len(pattern) > _MAX_PATTERN:  # the time to translate it grows with the square
         raise InvalidArgument("pattern", f"{len(pattern)} characters, at most {_MAX_PATTERN}")
     if not has_wildcards(pattern):
         return pattern.__eq__

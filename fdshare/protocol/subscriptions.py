@@ -1,8 +1,8 @@
-"""Subscriptions: who is interested in which names, so that one event costs one look-up a pattern.
+"""Subscriptions: who waits for which names; an event costs one look-up, and one test a pattern.
 
-Thousands wait for a name of their own, and thousands watch the same few patterns: a plain name is
-found in a dictionary, and each pattern with wildcards is tried once, however many share it. The
-server and the asynchronous client both route their events through it.
+Thousands may wait for one name each, and thousands may watch the same few patterns. So a plain name
+is found in a dictionary, and each pattern with wildcards is tested once for all that share it. The
+server and the asynchronous client both use it to route events.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Subscriptions(Generic[S]):
         return bool(self._plain or self._wild)
 
     def add(self, pattern: str, subscriber: S) -> None:
-        """*subscriber* is found for names that match, until it was removed as often as added."""
+        """Finds *subscriber* for names that match, until it is removed as often as it was added."""
         counts = self._counts(pattern)
         counts[subscriber] = counts.get(subscriber, 0) + 1
 
@@ -43,7 +43,7 @@ class Subscriptions(Generic[S]):
             del (self._wild if wild else self._plain)[pattern]
 
     def of(self, *names: str) -> list[S]:
-        """The subscribers of at least one of *names*, each once, in no order that is promised."""
+        """The subscribers of at least one of *names*, each once, in any order."""
         found: dict[S, None] = {}
         for name in names:
             if name in self._plain:

@@ -262,5 +262,5 @@ def test_a_server_that_proves_nothing() -> None:
     with pytest.raises(AuthenticationFailed, match="they differ"):
         refused = m.refusal(AuthenticationFailed("they differ"))
         conversation.check_proof(Answer(0, refused, [], None))
-    with pytest.raises(AuthenticationFailed, match="asks for no authkey"):
+    with pytest.raises(AuthenticationFailed, match="the server has no authkey"):
         authenticated(b"key", nonce=b"")

@@ -260,7 +260,7 @@ def test_a_descriptor_that_was_reopened() -> None:
             memory.buf[0] = 5
             assert reader.buf[0] == 5
         writer = Descriptor(os.open(link, os.O_WRONLY))
-        with writer, pytest.raises(KindMismatch, match="writing alone"):
+        with writer, pytest.raises(KindMismatch, match="writing only"):
             SharedMemory.adopt(writer)
         with Descriptor(os.open(link, os.O_PATH)) as path, pytest.raises(KindMismatch):
             SharedMemory.adopt(path)

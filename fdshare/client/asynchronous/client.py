@@ -1,9 +1,9 @@
 """AsyncClient: the verbs for asyncio and trio, under the names that `Client` gives them.
 
 Many tasks may use one client: their requests are pipelined on one connection (see pipeline.py). A
-verb that is cancelled leaves nothing behind: what arrives for it later is closed, and a take goes
-back to its name. A change (register, unregister, rename) that is cancelled after it was sent
-happens once or not at all; ask, if you need to know.
+verb that is cancelled leaves nothing behind: what arrives for it later is closed, and a take is
+undone. A change (register, unregister, rename) that is cancelled after it was sent happens once or
+not at all: look, if you need to know.
 """
 
 from __future__ import annotations

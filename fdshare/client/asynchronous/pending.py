@@ -1,4 +1,4 @@
-"""What waits on the connection of an asynchronous client: calls, and watches."""
+"""What waits for answers on the connection of an asynchronous client: requests and watches."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["PendingRequest", "Pending", "Subscription", "discard"]
 
 
 class Pending(Protocol):
-    """Something that answers come for, and that a new connection has to be told again."""
+    """A request that waits for answers, and is sent again on a new connection."""
 
     id: int
     exchange: Exchange
@@ -30,7 +30,7 @@ class Pending(Protocol):
         """Takes an answer over; True where it was the last."""
 
     def lost(self) -> None:
-        """The connection is gone; what came in part counts no more."""
+        """The connection ended; parts of an answer that came are dropped."""
 
     def fail(self, error: BaseException) -> None:
         """There will be no answer."""
@@ -89,10 +89,10 @@ class PendingRequest:
 class Subscription:
     """A watch on the connection: it feeds a `WatchState`, whose owner waits for `ready`."""
 
-    def __init__(self, id: int, watching: WatchState, search: Search) -> None:
+    def __init__(self, id: int, state: WatchState, search: Search) -> None:
         self.id = id
-        self.watching = watching
-        self.exchange = Exchange(m.Watch(watching.pattern))
+        self.state = state
+        self.exchange = Exchange(m.Watch(state.pattern))
         self.search = search
         self.sent = False
         self.abandoned = False
@@ -115,8 +115,8 @@ class Subscription:
         discard(answer.descriptors)
         reply = answer.reply
         if type(reply) is m.SnapshotPart:
-            self.watching.snapshot(reply)
-            if self.watching.live:
+            self.state.snapshot(reply)
+            if self.state.live:
                 self.notify()
             return False
         if type(reply) is m.Refused:
@@ -124,11 +124,11 @@ class Subscription:
         return True
 
     def event(self, event: m.Event) -> None:
-        if self.watching.event(event):
+        if self.state.event(event):
             self.notify()
 
     def lost(self) -> None:
-        self.watching.lost()
+        self.state.lost()
 
     def fail(self, error: BaseException) -> None:
         self.error = error
@@ -136,8 +136,8 @@ class Subscription:
 
 
 def discard(descriptors: list[Descriptor]) -> None:
-    """Closes what nobody wants any more."""
+    """Closes descriptors that nobody wants any more."""
     try:
         close_all(descriptors)
     except OSError:
-        pass  # what close(2) has to say about it concerns the one who wrote to it
+        pass  # an error of close(2) concerns the process that wrote to it

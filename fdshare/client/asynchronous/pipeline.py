@@ -1,13 +1,13 @@
 """Pipeline: the requests of all tasks on one connection, the answers routed by their ids.
 
-One task, `run`, owns the connection: it connects when something is asked for, reads without ever
-stopping (a server that finds too many unread descriptors on a connection serves it no more), and
-when the connection ends connects again and repeats what was not answered, under the same ids. The
-tasks that ask only write, and wait to be told.
+One task, `run`, owns the connection. It connects when there is a request, and reads all the time: a
+server stops serving a connection that has too many unread descriptors. When the connection ends, it
+connects again and repeats the requests without an answer, under the same ids. The tasks that make
+requests only write, and wait.
 
-A caller that is cancelled leaves at once. What was not sent yet never is, for its descriptors may
-be closed by then; what was sent is answered all the same, and whatever comes with that answer is
-closed here: so a take goes back, since nobody confirmed it.
+A caller that is cancelled returns at once. A request that was not sent yet is never sent, because
+its descriptors may be closed by then. One that was sent is answered, and the descriptors of the
+answer are closed here; so a take is undone, because nobody confirms it.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _LONGEST_PAUSE: Final = 0.2  # ... up to this
 
 
 class Pipeline:
-    """The connection of one asynchronous client, and everything that waits on it."""
+    """The connection of one asynchronous client, and every request that waits on it."""
 
     def __init__(
         self,
@@ -69,10 +69,10 @@ class Pipeline:
         self._changes = anyio.Semaphore(_MOST_CHANGES)
         self._scope = anyio.CancelScope()
 
-    # For the tasks that ask.
+    # For the tasks that make requests.
 
     async def exchange(self, exchange: Exchange) -> Parts:
-        """The whole answer. Raises: the refusal, ServerTimeout, ServerGone, NoServer ..."""
+        """The whole answer. Raises: the refusal, ServerTimeout, ServerGone, NoServer."""
         delay = exchange.deadline(0.0, self._timeout)
         with anyio.move_on_after(delay):
             if type(exchange.request) in _CHANGES:
@@ -93,22 +93,22 @@ class Pipeline:
             raise call.error
         return call.parts.finish()
 
-    def subscribe(self, watching: WatchState) -> Subscription:
-        """*watching* is fed from now on, with a snapshot first."""
-        subscription = Subscription(self._new_id(), watching, Search(self._reconnect))
-        watching.lost()
+    def subscribe(self, state: WatchState) -> Subscription:
+        """*state* is fed from now on, with a snapshot first."""
+        subscription = Subscription(self._new_id(), state, Search(self._reconnect))
+        state.lost()
         self._pending[subscription.id] = subscription
-        self._watchers.add(watching.pattern, subscription)
+        self._watchers.add(state.pattern, subscription)
         self._send(subscription)
         return subscription
 
     def unsubscribe(self, subscription: Subscription) -> None:
-        """Ends it; at the server too."""
+        """Ends it, at the server too."""
         if self._pending.get(subscription.id) is subscription and not subscription.abandoned:
             self._abandon(subscription)
 
     def close(self) -> None:
-        """Ends `run`; whoever waits gets ClosedDescriptor."""
+        """Ends `run`; every task that waits gets ClosedDescriptor."""
         self._open = False
         self._scope.cancel()
         self._fail_all(ClosedDescriptor("the client is closed"))
@@ -123,12 +123,12 @@ class Pipeline:
         if not self._open:
             raise ClosedDescriptor("the client is closed")
         id = self._conversation.next_id()
-        while id in self._pending:  # after four thousand million others
+        while id in self._pending:  # ids begin again after 2**32
             id = self._conversation.next_id()
         return id
 
     def _send(self, pending: Pending) -> None:
-        """Sends it now, or has `run` do it when there is a connection."""
+        """Sends it now, or leaves it to `run` until there is a connection."""
         transport = self._transport
         if transport is None:
             self._work.set()
@@ -139,7 +139,7 @@ class Pipeline:
         transport.flush()
 
     def _abandon(self, pending: Pending) -> None:
-        """Nobody waits for it any more."""
+        """Drops a request that no task waits for any more."""
         pending.abandoned = True
         if isinstance(pending, PendingRequest):
             pending.discard()
@@ -153,28 +153,28 @@ class Pipeline:
             self._transport.flush()
 
     def _end(self, pending: Pending) -> None:
-        """The last was heard of it."""
+        """Forgets a request after its last answer."""
         del self._pending[pending.id]
         if isinstance(pending, Subscription):
-            self._watchers.remove(pending.watching.pattern, pending)
+            self._watchers.remove(pending.state.pattern, pending)
         elif type(pending.exchange.request) in _CHANGES:
             self._changes.release()
 
     def fail(self, pending: Pending, error: BaseException) -> None:
-        """There will be no answer to it, because of *error*."""
+        """Ends a request with *error*: there will be no answer."""
         if self._pending.get(pending.id) is pending:
             self._end(pending)
             pending.fail(error)
 
     def _fail_all(self, error: BaseException) -> None:
         for pending in list(self._pending.values()):
-            # Each task raises an exception of its own: they put their tracebacks into it.
+            # Each task raises an exception of its own, because raising adds a traceback to it.
             self.fail(pending, copy.copy(error))
 
     # The task that owns the connection.
 
     async def run(self) -> None:
-        """Keeps the connection while there is something to wait for; until `close`."""
+        """Has a connection while any request waits; until `close`."""
         try:
             with self._scope:
                 losses = 0
@@ -186,7 +186,7 @@ class Pipeline:
                     await self._connection()
                     brief = time.monotonic() < began + _LONGEST_PAUSE
                     losses = losses + 1 if self._pending and brief else 0
-                    if losses > 1:  # a server that dies of what we ask is not asked without end
+                    if losses > 1:  # perhaps the server dies of our request: do not spin
                         await anyio.sleep(min(_FIRST_PAUSE * 2**losses, _LONGEST_PAUSE))
         finally:
             self.close()
@@ -211,14 +211,14 @@ class Pipeline:
             if self._conversation.welcome is not None:
                 for pending in self._pending.values():
                     pending.search.answered()
-            self._conversation.hello()  # what was half received belongs to nobody
+            self._conversation.hello()  # drops what was half received
         if isinstance(end, FdshareError):
             self._fail_all(end)
         else:
             self._missed(end)
 
     def _dial(self) -> socket.socket | None:
-        """A connection, or None where the server has to be waited for."""
+        """A connection, or None to try again later."""
         try:
             return self._dialer.dial(0.0)
         except ServerTimeout:  # its backlog is full
@@ -230,7 +230,7 @@ class Pipeline:
             return None
 
     def _missed(self, reason: str) -> None:
-        """The connection ended, or there is none to be had: what waits, waits for the next."""
+        """The connection ended, or cannot be made: what waits, waits for the next one."""
         for pending in list(self._pending.values()):
             pending.sent = False
             pending.lost()
@@ -240,7 +240,10 @@ class Pipeline:
                 self.fail(pending, ServerGone(self._dialer.address, reason))
 
     async def _converse(self, transport: Transport) -> FdshareError | str:
-        """Talks until the connection ends; the error that everybody gets, or why it ended."""
+        """Exchanges frames until the connection ends.
+
+        Returns the error for every task that waits, or the reason why it ended.
+        """
         transport.queue(self._conversation.hello())
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(transport.write)
@@ -286,8 +289,8 @@ class Pipeline:
         return answers
 
     def _dispatch(self, answers: Sequence[Answer]) -> None:
-        """Gives each answer to whom it is for. Raises: why the server shows the door."""
-        door: FdshareError | None = None
+        """Gives each answer to its request. Raises: why the server closes the connection."""
+        reason: FdshareError | None = None
         for answer in answers:
             reply = answer.reply
             if type(reply) is m.Event:
@@ -303,9 +306,9 @@ class Pipeline:
                 if type(reply) is m.Overflowed:
                     self._overflowed()
                 elif type(reply) is m.Refused:
-                    door = m.refusal_error(reply)
-        if door is not None:
-            raise door
+                    reason = m.refusal_error(reply)
+        if reason is not None:
+            raise reason
 
     def _publish(self, event: m.Event) -> None:
         names = (event.name, event.old) if event.old else (event.name,)
@@ -318,4 +321,4 @@ class Pipeline:
     def _overflowed(self) -> None:
         for pending in self._pending.values():
             if isinstance(pending, Subscription):
-                pending.watching.overflowed()
+                pending.state.overflowed()

@@ -1,7 +1,7 @@
 """Transport: one connection of an asynchronous client: frames out, answers in, with descriptors.
 
-Readiness comes from the event loop, the system calls are ours: the loops' own lose descriptors
-where the control data are truncated.
+The event loop only says when the socket is ready; the system calls are ours, because those of the
+loops lose descriptors when control data are truncated.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Transport:
     """One connection: sends at once what the socket takes, and the rest when it is writable."""
 
     def __init__(self, sock: socket.socket, refused: Callable[[Pending, Exception], None]) -> None:
-        """*sock* stays the caller's; *refused* is told what cannot be sent, and why."""
+        """*sock* stays the caller's. *refused* is called with what cannot be sent, and why."""
         sock.setblocking(False)
         self.sock = sock
         self._refused = refused
@@ -77,7 +77,7 @@ class Transport:
                 piece.data, piece.fds = memoryview(piece.data)[sent:], ()
 
     def _not_sent(self, error: Exception) -> None:
-        """The first piece was refused: its descriptors are to blame, or the connection is gone."""
+        """Drops the first piece if its descriptors are the cause, else the connection has ended."""
         piece = self._output[0]
         gone = isinstance(error, (BrokenPipeError, ConnectionResetError))
         if not gone and piece.pending is not None and not piece.pending.sent:
@@ -86,13 +86,13 @@ class Transport:
                 error = ClosedDescriptor(f"one of {list(piece.fds)} is not open")
             self._refused(piece.pending, error)
             return
-        # What the server said before is still there to be read; the reader finds the end of it.
+        # What the server sent before can still be read; the reader finds the end of it.
         self._output.clear()
         if not gone:
             self.sock.shutdown(socket.SHUT_RDWR)
 
     async def write(self) -> None:
-        """Goes on with what the socket did not take at once; until cancelled."""
+        """Sends what the socket did not take at once; until cancelled."""
         while True:
             await self._blocked.wait()
             self._blocked = anyio.Event()

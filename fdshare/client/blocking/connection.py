@@ -76,13 +76,13 @@ class BlockingConnection:
         if self._sock is not None:
             self._sock.close()
             self._sock = None
-            # What was half received belongs to nobody.
-            self._conversation.hello()
+            self._conversation.hello()  # drops what was half received
 
     def persist(self, attempt: Callable[[], T], deadline: float | None, reconnect: float) -> T:
-        """What *attempt* returns while this is open; where the connection ends it is made again,
-        and *attempt* called again. A server that is lost is looked for *reconnect* seconds.
+        """What *attempt* returns while this is open.
 
+        If the connection ends, it is made again and *attempt* called again; a server that is lost
+        is looked for during *reconnect* seconds.
         Raises: ServerGone: it was not found again; NoServer: there never was one; and what
         *attempt* raises.
         """
@@ -148,9 +148,11 @@ class BlockingConnection:
             raise
 
     def fetch(self, name: str, timeout: float | None) -> Parts | None:
-        """The answer to a fetch that was made before, by the shortest way (see fetch_cache.py): one
-        send, one receive, and the answer that was expected. None: go the long way, `exchange`; to
-        ask once more does no harm. Raises: as `exchange`, but not ConnectionLost."""
+        """The answer to a fetch that was made before, in the shortest way (see fetch_cache.py).
+
+        That is one send, one receive, and an answer that need not be decoded. None: use `exchange`;
+        to ask once more does no harm. Raises: as `exchange`, but not ConnectionLost.
+        """
         known, sock = self._cache.get(name), self._sock
         if known is None or sock is None or self._greeting:
             return None
@@ -163,7 +165,7 @@ class BlockingConnection:
                 if sock.send(request) < len(request):
                     raise ConnectionLost("half a request went")
             except OSError:
-                return None  # the long way knows what each of them means
+                return None  # `exchange` knows what each of them means
             read = data, descriptors, lost = self._read(sock, deadline)
             if data.tobytes() == expected and len(descriptors) == known.count and lost is None:
                 return Parts([known.reply], descriptors)
@@ -219,7 +221,7 @@ class BlockingConnection:
             answers = self._receive(sock, deadline)
 
     def _end_unless_refused(self, error: BaseException) -> None:
-        """A refusal leaves the connection in order; after anything else an answer may come late."""
+        """Closes the connection unless *error* is a refusal: an answer could still come later."""
         if not isinstance(error, FdshareError) or isinstance(
             error, (ConnectionError, ServerTimeout)
         ):
@@ -302,8 +304,8 @@ class BlockingConnection:
         """Sets the kernel's timeouts, unless what is set still fits."""
         left = 0.0 if deadline is None else max(deadline - time.monotonic(), 0.001)
         left = min(left, _LONGEST)
-        # Waking too early or a little late is harmless, for the deadline is looked at again then;
-        # a system call for every request is not.
+        # To wake too early or a little late does no harm, because the deadline is checked then. A
+        # system call for each request would cost more.
         if left / 2 <= self._kernel_timeout <= left * 1.5 + 1 and self._kernel_timeout:
             return
         self._kernel_timeout = left or _LONGEST

@@ -119,7 +119,7 @@ def test_what_cannot_be_run(fdshare: Shell, folder: Path) -> None:
     assert "there is no CMD" in fdshare.fails("run", "web", status=2)
     assert "--notify" in fdshare.fails("run", "web", "--detach", "--", "true", status=2)
     assert "nothing is held under 'web'" in fdshare.fails("run", "web", "--", "true")
-    assert "is no address to bind" in fdshare.fails("run", "web=nonsense://1", "--", "true")
+    assert "is not an address to bind" in fdshare.fails("run", "web=nonsense://1", "--", "true")
 
 
 def test_wait_for_a_name_that_another_registers(fdshare: Shell) -> None:

@@ -100,7 +100,7 @@ def test_a_watch_is_ready_with_the_whole_snapshot() -> None:
             assert watch._ready is not None
             assert not watch._ready.is_set()
             assert not watch.answer(answer(m.SnapshotPart(1, {"b": 2})))
-        snapshot = watch.watching.draw()
+        snapshot = watch.state.draw()
         assert isinstance(snapshot, Snapshot)
         assert snapshot.entries == {"a": 1, "b": 2}
 
