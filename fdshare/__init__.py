@@ -133,16 +133,18 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    module = _LAZY.get(name)
-    if module is None:
-        raise AttributeError(f"module 'fdshare' has no attribute {name!r}")
-    from importlib import import_module
+if not TYPE_CHECKING:  # a checker is to refuse a name that is not above
 
-    found = import_module(module)
-    value = found if module == f"fdshare.{name}" else getattr(found, name)
-    globals()[name] = value
-    return value
+    def __getattr__(name: str) -> Any:
+        module = _LAZY.get(name)
+        if module is None:
+            raise AttributeError(f"module 'fdshare' has no attribute {name!r}")
+        from importlib import import_module
+
+        found = import_module(module)
+        value = found if module == f"fdshare.{name}" else getattr(found, name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

@@ -10,10 +10,12 @@ if TYPE_CHECKING:
 __all__ = ["get_context"]
 
 
-def __getattr__(name: str) -> Any:
-    # Not at the top: a child that was sent a socket needs the module that takes it, and no context.
-    if name != "get_context":
-        raise AttributeError(f"module 'fdshare.mp' has no attribute {name!r}")
-    from fdshare.mp.backends import get_context
+if not TYPE_CHECKING:
 
-    return get_context
+    def __getattr__(name: str) -> Any:
+        # Not at the top: a child that was sent a socket needs what takes it, and no context.
+        if name != "get_context":
+            raise AttributeError(f"module 'fdshare.mp' has no attribute {name!r}")
+        from fdshare.mp.backends import get_context
+
+        return get_context
