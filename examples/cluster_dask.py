@@ -26,7 +26,6 @@ import tempfile
 from distributed import Client, LocalCluster, Worker, WorkerPlugin, get_worker
 
 import fdshare
-from fdshare.client.ref import Ref
 
 NUMBERS = 1_000_000
 WORKERS = 2
@@ -37,7 +36,7 @@ class Shared(WorkerPlugin):
 
     name = "shared"
 
-    def __init__(self, data: Ref, listener: Ref) -> None:
+    def __init__(self, data: fdshare.Ref, listener: fdshare.Ref) -> None:
         self.references = data, listener
 
     def setup(self, worker: Worker) -> None:
