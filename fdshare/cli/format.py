@@ -1,4 +1,4 @@
-"""What is held, in the words of a person: ages, sizes, addresses, descriptors, tables, JSON."""
+"""Output: ages, sizes, users and descriptors as text, tables, JSON."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 __all__ = [
     "Column",
     "age",
+    "descriptor_text",
+    "entry_text",
     "plain",
     "print_facts",
     "print_json",
     "print_table",
     "size",
     "user",
-    "what",
-    "whats",
 ]
 
 _MINUTE: Final = 60
@@ -32,7 +32,7 @@ _DAY: Final = 24 * _HOUR
 
 
 def age(seconds: float) -> str:
-    """Two figures are enough: "4s", "3m", "2h", "5d"."""
+    """*seconds* as a short text: "4s", "3m", "2h", "5d"."""
     for unit, letter in ((_DAY, "d"), (_HOUR, "h"), (_MINUTE, "m")):
         if seconds >= unit:
             return f"{seconds / unit:.0f}{letter}"
@@ -40,7 +40,7 @@ def age(seconds: float) -> str:
 
 
 def size(count: int) -> str:
-    """A number of bytes: "512 B", "64 KiB", "1.5 MiB"."""
+    """*count* bytes as text: "512 B", "64 KiB", "1.5 MiB"."""
     amount, unit = float(count), "B"
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if amount < 1024 or unit == "TiB":
@@ -50,7 +50,7 @@ def size(count: int) -> str:
 
 
 def user(uid: int) -> str:
-    """The name of *uid*, or its number where it has none."""
+    """The name of *uid*, or its number if it has no name."""
     import pwd
 
     try:
@@ -62,8 +62,8 @@ def user(uid: int) -> str:
 # Descriptors.
 
 
-def what(info: DescriptorInfo) -> str:
-    """One descriptor in some words: "tcp 0.0.0.0:8080 listening 3/128", "/var/log/x rw @1,204"."""
+def descriptor_text(info: DescriptorInfo) -> str:
+    """One descriptor: "tcp 0.0.0.0:8080 listening 3/128", "/var/log/x rw @1,204"."""
     if info.type == "socket":
         words = _socket(info)
     elif info.type == "memfd":
@@ -99,12 +99,12 @@ def _socket(info: DescriptorInfo) -> str:
     return " ".join(filter(None, words))
 
 
-def whats(entry: EntryInfo) -> str:
+def entry_text(entry: EntryInfo) -> str:
     """The descriptors of an entry: the first, and how many more."""
     if not entry.descriptors:
         return f"{entry.count} descriptors"
     more = len(entry.descriptors) - 1
-    words = what(entry.descriptors[0])
+    words = descriptor_text(entry.descriptors[0])
     return f"{words} and {more} more" if more else words
 
 
@@ -112,7 +112,7 @@ def whats(entry: EntryInfo) -> str:
 
 
 def plain(struct: Any) -> Any:
-    """A Struct as data with every field, also those at their default."""
+    """A Struct as plain data with every field, also those that have the default."""
     import msgspec
 
     if isinstance(struct, msgspec.Struct):
@@ -127,7 +127,7 @@ def plain(struct: Any) -> Any:
 
 
 def print_json(value: Any) -> None:
-    """One line of JSON, flushed, so that a reader gets each as it happens."""
+    """Prints one line of JSON and flushes it, so that a reader gets it at once."""
     import msgspec
 
     print(msgspec.json.encode(plain(value)).decode(), flush=True)
@@ -137,7 +137,7 @@ def print_json(value: Any) -> None:
 
 
 def print_facts(facts: Iterable[tuple[str, str]]) -> None:
-    """One line for each (title, text)."""
+    """Prints one line for each (title, text)."""
     coloured = _coloured()
     for title, text in facts:
         head = f"{title:<14}"
@@ -145,7 +145,7 @@ def print_facts(facts: Iterable[tuple[str, str]]) -> None:
 
 
 class Column(NamedTuple):
-    """*give*: how much it may be shortened where the table is too wide; 0 is not at all."""
+    """One column. *give*: how much it is shortened if the table is too wide; 0 is never."""
 
     title: str
     right: bool = False
@@ -154,7 +154,7 @@ class Column(NamedTuple):
 
 
 def print_table(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> None:
-    """Prints it no wider than the terminal; into a pipe, as wide as it is."""
+    """Prints a table, at most as wide as the terminal; in a pipe it is not shortened."""
     for line in table_lines(columns, rows, _width(), _coloured()):
         print(line)
 
@@ -172,7 +172,7 @@ def _width() -> int | None:
 def table_lines(
     columns: Sequence[Column], rows: Sequence[Sequence[str]], width: int | None, coloured: bool
 ) -> list[str]:
-    """The lines of a table that is at most *width* wide, if its columns can give so much."""
+    """The lines of a table that is at most *width* wide, if its columns can be shortened so far."""
     clean = [[printable(cell) for cell in row] for row in rows]
     widths = [
         max([len(column.title), *(len(row[at]) for row in clean)])
@@ -185,7 +185,7 @@ def table_lines(
 
 
 def _narrow(columns: Sequence[Column], widths: list[int], width: int) -> None:
-    """Takes from the columns that give, the most from the widest."""
+    """Shortens the columns that may be shortened, the widest most."""
     excess = sum(widths) + 2 * (len(widths) - 1) - width
     while excess > 0:
         spare = [
@@ -215,5 +215,5 @@ def _line(
 
 
 def printable(text: str) -> str:
-    """*text* without anything that a terminal obeys: paths and commands are anybody's."""
+    """*text* without control characters for the terminal: any user chooses paths and commands."""
     return text if text.isprintable() else ascii(text)[1:-1]

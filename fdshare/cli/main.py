@@ -1,7 +1,7 @@
-"""The group of all commands, and what becomes of the exceptions that they let through.
+"""The group of all commands, and the exit status for each exception that they raise.
 
-Exit status: 0; 1 refused, or not to be done; 2 usage; 69 no server (EX_UNAVAILABLE, sysexits.h);
-130 interrupted. An error is one line on stderr that says what to do.
+Exit status: 0; 1 refused or failed; 2 usage; 69 no server (EX_UNAVAILABLE, sysexits.h); 130
+interrupted. An error is one line on stderr that says what to do.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ _FAMILIES: Final = {
 
 
 class Commands(click.Group):
-    """Imports the file of a command when it is asked for, so that each starts quickly."""
+    """Imports the module of a command when it is used, so that each starts quickly."""
 
     def list_commands(self, context: click.Context) -> list[str]:
         return list(_FAMILIES)
@@ -75,10 +75,10 @@ class Commands(click.Group):
     "/run/fdshare.sock for root. fdshare COMMAND --help has an example of each.",
 )
 @click.version_option(__version__, prog_name="fdshare")
-@click.option("--path", metavar="PATH", help="Where the server is; for every command.")
+@click.option("--path", metavar="PATH", help="The path of the server; for every command.")
 def commands(path: str | None) -> None:
-    """Share open descriptors between processes: hold a socket, a file or a block of memory under
-    a name, and hand it to whoever may have it.
+    """Share open descriptors between processes: a server holds a socket, a file or a block of
+    memory under a name, and gives it to every process that may have it.
 
     \b
     Example, a port that stays open across deploys:
@@ -90,7 +90,7 @@ def commands(path: str | None) -> None:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Runs one command; the exit status."""
+    """The exit status of one command, which it runs."""
     try:
         status = commands.main(list(arguments), "fdshare", standalone_mode=False)
         sys.stdout.flush()
@@ -106,7 +106,7 @@ def run(arguments: Sequence[str]) -> int:
         _say(error.message)
         return NO_SERVER if isinstance(error, NoServer | ServerGone) else REFUSED
     except BrokenPipeError:
-        # `fdshare watch | head`: nobody reads any more, and the interpreter must not try at exit.
+        # `fdshare watch | head`: nobody reads any more; the interpreter must not write at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return REFUSED
     except OSError as error:

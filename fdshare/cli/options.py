@@ -28,8 +28,10 @@ R = TypeVar("R")
 
 
 def client_at(path: str | None, trust: Iterable[str] = (), timeout: float = 30.0) -> Client:
-    """A Client of the server at *path* (None: the default), not connected yet. *trust*: users
-    beside oneself and root whose server is believed. The caller owns the result."""
+    """A Client of the server at *path* (None: the default), not connected yet.
+
+    *trust*: users whose server is trusted, beside this user and root. The caller owns the result.
+    """
     from fdshare.client.blocking.client import Client
 
     trusted = {0, os.geteuid(), *map(uid_of, trust)}
@@ -37,11 +39,11 @@ def client_at(path: str | None, trust: Iterable[str] = (), timeout: float = 30.0
 
 
 def for_server(command: Callable[..., R]) -> Callable[..., R]:
-    """Gives *command* a Client as its first argument, closed afterwards, and the options for it."""
+    """*command* with a Client as its first argument, closed afterwards, and the options for it."""
 
-    @click.option("--path", metavar="PATH", help="Where the server is. [env: FDSHARE_PATH]")
+    @click.option("--path", metavar="PATH", help="The path of the server. [env: FDSHARE_PATH]")
     @click.option(
-        "--trust", metavar="USER", multiple=True, help="Believe a server of this user, too."
+        "--trust", metavar="USER", multiple=True, help="Trust a server of this user, too."
     )
     @functools.wraps(command)
     def call(*args: Any, path: str | None, trust: tuple[str, ...], **options: Any) -> R:
@@ -52,12 +54,12 @@ def for_server(command: Callable[..., R]) -> Callable[..., R]:
 
 
 def json_option(command: Callable[P, R]) -> Callable[P, R]:
-    """--json, as the argument *as_json*."""
+    """*command* with the option --json, as its argument *as_json*."""
     return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)
 
 
 def name_argument(name: str = "name", **options: Any) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """An argument that the shell completes from the names held."""
+    """An argument that the shell completes from the names that are registered."""
     return click.argument(name, shell_complete=_complete_name, **options)
 
 
@@ -74,7 +76,7 @@ def uid_of(user: str) -> int:
 
 
 def authkey_from_environment() -> bytes | None:
-    """What stands in the file of $FDSHARE_AUTHKEY_FILE, or None. Raises: OSError."""
+    """The content of the file $FDSHARE_AUTHKEY_FILE, or None. Raises: OSError."""
     file = os.environ.get("FDSHARE_AUTHKEY_FILE")
     if not file:
         return None
@@ -85,8 +87,9 @@ def authkey_from_environment() -> bytes | None:
 def _complete_name(
     context: click.Context, parameter: click.Parameter, incomplete: str
 ) -> list[CompletionItem]:
-    """The names that start so; none where the server does not answer at once."""
-    escaped = "".join(f"[{c}]" if c in "*?[" else c for c in incomplete)
+    """The names that start with *incomplete*; none if the server does not answer at once."""
+    from fdshare.protocol.names import literal
+
     with suppress(Exception), client_at(context.params.get("path"), timeout=1.0) as client:
-        return [CompletionItem(name) for name in client.names(f"{escaped}*")]
+        return [CompletionItem(name) for name in client.names(f"{literal(incomplete)}*")]
     return []

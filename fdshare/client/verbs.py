@@ -17,7 +17,7 @@ from fdshare.kernel.descriptor import Descriptor
 from fdshare.kinds import describe, rebuild
 from fdshare.protocol import messages as m
 from fdshare.protocol.framing import MAX_FRAME_DESCRIPTORS
-from fdshare.protocol.names import MAX_ENTRY_DESCRIPTORS, check_metadata, check_name
+from fdshare.protocol.names import MAX_ENTRY_DESCRIPTORS, check_metadata, check_name, literal
 
 T = TypeVar("T")
 R = TypeVar("R", bound=m.Reply)
@@ -212,9 +212,8 @@ def _answers(parts: Parts, cls: type[R]) -> list[R]:
 
 
 def holds(name: str) -> Steps[bool]:
-    """Whether *name* is there; a wildcard in it means itself."""
-    escaped = "".join(f"[{c}]" if c in "*?[" else c for c in name)
-    return bool((yield from names(escaped)))
+    """Whether *name* is registered."""
+    return bool((yield from names(literal(name))))
 
 
 def info(name: str) -> Steps[m.EntryInfo]:

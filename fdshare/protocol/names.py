@@ -18,6 +18,7 @@ __all__ = [
     "check_metadata",
     "check_name",
     "has_wildcards",
+    "literal",
     "matcher",
 ]
 
@@ -70,6 +71,11 @@ def check_metadata(metadata: Mapping[str, str]) -> None:
 def has_wildcards(pattern: str) -> bool:
     """False if *pattern* matches itself and nothing else."""
     return any(special in pattern for special in "*?[")
+
+
+def literal(name: str) -> str:
+    """The pattern that matches *name* and nothing else, also where it has wildcards in it."""
+    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
 
 
 def matcher(pattern: str) -> Callable[[str], object]:

@@ -9,13 +9,13 @@ import pytest
 from fdshare.cli.format import (
     Column,
     age,
+    descriptor_text,
+    entry_text,
     plain,
     print_json,
     printable,
     size,
     table_lines,
-    what,
-    whats,
 )
 from fdshare.protocol.messages import DescriptorInfo, EntryInfo, Registrant, SnapshotPart
 
@@ -65,13 +65,13 @@ UNIX = {"type": "socket", "access": "rw", "family": "unix", "socket_type": "stre
     ],
 )
 def test_what(info: dict[str, object], words: str) -> None:
-    assert what(DescriptorInfo(**info)) == words
+    assert descriptor_text(DescriptorInfo(**info)) == words
 
 
 def test_whats_counts() -> None:
     pipe = DescriptorInfo("pipe", access="r")
     entry = EntryInfo("n", 1, "descriptor", Registrant(1, 0, 0), 0.0, 2, descriptors=[pipe, pipe])
-    assert whats(entry) == "pipe r and 1 more"
+    assert entry_text(entry) == "pipe r and 1 more"
 
 
 COLUMNS = [Column("NAME", give=1), Column("WHAT", give=2), Column("N", right=True)]

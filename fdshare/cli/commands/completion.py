@@ -1,4 +1,4 @@
-"""completion: what a shell needs to complete commands, options and names."""
+"""completion: the script with which a shell completes commands, options and names."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["completion"]
 @click.command(short_help="Print the completion for a shell.")
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> None:
-    """Print the completion for a shell: commands, options, and the names that are held.
+    """Print the completion for a shell: commands, options, and the names that are registered.
 
     \b
     Examples:

@@ -1,4 +1,4 @@
-"""Questions and orders to the server itself: stats, ping, explain, reload, upgrade, stop."""
+"""stats, ping, explain, reload, upgrade, stop: the state of the server, and commands to it."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 __all__ = ["explain", "ping", "reload", "stats", "stop", "upgrade"]
 
 
-@click.command(short_help="Tell how the server is.")
+@click.command(short_help="Show the state of the server.")
 @json_option
 @click.option("--prometheus", is_flag=True, help="Print Prometheus text.")
 @for_server
 def stats(client: Client, as_json: bool, prometheus: bool) -> None:
-    """Tell how the server is: processes, counts, limits.
+    """Show the state of the server: processes, counts, limits.
 
     \b
     Example:
@@ -55,10 +55,10 @@ def stats(client: Client, as_json: bool, prometheus: bool) -> None:
     print_facts(lines.items())
 
 
-@click.command(short_help="Ask the server for a sign of life.")
+@click.command(short_help="Check that the server answers.")
 @for_server
 def ping(client: Client) -> None:
-    """Ask the server for a sign of life; status 69 where there is none.
+    """Check that the server answers; status 69 if there is none.
 
     \b
     Example:
@@ -70,17 +70,17 @@ def ping(client: Client) -> None:
     print(f"{client.address} answered in {milliseconds:.1f} ms")
 
 
-@click.command(short_help="Tell whether a user may, and which rule says so.")
+@click.command(short_help="Show what the policy allows a user, and by which rule.")
 @click.argument("verb")
 @name_argument(default="")
-@click.option("--uid", "--user", "user", metavar="USER", help="Who; without it, yourself.")
-@click.option("--gid", type=int, help="Which group; without it, the user's own.")
+@click.option("--uid", "--user", "user", metavar="USER", help="The user. [default: yourself]")
+@click.option("--gid", type=int, help="The group. [default: the user's own]")
 @json_option
 @for_server
 def explain(
     client: Client, verb: str, name: str, user: str | None, gid: int | None, as_json: bool
 ) -> int:
-    """Tell whether a user may, and the rule that decides. Status 1 where not.
+    """Show whether the policy allows VERB to a user, and the rule that decides. Status 1 if not.
 
     VERB is one of register, fetch, take, unregister, bind, list, info, watch, stats, ping, explain,
     reload, upgrade, shutdown.
@@ -102,7 +102,7 @@ def explain(
 
 
 def _groups_of(uid: int) -> tuple[int, list[int]]:
-    """(main group, supplementary groups) of a user; the uid itself where nobody knows him."""
+    """(main group, supplementary groups) of a user; (the uid, none) if it has no name."""
     import pwd
 
     if uid == os.geteuid():
@@ -114,10 +114,10 @@ def _groups_of(uid: int) -> tuple[int, list[int]]:
     return entry.pw_gid, os.getgrouplist(entry.pw_name, entry.pw_gid)
 
 
-@click.command(short_help="Have the policy file read again.")
+@click.command(short_help="Make the server read its policy file again.")
 @for_server
 def reload(client: Client) -> None:
-    """Have the server read its policy file again; the old one stays where the new one is wrong.
+    """Make the server read its policy file again. If the new one is wrong, the old one stays.
 
     \b
     Example:
@@ -126,12 +126,12 @@ def reload(client: Client) -> None:
     client.reload()
 
 
-@click.command(short_help="Have the code that is installed now take over.")
+@click.command(short_help="Make the server run the code that is installed now.")
 @for_server
 def upgrade(client: Client) -> None:
-    """Have the server run the code that is installed now, with all that it holds.
+    """Make the server run the code that is installed now, with all that it holds.
 
-    The new code is tried first; where it fails, the old one goes on, and this says why.
+    The new code is tried first. If it fails, the old code goes on, and this command says why.
 
     \b
     Example:
@@ -143,7 +143,7 @@ def upgrade(client: Client) -> None:
 @click.command()
 @for_server
 def stop(client: Client) -> None:
-    """End the server, and let go of all that it holds.
+    """End the server, which closes all that it holds.
 
     \b
     Example:

@@ -1,4 +1,4 @@
-"""demo: what fdshare does, played before your eyes."""
+"""demo: shows what fdshare does."""
 
 from __future__ import annotations
 

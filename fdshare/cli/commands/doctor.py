@@ -1,4 +1,4 @@
-"""doctor: what is in the way, and what to do about it."""
+"""doctor: finds what prevents fdshare from working, and says what to do."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _SHORT_QUEUE = 1024  # connections that wait while a new version starts
 
 
 class Finding(NamedTuple):
-    """*advice* is what to do, empty where all is well."""
+    """The result of one check. *advice* is what to do; it is empty if all is well."""
 
     health: Health
     subject: str
@@ -37,12 +37,12 @@ class Finding(NamedTuple):
     advice: str = ""
 
 
-@click.command(short_help="Say what is in the way, and what to do about it.")
-@click.option("--path", metavar="PATH", help="Where the server is. [env: FDSHARE_PATH]")
+@click.command(short_help="Find problems, and say what to do about them.")
+@click.option("--path", metavar="PATH", help="The path of the server. [env: FDSHARE_PATH]")
 @json_option
 def doctor(path: str | None, as_json: bool) -> int:
-    """Look at path, permissions, socket, server, limits and kernel; status 1 where something has
-    to be fixed.
+    """Check path, permissions, socket, server, limits and kernel; status 1 if something must be
+    fixed.
 
     \b
     Example:
@@ -85,7 +85,7 @@ def _versions() -> Finding:
 
 
 def _address(path: str | None) -> tuple[str, str]:
-    """(where the server is, why there)."""
+    """(the path of the server, why it is that path)."""
     from fdshare.client.default_path import default_path
     from fdshare.kernel.unix_address import absolute
 

@@ -1,4 +1,4 @@
-"""register, fetch, take, rm, mv: one entry from a shell."""
+"""register, fetch, take, rm, mv: one entry, from a shell."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import click
 
 from fdshare.cli.format import print_json
 from fdshare.cli.options import for_server, json_option, name_argument
-from fdshare.cli.support.exec import Launch, find_program, with_own_position
+from fdshare.cli.support.exec import Launch, find_program, with_own_offset
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,24 +25,37 @@ __all__ = ["fetch", "mv", "register", "rm", "take"]
 
 @click.command()
 @click.argument("name")
-@click.option("--fd", type=click.IntRange(0), metavar="N", help="A descriptor that was inherited.")
-@click.option("--listen", "address", metavar="ADDRESS", help="A new socket, bound here.")
-@click.option("--open", "file", metavar="FILE", help="A file.")
+@click.option(
+    "--fd", type=click.IntRange(0), metavar="N", help="Register descriptor N, which was inherited."
+)
+@click.option("--listen", "address", metavar="ADDRESS", help="Register a new socket, bound here.")
+@click.option("--open", "file", metavar="FILE", help="Register a file.")
 @click.option("--mode", default="r", show_default=True, help="For --open, as Python's open().")
-@click.option("--memory", metavar="FILE", help="A sealed block of memory with FILE's content.")
-@click.option("--replace", is_flag=True, help="Take the place of what is held.")
-@click.option("--if-generation", type=click.IntRange(0), metavar="N", help="... if it is still N.")
-@click.option("--ttl", type=float, metavar="SECONDS", help="Let it go after so long.")
-@click.option("--grace", type=float, default=0.0, metavar="SECONDS", help="With --hold: longer.")
-@click.option("--drop-on-hangup", is_flag=True, help="Let it go when its peer hangs up.")
-@click.option("--meta", multiple=True, metavar="KEY=VALUE", help="What to remember with it.")
+@click.option("--memory", metavar="FILE", help="Register sealed memory with the content of FILE.")
+@click.option("--replace", is_flag=True, help="Replace what is registered.")
+@click.option(
+    "--if-generation",
+    type=click.IntRange(0),
+    metavar="N",
+    help="Replace it if its generation is still N.",
+)
+@click.option("--ttl", type=float, metavar="SECONDS", help="Remove it after so long.")
+@click.option(
+    "--grace",
+    type=float,
+    default=0.0,
+    metavar="SECONDS",
+    help="With --hold: keep it so much longer.",
+)
+@click.option("--drop-on-hangup", is_flag=True, help="Remove it when its peer hangs up.")
+@click.option("--meta", multiple=True, metavar="KEY=VALUE", help="Metadata to keep with it.")
 @click.option("--hold", is_flag=True, help="Keep it only while this command runs.")
 @json_option
 @for_server
 def register(
     client: Client, name: str, meta: Sequence[str], hold: bool, as_json: bool, **options: Any
 ) -> None:
-    """Have the server hold something under NAME.
+    """Register something under NAME.
 
     ADDRESS is tcp://HOST:PORT, udp://HOST:PORT or unix:///PATH.
 
@@ -84,7 +97,7 @@ def _metadata(words: Sequence[str]) -> dict[str, str]:
 
 @contextmanager
 def _source(options: dict[str, Any]) -> Iterator[Any]:
-    """What to register, closed afterwards if it was made here."""
+    """The object to register, closed afterwards if it was made here."""
     if options["fd"] is not None:
         yield _inherited(options["fd"])
     elif options["address"] is not None:
@@ -121,7 +134,7 @@ def _inherited(number: int) -> Any:
 
 @contextmanager
 def _sealed(file: str) -> Iterator[Any]:
-    """Shared memory with the content of *file* that nobody can change any more."""
+    """Sealed shared memory with the content of *file*."""
     from fdshare.kernel.shared_memory import SharedMemory
 
     with open(file, "rb") as stream:
@@ -134,7 +147,7 @@ def _sealed(file: str) -> Iterator[Any]:
 
 
 def _hold() -> None:
-    """Until SIGINT or SIGTERM, or the reader of our output is gone."""
+    """Waits for SIGINT, SIGTERM or SIGHUP."""
     import signal
 
     ends = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
@@ -142,27 +155,27 @@ def _hold() -> None:
     signal.sigwait(ends)
 
 
-# Out again.
+# To get it back.
 
 
-def _getting(command: Any) -> Any:
+def _fetch_options(command: Any) -> Any:
     for option in (
         click.argument("command", nargs=-1, metavar="[-- CMD...]"),
         name_argument(),
-        click.option("--cat", is_flag=True, help="Copy what is in it to standard output."),
+        click.option("--cat", is_flag=True, help="Copy its content to standard output."),
         click.option(
-            "--wait", type=float, default=0.0, metavar="SECONDS", help="For it to appear."
+            "--wait", type=float, default=0.0, metavar="SECONDS", help="Wait for it to appear."
         ),
     ):
         command = option(command)
     return command
 
 
-@click.command(short_help="Give what is held to a program, or copy from it.")
-@_getting
+@click.command(short_help="Give what is registered to a program, or print its content.")
+@_fetch_options
 @for_server
 def fetch(client: Client, name: str, command: Sequence[str], cat: bool, wait: float) -> None:
-    """Run CMD with what is held under NAME, as `fdshare run` does, or copy from it.
+    """Run CMD with what is registered under NAME, as `fdshare run` does, or print its content.
 
     \b
     Examples:
@@ -173,11 +186,11 @@ def fetch(client: Client, name: str, command: Sequence[str], cat: bool, wait: fl
     _use(name, client.fetch_raw(name, timeout=wait or 0), command, cat)
 
 
-@click.command(short_help="The same, and nobody else gets it.")
-@_getting
+@click.command(short_help="As fetch, and remove the name.")
+@_fetch_options
 @for_server
 def take(client: Client, name: str, command: Sequence[str], cat: bool, wait: float) -> None:
-    """As fetch, and nobody else gets it: NAME is free afterwards.
+    """As fetch, and NAME is removed: no other process gets it.
 
     \b
     Example:
@@ -195,9 +208,9 @@ def _check_use(command: Sequence[str], cat: bool) -> None:
 
 
 def _use(name: str, descriptors: list[Descriptor], command: Sequence[str], cat: bool) -> None:
-    """Takes *descriptors* over."""
+    """Runs *command* with *descriptors*, or prints their content. Takes *descriptors* over."""
     with ExitStack() as stack:
-        descriptors = list(map(with_own_position, descriptors))
+        descriptors = list(map(with_own_offset, descriptors))
         for descriptor in descriptors:
             stack.enter_context(descriptor)
         if cat:
@@ -207,8 +220,10 @@ def _use(name: str, descriptors: list[Descriptor], command: Sequence[str], cat: 
 
 
 def _cat(fd: int) -> None:
-    """Copies to standard output: a file from its beginning, without moving the offset that all
-    its holders share; anything else until its end."""
+    """Copies to standard output: a file from its beginning, anything else until its end.
+
+    The offset of a file, which all processes share that have it, is not moved.
+    """
     import stat
 
     output = sys.stdout.fileno()
@@ -223,10 +238,12 @@ def _cat(fd: int) -> None:
 
 @click.command()
 @name_argument("names", nargs=-1, required=True)
-@click.option("--if-generation", type=click.IntRange(1), metavar="N", help="Only this one.")
+@click.option(
+    "--if-generation", type=click.IntRange(1), metavar="N", help="Remove this generation only."
+)
 @for_server
 def rm(client: Client, names: Sequence[str], if_generation: int | None) -> None:
-    """Have the server let go of NAMES. Who fetched them keeps what he has.
+    """Remove NAMES from the server. A process that fetched them keeps its own.
 
     \b
     Example:

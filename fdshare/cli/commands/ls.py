@@ -1,4 +1,4 @@
-"""ls and info: what is held."""
+"""ls and info: what is registered."""
 
 from __future__ import annotations
 
@@ -6,7 +6,16 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
-from fdshare.cli.format import Column, age, print_facts, print_json, print_table, user, what, whats
+from fdshare.cli.format import (
+    Column,
+    age,
+    descriptor_text,
+    entry_text,
+    print_facts,
+    print_json,
+    print_table,
+    user,
+)
 from fdshare.cli.options import for_server, json_option, name_argument
 
 if TYPE_CHECKING:
@@ -27,11 +36,11 @@ COLUMNS: Final = (
 
 
 def row(entry: EntryInfo) -> list[str]:
-    """The cells of one entry."""
+    """The cells of one entry, for COLUMNS."""
     return [
         entry.name,
         entry.kind,
-        "(taken, not yet confirmed)" if entry.leased else whats(entry),
+        "(taken, not yet confirmed)" if entry.leased else entry_text(entry),
         user(entry.registrant.uid),
         age(entry.age),
         str(entry.fetches),
@@ -44,9 +53,9 @@ def row(entry: EntryInfo) -> list[str]:
 @json_option
 @for_server
 def ls(client: Client, pattern: str, as_json: bool) -> None:
-    """List what is held, as the kernel sees it now.
+    """List what is registered, as the kernel sees it now.
 
-    PATTERN is a shell pattern for names; * crosses /.
+    PATTERN is a shell pattern for names; * matches / too.
 
     \b
     Example:
@@ -64,7 +73,7 @@ def ls(client: Client, pattern: str, as_json: bool) -> None:
 @json_option
 @for_server
 def info(client: Client, name: str, as_json: bool) -> None:
-    """Tell all that is known of one name.
+    """Show all that the server and the kernel know of one name.
 
     \b
     Example:
@@ -91,7 +100,7 @@ def _facts(entry: EntryInfo) -> list[tuple[str, str]]:
         facts.append(("leased", "taken, and not yet confirmed"))
     facts += [("metadata", f"{key}={value}") for key, value in sorted(entry.metadata.items())]
     for number, descriptor in enumerate(entry.descriptors):
-        facts.append((f"descriptor {number}", what(descriptor)))
+        facts.append((f"descriptor {number}", descriptor_text(descriptor)))
         more = [f"access {descriptor.access}"] if descriptor.access else []
         if descriptor.size is not None:
             more.append(f"{descriptor.size:,} bytes")

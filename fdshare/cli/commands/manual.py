@@ -1,4 +1,4 @@
-"""manual: every command's help as one page for man(1)."""
+"""manual: the help of every command as one page for man(1)."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ def manual() -> None:
         assert command is not None
         _print_command(command, click.Context(command, info_name=name, parent=context))
     print(".SH EXIT STATUS")
-    print("0; 1 refused, or not to be done; 2 wrong usage; 69 no server; 130 interrupted.")
+    print("0; 1 refused or failed; 2 wrong usage; 69 no server; 130 interrupted.")
     print(".SH ENVIRONMENT")
     for variable, text in _VARIABLES.items():
         print(f".TP\n.B {variable}\n{_escaped(text)}")
 
 
 _VARIABLES = {
-    "FDSHARE_PATH": "Where the server is; else $XDG_RUNTIME_DIR/fdshare.sock, else "
+    "FDSHARE_PATH": "The path of the server; else $XDG_RUNTIME_DIR/fdshare.sock, else "
     "/run/fdshare.sock for root and /tmp/fdshare-UID/fdshare.sock for others.",
     "FDSHARE_AUTHKEY_FILE": "A file with the key that the server was started with.",
-    "NO_COLOR": "If set, nothing is coloured.",
+    "NO_COLOR": "If set, there are no colours.",
 }
 
 
@@ -58,7 +58,7 @@ def _print_command(command: click.Command, context: click.Context) -> None:
 
 
 def _print_text(text: str) -> None:
-    """Paragraphs; those after click's \\b as they are."""
+    """Prints paragraphs; those after click's \\b unchanged."""
     for paragraph in inspect.cleandoc(text).split("\n\n"):
         print(".PP")
         as_it_is = paragraph.startswith("\b")

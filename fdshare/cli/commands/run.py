@@ -1,4 +1,4 @@
-"""run: a program with descriptors that outlive it, as a service manager would start it."""
+"""run: starts a program with descriptors that outlive it, as a service manager does."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import click
 
 from fdshare.cli.options import client_at
-from fdshare.cli.support.exec import Launch, find_program, with_own_position
+from fdshare.cli.support.exec import Launch, find_program, with_own_offset
 from fdshare.kernel.unix_address import absolute
 
 if TYPE_CHECKING:
@@ -23,14 +23,14 @@ _COMMAND: Final = "fdshare.command"
 
 
 class Wanted(NamedTuple):
-    """NAME, or NAME=ADDRESS to be bound where nothing is held under it."""
+    """NAME, or NAME=ADDRESS, which is bound if nothing is registered under NAME."""
 
     name: str
     address: str = ""
 
 
 class _WithCommand(click.Command):
-    """Leaves what stands behind the first `--` to `_split`, whatever it looks like."""
+    """Leaves all words after the first `--` to `_split`, options too."""
 
     def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
         if "--" in args:
@@ -46,10 +46,14 @@ class _WithCommand(click.Command):
     cls=_WithCommand,
     context_settings={"allow_interspersed_args": False},
 )
-@click.option("--path", metavar="PATH", help="Where the server is. [env: FDSHARE_PATH]")
-@click.option("--trust", metavar="USER", multiple=True, help="Believe this user's server, too.")
+@click.option("--path", metavar="PATH", help="The path of the server. [env: FDSHARE_PATH]")
+@click.option("--trust", metavar="USER", multiple=True, help="Trust a server of this user, too.")
 @click.option(
-    "--wait", type=float, default=0.0, metavar="SECONDS", help="For names others will register."
+    "--wait",
+    type=float,
+    default=0.0,
+    metavar="SECONDS",
+    help="Wait for names that others register.",
 )
 @click.option("--stdin", metavar="NAME", help="The program's standard input.")
 @click.option("--stdout", metavar="NAME", help="The program's standard output.")
@@ -57,26 +61,30 @@ class _WithCommand(click.Command):
 @click.option("--start", is_flag=True, help="Start a server if none answers.")
 @click.option("--backlog", type=click.IntRange(0), default=4096, show_default=True)
 @click.option("--reuse-port", is_flag=True, help="Bind with SO_REUSEPORT.")
-@click.option("--notify", is_flag=True, help="Give it a NOTIFY_SOCKET, and store for it.")
+@click.option("--notify", is_flag=True, help="Give CMD a NOTIFY_SOCKET, and store its descriptors.")
 @click.option(
-    "--detach", is_flag=True, help="With --notify: leave it running, return at its READY=1."
+    "--detach",
+    is_flag=True,
+    help="With --notify: run CMD in the background, return at its READY=1.",
 )
-@click.option("--ready-fd", type=int, metavar="N", help="With --notify: a newline at READY=1.")
+@click.option(
+    "--ready-fd", type=int, metavar="N", help="With --notify: write a newline here at READY=1."
+)
 @click.option(
     "--ready-timeout",
     type=float,
     default=90.0,
     show_default=True,
     metavar="SECONDS",
-    help="With --detach: for READY=1 to come.",
+    help="With --detach: wait so long for READY=1.",
 )
 @click.argument("words", nargs=-1, metavar="NAME[=ADDRESS]... [--] CMD...")
 def run(path: str | None, trust: tuple[str, ...], words: Sequence[str], **options: Any) -> int:
-    """Run CMD with descriptors from 3 on: LISTEN_FDS, LISTEN_FDNAMES and LISTEN_PID tell it so.
+    """Run CMD with descriptors from 3 on, as LISTEN_FDS, LISTEN_FDNAMES and LISTEN_PID say.
 
-    NAME is held already; NAME=ADDRESS is bound by the server where it is not: tcp://HOST:PORT,
-    udp://HOST:PORT, unix:///PATH. {NAME} in CMD becomes the number of the descriptor. CMD takes the
-    place of this process, with its pid.
+    NAME is registered already; the server binds NAME=ADDRESS if it is not: tcp://HOST:PORT,
+    udp://HOST:PORT, unix:///PATH. {NAME} in CMD becomes the number of the descriptor. CMD replaces
+    this process and keeps its pid.
 
     \b
     Examples:
@@ -95,7 +103,7 @@ def run(path: str | None, trust: tuple[str, ...], words: Sequence[str], **option
             start_unless_there(client)
         launch = _fill(Launch(command), client, wanted, options, stack)
         if path is not None:
-            # What the program may want of a server, it wants of this one.
+            # If the program uses a server, it uses this one.
             launch.environment["FDSHARE_PATH"] = absolute(client.address)
         if not options["notify"]:
             launch.execute()
@@ -129,7 +137,7 @@ def _fill(
     options: dict[str, Any],
     stack: ExitStack,
 ) -> Launch:
-    """*launch* with all that was asked for, which *stack* closes."""
+    """*launch* with all descriptors that were asked for; *stack* closes them."""
     for want in wanted:
         for descriptor in _get(client, want, options):
             launch.passed.append((want.name, stack.enter_context(descriptor)))
@@ -143,8 +151,10 @@ def _fill(
 
 
 def _split(words: Sequence[str], command: list[str] | None) -> tuple[list[Wanted], list[str]]:
-    """Names and the command; without `--` between them the first word is a name, and so are those
-    after it that have an address."""
+    """The names and the command.
+
+    Without `--` between them the first word is a name, and the words after it that have an address.
+    """
     names = list(words)
     if command is None:
         at = 1
@@ -164,7 +174,7 @@ def _get(client: Client, want: Wanted, options: dict[str, Any]) -> list[Descript
     """The descriptors of one name. The caller owns the result."""
     if not want.address:
         fetched = client.fetch_raw(want.name, timeout=options["wait"] or 0)
-        return list(map(with_own_position, fetched))
+        return list(map(with_own_offset, fetched))
     from fdshare.kernel.descriptor import Descriptor
 
     bound = client.bind(
@@ -176,7 +186,7 @@ def _get(client: Client, want: Wanted, options: dict[str, Any]) -> list[Descript
 
 
 def _compare(want: Wanted, descriptor: Descriptor) -> None:
-    """Says so where the name was held already, at another address than the one asked for."""
+    """Prints a note if the name was registered already with another address."""
     from fdshare.protocol.bind_address import parse_address
     from fdshare.server.loop.inspect import describe_descriptor
 
@@ -187,7 +197,7 @@ def _compare(want: Wanted, descriptor: Descriptor) -> None:
     if found.local != local and address.port:
         print(
             f"fdshare: {want.name} is held at {found.local}, not at {want.address}; "
-            f"fdshare rm {want.name} first, to bind it anew",
+            f"to bind it anew: fdshare rm {want.name}",
             file=sys.stderr,
         )
         sys.stderr.flush()

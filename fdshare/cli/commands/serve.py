@@ -1,4 +1,4 @@
-"""serve: a server in the foreground."""
+"""serve: runs a server in the foreground."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _mode(context: click.Context, parameter: click.Parameter, value: str | None)
     if value is None:
         return None
     if len(value) > 4 or not value.isascii() or not value.strip("01234567") == "":
-        raise click.BadParameter(f"{value!r} is no mode; write 0660")
+        raise click.BadParameter(f"{value!r} is not a mode; write 0660")
     return int(value, 8)
 
 
@@ -44,7 +44,7 @@ def _limits(
         try:
             limits[name] = float(number) if "timeout" in name else int(number)
         except ValueError:
-            raise click.BadParameter(f"{number!r} is no number") from None
+            raise click.BadParameter(f"{number!r} is not a number") from None
     return limits
 
 
@@ -62,7 +62,9 @@ def _metrics(context: click.Context, parameter: click.Parameter, value: str | No
 @click.command(short_help="Run a server in the foreground.")
 @click.argument("address", metavar="[PATH]", required=False)
 @click.option("--path", metavar="PATH", help="The same as PATH.")
-@click.option("--policy", type=click.Path(), metavar="FILE", help="Who may do what (TOML).")
+@click.option(
+    "--policy", type=click.Path(), metavar="FILE", help="The policy: who may do what (TOML)."
+)
 @click.option("--mode", callback=_mode, metavar="MODE", help="Of the socket. [default: 0600]")
 @click.option("--owner", metavar="USER", help="Of the socket.")
 @click.option("--group", metavar="GROUP", help="Of the socket.")
@@ -76,7 +78,9 @@ def _metrics(context: click.Context, parameter: click.Parameter, value: str | No
     help="Such as max_names=1000; `fdshare stats` lists them.",
 )
 @click.option("--ready-fd", type=int, metavar="N", help="Write a newline here when ready.")
-@click.option("--keeper/--no-keeper", default=True, help="Survive kill -9 of either half.")
+@click.option(
+    "--keeper/--no-keeper", default=True, help="Run a second process, to survive kill -9."
+)
 @click.option("--fdstore", is_flag=True, help="Keep the table in the service manager, too.")
 @click.option(
     "--metrics", callback=_metrics, metavar="HOST:PORT", help="Serve Prometheus text over HTTP."
@@ -90,7 +94,9 @@ def _metrics(context: click.Context, parameter: click.Parameter, value: str | No
     default="info",
     show_default=True,
 )
-@click.option("--authkey-file", type=click.Path(), metavar="FILE", help="Clients need it, too.")
+@click.option(
+    "--authkey-file", type=click.Path(), metavar="FILE", help="A key that clients need, too."
+)
 def serve(address: str | None, path: str | None, **options: Any) -> int:
     """Run a server in the foreground, at PATH, until SIGTERM, SIGINT or `fdshare stop`.
 
@@ -121,7 +127,7 @@ def serve(address: str | None, path: str | None, **options: Any) -> int:
 def _prepare(
     path: str | None, options: dict[str, Any], listener: Listener | None
 ) -> tuple[Settings, Listener]:
-    """How to serve, and the listener to serve on."""
+    """The settings of the server, and its listener."""
     from fdshare.client.default_path import default_path
     from fdshare.server.settings import Settings
 
@@ -146,7 +152,7 @@ def _prepare(
 
 
 class _Passed:
-    """What a service manager passed: a listening socket, and what it kept for a former start."""
+    """What a service manager passed: a listening socket, and what it stored for a former server."""
 
     def __init__(self) -> None:
         from fdshare.activation import listen_fds_in_order
@@ -174,7 +180,7 @@ class _Passed:
         try:
             sock = descriptor.socket()
         except OSError:
-            _warn(f"the descriptor {name!r} that was passed is no socket")
+            _warn(f"the descriptor {name!r} that was passed is not a socket")
             return
         try:
             self.listener = Listener.adopt(sock)
@@ -183,7 +189,7 @@ class _Passed:
             _warn(f"the socket {name!r} that was passed is not used: {error}")
 
     def restore(self, options: dict[str, Any]) -> tuple[FdStore | None, Table | None]:
-        """The store, and the table of the former start."""
+        """The store, and the table of the former server; None where there is none."""
         from fdshare.server.failover.fd_store import FdStore
 
         if self._table is not None:
@@ -203,7 +209,7 @@ class _Passed:
 
 
 def _listen(settings: Settings, owner: str | None, group: str | None) -> Listener:
-    """A new listener; while it has not its owner yet, nobody else gets in."""
+    """A new listener. Until its owner is set, no other user can connect."""
     from fdshare.kernel.endpoint import listen
 
     changed = owner is not None or group is not None
@@ -250,7 +256,7 @@ def _checked_ready_fd(number: int | None) -> int | None:
 
 
 def _ready(number: int | None, settings: Settings) -> Callable[[], None]:
-    """What to do when clients can connect."""
+    """The function to call when clients can connect."""
 
     def ready() -> None:
         from fdshare.server.failover.service_manager import report
@@ -260,14 +266,14 @@ def _ready(number: int | None, settings: Settings) -> Callable[[], None]:
             try:
                 os.write(number, b"\n")
             except OSError as error:
-                _warn(f"nobody hears of our being ready: {error}")
+                _warn(f"cannot write to --ready-fd: {error}")
             os.close(number)
 
     return ready
 
 
 def _clean_signals() -> None:
-    """A shell's background job ignores SIGINT, and a parent may block what ends us."""
+    """Unblocks the signals that end a server: a parent may have blocked them."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
 
 

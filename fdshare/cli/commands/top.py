@@ -1,4 +1,4 @@
-"""top: what is held and what goes on, live."""
+"""top: shows what is registered and what happens, live."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["top"]
 
 _EVENTS: Final = 6  # the last ones are shown
-# key -> (what it sorts by, the value, the largest first)
+# key -> (name of the order, sort key, whether the largest comes first)
 _ORDERS: Final[dict[str, tuple[str, Callable[[EntryInfo], Any], bool]]] = {
     "n": ("name", lambda entry: entry.name, False),
     "a": ("age", lambda entry: entry.age, False),
@@ -46,7 +46,7 @@ _INTERRUPT: Final = ("\x03", "\x04")
 
 @dataclass(slots=True)
 class View:
-    """What is on the screen. Pure: keys and samples in, a drawing out."""
+    """The state of the screen. Pure: keys and samples in, a drawing out."""
 
     order: str = "n"
     reverse: bool = False
@@ -57,11 +57,11 @@ class View:
     stats: ServerStats | None = None
     rates: dict[str, float] = field(default_factory=dict)
     events: deque[str] = field(default_factory=lambda: deque(maxlen=_EVENTS))
-    trouble: str = ""
+    error: str = ""
     _sampled: tuple[float, dict[str, int]] | None = None
 
     def press(self, key: str) -> None:
-        """A key of the keyboard."""
+        """Handles a key of the keyboard."""
         if key in _INTERRUPT:
             self.quit = True
         elif self.typing:
@@ -69,7 +69,7 @@ class View:
         elif key in ("q", _ESCAPE):
             self.quit = True
         elif key in _ORDERS:
-            # The same key again turns the order round.
+            # The same key again reverses the order.
             self.reverse = not self.reverse if key == self.order else False
             self.order = key
         elif key == "/":
@@ -86,7 +86,7 @@ class View:
             self.pattern += key
 
     def sample(self, entries: list[EntryInfo], stats: ServerStats, now: float) -> None:
-        """What the server said at *now*; rates are per second since the last."""
+        """Takes what the server answered at *now*; rates are per second since the last sample."""
         counters = dict(stats.counters)
         if self._sampled is not None and now > self._sampled[0]:
             then, former = self._sampled
@@ -95,10 +95,10 @@ class View:
                 for name, value in counters.items()
             }
         self._sampled = now, counters
-        self.entries, self.stats, self.trouble = entries, stats, ""
+        self.entries, self.stats, self.error = entries, stats, ""
 
     def shown(self) -> list[EntryInfo]:
-        """The entries that match, in order."""
+        """The entries that match the filter, in order."""
         from fdshare.protocol.names import matcher
 
         _, value, largest_first = _ORDERS[self.order]
@@ -107,7 +107,7 @@ class View:
         return sorted(found, key=value, reverse=largest_first != self.reverse)
 
     def draw(self, width: int, height: int) -> RenderableType:
-        """All of it, for a terminal of that size."""
+        """The whole screen, for a terminal of that size."""
         from rich.console import Group
         from rich.text import Text
 
@@ -125,8 +125,8 @@ class View:
     def _head(self) -> RenderableType:
         from rich.text import Text
 
-        if self.trouble or self.stats is None:
-            return Text(self.trouble or "asking the server ...", style="red")
+        if self.error or self.stats is None:
+            return Text(self.error or "asking the server ...", style="red")
         stats = self.stats
         redundant = "redundant" if stats.redundant else "not redundant"
         line = Text.assemble(
@@ -170,9 +170,9 @@ class View:
 )
 @for_server
 def top(client: Client, interval: float) -> None:
-    """Show what is held and what goes on, live, in the terminal.
+    """Show what is registered and what happens, live, in the terminal.
 
-    Keys: n name, a age, u uses, o owner, k kind sort, again turns round; / filters; q quits.
+    Keys: n name, a age, u uses, o owner, k kind sort, again reverses; / filters; q quits.
 
     \b
     Example:
@@ -201,7 +201,7 @@ def _ask(client: Client, view: View) -> None:
     try:
         view.sample(client.infos(), client.stats(), time.monotonic())
     except FdshareError as error:
-        view.trouble = error.message
+        view.error = error.message
 
 
 def _follow_events(client: Client, view: View) -> None:
@@ -214,7 +214,7 @@ def _follow_events(client: Client, view: View) -> None:
                     if line := _event_line(change):
                         view.events.append(line)
         except (FdshareError, OSError):
-            pass  # the view tells of the trouble
+            pass  # the view shows the error
 
     threading.Thread(target=follow, daemon=True).start()
 
@@ -229,7 +229,7 @@ def _event_line(change: WatchItem) -> str:
 
 @contextmanager
 def _keyboard() -> Iterator[Callable[[float], str]]:
-    """A function that waits so many seconds for keys; the terminal is as before afterwards."""
+    """A function that waits some seconds for keys. Restores the terminal afterwards."""
     import termios
     import tty
 
@@ -240,11 +240,11 @@ def _keyboard() -> Iterator[Callable[[float], str]]:
         ready, _, _ = select.select([fd], [], [], timeout)
         if not ready:
             return ""
-        # An arrow arrives as ESC [ A at once: it is no escape key.
+        # An arrow key arrives as ESC [ A at once: it is not the escape key.
         data = os.read(fd, 64).decode(errors="replace")
         if len(data) > 1 and data.startswith(_ESCAPE):
             return ""
-        return data or _INTERRUPT[1]  # nothing: the terminal is gone
+        return data or _INTERRUPT[1]  # no data: the terminal is closed
 
     tty.setcbreak(fd)
     try:

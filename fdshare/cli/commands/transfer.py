@@ -1,7 +1,7 @@
 """dump, load, transfer: many entries at once, from one server to another, all or nothing.
 
-A dump is metadata: descriptors cannot be written to a file. `load` takes the descriptors from the
-server that the dump names, and checks that they still are the ones that were dumped.
+A dump is metadata: descriptors cannot be written to a file. `load` fetches the descriptors from the
+server that the dump names, and checks that they are still the ones that were dumped.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _FORMAT: Final = "fdshare-dump-1"
 
 
 class Dump(msgspec.Struct):
-    """What a dump's file holds."""
+    """The content of a dump's file."""
 
     format: str
     server: str
@@ -39,20 +39,20 @@ class Dump(msgspec.Struct):
 
 
 class Copy(msgspec.Struct):
-    """An entry on its way: what it is, and copies of its descriptors."""
+    """An entry to register at the other server, with copies of its descriptors."""
 
     info: m.EntryInfo
     kind: Kind
     descriptors: list[Descriptor]
 
 
-@click.command(short_help="Write what is held to a file, as JSON.")
+@click.command(short_help="Write what is registered to a file, as JSON.")
 @click.argument("file", type=click.File("w", lazy=False), default="-")
 @click.option("--pattern", default="*", show_default=True, help="Which names.")
 @for_server
 def dump(client: Client, file: IO[str], pattern: str) -> None:
-    """Write what is held to FILE, as JSON: names, kinds, lifetimes, metadata, and what each
-    descriptor is. Descriptors stay where they are; see load.
+    """Write what is registered to FILE, as JSON: names, kinds, lifetimes, metadata, and what each
+    descriptor is. The descriptors themselves stay in the server; see load.
 
     \b
     Example:
@@ -64,16 +64,18 @@ def dump(client: Client, file: IO[str], pattern: str) -> None:
     file.write(msgspec.json.format(msgspec.json.encode(plain(made)), indent=2).decode() + "\n")
 
 
-@click.command(short_help="Hold what a dump of another server lists.")
+@click.command(short_help="Register what a dump of another server lists.")
 @click.argument("file", type=click.File("rb"))
-@click.option("--from", "source", metavar="PATH", help="Another server than the dumped one.")
-@click.option("--replace", is_flag=True, help="Take the place of what is held here.")
+@click.option(
+    "--from", "source", metavar="PATH", help="Fetch from this server, not from the dumped one."
+)
+@click.option("--replace", is_flag=True, help="Replace what is registered here.")
 @json_option
 @for_server
 def load(client: Client, file: IO[bytes], source: str | None, replace: bool, as_json: bool) -> None:
-    """Have this server hold what FILE, a dump of another, lists; all of it or nothing.
+    """Register what FILE, a dump of another server, lists; all of it or nothing.
 
-    The descriptors come from the server that was dumped, which keeps its own.
+    The descriptors come from the server that was dumped, which keeps them too.
 
     \b
     Example:
@@ -82,20 +84,20 @@ def load(client: Client, file: IO[bytes], source: str | None, replace: bool, as_
     try:
         wanted = msgspec.json.decode(file.read(), type=Dump)
     except msgspec.MsgspecError as error:
-        raise InvalidArgument(file.name, f"it is no dump: {error}") from None
+        raise InvalidArgument(file.name, f"it is not a dump: {error}") from None
     if wanted.format != _FORMAT:
         raise InvalidArgument(file.name, f"its format is {wanted.format}, this reads {_FORMAT}")
     with client_at(source or wanted.server) as origin:
         _report(_transfer(origin, client, wanted.entries, replace), as_json)
 
 
-@click.command(short_help="Copy or move what is held to another server.")
+@click.command(short_help="Copy or move entries to another server.")
 @click.argument("source", metavar="FROM")
 @click.argument("target", metavar="TO")
 @click.option("--pattern", default="*", show_default=True, help="Which names.")
-@click.option("--replace", is_flag=True, help="Take the place of what TO holds.")
-@click.option("--move", is_flag=True, help="FROM lets go of them afterwards.")
-@click.option("--trust", metavar="USER", multiple=True, help="Believe this user's server, too.")
+@click.option("--replace", is_flag=True, help="Replace what is registered at TO.")
+@click.option("--move", is_flag=True, help="Remove them from FROM afterwards.")
+@click.option("--trust", metavar="USER", multiple=True, help="Trust a server of this user, too.")
 @json_option
 def transfer(
     source: str,
@@ -106,7 +108,7 @@ def transfer(
     trust: Sequence[str],
     as_json: bool,
 ) -> None:
-    """Have the server at TO hold what the one at FROM holds; all of it or nothing.
+    """Register at the server TO what the server FROM has; all of it or nothing.
 
     \b
     Example:
@@ -143,7 +145,7 @@ def _report(made: list[m.Registered], as_json: bool) -> None:
 def _transfer(
     origin: Client, client: Client, entries: Sequence[m.EntryInfo], replace: bool
 ) -> list[m.Registered]:
-    """Registers with *client* what *origin* holds; undoes what it did where one fails."""
+    """Registers with *client* what *origin* has; undoes all of it if one entry fails."""
     from fdshare.kernel.descriptor_limit import raise_descriptor_limit
 
     raise_descriptor_limit()
@@ -163,7 +165,7 @@ def _transfer(
 
 
 def _fetch_checked(origin: Client, entry: m.EntryInfo, stack: ExitStack) -> Copy:
-    """A copy of *entry*, if it still is the one that was listed; closed with *stack*."""
+    """A copy of *entry*, if it is still the one that was listed; *stack* closes it."""
     given, descriptors = origin._do(_fetch(entry.name))
     stack.callback(close_all, descriptors)
     if given.generation != entry.generation:
@@ -172,7 +174,7 @@ def _fetch_checked(origin: Client, entry: m.EntryInfo, stack: ExitStack) -> Copy
 
 
 def _former(client: Client, entries: Sequence[m.EntryInfo], stack: ExitStack) -> dict[str, Copy]:
-    """What is held now under the names of *entries*."""
+    """Copies of what *client* has now under the names of *entries*."""
     names = {entry.name for entry in entries}
     held = [info for info in client.infos() if info.name in names]
     _refuse_bound(held)
@@ -180,11 +182,11 @@ def _former(client: Client, entries: Sequence[m.EntryInfo], stack: ExitStack) ->
 
 
 def _refuse_bound(entries: Sequence[m.EntryInfo]) -> None:
-    """What lives as long as a process or a connection does cannot be given that life again."""
+    """Refuses entries that live as long as a process or connection: a copy cannot have that."""
     bound = [entry.name for entry in entries if entry.lifetime != "server"]
     if bound:
         raise InvalidArgument(
-            "lifetime", f"{', '.join(bound)}: as long as a process or a connection; leave it out"
+            "lifetime", f"{', '.join(bound)}: bound to a process or a connection; leave it out"
         )
 
 
@@ -198,7 +200,7 @@ def _undo(
             else:
                 client.unregister(entry.name, if_generation=entry.generation)
         except FdshareError as failure:
-            print(f"fdshare: {entry.name} stays, after {error}: {failure}", file=sys.stderr)
+            print(f"fdshare: cannot undo {entry.name} after {error}: {failure}", file=sys.stderr)
 
 
 def _register(client: Client, copy: Copy, replace: bool) -> m.Registered:
@@ -206,8 +208,8 @@ def _register(client: Client, copy: Copy, replace: bool) -> m.Registered:
     return made
 
 
-# Below the verbs of a client, which would rebuild the objects: kinds that only the owner knows
-# must pass, and a file's offset must not be moved.
+# Exchanges of its own, since the verbs of a client would rebuild the objects: kinds that this
+# process does not know must pass, and the offset of a file must not move.
 
 
 def _fetch(name: str) -> Steps[tuple[Any, list[Descriptor]]]:

@@ -1,4 +1,4 @@
-"""wait and watch: what changes."""
+"""wait and watch: wait for names, print changes."""
 
 from __future__ import annotations
 
@@ -21,12 +21,14 @@ if TYPE_CHECKING:
 __all__ = ["wait", "watch"]
 
 
-@click.command(short_help="Return when names are held.")
+@click.command(short_help="Return when names are registered.")
 @name_argument("names", nargs=-1, required=True)
-@click.option("--timeout", type=float, metavar="SECONDS", help="Give up then. [default: never]")
+@click.option(
+    "--timeout", type=float, metavar="SECONDS", help="Wait at most so long. [default: for ever]"
+)
 @for_server
 def wait(client: Client, names: tuple[str, ...], timeout: float | None) -> None:
-    """Return when all of NAMES are held; status 1 where that takes too long.
+    """Return when all of NAMES are registered; status 1 if that takes too long.
 
     \b
     Example:
@@ -45,7 +47,7 @@ def wait(client: Client, names: tuple[str, ...], timeout: float | None) -> None:
 @json_option
 @for_server
 def watch(client: Client, pattern: str, as_json: bool) -> None:
-    """Print what is held, and then each change as it happens, until interrupted.
+    """Print what is registered, and then each change as it happens, until interrupted.
 
     \b
     Example:
@@ -61,15 +63,17 @@ def watch(client: Client, pattern: str, as_json: bool) -> None:
 
 
 def _leave_with_reader() -> None:
-    """Ends this process when nobody reads its output any more, even if nothing happens: tail(1)
-    does the same in `tail -f FILE | head -1`."""
+    """Ends this process when nobody reads its output any more, even if nothing happens.
+
+    tail(1) does the same in `tail -f FILE | head -1`.
+    """
     output = sys.stdout.fileno()
     if not stat.S_ISFIFO(os.fstat(output).st_mode):
         return
 
     def look() -> None:
         waiting = select.poll()
-        waiting.register(output, 0)  # POLLERR comes unasked: no reader is left
+        waiting.register(output, 0)  # POLLERR needs no request: no reader is left
         waiting.poll()
         os._exit(1)
 

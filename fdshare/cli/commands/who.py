@@ -1,4 +1,4 @@
-"""who: which processes hold the same open file description right now."""
+"""who: lists the processes that have the same open file description now."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ _COLUMNS: Final = (
 @json_option
 @for_server
 def who(client: Client, name: str, as_json: bool) -> None:
-    """List the processes that have what is held under NAME open, now.
+    """List the processes that have open what is registered under NAME, now.
 
-    HOW is kcmp where the kernel says that it is the very same open file description, inode where
-    only the file or socket is known to be the same. The server and its keeper are among them. You
-    see the processes that you may look into: root sees all.
+    HOW is kcmp if the kernel says that it is the same open file description, and inode if only the
+    file or socket is known to be the same. The server and its keeper are among them. A user sees
+    his own processes, root sees all.
 
     \b
     Example:

@@ -1,6 +1,6 @@
-"""The main job, played with real processes for somebody who has never heard of it.
+"""The demonstration: what fdshare does, with real processes, for somebody who is new to it.
 
-Every line that says "ok" was seen to happen: by the kernel's answer, or by the bytes that arrived.
+Each line with "ok" was checked: the kernel said so, or the bytes arrived.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ _MOST: Final = 600  # requests until every worker must have answered one
 
 
 def run(stream: IO[str]) -> int:
-    """Plays the demonstration on *stream*; 0 if every step was seen to work, else 1."""
+    """Writes the demonstration to *stream*; 0 if every step worked, else 1."""
     transcript = _Transcript(stream)
     transcript.title("fdshare: open sockets and files, handed from process to process")
     try:
         with ExitStack() as stack:
-            _play(transcript, stack)
+            _run_steps(transcript, stack)
     except _NotSeenError as missing:
         transcript.failed(str(missing))
         return 1
@@ -45,7 +45,7 @@ def run(stream: IO[str]) -> int:
     return 0
 
 
-def _play(transcript: _Transcript, stack: ExitStack) -> None:
+def _run_steps(transcript: _Transcript, stack: ExitStack) -> None:
     transcript.step(1, "A server that holds open descriptors, at a path")
     manager = stack.enter_context(fdshare.Manager())
     transcript.ok(f"pid {manager.stats().server_pid} answers at {manager.address}")
@@ -74,7 +74,7 @@ def _play(transcript: _Transcript, stack: ExitStack) -> None:
     _through_multiprocess(transcript)
 
 
-# The listener and those who serve it
+# The listener and the programs that serve it
 
 
 def _bind(transcript: _Transcript, manager: fdshare.Manager) -> int:
@@ -106,7 +106,7 @@ def _bind_and_exit(path: str) -> int:
 
 @contextmanager
 def _worker(path: str) -> Iterator[subprocess.Popen[str]]:
-    """A program that serves the listener named 'web'; it ends when its standard input does."""
+    """A program that serves the listener named 'web'; it ends when its standard input ends."""
     process = subprocess.Popen(
         fresh_interpreter(__name__, f"_serve({path!r})"),
         stdin=subprocess.PIPE,
@@ -138,7 +138,7 @@ def _end_with_input() -> None:
 
 
 def _ask(transcript: _Transcript, port: int, pids: set[int]) -> None:
-    """Requests, one after the other, until each of *pids* has answered some, and nobody else."""
+    """Sends requests until each of *pids* has answered; fails if another process answers."""
     answers: Counter[int] = Counter()
     while sum(answers.values()) < _REQUESTS or (
         set(answers) != pids and sum(answers.values()) < _MOST
@@ -176,7 +176,7 @@ def _deleted_file() -> Iterator[IO[str]]:
 
 
 def _answer(connection: socket.socket, file: IO[str]) -> int:
-    """In a worker of a pool: both are ordinary objects."""
+    """Runs in a worker of a pool, where both are ordinary objects."""
     with connection, file:
         connection.sendall(f"hello from worker {os.getpid()}".encode())
         file.write(f"worker {os.getpid()} was here\n")
@@ -225,11 +225,11 @@ def _listed(pids: list[int]) -> str:
     return " and ".join(map(str, sorted(set(pids))))
 
 
-# What is shown
+# The output
 
 
 class _NotSeenError(Exception):
-    """A step did not do what it was to show."""
+    """A step did not do what it should show."""
 
 
 def _expect(seen: bool, what: str) -> None:
@@ -238,7 +238,7 @@ def _expect(seen: bool, what: str) -> None:
 
 
 class _Transcript:
-    """Lines on a stream; in colour, by way of rich, where that is a terminal."""
+    """Lines on a stream; in colour (with rich) if that is a terminal."""
 
     def __init__(self, stream: IO[str]) -> None:
         self._stream = stream

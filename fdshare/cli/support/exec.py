@@ -1,4 +1,4 @@
-"""Becoming another program, with descriptors from 3 on as a service manager passes them."""
+"""Replaces this process with a program that gets descriptors from 3 on, as a service gets them."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ import click
 if TYPE_CHECKING:
     from fdshare.kernel.descriptor import Descriptor
 
-__all__ = ["CANNOT_EXECUTE", "NOT_FOUND", "Launch", "find_program", "with_own_position"]
+__all__ = ["CANNOT_EXECUTE", "NOT_FOUND", "Launch", "find_program", "with_own_offset"]
 
-# What a shell's status says of a program that could not be started, env(1).
+# The exit status of a shell for a program that could not be started, env(1).
 CANNOT_EXECUTE: Final = 126
 NOT_FOUND: Final = 127
 
 
 @dataclass(slots=True)
 class Launch:
-    """What the program will find: (name, descriptor) from number 3 on, and its standard ones."""
+    """A command, and what it gets: (name, descriptor) from 3 on, standard streams, variables."""
 
     command: Sequence[str]
     passed: list[tuple[str, Descriptor]] = field(default_factory=list)
@@ -33,14 +33,14 @@ class Launch:
     environment: dict[str, str] = field(default_factory=dict)
 
     def execute(self) -> NoReturn:
-        """Replaces this process; returns never. The program's pid is this one's.
+        """Replaces this process with the program, which keeps the pid; does not return.
 
         Raises: click.BadParameter, InvalidName; OSError where the exec fails.
         """
         command = self.arguments()
         environment = self.variables()
         _place(self._places())
-        # Python ignores them, and what is ignored stays so across exec.
+        # Python ignores these signals, and exec(3) keeps that.
         for number in (signal.SIGPIPE, signal.SIGXFSZ):
             signal.signal(number, signal.SIG_DFL)
         sys.stdout.flush()
@@ -67,9 +67,11 @@ class Launch:
         return {**self.standard, **{3 + at: d for at, (_, d) in enumerate(self.passed)}}
 
 
-def with_own_position(descriptor: Descriptor) -> Descriptor:
-    """*descriptor*, or for sealed memory a new one that only this reader moves: who reads it as a
-    file begins at its beginning. Takes *descriptor* over; the caller owns the result."""
+def with_own_offset(descriptor: Descriptor) -> Descriptor:
+    """*descriptor*, or for sealed memory a new one with an offset of its own, at the beginning.
+
+    Takes *descriptor* over; the caller owns the result.
+    """
     from fdshare.kernel.descriptor import Descriptor
     from fdshare.kernel.shared_memory import is_sealed
 
@@ -79,12 +81,12 @@ def with_own_position(descriptor: Descriptor) -> Descriptor:
             with descriptor:
                 return Descriptor(os.open(link, os.O_RDONLY | os.O_CLOEXEC))
     except OSError:
-        pass  # no /proc: then it stays as it is
+        pass  # there is no /proc
     return descriptor
 
 
 def find_program(command: Sequence[str]) -> None:
-    """Raises what a shell would say, before anything is fetched or taken."""
+    """Raises the error of a shell if there is no such program, before anything is fetched."""
     if shutil.which(command[0]) is not None:
         return
     if "/" in command[0] and os.path.exists(command[0]):
@@ -101,9 +103,9 @@ class _NotExecutable(click.ClickException):
 
 
 def _place(places: Mapping[int, Descriptor]) -> None:
-    """dup2(2) of every descriptor to its number, inheritable; first out of each other's way."""
+    """Gives every descriptor its number, inheritable; first moves them all above these numbers."""
     above = max(places, default=2) + 1
-    # Close-on-exec, so that the program gets the copies at the right numbers alone.
+    # Close-on-exec: the program gets only the copies at the right numbers.
     moved = {
         number: fcntl.fcntl(descriptor.fileno(), fcntl.F_DUPFD_CLOEXEC, above)
         for number, descriptor in places.items()

@@ -1,13 +1,13 @@
-"""run --notify: what a service manager does for its service, beside a program that is none's.
+"""run --notify: a helper process that does for a program what a service manager would do.
 
-A helper, of nobody's process tree, owns the NOTIFY_SOCKET while the program lives: it passes on
-what the program says of itself, and stores descriptors for it in the server.
+The helper is a child of init. It owns the NOTIFY_SOCKET while the program lives: it forwards the
+notifications of the program, and stores descriptors for it in the server.
 
     fdshare run ── exec ──> the program, same pid        NOTIFY_SOCKET
         └─ fork, fork ──> helper: pidfd of the program, ───┘  ── register ──> server
 
-An entry under NAME/ with the metadata "fdstore" is one stored descriptor; they come back behind
-the others in LISTEN_FDS when the program is next started, in the order in which they were stored.
+An entry under NAME/ with the metadata "fdstore" is one stored descriptor. When the program is
+started again, LISTEN_FDS has them after the others, in the order in which they were stored.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from fdshare.errors import FdshareError
 from fdshare.kernel.ancillary import close_all
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.kernel.descriptor_table import close_all_but
+from fdshare.protocol.names import literal
 
 if TYPE_CHECKING:
     from fdshare.cli.support.exec import Launch
@@ -41,16 +42,17 @@ __all__ = ["Store", "run_notified", "stored"]
 
 _MARK: Final = "fdstore"  # metadata of an entry: for which service it is stored ...
 _FDNAME: Final = "fdname"  # ... and its name there
-# What goes on to our own service manager, where there is one; it stores nothing, and its main
+# What is forwarded to our own service manager, where there is one: it stores nothing, and its main
 # process is the program.
-_PASSED_ON: Final = ("READY=", "RELOADING=", "STOPPING=", "STATUS=", "WATCHDOG=", "EXTEND_TIMEOUT_")
+_FORWARDED: Final = ("READY=", "RELOADING=", "STOPPING=", "STATUS=", "WATCHDOG=", "EXTEND_TIMEOUT_")
 
 
 def stored(client: Client, service: str) -> list[tuple[str, Descriptor]]:
-    """What was stored for *service*, in the order of storing. The caller owns the result."""
-    entries = [
-        e for e in client.infos(f"{_escaped(service)}/*") if e.metadata.get(_MARK) == service
-    ]
+    """(fdname, descriptor) of all that is stored for *service*, in the order of storing.
+
+    The caller owns the result.
+    """
+    entries = [e for e in client.infos(f"{literal(service)}/*") if e.metadata.get(_MARK) == service]
     found: list[tuple[str, Descriptor]] = []
     try:
         for entry in sorted(entries, key=lambda entry: entry.generation):
@@ -62,19 +64,15 @@ def stored(client: Client, service: str) -> list[tuple[str, Descriptor]]:
     return found
 
 
-def _escaped(name: str) -> str:
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
-
-
 class Store:
-    """FDSTORE=1 and its kin, for one service."""
+    """The descriptors that one service stores: FDSTORE=1, FDSTOREREMOVE=1."""
 
     def __init__(self, client: Client, service: str) -> None:
         self._client = client
         self._service = service
 
     def handle(self, said: Notification) -> None:
-        """Does what *said* asks of a store. Raises: FdshareError where the server refuses."""
+        """Stores or removes what *said* asks for. Raises: FdshareError: the server refuses."""
         name = said.value("FDNAME")
         if name is not None:
             try:
@@ -94,16 +92,18 @@ class Store:
         held = stored(self._client, self._service)
         try:
             for descriptor in descriptors:
-                # systemd, too, keeps one copy of what it is sent twice.
+                # As systemd, keep one copy of what is sent twice.
                 if not any(_same(descriptor, other) for _, other in held):
                     self._register(fdname, descriptor, poll)
         finally:
             close_all(descriptor for _, descriptor in held)
 
     def _register(self, fdname: str, descriptor: Descriptor, poll: bool) -> None:
-        """Under NAME/FDNAME; the next of the same name under NAME/FDNAME:2, for no FDNAME has a
-        colon."""
-        taken = set(self._client.names(f"{_escaped(self._service)}/*"))
+        """Registers it under NAME/FDNAME; the next of that name under NAME/FDNAME:2.
+
+        No FDNAME has a colon.
+        """
+        taken = set(self._client.names(f"{literal(self._service)}/*"))
         name, number = f"{self._service}/{fdname}", 1
         while name in taken:
             number += 1
@@ -117,14 +117,14 @@ class Store:
             )
 
     def _remove(self, fdname: str) -> None:
-        for entry in self._client.infos(f"{_escaped(self._service)}/*"):
+        for entry in self._client.infos(f"{literal(self._service)}/*"):
             if entry.metadata.get(_MARK) == self._service and entry.metadata[_FDNAME] == fdname:
                 self._client.unregister(entry.name)
 
 
 @contextmanager
 def _with_its_kind(descriptor: Descriptor) -> Iterator[object]:
-    """A socket as one, so that others can fetch it as one."""
+    """A socket if *descriptor* is one, so that others fetch a socket; else *descriptor* itself."""
     copy = descriptor.dup()
     try:
         sock = copy.socket()
@@ -156,13 +156,15 @@ def run_notified(
     ready_fd: int | None,
     timeout: float,
 ) -> int:
-    """Runs the program with a NOTIFY_SOCKET, in our place: returns never. With *detach* it runs in
-    the background instead, and this returns when it said READY=1: 0, or 1 where it ended before
-    or said nothing within *timeout* seconds (then it is ended)."""
+    """Replaces this process with the program, which has a NOTIFY_SOCKET; does not return.
+
+    With *detach* the program runs in the background instead. This returns 0 when it has said
+    READY=1, and 1 if it ended before, or did not say it within *timeout* seconds and was ended.
+    """
     if ready_fd is not None:
         _check_ready_fd(ready_fd)
     launch.passed += stored(client, service)
-    said, says = map(Descriptor, os.pipe())  # "R" when it is ready; the end when it is gone
+    said, says = map(Descriptor, os.pipe())  # "R" when it is ready; end of file when it has ended
     folder = tempfile.mkdtemp(prefix="fdshare-notify-")
     sock = NotifySocket(os.path.join(folder, "notify"))
     launch.environment["NOTIFY_SOCKET"] = sock.address
@@ -183,21 +185,23 @@ def run_notified(
 
 def _check_ready_fd(number: int) -> None:
     try:
-        os.set_inheritable(number, False)  # it is the helper's, not the program's
+        os.set_inheritable(number, False)  # it is for the helper, not for the program
     except OSError:
         raise click.BadParameter(f"descriptor {number} is not open", param_hint="--ready-fd")
 
 
 def _leave_standard_streams() -> None:
-    """Nothing to read, and standard output goes where errors go: `pid=$(fdshare run --detach ...)`
-    would otherwise wait until the program has ended."""
+    """Gives the program an empty standard input, and standard error as standard output.
+
+    `pid=$(fdshare run --detach ...)` would otherwise wait until the program has ended.
+    """
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
     os.dup2(2, 1)
 
 
 def _execute(launch: Launch) -> NoReturn:
-    """In the forked child."""
+    """Replaces the forked child with the program."""
     try:
         launch.execute()
     except BaseException as error:
@@ -215,16 +219,18 @@ def _wait_for_ready(pid: int, said: Descriptor, timeout: float) -> int:
         return 0
     ended, status = os.waitpid(pid, os.WNOHANG)
     if ended:
-        _warn(f"it ended with status {os.waitstatus_to_exitcode(status)} before it was ready")
+        _warn(
+            f"the program ended with status {os.waitstatus_to_exitcode(status)} before it was ready"
+        )
     else:
-        _warn(f"it was not ready within {timeout:g} s, and is ended")
+        _warn(f"the program was not ready within {timeout:g} s, and is ended")
         os.kill(pid, signal.SIGTERM)
     return 1
 
 
 @dataclass(slots=True)
 class _Helper:
-    """What the helper needs, all of it; anything else it closes."""
+    """The helper: all that it needs; it closes everything else."""
 
     client: Client
     service: str
@@ -235,7 +241,7 @@ class _Helper:
     ready_fd: int | None
 
     def run(self) -> None:
-        """Until the program has ended and all that it said before is done."""
+        """Handles notifications until the program has ended and none is left."""
         store = Store(self.client, self.service)
         poller = select.poll()
         poller.register(self.sock.fileno(), select.POLLIN)
@@ -250,34 +256,34 @@ class _Helper:
     def _receive(self, store: Store) -> None:
         try:
             said = self.sock.receive()
-        except OSError as error:  # no descriptor is free: the message stays, let others go first
+        except OSError as error:  # no descriptor is free: the message stays, try again later
             _warn(str(error))
             select.poll().poll(100)
             return
         if said is None:
-            _warn("a notification that is none is ignored")
+            _warn("a malformed notification is ignored")
             return
         try:
             if said.sender is not None and said.sender.uid not in (0, os.geteuid()):
                 _warn(f"a notification of uid {said.sender.uid} is ignored")
                 return
-            self._pass_on(said)
+            self._forward(said)
             store.handle(said)
         except (FdshareError, OSError) as error:
             _warn(f"not stored: {error}")
         finally:
-            # A barrier's sender waits for this: what it sent before is done.
+            # The sender of a barrier waits for this: all that it sent before is done.
             said.close()
 
-    def _pass_on(self, said: Notification) -> None:
+    def _forward(self, said: Notification) -> None:
         if said.says("READY=1"):
             self._is_ready()
-        lines = [line for line in said.lines if line.startswith(_PASSED_ON)]
+        lines = [line for line in said.lines if line.startswith(_FORWARDED)]
         if lines:
             notify("\n".join(lines), timeout=1.0)
 
     def _is_ready(self) -> None:
-        """Once: those who wait for READY=1 learn it."""
+        """Tells those who wait for READY=1, once."""
         if not self.says.closed:
             with suppress(OSError):
                 os.write(self.says.fileno(), b"R")
@@ -289,13 +295,13 @@ class _Helper:
             self.ready_fd = None
 
     def numbers(self) -> set[int]:
-        """The descriptors that it keeps."""
+        """The numbers of the descriptors that it keeps."""
         kept = {self.sock.fileno(), self.program.fileno(), self.says.fileno()}
         return kept | ({self.ready_fd} if self.ready_fd is not None else set())
 
 
 def _fork_helper(helper: _Helper) -> None:
-    """Starts it as a child of init, for the program shall see no child that it never had."""
+    """Starts it as a child of init, so that the program has no child that it did not start."""
     pid = os.fork()
     if pid:
         os.waitpid(pid, 0)
@@ -312,8 +318,8 @@ def _fork_helper(helper: _Helper) -> None:
 def _be_helper(helper: _Helper) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # it ends with the program
-    # Copies of what the program is given would keep it all open when the program has closed it.
-    # The objects that own the numbers are never unwound: this process ends by _exit.
+    # Copies of what the program gets would keep that open after the program has closed it. The
+    # objects that own the numbers do not close them a second time: this process ends by _exit.
     close_all_but(helper.numbers())
     nothing = os.open(os.devnull, os.O_RDWR)
     os.dup2(nothing, 0)
@@ -321,7 +327,7 @@ def _be_helper(helper: _Helper) -> None:
     try:
         helper.run()
     except BaseException as error:
-        _warn(f"notifications are heard no more: {error!r}")
+        _warn(f"the helper for notifications failed: {error!r}")
     finally:
         shutil.rmtree(helper.folder, ignore_errors=True)
         sys.stderr.flush()

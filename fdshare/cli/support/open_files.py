@@ -1,4 +1,4 @@
-"""Which processes hold an open file description right now: /proc and kcmp(2)."""
+"""The processes that have an open file description now, from /proc and kcmp(2)."""
 
 from __future__ import annotations
 
@@ -28,8 +28,11 @@ How: TypeAlias = Literal["kcmp", "inode"]
 
 
 class Holder(NamedTuple):
-    """*how*: "kcmp", the kernel says that it is the same open file description; "inode", it is the
-    same file or socket, which may have been opened twice."""
+    """A process that has it open, under the numbers *fds*.
+
+    *how*: "kcmp": the kernel says that it is the same open file description; "inode": it is the
+    same file or socket, which may have been opened twice.
+    """
 
     pid: int
     uid: int
@@ -41,8 +44,8 @@ class Holder(NamedTuple):
 def same_open_file(pid: int, fd: int, other_pid: int, other_fd: int) -> bool | None:
     """Whether two descriptors share one open file description (kcmp(2), KCMP_FILE).
 
-    None where the kernel does not tell: it needs the right to trace both processes
-    (ptrace(2), PTRACE_MODE_READ_REALCREDS), or was built without.
+    None where the kernel does not say: this user may not trace both processes (ptrace(2),
+    PTRACE_MODE_READ_REALCREDS), or the kernel was built without kcmp.
     """
     if _SYS_KCMP is None:
         return None
@@ -58,8 +61,10 @@ def same_open_file(pid: int, fd: int, other_pid: int, other_fd: int) -> bool | N
 
 
 def holders(fds: Sequence[int]) -> list[Holder]:
-    """Who else has one of *fds* of this process open, in the order of pids; as much as /proc
-    shows this user. *fds* are borrowed for the call."""
+    """The other processes that have one of *fds* of this process open, in the order of pids.
+
+    Only those whose /proc this user may read. *fds* are borrowed for the call.
+    """
     ours = {fd: _link(os.getpid(), fd) for fd in fds}
     found = []
     for pid in _pids():
@@ -86,7 +91,7 @@ def _pids() -> list[int]:
 
 
 def _open_files(pid: int) -> Iterator[tuple[int, str]]:
-    """(number, what /proc calls it); nothing of another user's process, or one that has ended."""
+    """(number, link in /proc) of a process; none if it has ended, or is another user's."""
     try:
         numbers = os.listdir(f"/proc/{pid}/fd")
     except OSError:

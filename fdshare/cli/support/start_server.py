@@ -1,4 +1,4 @@
-"""A server for who finds none: in the background, of nobody's process tree."""
+"""Starts a server in the background, as a child of init, where none answers."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ __all__ = ["start_unless_there"]
 
 
 def start_unless_there(client: Client) -> None:
-    """Returns when a server answers at the client's address, started now if need be.
+    """Returns when a server answers at the client's address; starts one if none does.
 
-    Its warnings go to PATH.log. Two callers at once start one server.
-    Raises: ServerGone, with what it said where it could not start.
+    Its warnings go to PATH.log. Two callers at the same time start one server.
+    Raises: ServerGone: it could not start, with what it wrote.
     """
     try:
         client.ping()
@@ -35,7 +35,7 @@ def start_unless_there(client: Client) -> None:
 
 
 def _start(path: str) -> str:
-    """Starts a server; what it had to say, empty if it is ready."""
+    """Starts a server; returns "" when it is ready, else what it wrote."""
     abstract = path.startswith("@")
     path = path if abstract else os.path.abspath(path)
     log = os.open(
@@ -60,7 +60,7 @@ def _start(path: str) -> str:
 
 
 def _command(arguments: list[str]) -> list[str]:
-    """This program with other *arguments*."""
+    """The command that runs this program with other *arguments*."""
     if os.path.basename(sys.argv[0]) == "fdshare" and os.path.isfile(sys.argv[0]):
         return [sys.executable, os.path.abspath(sys.argv[0]), *arguments]
     from fdshare.server.interpreter import fresh_interpreter
@@ -69,8 +69,10 @@ def _command(arguments: list[str]) -> list[str]:
 
 
 def _spawn_orphan(command: list[str], log: int, readies: int) -> None:
-    """Starts *command* as a child of init: the program that we become would otherwise get a
-    SIGCHLD for a child that it never had."""
+    """Starts *command* as a child of init.
+
+    As our child it would send SIGCHLD to the program that replaces this process.
+    """
     from fdshare.kernel.descriptor_table import close_all_but
 
     pid = os.fork()
@@ -83,7 +85,7 @@ def _spawn_orphan(command: list[str], log: int, readies: int) -> None:
             nothing = os.open(os.devnull, os.O_RDWR)
             for target, source in enumerate((nothing, nothing, log)):
                 os.dup2(source, target)
-            # Or it would keep a caller's pipe open whose end somebody waits for.
+            # It must not keep a caller's pipe open: somebody may wait for the end of that.
             close_all_but({readies})
             os.set_inheritable(readies, True)
             os.chdir("/")

@@ -63,10 +63,10 @@ def test_the_default_is_for_nobody_else(fdshare: Shell) -> None:
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        (["--mode", "rw"], "no mode"),
-        (["--mode", "99"], "no mode"),
+        (["--mode", "rw"], "not a mode"),
+        (["--mode", "99"], "not a mode"),
         (["--limit", "nonsense=1"], "there is no limit 'nonsense'"),
-        (["--limit", "max_names=many"], "no number"),
+        (["--limit", "max_names=many"], "not a number"),
         (["--group", "no-such-group"], "there is no group"),
         (["--ready-fd", "77"], "descriptor 77 is not open"),
         (["--metrics", "somewhere"], "HOST:PORT"),

@@ -104,7 +104,7 @@ def test_an_entry_that_changed_since_the_dump(filled: Shell, other: Shell, folde
 def test_what_lives_as_long_as_its_owner_stays(filled: Shell, other: Shell) -> None:
     filled.start("register", "mine", "--memory", "/dev/null", "--hold")
     filled("wait", "mine", "--timeout", "30")
-    assert "mine: as long as" in filled.fails("transfer", filled.path, other.path)
+    assert "mine: bound to" in filled.fails("transfer", filled.path, other.path)
     filled("transfer", filled.path, other.path, "--pattern", "[!m]*")
     assert sorted(inodes(other)) == ["file", "web"]
 

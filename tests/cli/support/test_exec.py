@@ -10,7 +10,7 @@ import sys
 import click
 import pytest
 
-from fdshare.cli.support.exec import Launch, find_program, with_own_position
+from fdshare.cli.support.exec import Launch, find_program, with_own_offset
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.kernel.shared_memory import SharedMemory
 
@@ -57,10 +57,10 @@ def test_stale_variables_are_not_passed_on(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_sealed_memory_is_read_from_its_beginning() -> None:
     with SharedMemory.from_bytes(b"hello") as memory:
-        copy = with_own_position(Descriptor(os.dup(memory.fileno())))
+        copy = with_own_offset(Descriptor(os.dup(memory.fileno())))
         with copy, copy.open("rb") as stream:
             assert stream.read() == b"hello"
-        again = with_own_position(Descriptor(os.dup(memory.fileno())))
+        again = with_own_offset(Descriptor(os.dup(memory.fileno())))
         with again:
             assert os.read(again.fileno(), 5) == b"hello"
 
@@ -68,7 +68,7 @@ def test_sealed_memory_is_read_from_its_beginning() -> None:
 def test_anything_else_keeps_its_position() -> None:
     descriptor = Descriptor(os.dup(0))
     with descriptor:
-        assert with_own_position(descriptor) is descriptor
+        assert with_own_offset(descriptor) is descriptor
 
 
 def test_programs() -> None:

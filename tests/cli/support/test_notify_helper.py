@@ -115,13 +115,13 @@ def test_detach_returns_when_the_program_is_ready(fdshare: Shell) -> None:
 def test_detach_tells_of_a_program_that_ended(fdshare: Shell) -> None:
     words = ["run", "--notify", "--detach", "web=tcp://127.0.0.1:0", "--"]
     line = fdshare.fails(*words, "sh", "-c", "exit 3")
-    assert line == "fdshare: it ended with status 3 before it was ready"
+    assert line == "fdshare: the program ended with status 3 before it was ready"
 
 
 def test_detach_ends_a_program_that_is_never_ready(fdshare: Shell) -> None:
     words = ["run", "--notify", "--detach", "--ready-timeout", "0.2", "web=tcp://127.0.0.1:0", "--"]
     line = fdshare.fails(*words, sys.executable, "-c", READY.replace("READY=1", "STATUS=slow"))
-    assert line == "fdshare: it was not ready within 0.2 s, and is ended"
+    assert line == "fdshare: the program was not ready within 0.2 s, and is ended"
 
 
 def test_ready_fd(fdshare: Shell) -> None:
