@@ -33,6 +33,7 @@ ACROSS = {
     "server/test_endings.py": "how entries end, over the death of either half",
     "server/test_leases.py": "takes, over the death of the taker and of either half",
     "test_benchmarks.py": "the programs of benchmarks/",
+    "test_documents.py": "what the documents name",
     "test_layout.py": "this",
     "test_public.py": "the public surface, of all modules",
 }
