@@ -83,6 +83,15 @@ def test_every_file_of_tests_has_its_module() -> None:
         assert relative in known or across or tool.is_file(), f"of what is tests/{relative}?"
 
 
+def test_one_word_is_one_class() -> None:
+    places: dict[str, list[str]] = {}
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name, []).append(str(path.relative_to(PACKAGE)))
+    assert {name: where for name, where in places.items() if len(where) > 1} == {}
+
+
 def test_what_is_excepted_is_there() -> None:
     assert all((TESTS / path).exists() for path in ACROSS)
     assert all((PACKAGE / path).is_file() for path in TYPES)

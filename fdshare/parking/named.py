@@ -35,9 +35,9 @@ class NamedServer:
 
     def put(self, key: bytes, fds: Sequence[int], ttl: float, uses: int) -> None:
         name = _name(key)
-        parcel = _Parcel(fds)
+        descriptors = _Descriptors(fds)
         for use in range(uses):
-            self._client.register(name if uses == 1 else f"{name}/{use}", parcel, ttl=ttl)
+            self._client.register(name if uses == 1 else f"{name}/{use}", descriptors, ttl=ttl)
 
     def take(self, key: bytes) -> list[Descriptor]:
         name = _name(key)
@@ -62,7 +62,7 @@ class NamedServer:
         self._client.close()
 
 
-class _Parcel:
+class _Descriptors:
     """Descriptors on their way to the server; their kind is in the pickle, and not known here."""
 
     __slots__ = ("fds",)
@@ -72,7 +72,7 @@ class _Parcel:
 
 
 _PARCEL: Final = Kind("parcel", Raw(msgpack.encode(None)))
-describers[_Parcel] = lambda parcel: (_PARCEL, parcel.fds)
+describers[_Descriptors] = lambda descriptors: (_PARCEL, descriptors.fds)
 
 
 def _name(key: bytes) -> str:
