@@ -28,10 +28,10 @@ from fdshare.protocol import messages as m
 from fdshare.protocol.auth import NONCE_SIZE, prove
 from fdshare.protocol.framing import HEADER, MAX_FRAME, Receiver, only_frame
 
-__all__ = ["Answer", "Conversation", "Exchange", "Parts", "Read"]
+__all__ = ["Answer", "Conversation", "Exchange", "Read", "WholeAnswer"]
 
 
-# Exchange and Parts are Structs and not dataclasses: C makes them, in a tenth of the time.
+# Exchange and WholeAnswer are Structs and not dataclasses: C makes them, in a tenth of the time.
 
 
 class Exchange(msgspec.Struct):
@@ -74,7 +74,7 @@ class Answer(NamedTuple):
     lost: FdshareError | None
 
 
-class Parts(msgspec.Struct):
+class WholeAnswer(msgspec.Struct):
     """The whole answer to one request, its parts in order."""
 
     replies: list[Any] = msgspec.field(default_factory=list)
@@ -88,7 +88,7 @@ class Parts(msgspec.Struct):
         self.lost = self.lost or answer.lost
         return not getattr(answer.reply, "more", False)
 
-    def finish(self) -> Parts:
+    def finish(self) -> WholeAnswer:
         """Itself. Raises the refusal, or why descriptors are missing; then all are closed."""
         reply = self.replies[-1]
         failure = m.refusal_error(reply) if type(reply) is m.Refused else self.lost
@@ -148,7 +148,7 @@ class Conversation:
         descriptors: list[Descriptor],
         lost: FdshareError | None,
         id: int,
-    ) -> Parts | None:
+    ) -> WholeAnswer | None:
         """The whole answer to request *id*, if *data* is that and nothing else, as nearly always.
 
         None in every other case: then nothing was taken over, and `feed` has to get it.
@@ -163,7 +163,7 @@ class Conversation:
             type(reply) is m.Refused or getattr(reply, "more", False)
         ):
             return None
-        return Parts([reply], descriptors)
+        return WholeAnswer([reply], descriptors)
 
     def feed(
         self, data: memoryview, descriptors: list[Descriptor], lost: FdshareError | None

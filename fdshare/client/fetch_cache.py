@@ -11,7 +11,7 @@ from __future__ import annotations
 import struct
 from typing import Final
 
-from fdshare.client.conversation import Parts
+from fdshare.client.conversation import WholeAnswer
 from fdshare.protocol import messages as m
 from fdshare.protocol.framing import HEADER
 
@@ -45,7 +45,7 @@ class CachedFetch:
 class FetchCache(dict[str, CachedFetch]):
     """name -> the fetch of it."""
 
-    def learn(self, name: str, request: bytes, answer: memoryview, parts: Parts) -> None:
+    def learn(self, name: str, request: bytes, answer: memoryview, parts: WholeAnswer) -> None:
         """Remembers a fetch that was asked for with the frame *request*, and answered with the one
         frame *answer*, which says *parts*."""
         reply = parts.replies[0]

@@ -10,7 +10,7 @@ import socket
 from collections.abc import Generator, Iterable, Mapping
 from typing import Any, Final, TypeAlias, TypeVar
 
-from fdshare.client.conversation import Exchange, Parts
+from fdshare.client.conversation import Exchange, WholeAnswer
 from fdshare.errors import KindMismatch, NameNotFound, ProtocolError, TooManyDescriptors
 from fdshare.kernel.ancillary import close_all
 from fdshare.kernel.descriptor import Descriptor
@@ -23,7 +23,7 @@ T = TypeVar("T")
 R = TypeVar("R", bound=m.Reply)
 # So many names of 255 bytes, with what msgpack adds, stay below MAX_FRAME.
 _MOST_NAMES: Final = 4000
-Steps: TypeAlias = Generator[Exchange, Parts, T]
+Steps: TypeAlias = Generator[Exchange, WholeAnswer, T]
 
 
 def register(
@@ -60,7 +60,7 @@ def register(
     return _answer((yield Exchange(request, given)), m.Registered)
 
 
-def _answer(parts: Parts, cls: type[R]) -> R:
+def _answer(parts: WholeAnswer, cls: type[R]) -> R:
     """The only part of an answer, which brings descriptors only where it may.
 
     Raises: ProtocolError: it is another one; what came with it is closed.
@@ -88,11 +88,11 @@ def asking(name: str, timeout: float | None) -> Exchange:
     return Exchange(m.Fetch(name, timeout), wait=timeout)
 
 
-def given(parts: Parts) -> Any:
+def given(parts: WholeAnswer) -> Any:
     return rebuild(_answer(parts, m.Given).kind, parts.descriptors)
 
 
-def given_raw(parts: Parts) -> list[Descriptor]:
+def given_raw(parts: WholeAnswer) -> list[Descriptor]:
     _answer(parts, m.Given)
     return parts.descriptors
 
@@ -114,7 +114,7 @@ def fetch_many(names: Iterable[str]) -> Steps[dict[str, Any]]:
     return found
 
 
-def _rebuild_items(parts: Parts, found: dict[str, Any], names: list[str]) -> None:
+def _rebuild_items(parts: WholeAnswer, found: dict[str, Any], names: list[str]) -> None:
     """Adds the objects of one answer to *found*: they are those of *names*, from the first."""
     items = _answer(parts, m.GivenMany).items
     descriptors, end = parts.descriptors, 0
@@ -156,7 +156,7 @@ def take_raw(name: str, timeout: float | None) -> Steps[list[Descriptor]]:
         close_all(parts.descriptors)
 
 
-def _lease_of(parts: Parts) -> Descriptor:
+def _lease_of(parts: WholeAnswer) -> Descriptor:
     """The lease, which is the last of the descriptors; it is taken off them."""
     if not parts.descriptors:
         raise ProtocolError("the answer to a take has no lease")
@@ -206,9 +206,9 @@ def names(pattern: str) -> Steps[list[str]]:
     return [name for reply in _answers(parts, m.NameList) for name in reply.names]
 
 
-def _answers(parts: Parts, cls: type[R]) -> list[R]:
+def _answers(parts: WholeAnswer, cls: type[R]) -> list[R]:
     """All parts of an answer, as `_answer` checks them."""
-    return [_answer(Parts([reply], parts.descriptors), cls) for reply in parts.replies]
+    return [_answer(WholeAnswer([reply], parts.descriptors), cls) for reply in parts.replies]
 
 
 def holds(name: str) -> Steps[bool]:

@@ -21,7 +21,7 @@ import msgspec
 from fdshare.protocol import messages as m
 from fdshare.protocol.names import matcher
 
-__all__ = ["WatchItem", "Snapshot", "WatchState"]
+__all__ = ["Snapshot", "WatchItem", "WatchState"]
 
 # More than one read of the blocking client brings (64 KiB): only the asynchronous one folds.
 _KEPT: Final = 4096

@@ -22,7 +22,7 @@ from fdshare.kernel.credentials import Credentials, peer_credentials
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.kernel.path_lock import Inode, clear, live, lock, refuse_other_files, remove
 from fdshare.kernel.unix_address import (
-    Address,
+    UnixAddress,
     absolute,
     file_type,
     is_abstract,
@@ -137,7 +137,7 @@ class Listener:
 
 
 def listen(
-    path: Address,
+    path: UnixAddress,
     *,
     mode: int = 0o600,
     backlog: int = BACKLOG,
@@ -171,7 +171,7 @@ def listen(
         raise
 
 
-def datagram(path: Address | None = None, *, mode: int = 0o600) -> Listener:
+def datagram(path: UnixAddress | None = None, *, mode: int = 0o600) -> Listener:
     """A datagram socket bound to a name of its own, to which answers can be sent.
 
     For a client: no lock, and nothing on *path* is ever replaced (a server's well-known name is
@@ -195,7 +195,7 @@ def datagram(path: Address | None = None, *, mode: int = 0o600) -> Listener:
 
 
 def connect(
-    path: Address, *, timeout: float | None = None, kind: int = socket.SOCK_STREAM
+    path: UnixAddress, *, timeout: float | None = None, kind: int = socket.SOCK_STREAM
 ) -> socket.socket:
     """A blocking socket connected to the server at *path* (a pathname, or `@name`).
 
@@ -237,7 +237,7 @@ def s_pipe() -> tuple[socket.socket, socket.socket]:
 # The textbook's names, Stevens and Rago, "Advanced Programming in the UNIX Environment", 17.3.
 
 
-def serv_listen(path: Address) -> Listener:
+def serv_listen(path: UnixAddress) -> Listener:
     """The Listener of `listen(path)`. The caller owns the result."""
     return listen(path)
 
@@ -250,7 +250,7 @@ def serv_accept(listener: Listener) -> tuple[socket.socket, Credentials]:
     return listener.accept()
 
 
-def cli_conn(path: Address) -> socket.socket:
+def cli_conn(path: UnixAddress) -> socket.socket:
     """A connection to the server at *path*, as `connect` makes it. The caller owns the result."""
     return connect(path)
 

@@ -19,9 +19,9 @@ from typing import Final, TypeAlias
 from fdshare.errors import EndpointError, UnsupportedPlatform
 from fdshare.kernel.credentials import platform
 
-__all__ = ["SUN_PATH", "Address", "absolute", "file_type", "is_abstract", "sockaddr", "trouble"]
+__all__ = ["SUN_PATH", "UnixAddress", "absolute", "file_type", "is_abstract", "sockaddr", "trouble"]
 
-Address: TypeAlias = str | bytes | os.PathLike[str] | os.PathLike[bytes]
+UnixAddress: TypeAlias = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 
 # A pathname needs one byte less, for the NUL.
 SUN_PATH: Final = platform().sun_path
@@ -42,7 +42,7 @@ def is_abstract(address: str) -> bool:
     return address.startswith("@")
 
 
-def absolute(address: Address) -> str:
+def absolute(address: UnixAddress) -> str:
     """*address* as text, a pathname made absolute (so that chdir() does not change its meaning).
 
     Raises: EndpointError for an empty address, one with a NUL, or an abstract one that is too long;

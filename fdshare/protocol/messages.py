@@ -31,12 +31,12 @@ __all__ = [
     "Fetch",
     "FetchMany",
     "Given",
+    "GivenItem",
     "GivenMany",
     "Hello",
     "Info",
     "InfoList",
     "Infos",
-    "Item",
     "Kind",
     "Lifetime",
     "NameList",
@@ -275,7 +275,7 @@ class Given(Reply):
     lease: bool = False
 
 
-class Item(msgspec.Struct, frozen=True):
+class GivenItem(msgspec.Struct, frozen=True):
     """One entry of a GivenMany: the next *count* descriptors of the frame are its own."""
 
     name: str
@@ -285,7 +285,7 @@ class Item(msgspec.Struct, frozen=True):
 
 
 class GivenMany(Reply):
-    items: list[Item]
+    items: list[GivenItem]
 
 
 class NameList(Reply):

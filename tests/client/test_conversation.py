@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from fdshare.client.conversation import Answer, Conversation, Exchange, Parts
+from fdshare.client.conversation import Answer, Conversation, Exchange, WholeAnswer
 from fdshare.errors import (
     AuthenticationFailed,
     DescriptorLimit,
@@ -160,7 +160,7 @@ def test_a_new_connection_closes_what_was_half_received(conversation: Conversati
 
 def test_one_frame_is_a_whole_answer(conversation: Conversation) -> None:
     whole = conversation.whole(memoryview(frame(7, m.Done())), [], None, 7)
-    assert whole == Parts([m.Done()], [])
+    assert whole == WholeAnswer([m.Done()], [])
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def test_where_descriptors_were_lost_it_is_not_whole(conversation: Conversation)
 
 
 def test_parts_are_put_together() -> None:
-    parts = Parts()
+    parts = WholeAnswer()
     assert not parts.add(Answer(1, m.NameList(["a"], more=True), [], None))
     assert parts.add(Answer(1, m.NameList(["b"]), [], None))
     assert parts.finish().replies == [m.NameList(["a"], more=True), m.NameList(["b"])]
@@ -222,7 +222,7 @@ def test_parts_are_put_together() -> None:
 def test_what_is_not_whole_is_closed(
     last: m.Reply, lost: DescriptorLimit | None, error: type[Exception]
 ) -> None:
-    parts, given = Parts(), [descriptor(), descriptor()]
+    parts, given = WholeAnswer(), [descriptor(), descriptor()]
     parts.add(Answer(1, m.NameList(["a"], more=True), given[:1], lost))
     assert parts.add(Answer(1, last, given[1:], None))
     with pytest.raises(error):

@@ -12,7 +12,7 @@ import pytest
 from nursery import Manager
 
 from fdshare.client.blocking.client import Client
-from fdshare.client.conversation import Parts
+from fdshare.client.conversation import WholeAnswer
 from fdshare.client.fetch_cache import FetchCache
 from fdshare.errors import DescriptorLimit, NameNotFound, ServerTimeout
 from fdshare.protocol import messages as m
@@ -141,7 +141,7 @@ def frames(id: int = 7, count: int = 0) -> tuple[bytes, bytes]:
 def test_frames_are_stamped_with_the_id() -> None:
     cache = FetchCache()
     request, answer = frames(7)
-    cache.learn("x", request, memoryview(answer), Parts([REPLY]))
+    cache.learn("x", request, memoryview(answer), WholeAnswer([REPLY]))
     assert cache["x"].stamped(7) == frames(7)
     assert cache["x"].stamped(0xFFFFFFFF) == frames(0xFFFFFFFF)
 
@@ -150,6 +150,6 @@ def test_what_it_remembers_is_bounded() -> None:
     cache = FetchCache()
     request, answer = frames()
     for number in range(3000):
-        cache.learn(f"n/{number}", request, memoryview(answer), Parts([REPLY]))
+        cache.learn(f"n/{number}", request, memoryview(answer), WholeAnswer([REPLY]))
     assert len(cache) <= 1024
     assert "n/2999" in cache

@@ -270,14 +270,14 @@ def test_answers_that_do_not_fit(stranger: Callable[..., Stranger], answer: str,
 @pytest.mark.parametrize(
     "items",
     [
-        [m.Item("y", 1, KIND, 1)],
-        [m.Item("x", 1, KIND, 2)],
-        [m.Item("x", 1, KIND, -1)],
-        [m.Item("x", 1, KIND, 1), m.Item("z", 1, KIND, 0)],
+        [m.GivenItem("y", 1, KIND, 1)],
+        [m.GivenItem("x", 1, KIND, 2)],
+        [m.GivenItem("x", 1, KIND, -1)],
+        [m.GivenItem("x", 1, KIND, 1), m.GivenItem("z", 1, KIND, 0)],
     ],
     ids=["name", "more", "less", "others"],
 )
-def test_items_that_do_not_fit(stranger: Callable[..., Stranger], items: list[m.Item]) -> None:
+def test_items_that_do_not_fit(stranger: Callable[..., Stranger], items: list[m.GivenItem]) -> None:
     address = stranger(answering(m.GivenMany(items), 1)).address
     with Client(address, timeout=5) as client, pytest.raises(ProtocolError):
         client.fetch_many(["x", "y"])

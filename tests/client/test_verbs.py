@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from fdshare.client import verbs
-from fdshare.client.conversation import Exchange, Parts
+from fdshare.client.conversation import Exchange, WholeAnswer
 from fdshare.errors import (
     InvalidName,
     KindMismatch,
@@ -36,7 +36,7 @@ class Played:
 
     def answer(self, *replies: m.Reply, descriptors: list[Descriptor] | None = None) -> Played:
         try:
-            self.asked.append(self.steps.send(Parts(list(replies), descriptors or [])))
+            self.asked.append(self.steps.send(WholeAnswer(list(replies), descriptors or [])))
         except StopIteration as end:
             self.ended, self.result = True, end.value
         return self
@@ -196,7 +196,7 @@ def test_a_take_without_a_lease() -> None:
 
 
 def items(*counts: tuple[str, int]) -> m.GivenMany:
-    return m.GivenMany([m.Item(name, 1, FD, count) for name, count in counts])
+    return m.GivenMany([m.GivenItem(name, 1, FD, count) for name, count in counts])
 
 
 def test_fetch_many_asks_for_what_is_left() -> None:

@@ -16,6 +16,7 @@ from fdshare.protocol.names import (
     check_metadata,
     check_name,
     has_wildcards,
+    literal,
     matcher,
 )
 
@@ -105,3 +106,11 @@ def test_long_patterns() -> None:
         matcher("[" * 10_000)
     with pytest.raises(InvalidArgument):
         matcher("x" * 10_000)
+
+
+@pytest.mark.parametrize("name", ["web", "a*b", "a?b", "a[b]c", "*", "[", "]", "[!a]"])
+def test_a_literal_pattern_matches_its_name_alone(name: str) -> None:
+    matches = matcher(literal(name))
+    assert matches(name)
+    for other in ("a", "ab", "aXb", "abc", "", name + "x", "x" + name):
+        assert not matches(other)

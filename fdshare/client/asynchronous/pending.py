@@ -7,14 +7,14 @@ from typing import Protocol
 
 import anyio
 
-from fdshare.client.conversation import Answer, Exchange, Parts
+from fdshare.client.conversation import Answer, Exchange, WholeAnswer
 from fdshare.client.settings import Search
 from fdshare.client.watch_state import WatchState
 from fdshare.kernel.ancillary import close_all
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.protocol import messages as m
 
-__all__ = ["PendingRequest", "Pending", "Subscription", "discard"]
+__all__ = ["Pending", "PendingRequest", "Subscription", "discard"]
 
 
 class Pending(Protocol):
@@ -59,7 +59,7 @@ class PendingRequest:
         self.abandoned = False
         self.done = anyio.Event()
         self.error: BaseException | None = None
-        self.parts = Parts()
+        self.parts = WholeAnswer()
         self._started = time.monotonic()
 
     def answer(self, answer: Answer) -> bool:
@@ -83,7 +83,7 @@ class PendingRequest:
     def discard(self) -> None:
         """Closes what came so far."""
         discard(self.parts.descriptors)
-        self.parts = Parts()
+        self.parts = WholeAnswer()
 
 
 class Subscription:

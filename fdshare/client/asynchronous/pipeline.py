@@ -22,7 +22,7 @@ import anyio
 
 from fdshare.client.asynchronous.pending import Pending, PendingRequest, Subscription, discard
 from fdshare.client.asynchronous.transport import Transport
-from fdshare.client.conversation import Answer, Conversation, Exchange, Parts
+from fdshare.client.conversation import Answer, Conversation, Exchange, WholeAnswer
 from fdshare.client.settings import Dialer, Search
 from fdshare.client.watch_state import WatchState
 from fdshare.errors import (
@@ -71,7 +71,7 @@ class Pipeline:
 
     # For the tasks that make requests.
 
-    async def exchange(self, exchange: Exchange) -> Parts:
+    async def exchange(self, exchange: Exchange) -> WholeAnswer:
         """The whole answer. Raises: the refusal, ServerTimeout, ServerGone, NoServer."""
         delay = exchange.deadline(0.0, self._timeout)
         with anyio.move_on_after(delay):
@@ -80,7 +80,7 @@ class Pipeline:
             return await self._answer(exchange)
         raise ServerTimeout(self._dialer.address, delay or 0.0)
 
-    async def _answer(self, exchange: Exchange) -> Parts:
+    async def _answer(self, exchange: Exchange) -> WholeAnswer:
         call = PendingRequest(self._new_id(), exchange, Search(self._reconnect))
         self._pending[call.id] = call
         try:

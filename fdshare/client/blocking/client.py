@@ -16,7 +16,7 @@ from typing import Any, Final, Self, TypeVar
 from fdshare.client import verbs
 from fdshare.client.blocking.connection import BlockingConnection, ConnectionLost
 from fdshare.client.blocking.watch import Watcher
-from fdshare.client.conversation import Exchange, Parts
+from fdshare.client.conversation import Exchange, WholeAnswer
 from fdshare.client.settings import BaseClient, Lifeline
 from fdshare.errors import ClosedDescriptor, ServerTimeout
 from fdshare.kernel.descriptor import Descriptor
@@ -280,7 +280,7 @@ class Client(BaseClient):
             steps.close()
             raise
 
-    def _fetch(self, name: str, timeout: float | None) -> Parts:
+    def _fetch(self, name: str, timeout: float | None) -> WholeAnswer:
         """As `_do`, for a fetch, which takes one exchange and not even a generator."""
         try:
             connection = self._idle.pop()
@@ -295,7 +295,7 @@ class Client(BaseClient):
         finally:
             self._give_back(connection)
 
-    def _exchange(self, connection: BlockingConnection, exchange: Exchange) -> Parts:
+    def _exchange(self, connection: BlockingConnection, exchange: Exchange) -> WholeAnswer:
         started = time.monotonic()
         deadline = exchange.deadline(started, self.timeout)
         try:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Final, NoReturn, TypeVar
 
-from fdshare.client.conversation import Answer, Conversation, Exchange, Parts, Read
+from fdshare.client.conversation import Answer, Conversation, Exchange, Read, WholeAnswer
 from fdshare.client.fetch_cache import FetchCache
 from fdshare.client.settings import Dialer, Search
 from fdshare.errors import ClosedDescriptor, FdshareError, NoServer, ServerGone, ServerTimeout
@@ -111,20 +111,20 @@ class BlockingConnection:
 
     def repeat(
         self, exchange: Exchange, started: float, deadline: float | None, reconnect: float
-    ) -> Parts:
+    ) -> WholeAnswer:
         """The answer to *exchange*, begun at *started*, whose connection ended or was never made.
 
         Raises: as `persist` and `exchange`.
         """
 
-        def attempt() -> Parts:
+        def attempt() -> WholeAnswer:
             if exchange.id:  # it was sent before: of the wait for a name, the rest is left
                 exchange.shorten(started)
             return self.exchange(exchange, deadline)
 
         return self.persist(attempt, deadline, reconnect)
 
-    def exchange(self, exchange: Exchange, deadline: float | None) -> Parts:
+    def exchange(self, exchange: Exchange, deadline: float | None) -> WholeAnswer:
         """The whole answer to *exchange*, which gets an id and keeps it when it is repeated.
 
         Raises: ConnectionLost, ServerTimeout, or the refusal.
@@ -147,7 +147,7 @@ class BlockingConnection:
             self._end_unless_refused(error)
             raise
 
-    def fetch(self, name: str, timeout: float | None) -> Parts | None:
+    def fetch(self, name: str, timeout: float | None) -> WholeAnswer | None:
         """The answer to a fetch that was made before, in the shortest way (see fetch_cache.py).
 
         That is one send, one receive, and an answer that need not be decoded. None: use `exchange`;
@@ -168,7 +168,7 @@ class BlockingConnection:
                 return None  # `exchange` knows what each of them means
             read = data, descriptors, lost = self._read(sock, deadline)
             if data.tobytes() == expected and len(descriptors) == known.count and lost is None:
-                return Parts([known.reply], descriptors)
+                return WholeAnswer([known.reply], descriptors)
             whole = self._conversation.whole(*read, id)
             return whole or self._collect(sock, id, read, deadline)
         except ConnectionLost:
@@ -210,10 +210,12 @@ class BlockingConnection:
             raise ConnectionLost("not connected")
         return self._sock
 
-    def _collect(self, sock: socket.socket, id: int, read: Read, deadline: float | None) -> Parts:
+    def _collect(
+        self, sock: socket.socket, id: int, read: Read, deadline: float | None
+    ) -> WholeAnswer:
         """The whole answer to request *id*, which begins in *read* or comes after it."""
         answers = self._conversation.feed(*read)
-        parts = Parts()
+        parts = WholeAnswer()
         while True:
             for answer in answers:
                 if _belongs(answer, id) and parts.add(answer):

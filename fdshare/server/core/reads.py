@@ -58,13 +58,15 @@ class Reads(Waiters):
                 entries.append(entry)
         if missing:
             raise NameNotFound(missing)
-        items: list[m.Item] = []
+        items: list[m.GivenItem] = []
         given: list[Handle] = []
         room = min(MAX_FRAME_DESCRIPTORS, self.limits.in_flight_per_connection)
         for entry in entries:
             if given and len(given) + len(entry.handles) > room:
                 break
-            items.append(m.Item(entry.name, entry.generation, entry.put.kind, len(entry.handles)))
+            items.append(
+                m.GivenItem(entry.name, entry.generation, entry.put.kind, len(entry.handles))
+            )
             given += entry.handles
             entry.fetches += 1
             self.effects.audit("fetch", entry.name, session, "given")
