@@ -28,3 +28,13 @@ def test_what_a_document_names_exists(document: Path) -> None:
         if tests:
             defined = re.findall(r"^def (test_\w+)", found[0].read_text(), re.MULTILINE)
             assert any(fnmatch(test, tests) for test in defined), f"{name}::{tests}"
+
+
+def test_each_word_is_said_once_and_its_class_is_there() -> None:
+    words = (ROOT / "docs/design.md").read_text().split("## 3. Words")[1].split("## 4.")[0]
+    rows = re.findall(r"^\| (\w+) \| (?:`?(\w+)`?)? ?\|", words, re.MULTILINE)[1:]
+    assert len(rows) > 10
+    assert len({word for word, _ in rows}) == len(rows)
+    sources = "".join(path.read_text() for path in ROOT.glob("fdshare/**/*.py"))
+    defined = {"int", "str", "", *re.findall(r"^class (\w+)", sources, re.MULTILINE)}
+    assert {cls for _, cls in rows} <= defined
