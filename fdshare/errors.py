@@ -287,10 +287,14 @@ class UntrustedServer(FdshareError, PermissionError, code="untrusted_server"):
     address: str
     uid: int
 
-    def __init__(self, address: str, uid: int) -> None:
+    def __init__(
+        self,
+        address: str,
+        uid: int,
+        reason: str = "neither yours nor root; if you trust that user, pass the uid in trust=...",
+    ) -> None:
         super().__init__(
-            f"the server at {address} runs as uid {uid}, neither yours nor root; "
-            "if you trust that user, pass the uid in trust=...",
+            f"the server at {address} runs as uid {uid}, {reason}",
             address=address,
             uid=uid,
         )

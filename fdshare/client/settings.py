@@ -14,9 +14,10 @@ from typing import Any
 
 from fdshare.client.default_path import default_path
 from fdshare.errors import FdshareError, InvalidArgument, UntrustedServer
-from fdshare.kernel.credentials import peer_credentials
+from fdshare.kernel.credentials import is_overflow_uid, peer_credentials
 from fdshare.kernel.descriptor_limit import descriptor_limit, is_descriptor_limit
 from fdshare.kernel.endpoint import connect as connect_socket
+from fdshare.protocol.auth import checked_authkey
 
 __all__ = ["BaseClient", "Dialer", "Lifeline", "Search"]
 
@@ -36,7 +37,7 @@ class BaseClient:
         self.address = default_path() if path is None else os.fspath(path)
         self.timeout = timeout
         self.reconnect = reconnect
-        self._authkey = None if authkey is None else bytes(authkey)
+        self._authkey = checked_authkey(authkey)
         self._trust = frozenset((0, os.geteuid()) if trust is None else trust)
         self._dialer = Dialer(self.address, self._trust)
         self._closed = False
@@ -86,6 +87,9 @@ class Dialer:
             raise descriptor_limit(error.errno, "client") from None
         try:
             who = peer_credentials(sock)
+            if is_overflow_uid(who.uid):
+                reason = "as every user is shown that has no number in this user namespace"
+                raise UntrustedServer(self.address, who.uid, reason)
             if who.uid not in self._trust:
                 raise UntrustedServer(self.address, who.uid)
         except BaseException:

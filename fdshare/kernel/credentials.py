@@ -13,6 +13,7 @@ import struct
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Final, TypeAlias
 
 from fdshare.errors import AccessDenied, ProtocolError, UnsupportedPlatform
@@ -23,6 +24,8 @@ __all__ = [
     "Credentials",
     "Platform",
     "enable_credentials",
+    "is_overflow_gid",
+    "is_overflow_uid",
     "own_credentials",
     "parse_cmsgcred",
     "parse_sockcred2",
@@ -39,14 +42,15 @@ class Credentials:
     """pid, uid and gid as the receiving side's namespaces see them.
 
     pid is 0 where the peer is in a pid namespace that we cannot see, or where the system does not
-    say; uid and gid are 65534 where its user namespace has no mapping (user_namespaces(7)).
-    `groups` are the supplementary ones, where the kernel gives them.
+    say; uid and gid are 65534 where its user namespace has no mapping (`is_overflow_uid`).
+    `groups` are the supplementary ones; `all_groups` is False where there may be more of them.
     """
 
     pid: int
     uid: int
     gid: int
     groups: tuple[int, ...] = ()
+    all_groups: bool = True
 
 
 Parser: TypeAlias = Callable[[bytes], Credentials]
@@ -83,9 +87,10 @@ def parse_xucred(data: bytes) -> Credentials:
     if version != _XUCRED_VERSION:
         raise ProtocolError(f"struct xucred has version {version}, not {_XUCRED_VERSION}")
     pid = _XUCRED_PID.unpack_from(data)[-1] if len(data) >= _XUCRED_PID.size else 0
-    # The first group is the effective one.
+    # The first group is the effective one. A full list may have been cut.
+    all_groups = count < len(groups)
     groups = groups[: max(0, count)]
-    return Credentials(pid, uid, groups[0] if groups else 0, tuple(groups[1:]))
+    return Credentials(pid, uid, groups[0] if groups else 0, tuple(groups[1:]), all_groups)
 
 
 def parse_cmsgcred(data: bytes) -> Credentials:
@@ -95,8 +100,9 @@ def parse_cmsgcred(data: bytes) -> Credentials:
     """
     _whole(data, _CMSGCRED.size, "struct cmsgcred")
     pid, _, euid, gid, count, *groups = _CMSGCRED.unpack_from(data)
+    all_groups = count < len(groups)
     groups = groups[: max(0, count)]
-    return Credentials(pid, euid, groups[0] if groups else gid, tuple(groups[1:]))
+    return Credentials(pid, euid, groups[0] if groups else gid, tuple(groups[1:]), all_groups)
 
 
 def parse_sockcred2(data: bytes) -> Credentials:
@@ -198,21 +204,61 @@ def peer_credentials(sock: socket.socket) -> Credentials:
     if HERE.peer_pid is not None:
         who = replace(who, pid=sock.getsockopt(*HERE.peer_pid))
     if HERE.peer_groups is not None:
-        who = replace(who, groups=_peer_groups(sock, *HERE.peer_groups))
+        groups = _peer_groups(sock, *HERE.peer_groups)
+        who = replace(who, groups=groups or (), all_groups=groups is not None)
     return who
 
 
-def _peer_groups(sock: socket.socket, level: int, option: int) -> tuple[int, ...]:
-    """The peer's supplementary groups; () where the kernel has none, or more than 256."""
+def _peer_groups(sock: socket.socket, level: int, option: int) -> tuple[int, ...] | None:
+    """The peer's supplementary groups; None where the kernel does not give them (before 4.13)."""
     for size in (256, 1024):  # bytes; socket.getsockopt() accepts no larger buffer
         try:
             raw = sock.getsockopt(level, option, size)
         except OSError as error:
             if error.errno == errno.ERANGE:
                 continue
-            return ()
+            return None
         return struct.unpack(f"{len(raw) // 4}I", raw)
-    return ()
+    try:
+        # ctypes takes time to import, and few users are in more than 256 groups.
+        from fdshare.kernel.peer_groups import many_peer_groups
+
+        return many_peer_groups(sock, level, option)
+    except (ImportError, OSError):  # no descriptor is free to import with
+        return None
+
+
+@cache
+def _overflow(sysctl: str) -> int:
+    try:
+        with open(f"/proc/sys/kernel/{sysctl}") as file:
+            return int(file.read())
+    except (OSError, ValueError):
+        return 65534
+
+
+def is_overflow_uid(uid: int) -> bool:
+    """True if *uid* may be any user at all, so that it must not be trusted.
+
+    A user that has no number in our user namespace is shown as the overflow uid, 65534, and so is
+    every other such user (user_namespaces(7)). Where each user has a number, as in the first
+    namespace, 65534 is one user, and this is False.
+    """
+    return uid == _overflow("overflowuid") and not _all_are_mapped("uid_map")
+
+
+def is_overflow_gid(gid: int) -> bool:
+    """`is_overflow_uid`, of a group."""
+    return gid == _overflow("overflowgid") and not _all_are_mapped("gid_map")
+
+
+def _all_are_mapped(table: str) -> bool:
+    """True if our user namespace has every id: one row, from 0, of 2**32 - 1 ids."""
+    try:
+        with open(f"/proc/self/{table}") as file:
+            return file.read().split() == ["0", "0", "4294967295"]
+    except OSError:
+        return not sys.platform.startswith("linux")
 
 
 def peer_pidfd(sock: socket.socket) -> Descriptor | None:

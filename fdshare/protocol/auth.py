@@ -10,9 +10,23 @@ from __future__ import annotations
 import hmac
 from typing import Final, Literal
 
-__all__ = ["NONCE_SIZE", "prove"]
+from fdshare.errors import InvalidArgument
+
+__all__ = ["NONCE_SIZE", "checked_authkey", "prove"]
 
 NONCE_SIZE: Final = 32  # bytes; as long as the digest
+
+
+def checked_authkey(authkey: object) -> bytes | None:
+    """*authkey* as bytes, or None for no authkey. Raises: InvalidArgument: text; empty, which
+    everybody knows."""
+    if authkey is None:
+        return None
+    if not isinstance(authkey, bytes | bytearray | memoryview):
+        raise InvalidArgument("authkey", f"it is {type(authkey).__name__}, not bytes")
+    if not authkey:
+        raise InvalidArgument("authkey", "it is empty, so everybody would have it")
+    return bytes(authkey)
 
 
 def prove(

@@ -193,7 +193,7 @@ CONNECT_AS = """
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become somebody else")
-@pytest.mark.parametrize("groups", [[], [7, 8], list(range(1000, 1100))], ids=len)
+@pytest.mark.parametrize("groups", [[], [7, 8], list(range(1000, 1300))], ids=len)
 def test_a_server_sees_who_connected(folder: Path, groups: list[int]) -> None:
     from fdshare.kernel import listen, serv_accept
 

@@ -1,11 +1,15 @@
-"""auth: what a proof depends on."""
+"""auth: what is a key, and what a proof depends on."""
 
 from __future__ import annotations
 
 import hashlib
 import hmac
 
-from fdshare.protocol.auth import NONCE_SIZE, prove
+import pytest
+
+import fdshare
+from fdshare.errors import InvalidArgument
+from fdshare.protocol.auth import NONCE_SIZE, checked_authkey, prove
 
 OURS, THEIRS = b"c" * NONCE_SIZE, b"s" * NONCE_SIZE
 
@@ -26,3 +30,21 @@ def test_each_part_makes_another_proof() -> None:
         prove(b"key", "client", OURS, OURS),
     }
     assert len(proofs) == 5
+
+
+@pytest.mark.parametrize("key", [b"secret", bytearray(b"secret"), memoryview(b"secret")])
+def test_a_key_is_bytes(key: object) -> None:
+    assert checked_authkey(key) == b"secret"
+
+
+@pytest.mark.parametrize("key", [b"", bytearray(), "secret", 7])
+def test_what_is_no_key_is_refused(key: object) -> None:
+    with pytest.raises(InvalidArgument, match="authkey"):
+        checked_authkey(key)
+
+
+@pytest.mark.parametrize("make", [fdshare.Client, fdshare.Manager, fdshare.aio.connect])
+def test_nobody_asks_for_an_empty_key(make: type[fdshare.Client]) -> None:
+    """Everybody has that one: before, it let everybody in."""
+    with pytest.raises(InvalidArgument, match="empty"):
+        make("/nobody/there", authkey=b"")

@@ -43,8 +43,8 @@ def test_they_go_to_another_process_whole() -> None:
 def test_without_a_policy_the_owner_and_root_may_all() -> None:
     policy, text = read_policy(Settings(path="/path"))
     assert text is None
-    assert policy.trusts(os.geteuid())
-    assert not policy.trusts(os.geteuid() + 1)
+    assert policy.trusts(Subject(os.geteuid(), 0))
+    assert not policy.trusts(Subject(os.geteuid() + 1, 0))
     assert not may_fetch(Settings(path="/path"))
 
 

@@ -44,11 +44,14 @@ Matcher: TypeAlias = Callable[[str], object]
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """Who asks, as the kernel said."""
+    """Who asks, as the kernel said. *all_groups*: there are no more than *groups*. *is_overflow*:
+    the uid is the one that every user without a number here has, so it is nobody's own."""
 
     uid: int
     gid: int
     groups: tuple[int, ...] = ()
+    all_groups: bool = True
+    is_overflow: bool = False
 
 
 class Decision(NamedTuple):
@@ -78,6 +81,8 @@ class Rule:
             or subject.uid in self.uids
             or subject.gid in self.gids
             or not self.gids.isdisjoint(subject.groups)
+            # Who may be in the group is not let past a rule that keeps the group out.
+            or (bool(self.gids) and not subject.all_groups and not self.decision.allowed)
         )
 
     def _what(self, verb: str, name: str) -> bool:
@@ -97,12 +102,18 @@ class Policy:
         self.own_uid = own_uid
         self.rules = rules
         self._owner = Decision(True, "uid 0 and the server's own uid may do everything")
+        # SO_PEERCRED of a connection is whoever called listen(2) on the socket: this server.
+        self._identity = Decision(
+            False,
+            f"whoever accepts on a UNIX socket of this server's passes for uid {own_uid}; "
+            "bind it yourself, and register it",
+        )
         default = f"the default: only uid {own_uid} and root"
         self._others = Decision(False, f"{default}; no rule of {file} matches" if file else default)
 
-    def trusts(self, uid: int) -> bool:
-        """True for the uids that no rule restrains: they could stop the server anyway."""
-        return uid in (0, self.own_uid)
+    def trusts(self, subject: Subject) -> bool:
+        """True for the users that no rule restrains: they could stop the server anyway."""
+        return subject.uid in (0, self.own_uid) and not subject.is_overflow
 
     def decide(self, verb: str, name: str, subject: Subject) -> Decision:
         """Whether *subject* may, and the rule that made it so.
@@ -111,15 +122,18 @@ class Policy:
         """
         if verb not in VERBS:
             return Decision(False, f"there is no verb {verb!r}, only {', '.join(VERBS)}")
-        if self.trusts(subject.uid):
+        if self.trusts(subject):
             return self._owner
         if verb == "ping":
             return _PING
         if verb == "bind":
             try:
-                name = str(parse_address(name))
+                address = parse_address(name)
             except InvalidArgument as error:
                 return Decision(False, error.reason)
+            if address.scheme == "unix":
+                return self._identity
+            name = str(address)
         for rule in self.rules:
             if rule.matches(verb, name, subject):
                 return rule.decision
@@ -127,7 +141,9 @@ class Policy:
 
     def decide_removal(self, registrant_uid: int, subject: Subject) -> Decision:
         """The registrant rule."""
-        if self.trusts(subject.uid) or subject.uid == registrant_uid:
+        if self.trusts(subject):
+            return self._owner
+        if subject.uid == registrant_uid and not subject.is_overflow:
             return Decision(True, "the registrant's own entry")
         return Decision(False, f"it belongs to uid {registrant_uid}, who registered it")
 

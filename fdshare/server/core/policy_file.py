@@ -26,7 +26,7 @@ _AT_LINE: Final = re.compile(r"(.*) \(at line (\d+), column \d+\)", re.DOTALL)
 # "Expected `str`, got `int` - at `$.rule[1].users[0]`"
 _AT_KEY: Final = re.compile(r"(.*) - at `\$\.?(.*)`", re.DOTALL)
 _IN_RULE: Final = re.compile(r"rule\[(\d+)\]\.?(.*)")
-_SCHEMES: Final = ("tcp://", "udp://", "unix:")
+_SCHEMES: Final = ("tcp://", "udp://")
 
 
 class _RuleText(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -197,6 +197,12 @@ def _address_matcher(pattern: str) -> Matcher:
 
     Not `matcher`: the brackets of [::1] are no character class. Raises: InvalidArgument.
     """
+    if pattern.startswith("unix:"):
+        raise InvalidArgument(
+            "address",
+            "only root and the server's own uid may bind UNIX sockets: whoever accepts "
+            "on one passes for the server",
+        )
     if "*" not in pattern:
         return str(parse_address(pattern)).__eq__
     if pattern != "*" and not pattern.startswith(_SCHEMES):

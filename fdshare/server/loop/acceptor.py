@@ -23,7 +23,7 @@ from fdshare.errors import (
     VersionMismatch,
 )
 from fdshare.kernel.ancillary import MAX_DESCRIPTORS, send_message
-from fdshare.kernel.credentials import peer_credentials
+from fdshare.kernel.credentials import is_overflow_uid, peer_credentials
 from fdshare.protocol import messages as m
 from fdshare.protocol.auth import NONCE_SIZE, prove
 from fdshare.protocol.framing import MAX_FRAME, Frame, header
@@ -123,8 +123,10 @@ class Acceptor:
         self._crowded = False
         sock.setblocking(False)
         who = peer_credentials(sock)
-        trusted = self._output.service.policy.trusts(who.uid)
-        session = Session(Subject(who.uid, who.gid, who.groups), who.pid, trusted)
+        overflow = is_overflow_uid(who.uid)
+        subject = Subject(who.uid, who.gid, who.groups, who.all_groups, overflow)
+        trusted = self._output.service.policy.trusts(subject)
+        session = Session(subject, who.pid, trusted)
         refusal = self._make_room(who.uid, trusted)
         if refusal is not None:
             self._output.service.refused(session, None, refusal)

@@ -64,6 +64,11 @@ RULE = '[[rule]]\neffect = "allow"\nverbs = ["fetch"]\n'
             "not looked up",
         ),
         (
+            RULE.replace("fetch", "bind") + "addresses = ['unix:///run/*']\n",
+            "rule 1 (line 1), addresses[0]",
+            "root and the server's own uid",
+        ),
+        (
             RULE.replace("fetch", "bind") + "addresses = ['*:80']\n",
             "rule 1 (line 1), addresses[0]",
             "write tcp://HOST:PORT",
