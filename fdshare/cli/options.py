@@ -76,12 +76,16 @@ def uid_of(user: str) -> int:
 
 
 def authkey_from_environment() -> bytes | None:
-    """The content of the file $FDSHARE_AUTHKEY_FILE, or None. Raises: OSError."""
+    """The content of the file $FDSHARE_AUTHKEY_FILE, or None. Raises: OSError; UsageError: the
+    file is empty."""
     file = os.environ.get("FDSHARE_AUTHKEY_FILE")
     if not file:
         return None
     with open(file, "rb") as stream:
-        return stream.read().strip()
+        key = stream.read().strip()
+    if not key:
+        raise click.UsageError(f"the authkey file {file} is empty")
+    return key
 
 
 def _complete_name(

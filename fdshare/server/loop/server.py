@@ -29,6 +29,7 @@ from fdshare.kernel.descriptor_limit import (
 )
 from fdshare.kinds import describe
 from fdshare.protocol import messages as m
+from fdshare.protocol.auth import checked_authkey
 from fdshare.server.core.policy import Policy
 from fdshare.server.core.ports import LeaseState, Session
 from fdshare.server.core.records import Record
@@ -92,7 +93,8 @@ class Server:
         self._closer = Closer()
         self._started = time.monotonic()
         epoch = epoch or os.urandom(8).hex()
-        self.loop = Loop(self.service, self._close, listener, epoch, settings.authkey)
+        authkey = checked_authkey(settings.authkey)
+        self.loop = Loop(self.service, self._close, listener, epoch, authkey)
         self._hangups = Hangups(self.loop)
         self._inspections = Inspections(self.loop)
         # Parts of `Effects`.

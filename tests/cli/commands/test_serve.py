@@ -134,6 +134,14 @@ def test_an_authkey(shell: Shell, folder: Path) -> None:
     shell("stop", env={"FDSHARE_AUTHKEY_FILE": str(key)})
 
 
+@pytest.mark.parametrize("text", ["", "\n"])
+def test_an_empty_authkey_file_serves_nobody(shell: Shell, folder: Path, text: str) -> None:
+    """An empty key would let everybody in."""
+    (folder / "key").write_text(text)
+    why = shell.fails("serve", "--no-keeper", "--authkey-file", folder / "key", status=2)
+    assert "key is empty" in why
+
+
 # Under a service manager.
 
 
