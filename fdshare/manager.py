@@ -15,7 +15,8 @@ from collections.abc import Callable, Collection
 from typing import Final, Self
 
 from fdshare.client.blocking.client import Client
-from fdshare.errors import InvalidArgument, ServerGone
+from fdshare.errors import ClosedDescriptor, InvalidArgument, ServerGone
+from fdshare.kernel.descriptor import Descriptor
 from fdshare.kernel.endpoint import Listener, listen
 from fdshare.protocol import messages as m
 from fdshare.server.child import read_message, send_message
@@ -127,12 +128,16 @@ class Manager(Client):
         else:
             self.shutdown()
 
-    def _launch(self, control: int) -> subprocess.Popen[bytes]:
-        """A process that begins to serve, told how over its copy of the socket *control*."""
+    def _launch(self, control: int, stderr: int) -> subprocess.Popen[bytes]:
+        """A process that begins to serve, told how over its copy of the socket *control*.
+
+        Until it runs code of ours, what it says is why it does not; then *stderr* is its own.
+        """
         return subprocess.Popen(
-            fresh_interpreter("fdshare.server.child", f"main({control})"),
-            pass_fds=[control],
+            fresh_interpreter("fdshare.server.child", f"main({control}, {stderr})"),
+            pass_fds=[control, stderr],
             stdin=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
         )
 
     def _after_fork(self) -> None:
@@ -175,19 +180,26 @@ class ManagedServer:
 
 
 def _spawn(
-    settings: Settings, launch: Callable[[int], subprocess.Popen[bytes]]
+    settings: Settings, launch: Callable[[int, int], subprocess.Popen[bytes]]
 ) -> tuple[subprocess.Popen[bytes], socket.socket]:
     """A server process that is ready, and its control socket."""
     process: subprocess.Popen[bytes] | None = None
     ours, theirs = socket.socketpair()
     try:
-        with theirs:
-            process = launch(theirs.fileno())
-        send_message(ours, settings)
-        said = read_message(ours)
+        with theirs, _standard_error() as stderr:
+            process = launch(theirs.fileno(), stderr.fileno())
+        try:
+            send_message(ours, settings)
+            said = read_message(ours)
+        except ConnectionError:
+            said = b""
+        _, last_words = process.communicate() if not said else (None, b"")
         if not said:
-            process.wait()
-            raise ServerGone(settings.path, f"it ended with status {process.returncode}")
+            why = last_words.decode(errors="replace").strip().rpartition("\n")[2]
+            status = f"its process ended with status {process.returncode}"
+            raise ServerGone(settings.path, f"{status}: {why}" if why else status)
+        assert process.stderr is not None
+        process.stderr.close()
         reply = m.decode_reply(said)
         if type(reply) is m.Refused:
             process.wait()
@@ -199,6 +211,14 @@ def _spawn(
             process.kill()
             process.wait()
         raise
+
+
+def _standard_error() -> Descriptor:
+    """A duplicate of descriptor 2, or the null device where that is closed."""
+    try:
+        return Descriptor.dup_of(2)
+    except ClosedDescriptor:
+        return Descriptor(os.open(os.devnull, os.O_WRONLY))
 
 
 def _end(

@@ -132,11 +132,12 @@ class Process(subprocess.Popen[Any]):
 class Manager(fdshare.manager.Manager):
     """A Manager like any other, whose `start` forks its server from the nursery."""
 
-    def _launch(self, control: int) -> subprocess.Popen[bytes]:
+    def _launch(self, control: int, stderr: int) -> subprocess.Popen[bytes]:
         return Process(
-            fresh_interpreter("fdshare.server.child", f"main({control})"),
-            pass_fds=[control],
+            fresh_interpreter("fdshare.server.child", f"main({control}, {stderr})"),
+            pass_fds=[control, stderr],
             stdin=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
         )
 
 
@@ -149,6 +150,8 @@ def _words(args: list[str]) -> list[str]:
     """What the nursery knows to run: the command line without interpreter and options."""
     for interpreter in ([sys.executable], _interpreter()) if _CLONE else ():
         start, words = args[: len(interpreter)], args[len(interpreter) :]
+        if words[:1] == ["-P"]:  # as fresh_interpreter() says; what is imported is imported
+            del words[0]
         if start == interpreter and words[:1] == ["-c"]:
             return words
         if start == interpreter and words[:2] == ["-m", "fdshare"]:

@@ -31,6 +31,7 @@ from fdshare.errors import (
     InvalidArgument,
     NoServer,
     PolicyError,
+    ServerGone,
 )
 from fdshare.manager import Manager
 
@@ -92,6 +93,16 @@ def test_address_and_authkey_by_position(folder: Path, sock: socket.socket) -> N
             stranger.ping()
         with Manager(manager.address, b"secret").connect() as other:
             assert other.names() == ["x"]
+
+
+def test_a_server_that_cannot_start_says_why(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "msgspec.py").write_text("raise ImportError('this one is broken')\n")
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    with pytest.raises(ServerGone, match="status 1: ImportError: this one is broken"):
+        Manager(folder / "x.sock").start()
+    assert capfd.readouterr() == ("", "")
 
 
 def test_start_and_shutdown(folder: Path, sock: socket.socket) -> None:

@@ -340,4 +340,4 @@ def _command(fd: int, address: str) -> list[str]:
         "from fdshare.parking.server import serve\n"
         f"serve({fd}, {folder!r})\n"
     )
-    return [sys.executable, "-s", "-S", "-c", code]
+    return [sys.executable, "-P", "-s", "-S", "-c", code]

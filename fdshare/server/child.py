@@ -6,6 +6,7 @@ error. When its end is closed, on purpose or because its process died, the serve
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import struct
@@ -36,9 +37,14 @@ def read_message(control: socket.socket) -> bytes:
         return stream.read(_LENGTH.unpack(start)[0]) if len(start) == _LENGTH.size else b""
 
 
-def main(fd: int) -> int:
+def main(fd: int, stderr: int) -> int:
     """Runs the server of the control socket *fd*: exit status 0, or 1 if it could not start. The
-    owner is sent the error."""
+    owner is sent the error.
+
+    *stderr* is the owner's, and from now on this process's too.
+    """
+    os.dup2(stderr, 2)
+    os.close(stderr)
     with socket.socket(fileno=fd) as control:
         control.set_inheritable(False)
         return _serve(control)

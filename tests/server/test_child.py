@@ -13,6 +13,7 @@ from conftest import wait_until
 from nursery import Process
 
 from fdshare.client.blocking.client import Client
+from fdshare.kernel.descriptor import Descriptor
 from fdshare.protocol import messages as m
 from fdshare.server.child import read_message, send_message
 from fdshare.server.interpreter import fresh_interpreter
@@ -25,8 +26,10 @@ Pair = tuple[socket.socket, socket.socket]
 def child(pair: Pair) -> Iterator[subprocess.Popen[bytes]]:
     """A child whose control socket is the second of the pair; ours is the first."""
     theirs = pair[1].fileno()
-    command = fresh_interpreter("fdshare.server.child", f"main({theirs})")
-    process = Process(command, pass_fds=[theirs], stdin=subprocess.DEVNULL)
+    with Descriptor.dup_of(2) as stderr:
+        fds = theirs, stderr.fileno()
+        command = fresh_interpreter("fdshare.server.child", f"main{fds}")
+        process = Process(command, pass_fds=fds, stdin=subprocess.DEVNULL)
     pair[1].close()
     yield process
     process.kill()

@@ -38,3 +38,33 @@ def test_it_has_the_flags_of_this_one() -> None:
     )
     assert "optimize=2" in done.stderr
     assert "ignore_environment=1" in done.stderr
+
+
+# Modules that a server imports, some of them late.
+NAMES = ("msgspec", "heapq", "logging", "selectors", "resource", "grp", "fdshare", "shutil")
+PROGRAM = """
+import multiprocessing, os, socket
+import fdshare
+with fdshare.Manager() as manager:
+    manager.upgrade()
+    print(manager.ping() is None)
+fdshare.install()
+near, far = socket.socketpair()
+queue = multiprocessing.SimpleQueue()
+queue.put(near)
+print(queue.get().fileno() >= 0)
+"""
+
+
+def test_what_lies_in_the_current_folder_is_not_imported(folder: Path) -> None:
+    """A server for Manager, its upgrade and the private server all run as the caller's user."""
+    (folder / "program.py").write_text(PROGRAM)
+    (trap := folder / "trap").mkdir()
+    for name in NAMES:
+        trace = f"open({str(folder / 'ran')!r}, 'a').write('{name} ')\n"
+        (trap / f"{name}.py").write_text(f"{trace}raise ImportError\n")
+    done = subprocess.run(
+        [sys.executable, folder / "program.py"], cwd=trap, capture_output=True, text=True
+    )
+    assert (done.stdout, done.stderr) == ("True\nTrue\n", "")
+    assert not (folder / "ran").exists(), (folder / "ran").read_text()
