@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from contextlib import nullcontext
-from typing import Final
+from typing import Final, TypeAlias
 
 from fdshare.errors import EndpointError, NoServer, ServerTimeout
 from fdshare.kernel.credentials import Credentials, peer_credentials
@@ -47,6 +47,9 @@ _LONGEST_WAIT: Final = 0.05  # ... up to this
 
 # The process has one umask(2): of two binds at once, each would restore the other's.
 _umask_lock = threading.Lock()
+
+Owner: TypeAlias = tuple[int, int]  # uid, gid; -1 leaves one as it is
+_NOBODY_ELSE: Final = 0o600  # the mode of a file that has not its owner yet
 
 
 class Listener:
@@ -144,16 +147,19 @@ def listen(
     kind: int = socket.SOCK_STREAM,
     reclaim: bool = True,
     locked: bool = True,
+    owner: Owner | None = None,
 ) -> Listener:
     """A socket bound to *path* (a pathname, or `@name`), listening unless it is SOCK_DGRAM.
 
     A dead server's socket on the path is replaced, unless *reclaim* is false. *mode* is that of the
     file from its first moment on. Without *locked* there is no PATH.lock, which only *reclaim*
-    needs. The caller owns the result.
+    needs. *owner* is the (uid, gid) that the file gets, -1 to keep one; nobody else may connect
+    before. The caller owns the result.
 
     Raises:
         AddressInUse: a live server (`pid`), a stale socket and no *reclaim*, or another file.
-        EndpointError: the folder is missing, not writable or not a directory; another user's lock.
+        EndpointError: the folder is missing, not writable or not a directory; another user's lock;
+            somebody replaced the file while it was bound; no right to change the owner.
     """
     address = absolute(path)
     sock = socket.socket(socket.AF_UNIX, kind)
@@ -163,7 +169,7 @@ def listen(
         refuse_other_files(address)  # before PATH.lock is made beside something not ours
         with lock(address) if locked else nullcontext() as held:
             clear(address, kind, reclaim)
-            inode = _bind(address, sock, mode)
+            inode = _bind(address, sock, mode, owner)
             _start(sock, backlog)
             return Listener(address, sock, held and Descriptor(held.detach()), inode)
     except BaseException:
@@ -188,7 +194,7 @@ def datagram(path: UnixAddress | None = None, *, mode: int = 0o600) -> Listener:
         if is_abstract(address):
             return _listen_abstract(address, sock, 0)
         clear(address, socket.SOCK_DGRAM, reclaim=False)
-        return Listener(address, sock, None, _bind(address, sock, mode))
+        return Listener(address, sock, None, _bind(address, sock, mode, None))
     except BaseException:
         sock.close()
         raise
@@ -273,15 +279,14 @@ def _start(sock: socket.socket, backlog: int) -> None:
         sock.listen(backlog)
 
 
-def _bind(address: str, sock: socket.socket, mode: int) -> Inode:
+def _bind(address: str, sock: socket.socket, mode: int, owner: Owner | None) -> Inode:
     """The inode of the path that *sock* is bound to, with *mode* from its first moment on."""
     try:
         with sockaddr(address, exists=False) as name:
             if sys.platform == "linux":
-                _bind_linux(sock, name, mode)
+                info = _bind_linux(address, sock, name, mode, owner)
             else:
-                _bind_umask(sock, name, mode)
-        info = os.lstat(address)
+                info = _bind_umask(sock, name, mode, owner)
     except OSError as error:
         if isinstance(error, EndpointError):
             raise
@@ -291,31 +296,42 @@ def _bind(address: str, sock: socket.socket, mode: int) -> Inode:
     return info.st_dev, info.st_ino
 
 
-def _bind_linux(sock: socket.socket, name: bytes, mode: int) -> None:
-    """Binds with at most *mode*, then sets the bits that the umask removed.
+def _bind_linux(
+    address: str, sock: socket.socket, name: bytes, mode: int, owner: Owner | None
+) -> os.stat_result:
+    """Binds with at most *mode*, then sets the owner and the bits that the umask removed.
 
     unix_bind_bsd() (net/unix/af_unix.c) starts from the mode of the socket's own inode, so the
     umask, which other threads use at the same moment, need not be touched to narrow it.
     """
-    os.fchmod(sock.fileno(), mode)
+    os.fchmod(sock.fileno(), _NOBODY_ELSE if owner else mode)
     sock.bind(name)
-    # A descriptor of the inode, not its name, which somebody could replace in between.
+    # A descriptor of the inode, not its name: who may write the folder could replace that, and
+    # have the owner or the mode of another file changed.
     inode = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         info = os.fstat(inode)
-        if stat.S_ISSOCK(info.st_mode) and stat.S_IMODE(info.st_mode) != mode:
+        if owner or stat.S_IMODE(info.st_mode) != mode:
+            if not stat.S_ISSOCK(info.st_mode) or info.st_uid != os.geteuid():
+                raise EndpointError(address, "somebody replaced the socket while it was bound")
+            os.chown(f"/proc/self/fd/{inode}", *(owner or (-1, -1)))
             os.chmod(f"/proc/self/fd/{inode}", mode)
+        return info
     finally:
         os.close(inode)
 
 
-def _bind_umask(sock: socket.socket, name: bytes, mode: int) -> None:
+def _bind_umask(sock: socket.socket, name: bytes, mode: int, owner: Owner | None) -> os.stat_result:
     with _umask_lock:
-        before = os.umask(0o777 & ~mode)
+        before = os.umask(0o777 & ~(_NOBODY_ELSE if owner else mode))
         try:
             sock.bind(name)
         finally:
             os.umask(before)
+    if owner:
+        os.chown(name, *owner, follow_symlinks=False)
+        os.chmod(name, mode, follow_symlinks=False)
+    return os.lstat(name)
 
 
 def _connect_within(sock: socket.socket, address: str, name: bytes, timeout: float | None) -> None:

@@ -102,7 +102,14 @@ def clear(address: str, kind: int, reclaim: bool) -> None:
     found = refuse_other_files(address)
     if found is None:
         return
-    if _alive(address, kind):
+    alive = _alive(address, kind)
+    if alive is None:
+        raise AddressInUse(
+            address,
+            f"a socket of uid {found.st_uid} is there, and uid {os.geteuid()} may not ask whether "
+            "its server lives; remove it as that user, or choose another path",
+        )
+    if alive:
         raise live(address, kind)
     if not reclaim:
         raise AddressInUse(
@@ -113,8 +120,9 @@ def clear(address: str, kind: int, reclaim: bool) -> None:
     remove(address, (found.st_dev, found.st_ino))
 
 
-def _alive(address: str, kind: int) -> bool:
-    """True unless the kernel says that nobody has the socket on the path open."""
+def _alive(address: str, kind: int) -> bool | None:
+    """True unless the kernel says that nobody has the socket on the path open; None where it does
+    not let us ask."""
     with socket.socket(socket.AF_UNIX, kind) as probe:
         probe.setblocking(False)
         try:
@@ -122,8 +130,10 @@ def _alive(address: str, kind: int) -> bool:
                 probe.connect(name)
         except (ConnectionRefusedError, FileNotFoundError):
             return False
+        except PermissionError:
+            return None
         except OSError:
-            return True  # EAGAIN: its backlog is full; EPROTOTYPE: another type; EACCES: unknown
+            return True  # EAGAIN: its backlog is full; EPROTOTYPE: another type
         return True
 
 

@@ -237,3 +237,44 @@ def test_repr(folder: Path) -> None:
     assert repr(listener) == f"<Listener {folder}/s>"
     listener.close()
     assert repr(listener) == f"<Listener {folder}/s closed>"
+
+
+AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to give a file away")
+
+
+@AS_ROOT
+@pytest.mark.parametrize("mode", [0o600, 0o666])
+def test_the_owner_is_right(folder: Path, mode: int) -> None:
+    with listen(folder / "s", mode=mode, owner=(61234, -1)):
+        info = os.stat(folder / "s")
+        assert (info.st_uid, info.st_gid, info.st_mode & 0o7777) == (61234, os.getegid(), mode)
+
+
+@AS_ROOT
+@pytest.mark.parametrize("moment", ["open", "os.chown", "os.chmod"])
+def test_a_path_that_is_swapped_takes_no_other_file_along(folder: Path, moment: str) -> None:
+    """Who may write the folder puts a link in the place of the socket: before, the file behind the
+    link got the owner or the mode."""
+    code = """
+        import os, socket, sys
+        from fdshare.errors import EndpointError
+        from fdshare.kernel import listen
+        path, target, moment = sys.argv[1:]
+        def swap(event, arguments):
+            if event == moment and os.path.exists(path) and not os.path.islink(path):
+                os.unlink(path)
+                os.symlink(target, path)
+        sys.addaudithook(swap)
+        try:
+            listen(path, mode=0o666, owner=(61234, 61234)).close()
+            print("bound")
+        except EndpointError as error:
+            print(error)
+    """
+    target = folder / "target"
+    target.touch(0o600)
+    out = python(code, folder / "s", target, moment).communicate(timeout=20)[0]
+    info = target.stat()
+    assert (info.st_uid, info.st_mode & 0o7777) == (os.geteuid(), 0o600)
+    assert (folder / "s").is_symlink()
+    assert ("replaced" in out) is (moment == "open")

@@ -185,3 +185,25 @@ def test_the_lock_lasts_as_long_as_any_copy(folder: Path) -> None:
             lock(address)
         assert caught.value.pid == os.getpid()
     lock(address).close()
+
+
+@AS_ROOT
+def test_a_dead_socket_of_another_user(folder: Path) -> None:
+    """In a folder with the sticky bit. Before, it was "a live server", with our own pid."""
+    folder.chmod(0o1777)
+    leave_stale(folder / "s")
+    code = """
+        import os, sys
+        from fdshare.errors import AddressInUse
+        from fdshare.kernel import listen
+        os.setgroups([])
+        os.setresuid(65534, 65534, 65534)
+        try:
+            listen(sys.argv[1])
+        except AddressInUse as error:
+            print(error.pid, error)
+    """
+    out = python(code, folder / "s").communicate(timeout=20)[0]
+    assert out.startswith("None ")
+    assert "a socket of uid 0" in out
+    (folder / "s.lock").unlink()

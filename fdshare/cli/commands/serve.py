@@ -209,23 +209,13 @@ class _Passed:
 
 
 def _listen(settings: Settings, owner: str | None, group: str | None) -> Listener:
-    """A new listener. Until its owner is set, no other user can connect."""
+    """A new listener, whose file belongs to *owner* and *group*."""
     from fdshare.kernel.endpoint import listen
 
-    changed = owner is not None or group is not None
     uid = -1 if owner is None else uid_of(owner)
     gid = -1 if group is None else _gid_of(group)
-    mode = 0o600 if changed else settings.mode
-    listener = listen(settings.path, mode=mode, backlog=settings.backlog)
-    if not changed or settings.path.startswith("@"):
-        return listener
-    try:
-        os.chown(listener.address, uid, gid, follow_symlinks=False)
-        os.chmod(listener.address, settings.mode)
-    except BaseException:
-        listener.close()
-        raise
-    return listener
+    changed = None if (uid, gid) == (-1, -1) else (uid, gid)
+    return listen(settings.path, mode=settings.mode, backlog=settings.backlog, owner=changed)
 
 
 def _gid_of(group: str) -> int:
