@@ -49,13 +49,15 @@ _TERMINAL: Final = re.compile(r"/dev/(pts/\d+|tty\w*|console)$")
 _RDHUP: Final = getattr(select, "POLLRDHUP", 0)
 
 
-def describe_descriptor(fd: int) -> DescriptorInfo:
+def describe_descriptor(fd: int, *, look_up_path: bool = True) -> DescriptorInfo:
     """Type, access mode and, by type, addresses, queue, path, offset, size, seals and health.
 
     `family` and `socket_type` are the constants' names without their prefix ("inet6", "stream");
     addresses are "127.0.0.1:80", "[::1]:80", "/run/x.sock", "@abstract" or, where the other end is
     a process and has no address, "pid 123". What cannot be known is left at its default; never
-    raises. The caller keeps *fd* open meanwhile. *fd* is borrowed for the call.
+    raises. With *look_up_path* the health of a bound UNIX socket says whether its path still leads
+    to it, which asks the file system with the rights of this process. The caller keeps *fd* open
+    meanwhile. *fd* is borrowed for the call.
     """
     try:
         flags = fcntl.fcntl(fd, fcntl.F_GETFL)
@@ -64,6 +66,9 @@ def describe_descriptor(fd: int) -> DescriptorInfo:
     access = "path" if flags & _O_PATH else _ACCESS.get(flags & os.O_ACCMODE, "")
     link = _link(fd)
     facts = _by_link(fd, link, access) if link else _by_stat(fd, access)
+    if look_up_path and facts.get("family") == "unix" and not facts["peer"]:
+        wrong = _path_health(fd, facts["local"]), facts["health"]
+        facts["health"] = "; ".join(filter(None, wrong))
     return DescriptorInfo(access=access, **facts)
 
 
@@ -169,12 +174,10 @@ def _socket_health(sock: socket.socket, facts: _Facts) -> _Facts:
     tcp = tcp_state(sock) if is_tcp else None
     if tcp is not None:
         queue, backlog = tcp.queue, tcp.backlog
-    if sock.family == socket.AF_UNIX and not facts["peer"]:
-        inode = _try(lambda: os.fstat(sock.fileno()).st_ino, 0)
-        state = unix_state(inode)
-        if state is not None and facts["listening"]:
+    if sock.family == socket.AF_UNIX and facts["listening"]:
+        state = unix_state(_socket_inode(sock.fileno()))
+        if state is not None:
             queue, backlog = state.queue, state.backlog
-        wrong.append(_path_health(facts["local"], None if state is None else state.inode))
     # sk_acceptq_is_full(), unix_recvq_full(): one more than the backlog fits.
     if queue is not None and backlog is not None and queue > backlog:
         wrong.append(f"nobody accepts: {queue} connections wait, the queue is full")
@@ -198,7 +201,13 @@ def _peer_health(events: int, tcp: TcpState | None) -> str:
     return "the peer has closed its side" if by_peer else "shut down for reading"
 
 
-def _path_health(path: str, inode: int | None) -> str:
+def _socket_inode(fd: int) -> int:
+    """Its number in sockfs; 0 where it is not known."""
+    inode: int = _try(lambda: os.fstat(fd).st_ino, 0)
+    return inode
+
+
+def _path_health(fd: int, path: str) -> str:
     """Whether a UNIX socket can still be reached under the *path* it was bound to."""
     # A long path is bound through a directory descriptor: its name has /proc in it then.
     if not path.startswith("/") or path.startswith("/proc/"):
@@ -209,7 +218,8 @@ def _path_health(path: str, inode: int | None) -> str:
         return f"nothing is at {path} any more, nobody can connect"
     except (OSError, ValueError):
         return ""
-    if inode is not None and found.st_ino & 0xFFFFFFFF != inode:
+    state = unix_state(_socket_inode(fd))
+    if state is not None and found.st_ino & 0xFFFFFFFF != state.inode:
         return f"something else is at {path}, nobody can connect to this one"
     return ""
 

@@ -58,7 +58,8 @@ class Inspections:
     ) -> None:
         """Runs in a worker thread."""
         try:
-            bodies = _bodies(shown)
+            # To others it would tell which paths exist that they cannot see themselves.
+            bodies = _bodies(shown, look_up_path=session.trusted)
         except Exception as error:
             log.exception("a descriptor could not be described")
             bodies = [m.encode(m.refusal(FdshareError(f"the server failed: {error!r}")))]
@@ -72,11 +73,13 @@ class Inspections:
         self._loop.post(answer)
 
 
-def _bodies(shown: list[tuple[m.EntryInfo, tuple[Handle, ...]]]) -> list[bytes]:
+def _bodies(
+    shown: list[tuple[m.EntryInfo, tuple[Handle, ...]]], *, look_up_path: bool
+) -> list[bytes]:
     """The answer, in parts."""
     found = []
     for info, handles in shown:
-        described = [describe_descriptor(handle.fd) for handle in handles]
+        described = [describe_descriptor(h.fd, look_up_path=look_up_path) for h in handles]
         found.append(msgspec.structs.replace(info, descriptors=described))
     parts = _parts(found)
     return [m.encode(m.InfoList(p, more=p is not parts[-1])) for p in parts]

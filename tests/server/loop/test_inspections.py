@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pytest
 from barepeer import Peer
+from conftest import line
 
 from fdshare.client.blocking.client import Client
+from fdshare.manager import Manager
 from fdshare.protocol import messages as m
 from fdshare.protocol.framing import MAX_FRAME
 from fdshare.server.loop.inspections import _parts
@@ -83,3 +88,31 @@ def test_what_is_looked_at_stays_open_meanwhile(client: Client, peer: Peer, null
     said = {id: reply for id, reply, _ in (peer.receive() for _ in range(2))}
     assert said[2] == m.Done()
     assert [d.path for d in said[1].entries[0].descriptors] == ["/dev/null"]
+
+
+ASK = """
+    import os, sys
+    from fdshare.client.blocking.client import Client
+    os.setgroups([])
+    os.setresgid(12345, 12345, 12345)
+    os.setresuid(12345, 12345, 12345)
+    with Client(sys.argv[1], trust=[0]) as client:
+        print(repr(client.info("web").descriptors[0].health), flush=True)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become another user")
+def test_who_may_not_see_a_path_is_not_told_of_it(
+    folder: Path, serve: Callable[..., Manager], child: Callable[..., Any]
+) -> None:
+    """The path of a socket may lead, by a link, to where only the server can look."""
+    folder.chmod(0o755)
+    (folder / "policy").write_text('[[rule]]\neffect = "allow"\nverbs = ["info"]\n')
+    manager = serve(mode=0o666, policy=folder / "policy")
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(folder / "web"))
+        sock.listen()
+        manager.register("web", sock)
+    (folder / "web").unlink()
+    assert "nothing is at" in manager.info("web").descriptors[0].health
+    assert line(child(ASK, manager.address)) == "''"
