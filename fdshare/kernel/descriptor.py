@@ -120,10 +120,15 @@ class Descriptor:
     def open(self, mode: str = "r", **options: Any) -> IO[Any]:
         """A file object that takes the descriptor over; *options* as for builtin `open`.
 
-        The caller owns the result; this object is detached, unless open() raises.
+        The caller owns the result; this object is detached, unless open() raises. With
+        closefd=False this object stays the owner.
         """
-        file: IO[Any] = open(self.fileno(), mode, **options)
-        self._fd = _DETACHED
+        # Builtin open() closes the number where it fails late (an unknown encoding), and not where
+        # it fails early (a bad mode): so it fails, if at all, on a file that closes nothing.
+        file: IO[Any] = open(self.fileno(), mode, **{**options, "closefd": False})
+        if options.get("closefd", True):
+            file.close()
+            file = open(self.detach(), mode, **options)
         return file
 
     def socket(self) -> socket.socket:

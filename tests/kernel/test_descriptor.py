@@ -123,6 +123,24 @@ def test_open_and_socket_take_it_over(null: int) -> None:
             assert right.recv(1) == b"x"
 
 
+def test_an_open_that_fails_leaves_it_owned(null: int) -> None:
+    """Builtin open() closes the number where it fails late; the object closed it again later, and
+    with it whatever had got the number meanwhile."""
+    with Descriptor(null) as descriptor:
+        for wrong in ({"encoding": "no such"}, {"mode": "zz"}, {"errors": 7}, {"buffering": 0}):
+            with pytest.raises((LookupError, ValueError, TypeError)):
+                descriptor.open(**wrong)
+            assert not descriptor.closed
+            assert is_open(null)
+
+
+def test_open_may_leave_it_owned(null: int) -> None:
+    with Descriptor(null) as descriptor:
+        descriptor.open("rb", closefd=False).close()
+        assert descriptor.fileno() == null
+        assert is_open(null)
+
+
 def test_socket_of_something_else_leaves_it_owned(null: int) -> None:
     with Descriptor(null) as descriptor:
         with pytest.raises(OSError) as caught:
