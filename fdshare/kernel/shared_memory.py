@@ -94,6 +94,10 @@ class SharedMemory:
             access = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
         except OSError:
             raise KindMismatch("memory", "it has no seals") from None
+        # hugetlbfs_statfs(), fs/hugetlbfs/inode.c. A page that is given back by fallocate(2)
+        # does not come back where no huge page is free: SIGBUS, whatever the seals say.
+        if os.fstatvfs(fd).f_bsize != mmap.PAGESIZE:
+            raise KindMismatch("memory", "it lies in huge pages, which can vanish while it is read")
         if not seals & fcntl.F_SEAL_SHRINK:
             raise KindMismatch("memory", "it could shrink while it is read: its size is not sealed")
         if sealed and not seals & fcntl.F_SEAL_WRITE:

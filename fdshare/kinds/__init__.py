@@ -57,6 +57,7 @@ __all__ = [
     "Kind",
     "describe",
     "describers",
+    "discard",
     "in_shared_memory",
     "is_shareable",
     "rebuild",
@@ -101,9 +102,23 @@ def rebuild(kind: Kind, descriptors: list[Descriptor]) -> Any:
         return rebuild_it(kind.spec, descriptors)
     except BaseException as error:
         close_all(descriptors)
-        if isinstance(error, msgspec.MsgspecError | UnicodeDecodeError):
+        # RecursionError: a description that is nested too deeply.
+        if isinstance(error, msgspec.MsgspecError | UnicodeDecodeError | RecursionError):
             raise KindMismatch(kind.tag, f"its description cannot be read: {error}") from None
         raise
+
+
+def discard(obj: Any) -> None:
+    """Closes what `rebuild` made and nobody gets. A numpy array has no close(): its memory goes
+    with the last reference. Never raises."""
+    try:
+        getattr(obj, "close", _nothing)()
+    except Exception:
+        pass  # nobody gets the object, so nobody is told what close(2) says
+
+
+def _nothing() -> None:
+    pass
 
 
 def rebuilder(kind: Kind) -> Callable[[int], Any]:
@@ -147,8 +162,8 @@ def register_kind(cls: type, tag: str, describe: UserDescribe, rebuild: UserRebu
     """
     if not tag or tag in _BUILT_IN_TAGS:
         raise InvalidArgument("tag", f"{tag!r} belongs to fdshare" if tag else "it is empty")
-    owner = _registered.get(tag)
-    if owner is not None and owner is not cls:
+    owner, _ = _registered.get(tag, (cls, None))
+    if owner is not cls:
         raise InvalidArgument("tag", f"{tag!r} is already the tag of {owner.__qualname__}")
 
     def describe_user(obj: Any) -> Described:
@@ -158,17 +173,23 @@ def register_kind(cls: type, tag: str, describe: UserDescribe, rebuild: UserRebu
     def rebuild_user(spec: msgspec.Raw, descriptors: list[Descriptor]) -> Any:
         return rebuild(_decode_any(spec), descriptors)
 
-    _registered[tag] = cls
+    _registered.pop(tag, None)  # the last of a class's tags is the one that describes it
+    _registered[tag] = cls, describe_user
     user_kinds[cls] = describers[cls] = describe_user
     _rebuilders[tag] = rebuild_user
 
 
 def unregister_kind(tag: str) -> None:
     """The tag is unknown again. Raises: UnknownKind: it was not registered by `register_kind`."""
-    cls = _registered.pop(tag, None)
-    if cls is None:
+    if tag not in _registered:
         raise UnknownKind(tag)
-    del user_kinds[cls], _rebuilders[tag]
+    cls, _ = _registered.pop(tag)
+    del _rebuilders[tag]
+    others = [describe for other, describe in _registered.values() if other is cls]
+    if others:
+        user_kinds[cls] = describers[cls] = others[-1]
+        return
+    del user_kinds[cls]
     if cls in _BUILT_IN_DESCRIBERS:
         describers[cls] = _BUILT_IN_DESCRIBERS[cls]
     else:
@@ -246,7 +267,7 @@ _BY_NAME: Final[dict[tuple[str, str], Describer]] = {
 # Exact types, and those that a program has registered: one look-up tells.
 describers: Final[dict[type, Describer]] = dict(_BUILT_IN_DESCRIBERS)
 user_kinds: Final[dict[type, Describer]] = {}
-_registered: Final[dict[str, type]] = {}
+_registered: Final[dict[str, tuple[type, Describer]]] = {}
 
 _rebuilders: Final[dict[str, Rebuilder]] = {
     "socket": rebuild_socket,

@@ -60,8 +60,8 @@ class TextSpec(msgspec.Struct, frozen=True, array_like=True):
     line_buffering: bool
     write_through: bool
     mode: str | None = None
-    # tell() of a decoder that is in the middle of something; more than 64 bits, so as text.
-    cookie: str | None = None
+    # Of a decoder that would not start right at this position: the second of its getstate().
+    decoder_state: int | None = None
 
 
 class FileSpec(msgspec.Struct, frozen=True, array_like=True):
@@ -118,7 +118,7 @@ def rebuild_file(encoded: msgspec.Raw, descriptors: list[Descriptor]) -> IO[Any]
     except BaseException as error:
         if raw is not None:
             raw.close()
-        if isinstance(error, KeyError | ValueError | LookupError | TypeError):
+        if isinstance(error, ValueError | LookupError | TypeError | OverflowError):
             raise KindMismatch("file", str(error)) from error
         raise
 
@@ -194,7 +194,7 @@ def _open_socket_file(spec: RawSpec, descriptor: Descriptor) -> Any:
     # The file keeps the socket open until it is closed itself (socket.makefile's documentation).
     with sock:
         if sock.gettimeout() != spec.timeout:
-            sock.settimeout(spec.timeout)
+            sock.settimeout(spec.timeout)  # ValueError, OverflowError: not a timeout
         return sock.makefile(spec.mode, buffering=0)  # type: ignore[call-overload]
 
 
@@ -240,9 +240,9 @@ def _nothing_now(_: object) -> None:
 
 def _settle_text(text: io.TextIOWrapper, buffer: Any) -> TextSpec:
     """Flushes *text*, and moves *buffer* to where *text* is."""
-    cookie = None
+    state = None
     if buffer.readable() and text.seekable():
-        cookie = _rewind_text(text)  # before flush(), which forgets that a loop forbids to tell
+        state = _rewind_text(text)  # before flush(), which forgets that a loop forbids to tell
     text.flush()
     if buffer.readable() and not text.seekable():
         _refuse_unread_text(text, buffer)
@@ -253,22 +253,40 @@ def _settle_text(text: io.TextIOWrapper, buffer: Any) -> TextSpec:
         text.line_buffering,
         text.write_through,
         vars(text).get("mode"),
-        cookie,
+        state,
     )
 
 
-def _rewind_text(text: io.TextIOWrapper) -> str | None:
+# tell() of a text file is one number (textiowrapper_build_cookie, Modules/_io/textio.c): 64 bits of
+# the position of its buffer, 32 of the decoder's state, and above these how many bytes to decode,
+# and characters to skip, from there on.
+_STATE_AT: Final = 64
+_MORE_AT: Final = 96
+_MOST_STATE: Final = 2**31 - 1  # it is a C int
+
+
+def _rewind_text(text: io.TextIOWrapper) -> int | None:
+    """Moves the buffer of *text* to where *text* is; the decoder's state, where that matters.
+
+    Raises: UnsupportedKind: the position is not known, or not between two characters.
+    """
     try:
         cookie = text.tell()
     except OSError as error:  # "telling position disabled by next() call"
         raise UnsupportedKind(
             "TextIOWrapper", f"its position is not known ({error}): read it with readline()"
         ) from None
+    if cookie >> _MORE_AT:
+        raise UnsupportedKind(
+            "TextIOWrapper",
+            f"its position is where {text.encoding} is decoded only together with what stands "
+            "before it: read on to the end of a line",
+        )
     text.seek(cookie)
-    # The receiver seeks too, where its decoder would not start in the right state: past 64 bits
-    # stands that of ours (textiowrapper_build_cookie), and utf-16 expects a mark at its start.
+    state = cookie >> _STATE_AT
+    # utf-16 expects a mark at its start, so "no state" is not how its decoder begins.
     fresh = codecs.getincrementaldecoder(text.encoding)(text.errors or "strict").getstate()
-    return str(cookie) if cookie >> 64 or (cookie and fresh[1]) else None
+    return state if state or (cookie and fresh[1]) else None
 
 
 def _refuse_unread_text(text: io.TextIOWrapper, buffer: Any) -> None:
@@ -335,8 +353,11 @@ def _wrap_text(buffer: Any, spec: TextSpec) -> io.TextIOWrapper:
     )
     if spec.mode is not None:
         vars(text)["mode"] = spec.mode  # as open() does
-    if spec.cookie is not None:
-        text.seek(int(spec.cookie))
+    if spec.decoder_state is not None:
+        if not 0 <= spec.decoder_state <= _MOST_STATE:
+            raise ValueError(f"a decoder has no state {spec.decoder_state}")
+        # To where the file is: nothing is read, and nobody's position moves.
+        text.seek(buffer.tell() | spec.decoder_state << _STATE_AT)
     return text
 
 

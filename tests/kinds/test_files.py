@@ -98,7 +98,7 @@ def test_an_unlinked_file_and_a_renamed_one(path: Path) -> None:
             assert other.readline() == "line 0\n"
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "shift_jis", "utf-7"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "shift_jis", "iso2022_jp"])
 def test_text_in_the_middle_of_a_stateful_encoding(folder: Path, encoding: str) -> None:
     path = folder / "text"
     path.write_text("あいう\nえおa\nbcか\n" * 50, encoding=encoding)
@@ -107,6 +107,16 @@ def test_text_in_the_middle_of_a_stateful_encoding(folder: Path, encoding: str) 
         file.read(2)
         with through(file) as other:
             assert other.read(5) == "a\nbcか"
+
+
+def test_text_in_the_middle_of_a_run_is_refused(folder: Path) -> None:
+    """The receiver would have to read the file to go on there, and a fetch reads no file."""
+    path = folder / "text"
+    path.write_text("あいうえお\nab\n" * 50, encoding="utf-7")
+    with open(path, encoding="utf-7") as file:
+        file.read(2)
+        with pytest.raises(UnsupportedKind, match="end of a line"):
+            through(file)
 
 
 @given(

@@ -180,6 +180,30 @@ def test_tags_of_fdshare_are_not_yours() -> None:
         unregister_kind("socket")
 
 
+def test_a_class_with_two_tags() -> None:
+    """The last one registered describes; the receiver knows both."""
+
+    def tag_of(obj: Session) -> str:
+        return describe(obj)[0].tag
+
+    with socket.socket() as sock:
+        session = Session(sock, sock, "ann")
+        for tag in ("old", "new"):
+            register_kind(Session, tag, lambda s: (None, [s.sock]), lambda _, ds: ds[0])
+        assert tag_of(session) == "new"
+        with pytest.raises(InvalidArgument):
+            register_kind(Special, "new", lambda s: (None, [s.sock]), lambda _, ds: ds[0])
+        unregister_kind("old")
+        assert tag_of(session) == "new"
+        register_kind(Session, "old", lambda s: (None, [s.sock]), lambda _, ds: ds[0])
+        assert tag_of(session) == "old"
+        unregister_kind("old")
+        assert tag_of(session) == "new"
+        unregister_kind("new")
+        with pytest.raises(UnsupportedKind):
+            describe(session)
+
+
 def test_a_kind_of_your_own_may_stand_before_a_built_in_one() -> None:
     register_kind(
         socket.socket, "plain", lambda s: (None, [s]), lambda _, descriptors: descriptors[0]

@@ -21,7 +21,7 @@ from msgspec import Raw
 from fdshare.errors import AlreadyTaken
 from fdshare.kernel.ancillary import close_all
 from fdshare.kernel.descriptor import Descriptor
-from fdshare.kinds import Kind, rebuild, rebuilder
+from fdshare.kinds import Kind, discard, rebuild, rebuilder
 
 __all__ = [
     "Arrived",
@@ -216,11 +216,7 @@ class _Frame:
         close_all(descriptor for descriptor in self.descriptors if descriptor is not None)
         if built:
             for obj in self.built:
-                getattr(obj, "close", _nothing)()
-
-
-def _nothing() -> None:
-    pass
+                discard(obj)
 
 
 class _Local(threading.local):
