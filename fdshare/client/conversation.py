@@ -179,6 +179,7 @@ class Conversation:
             for frame in frames:
                 reply = m.decode_reply(frame.body)
                 if type(reply) is m.Welcome:
+                    close_all(frame.descriptors)
                     self._check(reply)
                     continue
                 answers.append(Answer(frame.id, reply, frame.descriptors, frame.lost))

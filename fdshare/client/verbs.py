@@ -7,14 +7,14 @@ written once for the blocking and the asynchronous client.
 from __future__ import annotations
 
 import socket
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import Any, Final, TypeAlias, TypeVar
 
 from fdshare.client.conversation import Exchange, WholeAnswer
 from fdshare.errors import KindMismatch, NameNotFound, ProtocolError, TooManyDescriptors
 from fdshare.kernel.ancillary import close_all
 from fdshare.kernel.descriptor import Descriptor
-from fdshare.kinds import describe, rebuild
+from fdshare.kinds import describe, discard, rebuild
 from fdshare.protocol import messages as m
 from fdshare.protocol.framing import MAX_FRAME_DESCRIPTORS
 from fdshare.protocol.names import MAX_ENTRY_DESCRIPTORS, check_metadata, check_name, literal
@@ -109,7 +109,7 @@ def fetch_many(names: Iterable[str]) -> Steps[dict[str, Any]]:
             _rebuild_items(parts, found, left)
     except BaseException:
         for obj in found.values():
-            obj.close()
+            discard(obj)
         raise
     return found
 
@@ -140,10 +140,8 @@ def take(name: str, timeout: float | None) -> Steps[Any]:
         given = _answer(parts, m.Given)
         with _lease_of(parts) as lease:
             obj = rebuild(given.kind, parts.descriptors)
-            if _confirm(lease):
+            if _confirm(lease, obj, discard):
                 return obj
-        # Revoked: the entry was replaced, removed or given back before our confirmation.
-        obj.close()
 
 
 def take_raw(name: str, timeout: float | None) -> Steps[list[Descriptor]]:
@@ -151,9 +149,8 @@ def take_raw(name: str, timeout: float | None) -> Steps[list[Descriptor]]:
         parts = yield Exchange(m.Take(name, timeout), wait=timeout)
         _answer(parts, m.Given)
         with _lease_of(parts) as lease:
-            if _confirm(lease):
+            if _confirm(lease, parts.descriptors, close_all):
                 return parts.descriptors
-        close_all(parts.descriptors)
 
 
 def _lease_of(parts: WholeAnswer) -> Descriptor:
@@ -163,15 +160,23 @@ def _lease_of(parts: WholeAnswer) -> Descriptor:
     return parts.descriptors.pop()
 
 
-def _confirm(lease: Descriptor) -> bool:
-    """One byte on the lease; False where it was revoked. Never blocks: the buffer is empty."""
-    sock = lease.socket()
-    with sock:
-        try:
-            sock.send(b"\1")
-        except (BrokenPipeError, ConnectionResetError):
-            return False
-    return True
+def _confirm(lease: Descriptor, taken: T, let_go: Callable[[T], None]) -> bool:
+    """Sends one byte on the lease, so that *taken* is ours. False, after *let_go* of it, where the
+    lease was revoked: the entry was replaced, removed or given back before. Never blocks.
+
+    Raises, after *let_go*: ProtocolError: this is no lease.
+    """
+    try:
+        with lease.socket() as sock:
+            sock.setblocking(True)  # whatever socket.setdefaulttimeout() says
+            sock.send(b"\1", socket.MSG_DONTWAIT)  # its buffer is empty
+        return True
+    except (BrokenPipeError, ConnectionResetError):
+        let_go(taken)
+        return False
+    except OSError as error:
+        let_go(taken)
+        raise ProtocolError(f"what it gave is no lease: {error.strerror}") from None
 
 
 def wait(name: str, timeout: float | None) -> Steps[m.Registered]:

@@ -34,11 +34,13 @@ from fdshare.errors import (
     ServerGone,
     ServerTimeout,
     TooManyDescriptors,
+    UnknownKind,
     UnsupportedKind,
     UntrustedServer,
     WatchTimeout,
 )
 from fdshare.kernel.descriptor import Descriptor
+from fdshare.kernel.shared_memory import SharedMemory
 
 Body: TypeAlias = Callable[[Any], Awaitable[None]]
 
@@ -277,6 +279,26 @@ def test_too_many_descriptors(run: Runner, sock: socket.socket) -> None:
         run(body)
     finally:
         fdshare.unregister_kind("test.many")
+
+
+def test_what_was_fetched_before_a_failure_is_closed(run: Runner, sock: socket.socket) -> None:
+    """A numpy array among it, which has no close()."""
+    numpy = pytest.importorskip("numpy")
+
+    class Mine:
+        pass
+
+    async def body(client: Any) -> None:
+        with SharedMemory(64) as memory:
+            await client.register("a", memory.as_array(numpy.uint8, (64,)))
+        await client.register("b", sock)
+        fdshare.register_kind(Mine, "test.mine", lambda mine: (None, [sock]), lambda _, ds: ds)
+        await client.register("c", Mine())
+        fdshare.unregister_kind("test.mine")
+        with pytest.raises(UnknownKind):
+            await client.fetch_many(["a", "b", "c"])
+
+    run(body)
 
 
 def test_unregister_and_rename(run: Runner, sock: socket.socket) -> None:

@@ -99,7 +99,11 @@ class Pipeline:
         state.lost()
         self._pending[subscription.id] = subscription
         self._watchers.add(state.pattern, subscription)
-        self._send(subscription)
+        try:
+            self._send(subscription)
+        except BaseException:
+            self._abandon(subscription)
+            raise
         return subscription
 
     def unsubscribe(self, subscription: Subscription) -> None:
@@ -129,12 +133,13 @@ class Pipeline:
 
     def _send(self, pending: Pending) -> None:
         """Sends it now, or leaves it to `run` until there is a connection."""
+        exchange = pending.exchange
+        # Encoded in the task that asks: what cannot be is an error of its own, and nobody else's.
+        frame = self._conversation.frame(pending.id, exchange.request, len(exchange.fds))
         transport = self._transport
         if transport is None:
             self._work.set()
             return
-        exchange = pending.exchange
-        frame = self._conversation.frame(pending.id, exchange.request, len(exchange.fds))
         transport.queue(frame, exchange.fds, pending)
         transport.flush()
 
@@ -294,6 +299,7 @@ class Pipeline:
         for answer in answers:
             reply = answer.reply
             if type(reply) is m.Event:
+                discard(answer.descriptors)
                 self._publish(reply)
             elif answer.id:
                 pending = self._pending.get(answer.id)

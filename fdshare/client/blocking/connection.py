@@ -10,6 +10,7 @@ import errno
 import socket
 import struct
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Final, NoReturn, TypeVar
 
@@ -214,13 +215,20 @@ class BlockingConnection:
         self, sock: socket.socket, id: int, read: Read, deadline: float | None
     ) -> WholeAnswer:
         """The whole answer to request *id*, which begins in *read* or comes after it."""
-        answers = self._conversation.feed(*read)
+        answers = deque(self._conversation.feed(*read))
         parts = WholeAnswer()
-        while True:
-            for answer in answers:
-                if _belongs(answer, id) and parts.add(answer):
-                    return parts.finish()
-            answers = self._receive(sock, deadline)
+        try:
+            while True:
+                while answers:
+                    if _belongs(answer := answers.popleft(), id) and parts.add(answer):
+                        return parts.finish()
+                answers += self._receive(sock, deadline)
+        except BaseException:
+            close_all(parts.descriptors)
+            raise
+        finally:
+            for answer in answers:  # to what was not asked
+                close_all(answer.descriptors)
 
     def _end_unless_refused(self, error: BaseException) -> None:
         """Closes the connection unless *error* is a refusal: an answer could still come later."""
@@ -308,7 +316,7 @@ class BlockingConnection:
         left = min(left, _LONGEST)
         # To wake too early or a little late does no harm, because the deadline is checked then. A
         # system call for each request would cost more.
-        if left / 2 <= self._kernel_timeout <= left * 1.5 + 1 and self._kernel_timeout:
+        if left / 2 <= self._kernel_timeout <= left * 1.1 and self._kernel_timeout:
             return
         self._kernel_timeout = left or _LONGEST
         value = _TIMEVAL.pack(int(self._kernel_timeout), int(self._kernel_timeout % 1 * 1e6))

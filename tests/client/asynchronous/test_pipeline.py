@@ -7,6 +7,7 @@ import os
 import random
 import types
 from collections.abc import Callable, Coroutine, Generator
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import anyio
@@ -19,6 +20,7 @@ import fdshare
 from fdshare.client.blocking.client import Client
 from fdshare.errors import (
     FetchTimeout,
+    InvalidName,
     KindMismatch,
     NameNotFound,
     NameTaken,
@@ -423,3 +425,27 @@ def test_changes_go_on_over_the_death_of_a_server(pipe: int, backend: str) -> No
 
     with Manager() as manager:
         anyio.run(main, backend=backend)
+
+
+@BACKENDS
+def test_what_cannot_be_encoded_concerns_nobody_else(folder: Path, null: int, backend: str) -> None:
+    """Asked while there is no connection, it failed all that waited for the next one."""
+
+    async def main() -> None:
+        path = folder / "x.sock"
+        first = await anyio.to_thread.run_sync(Manager(path, keeper=False).start)
+        async with fdshare.aio.connect(path, reconnect=20) as mine:
+            await mine.ping()
+            await anyio.to_thread.run_sync(first.shutdown)
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(mine.ping)
+                await anyio.wait_all_tasks_blocked()
+                with pytest.raises(InvalidName):
+                    await mine.fetch("\ud800")
+                with pytest.raises(InvalidName):
+                    async for _ in mine.watch("\ud800"):
+                        pass
+                with Manager(path, keeper=False):
+                    await mine.ping()
+
+    anyio.run(main, backend=backend)

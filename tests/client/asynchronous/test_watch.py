@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import anyio
@@ -12,6 +13,7 @@ import fdshare
 from client.churn import Follower, churn, kill_and_change
 from fdshare.client import watch_state as module
 from fdshare.client.blocking.client import Client
+from fdshare.errors import InvalidArgument
 from fdshare.protocol.names import matcher
 
 
@@ -137,3 +139,14 @@ def test_the_state_converges_while_the_server_is_killed(backend: str, pipe: int)
 
     with Manager() as manager:
         anyio.run(main, manager.address, backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_a_watch_that_was_refused_is_dropped_in_silence(server: Any, backend: str) -> None:
+    async def main() -> None:
+        async with fdshare.aio.connect(server.address) as mine:
+            with pytest.raises(InvalidArgument):
+                mine.watch("a" * 2000)
+            gc.collect()
+
+    anyio.run(main, backend=backend)
