@@ -47,6 +47,8 @@ class Writes(Waiters):
         self._check_quota(session, count, former)
         if former is not None and former.lease is not None and not changes:
             changes = self._settle(former, revoke=True)
+            if self._is_taken(changes):  # the taker has confirmed since the first look
+                self._check_clash(request, None, session)
         generation = self.table.generation + 1
         put = Put(
             name=request.name,

@@ -6,9 +6,11 @@ import pytest
 
 from fdshare.errors import (
     AccessDenied,
+    GenerationMismatch,
     NameNotFound,
 )
 from fdshare.protocol import messages as m
+from fdshare.server.core.ports import LeaseState
 from fdshare.server.core.table import ANSWERS_KEPT
 from server.memory_effects import Everybody, MemoryEffects, register
 
@@ -74,3 +76,24 @@ def test_what_a_watcher_sees_of_a_leased_name_that_is_replaced(effects: MemoryEf
     register(effects, session, replace=True)
     events = [sent[1].event for sent in watcher.route.take()[1:]]
     assert events == ["registered", "taken", "returned", "replaced"]
+
+
+@pytest.mark.parametrize("verb", ["register", "unregister"])
+def test_a_take_that_is_confirmed_between_two_looks(verb: str) -> None:
+    """if_generation is about what is there; the taker has it."""
+
+    class JustConfirmed(MemoryEffects):
+        def lease_state(self, ours: int, *, revoke: bool = False) -> LeaseState:
+            if revoke and self.leases[ours] == "held":
+                self.leases[ours] = "confirmed"
+            return super().lease_state(ours, revoke=revoke)
+
+    effects = JustConfirmed()
+    session = effects.session()
+    generation = register(effects, session).generation
+    effects.service.handle(session, 1, m.Take("x"), [], 0.0)
+    with pytest.raises(GenerationMismatch if verb == "register" else NameNotFound):
+        if verb == "register":
+            register(effects, session, if_generation=generation)
+        else:
+            effects.service.handle(session, 2, m.Unregister("x", generation), [], 0.0)
