@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 
 from fdshare.server.core.table import Entry
 from fdshare.server.loop.closing import Handle
@@ -112,7 +113,20 @@ def _target(fd: int) -> str:
 
 
 def _can_hang_up(fd: int) -> bool:
-    return _target(fd).startswith(("socket:", "pipe:")) or _is_pidfd(fd)
+    target = _target(fd)
+    if target.startswith("socket:"):
+        return _has_connections(fd)
+    return target.startswith("pipe:") or _is_pidfd(fd)
+
+
+def _has_connections(fd: int) -> bool:
+    """True for a stream. What epoll reports of a datagram socket is an error of one datagram, such
+    as an ICMP message: the socket is as good as before."""
+    sock = socket.socket(fileno=fd)
+    try:
+        return sock.type in (socket.SOCK_STREAM, socket.SOCK_SEQPACKET)
+    finally:
+        sock.detach()
 
 
 def _is_pidfd(fd: int) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from breaking import Half, Halves, connected_pair
+from conftest import wait_until
 from nursery import Manager
 
 from fdshare.client.blocking.client import Client
@@ -122,3 +123,20 @@ def test_a_replaced_entry_is_not_watched(manager: Manager, fd: int) -> None:
         manager.register("a", fd, replace=True)
     manager.ping()
     assert manager.names() == ["a"]
+
+
+def test_an_icmp_error_is_no_hang_up(manager: Manager) -> None:
+    """It reports that one datagram did not arrive; the socket is as good as before."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        address = nobody.getsockname()
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.connect(address)
+        near, far = socket.socketpair()
+        manager.register("datagrams", sock, drop_on_hangup=True)
+        manager.register("stream", near, drop_on_hangup=True)
+        sock.send(b"x")
+        wait_until(lambda: select.select([sock], [], [], 0)[0], "the ICMP message")
+        near.close()
+        far.close()
+        wait_until(lambda: manager.names() == ["datagrams"], "the stream's hang-up")
