@@ -111,14 +111,13 @@ class View:
         from rich.console import Group
         from rich.text import Text
 
-        room = max(height - 6 - len(self.events), 1)
+        events = self.events.copy()  # another thread adds to it
+        room = max(height - 6 - len(events), 1)
         shown = self.shown()
         parts: list[RenderableType] = [self._head(), *self._table(shown[:room], width)]
         if len(shown) > room:
             parts.append(Text(f"... and {len(shown) - room} more", style="dim"))
-        parts += [
-            Text(line, style="dim", overflow="ellipsis", no_wrap=True) for line in self.events
-        ]
+        parts += [Text(line, style="dim", overflow="ellipsis", no_wrap=True) for line in events]
         parts.append(self._foot())
         return Group(*parts)
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from commandline import Shell
@@ -191,3 +192,17 @@ def test_ctrl_c_always_quits() -> None:
     view.press("/")
     view.press("\x03")
     assert view.quit
+
+
+def test_an_event_may_come_while_it_draws() -> None:
+    """Another thread follows the events."""
+    view = View()
+
+    class Line(str):
+        def translate(self, table: Any) -> str:  # called when it is drawn
+            view.events.append("another")
+            return super().translate(table)
+
+    view.events.append(Line("one"))
+    view.events.append("two")
+    view.draw(80, 24)
