@@ -35,6 +35,7 @@ ACROSS = {
     "server/test_leases.py": "takes, over the death of the taker and of either half",
     "server/test_user_namespace.py": "who is trusted where few users have a number",
     "test_benchmarks.py": "the programs of benchmarks/",
+    "test_class_names.py": "that one word is one class, in all modules",
     "test_documents.py": "what the documents name",
     "test_layout.py": "this",
     "test_public.py": "the public surface, of all modules",
