@@ -48,6 +48,7 @@ from fdshare.kernel.descriptor_limit import descriptor_limit
 
 __all__ = [
     "MAX_DESCRIPTORS",
+    "NOSIGNAL",
     "Received",
     "Rights",
     "close_all",
@@ -85,6 +86,8 @@ _CTRUNC: Final = int(socket.MSG_CTRUNC)
 _PEEK: Final = int(socket.MSG_PEEK)
 _CLOEXEC: Final = int(getattr(socket, "MSG_CMSG_CLOEXEC", 0))  # macOS has none
 _LOOK: Final = _PEEK | _CLOEXEC
+# A reader that has gone is an error (EPIPE), also where the program has SIGPIPE end it.
+NOSIGNAL: Final = int(getattr(socket, "MSG_NOSIGNAL", 0))
 
 
 def close_all(descriptors: Iterable[Descriptor]) -> None:
@@ -130,7 +133,7 @@ def send_rights(
 ) -> int:
     """As `send_message`, with descriptors that `rights` has prepared."""
     try:
-        return sock.sendmsg(buffers, control, flags)
+        return sock.sendmsg(buffers, control, flags | NOSIGNAL)
     except OSError as error:
         if error.errno == errno.ETOOMANYREFS:
             raise descriptor_limit(error.errno, "sender") from None

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias, TypeVar
 
 if TYPE_CHECKING:
     import io
+    import queue
     from multiprocessing.connection import Connection as _Connection
     from multiprocessing.connection import Listener as _Listener
     from multiprocessing.context import BaseContext as _Context
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from multiprocessing.queues import JoinableQueue, Queue, SimpleQueue
     from multiprocessing.synchronize import BoundedSemaphore, Condition, Lock, Semaphore, SemLock
     from pickle import Pickler as _Pickler
+    from threading import Thread as _Thread
 
     _ApplyResult: TypeAlias = ApplyResult[Any]
     _MapResult: TypeAlias = MapResult[Any]
@@ -285,6 +287,19 @@ class StockPool(_Pool):
         callback: Function | None = None,
         error_callback: Function | None = None,
     ) -> _MapResult: ...
+    @classmethod
+    def _terminate_pool(
+        cls,
+        taskqueue: queue.SimpleQueue[Any],
+        inqueue: StockSimpleQueue,
+        outqueue: StockSimpleQueue,
+        pool: list[StockProcess],
+        change_notifier: StockSimpleQueue,
+        worker_handler: _Thread,
+        task_handler: _Thread,
+        result_handler: _Thread,
+        cache: Any,
+    ) -> None: ...
 
 
 @_description
@@ -317,6 +332,7 @@ class PoolModule(Protocol):
     Pool: type[StockPool]
     ApplyResult: type[StockApplyResult]
     MapResult: type[StockMapResult]
+    TERMINATE: str
 
     @staticmethod
     def _helper_reraises_exception(ex: BaseException) -> None: ...

@@ -5,9 +5,12 @@ from __future__ import annotations
 import gc
 import os
 import resource
+import select
+import signal
 import socket
+import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from typing import Any, Final, TypeAlias
 
@@ -81,6 +84,41 @@ def dismiss(workers: list[Any], inbox: Any, outbox: Any) -> None:
         assert worker.exitcode == 0
     finish(inbox)
     finish(outbox)
+
+
+def writable(connection: Any) -> bool:
+    """Whether a sender on *connection* would find room."""
+    return bool(select.select([], [connection], [], 0)[1])
+
+
+def ends(function: Callable[..., object], *args: object, seconds: float = 60) -> None:
+    """Run `function(*args)` in a fork of this process, which must end well within *seconds*.
+
+    What hangs there hangs alone: it and its children are killed.
+    """
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            os.setpgid(0, 0)
+            for package in PACKAGES:  # the fork server is a child of the parent's
+                import_module(f"{package}.forkserver")._forkserver._forkserver_pid = None
+            function(*args)
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    pidfd = os.pidfd_open(pid)
+    try:
+        ended = select.select([pidfd], [], [], seconds)[0]
+    finally:
+        os.close(pidfd)
+        with suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
+        _, status = os.waitpid(pid, 0)
+    assert ended, f"not within {seconds} s"
+    assert status == 0
 
 
 @contextmanager

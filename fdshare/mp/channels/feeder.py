@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
+from fdshare.kernel.ancillary import NOSIGNAL
 from fdshare.mp.channels.framing import JOINED, headed
 from fdshare.mp.channels.sending import Outgoing, send_now
 from fdshare.mp.pickling.bundle import Encoded
@@ -201,7 +202,7 @@ class Outbox:
             try:
                 if isinstance(first, bytes):
                     small = [headed(data) for data, _, _ in batch if isinstance(data, bytes)]
-                    self._sock.sendall(b"".join(small))
+                    self._sock.sendall(b"".join(small), NOSIGNAL)
                 else:
                     first.push_patiently(self._sock)
             finally:

@@ -14,6 +14,7 @@ from typing import Final, TypeAlias
 from fdshare.errors import DescriptorLimit
 from fdshare.kernel.ancillary import (
     MAX_DESCRIPTORS,
+    NOSIGNAL,
     Bytes,
     close_all,
     rights,
@@ -60,7 +61,7 @@ def send_now(
     if type(message) is bytes and len(message) <= JOINED:
         data = headed(message)
         try:
-            sent = sock.send(data, flags)
+            sent = sock.send(data, flags | NOSIGNAL)
         except BlockingIOError:
             sent = 0
         if sent == len(data):
@@ -87,7 +88,7 @@ def send_now(
         size += len(announcement)
     else:
         try:
-            sent = sock.send(announcement, flags)
+            sent = sock.send(announcement, flags | NOSIGNAL)
         except BlockingIOError:
             sent = 0
         if sent < len(announcement):

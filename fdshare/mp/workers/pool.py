@@ -3,26 +3,40 @@
 Derived from multiprocessing/pool.py of CPython 3.11 to 3.13, whose threads, worker function and
 results are used as they are. What changes: `apply_async` and `map*` pickle before they return
 (`imap` when each item is drawn), arguments of the initializer are held for the pool's life, tasks
-and results are opened under guard (tasks.py).
+and results are opened under guard (tasks.py). A pool ends by shutdown(2) of its channels, which
+wakes whoever waits for them, and not by messages, for which there may be no room, no reader and no
+lock: a killed process keeps its locks.
 
 stock.py has the private names that are used.
 """
 
 from __future__ import annotations
 
+import socket
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sized
+from contextlib import suppress
+from queue import Empty
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar
 
+from fdshare.mp.channels.feeder import READER_GONE
 from fdshare.mp.channels.queues import SimpleQueueMixin
 from fdshare.mp.family import Family
 from fdshare.mp.pickling.reducers import dumps
-from fdshare.mp.stock import Function, StockContext, StockPool
+from fdshare.mp.stock import (
+    Function,
+    StockContext,
+    StockPool,
+    StockProcess,
+    StockSimpleQueue,
+)
 from fdshare.mp.workers.tasks import Outcome, Task, hold_initializer, receive_patiently
 
 if TYPE_CHECKING:
+    import queue
     from multiprocessing.pool import ApplyResult, MapResult
 
-__all__ = ["OutcomeQueueMixin", "PoolMixin", "TaskQueueMixin"]
+__all__ = ["EndingQueueMixin", "OutcomeQueueMixin", "PoolMixin", "TaskQueueMixin"]
 
 
 T = TypeVar("T")
@@ -109,15 +123,96 @@ class PoolMixin(StockPool):
         self._taskqueue.put((numbered, None))
         return result
 
+    @classmethod
+    def _terminate_pool(
+        cls,
+        taskqueue: queue.SimpleQueue[Any],
+        inqueue: StockSimpleQueue,
+        outqueue: StockSimpleQueue,
+        pool: list[StockProcess],
+        change_notifier: StockSimpleQueue,
+        worker_handler: threading.Thread,
+        task_handler: threading.Thread,
+        result_handler: threading.Thread,
+        cache: Any,
+    ) -> None:
+        """End the pool, whatever it is doing. It waits for its threads, and so for a callback or
+        an iterable of the program's that one of them runs, and for nothing else."""
+        assert isinstance(inqueue, EndingQueueMixin)
+        assert isinstance(outqueue, EndingQueueMixin)
+        for handler in (worker_handler, task_handler, result_handler):
+            handler._state = cls._family.pool.TERMINATE  # type: ignore[attr-defined]
+        if worker_handler.is_alive():
+            change_notifier.put(None)
+            _join(worker_handler)  # it starts no worker from here on
+        for worker in pool:
+            if worker.exitcode is None:
+                worker.terminate()
+        inqueue.abandon()
+        outqueue.abandon()
+        taskqueue.put(None)  # a worker handler that failed to start a process has not said it
+        _join(task_handler)
+        _join(result_handler)
+        for worker in pool:
+            worker.join()
+        _let_go(taskqueue)
+        inqueue.close()
+        outqueue.close()
 
-class TaskQueueMixin(SimpleQueueMixin):
+
+def _join(thread: threading.Thread) -> None:
+    if thread is not threading.current_thread():  # a callback may end its pool
+        thread.join()
+
+
+def _let_go(taskqueue: queue.SimpleQueue[Any]) -> None:
+    """Close what tasks hold that were never sent."""
+    with suppress(Empty):
+        while True:
+            entry = taskqueue.get_nowait()
+            tasks = () if entry is None else entry[0]
+            for _, _, task, _, _ in tasks if type(tasks) is list else ():
+                task.bundle.close()
+
+
+class EndingQueueMixin(SimpleQueueMixin):
+    """A queue that can be ended without room in it, without its locks, and while others wait."""
+
+    def _adopt(self) -> None:
+        SimpleQueueMixin._adopt(self)
+        self._abandoned = threading.Event()
+
+    def finish(self) -> None:
+        """Nothing more is sent by any process; what was sent is still received. Never waits."""
+        self._writer.carrier().shutdown(socket.SHUT_WR)
+
+    def abandon(self) -> None:
+        """End it in every process: who waits to send fails, who waits to receive is at the end.
+
+        Never waits.
+        """
+        self._abandoned.set()
+        for end in (self._reader, self._writer):
+            if not end.closed:
+                end.carrier().shutdown(socket.SHUT_RDWR)
+
+
+class TaskQueueMixin(EndingQueueMixin):
     """From the pool to its workers."""
 
     def send_task(self, task: Numbered | None) -> None:
         """Send (job, index, function, args, kwds), or None, the end."""
-        self.put(self._packed(task) if task is not None else None)
-        if task is not None and type(task[2]) is Task:
-            task[2].bundle.close()  # the kernel has it
+        if task is None:
+            self.finish()
+            return
+        try:
+            self.put(self._packed(task))
+        except OSError:
+            if not self._abandoned.is_set():
+                raise
+        finally:
+            if type(task[2]) is Task:
+                task[2].bundle.close()  # the kernel has it, or nobody ever will
 
     def _packed(self, task: Numbered) -> Numbered:
         job, index, function, args, kwds = task
@@ -131,20 +226,29 @@ class TaskQueueMixin(SimpleQueueMixin):
         return receive_patiently(self._reader, self._rlock)
 
 
-class OutcomeQueueMixin(SimpleQueueMixin):
+class OutcomeQueueMixin(EndingQueueMixin):
     """From the workers to the pool."""
 
     def put(self, obj: Any) -> None:
-        """Send (job, index, (ok, value)), or None, the end. Raises: whatever pickling raises."""
-        if obj is not None:
-            job, index, (ok, value) = obj
-            obj = job, index, Outcome.of(self._family, ok, value)
-        SimpleQueueMixin.put(self, obj)
+        """Send (job, index, (ok, value)), or None, the end, when every job is done.
+
+        Raises: whatever pickling raises; SystemExit: the pool is gone.
+        """
+        if obj is None:
+            self.finish()
+            return
+        job, index, (ok, value) = obj
+        message = job, index, Outcome.of(self._family, ok, value)
+        try:
+            SimpleQueueMixin.put(self, message)
+        except OSError as error:
+            if error.errno in READER_GONE:
+                raise SystemExit(1) from None
+            raise
 
     def take(self) -> Any:
-        """The next (job, index, (ok, value)), for the pool's only reader; None is the end."""
-        message = receive_patiently(self._reader)
-        if message is None:
-            return None
-        job, index, outcome = message
+        """The next (job, index, (ok, value)), for the pool's only reader. Raises: EOFError."""
+        if self._abandoned.is_set():
+            raise EOFError
+        job, index, outcome = receive_patiently(self._reader, wait=self._abandoned.wait)
         return job, index, outcome.open(self._family)

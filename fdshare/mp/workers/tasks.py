@@ -9,7 +9,7 @@ that reads for all jobs.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Final
 
@@ -22,7 +22,6 @@ from fdshare.mp.pickling.reducers import dumps
 from fdshare.mp.stock import Function
 
 if TYPE_CHECKING:
-    from multiprocessing.synchronize import Lock
     from typing import Self
 
 __all__ = ["Outcome", "Task", "hold_initializer", "receive_patiently"]
@@ -84,14 +83,19 @@ class Outcome:
         return Outcome, (self.ok, self.bundle)
 
 
-def receive_patiently(connection: ConnectionMixin, lock: Lock | None = None) -> Any:
+def receive_patiently(
+    connection: ConnectionMixin,
+    lock: AbstractContextManager[object] | None = None,
+    wait: Callable[[float], object] = time.sleep,
+) -> Any:
     """The next object of *connection*, an envelope of bundles, read under *lock*.
 
     At the descriptor limit it waits, without the lock: another process may have room. Past PATIENCE
     seconds the envelope comes without its descriptors, and the bundles that need them raise the
-    DescriptorLimit when they are opened.
+    DescriptorLimit when they are opened. *wait* is time.sleep, or returns True where there is
+    nothing to wait for any more: EOFError is raised then.
     """
-    guard: AbstractContextManager[object] = nullcontext() if lock is None else lock
+    guard = nullcontext() if lock is None else lock
     deadline = time.monotonic() + PATIENCE
     while True:
         with guard:
@@ -101,7 +105,8 @@ def receive_patiently(connection: ConnectionMixin, lock: Lock | None = None) -> 
             except DescriptorLimit as limit:
                 if time.monotonic() > deadline:
                     return connection.receive_without(limit)
-        time.sleep(PAUSE)
+        if wait(PAUSE):
+            raise EOFError
     return connection.decode(message)
 
 

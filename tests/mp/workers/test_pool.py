@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import socket
 import tempfile
 from typing import Any
 
 import pytest
+from breaking import ended
+from conftest import wait_until
 
 from fdshare import get_context
 from mp import children
-from mp.common import METHODS, PACKAGES, identity, trackers  # noqa: F401
+from mp.common import (  # noqa: F401
+    METHODS,
+    PACKAGES,
+    descriptor_limit_reached,
+    ends,
+    identity,
+    trackers,
+    writable,
+)
 
 
 @pytest.fixture(params=PACKAGES)
@@ -130,3 +141,124 @@ def test_exceptions_show_the_workers_lines(method: str, package: str) -> None:
         assert "from the worker" in str(caught.value.__cause__)
         pool.close()
         pool.join()
+
+
+# The end, with whatever is in it
+
+
+def fill_with_results(pool: Any, function: Any, *args: Any) -> None:
+    """Returns when workers wait for room for their results, which the pool does not read: it is
+    busy with a callback, until it is told to end."""
+
+    def busy(_: Any) -> None:
+        wait_until(lambda: pool._result_handler._state == "TERMINATE")
+
+    for _ in range(600):
+        pool.apply_async(function, args, callback=busy)
+    wait_until(lambda: not writable(pool._outqueue._writer))
+
+
+def leave(ctx: Any, function: Any, *args: Any) -> None:
+    with ctx.Pool(2) as pool:
+        fill_with_results(pool, function, *args)
+        workers = [worker.pid for worker in pool._pool]
+    assert all(map(ended, workers))
+
+
+@pytest.mark.parametrize("size", [0, 1000, 100_000, 1 << 20])
+def test_leaving_while_results_wait(package: str, size: int) -> None:
+    ends(leave, get_context("fork", backend=package), bytes, size)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_leaving_while_sockets_wait(package: str, method: str) -> None:
+    ends(leave, get_context(method, backend=package), children.many_sockets, 1)
+
+
+def leave_workers_that_ignore_sigterm(ctx: Any) -> None:
+    with ctx.Pool(2, signal.signal, (signal.SIGTERM, signal.SIG_IGN)) as pool:
+        fill_with_results(pool, bytes, 1000)
+
+
+def test_workers_that_ignore_sigterm_end_when_they_wait_for_room(
+    package: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    ends(leave_workers_that_ignore_sigterm, get_context("fork", backend=package))
+    assert capfd.readouterr().err == ""
+
+
+EXIT = """
+    import select, sys, time
+    from fdshare import get_context
+
+    def busy(_):
+        while pool._result_handler._state == "RUN":
+            time.sleep(0.001)
+
+    pool = get_context("fork", backend=sys.argv[1]).Pool(2)
+    for _ in range(600):
+        pool.apply_async(bytes, (1000,), callback=busy)
+    while select.select([], [pool._outqueue._writer], [], 0)[1]:
+        time.sleep(0.001)
+    print("over", flush=True)
+"""
+
+
+def test_a_program_ends_while_results_wait(package: str, child: Any) -> None:
+    process = child(EXIT, package)
+    assert process.stdout.readline() == "over\n"
+    assert process.wait(60) == 0
+
+
+def leave_while_tasks_wait(ctx: Any, at_limit: bool) -> None:
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # as programs whose output goes through head(1)
+    failures: list[Any] = []
+    (blocked, other), (reader, writer) = os.pipe(), os.pipe()
+    with open(blocked, "rb"), open(other, "wb"), open(reader, "rb") as watched:
+        pool = ctx.Pool(1)
+        pool.apply_async(os.read, (blocked, 1), error_callback=failures.append)
+        with open(writer, "wb") as file:
+            for _ in range(800):
+                pool.apply_async(children.same, (file,), error_callback=failures.append)
+        (worker,) = pool._pool
+        wait_until(lambda: not writable(pool._inqueue._writer))
+        if at_limit:
+            with descriptor_limit_reached():
+                pool.terminate()
+        else:
+            pool.terminate()
+        assert ended(worker.pid)
+        assert watched.read() == b""  # though the pool is still here
+        assert failures == []
+
+
+@pytest.mark.parametrize("at_limit", [False, True])
+def test_leaving_while_tasks_wait(package: str, at_limit: bool) -> None:
+    ends(leave_while_tasks_wait, get_context("fork", backend=package), at_limit)
+
+
+def end_from(ctx: Any, thread: str) -> None:
+    pool = ctx.Pool(1)
+
+    def tasks() -> Any:
+        yield 1
+        pool.terminate()
+        yield 2
+
+    if thread == "callback":
+        pool.apply_async(children.same, (1,), callback=lambda _: pool.terminate())
+    else:
+        pool.imap(children.same, tasks())
+    pool._worker_handler.join()
+    pool._task_handler.join()
+    pool._result_handler.join()
+    pool.terminate()
+    pool.join()
+
+
+@pytest.mark.parametrize("thread", ["callback", "iterable"])
+def test_a_pool_that_is_ended_by_a_thread_of_its_own(
+    package: str, thread: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    ends(end_from, get_context("fork", backend=package), thread)
+    assert capfd.readouterr().err == ""
