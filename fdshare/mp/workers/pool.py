@@ -12,6 +12,7 @@ stock.py has the private names that are used.
 
 from __future__ import annotations
 
+import fcntl
 import socket
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sized
@@ -19,6 +20,7 @@ from contextlib import suppress
 from queue import Empty
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar
 
+from fdshare.mp.channels.connection import ConnectionMixin
 from fdshare.mp.channels.feeder import READER_GONE
 from fdshare.mp.channels.queues import SimpleQueueMixin
 from fdshare.mp.family import Family
@@ -197,8 +199,35 @@ class EndingQueueMixin(SimpleQueueMixin):
                 end.carrier().shutdown(socket.SHUT_RDWR)
 
 
+class _ReaderLock:
+    """Held by one process at a time, and released by the kernel when that dies, killed or not.
+
+    A worker waits for its next task under it, and a semaphore would stay locked for ever. A record
+    lock (fcntl(2), F_SETLKW) is a process's own. Linux takes one on any descriptor, so that it is
+    on the socket itself.
+    """
+
+    def __init__(self, reader: ConnectionMixin) -> None:
+        """Raises: OSError: not on a socket, on this system."""
+        self._reader = reader
+        fcntl.lockf(reader, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(reader, fcntl.LOCK_UN)
+
+    def __enter__(self) -> None:
+        fcntl.lockf(self._reader, fcntl.LOCK_EX)
+
+    def __exit__(self, *exc: object) -> None:
+        fcntl.lockf(self._reader, fcntl.LOCK_UN)
+
+
 class TaskQueueMixin(EndingQueueMixin):
     """From the pool to its workers."""
+
+    def __init__(self, *, ctx: StockContext) -> None:
+        SimpleQueueMixin.__init__(self, ctx=ctx)
+        # Where there are none, a worker that is killed keeps the lock, as in the stock pool.
+        with suppress(OSError):
+            self._rlock = _ReaderLock(self._reader)  # type: ignore[assignment]
 
     def send_task(self, task: Numbered | None) -> None:
         """Send (job, index, function, args, kwds), or None, the end."""

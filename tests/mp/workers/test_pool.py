@@ -6,11 +6,12 @@ import gc
 import os
 import signal
 import socket
+import sys
 import tempfile
 from typing import Any
 
 import pytest
-from breaking import ended
+from breaking import ended, state
 from conftest import wait_until
 
 from fdshare import get_context
@@ -262,3 +263,21 @@ def test_a_pool_that_is_ended_by_a_thread_of_its_own(
 ) -> None:
     ends(end_from, get_context("fork", backend=package), thread)
     assert capfd.readouterr().err == ""
+
+
+def kill_idle_workers(ctx: Any, count: int) -> None:
+    with ctx.Pool(count) as pool:
+        assert pool.apply(children.same, (1,)) == 1
+        workers = [worker.pid for worker in pool._pool]
+        wait_until(lambda: all(state(pid) == "S" for pid in workers))
+        for pid in workers:
+            os.kill(pid, signal.SIGKILL)
+        assert pool.apply(children.same, (2,)) == 2
+        pool.close()
+        pool.join()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="record locks on sockets")
+@pytest.mark.parametrize(("method", "count"), [("fork", 3), ("spawn", 1), ("forkserver", 1)])
+def test_idle_workers_that_are_killed_are_replaced(package: str, method: str, count: int) -> None:
+    ends(kill_idle_workers, get_context(method, backend=package), count)
