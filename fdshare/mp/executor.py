@@ -8,6 +8,7 @@ queues, stock.py the private names that are used.
 from __future__ import annotations
 
 import concurrent.futures
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
@@ -16,6 +17,7 @@ from fdshare.errors import InvalidArgument
 from fdshare.mp.backends import backend_of, get_context
 from fdshare.mp.context import Context
 from fdshare.mp.family import Family
+from fdshare.mp.stock import Function, executor_module
 from fdshare.mp.workers.executor_queues import Call, ResultQueueMixin, adopt
 from fdshare.mp.workers.tasks import hold_initializer
 
@@ -41,6 +43,11 @@ class ProcessPoolExecutor(concurrent.futures.ProcessPoolExecutor):
     _family: Family
     _call_queue: StockSafeQueue
     _result_queue: ResultQueueMixin
+    _mp_context: Context
+    _initializer: Function | None
+    _initargs: tuple[Any, ...]
+    _max_tasks_per_child: int | None
+    _executor_manager_thread: Any
 
     def __init__(
         self,
@@ -67,6 +74,33 @@ class ProcessPoolExecutor(concurrent.futures.ProcessPoolExecutor):
         Raises: whatever pickling raises; DescriptorLimit; as the standard one.
         """
         return super().submit(Call.of(self._family, fn, args, kwargs))
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """As the standard one's."""
+        manager = self._executor_manager_thread
+        if manager is not None:
+            manager.executor = self  # which it asks for new workers until all is done
+        super().shutdown(wait, cancel_futures=cancel_futures)
+
+    def _adjust_process_count(self) -> None:
+        manager: Any = threading.current_thread()
+        if not isinstance(manager, executor_module()._ExecutorManagerThread):
+            super()._adjust_process_count()
+            return
+        # A worker has done its max_tasks_per_child. The standard one may take another for idle,
+        # since it counts results (cpython#115634), and knows none after shutdown(wait=False).
+        process = self._mp_context.Process(
+            target=executor_module()._process_worker,
+            args=(
+                manager.call_queue,
+                manager.result_queue,
+                self._initializer,
+                self._initargs,
+                self._max_tasks_per_child,
+            ),
+        )
+        process.start()
+        manager.processes[process.pid] = process
 
     def __repr__(self) -> str:
         return f"<ProcessPoolExecutor of {self._mp_context!r}>"

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     _JoinableQueue: TypeAlias = JoinableQueue[Any]
     _SimpleQueue: TypeAlias = SimpleQueue[Any]
 else:
-    _Connection = _Listener = _Context = _SyncManager = _Pool = _Popen = _Process = object
+    _Connection = _Listener = _Context = _SyncManager = _Pool = _Popen = _Process = _Thread = object
     _ApplyResult = _MapResult = _Pickler = _Queue = _JoinableQueue = _SimpleQueue = object
 
 Address: TypeAlias = str | bytes | tuple[str, int]
@@ -399,6 +399,19 @@ class StockExecutor:
     _mp_context: _Context
     _call_queue: StockSafeQueue
     _result_queue: StockSimpleQueue
+    _initializer: Function | None
+    _initargs: tuple[Any, ...]
+    _max_tasks_per_child: int | None
+    _executor_manager_thread: StockExecutorManager | None
+
+    def _adjust_process_count(self) -> None: ...
+
+
+@_description
+class StockExecutorManager(_Thread):
+    call_queue: StockSafeQueue
+    result_queue: StockSimpleQueue
+    processes: dict[int | None, _Process]
 
 
 class ExecutorModule(Protocol):
@@ -407,6 +420,7 @@ class ExecutorModule(Protocol):
     _CallItem: type[StockCallItem]
     _ResultItem: type[StockResultItem]
     _RemoteTraceback: type[StockRemoteTraceback]
+    _ExecutorManagerThread: type[StockExecutorManager]
 
     @staticmethod
     def _process_worker(

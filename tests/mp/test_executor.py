@@ -92,3 +92,15 @@ def test_a_worker_that_dies_breaks_the_pool_and_leaks_nothing() -> None:
     del executor, future, futures
     gc.collect()
     assert open_now() <= before
+
+
+@pytest.mark.parametrize("wait", [True, False])
+@pytest.mark.parametrize("package", PACKAGES)
+def test_workers_are_replaced_after_their_last_task(package: str, wait: bool) -> None:
+    ctx = get_context("forkserver", backend=package)
+    executor = ProcessPoolExecutor(2, ctx, max_tasks_per_child=2)
+    futures = [executor.submit(os.getpid) for _ in range(10)]
+    manager = executor._executor_manager_thread
+    executor.shutdown(wait=wait)
+    assert len({future.result(60) for future in futures}) >= 5
+    manager.join()

@@ -167,6 +167,7 @@ def objects(package: str) -> Iterator[tuple[type, Any]]:
         assert executor.submit(len, "").result() == 0
         yield stock.StockExecutor, executor
         yield stock.StockSafeQueue, executor._call_queue  # type: ignore[attr-defined]
+        yield stock.StockExecutorManager, executor._executor_manager_thread
 
 
 @pytest.mark.parametrize("package", PACKAGES)
