@@ -8,6 +8,7 @@ from typing import Any
 from fdshare import get_context
 from fdshare.mp.backends import backend_of
 from fdshare.mp.workers.executor_queues import adopt
+from mp.common import trackers  # noqa: F401
 
 
 def test_a_call_queue_is_adopted_once() -> None:
