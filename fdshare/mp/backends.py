@@ -1,4 +1,4 @@
-"""get_context: the way in, and the two packages by their names."""
+"""get_context(), and what we have over each of the two packages, by its name."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Backend", "backend_of", "get_context"]
 
 
 class Backend(Protocol):
-    """What the modules `on_multiprocessing` and `on_multiprocess` hold."""
+    """The modules `on_multiprocessing` and `on_multiprocess`."""
 
     FAMILY: Family
     CLASSES: Classes
@@ -23,7 +23,7 @@ class Backend(Protocol):
 
 
 def backend_of(package: str) -> Backend:
-    """Ours over that package, which is imported. Raises: InvalidArgument: neither of the two."""
+    """The one over *package*, which it imports. Raises: InvalidArgument: there is none."""
     if package == "multiprocessing":
         from fdshare.mp import on_multiprocessing
 

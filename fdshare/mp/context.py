@@ -61,7 +61,7 @@ class Context(StockContext):
         return self._classes.Pool(processes, initializer, initargs, maxtasksperchild, context=self)
 
     def Manager(self) -> SyncManager:
-        """A started manager; its proxies carry what they are given."""
+        """A started manager; its proxies carry descriptors."""
         manager = self._classes.SyncManager(ctx=self)
         manager.start()
         return manager

@@ -1,5 +1,5 @@
-"""ProcessPoolExecutor that pickles in submit(), opens results under guard, keeps tracebacks, and
-takes contexts of multiprocess.
+"""A ProcessPoolExecutor that pickles in submit(), keeps tracebacks, and takes contexts of
+multiprocess; an error of loading a result is that result's alone.
 
 Over concurrent/futures/process.py of CPython 3.11 to 3.13. workers/executor_queues.py has the
 queues, stock.py the private names that are used.

@@ -55,8 +55,8 @@ __all__ = ["PrivateServer", "new_address"]
 _PREFIX: Final = "fdshare-private-"
 _TIMEOUT: Final = 30  # seconds that the server gets to answer; its start is in the first answer
 _TIMEVAL: Final = struct.pack("@ll", _TIMEOUT, 0)
-_ATTEMPTS: Final = 4  # a server may end as we come to it
-_IDLE: Final = 4  # connections kept
+_ATTEMPTS: Final = 4  # a server may end while we connect
+_IDLE: Final = 4  # idle connections at most
 _ANSWER: Final = 16  # bytes, more than any answer has
 _PAUSE: Final = 0.005  # seconds, before another try
 _TRIES_IN_FLIGHT: Final = 500
@@ -107,7 +107,7 @@ class PrivateServer:
     def _renew(self) -> list[_Connection]:
         """Forgets its connections, and returns them."""
         former = [*self._idle, *self._unread.values()] if hasattr(self, "_idle") else []
-        # Appended to and popped from by many threads, either in one step.
+        # Many threads append and pop; each is atomic.
         self._idle: list[_Connection] = []
         self._unread: dict[bytes, _Connection] = {}
         return former
@@ -304,9 +304,9 @@ def _start(address: str) -> None:
     try:
         listener = listen(address, kind=socket.SOCK_SEQPACKET)
     except AddressInUse:
-        time.sleep(_PAUSE)  # bound, and perhaps not listening yet
+        time.sleep(_PAUSE)  # it is bound, but may not listen yet
         return
-    # detach(): the name is the server's now, and not ours to remove.
+    # detach(): the server removes the name, not we.
     sock, lock = listener.detach()
     try:
         subprocess.run(
@@ -324,7 +324,8 @@ def _start(address: str) -> None:
 
 
 def _command(fd: int, address: str) -> list[str]:
-    """A fresh interpreter that finds what this one finds; what it starts is a grandchild of ours.
+    """A new interpreter that finds the modules that this one finds; it forks, so the server is a
+    grandchild of this process.
 
     Without `site` (-S), which costs more than the rest of the start, and which this interpreter has
     run: its sys.path is the result.

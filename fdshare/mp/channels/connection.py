@@ -1,10 +1,10 @@
 """Connections that carry descriptors beside the bytes, and Pipe, Listener and Client of them.
 
 Over multiprocessing/connection.py of CPython 3.11 to 3.13: the classes derive from the package's
-own and keep everything that they promise. What changes: a message may have descriptors (frames.py
-says how), `Pipe(duplex=False)` is a socket pair too (a pipe carries none), large messages are read
-into one buffer, and a connection pickles itself through the transit of the pickle. Where there is
-no AF_UNIX socket below, a pipe or TCP, a connection does what the package's own does.
+own and keep everything that they promise. What changes: a message may have descriptors (framing.py
+has its form), `Pipe(duplex=False)` is a socket pair, too (a pipe carries none), large messages are
+read into one buffer, and a connection is pickled through the transit of the pickle. Over a pipe or
+TCP a connection does what the package's own does.
 
 stock.py has the private names that are used.
 """
@@ -20,7 +20,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar, Protocol, TypeVar
 
 from fdshare.errors import DescriptorLimit, InvalidArgument, NoTransit
-from fdshare.mp.channels.looking import AT_ONCE, Looking
+from fdshare.mp.channels.peek_level import AT_ONCE, PeekLevel
 from fdshare.mp.channels.receiving import (
     marked,
     read_bytes,
@@ -52,8 +52,8 @@ C = TypeVar("C", bound="ConnectionMixin")
 class _Channel(socket.socket):
     """The socket of a connection, which owns the descriptor from then on.
 
-    When both are collected together, the socket may go first: then it closes, without a warning,
-    and the connection finds that it did.
+    When both are garbage, the socket may be collected first: it closes without a warning, and the
+    connection finds it closed.
     """
 
     __slots__ = ()
@@ -69,19 +69,20 @@ class ConnectionMixin(StockConnection):
     _family: ClassVar[Family]
     _socket: socket.socket | None = None
     _tried = False
-    # Set where several processes read from this socket, each under a lock: a message that one had
-    # to leave is then marked on the socket alone.
+    # True where several processes read from this socket, each under a lock: that a body was left
+    # is then marked on the socket alone.
     _shared = False
     _announced = False
-    # How many messages with descriptors were the last that came.
+    # How many messages with descriptors came last, one after the other.
     _in_a_row = 0
-    # Of a queue, whose other readers are to look as well.
-    _looking: Looking | None = None
+    # Of a queue: it is shared with the other readers.
+    _peek_level: PeekLevel | None = None
 
     def send(self, obj: Any) -> None:
-        """Send *obj* with its descriptors. It is safe to close *obj* after this call.
+        """Sends *obj* with its descriptors. It is safe to close *obj* after this call.
 
-        Raises: what pickling raises; DescriptorLimit (ETOOMANYREFS): nobody received for long.
+        Raises: what pickling raises; DescriptorLimit (ETOOMANYREFS): too many descriptors were in
+        flight for 10 seconds.
         """
         self._check_closed()
         self._check_writable()
@@ -105,20 +106,20 @@ class ConnectionMixin(StockConnection):
         return self.decode(self.receive())
 
     def poll(self, timeout: float | None = 0.0) -> bool:
-        """Whether something can be read, within *timeout* seconds (None: no limit)."""
+        """True if something can be read within *timeout* seconds; None: no limit."""
         self._check_closed()
         self._check_readable()
         return self._poll(timeout)
 
     def carrier(self) -> socket.socket:
-        """The socket below; it stays the connection's. Raises: NoTransit: it is none of AF_UNIX."""
+        """The AF_UNIX socket below, borrowed from the connection. Raises: NoTransit: none."""
         sock = self._socket or self._open()
         if sock is None:
             raise NoTransit("a descriptor")
         return sock
 
     def send_message(self, message: Encoded) -> None:
-        """Send what is pickled already. Raises: as `send`."""
+        """Sends *message*, which is pickled already. Raises: as `send`."""
         self._check_closed()
         _send(self.carrier(), message)
 
@@ -127,8 +128,8 @@ class ConnectionMixin(StockConnection):
         if self._handle is None:
             self._check_closed()
         sock = self._socket or self.carrier()
-        looking = self._looking
-        level = self._in_a_row > 1 if looking is None else looking.level()
+        shared = self._peek_level
+        level = self._in_a_row > 1 if shared is None else shared.level()
         if level:
             expected = read_expected(sock)
             if expected is not None:
@@ -147,15 +148,15 @@ class ConnectionMixin(StockConnection):
             self._count()
         else:
             self._in_a_row = 0
-            if level and looking is not None:
-                looking.plain(sock)
+            if level and shared is not None:
+                shared.plain(sock)
         return message
 
     def _count(self) -> None:
-        """One more message with descriptors came: where several do, look for the next."""
+        """One more message with descriptors came: after two, the next one is peeked at."""
         self._in_a_row += 1
-        if self._in_a_row > 1 and self._looking is not None:
-            self._looking.begin()
+        if self._in_a_row > 1 and self._peek_level is not None:
+            self._peek_level.begin()
 
     def decode(self, message: Arrived) -> Any:
         """What is in a received message. The caller owns the result."""
@@ -172,7 +173,7 @@ class ConnectionMixin(StockConnection):
         return loads_envelope(self._family.loads, data, [], reason)
 
     def discard(self) -> None:
-        """Let go of the message that was left at the limit."""
+        """Drops the message that was left at the limit."""
         self._without()
 
     def _without(self) -> bytes | None:
@@ -182,7 +183,7 @@ class ConnectionMixin(StockConnection):
         return read_without(sock, announced)
 
     def _open(self) -> socket.socket | None:
-        """The socket below, where it is one that carries descriptors."""
+        """The socket below, if it carries descriptors."""
         if self._tried:
             return None
         try:
@@ -213,20 +214,20 @@ class ConnectionMixin(StockConnection):
         if sock is None:
             return super()._recv_bytes(maxsize)
         announced = marked(sock) if self._shared else self._announced
-        looking = self._looking is not None and self._looking.level() > 0
+        peeks = self._peek_level is not None and self._peek_level.level() > 0
         try:
-            data = read_bytes(sock, announced, maxsize, looking)
+            data = read_bytes(sock, announced, maxsize, peeks)
         except InvalidArgument:
-            self._announced = not looking
+            self._announced = not peeks
             raise
         if data is None:
             return None
-        buffer = io.BytesIO(data)  # shares *data* until it is written to
+        buffer = io.BytesIO(data)  # shares *data*, until one of them is changed
         buffer.seek(0, io.SEEK_END)  # recv_bytes_into() takes the length from there
         return buffer
 
     def _poll(self, timeout: float | None) -> bool:
-        # wait([self]) does the same by way of a new selector, at three times the price.
+        # wait([self]) makes a selector for it, which takes three times as long.
         poller = select.poll()
         poller.register(self.fileno(), select.POLLIN)
         # poll(2) takes a negative number for no limit; here that is None, and less than 0 is 0.
@@ -240,7 +241,7 @@ class ConnectionMixin(StockConnection):
             _close(self._handle)
 
     def __reduce__(self) -> Reduced:
-        # Only a pickler that is none of ours, nor armed by install(), comes here.
+        # Called only by a pickler that is neither ours nor patched by install().
         if not self._family.is_spawning:
             raise NoTransit("Connection")
         copy = self._family.reduction.DupFd(self.fileno())

@@ -1,9 +1,9 @@
-"""What a queue has accepted and not yet written: sent at once if possible, by a thread if not.
+"""Sends what is put into a queue: at once where that does not block, else in a thread.
 
 After multiprocessing/queues.py of CPython 3.11 to 3.13 (`Queue.put`, `_feed`, `_start_thread`).
-What changes: messages arrive pickled. The caller's own thread sends, without waiting, where the
-pipe has room, nobody writes and nothing is queued before: what it has sent survives it, kill -9
-included. Only what does not fit goes to the feeder thread, with duplicates of its descriptors.
+What changes: it is given pickles. The thread that calls `put` sends, without waiting, if the pipe
+has room, no other process writes and nothing is waiting: what it has sent survives even kill -9 of
+its process. Only what does not fit is left to the feeder thread, with duplicated descriptors.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fdshare.mp.pickling.bundle import Encoded
 if TYPE_CHECKING:
     from multiprocessing.synchronize import Lock
 
-__all__ = ["READER_GONE", "Outbox"]
+__all__ = ["READER_GONE", "Feeder"]
 
 _DONTWAIT: Final = socket.MSG_DONTWAIT
 _MOMENT: Final = 5  # milliseconds
@@ -36,10 +36,10 @@ READER_GONE: Final = frozenset({errno.EPIPE, errno.ECONNRESET})
 Item: TypeAlias = tuple[bytes | Outgoing, Any, bool]
 
 
-class Outbox:
+class Feeder:
     """Sends the messages of one process, in order, to the writing end of one queue.
 
-    It knows nothing of the queue but what it is given, so that a dropped queue is collected.
+    It has no reference to the queue, so that one nobody uses is collected.
     """
 
     def __init__(
@@ -51,8 +51,8 @@ class Outbox:
         failed: Callable[[BaseException, Any], None],
         level: Callable[[], int] | None = None,
     ) -> None:
-        """`stop` calls *closing* at once, and *ended* when it has been obeyed; *failed* is told of
-        a message that was not sent. *level* is that of looking.py."""
+        """`stop` calls *closing* at once, and *ended* when all is sent. *failed* is called with the
+        error and the object of a message that was not sent. *level* is that of peek_level.py."""
         self._sock = sock
         self._acquire = write_lock.acquire
         self._release = write_lock.release
@@ -64,19 +64,19 @@ class Outbox:
         self._waiting: deque[Item | None] = deque()
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
-        # True while a message that is no longer in _waiting is on its way.
+        # True while a message that is no longer in _waiting is being sent.
         self._busy = False
         self.thread: threading.Thread | None = None
         self._room = select.poll()
         self._room.register(sock, select.POLLOUT)
-        # False from when a full pipe did not drain in a moment until nothing waits any more.
+        # False after a full pipe did not drain in a moment, until nothing is waiting any more.
         self._drains = True
         self.begun = False  # whether the last put() had begun to send when it raised
 
     def put(self, message: Encoded, obj: Any = None) -> bool:
-        """Send *message*, or keep it for the thread. True if that was started for it.
+        """Sends *message*, or keeps it for the thread. True if the thread was started for it.
 
-        It is safe to close what was pickled after this call. *obj* is what `failed` is told.
+        It is safe to close what was pickled after this call. *obj* is for `failed`.
         Raises: DescriptorLimit, or any OSError of sendmsg(2): then it was not accepted.
         """
         self.begun = False
@@ -84,8 +84,8 @@ class Outbox:
             if self._waiting or self._busy or not self._acquire(False):
                 self.begun = True
                 return self._enqueue(_independent(message), obj, False)
-            # From here the write lock is ours, until it is released or goes on with the message;
-            # a signal handler may raise on any line.
+            # From here this thread has the write lock, until it releases it or hands it over with
+            # the message; a signal handler may raise on any line.
             goes_on = False
             try:
                 self.begun = True
@@ -105,10 +105,8 @@ class Outbox:
         return False
 
     def _wait_a_moment(self, rest: Outgoing) -> Outgoing | None:
-        """What is left of *rest* when the reader, if it is reading, has made room.
-
-        Keeping it for the thread takes a duplicate of each descriptor, of which there are not many.
-        """
+        """What is left of *rest* after a moment in which a reader may make room: keeping it for the
+        thread would need a duplicate of each descriptor."""
         self._room.poll(_MOMENT)
         if not rest.refused and rest.push_now(self._sock, _DONTWAIT):
             return None
@@ -116,9 +114,9 @@ class Outbox:
         return rest
 
     def stop(self) -> None:
-        """Call `ended` when all that was accepted is sent: at once, where no thread was needed.
+        """Calls `ended` when all that was accepted is sent: at once if there is no thread.
 
-        What no process can receive any more is let go.
+        What no process can receive any more is dropped.
         """
         self._stopping = True
         self._closing()
@@ -130,7 +128,7 @@ class Outbox:
         self._ended()
 
     def _finish(self, message: Outgoing) -> None:
-        """Send the rest here: it cannot be kept, or the caller must hear of its failure."""
+        """Sends the rest in this thread: it cannot be kept, or its error is the caller's."""
         try:
             message.push_patiently(self._sock)
         finally:
@@ -149,7 +147,7 @@ class Outbox:
         self.thread = threading.Thread(target=self._run, name="QueueFeederThread", daemon=True)
         try:
             self.thread.start()
-        except BaseException:  # 3.12 starts none once the interpreter ends
+        except BaseException:  # 3.12 and later start none while the interpreter ends
             self.thread = None
             self._waiting.remove(item)
             if type(message) is Outgoing:
@@ -217,7 +215,7 @@ class Outbox:
 
 
 def _independent(message: Encoded) -> bytes | Outgoing:
-    """*message* in a form that needs nothing of what was pickled. Raises: OSError (EMFILE)."""
+    """*message*, with duplicates: what was pickled may be closed. Raises: OSError (EMFILE)."""
     if type(message) is bytes and len(message) <= JOINED:
         return message
     outgoing = Outgoing.of(message)
@@ -226,7 +224,7 @@ def _independent(message: Encoded) -> bytes | Outgoing:
 
 
 def _can_wait(message: Outgoing) -> bool:
-    """Whether *message* was made independent of what was pickled."""
+    """True if *message* now has duplicates, and may be sent after what was pickled is closed."""
     if message.refused:
         return False
     try:

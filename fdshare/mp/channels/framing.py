@@ -7,24 +7,24 @@ length in 8, then the data. A message with descriptors is two sends:
     body            status, count, length of the data; the data. The descriptors are on its first
                     byte
 
-They are two because a reader that reads the length with read(2) would lose what rides on it, and
-one that looks first (MSG_PEEK) would pay for it with every number in the queue: a peek walks over
-all that is queued. After an announcement the reader peeks, for nothing is before the body. A reader
-to whom descriptors came several times in a row looks at both at once; and where all readers of a
-queue do, both are sent at once (looking.py).
+They are two sends because a reader that reads the length with read(2) would lose the descriptors on
+it, and one that peeks first (MSG_PEEK) would pay for it with each message of a queue: a peek walks
+over all that is queued. After an announcement the reader peeks, since nothing is before the body. A
+reader that received descriptors several times in a row peeks at both at once; and where all readers
+of a queue do, both are sent at once (peek_level.py).
 
 Nothing is lost at the receiver's descriptor limit: the peek fails and the body stays. But the
-announcement may be gone, so the socket itself remembers: SO_PRIORITY, which means nothing on an
-AF_UNIX socket, is shared by every process that reads from it, as its queue is. A reader that finds
-the mark knows that a body comes next.
+announcement may have been read, so it is recorded on the socket itself: SO_PRIORITY, which has no
+effect on an AF_UNIX socket, is shared by every process that reads from it. A reader that finds this
+mark knows that a body is next.
 
-More than 253 descriptors travel in boxes: sockets with up to 253 in the queue of each, so that one
-peek of one message holds everything, and it is still all or nothing.
+More than 253 descriptors are sent in boxes: sockets with up to 253 in the queue of each. One peek
+at one message then finds all of them, and either all or none are received.
 
-A sender that has announced and then may not send (ETOOMANYREFS) waits; past the bound it sends a
-body that says "cancelled", and the reader goes on to the next message.
+A sender that has announced a body and may not send it (ETOOMANYREFS) waits; after PATIENCE seconds
+it sends a body that says "cancelled", and the reader goes on to the next message.
 
-outgoing.py sends them, incoming.py receives them.
+sending.py sends messages, receiving.py receives them.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ BODY_FOLLOWS: Final = -2
 SHORT_BODY: Final = -3
 LARGEST: Final = 0x7FFFFFFF
 
-# What a body says of itself.
+# The status of a body.
 CANCELLED: Final = 0
 PLAIN: Final = 1
 BOXED: Final = 2

@@ -2,10 +2,10 @@
 
 Derived from multiprocessing/queues.py of CPython 3.11 to 3.13. What changes: `put` pickles before
 it returns, so an object that cannot be pickled raises there and not in a thread, and what was put
-may be closed straight after; messages go through Outbox and our connections. What stays: every
+may be closed straight after; messages go through a Feeder and our connections. What stays: every
 signature, the semaphore that bounds the queue, the locks, the state that is pickled while spawning.
-Nothing of the stock class's inside is called; `_on_queue_feeder_error` and `_terminate_broken` are
-kept for concurrent.futures.
+No private method of the stock class is called but `_on_queue_feeder_error`, which
+concurrent.futures overrides.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from queue import Empty, Full
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 from fdshare.mp.channels.connection import ConnectionMixin, PipeFunction
-from fdshare.mp.channels.feeder import READER_GONE, Outbox
-from fdshare.mp.channels.looking import POSSIBLE, Looking
+from fdshare.mp.channels.feeder import READER_GONE, Feeder
+from fdshare.mp.channels.peek_level import POSSIBLE, PeekLevel
 from fdshare.mp.family import Family
 from fdshare.mp.pickling.bundle import Arrived, Encoded, open_arrived
 from fdshare.mp.pickling.reducers import encode
@@ -48,8 +48,8 @@ class QueueMixin(StockQueue):
     _pipe: ClassVar[PipeFunction]
     _reader: ConnectionMixin
     _writer: ConnectionMixin
-    _looks: Semaphore | None = None  # of looking.py, and what this process knows of it
-    _looking: Looking | None = None
+    _peek_semaphore: Semaphore | None = None  # of peek_level.py
+    _peek_level: PeekLevel | None = None
 
     def __init__(self, maxsize: int = 0, *, ctx: StockContext) -> None:
         if maxsize <= 0:
@@ -59,7 +59,7 @@ class QueueMixin(StockQueue):
         self._rlock = ctx.Lock()
         self._wlock = ctx.Lock()
         self._sem = ctx.BoundedSemaphore(maxsize)
-        self._looks = ctx.Semaphore(0) if POSSIBLE else None
+        self._peek_semaphore = ctx.Semaphore(0) if POSSIBLE else None
         self._opid = os.getpid()
         self._ignore_epipe = False  # concurrent.futures sets it
         self._reset()
@@ -75,7 +75,7 @@ class QueueMixin(StockQueue):
             self._rlock,
             self._wlock,
             self._sem,
-            self._looks,
+            self._peek_semaphore,
             self._opid,
         )
 
@@ -88,29 +88,29 @@ class QueueMixin(StockQueue):
             self._rlock,
             self._wlock,
             self._sem,
-            self._looks,
+            self._peek_semaphore,
             self._opid,
         ) = state
         self._reset()
 
     def _reset(self, after_fork: bool = False) -> None:
         self._closed = False
-        self._outbox: Outbox | None = None
+        self._feeder: Feeder | None = None
         self._opening = threading.Lock()
         self._close = None
         self._jointhread = None
         self._joincancelled = False
-        if self._looks is not None:
-            self._looking = Looking(self._looks, self._wlock)
+        if self._peek_semaphore is not None:
+            self._peek_level = PeekLevel(self._peek_semaphore, self._wlock)
         self._reader._shared = True
-        self._reader._looking = self._looking
+        self._reader._peek_level = self._peek_level
         self._poll = self._reader.poll
 
     def put(self, obj: Any, block: bool = True, timeout: float | None = None) -> None:
-        """Put *obj*. It is safe to close *obj* and what is in it after this call.
+        """Puts *obj*. It is safe to close *obj* and what is in it after this call.
 
         Raises: Full; ValueError: the queue is closed; whatever pickling raises; DescriptorLimit: no
-        descriptor free to keep a copy, or too many in flight for long.
+        descriptor is free for a duplicate, or too many were in flight for 10 seconds.
         """
         if self._closed:
             raise ValueError(f"Queue {self!r} is closed")
@@ -120,22 +120,22 @@ class QueueMixin(StockQueue):
         self._dispatch(message, obj)
 
     def _dispatch(self, message: Encoded, obj: Any) -> None:
-        outbox = self._outbox or self._open_outbox()
+        feeder = self._feeder or self._open_feeder()
         try:
-            if outbox.put(message, obj if self._tells_object else None):
-                self._started(outbox)
+            if feeder.put(message, obj if self._tells_object else None):
+                self._started(feeder)
         except OSError as error:
             self._sem.release()
-            # A reader that is gone is no fault of this object: as the stock queue, say it, go on.
+            # No reader is left: as the stock queue, report it and return.
             if error.errno not in READER_GONE:
                 raise
             if not self._ignore_epipe:
                 self._on_queue_feeder_error(error, obj)
         except BaseException:
-            # Ctrl-C, or what another signal's handler raised. Where sending has begun the object
-            # may have gone, and then its place is the reader's to give back: one place given back
-            # twice would fail there, one too few costs only that.
-            if not outbox.begun:
+            # Ctrl-C, or what another signal's handler raised. Once sending has begun the object may
+            # have been sent, and then its reader releases the semaphore: a second release would
+            # fail there, a missing one costs one place.
+            if not feeder.begun:
                 self._sem.release()
             raise
 
@@ -172,10 +172,10 @@ class QueueMixin(StockQueue):
         return message
 
     def close(self) -> None:
-        """No more put or get in this process; what was put is still sent.
+        """Ends put and get in this process; what was put is still sent.
 
-        Unless no process is left that could get it: where the stock queue would wait for ever at
-        exit, it is let go.
+        If no process is left that could get it, it is dropped: the stock queue would wait for ever
+        at exit.
         """
         self._closed = True
         close, self._close = self._close, None
@@ -183,49 +183,49 @@ class QueueMixin(StockQueue):
             close()
 
     def join_thread(self) -> None:
-        """Wait until what was put is sent; after close()."""
+        """Waits until what was put is sent; to be called after close()."""
         assert self._closed, f"Queue {self!r} not closed"
         if self._jointhread is not None:
             self._jointhread()
 
     def cancel_join_thread(self) -> None:
-        """Do not wait at exit for what was put to be sent: it may be lost."""
+        """At exit the process does not wait until what was put is sent: it may be lost."""
         self._joincancelled = True
         if self._jointhread is not None:
             self._jointhread.cancel()
 
-    def _open_outbox(self) -> Outbox:
+    def _open_feeder(self) -> Feeder:
         with self._opening:
-            if self._outbox is None:
+            if self._feeder is None:
                 reader, writer = self._reader, self._writer
 
                 failed = _reporter(
                     self._family, self._sem, self._ignore_epipe, self._on_queue_feeder_error
                 )
-                # The stock handler only prints: then the object need not be kept for it.
+                # The stock handler only prints the error: the object need not be kept for it.
                 stock = self._family.queues.Queue
                 self._tells_object = (
                     type(self)._on_queue_feeder_error is not stock._on_queue_feeder_error
                 )
-                level = None if self._looking is None else self._looking.level
-                self._outbox = Outbox(
+                level = None if self._peek_level is None else self._peek_level.level
+                self._feeder = Feeder(
                     writer.carrier(), self._wlock, reader.close, writer.close, failed, level
                 )
-                self._close = self._outbox.stop
-            return self._outbox
+                self._close = self._feeder.stop
+            return self._feeder
 
-    def _started(self, outbox: Outbox) -> None:
-        """The thread runs: at exit it is told to end and waited for, as the stock queue's."""
+    def _started(self, feeder: Feeder) -> None:
+        """The thread runs: at exit it is stopped and joined, as the stock queue's."""
         finalize = self._family.util.Finalize
         if not self._joincancelled:
             self._jointhread = finalize(
-                outbox.thread, _join, [weakref.ref(outbox.thread)], exitpriority=-5
+                feeder.thread, _join, [weakref.ref(feeder.thread)], exitpriority=-5
             )
-        self._close = finalize(self, outbox.stop, [], exitpriority=10)
+        self._close = finalize(self, feeder.stop, [], exitpriority=10)
 
 
 def register_after_fork(queue: QueueMixin) -> None:
-    """A forked child starts with an empty outbox of its own."""
+    """A forked child starts with an empty feeder of its own."""
     queue._family.util.register_after_fork(queue, _after_fork)
 
 
@@ -245,7 +245,7 @@ def _reporter(
     ignore_epipe: bool,
     report: Callable[[BaseException, Any], None],
 ) -> Callable[[BaseException, Any], None]:
-    """What the thread does with an error: as `Queue._feed` of the standard library."""
+    """What handles an error in the thread: it does as `Queue._feed` of the standard library."""
     util = family.util
 
     def failed(error: BaseException, obj: Any) -> None:
@@ -270,7 +270,7 @@ def _assert_spawning(obj: QueueMixin | SimpleQueueMixin) -> None:
 
 
 class JoinableQueueMixin(QueueMixin, StockJoinableQueue):
-    """A Queue that also counts what is unfinished."""
+    """A Queue that also counts unfinished tasks."""
 
     def __init__(self, maxsize: int = 0, *, ctx: StockContext) -> None:
         QueueMixin.__init__(self, maxsize, ctx=ctx)
@@ -331,7 +331,7 @@ class SimpleQueueMixin(StockSimpleQueue):
         return open_arrived(message, self._family.loads)
 
     def put(self, obj: Any) -> None:
-        """Send *obj*. It is safe to close *obj* after this call. Raises: as `Connection.send`."""
+        """Sends *obj*. It is safe to close *obj* after this call. Raises: as `Connection.send`."""
         message = encode(self._family, obj)
         with self._wlock:
             self._writer.send_message(message)

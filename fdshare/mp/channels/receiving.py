@@ -1,6 +1,6 @@
-"""The next message of a socket, received without losing any of its descriptors.
+"""Receives the next message of a socket without losing any of its descriptors.
 
-frames.py says what it looks like, and why it is looked at before it is read.
+framing.py has the form of a message, and says why it is peeked at before it is read.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from fdshare.mp.pickling.bundle import Arrived, Bundle, Made, made_at_once
 __all__ = ["marked", "read_bytes", "read_expected", "read_message", "read_without"]
 
 _ANNOUNCED: Final = LENGTH.size + 1  # bytes up to the first one of the body
-# 0..6 for everybody; socket(7). Where there is none, only the connection object remembers.
+# Any user may set 0 to 6; socket(7). Where there is none, only the connection object has the mark.
 _MARK: Final[int | None] = getattr(socket, "SO_PRIORITY", None)
 _SOCKET: Final = int(socket.SOL_SOCKET)
 _WAITALL: Final = int(socket.MSG_WAITALL)
 
-# Announcement and body of pickles that are `made_at_once`, and what makes the object.
+# Announcement and body of pickles that are `made_at_once`, and the function that builds the object.
 _bodies: Final[dict[bytes, Callable[[int], Any]]] = {}
-_SHORT: Final = 512  # bytes; none of their bodies is longer, and no longer one is worth its hash
+_SHORT: Final = 512  # bytes; none of their bodies is longer
 
 
 def marked(sock: socket.socket) -> bool:
-    """Whether some reader of this socket has read an announcement and had to leave the body."""
+    """True if a reader of this socket has read an announcement and left the body."""
     return _MARK is not None and sock.getsockopt(_SOCKET, _MARK) != 0
 
 
@@ -92,21 +92,21 @@ def _read_body(sock: socket.socket, size: int, announced: bool) -> Bundle | Made
 
 
 def read_expected(sock: socket.socket) -> Bundle | Made | None:
-    """The next message, if it is there and has descriptors: in one look and one read, where
-    `read_message` needs a read more. None: it is for `read_message`. Blocks until there is one.
+    """The next message if it has descriptors, in one peek and one read, where `read_message` needs
+    one read more. None: `read_message` has to read it. Blocks until there is one.
 
-    For who has reason to expect one: of a message without descriptors the look is in vain, and goes
-    on to the next that has some. Raises: as `read_message`, but at the limit all of it is left.
+    To be called where descriptors are likely: for a message without any the peek is wasted, and
+    walks on to the next that has some. Raises: as `read_message`, but at the limit all of it stays.
     """
     try:
         head, copies = peek(sock, _ANNOUNCED)
-        if len(head) == LENGTH.size:  # the sender is about to send the body
+        if len(head) == LENGTH.size:  # the body is being sent
             head, copies = peek(sock, _ANNOUNCED)
     except DescriptorLimit:
         head = sock.recv(_ANNOUNCED, socket.MSG_PEEK)
         if len(head) == _ANNOUNCED and LENGTH.unpack_from(head)[0] <= SHORT_BODY:
             raise
-        return None  # it was a later message's
+        return None  # the descriptors are a later message's
     # Announcements are negative. A body left by another reader begins with its status, and is not.
     size = LENGTH.unpack_from(head)[0] if len(head) == _ANNOUNCED else 0
     if not copies or size > SHORT_BODY:
@@ -118,8 +118,8 @@ def read_expected(sock: socket.socket) -> Bundle | Made | None:
 def _read_rest(
     sock: socket.socket, start: int, size: int, copies: list[int], announced: bool
 ) -> Bundle | Made | None:
-    """The message of a body of *size* bytes that comes after *start* bytes, with the descriptors
-    that were seen there, now its. None: it was cancelled."""
+    """The message whose body has *size* bytes after *start* others. The descriptors *copies*, found
+    by the peek, now belong to it. None: it was cancelled."""
     try:
         # Without a control buffer: the kernel drops its references, the copies are ours.
         body = sock.recv(start + size, _WAITALL)
@@ -136,12 +136,12 @@ def _read_rest(
     if build is not None and len(copies) == 1:
         try:
             return (build(copies[0]),)
-        except Exception as error:  # for who opens it: to the channel it is a message as any other
+        except Exception as error:  # to be raised where the message is opened
             bundle = Bundle(b"")
             bundle.missing = error
             return bundle
     if status == CANCELLED or len(copies) != count:
-        # What was peeked then, if anything, is a later message's.
+        # What the peek found then, if anything, is a later message's.
         _close(copies)
         if status == CANCELLED:
             return None
@@ -180,22 +180,22 @@ def _peek(sock: socket.socket, status: int) -> list[int]:
 
 
 def read_bytes(
-    sock: socket.socket, announced: bool, limit: int | None, looking: bool = False
+    sock: socket.socket, announced: bool, limit: int | None, peeks: bool = False
 ) -> bytes | None:
     """The next message's bytes; None if they are more than *limit*, and then only its head is read.
 
-    *looking*: its body may have come with its announcement. Raises: as `read_message`;
-    InvalidArgument: it has descriptors; it is still there, and marked if not *looking*.
+    *peeks*: the body may have been sent with the announcement. Raises: as `read_message`;
+    InvalidArgument: it has descriptors; it is still there, and marked if not *peeks*.
     """
     if not announced:
-        size: int = LENGTH.unpack((_peek_bytes if looking else _exactly)(sock, 4))[0]
-        if looking and size >= LONG_FOLLOWS:
+        size: int = LENGTH.unpack((_peek_bytes if peeks else _exactly)(sock, 4))[0]
+        if peeks and size >= LONG_FOLLOWS:
             _exactly(sock, 4)
         if size == LONG_FOLLOWS:
             size = LONG.unpack(_exactly(sock, 8))[0]
         if size >= 0:
             return None if limit is not None and size > limit else _exactly(sock, size)
-        if not looking:
+        if not peeks:
             _mark(sock, True)
     raise InvalidArgument(
         "recv_bytes", "the next message has descriptors, which bytes cannot hold; recv() takes it"
@@ -203,9 +203,8 @@ def read_bytes(
 
 
 def read_without(sock: socket.socket, announced: bool) -> bytes | None:
-    """The data of the message left at the limit, without its descriptors, which are gone then.
-
-    None: its sender has cancelled it.
+    """The data of the message left at the limit; its descriptors are lost. None: its sender has
+    cancelled it.
     """
     if not announced:
         _exactly(sock, LENGTH.size)
@@ -217,13 +216,13 @@ def read_without(sock: socket.socket, announced: bool) -> bytes | None:
 
 
 def _exactly(sock: socket.socket, size: int) -> bytes:
-    # One allocation of the final size, filled in the kernel: no copy however large it is.
+    # One buffer of the final size, which the kernel fills: no copy, whatever the size.
     data = sock.recv(size, _WAITALL) if size else b""
     return data if len(data) == size else _rest_of(sock, data, size)
 
 
 def _rest_of(sock: socket.socket, head: bytes, size: int) -> bytes:
-    """*head* and what is missing to *size*: a signal came between, or more than recv(2) gives."""
+    """*head* and what is missing to *size* bytes, after a signal or a short recv(2)."""
     parts, have = [head], len(head)
     while have < size:
         part = sock.recv(size - have, _WAITALL) if have else b""

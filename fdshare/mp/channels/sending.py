@@ -1,6 +1,6 @@
-"""A message on its way out: sent at once where the socket takes it, or what is left of it.
+"""Sends messages: at once if the socket takes all of it; an Outgoing is what is left otherwise.
 
-frames.py says what is sent.
+framing.py has the form of a message.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from fdshare.mp.channels.framing import (
     framed,
     headed,
 )
-from fdshare.mp.channels.looking import AT_ONCE
+from fdshare.mp.channels.peek_level import AT_ONCE
 from fdshare.mp.pickling.bundle import Bundle, Encoded
 
 __all__ = ["Outgoing", "send_now"]
 
-# How long a sender waits for receivers when its user has too many descriptors in flight. Seconds.
+# Seconds that a sender waits for receivers when its user has too many descriptors in flight.
 PATIENCE: Final = 10.0
 _FIRST_PAUSE: Final = 0.0005
 _LONGEST_PAUSE: Final = 0.02
@@ -54,9 +54,9 @@ Parts: TypeAlias = list[tuple[list[Bytes], list[int]]]
 def send_now(
     sock: socket.socket, message: Encoded, flags: int, level: Callable[[], int] | None = None
 ) -> Outgoing | None:
-    """Send *message* if the socket takes it; what is left of it, or None.
+    """Sends *message* if the socket takes it; what is left of it, or None.
 
-    It is safe to close what was pickled where it is None. *level* is that of looking.py.
+    If None, it is safe to close what was pickled. *level* is that of peek_level.py.
     """
     if type(message) is bytes and len(message) <= JOINED:
         data = headed(message)
@@ -79,7 +79,7 @@ def send_now(
             return None if outgoing.push_now(sock, flags) else outgoing
         announcement, body = framed(bundle.data, len(fds))
     # The common case of `Outgoing.push_now`, without one.
-    control = rights(fds)  # before the announcement: between it and the body a reader waits
+    control = rights(fds)  # before the announcement: after it a reader waits for the body
     buffers: list[Bytes] = [body]
     size = len(body)
     rest: Parts = [([announcement], []), ([body], fds)]
@@ -117,15 +117,15 @@ def _framed_single(pickled: bytes) -> tuple[bytes, bytes]:
 
 
 class Outgoing:
-    """A message on its way out: what is left of it, so that another thread may send the rest."""
+    """What is left of a message to send; another thread may send it."""
 
     __slots__ = ("boxes", "bundle", "parts", "refused")
 
     def __init__(self, bundle: Bundle, parts: Parts | None = None) -> None:
-        """*parts* are what is to be sent of it, where that is not all."""
+        """*parts*: what is to be sent of *bundle*; None: all."""
         self.bundle = bundle
         self.boxes: list[Descriptor] = []
-        # True once the kernel would not have its descriptors (ETOOMANYREFS).
+        # True after the kernel refused its descriptors (ETOOMANYREFS).
         self.refused = False
         self.parts: Parts = self._parts() if parts is None else parts
 
@@ -174,9 +174,9 @@ class Outgoing:
         return [box.fileno() for box in self.boxes]
 
     def push(self, sock: socket.socket, flags: int = 0) -> bool:
-        """Send what the socket takes; True when all is gone.
+        """Sends what the socket takes; True when all of it is sent.
 
-        With MSG_DONTWAIT it is False where the socket is full. Raises: DescriptorLimit
+        With MSG_DONTWAIT it is False if the socket is full. Raises: DescriptorLimit
         (ETOOMANYREFS): call again later, or `cancel`; any other OSError of sendmsg(2).
         """
         parts = self.parts
@@ -198,14 +198,14 @@ class Outgoing:
         return True
 
     def push_now(self, sock: socket.socket, flags: int) -> bool:
-        """As `push`, but False too where descriptors are refused for the time being."""
+        """As `push`, but False also if the kernel refuses the descriptors for now."""
         try:
             return self.push(sock, flags)
         except DescriptorLimit:
             return False
 
     def push_patiently(self, sock: socket.socket) -> None:
-        """Send all of it, waiting up to PATIENCE seconds for descriptors in flight to land.
+        """Sends all of it, waiting up to PATIENCE seconds for descriptors in flight to be received.
 
         Raises: DescriptorLimit (ETOOMANYREFS) after that; the message is cancelled.
         """
@@ -216,22 +216,23 @@ class Outgoing:
             raise
 
     def cancel(self, sock: socket.socket) -> None:
-        """Send a body that carries nothing in the place of the one announced."""
+        """Sends a body without descriptors in the place of the one announced."""
         (buffers, _), *_ = self.parts
         size = sum(map(len, buffers)) - BODY.size
         self.parts = [([BODY.pack(CANCELLED, 0, size), bytes(size)], [])]
         self.push(sock)
 
     def own(self) -> None:
-        """Make the rest independent of what was pickled. Raises as `Bundle.own` does."""
+        """Duplicates the descriptors that are left: what was pickled may be closed. Raises: as
+        `Bundle.own`."""
         if self.boxes:
-            return  # what is in a box is the kernel's
+            return  # the kernel has those in boxes
         self.bundle.own()
         if self.parts and self.parts[-1][1]:
             self.parts[-1] = (self.parts[-1][0], self.bundle.numbers)
 
     def close(self) -> None:
-        """Let go of what it holds, sent or not."""
+        """Closes what it owns, sent or not."""
         boxes, self.boxes = self.boxes, []
         close_all(boxes)
         self.bundle.close()
@@ -250,7 +251,7 @@ def _after(buffers: list[Bytes], sent: int) -> list[Bytes]:
 
 
 def _patiently(send: Callable[[], object]) -> None:
-    """Call *send* until it is not refused for what is in flight; after PATIENCE, let it raise."""
+    """Calls *send* until the kernel does not refuse it; after PATIENCE seconds, it raises."""
     pause = _FIRST_PAUSE
     deadline = time.monotonic() + PATIENCE
     while True:

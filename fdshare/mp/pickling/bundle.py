@@ -1,13 +1,13 @@
 """How descriptors travel beside a pickle.
 
-A reducer hands each object's descriptors to the *transit* of the pickle in hand, and writes what
-the transit returns into the stream. `Inline` is the transit of our own channels: the descriptors
-leave in the sendmsg(2) of the pickle itself, and the stream holds their positions in it. (`Parked`
-is the one of everybody else's channels: a server holds them, and the stream holds a name.)
+A reducer gives each object's descriptors to the *transit* of the pickle, and writes what the
+transit returns into the stream. `Inline` is the transit of our own channels: the descriptors are
+sent in the sendmsg(2) of the pickle itself, and the stream holds their positions in it. (`Parked`
+is the transit of all other channels: a server holds the descriptors, and the stream holds a key.)
 
-A pickle and its descriptors together are a `Bundle`. It is made at the call (`put`, `submit`), so
-that the object may be closed straight after, and decoded by whoever it is for, so that what fails
-to decode fails there.
+A pickle and its descriptors together are a `Bundle`. It is made in the call (`put`, `submit`), so
+that the object may be closed straight after, and decoded by its receiver, so that an error of
+decoding is raised there.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Loads: TypeAlias = Callable[[bytes | memoryview], Any]
 
 
 class Transit(Protocol):
-    """Carries the descriptors of one pickle. Made before it, told how it ended."""
+    """Carries the descriptors of one pickle. It is told whether pickling succeeded."""
 
     def carry(self, obj: Any, kind: Kind, fds: list[int]) -> Reduced:
         """What `reduce` returns for *obj*: a callable that rebuilds it, and picklable arguments.
@@ -51,16 +51,16 @@ class Transit(Protocol):
         ...
 
     def commit(self) -> None:
-        """The pickle is complete. May raise; then the pickle is void."""
+        """The pickle is complete. If this raises, the pickle must not be sent."""
         ...
 
     def rollback(self) -> None:
-        """The pickle failed; let go of everything. Never raises."""
+        """The pickle failed: releases everything. Never raises."""
         ...
 
 
 class Inline:
-    """The descriptors go with the bytes, in the order in which they were pickled."""
+    """The descriptors are sent with the bytes, in the order in which they were pickled."""
 
     __slots__ = ("fds",)
 
@@ -70,7 +70,7 @@ class Inline:
     def carry(self, obj: Any, kind: Kind, fds: list[int]) -> Reduced:
         first = len(self.fds)
         self.fds += fds
-        # The pickler's memo keeps *obj* alive, and who sends the pickle keeps the pickler.
+        # The pickler's memo keeps *obj* alive, and the bundle keeps the pickler.
         if len(fds) == 1:
             return _arrive, (kind.tag, bytes(kind.spec), first)
         return _arrive, (kind.tag, bytes(kind.spec), first, len(fds))
@@ -83,10 +83,10 @@ class Inline:
 
 
 class Bundle:
-    """A pickle and its descriptors; borrowed from the objects pickled, or owned.
+    """A pickle and its descriptors, which are borrowed from the objects pickled, or owned.
 
-    Borrowed: valid while the objects are open, so for the length of one call. `own()` duplicates
-    them. Dropped, it closes what it owns.
+    Borrowed ones are valid while the objects are open, so for the length of one call; `own()`
+    duplicates them. When it is collected, it closes what it owns.
     """
 
     __slots__ = ("__weakref__", "data", "fds", "holders", "missing", "owned")
@@ -98,7 +98,7 @@ class Bundle:
         holders: object = None,
         owned: list[Descriptor] | None = None,
     ) -> None:
-        """*fds* are borrowed from *holders*, or else it has the descriptors *owned*."""
+        """*fds* are borrowed from *holders*; or it owns the descriptors *owned*."""
         self.data = data
         self.fds = fds
         self.holders = holders
@@ -130,7 +130,7 @@ class Bundle:
         return self
 
     def load(self, load: Loads) -> Any:
-        """The object; only once. The caller owns what is in it.
+        """The object; to be called once. The caller owns what is in it.
 
         Raises: whatever unpickling raises; every descriptor is closed then.
         """
@@ -157,8 +157,8 @@ class Bundle:
             close_all(self.owned)
 
     def __reduce__(self) -> Reduced:
-        # A bundle inside another pickle: the tasks and results of pools. The receiver opens the
-        # envelope, and decodes what is in it where a failure concerns this item alone.
+        # A bundle inside another pickle: the tasks and results of pools. The receiver loads the
+        # outer pickle, the envelope, and each bundle later, where an error is that item's alone.
         return _rebundle, (bytes(self.data), self.own().owned or [])
 
 
@@ -171,7 +171,7 @@ Arrived: TypeAlias = bytes | Bundle | Made
 
 
 def open_arrived(message: Arrived, load: Loads) -> Any:
-    """The object in *message*; only once. The caller owns what is in it.
+    """The object in *message*; to be called once. The caller owns what is in it.
 
     Raises: as `Bundle.load`.
     """
@@ -232,11 +232,11 @@ def loads(
     descriptors: list[Descriptor],
     missing: BaseException | None = None,
 ) -> Any:
-    """What *load* makes of *data*, in which the tickets stand for *descriptors*.
+    """The object that *load* makes of *data*, which holds positions in *descriptors*.
 
-    Takes *descriptors* over: what nothing in the pickle claims is closed, and all of them if
-    loading fails. *missing* is the reason why they did not arrive with an envelope of bundles: then
-    the envelope opens, and a bundle that needs them raises it when it is loaded itself.
+    *descriptors* belong to this call: those that no object in the pickle takes are closed, and all
+    of them if loading fails. *missing* is the reason why they did not arrive with an envelope: the
+    envelope is loaded all the same, and a bundle that needs one raises it when it is loaded.
     """
     outer = _local.frame
     frame = _local.frame = _Frame(descriptors, missing)
@@ -254,10 +254,10 @@ def loads(
 
 
 # The pickles that are one object with one descriptor, as reducers.py makes them for sockets: the
-# same few bytes each time. Those seen before need no unpickler.
+# same few bytes each time. Those seen before are not unpickled.
 _bare_pickles: Final[dict[bytes, Callable[[int], Any]]] = {}
-# Those of them that a channel may make itself, under its lock: no code of a program's runs, nothing
-# is waited for.
+# Those of them that a channel may build while it holds its lock: that runs no code of the program,
+# and does not block.
 made_at_once: Final[dict[bytes, Callable[[int], Any]]] = {}
 _REMEMBERED: Final = 256
 _LONGEST: Final = 256  # bytes
@@ -271,7 +271,7 @@ def _remember(data: bytes, kind: Kind) -> None:
 
 
 def _arrive(tag: str, spec: bytes, first: int, count: int = 1) -> Any:
-    """An object of the pickle in hand (named in every pickle of ours: do not move or rename)."""
+    """An object of the pickle that is being loaded. Pickles name it: do not move or rename."""
     frame = _local.frame
     if not count:
         return rebuild(Kind(tag, Raw(spec)), [])

@@ -1,7 +1,7 @@
-"""hold(): an object for a message, with descriptors of its own.
+"""hold(): an object to be sent, with descriptors of its own.
 
-The queues, pools and executors of the standard library pickle in a thread, later: what was closed
-straight after `put` cannot be sent any more. What is held can.
+The queues, pools and executors of the standard library pickle later, in a thread: an object that is
+closed straight after `put` cannot be sent any more. One that is held can.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Held(Repeatable):
         self.uses = uses
 
     def close(self) -> None:
-        """Lets the descriptors go; it can be sent no more. What was pickled is not concerned."""
+        """Closes the descriptors: it cannot be pickled any more. Pickles of it stay loadable."""
         descriptors, self._descriptors = self._descriptors, None
         close_all(descriptors or ())
 
@@ -57,8 +57,8 @@ class Held(Repeatable):
         return f"<Held {self._kind.tag} {state}>"
 
     def __reduce__(self) -> Reduced:
-        # A pickler that is neither ours nor armed, of the pickle module for one. It does not tell
-        # how its pickle ends, so what fails after this waits for its time to live.
+        # A pickler that is neither ours nor patched, such as pickle.Pickler. It does not tell
+        # whether it succeeds: where it fails, the descriptors stay parked for their time to live.
         transit = Parked()
         reduced = transit.carry(self, *_describe(self))
         transit.commit()
@@ -75,13 +75,13 @@ def hold(obj: T, uses: int = 1, *, newline: str | None = _UNSET) -> T:
     ClosedDescriptor, InvalidArgument; OSError (EMFILE).
     """
     if isinstance(uses, bool) or not isinstance(uses, int) or uses < 1:
-        raise InvalidArgument("uses", f"{uses!r} is no number of uses")
+        raise InvalidArgument("uses", f"{uses!r} is not a number of uses")
     kind, fds = describe(obj)
     if newline is not _UNSET:
         kind = _with_newline(kind, newline)
     copies: list[Descriptor] = []
     try:
-        copies.extend(map(Descriptor.dup_of, fds))  # in place: those before a failure are kept
+        copies.extend(map(Descriptor.dup_of, fds))  # in place, for the except
     except BaseException:
         close_all(copies)
         raise
@@ -91,7 +91,7 @@ def hold(obj: T, uses: int = 1, *, newline: str | None = _UNSET) -> T:
 
 def _with_newline(kind: Kind, newline: str | None) -> Kind:
     if newline not in _NEWLINES:
-        raise InvalidArgument("newline", f"{newline!r} is none that open() takes")
+        raise InvalidArgument("newline", f"{newline!r} is not one that open() takes")
     spec = msgpack.decode(kind.spec, type=FileSpec) if kind.tag == "file" else None
     if spec is None or spec.text is None:
         raise InvalidArgument("newline", "only a text file has one")
@@ -101,7 +101,7 @@ def _with_newline(kind: Kind, newline: str | None) -> Kind:
 
 def _describe(held: Held) -> tuple[Kind, list[int]]:
     if held._descriptors is None:
-        raise ClosedDescriptor("what was held is closed")
+        raise ClosedDescriptor("the object that hold() returned was closed")
     return held._kind, [descriptor.fileno() for descriptor in held._descriptors]
 
 

@@ -1,14 +1,14 @@
-"""install(): the picklers of multiprocessing and multiprocess carry descriptors; uninstall(): not.
+"""install() patches the picklers of multiprocessing and multiprocess, so that they carry
+descriptors; uninstall() undoes it.
 
 The classes `multiprocessing.reduction.ForkingPickler` and `multiprocess.reduction.ForkingPickler`
-get three methods: `reducer_override`, which parks what has descriptors, `dump`, which hands the lot
-to the server when the pickle is complete, and `dumps`, which has a short way for single ones.
-Every queue, pipe, pool and executor of the packages pickles with these classes, by name, so nothing
-else has to change. Read in CPython 3.11.7, 3.12.1, 3.13.0 and in multiprocess 0.70.19
-(reduction.py).
+get three methods: `reducer_override`, which collects the descriptors of the objects, `dump`, which
+parks them when the pickle is complete, and `dumps`, which is faster for a single descriptor. Every
+queue, pipe, pool and executor of the packages pickles with these classes, by name, so nothing else
+has to change. stock.py has the names that are used.
 
-A child inherits this when it is forked. One that is spawned, or made by a fork server, is armed by
-the very pickle that starts it.
+A forked child inherits the patch. A child that is spawned, or made by a fork server, is patched by
+the pickle that starts it, and any other child by the first such pickle that it loads.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from fdshare.parking.client import new_address
 if TYPE_CHECKING:
     from fdshare.mp.stock import ReductionModule, StockForkingPickler, StockProcess
 
-    class _ArmedPickler(StockForkingPickler):
+    class _PatchedPickler(StockForkingPickler):
         """A ForkingPickler with our methods."""
 
         bare_exceptions: bool
@@ -48,28 +48,28 @@ __all__ = ["install", "load", "uninstall"]
 
 _PACKAGES: Final = ("multiprocessing", "multiprocess")
 _ABSENT: Final = object()
-# Pickled the same by every pickler, and quicker without making one.
+# Every pickler pickles them alike; pickle.dumps() does so in less time than one of these.
 _WITHOUT_PARTS: Final = frozenset({int, str, bytes, float, bool, type(None)})
-# What may be a single descriptor, with a short way.
+# Their objects may be a single descriptor, which `dumps_single` pickles in less time.
 _SINGLE: Final = frozenset({socket.socket, Descriptor, Held})
 _lock = threading.Lock()
-_armed: dict[type, dict[str, object]] = {}  # class -> what its attributes were
-_dismissed = False  # uninstall() was called: what arrives changes nothing
+_patched: dict[type, dict[str, object]] = {}  # class -> its attributes before
+_uninstalled = False  # by uninstall(): no pickle patches this process then
 
 
 def install(path: str | os.PathLike[str] | None = None, *, ttl: float = DEFAULT_TTL) -> None:
     """Makes the stock channels of multiprocessing and multiprocess carry descriptors from now on.
 
     Their queues, pipes, pools and executors then carry sockets, files and everything else with a
-    descriptor, in this process and in its children. The descriptors wait in the server at *path*,
-    or in a private one of this process and its children, which is started when it is first needed
-    and ends by itself. What nobody has loaded after *ttl* seconds is let go. Called again, it
-    changes both for what is sent from then on.
+    descriptor, in this process and in its children. The server at *path* holds the descriptors
+    until they are loaded; or a private server of this process and its children does, which is
+    started when it is first needed and ends by itself. What nobody has loaded after *ttl* seconds
+    is closed. A second call changes both for what is sent from then on.
 
     Raises: NoServer and the others of `fdshare.connect`, where *path* is given; InvalidArgument.
     """
     if not 0 < ttl < float("inf"):
-        raise InvalidArgument("ttl", f"{ttl!r} is no positive number of seconds")
+        raise InvalidArgument("ttl", f"{ttl!r} is not a positive number of seconds")
     if path is None:
         former = parked.current()
         address = former.address if former.private else new_address()
@@ -81,31 +81,31 @@ def install(path: str | os.PathLike[str] | None = None, *, ttl: float = DEFAULT_
 
 
 def uninstall() -> None:
-    """Makes the picklers what they were before `install()`; children that run stay armed.
+    """Makes the picklers what they were before `install()`; in running children they stay patched.
 
     What was sent can still be loaded. Connections to the server are closed: a private one ends when
     it holds nothing any more.
     """
-    global _dismissed
+    global _uninstalled
     with _lock:
-        _dismissed = True
-        if _late in sys.meta_path:
-            sys.meta_path.remove(_late)
-        for pickler, former in _armed.items():
+        _uninstalled = True
+        if _late_finder in sys.meta_path:
+            sys.meta_path.remove(_late_finder)
+        for pickler, former in _patched.items():
             for name, value in former.items():
                 if value is _ABSENT:
                     delattr(pickler, name)
                 else:
                     setattr(pickler, name, value)
-        _armed.clear()
+        _patched.clear()
     parked.use(None)
     parked.forget()
 
 
 def load(label: Label, tag: str, spec: bytes, first: int, count: int) -> Any:
-    """As `parked.load`, for the pickles of a process that is armed: the child that it is called in
-    is armed by it. Pickles name it: do not move or rename."""
-    if not _armed and not _dismissed and _is_child():
+    """As `parked.load`, for the pickles of a patched process: a child that loads one is patched.
+    Pickles name it: do not move or rename."""
+    if not _patched and not _uninstalled and _is_child():
         _token, address, private, ttl, *_arrival = label
         _install(Place(address, private, ttl, load))
     return parked.load(label, tag, spec, first, count)
@@ -117,24 +117,24 @@ def _is_child() -> bool:
 
 
 def _install(place: Place) -> None:
-    global _dismissed
-    _dismissed = False
+    global _uninstalled
+    _uninstalled = False
     parked.use(place)
-    # Not multiprocess: it brings dill, which few programs have any use for.
+    # Not multiprocess: it imports dill, which few programs use.
     importlib.import_module("multiprocessing.reduction")
     with _lock:
         for package in _PACKAGES:
             reduction = sys.modules.get(f"{package}.reduction")
             if reduction is not None:
-                _arm(cast("ReductionModule", reduction))
-            elif _late not in sys.meta_path:
-                sys.meta_path.insert(0, _late)
+                _patch(cast("ReductionModule", reduction))
+            elif _late_finder not in sys.meta_path:
+                sys.meta_path.insert(0, _late_finder)
 
 
-def _arm(reduction: ReductionModule) -> None:
+def _patch(reduction: ReductionModule) -> None:
     """Gives the ForkingPickler of *reduction* its methods."""
     pickler = reduction.ForkingPickler
-    if pickler in _armed:
+    if pickler in _patched:
         return
     package = reduction.__name__.rpartition(".")[0]
     # reducers.py: exceptions are pickled as the package does it.
@@ -145,7 +145,7 @@ def _arm(reduction: ReductionModule) -> None:
         "bare_exceptions": True,
         "parked": None,
     }
-    _armed[pickler] = {name: vars(pickler).get(name, _ABSENT) for name in new}
+    _patched[pickler] = {name: vars(pickler).get(name, _ABSENT) for name in new}
     for name, value in new.items():
         setattr(pickler, name, value)
 
@@ -154,7 +154,7 @@ def _make_dumps(pickler: type[StockForkingPickler]) -> object:
     stock_dumps = vars(pickler)["dumps"].__func__
 
     def dumps(cls: type, /, obj: Any, *args: object, **kwargs: object) -> bytes | memoryview:
-        """*obj* pickled; a single descriptor takes the short way, and so does what has no parts."""
+        """*obj* pickled. A single descriptor, and what has no parts, is pickled in less time."""
         if cls is pickler and not args and not kwargs:
             of = type(obj)
             if of in _WITHOUT_PARTS:
@@ -170,10 +170,10 @@ def _make_dumps(pickler: type[StockForkingPickler]) -> object:
 def _make_dump(package: str, reduction: ReductionModule) -> object:
     stock_dump = reduction.ForkingPickler.dump
 
-    def dump(self: _ArmedPickler, obj: Any) -> None:
-        """Pickles *obj*, and parks the descriptors in it when all of it is pickled."""
+    def dump(self: _PatchedPickler, obj: Any) -> None:
+        """Pickles *obj*, then parks its descriptors."""
         if reduction.context.get_spawning_popen() is not None:
-            obj = _with_arms(package, obj)
+            obj = _with_patch(package, obj)
         try:
             stock_dump(self, obj)
             if self.parked is not None:
@@ -190,7 +190,7 @@ def _make_override(package: str, reduction: ReductionModule) -> object:
     former = getattr(reduction.ForkingPickler, "reducer_override", None)
     name = f"{package}.connection"
 
-    def reducer_override(self: _ArmedPickler, obj: Any) -> Override:
+    def reducer_override(self: _PatchedPickler, obj: Any) -> Override:
         cls = type(obj)
         if cls in PLAIN:
             return NotImplemented
@@ -209,11 +209,11 @@ def _make_override(package: str, reduction: ReductionModule) -> object:
     return reducer_override
 
 
-# Children that do not inherit our memory
+# Children that are not forked
 
 
-class _Recruit:
-    """A Process on its way to a new interpreter, which is armed on arrival."""
+class _PatchingProcess:
+    """A Process that is pickled for a new interpreter, which is patched when it loads this."""
 
     def __init__(self, process: StockProcess, place: Place) -> None:
         self.process = process
@@ -221,26 +221,26 @@ class _Recruit:
 
     def __reduce__(self) -> Reduced:
         address, private, ttl, _ = self.place
-        return _enlist, (address, private, ttl, self.process)
+        return _patch_child, (address, private, ttl, self.process)
 
 
-def _enlist(address: str, private: bool, ttl: float, process: StockProcess) -> StockProcess:
+def _patch_child(address: str, private: bool, ttl: float, process: StockProcess) -> StockProcess:
     _install(Place(address, private, ttl, load))
     return process
 
 
-def _with_arms(package: str, obj: Any) -> Any:
+def _with_patch(package: str, obj: Any) -> Any:
     process = sys.modules.get(f"{package}.process")
     if process is not None and isinstance(obj, process.BaseProcess):
-        return _Recruit(obj, parked.current())
+        return _PatchingProcess(obj, parked.current())
     return obj
 
 
 # multiprocess, imported later than install() was called
 
 
-class _Late:
-    """A finder that finds one module as all others do, and arms it once it has been executed."""
+class _LateFinder:
+    """An import finder that has the others find one module, and patches that when it has run."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -249,11 +249,11 @@ class _Late:
             return None
         for finder in sys.meta_path:
             if finder is not self and (spec := finder.find_spec(name, path, target)) is not None:
-                return _arming(spec)
+                return _patching(spec)
         return None
 
 
-def _arming(spec: ModuleSpec) -> ModuleSpec:
+def _patching(spec: ModuleSpec) -> ModuleSpec:
     loader = spec.loader
     assert loader is not None  # of a namespace package alone it is None
     execute = loader.exec_module
@@ -261,12 +261,12 @@ def _arming(spec: ModuleSpec) -> ModuleSpec:
     def exec_module(module: ModuleType) -> None:
         execute(module)
         with _lock:
-            if _late in sys.meta_path:
-                sys.meta_path.remove(_late)
-                _arm(cast("ReductionModule", module))
+            if _late_finder in sys.meta_path:
+                sys.meta_path.remove(_late_finder)
+                _patch(cast("ReductionModule", module))
 
     loader.exec_module = exec_module  # type: ignore[method-assign]
     return spec
 
 
-_late: Final = _Late()
+_late_finder: Final = _LateFinder()

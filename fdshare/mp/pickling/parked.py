@@ -1,10 +1,11 @@
-"""Parked: the transit of channels that are not ours. A server holds the descriptors meanwhile.
+"""Parked: the transit of channels that are not ours. A server holds the descriptors until they are
+loaded.
 
-All descriptors of one pickle go to the server in one request when the pickle is complete, under a
-name that nobody can guess; the pickle holds the server's address, that name, and for each object
-its kind and the position of its descriptors. Whoever loads it `take`s the entry with the first
-object that needs it. The sender may be gone by then. What nobody loads is let go when its time to
-live has passed.
+All descriptors of one pickle are sent to the server in one request when the pickle is complete,
+under a key that nobody can guess; the pickle holds the server's address, that key, and for each
+object its kind and the position of its descriptors. The process that loads the pickle takes them
+with the first object that needs one. The sender may have ended by then. What nobody loads is closed
+when its time to live has passed.
 
 The server is the one that was named, or the private one of the process tree (parking/client.py).
 """
@@ -123,7 +124,7 @@ def suggest(place: Place) -> None:
 
 
 def current() -> Place:
-    """Where this process parks; made up now if nobody has said."""
+    """Where this process parks; chosen now if it was not set."""
     global _current
     if _current is not None:
         return _current
@@ -143,10 +144,10 @@ def forget() -> None:
 
 
 def _reached() -> Place:
-    """`current()`, where the right server answers.
+    """`current()`, when its server has answered.
 
-    Somebody else's server on a private address of ours (the name is known once it was used) is a
-    reason to make up another one, which must be before the address is written into a pickle.
+    Where another user's server listens on our private address (once it was used it is known), a new
+    address is made: now, before the address is in a pickle.
     """
     place = current()
     while place.address not in _servers:
@@ -177,8 +178,9 @@ def _new_label(token: bytes, place: Place) -> Label:
 
 
 class _Parcel:
-    """What is parked together. *label* is what all its tickets hold, pickled once by way of the
-    memo: a list, for which no pickler asks anybody, and to which the loader adds what it took."""
+    """The descriptors that are parked together. All objects of the pickle hold the same *label*,
+    which the memo pickles once. It is a list: no pickler calls a reducer for it, and the loader can
+    append the descriptors that it took."""
 
     __slots__ = ("fds", "label", "loader", "server", "token", "ttl", "uses")
 
@@ -202,9 +204,9 @@ class _Parcel:
             self.server.put(key, part, self.ttl, self.uses)
 
     def take_back(self) -> None:
-        """Lets go of what was parked; never raises."""
+        """Removes what was parked; never raises."""
         for key, _ in self._parts():
-            # What fails here goes when its time has passed.
+            # What cannot be removed expires.
             with suppress(FdshareError, OSError):
                 self.server.take_back(key)
 
@@ -246,8 +248,8 @@ class Parked:
                 for parcel in parcels:
                     parcel.send()
             finally:
-                # A thread that closed one meanwhile may have had its number used again before it
-                # was sent: queues pickle in a thread, `put(s); s.close()` is a common mistake.
+                # Another thread may have closed one meanwhile, and its number may have been reused
+                # before it was sent: queues pickle in a thread, `put(s); s.close()` is common.
                 for obj, fds in self._holders:
                     _check_open(obj, fds)
         except BaseException:
@@ -277,16 +279,16 @@ def _check_open(obj: Any, fds: list[int]) -> None:
     )
 
 
-# A socket by itself is what is put into queues most. Its pickle is the same for all of a kind, but
-# for the token, and making it anew would be half of the sender's work.
+# Most of what is sent is a socket by itself. The pickles of all sockets of a kind differ in the
+# token alone, and pickling would be half of the sender's work.
 
 _templates: Final[dict[int, tuple[Kind, Place, bytes, bytes]]] = {}
 _REMEMBERED: Final = 64
 
 
 def dumps_single(obj: Any) -> bytes | None:
-    """The pickle of *obj* alone, which is parked; None where it is not one socket or descriptor, to
-    be loaded once. Raises: as `Parked.carry` and `commit` do."""
+    """The pickle of *obj*, whose descriptor is parked; None if *obj* is not one socket or
+    descriptor, to be loaded once. Raises: as `Parked.carry` and `commit`."""
     kind, fds = describe(obj)
     if kind.tag not in _SINGLE or (isinstance(obj, Repeatable) and obj.uses != 1):
         return None
@@ -354,7 +356,7 @@ def load(label: Label, tag: str, spec: bytes, first: int, count: int) -> Any:
 
 
 class _Arrival:
-    """The descriptors of the pickle that is being loaded; closes those that nothing claims."""
+    """The descriptors of the pickle that is being loaded; closes those that no object takes."""
 
     __slots__ = ("_parts", "_server", "_token")
 
@@ -369,7 +371,7 @@ class _Arrival:
         """The *count* descriptors from position *first* on; the caller owns them."""
         claimed: list[Descriptor] = []
         try:
-            # In place: those before a failure are kept, to be closed.
+            # In place: those before a failure are to be closed.
             claimed.extend(map(self._claim, range(first, first + count)))
         except BaseException:
             close_all(claimed)

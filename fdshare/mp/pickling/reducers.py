@@ -1,4 +1,4 @@
-"""What a pickler of ours does with an object that has a descriptor: it asks the transit.
+"""What our picklers do with an object that has a descriptor: the transit reduces it.
 
 One `reducer_override` serves both families. It is asked before dill's own file handlers (which
 reopen by *name*) and before multiprocessing's (which start a server thread and a connection for
@@ -134,15 +134,16 @@ def _dump(family: HasPickler, obj: Any, bare_exceptions: bool) -> Bundle:
     try:
         pickler.dump(obj)
     except Exception:
-        # What made an exception unpicklable may be its context or cause, which pickle leaves out.
+        # It may be an exception's context or cause that cannot be pickled; without us pickle leaves
+        # them out.
         if pickler.saw_exception and not bare_exceptions:
             return _dump(family, obj, True)
         raise
     return Bundle(buffer.getvalue(), transit.fds, pickler)
 
 
-# What is sent most is a socket by itself, and its pickle is the same for all of a kind, whose Kind
-# object `describe` remembers.
+# Most of what is sent is a socket by itself. Its pickle is the same for all of a kind, for which
+# `describe` returns the same Kind object.
 _BARE_TAGS: Final = frozenset({"socket", "descriptor"})
 _bare_pickles: Final[dict[int, tuple[Kind, bytes]]] = {}
 _REMEMBERED: Final = 256
@@ -159,7 +160,7 @@ def _bare_pickle(kind: Kind) -> tuple[Kind, bytes] | None:
 
 
 class _Bare:
-    """Pickles as what it was given."""
+    """Pickles as *reduced*."""
 
     def __init__(self, reduced: Reduced) -> None:
         self._reduced = reduced
@@ -169,7 +170,7 @@ class _Bare:
 
 
 def reduce_with(transit: Transit, pickler: ExceptionPickler, obj: Any, cls: type) -> Override:
-    """The reduce value of *obj*, of type *cls*; NotImplemented where *pickler* knows better.
+    """The reduce value of *obj*, of type *cls*; NotImplemented: *pickler* pickles it as without us.
 
     Raises: what `kinds.describe` raises.
     """
@@ -207,7 +208,7 @@ def _reduce_exception(pickler: ExceptionPickler, error: BaseException) -> Overri
     if pickler.bare_exceptions:
         return NotImplemented
     pickler.saw_exception = True
-    from tblib.pickling_support import pickle_exception  # only who has one pays for it
+    from tblib.pickling_support import pickle_exception  # only a program that has one pays for it
 
     return pickle_exception(error)
 

@@ -1,9 +1,9 @@
 """The queues of executors on our contexts, and the calls and results in them.
 
 Over concurrent/futures/process.py of CPython 3.11 to 3.13. That executor takes Process, locks and a
-SimpleQueue from its context, but makes its call queue from multiprocessing's class whatever the
-context is. So before the first worker starts the call queue becomes one of ours in place (`adopt`),
-in the standard executor too when its `mp_context` is ours.
+SimpleQueue from its context, but its call queue is of multiprocessing's class, whatever the context
+is. So before the first worker starts, the class of the call queue is changed in place (`adopt`), in
+the standard executor, too, if its `mp_context` is ours.
 
 stock.py has the private names that are used.
 """
@@ -54,7 +54,7 @@ class _Raised:
 
 
 def _raised(error: BaseException, text: str) -> BaseException:
-    # As the standard executor: the worker's traceback as text, for who prints the exception.
+    # As the standard executor: the worker's traceback as text, printed with the exception.
     error.__cause__ = _futures._RemoteTraceback(f'\n"""\n{text}"""')
     return error
 
@@ -63,7 +63,7 @@ def _raised(error: BaseException, text: str) -> BaseException:
 
 
 def adopt(cls: type[CallQueueMixin], queue: StockQueue) -> None:
-    """Make the call *queue* of an executor one of *cls*, in place; nothing was put yet."""
+    """Makes the call *queue* of an executor one of *cls*, in place; nothing was put yet."""
     if isinstance(queue, QueueMixin):
         return
     pipe = queue._reader, queue._writer
@@ -80,7 +80,7 @@ class CallQueueMixin(QueueMixin, StockSafeQueue):
     """From the executor to its workers."""
 
     def put(self, obj: Any, block: bool = True, timeout: float | None = None) -> None:
-        """Send a call. What cannot be pickled or sent fails its future: the caller is a thread."""
+        """Sends a call. An error of that is its future's: the executor's thread calls this."""
         try:
             QueueMixin.put(self, obj, block, timeout)
         except Exception as error:
@@ -92,7 +92,7 @@ class CallQueueMixin(QueueMixin, StockSafeQueue):
             call.bundle.close()  # the kernel has it
 
     def get(self, block: bool = True, timeout: float | None = None) -> Any:
-        """The next call, still a bundle if it was submitted to an executor of ours."""
+        """The next call; not loaded yet, if it was submitted to an executor of ours."""
         if not block or timeout is not None:
             return QueueMixin.get(self, block, timeout)
         call = receive_patiently(self._reader, self._rlock)
@@ -114,7 +114,7 @@ class ResultQueueMixin(SimpleQueueMixin):
         self._adopt()
 
     def put(self, obj: Any) -> None:
-        """Send a result. Raises: whatever pickling raises; the worker then sends that."""
+        """Sends a result. Raises: whatever pickling raises; the worker then sends that."""
         if isinstance(obj, _futures._ResultItem):
             if isinstance(obj.result, _Raised) or obj.exception is not None:
                 outcome = Outcome.of(self._family, False, obj.exception or obj.result)
@@ -128,7 +128,7 @@ class ResultReaderMixin(ConnectionMixin):
     """The end that the executor's manager thread reads."""
 
     def recv(self) -> Any:
-        """The next result, opened; what goes wrong with it is its own error."""
+        """The next result, loaded; an error of loading it is the result."""
         item = receive_patiently(self)
         outcome = getattr(item, "result", None)
         if isinstance(outcome, Outcome):

@@ -1,8 +1,8 @@
-"""Managers whose server and proxies talk over connections of ours, so they carry descriptors.
+"""Managers whose server and proxies use our connections, so that they carry descriptors.
 
 Over multiprocessing/managers.py of CPython 3.11 to 3.13, which chooses its Listener and Client by
-the name of a serializer (`listener_client`). Ours is one more. Proxies remember the name, and are
-pickled with it, so it is a string that brings its registration along.
+the name of a serializer (`listener_client`). Ours is one more. Proxies are pickled with the name,
+so it is a string that registers the serializer where it is unpickled.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ def register_serializer(connection: type[ManagerConnectionMixin]) -> Serializer:
 
 
 class ManagerConnectionMixin(ConnectionMixin):
-    """A connection on which each message is answered: none may be left to be read later."""
+    """A connection on which each message has an answer: none may be left to be read later."""
 
     def recv(self) -> Any:
-        """The next object. Raises: DescriptorLimit, after some seconds; it is gone then."""
+        """The next object. Raises: DescriptorLimit, after PATIENCE seconds; the object is lost."""
         deadline = time.monotonic() + PATIENCE
         while True:
             try:
@@ -63,7 +63,7 @@ class ManagerConnectionMixin(ConnectionMixin):
 
 
 class SyncManagerMixin(StockManager):
-    """A SyncManager whose objects carry what they are given."""
+    """A SyncManager whose proxies carry descriptors."""
 
     _family: ClassVar[Family]
     _connection: ClassVar[type[ManagerConnectionMixin]]

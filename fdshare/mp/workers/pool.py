@@ -1,11 +1,11 @@
-"""Pool: tasks are pickled where they are submitted, and no job can end the pool's threads.
+"""Pool: tasks are pickled in the call that submits them, and no job can end the pool's threads.
 
 Derived from multiprocessing/pool.py of CPython 3.11 to 3.13, whose threads, worker function and
 results are used as they are. What changes: `apply_async` and `map*` pickle before they return
-(`imap` when each item is drawn), arguments of the initializer are held for the pool's life, tasks
-and results are opened under guard (tasks.py). A pool ends by shutdown(2) of its channels, which
-wakes whoever waits for them, and not by messages, for which there may be no room, no reader and no
-lock: a killed process keeps its locks.
+(`imap` as it takes each item), arguments of the initializer are held for the pool's life, and an
+error of loading a task or a result is that job's own (tasks.py). A pool ends by shutdown(2) of its
+channels, which wakes all that wait for them, and not by messages: for those there may be no room,
+no reader and no lock, since a killed process keeps its locks.
 
 stock.py has the private names that are used.
 """
@@ -78,7 +78,7 @@ class PoolMixin(StockPool):
         callback: Callable[[T], object] | None = None,
         error_callback: Callable[[BaseException], object] | None = None,
     ) -> ApplyResult[T]:
-        """The result to be of `func(*args, **kwds)`.
+        """The result, when there is one, of `func(*args, **kwds)`.
 
         It is safe to close what is in the arguments after this call. Raises: whatever pickling
         them raises; DescriptorLimit.
@@ -230,7 +230,7 @@ class TaskQueueMixin(EndingQueueMixin):
             self._rlock = _ReaderLock(self._reader)  # type: ignore[assignment]
 
     def send_task(self, task: Numbered | None) -> None:
-        """Send (job, index, function, args, kwds), or None, the end."""
+        """Sends (job, index, function, args, kwds), or None, the end."""
         if task is None:
             self.finish()
             return
@@ -241,7 +241,7 @@ class TaskQueueMixin(EndingQueueMixin):
                 raise
         finally:
             if type(task[2]) is Task:
-                task[2].bundle.close()  # the kernel has it, or nobody ever will
+                task[2].bundle.close()  # the kernel has copies, or it is not sent
 
     def _packed(self, task: Numbered) -> Numbered:
         job, index, function, args, kwds = task
@@ -251,7 +251,7 @@ class TaskQueueMixin(EndingQueueMixin):
         return job, index, call, (), {}
 
     def get(self) -> Any:
-        """The next task, its call still a bundle."""
+        """The next task; its call is not loaded yet."""
         return receive_patiently(self._reader, self._rlock)
 
 
@@ -259,7 +259,7 @@ class OutcomeQueueMixin(EndingQueueMixin):
     """From the workers to the pool."""
 
     def put(self, obj: Any) -> None:
-        """Send (job, index, (ok, value)), or None, the end, when every job is done.
+        """Sends (job, index, (ok, value)), or None, the end, when every job is done.
 
         Raises: whatever pickling raises; SystemExit: the pool is gone.
         """

@@ -1,9 +1,9 @@
 """Processes whose arguments may hold anything shareable, under every start method.
 
 Derived from popen_spawn_posix.py and popen_forkserver.py of CPython 3.11 to 3.13, whose `_launch`
-still starts the process. What changes: the process object travels over a socket pair of ours, so
-its descriptors ride beside it, any number of them and any of them twice; the child inherits one
-end. Under fork there is nothing to carry.
+still starts the process. What changes: the process object is sent over a socket pair, with its
+descriptors, any number of them and any of them twice; the child inherits one end. Under fork
+nothing is sent.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = ["PopenMixin", "ProcessMixin"]
 
 
 class PopenMixin(StockPopen):
-    """Starts a process and sends it its Process object with descriptors."""
+    """Starts a process, and sends it its Process object with descriptors."""
 
     _family: ClassVar[Family]
     _connection: ClassVar[type[ConnectionMixin]]
@@ -49,7 +49,7 @@ class PopenMixin(StockPopen):
                 message.push_patiently(near)
 
     def _pack(self, process: StockProcess) -> Outgoing:
-        # Locks, queues and shared memory let themselves be pickled only while this says so.
+        # Locks, queues and shared memory can be pickled only while this is set.
         context = self._family.context
         context.set_spawning_popen(self)
         try:
@@ -61,12 +61,12 @@ class PopenMixin(StockPopen):
 def _push_what_fits(message: Outgoing, sock: socket.socket) -> bool:
     try:
         return message.push(sock, socket.MSG_DONTWAIT)
-    except DescriptorLimit:  # in flight: the child will read
+    except DescriptorLimit:  # too many in flight: the child will receive them
         return False
 
 
 class _StandIn:
-    """Pickled by the package in the place of the process object; unpickled, it receives that."""
+    """The package pickles this in place of the process object; unpickling it receives that."""
 
     def __init__(self, connection: type[ConnectionMixin], name: str, inherited: Descriptor) -> None:
         self._connection = connection
@@ -104,10 +104,11 @@ class ProcessMixin(StockProcess):
 
 
 def _adopt_executor_queue(process: ProcessMixin) -> None:
-    """concurrent.futures makes its call queue itself, whatever its context. Before its first worker
-    starts, nothing has been put there yet: it becomes one of ours (executor_queues.py)."""
+    """Makes the call queue of a standard executor one of ours (executor_queues.py), before its
+    first worker starts: until then nothing was put there."""
     futures = sys.modules.get("concurrent.futures.process")
     if futures is not None and process._target is futures._process_worker:
-        from fdshare.mp.workers.executor_queues import adopt  # for who has an executor
+        # Here and not at the top: a program without an executor need not import it.
+        from fdshare.mp.workers.executor_queues import adopt
 
         adopt(process._classes.CallQueue, process._args[0])

@@ -1,9 +1,9 @@
-"""Tasks and results of pools and executors, as bundles that only their own job opens.
+"""Tasks and results of pools and executors, as bundles that are loaded for their own job alone.
 
-What a caller submits is pickled at the call; what a worker returns is pickled in the worker. Either
-travels as a bundle inside the pool's own message, so that whatever goes wrong while it is opened, a
-class that is not there or a descriptor limit, is this job's error and never the end of the thread
-that reads for all jobs.
+What a caller submits is pickled in the call; what a worker returns is pickled in the worker. Both
+are sent as a bundle inside the pool's own message. An error of loading it, such as a class that
+does not exist or a descriptor limit, is then this job's error, and does not end the thread that
+reads for all jobs.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 
 __all__ = ["Outcome", "Task", "hold_initializer", "receive_patiently"]
 
-# How long a reader of many jobs' messages waits at its descriptor limit before one job fails.
+# Seconds that a reader of many jobs' messages waits at its descriptor limit before one job fails.
 PATIENCE: Final = 5.0
-PAUSE: Final = 0.02
+PAUSE: Final = 0.02  # seconds between two attempts
 
 
 class Task:
-    """A call, pickled: calling it where it arrives makes the call."""
+    """A call, pickled: the receiver calls it to make the call."""
 
     __slots__ = ("bundle", "family")
 
@@ -73,7 +73,7 @@ class Outcome:
         return cls(ok, dumps(family, value))
 
     def open(self, family: Family) -> tuple[bool, Any]:
-        """(True, what it returned) or (False, the error, or the one of opening it)."""
+        """(True, what it returned) or (False, what it or loading it raised)."""
         try:
             return self.ok, self.bundle.load(family.loads)
         except Exception as error:
@@ -90,10 +90,10 @@ def receive_patiently(
 ) -> Any:
     """The next object of *connection*, an envelope of bundles, read under *lock*.
 
-    At the descriptor limit it waits, without the lock: another process may have room. Past PATIENCE
-    seconds the envelope comes without its descriptors, and the bundles that need them raise the
-    DescriptorLimit when they are opened. *wait* is time.sleep, or returns True where there is
-    nothing to wait for any more: EOFError is raised then.
+    At the descriptor limit it waits without the lock, for another process may have room. After
+    PATIENCE seconds it returns the envelope without its descriptors, and the bundles that need
+    them raise the DescriptorLimit when they are loaded. *wait* is time.sleep, or returns True when
+    the channel was ended: EOFError is raised then.
     """
     guard = nullcontext() if lock is None else lock
     deadline = time.monotonic() + PATIENCE
@@ -110,18 +110,18 @@ def receive_patiently(
     return connection.decode(message)
 
 
-# What a pool holds for workers that start later
+# The arguments of initializers
 
 
 class _Argument:
-    """An argument of an initializer, for every worker that the pool will ever start."""
+    """An argument of an initializer, for all workers that the pool starts in its life."""
 
     def __init__(self, family: Family, bundle: Bundle) -> None:
         self.family = family
         self.bundle = bundle
 
     def open(self) -> Any:
-        """The argument. Called once in each worker: its bundle is a copy of the pool's."""
+        """The argument. Called once in each worker, which has a copy of the pool's bundle."""
         return self.bundle.load(self.family.loads)
 
 
@@ -130,9 +130,9 @@ def hold_initializer(
 ) -> tuple[Function | None, Iterable[Any]]:
     """*initializer* and *initargs* with duplicates of every descriptor in the arguments.
 
-    Looks into tuples, lists and dicts; what else holds a descriptor must stay open for the pool's
-    life. Locks and queues can only be pickled while a process starts, so the rest is left alone.
-    It is safe to close what was found after this call.
+    They are found in tuples, lists and dicts; any other object that has one must stay open for the
+    pool's life. Locks and queues can be pickled only while a process starts, so what is not found
+    stays as it is. It is safe to close what was found after this call.
     """
     if initializer is None or not callable(initializer):
         return initializer, initargs
@@ -141,7 +141,7 @@ def hold_initializer(
 
 
 def _hold(family: Family, value: Any) -> Any:
-    """*value* with each shareable object in it held; None if there is none."""
+    """*value* with an _Argument for each shareable object in it; None if there is none."""
     cls = type(value)
     if cls is tuple or cls is list:
         items = [_hold(family, item) for item in value]

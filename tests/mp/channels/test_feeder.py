@@ -1,4 +1,4 @@
-"""The outbox of a queue: what is sent at once, what waits, and what is let go."""
+"""The feeder of a queue: what is sent at once, what waits, and what is dropped."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from typing import Any
 
 import pytest
 
-from fdshare.mp.channels.feeder import Outbox
+from fdshare.mp.channels.feeder import Feeder
 from fdshare.mp.channels.receiving import read_message
 from fdshare.mp.pickling.bundle import Bundle
 from mp.common import descriptor_limit_reached, identity, open_now
 
 
 class Harness:
-    """An outbox with both ends, and what it called."""
+    """A feeder with both ends, and what it called."""
 
     def __init__(self) -> None:
         self.near, self.far = socket.socketpair()
         self.lock = threading.Lock()
         self.called: list[str] = []
         self.ended = threading.Event()
-        self.outbox = Outbox(
+        self.outbox = Feeder(
             self.near, self, lambda: self.called.append("closing"), self.end, self.fail
         )
 

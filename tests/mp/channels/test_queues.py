@@ -186,7 +186,7 @@ def test_a_dropped_queue_is_collected(ctx: Any) -> None:
         with open(os.devnull) as file:
             for _ in range(300):
                 queue.put([file])
-        thread = queue._outbox.thread
+        thread = queue._feeder.thread
         del queue
         gc.collect()
         if thread is not None:

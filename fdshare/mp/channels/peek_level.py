@@ -1,16 +1,17 @@
-"""Whether the readers of a queue look before they read, which all its processes must know.
+"""Whether the readers of a queue peek before they read, which all its processes must know.
 
-A reader that looks (`read_expected`) finds announcement and body of a message also where both came
-in one send, which spares the sender a call and the reader a wake-up. One that reads first would
-lose the descriptors. So a semaphore that the queue's processes share says what is so:
+A reader that peeks (`read_expected`) may be sent announcement and body of a message in one send,
+which saves the sender a system call and a waiting reader a wake-up: on two cores a socket sent to
+and fro takes 12 us instead of 21. A reader that reads the announcement first would lose the
+descriptors. So the value of a semaphore that the queue's processes share is the level:
 
-    0   Readers read first: announcement and body are sent one after the other.
-    1   Readers look first; they are still sent one after the other.
-    2   Readers look first: both may be sent at once.
+    0   Readers read the announcement first: announcement and body are two sends.
+    1   Readers peek first; announcement and body are still two sends.
+    2   Readers peek first: announcement and body may be one send.
 
-It changes by one at a time, and only a reader that has the read lock changes it, so no reader is in
-between. Senders heed it while they have the write lock. From 1 to 0 it goes when nobody has that
-lock, so whoever saw a 2 has sent, and a look past all that is queued finds no descriptors.
+A reader changes it, by one, while it has the read lock, so no other reader is reading. A sender
+reads it while it has the write lock. It goes from 1 to 0 only while nobody has the write lock, so
+that a sender that saw a 2 has sent; and only if a peek over all that is queued finds no descriptor.
 """
 
 from __future__ import annotations
@@ -27,16 +28,16 @@ from fdshare.mp.stock import raw
 if TYPE_CHECKING:
     from multiprocessing.synchronize import Lock, Semaphore
 
-__all__ = ["AT_ONCE", "POSSIBLE", "Looking"]
+__all__ = ["AT_ONCE", "POSSIBLE", "PeekLevel"]
 
 AT_ONCE: Final = 2
-_PLAIN: Final = 8  # messages without descriptors, after which looking is thought over
+_PLAIN: Final = 8  # messages without descriptors, after which the level is lowered if it can be
 # Not where sem_getvalue(3) does not work (HAVE_BROKEN_SEM_GETVALUE of multiprocessing).
 POSSIBLE: Final = sys.platform != "darwin"
 
 
-class Looking:
-    """What a process of one queue knows and says of it."""
+class PeekLevel:
+    """The level of one queue, in one of its processes."""
 
     __slots__ = ("_plain", "_semaphore", "_unlocked", "level")
 
@@ -55,7 +56,7 @@ class Looking:
             self._semaphore.release()
 
     def plain(self, sock: socket.socket) -> None:
-        """A reader of *sock* looked and got a message without descriptors."""
+        """A reader of *sock* peeked, and received a message without descriptors."""
         self._plain += 1
         if self._plain % _PLAIN == 0 and (
             self.level() == AT_ONCE or (self._unlocked() and not _brings_descriptors(sock))

@@ -1,4 +1,4 @@
-"""Readers of a queue that look first, and senders that send both parts at once because of it."""
+"""Readers of a queue that peek first, and senders that send both parts at once because of it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from fdshare import get_context
 from fdshare.errors import DescriptorLimit, InvalidArgument
-from fdshare.mp.channels.looking import AT_ONCE
+from fdshare.mp.channels.peek_level import AT_ONCE
 from mp import children
 from mp.common import descriptor_limit_reached, dismiss, finish, identity, trackers  # noqa: F401
 
@@ -36,7 +36,7 @@ def queue() -> Iterator[Any]:
 
 
 def level(queue: Any) -> int:
-    value: int = queue._looks._semlock._get_value()
+    value: int = queue._peek_semaphore._semlock._get_value()
     return value
 
 
@@ -64,7 +64,7 @@ def sends(queue: Any) -> list[int]:
             sizes.append(self.sock.sendmsg(*args))
             return sizes[-1]
 
-    queue._outbox._sock = Counting(queue._outbox._sock)
+    queue._feeder._sock = Counting(queue._feeder._sock)
     return sizes
 
 
@@ -244,7 +244,7 @@ def receive(queue: Any, sock: socket.socket) -> int:
 def test_a_stopped_sender_is_waited_for(queue: Any, sock: socket.socket) -> None:
     """Who has seen that it may send at once, and is then held up, may still do so."""
     pass_on(queue, sock, 2)
-    real = queue._outbox._level
+    real = queue._feeder._level
 
     def held_up() -> int:
         value: int = real()
@@ -253,7 +253,7 @@ def test_a_stopped_sender_is_waited_for(queue: Any, sock: socket.socket) -> None
             assert queue._reader.recv() == number
         return value
 
-    queue._outbox._level = held_up
+    queue._feeder._level = held_up
     queue.put(sock)
     with queue.get() as arrived:
         assert identity(arrived) == identity(sock)
