@@ -200,3 +200,17 @@ def _closed_file() -> object:
 def test_borrow_refuses(thing: object, error: type[Exception]) -> None:
     with pytest.raises(error):
         borrow(thing)  # type: ignore[arg-type]
+
+
+def test_the_number_0_is_one_like_any_other() -> None:
+    """Standard input is closed, if that is what is asked for."""
+    pid = os.fork()
+    if not pid:
+        try:
+            owned = Descriptor(0)
+            assert not owned.closed
+            owned.close()
+            os._exit(1 if os.path.lexists("/proc/self/fd/0") else 0)
+        finally:
+            os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0

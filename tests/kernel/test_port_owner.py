@@ -1,4 +1,4 @@
-"""portholder: who has a port, against ports that we and a child have."""
+"""port_owner: who has a port, against ports that we and a child have."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 from typing import Literal
 
 import pytest
+from nursery import Process
 
 from fdshare.kernel.port_owner import PortOwner, port_owner
 
@@ -70,3 +71,16 @@ def test_another_process() -> None:
     assert holder.uid == os.geteuid()
     # None only where looking through all processes took too long.
     assert holder.pid in (child.pid, None)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become somebody else")
+def test_another_user() -> None:
+    code = f"import os; os.setuid(12345){OTHER}"
+    with Process(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as child:
+        assert child.stdout is not None
+        owner = port_owner("tcp", "127.0.0.1", int(child.stdout.readline()))
+        child.communicate("\n", timeout=30)
+    assert owner is not None
+    assert owner.uid == 12345

@@ -298,6 +298,14 @@ def test_it_is_no_pickle() -> None:
         pickle.dumps(memory)
 
 
+def test_the_end_of_a_with_closes_it() -> None:
+    with SharedMemory(8) as memory:
+        fd = memory.fileno()
+    assert memory.closed
+    assert not os.path.lexists(f"/proc/self/fd/{fd}")
+    assert repr(memory) == "<SharedMemory 8 bytes closed>"
+
+
 def test_a_failure_leaves_no_descriptor() -> None:
     before = os.listdir("/dev/fd")
     with pytest.raises(OSError):

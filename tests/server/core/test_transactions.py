@@ -107,3 +107,54 @@ def test_an_expired_lease_that_was_confirmed_is_the_takers(effects: MemoryEffect
     effects.service.tick(5.0)
     assert effects.service.counters["expired"] == 0
     assert not effects.table.entries
+
+
+def test_everything_is_counted(effects: MemoryEffects) -> None:
+    session = effects.session()
+    register(effects, session)
+    register(effects, session, "brief", ttl=5.0)
+    for id, word in ((1, "dropped"), (2, "confirmed")):
+        effects.service.handle(session, id, m.Take("x"), [], 0.0)
+        (_, _, (_, taker)) = session.route.sent.pop()
+        assert effects.say(taker, word)  # type: ignore[arg-type]
+        effects.service.lease_moved(id, 0.0)
+    effects.service.handle(session, 3, m.Fetch("brief"), [], 0.0)
+    effects.service.handle(session, 4, m.Fetch("late", wait=1.0), [], 0.0)
+    effects.service.tick(5.0)
+    assert effects.service.counters == {
+        "requests": 6,
+        "refused": 1,  # the wait that was over
+        "registered": 2,
+        "fetched": 1,
+        "taken": 2,
+        "returned": 1,
+        "expired": 1,
+    }
+
+
+def test_an_expired_lease_is_revoked(effects: MemoryEffects) -> None:
+    """Who confirms afterwards is told that it has nothing."""
+    session = effects.session()
+    register(effects, session, ttl=5.0)
+    effects.service.handle(session, 1, m.Take("x"), [], 0.0)
+    ((_, _, (_, taker)),) = session.route.take()
+    effects.service.tick(5.0)
+    assert not effects.table.entries
+    assert not effects.say(taker, "confirmed")
+
+
+def test_limits_of_the_whole_server_count_the_new_without_the_replaced() -> None:
+    limits = msgspec.structs.replace(Limits.for_rlimit(1000), max_names=2, max_descriptors=5)
+    effects = MemoryEffects(limits=limits)
+    session = effects.session()
+    register(effects, session, "a", count=3)
+    register(effects, session, "b", count=2)
+    for name, count, replace, what in (
+        ("c", 1, False, "max_names"),
+        ("b", 3, True, "max_descriptors"),
+    ):
+        with pytest.raises(QuotaExceeded) as caught:
+            register(effects, session, name, count=count, replace=replace)
+        assert caught.value.what == what
+    register(effects, session, "b", count=1, replace=True)
+    register(effects, session, "a", count=4, replace=True)
