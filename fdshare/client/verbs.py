@@ -28,7 +28,7 @@ Steps: TypeAlias = Generator[Exchange, WholeAnswer, T]
 
 def register(
     name: str,
-    obj: Any,
+    obj: object,
     *,
     replace: bool,
     if_generation: int | None,

@@ -73,7 +73,7 @@ UserRebuild: TypeAlias = Callable[[Any, list[Descriptor]], Any]
 _decode_any: Final = msgspec.msgpack.Decoder().decode
 
 
-def describe(obj: Any) -> Described:
+def describe(obj: object) -> Described:
     """The kind of *obj* and the numbers of its descriptors, borrowed: valid while *obj* stays open.
 
     Flushes writers, and moves the offset of a seekable reader to its logical position.

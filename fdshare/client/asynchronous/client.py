@@ -67,7 +67,7 @@ class AsyncClient(BaseClient):
     async def register(
         self,
         name: str,
-        obj: Any,
+        obj: object,
         *,
         replace: bool = False,
         if_generation: int | None = None,

@@ -64,7 +64,7 @@ class Client(BaseClient):
     def register(
         self,
         name: str,
-        obj: Any,
+        obj: object,
         *,
         replace: bool = False,
         if_generation: int | None = None,
@@ -226,7 +226,7 @@ class Client(BaseClient):
     def __getitem__(self, name: str) -> Any:
         return self.fetch(name)
 
-    def __setitem__(self, name: str, obj: Any) -> None:
+    def __setitem__(self, name: str, obj: object) -> None:
         self.register(name, obj, replace=True)
 
     def __delitem__(self, name: str) -> None:
