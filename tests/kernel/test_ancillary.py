@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Iterator
 
 import pytest
+from conftest import census
 
 from fdshare.errors import (
     AccessDenied,
@@ -706,3 +707,21 @@ def test_own_credentials_name_this_process() -> None:
     mine = own_credentials()
     assert (mine.pid, mine.uid, mine.gid) == (os.getpid(), os.geteuid(), os.getegid())
     assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 253  # what the tests above need
+
+
+class Raced(socket.socket):
+    """A socket from which another thread reads what was just looked at."""
+
+    def recv(self, bufsize: int, flags: int = 0) -> bytes:
+        raise BlockingIOError
+
+
+def test_what_another_reader_took_is_not_ours(null: int) -> None:
+    """The copies that looking made are closed."""
+    near, far = socket.socketpair()
+    with Raced(fileno=near.detach()) as raced, far:
+        send_fds(far, [null], b"x")
+        before = census()
+        with pytest.raises(BlockingIOError):
+            recv_fds(raced, 1, 1)
+        assert census() == before

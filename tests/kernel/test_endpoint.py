@@ -20,6 +20,7 @@ from fdshare.kernel import (
     cli_conn,
     connect,
     datagram,
+    endpoint,
     listen,
     recv_fds,
     s_pipe,
@@ -59,6 +60,18 @@ def test_the_mode_is_right_whatever_the_umask(folder: Path, mode: int, umask: in
             assert stat.S_IMODE((folder / "s.lock").stat().st_mode) == 0o600 & ~umask
     finally:
         assert os.umask(before) == umask
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o660, 0o777, 0o000])
+def test_the_mode_is_right_where_the_umask_does_it(folder: Path, mode: int) -> None:
+    """Elsewhere than on Linux; the umask of the process is as before."""
+    before = os.umask(0o022)
+    os.umask(before)
+    with socket.socket(socket.AF_UNIX) as sock:
+        info = endpoint._bind_umask(sock, bytes(folder / "s"), mode, None)
+        assert stat.S_IMODE(info.st_mode) == mode
+        assert info.st_ino == (folder / "s").lstat().st_ino
+    assert os.umask(before) == before
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the umask does it")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+from pathlib import Path
 from typing import Any, get_args
 
 import msgspec
@@ -13,6 +16,7 @@ from fdshare import errors
 from fdshare.errors import BadRequest, FdshareError, NameNotFound, ProtocolError
 from fdshare.protocol import messages as m
 
+DOCUMENT = Path(__file__).parents[2] / "docs" / "protocol.md"
 REQUESTS = get_args(m.AnyRequest)
 REPLIES = get_args(m.AnyReply)
 
@@ -113,6 +117,36 @@ def test_fields_of_an_older_release_have_defaults() -> None:
     body = msgspec.msgpack.encode({"type": "fetch", "name": "web"})
     assert m.decode_request(body) == m.Fetch("web", 0.0)
     assert m.encode(m.Fetch("web")) == body
+
+
+def documented() -> dict[tuple[str, str], str]:
+    """(message, field) -> its default, as the tables of docs/protocol.md have it."""
+    found: dict[tuple[str, str], str] = {}
+    message = ""
+    for line in DOCUMENT.read_text().splitlines():
+        columns = [column.strip() for column in line.split("|")[1:-1]]
+        if heading := re.match(r"\*\*(\w+)\*\*", line):
+            message = heading[1]
+        elif len(columns) == 4 and columns[0].isidentifier() and columns[0] != "field":
+            found[message, columns[0]] = columns[2]
+    return found
+
+
+def test_defaults_are_those_of_the_document() -> None:
+    """Whoever writes a peer from it leaves out what has one."""
+    classes = {cls.__struct_config__.tag: cls for cls in (*REQUESTS, *REPLIES)}
+    classes["infolist"] = m.EntryInfo  # whose table it is
+    checked = set()
+    for (message, field), text in documented().items():
+        (info,) = (f for f in msgspec.structs.fields(classes[message]) if f.name == field)
+        default = info.default
+        if info.default_factory is not msgspec.NODEFAULT:
+            default = info.default_factory()
+        words = {"nil": None, "false": False, "": msgspec.NODEFAULT, "{}": {}, "[]": []}
+        expected = words[text] if text in words else json.loads(text.strip("`"))
+        assert default == expected, (message, field)
+        checked.add(message)
+    assert {"register", "fetch", "wait", "unregister", "bind", "given", "event"} <= checked
 
 
 BODIES = {
