@@ -51,7 +51,7 @@ GOOD: list[Any] = [
     m.Registered("a", 1),
     *(m.Given("a", 1, each, {}) for each in KINDS),
     m.Given("a", 1, KINDS[0], {}, lease=True),
-    m.GivenMany([m.Item("a", 1, KINDS[0], 1), m.Item("b", 2, KINDS[1], 1)]),
+    m.GivenMany([m.GivenItem("a", 1, KINDS[0], 1), m.GivenItem("b", 2, KINDS[1], 1)]),
     m.Done(),
     m.NameList(["a", "b"]),
     m.NameList(["a"], more=True),
