@@ -59,15 +59,15 @@ class Closer:
         self._queue: SimpleQueue[int | None] = SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._since: dict[int, float] = {}  # thread -> when its current close(2) began
+        self._looking = False  # a timer will see whether all threads are stuck
 
     def close(self, fd: int) -> None:
         """Closes *fd*, soon; the closer owns it now."""
         self._queue.put(fd)
-        if not self._threads or (len(self._threads) < _MOST and self._is_stuck()):
-            # Daemon threads: a close that never returns must not keep the process from ending.
-            thread = threading.Thread(target=self._run, name="fdshare-closer", daemon=True)
-            self._threads.append(thread)
-            thread.start()
+        if not self._threads or self._is_stuck():
+            self._start()
+        else:
+            self._look_later()
 
     def stop(self, timeout: float) -> None:
         """Waits up to *timeout* seconds for the closes that were asked for so far."""
@@ -78,10 +78,33 @@ class Closer:
             thread.join(max(deadline - time.monotonic(), 0.0))
         self._threads = []
 
+    def _start(self) -> None:
+        if len(self._threads) < _MOST:
+            # Daemon threads: a close that never returns must not keep the process from ending.
+            thread = threading.Thread(target=self._run, name="fdshare-closer", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def _look_later(self) -> None:
+        """Whether a close that has just begun is stuck shows only after a while, and then perhaps
+        nobody calls."""
+        if self._since and not self._looking and len(self._threads) < _MOST:
+            self._looking = True
+            timer = threading.Timer(_STUCK, self._look)
+            timer.daemon = True
+            timer.start()
+
+    def _look(self) -> None:
+        self._looking = False
+        if self._threads and not self._queue.empty():
+            if self._is_stuck():
+                self._start()
+            self._look_later()
+
     def _is_stuck(self) -> bool:
         before = time.monotonic() - _STUCK
         began = list(self._since.values())
-        return len(began) == len(self._threads) and max(began) < before
+        return 0 < len(began) == len(self._threads) and max(began) < before
 
     def _run(self) -> None:
         me = threading.get_ident()

@@ -46,6 +46,17 @@ def test_a_close_that_hangs_holds_up_no_other(closer: Closer, null: int) -> None
         reset(peer)
 
 
+def test_a_close_that_has_just_begun_to_hang_holds_up_no_other(closer: Closer, null: int) -> None:
+    """Nobody else calls."""
+    sock, peer = lingering_pair(60)
+    try:
+        closer.close(sock.detach())
+        wait_until(lambda: closer._since, "the close has begun")
+        closed_soon(closer, os.dup(null))
+    finally:
+        reset(peer)
+
+
 def test_the_end_does_not_wait_for_one_that_hangs(null: int) -> None:
     closer = Closer()
     sock, peer = lingering_pair(60)
