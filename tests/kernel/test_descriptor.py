@@ -207,6 +207,7 @@ def test_the_number_0_is_one_like_any_other() -> None:
     pid = os.fork()
     if not pid:
         try:
+            assert Descriptor(0).detach() == 0
             owned = Descriptor(0)
             assert not owned.closed
             owned.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import socket
 import stat
 import subprocess
@@ -13,6 +14,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from conftest import census
 
 from fdshare.errors import AddressInUse, EndpointError, NoServer, ServerTimeout
 from fdshare.kernel import (
@@ -291,3 +293,22 @@ def test_a_path_that_is_swapped_takes_no_other_file_along(folder: Path, moment: 
     assert (info.st_uid, info.st_mode & 0o7777) == (os.geteuid(), 0o600)
     assert (folder / "s").is_symlink()
     assert ("replaced" in out) is (moment == "open")
+
+
+def test_a_connect_that_is_interrupted_leaves_nothing(folder: Path) -> None:
+    """By Ctrl-C, while it waits for a full backlog."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    former = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        with listen(folder / "s", backlog=0), connect(folder / "s", timeout=0):
+            before = census()
+            signal.setitimer(signal.ITIMER_REAL, 0.05)
+            with pytest.raises(KeyboardInterrupt):
+                connect(folder / "s")
+            assert census() == before
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, former)

@@ -207,3 +207,13 @@ def test_a_dead_socket_of_another_user(folder: Path) -> None:
     assert out.startswith("None ")
     assert "a socket of uid 0" in out
     (folder / "s.lock").unlink()
+
+
+def test_a_live_server_without_a_lock_and_with_a_full_backlog(folder: Path) -> None:
+    """Nobody waits until it has room."""
+    with socket.socket(socket.AF_UNIX) as stranger:
+        stranger.bind(f"{folder}/s")
+        stranger.listen(0)
+        with connect(folder / "s"), pytest.raises(AddressInUse):
+            listen(folder / "s")
+        assert (folder / "s").is_socket()

@@ -17,6 +17,7 @@ from conftest import census
 from nursery import Manager
 
 import fdshare
+from fdshare.client.asynchronous.pipeline import _MOST_CHANGES
 from fdshare.client.blocking.client import Client
 from fdshare.errors import (
     FetchTimeout,
@@ -25,6 +26,7 @@ from fdshare.errors import (
     NameNotFound,
     NameTaken,
 )
+from fdshare.server.core.table import ANSWERS_KEPT
 
 BACKENDS = pytest.mark.parametrize("backend", ["asyncio", "trio"])
 
@@ -449,3 +451,8 @@ def test_what_cannot_be_encoded_concerns_nobody_else(folder: Path, null: int, ba
                     await mine.ping()
 
     anyio.run(main, backend=backend)
+
+
+def test_no_more_changes_are_under_way_than_a_server_remembers() -> None:
+    """A repeat of one more could be carried out twice."""
+    assert _MOST_CHANGES <= ANSWERS_KEPT

@@ -158,3 +158,20 @@ def test_limits_of_the_whole_server_count_the_new_without_the_replaced() -> None
         assert caught.value.what == what
     register(effects, session, "b", count=1, replace=True)
     register(effects, session, "a", count=4, replace=True)
+
+
+def test_what_takers_have_confirmed_makes_room_before_anybody_is_refused() -> None:
+    """Also before the loop has heard of it: as names, and as descriptors."""
+    for changed in ({"max_names": 1}, {"max_descriptors": 3}):
+        effects = MemoryEffects(
+            limits=msgspec.structs.replace(Limits.for_rlimit(1000), **changed)  # type: ignore[arg-type]
+        )
+        session = effects.session()
+        register(effects, session, "a", count=2)
+        effects.service.handle(session, 1, m.Take("a"), [], 0.0)
+        ((_, _, (*_, taker)),) = session.route.take()
+        with pytest.raises(QuotaExceeded):
+            register(effects, session, "b", count=2)
+        assert effects.say(taker, "confirmed")
+        register(effects, session, "b", count=2)
+        assert list(effects.table.entries) == ["b"]
