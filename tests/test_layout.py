@@ -18,6 +18,7 @@ ACROSS = {
     "compat": "runs CPython's own tests over our classes",
     "examples": "runs the programs of examples/",
     "foreign": "speaks the protocol from its description, without our code",
+    "systemd": "runs the units of contrib/ under a real systemd",
     "typing": "what type checkers say of programs that use fdshare",
     "client/test_contract.py": "what both clients and Manager promise alike",
     "client/test_lifetimes.py": "what a client's end does to its entries",

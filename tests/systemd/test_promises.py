@@ -1,0 +1,72 @@
+"""What docs/howto/systemd.md promises of the units."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from .service import SOCKET, Knocker, Service, run, systemctl
+
+
+def test_the_first_client_starts_it(service: Service) -> None:
+    assert service.property("ActiveState") == "inactive"
+    assert service.names() == []
+    assert service.property("ActiveState") == "active"
+    assert service.property("MainPID") == str(service.stats().keeper_pid)
+    assert service.property("StatusText") == f"Serving at {SOCKET}"
+
+
+@pytest.fixture(scope="module")
+def listener(lasting_service: Service) -> Iterator[socket.socket]:
+    """Held as "web", among entries of other sorts; the entry that was taken is gone."""
+    service = lasting_service
+    with service.client() as client, socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.listen(4096)
+        client.register("web", listener, metadata={"role": "rw", "ü": "ß"})
+        client.bind("port", "tcp://127.0.0.1:80").close()
+        client.bind("path", "unix:///run/fdshare-test.sock").close()
+        near, far = socket.socketpair()
+        with near, far:
+            client.register("pair", near, drop_on_hangup=True)
+            service.memory("deadline", ttl=600)
+            service.memory("process", lifetime="process", grace=60)
+            for name in ("old", "taken", "gone"):
+                service.memory(name)
+            client.rename("old", "new")
+            client.take("taken").close()
+            client.unregister("gone")
+            service.memory("new", replace=True)
+            yield listener
+
+
+DEATHS: dict[str, Callable[[Service], object]] = {
+    "the server": lambda s: s.kill("server"),
+    "the keeper": lambda s: s.kill("keeper"),
+    "the server of a second keeper": lambda s: (s.kill("keeper"), s.redundant(), s.kill("server")),
+    "both": lambda s: s.kill("keeper", "server"),
+    "all, by systemctl kill": lambda s: systemctl("kill", "-s", "KILL", "fdshare.service"),
+    "systemctl restart": lambda s: s.restart(),
+    "systemctl reload": lambda s: systemctl("reload", "fdshare.service"),
+    "systemctl daemon-reload": lambda s: s.reload(),
+    "systemctl daemon-reexec": lambda s: systemctl("daemon-reexec"),
+    "both after daemon-reexec": lambda s: (systemctl("daemon-reexec"), s.kill("keeper", "server")),
+    "fdshare upgrade": lambda s: run("fdshare", "upgrade").check_returncode(),
+    "the keeper after an upgrade": lambda s: (run("fdshare", "upgrade"), s.kill("keeper")),
+}
+
+
+@pytest.mark.parametrize("death", DEATHS)
+def test_nothing_is_lost_and_nobody_refused(
+    lasting_service: Service, listener: socket.socket, death: str
+) -> None:
+    service = lasting_service
+    before, stored = service.table(), service.stored()
+    assert len(before) == 7
+    with Knocker(listener) as knocker:
+        DEATHS[death](service)
+        service.redundant()
+        assert service.table() == before
+    assert knocker.failures == []
+    assert service.stored() == stored
