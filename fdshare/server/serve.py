@@ -12,6 +12,7 @@ import socket
 import time
 from collections.abc import Callable
 
+from fdshare.errors import PolicyError
 from fdshare.kernel.descriptor_limit import raise_descriptor_limit
 from fdshare.kernel.endpoint import Listener, listen
 from fdshare.server.core.table import Table
@@ -42,11 +43,17 @@ def serve(
 
     *ready* is called once clients can connect. *listener*, which is taken over, replaces
     `settings.path`. *control* is borrowed. With a keeper, *fdstore* keeps the table in the service
-    manager's store, and *table* is what was restored from it.
+    manager's store, and *table* is what was restored from it: then a faulty policy is no reason not
+    to start.
     Raises: AddressInUse, EndpointError, PolicyError, InvalidArgument.
     """
     Limits.for_rlimit(raise_descriptor_limit(), **settings.limits)
-    settings.policy_text = read_policy(settings)[1]
+    try:
+        settings.policy_text = read_policy(settings)[1]
+    except PolicyError:
+        if table is None:
+            raise
+        # A start that fails may be the end of what a service manager holds for us.
     bound = listener or listen(settings.path, mode=settings.mode, backlog=settings.backlog)
     if settings.keeper:
         table = Table() if table is None else table

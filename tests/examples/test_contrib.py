@@ -43,6 +43,9 @@ def test_what_the_promises_stand_on() -> None:
     assert service["Type"] == "notify"
     assert service["NotifyAccess"] == "all"
     assert service["ExitType"] == "cgroup"
+    assert unit["Unit"]["StartLimitIntervalSec"] == "0"
+    assert service["SuccessExitStatus"] == "SIGKILL"
+    assert service["OOMPolicy"] == "continue"
     assert int(service["FileDescriptorStoreMax"]) > 0
     assert "--fdstore" in service["ExecStart"]
 

@@ -1,10 +1,10 @@
 #!/bin/bash
-# boot.sh WORK OPTION...
+# boot.sh WORK FOLDER...
 #
 # Boots this machine's own systemd as PID 1 of a container over a throw-away overlay of this machine's own /, with
 # no network but lo, and has it run WORK/inside as root when basic.target is reached. Powers off when that ends;
-# WORK/journal.txt is its log then. OPTIONs are more for systemd-nspawn. In the container WORK is /mnt/work, and
-# /usr/bin/fdshare is WORK/fdshare.
+# WORK/journal.txt is its log then. In the container WORK is /mnt/work, /usr/bin/fdshare is WORK/fdshare, and the
+# FOLDERs, which / does not show, are throw-away copies, too.
 #
 # Needs root, and systemd-nspawn, unshare and a cgroup2 that may be written to.
 set -eu
@@ -37,9 +37,16 @@ trap 'find "$group" "$mount/../systemd/${group##*/}" -depth -type d -exec rmdir 
 unshare -m bash -c '
   echo $$ > "$group/cgroup.procs"
   mount -t tmpfs tmpfs /run; mkdir /run/root; mount --bind / /run/root
+  binds=()
+  for folder; do
+    layers=/run/layers/${#binds[@]}
+    mkdir -p "$layers"/{upper,work,merged}
+    mount -t overlay -o "lowerdir=$folder,upperdir=$layers/upper,workdir=$layers/work" overlay "$layers/merged"
+    binds+=(--bind="$layers/merged:$folder")
+  done
   export SYSTEMD_NSPAWN_UNIFIED_HIERARCHY=1 SYSTEMD_NSPAWN_LOCK=0
   exec systemd-nspawn --quiet --boot --volatile=overlay --register=no --keep-unit --private-network --link-journal=no \
-    --directory=/run/root --machine="${group##*/}" --console=pipe --bind="$work":/mnt/work "$@" \
+    --directory=/run/root --machine="${group##*/}" --console=pipe --bind="$work":/mnt/work "${binds[@]}" \
     --bind-ro="$work/fdshare-test.target":/etc/systemd/system/fdshare-test.target \
     --bind-ro="$work/fdshare-test.service":/etc/systemd/system/fdshare-test.service \
     systemd.unit=fdshare-test.target systemd.show_status=0' bash "$@" < /dev/null > "$work/nspawn.txt" 2>&1

@@ -56,22 +56,27 @@ else:
         stays = nextitem is not None and nextitem.path.parent == _HERE
         hook = item.ihook
         hook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
-        for data in _run(item.nodeid, nextitem.nodeid if nextitem and stays else None):
-            report = hook.pytest_report_from_serializable(config=item.config, data=data)
+        for report in _run(item, nextitem.nodeid if nextitem and stays else None):
             hook.pytest_runtest_logreport(report=report)
         hook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
         return True
 
-    def _run(nodeid: str, following: str | None) -> list[dict[str, Any]]:
+    def _run(item: pytest.Item, following: str | None) -> list[pytest.TestReport]:
         global _container
-        if _container is None:
-            _container = Container()
         try:
-            return _container.run(nodeid, following)
-        except BaseException:
-            _container.close()
-            _container = None
-            raise
+            _container = _container or Container()
+            found = _container.run(item.nodeid, following)
+        except OSError as error:
+            if _container is not None:
+                _container.close()
+                _container = None
+            return [
+                pytest.TestReport(
+                    item.nodeid, item.location, {}, "failed", f"{error}", "setup", start=0, stop=0
+                )
+            ]
+        read = item.config.hook.pytest_report_from_serializable
+        return [read(config=item.config, data=data) for data in found]
 
     def pytest_sessionfinish() -> None:
         if _container is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -9,7 +10,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -64,12 +64,12 @@ class Container:
             self._write("fdshare", f'exec {sys.executable} -m fdshare "$@"')
             tests = "tests/systemd -q -p no:cacheprovider -p no:xdist"
             self._write("inside", f"exec {sys.executable} -m pytest {tests}")
-            self._process = subprocess.Popen(["bash", BOOT, self._work, *_binds()])
+            self._process = subprocess.Popen(["bash", BOOT, self._work, *_hidden()])
             try:
                 self._asks, _ = listener.accept()
             except TimeoutError:
                 self._kill()
-                raise RuntimeError(f"the container does not answer:\n{self.log()}") from None
+                raise ConnectionError(f"the container does not answer:\n{self.log()}") from None
         self._asks.settimeout(_TEST)
         self._answers = self._asks.makefile("r")
 
@@ -78,6 +78,9 @@ class Container:
         variables = f"export PYTHONDONTWRITEBYTECODE=1 PYTHONPATH={ROOT}"
         if name == "inside":
             variables += f" {INSIDE}={_WORK}/asks\ncd {ROOT}"
+            # Other users run it, too; in here nothing is anybody's own.
+            folders = {str(folder) for path in _used() for folder in (path, *path.parents)}
+            variables += f"\nchmod a+rx {' '.join(sorted(folders))}"
         path = self._work / name
         path.write_text(f"#!/bin/sh\n{variables}\n{command}\n")
         path.chmod(0o755)
@@ -108,23 +111,29 @@ class Container:
         shutil.rmtree(self._work, ignore_errors=True)
 
     def _kill(self) -> None:
-        """Kills all of it; the script that booted it sees to the rest."""
+        """Kills all of it, if it has not ended; the script that booted it sees to the rest."""
         group = _own_group()
         assert group is not None
-        (group / f"fdshare-test-{self._process.pid}" / "cgroup.kill").write_text("1")
+        with contextlib.suppress(FileNotFoundError):
+            (group / f"fdshare-test-{self._process.pid}" / "cgroup.kill").write_text("1")
         self._process.wait()
 
 
-def _binds() -> Iterator[str]:
-    """Options that show the container what an overlay of / does not."""
+def _used() -> set[Path]:
+    """The folders that the tests and the interpreter need."""
     used = {ROOT, Path(sys.prefix), Path(sys.base_prefix), *map(Path, filter(None, sys.path))}
+    return {path for path in used if path.is_dir()}
+
+
+def _hidden() -> list[Path]:
+    """Those of them that an overlay of / does not show."""
     device = os.stat("/").st_dev
-    bound: list[Path] = []
-    for path in sorted(used):
-        hidden = f"{path}/".startswith(_COVERED) or (path.exists() and path.stat().st_dev != device)
-        if hidden and path.is_dir() and not any(path.is_relative_to(other) for other in bound):
-            bound.append(path)
-            yield f"--bind-ro={path}"
+    found: list[Path] = []
+    for path in sorted(_used()):
+        hidden = f"{path}/".startswith(_COVERED) or path.stat().st_dev != device
+        if hidden and not any(path.is_relative_to(other) for other in found):
+            found.append(path)
+    return found
 
 
 def serve(run: Any) -> None:

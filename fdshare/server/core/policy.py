@@ -96,9 +96,19 @@ class Rule:
 
 class Policy:
     """Root and the server's own uid may do everything; others what *rules* allow, by default
-    nothing. The first rule that matches decides."""
+    nothing. The first rule that matches decides.
 
-    def __init__(self, own_uid: int, rules: tuple[Rule, ...] = (), *, file: str = "") -> None:
+    With *faulty* the *file* could not be read, which those who are refused are told.
+    """
+
+    def __init__(
+        self,
+        own_uid: int,
+        rules: tuple[Rule, ...] = (),
+        *,
+        file: str = "",
+        faulty: bool = False,
+    ) -> None:
         self.own_uid = own_uid
         self.rules = rules
         self._owner = Decision(True, "uid 0 and the server's own uid may do everything")
@@ -109,7 +119,11 @@ class Policy:
             "bind it yourself, and register it",
         )
         default = f"the default: only uid {own_uid} and root"
-        self._others = Decision(False, f"{default}; no rule of {file} matches" if file else default)
+        if faulty:
+            default = f"{default}; {file} has a fault, which the log of the server tells"
+        elif file:
+            default = f"{default}; no rule of {file} matches"
+        self._others = Decision(False, default)
 
     def trusts(self, subject: Subject) -> bool:
         """True for the users that no rule restrains: they could stop the server anyway."""

@@ -84,11 +84,11 @@ class Server:
     ) -> None:
         nofile = raise_descriptor_limit()
         self.table = table or Table()
+        self.notes: dict[str, str] = {}
         limits = Limits.for_rlimit(nofile, **settings.limits)
-        self.service = Service(self.table, _policy(settings), limits, self)
+        self.service = Service(self.table, self._remembered_policy(settings), limits, self)
         self._journal = journal
         self.auditing = audit_log.isEnabledFor(logging.INFO)
-        self.notes: dict[str, str] = {}
         self.settings = settings
         self._closer = Closer()
         self._started = time.monotonic()
@@ -241,6 +241,7 @@ class Server:
         if self._journal is not None:
             self._journal.keep_policy(text)
         self.settings.policy_text = text
+        self.notes.pop("policy", None)
         self.service.policy = policy
 
     def try_to_reload(self) -> None:
@@ -277,6 +278,17 @@ class Server:
             extra={**what, "pid": pid, "uid": uid},
         )
 
+    def _remembered_policy(self, settings: Settings) -> Policy:
+        """The policy that *settings* remember. If that cannot be read any more, only root and this
+        uid may do anything: that is better than a server that does not start."""
+        try:
+            return policy_of(settings)
+        except PolicyError as error:
+            note = f"only root and uid {os.geteuid()} are served: {error}"
+            log.error("the policy has a fault, %s", note)
+            self.notes["policy"] = note
+            return Policy(os.geteuid(), file=settings.policy or "", faulty=True)
+
     def _close(self, handle: Handle) -> None:
         """Closes *handle*, or has it closed when it has been sent where it still has to be."""
         self._hangups.unwatch(handle)
@@ -288,20 +300,6 @@ class Server:
                 os.close(fd)
             else:
                 self._closer.close(fd)
-
-
-def _policy(settings: Settings) -> Policy:
-    """The policy that *settings* remember. If that cannot be read any more, only root and this uid
-    may do anything: that is better than a server that does not start."""
-    try:
-        return policy_of(settings)
-    except PolicyError as error:
-        log.error(
-            "the policy cannot be read any more, only root and uid %d are served: %s",
-            os.geteuid(),
-            error,
-        )
-        return Policy(os.geteuid())
 
 
 def _command_of(pid: int) -> str:

@@ -202,6 +202,28 @@ def test_it_survives_an_upgrade(manager: Manager) -> None:
     assert [entry["name"] for entry in shell.json("ls")] == ["one", "two"]
 
 
+def test_a_table_is_served_although_the_policy_has_a_fault(
+    manager: Manager, folder: Path, until: Until
+) -> None:
+    shell = manager.shell
+    policy = folder / "policy.toml"
+    policy.write_text("")
+    manager.start("--policy", str(policy))
+    shell("register", "one", "--memory", "/dev/null")
+    policy.write_text("[[rule]]\n")
+    manager.kill_all()
+    manager.start("--policy", str(policy))
+    assert [entry["name"] for entry in shell.json("ls")] == ["one"]
+    assert f"only root and uid {os.geteuid()} are served" in shell.json("stats")["notes"]["policy"]
+    assert f"{policy} has a fault" in shell("explain", "list", "--uid", "65534", status=1)
+    os.kill(shell.json("stats")["server_pid"], signal.SIGKILL)
+    until(lambda: shell.json("stats")["redundant"], "another server")
+    assert "policy" in shell.json("stats")["notes"]
+    policy.write_text("")
+    shell("reload")
+    assert "policy" not in shell.json("stats")["notes"]
+
+
 def test_it_needs_a_service_manager_and_a_keeper(folder: Path) -> None:
     shell = Shell(folder)
     assert "NOTIFY_SOCKET is not set" in shell.fails("serve", "--fdstore", status=2)
