@@ -55,6 +55,6 @@ def test_the_commands_exist() -> None:
         for line in file.read_text().splitlines():
             key, _, command = line.partition("=")
             if key in ("ExecStart", "ExecReload", "command"):
-                words = command.split()
+                words = command.lstrip("+").split()
                 assert words[0].endswith("fdshare")
                 assert words[1] in _FAMILIES

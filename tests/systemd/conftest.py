@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from .container import INSIDE, Container, serve, why_not
-from .service import Service
+from .service import Service, journal
 
 _HERE = Path(__file__).parent
 _container: Container | None = None
@@ -39,6 +39,13 @@ if INSIDE in os.environ:
         session.config.pluginmanager.register(Collector())
         serve(run)
         return True
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport() -> Iterator[None]:
+        report = yield
+        if report.failed:
+            report.sections.append(("journal", journal("*", 60)))
+        return report
 
 else:
 

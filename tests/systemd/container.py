@@ -79,7 +79,7 @@ class Container:
         if name == "inside":
             variables += f" {INSIDE}={_WORK}/asks\ncd {ROOT}"
             # Other users run it, too; in here nothing is anybody's own.
-            folders = {str(folder) for path in _used() for folder in (path, *path.parents)}
+            folders = {str(folder) for path in used_folders() for folder in (path, *path.parents)}
             variables += f"\nchmod a+rx {' '.join(sorted(folders))}"
         path = self._work / name
         path.write_text(f"#!/bin/sh\n{variables}\n{command}\n")
@@ -119,7 +119,7 @@ class Container:
         self._process.wait()
 
 
-def _used() -> set[Path]:
+def used_folders() -> set[Path]:
     """The folders that the tests and the interpreter need."""
     used = {ROOT, Path(sys.prefix), Path(sys.base_prefix), *map(Path, filter(None, sys.path))}
     return {path for path in used if path.is_dir()}
@@ -129,7 +129,7 @@ def _hidden() -> list[Path]:
     """Those of them that an overlay of / does not show."""
     device = os.stat("/").st_dev
     found: list[Path] = []
-    for path in sorted(_used()):
+    for path in sorted(used_folders()):
         hidden = f"{path}/".startswith(_COVERED) or path.stat().st_dev != device
         if hidden and not any(path.is_relative_to(other) for other in found):
             found.append(path)

@@ -35,7 +35,7 @@ def run(*words: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
 def systemctl(*words: str) -> str:
     """What it prints. Fails the test where it fails."""
     done = run("systemctl", *words)
-    assert done.returncode == 0, (words, done.stderr, _journal("*", 20))
+    assert done.returncode == 0, (words, done.stderr)
     return done.stdout
 
 
@@ -45,7 +45,7 @@ def properties(unit: str, *names: str) -> dict[str, str]:
     return dict(line.split("=", 1) for line in lines)
 
 
-def _journal(unit: str, lines: int) -> str:
+def journal(unit: str, lines: int) -> str:
     return run("journalctl", "-u", unit, "-b", "--no-pager", "-n", str(lines)).stdout
 
 
@@ -94,8 +94,8 @@ class Service:
         """How many descriptors systemd holds for it."""
         return int(self.property("NFileDescriptorStore"))
 
-    def journal(self, lines: int = 40) -> str:
-        return _journal("fdshare.service", lines)
+    def log(self) -> str:
+        return journal("fdshare.service", 200)
 
     # What clients see.
 
@@ -121,7 +121,7 @@ class Service:
         try:
             return wait_until(settled, "both halves are there")
         except (AssertionError, FdshareError):
-            raise AssertionError(f"no two halves:\n{self.journal()}") from None
+            raise AssertionError(f"no two halves:\n{self.log()}") from None
 
     def table(self) -> dict[str, dict[str, Any]]:
         """Every entry, with the identity of its descriptors; not what time changes."""

@@ -48,7 +48,7 @@ def test_a_restart_with_a_bad_policy_serves_root_alone(service: Service) -> None
     service.restart()
     assert service.table() == before
     assert "alow" in service.stats().notes["policy"]
-    assert "alow" in service.journal()
+    assert "alow" in service.log()
     refused = run(
         "setpriv", f"--reuid={NOBODY}", "--clear-groups", "fdshare", "ls", "--path", SOCKET
     )
@@ -75,7 +75,7 @@ def test_a_first_start_with_a_bad_policy_fails(service: Service) -> None:
     POLICY.write_text(ALLOW.replace("allow", "alow"))
     service.dropin(serve=f"--policy {POLICY}")
     assert run("systemctl", "start", "fdshare.service").returncode
-    wait_until(lambda: "alow" in service.journal(), "the reason")
+    wait_until(lambda: "alow" in service.log(), "the reason")
 
 
 @pytest.fixture(autouse=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from dataclasses import dataclass
 
+from fdshare.kernel.credentials import peer_credentials
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.kernel.endpoint import Listener
 from fdshare.server.core.table import Table
@@ -45,9 +47,11 @@ class Holdings:
         """Makes this process the one that listens, as clients see it, and that removes the path.
 
         A Listener removes its path only in the process that made it, so it is made anew; and
-        SO_PEERCRED of a listening socket is the process that called listen(2) last.
+        SO_PEERCRED of a listening socket is the process that called listen(2) last. One that
+        another user handed to us stays his: clients believe root, not the user of a service.
         """
         address, inode = self.listener.address, self.listener.inode
         sock, lock = self.listener.detach()
         self.listener = Listener(address, sock, lock, inode)
-        sock.listen(self.settings.backlog)
+        if peer_credentials(sock).uid == os.geteuid():
+            sock.listen(self.settings.backlog)

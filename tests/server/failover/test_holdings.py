@@ -23,7 +23,7 @@ from fdshare.errors import (
 )
 from fdshare.kernel.credentials import peer_credentials
 from fdshare.kernel.descriptor import Descriptor
-from fdshare.kernel.endpoint import connect, listen
+from fdshare.kernel.endpoint import Listener, connect, listen
 from fdshare.protocol import messages as m
 from fdshare.server.core.records import Put, Record
 from fdshare.server.core.table import Table
@@ -31,6 +31,8 @@ from fdshare.server.failover.holdings import Holdings
 from fdshare.server.loop.closing import Handle
 from fdshare.server.settings import Settings
 from server.orders import KIND
+
+STRANGER = 65534
 
 
 def repeat(manager: Manager, halves: Halves, death: Half | None, ask: Callable[[Wire], Any]) -> Any:
@@ -238,3 +240,20 @@ def test_who_takes_the_listener_is_seen_to_listen_and_removes_the_path(holdings:
             os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     assert not os.path.exists(path)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root becomes another user")
+def test_the_listener_of_another_user_stays_his(folder: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(os.fspath(folder / "sock"))
+        pid = os.fork()
+        if not pid:
+            os.setresuid(STRANGER, STRANGER, STRANGER)
+            sock.listen()
+            os._exit(0)
+        os.waitpid(pid, 0)
+        made = Holdings(Settings(path=""), Listener.adopt(sock), Table(), "epoch")
+        made.take_listener()
+        with made.listener:
+            who = peer_credentials(made.listener.socket)
+            assert (who.pid, who.uid) == (pid, STRANGER)
