@@ -164,6 +164,13 @@ class Service:
         for pid in killed:
             os.kill(pid, signal.SIGKILL)
 
+    def signal(self, number: int, half: str) -> None:
+        """Sends it to "server" or "keeper"."""
+        stats = self.stats()
+        pid = stats.server_pid if half == "server" else stats.keeper_pid
+        assert pid is not None
+        os.kill(pid, number)
+
     def kill_both(self) -> None:
         """And waits until both are there again."""
         self.kill("keeper", "server")

@@ -22,6 +22,7 @@ from fdshare.server.core.ports import JournalBusy
 from fdshare.server.core.records import Record
 from fdshare.server.failover.fd_store import FdStore
 from fdshare.server.failover.processes import BACK_OFF, Deaths, Forked, fence, fork_half
+from fdshare.server.failover.service_manager import is_reported
 from fdshare.server.loop.closing import close_quietly
 from fdshare.server.loop.connection import NO_MEMORY
 from fdshare.server.loop.poller import READ
@@ -210,7 +211,7 @@ class Journal:
         if not self._buried and not self._bury():
             return None
         try:
-            half = fork_half()
+            half = fork_half(orphan=is_reported())
         except OSError as error:
             log.error("no new keeper (%s); the table cannot be changed until there is one", error)
             self._interrupt_in(_RETRY)

@@ -6,6 +6,7 @@ kills the other by its pidfd and waits for the pidfd: that is the fence.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import select
@@ -14,8 +15,10 @@ import socket
 import sys
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Final, NamedTuple, TypeAlias
 
+from fdshare.kernel.ancillary import recv_fds, send_message
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.server.loop.closing import close_quietly
 
@@ -28,6 +31,10 @@ log = logging.getLogger("fdshare.server")
 _MANY: Final = 5
 _WITHIN: Final = 10.0
 BACK_OFF: Final = 5.0
+
+# Said to an orphan: to be the other half, or not.
+_WANTED: Final = b"y"
+_UNWANTED: Final = b"n"
 
 # What a process does until it has something else to do, which is then returned; None to end.
 Life: TypeAlias = "Callable[[], Life | None]"
@@ -108,8 +115,13 @@ class Forked(NamedTuple):
     pid: int
 
 
-def fork_half() -> Forked:
-    """Forks the other half. Returns in both. Raises: OSError: there is no child then."""
+def fork_half(*, orphan: bool = False) -> Forked:
+    """Forks the other half. Returns in both. Raises: OSError: nothing was forked.
+
+    With *orphan* it is no child of ours when this returns, but of init or the nearest subreaper: a
+    service manager hears of the end of its own children alone. systemd kills a main process that is
+    another's at every orderly stop.
+    """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     me = os.getpid()
     try:
@@ -121,8 +133,13 @@ def fork_half() -> Forked:
             raise
         if pid == 0:
             close_quietly(ours)
+            if orphan:
+                _fork_again(theirs)
             return Forked(True, theirs, us, me)
         close_quietly(us)  # only now: its number is free for the child's pidfd
+        if orphan:
+            close_quietly(theirs)
+            return Forked(False, ours, *_await_orphan(ours, pid))
         return Forked(False, ours, Descriptor(os.pidfd_open(pid)), pid)
     except BaseException:
         close_quietly(ours)
@@ -130,3 +147,39 @@ def fork_half() -> Forked:
     finally:
         if os.getpid() == me:
             close_quietly(theirs)
+
+
+def _fork_again(theirs: socket.socket) -> None:
+    """In a forked child: returns in a child of its own, when that is an orphan."""
+    pid = -1
+    try:
+        pid = os.fork()
+        if pid:
+            # Nobody but its parent knows for certain whose number it is.
+            with Descriptor(os.pidfd_open(pid)) as child:
+                send_message(theirs, (str(pid).encode(),), [child.fileno()])
+            os._exit(0)
+    except BaseException:
+        if pid:
+            os._exit(1)
+        raise
+    # The end of the stream is the death of the process that forked us: we are to take over.
+    if theirs.recv(1) == _UNWANTED:
+        os._exit(1)
+
+
+def _await_orphan(ours: socket.socket, middle: int) -> tuple[Descriptor, int]:
+    """The pidfd and pid of the orphan that *middle*, a child of ours, has forked. The caller owns
+    the result. Raises: OSError."""
+    try:
+        # A process hands its children on before its end is seen (kernel/exit.c, exit_notify).
+        if os.waitpid(middle, 0)[1]:
+            raise ChildProcessError(errno.ECHILD, "it was forked, but not forked again")
+        got = recv_fds(ours, 16, 1)
+        (pidfd,) = got.descriptors
+    except BaseException:
+        with suppress(OSError):
+            ours.send(_UNWANTED)
+        raise
+    ours.send(_WANTED)
+    return pidfd, int(got.data)

@@ -13,11 +13,16 @@ from typing import Final
 from fdshare.activation import notify, watchdog_seconds
 from fdshare.errors import FdshareError
 
-__all__ = ["Watchdog", "announce_main_pid", "report"]
+__all__ = ["Watchdog", "announce_main_pid", "is_reported", "report"]
 
 log = logging.getLogger("fdshare.keeper")
 
 _PATIENCE: Final = 1.0  # seconds for a manager that does not read
+
+
+def is_reported() -> bool:
+    """True where there is a service manager to tell."""
+    return bool(os.environ.get("NOTIFY_SOCKET"))
 
 
 def report(state: str) -> None:

@@ -50,7 +50,7 @@ class Manager:
         self.shell = shell
         self.sock = NotifySocket(str(shell.folder / "notify"))
         self.store: list[tuple[str, Descriptor]] = []
-        self.main_pid = 0
+        self.said: list[str] = []
         self.ready = threading.Event()
         self._lock = threading.Lock()
         self._stop = threading.Event()
@@ -110,6 +110,7 @@ class Manager:
             said = self.sock.receive()
             assert said is not None
             name = said.value("FDNAME") or "stored"
+            self.said += said.lines
             with self._lock:
                 if said.says("FDSTORE=1"):
                     self.store += [(name, d) for d in said.descriptors]
@@ -189,6 +190,17 @@ def test_the_death_of_one_half_is_no_matter(manager: Manager, half: str, until: 
     manager.start()
     assert [entry["name"] for entry in shell.json("ls")] == ["two"]
     shell("stop")
+
+
+def test_a_new_keeper_is_no_child_of_its_server(manager: Manager, until: Until) -> None:
+    shell = manager.shell
+    manager.start()
+    os.kill(shell.json("stats")["keeper_pid"], signal.SIGKILL)
+    until(lambda: shell.json("stats")["redundant"], "another keeper")
+    stats = shell.json("stats")
+    children = Path(f"/proc/{stats['server_pid']}/task/{stats['server_pid']}/children")
+    assert children.read_text() == ""
+    until(lambda: f"MAINPID={stats['keeper_pid']}" in manager.said, "it is the main process")
 
 
 def test_it_survives_an_upgrade(manager: Manager) -> None:

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from breaking import ended
@@ -90,6 +91,27 @@ def test_both_halves_have_one_end_and_know_each_other() -> None:
     child = os.waitid(os.P_PIDFD, half.other.fileno(), os.WEXITED)
     assert child is not None
     assert (child.si_pid, child.si_status) == (half.pid, 0)
+    half.other.close()
+
+
+def children() -> str:
+    return Path("/proc/thread-self/children").read_text()
+
+
+def test_an_orphan_is_no_child_of_its_other_half() -> None:
+    me, before, known = os.getpid(), census(), children()
+    half = fork_half(orphan=True)
+    if half.born:
+        half.journal.send(f"{os.getpid()} {half.pid} {os.getppid()}".encode())
+        half.journal.recv(1)
+        os._exit(0)
+    pid, other, parent = map(int, half.journal.recv(100).split())
+    assert (pid, other) == (half.pid, me)
+    assert parent != me
+    assert children() == known  # nor is the process between them left
+    assert len(census()) == len(before) + 2
+    half.journal.close()
+    assert "it was no child of this process" in fence(half.other)
     half.other.close()
 
 

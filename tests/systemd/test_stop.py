@@ -1,0 +1,69 @@
+"""Stopping, reloading and restarting in good order, whoever was replaced before."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from conftest import wait_until
+
+from .service import Service, systemctl
+
+HISTORIES = ["", "server", "keeper", "keeper keeper", "server keeper", "keeper server"]
+
+
+@pytest.mark.parametrize("history", HISTORIES)
+def test_nobody_is_killed(service: Service, history: str) -> None:
+    service.memory("kept")
+    before = service.table()
+    for half in history.split():
+        service.kill(half)
+        service.redundant()
+    started = service.property("NRestarts")
+
+    keeper = service.stats().keeper_pid
+    assert "PPid:\t1\n" in Path(f"/proc/{keeper}/status").read_text()
+    systemctl("reload", "fdshare.service")
+    assert service.stats().keeper_pid == keeper
+    assert service.property("NRestarts") == started
+
+    service.restart()
+    assert service.table() == before
+    for half in history.split():
+        service.kill(half)
+        service.redundant()
+    systemctl("stop", "fdshare.service")
+    assert service.property("Result") == "success"
+    assert service.property("ActiveState") == "inactive"
+    log = service.log()
+    for complaint in ("with signal SIGKILL", "not our child", "Failed", "Traceback"):
+        assert complaint not in log
+
+
+@pytest.mark.parametrize("half", ["server", "keeper"])
+def test_a_half_that_is_stopped_ends_with_the_rest(service: Service, half: str) -> None:
+    service.dropin("TimeoutStopSec=1")
+    service.memory("kept")
+    before = service.table()
+    service.signal(signal.SIGSTOP, half)
+    service.restart()
+    assert service.table() == before
+    service.signal(signal.SIGSTOP, half)
+    systemctl("stop", "fdshare.service")
+    assert service.property("ActiveState") == "inactive"
+    assert service.property("Result") == "success"
+
+
+def test_a_keeper_dies_while_the_service_stops(service: Service) -> None:
+    service.dropin("TimeoutStopSec=1")
+    service.memory("kept")
+    before = service.table()
+    stats = service.stats()
+    service.signal(signal.SIGSTOP, "server")  # the keeper waits for it
+    assert stats.keeper_pid is not None
+    systemctl("restart", "--no-block", "fdshare.service")
+    wait_until(lambda: "stop" in service.property("SubState"), "it is being stopped")
+    os.kill(stats.keeper_pid, signal.SIGKILL)
+    assert service.table() == before
