@@ -33,6 +33,7 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     lease_timeout: float = 60.0  # seconds for a take to be confirmed
     session_timeout: float = 300.0  # seconds a client may take to come back after a server's death
     journal_timeout: float = 2.0  # seconds a change may wait for the keeper
+    hang_timeout: float = 15.0  # seconds the server may not answer its keeper before it is replaced
 
     @classmethod
     def for_rlimit(cls, nofile: int, **changed: float | int) -> Limits:

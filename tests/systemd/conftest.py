@@ -44,7 +44,7 @@ if INSIDE in os.environ:
     def pytest_runtest_makereport() -> Iterator[None]:
         report = yield
         if report.failed:
-            report.sections.append(("journal", journal("*", 60)))
+            report.sections.append(("journal", journal("fdshare*", 60)))
         return report
 
 else:

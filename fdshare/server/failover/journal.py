@@ -10,6 +10,7 @@ import logging
 import socket
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Final, Literal, TypeAlias
 
 import msgspec
@@ -42,13 +43,23 @@ class Note(msgspec.Struct, tag="note"):
     """What the halves tell each other beside the records.
 
     From the server: "hello" (it serves), "policy" (*data* is the text of a new one), "shutdown" and
-    "upgrade" (a client's request, (*session*, *id*)). From the keeper: "hello" (it holds what the
-    server holds), "drain" (answer what has begun, then end), "reload", "upgrading" (its next note
-    is a hello, or it dies), "failed" (the upgrade, and why).
+    "upgrade" (a client's request, (*session*, *id*)), "pong". From the keeper: "hello" (it holds
+    what the server holds), "drain" (answer what has begun, then end), "reload", "ping" (answered
+    with "pong"), "upgrading" (its next note is a hello, or it dies), "failed" (the upgrade, and
+    why).
     """
 
     verb: Literal[
-        "hello", "policy", "shutdown", "upgrade", "drain", "reload", "upgrading", "failed"
+        "hello",
+        "policy",
+        "shutdown",
+        "upgrade",
+        "pong",
+        "drain",
+        "reload",
+        "ping",
+        "upgrading",
+        "failed",
     ]
     session: str = ""
     id: int = 0
@@ -170,6 +181,9 @@ class Journal:
             self._server.stop()
         elif note.verb == "reload":
             self._server.try_to_reload()
+        elif note.verb == "ping":
+            with suppress(KeeperUnavailable):  # full: then it has enough to read
+                self._tell(Note("pong"))
         elif note.verb == "upgrading":
             self._acquainted, self._upgrading = False, True
             self._upgrades += 1

@@ -29,7 +29,9 @@ from typing import Final
 from fdshare.errors import FdshareError
 from fdshare.kernel.ancillary import receive_numbers
 from fdshare.kernel.descriptor import Descriptor
+from fdshare.kernel.descriptor_limit import raise_descriptor_limit
 from fdshare.server.core.records import Record
+from fdshare.server.failover.heartbeat import Heartbeat
 from fdshare.server.failover.holdings import Holdings
 from fdshare.server.failover.journal import (
     MAX_LETTER,
@@ -45,6 +47,7 @@ from fdshare.server.failover.upgrade import (
     exec_new_code,
     make_handover,
 )
+from fdshare.server.limits import Limits
 from fdshare.server.loop.closing import Closer, Handle, close_quietly
 from fdshare.server.loop.connection import NO_MEMORY
 from fdshare.server.loop.poller import READ, Poller
@@ -79,6 +82,8 @@ class Keeper:
         self._server = server
         self._poller = Poller()
         self._watchdog = Watchdog()
+        limits = Limits.for_rlimit(raise_descriptor_limit(), **holdings.settings.limits)
+        self._heartbeat = Heartbeat(limits.hang_timeout)
         self._closer = Closer()
         self._fencing = False
         self._deaths = Deaths()
@@ -129,7 +134,7 @@ class Keeper:
             key(events)  # type: ignore[operator]
         if self._trial is not None and time.monotonic() > self._trial_until:
             self._on_trial_over(0)
-        self._watchdog.feed()
+        self._look_after_server()
         if self._drain_until is not None and time.monotonic() > self._drain_until:
             log.warning("the server does not end, killed")
             self._on_server_gone()
@@ -138,7 +143,8 @@ class Keeper:
     def _timeout(self) -> float | None:
         if self._drain_until is not None or self._trial is not None:
             return 0.2
-        due = [at for at in (self._start_at, self._watchdog.due) if at is not None]
+        times = (self._start_at, self._watchdog.due, self._heartbeat.due)
+        due = [at for at in times if at is not None]
         return max(min(due) - time.monotonic(), 0.0) if due else None
 
     def _ended(self) -> bool:
@@ -203,6 +209,7 @@ class Keeper:
             self._drain()
 
     def _drain(self) -> None:
+        self._heartbeat.end()
         if self._server is not None:
             self._drain_until = time.monotonic() + _DRAIN
             self._tell(Note("drain"))
@@ -224,6 +231,15 @@ class Keeper:
         self._follow()
         return None
 
+    def _look_after_server(self) -> None:
+        """Asks it for a sign of life, when it is time to, and kills it if it gives none."""
+        if self._heartbeat.ask(time.monotonic()):
+            self._tell(Note("ping"))
+        elif self._heartbeat.hangs:
+            log.error("the server does not answer, killed")
+            self._on_server_gone()
+        self._watchdog.feed(well=self._heartbeat.well)
+
     def _follow(self) -> None:
         """Watches the server and its journal, and tells the server that it does."""
         assert self._journal is not None
@@ -232,6 +248,7 @@ class Keeper:
         self._poller.register(self._journal.fileno(), READ, self._on_journal)
         self._poller.register(self._server.fileno(), READ, self._on_death)
         self._tell(Note("hello"))
+        self._heartbeat.begin(time.monotonic())
 
     def _abandon(self) -> None:
         """In a forked child: closes its copies of what belongs to the keeper alone."""
@@ -263,6 +280,7 @@ class Keeper:
         close_quietly(self._server, self._journal)
         self._server = self._journal = None
         self._drain_until = None
+        self._heartbeat.end()
         if not self._stopping:
             if not self._relieved:
                 log.warning("the server is gone (%s), making a new one", how)
@@ -303,6 +321,7 @@ class Keeper:
             if not self._fencing:
                 self._on_server_gone()  # the end of the stream: it is dead, or will be
             return False
+        self._heartbeat.answered()
         if lost is not None:
             # This process holds no more than the server does: its limit was lowered. The
             # server forks a new keeper, which has the whole table.

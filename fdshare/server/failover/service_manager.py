@@ -53,11 +53,13 @@ class Watchdog:
         self._every = _interval()
         self.due = None if self._every is None else time.monotonic()
 
-    def feed(self) -> None:
-        """Reports, if it is time."""
-        if self.due is not None and self._every is not None and time.monotonic() >= self.due:
+    def feed(self, *, well: bool = True) -> None:
+        """Reports, if it is time to; if not *well*, waits until it is."""
+        if self.due is None or self._every is None or time.monotonic() < self.due:
+            return
+        if well:
             report("WATCHDOG=1")
-            self.due = time.monotonic() + self._every
+        self.due = time.monotonic() + (self._every if well else self._every / 4)
 
 
 def _interval() -> float | None:

@@ -49,6 +49,24 @@ def test_it_ends_although_a_half_is_stopped(half: Half) -> None:
     assert not os.path.exists(manager.address)
 
 
+@pytest.mark.parametrize("history", [[], ["keeper"], ["server"]], ids="-".join)
+def test_a_server_that_hangs_is_replaced(history: list[Half]) -> None:
+    with Manager(limits={"hang_timeout": 1}) as manager:
+        halves = Halves(manager)
+        read, write = os.pipe()
+        manager.register("a", read)
+        for half in history:
+            halves.kill(half)
+        halves.redundant()
+        pids = halves.pids()
+        os.kill(pids["server"], signal.SIGSTOP)
+        assert manager.names() == ["a"]
+        assert halves.pids()["keeper"] == pids["keeper"]
+        assert halves.pids()["server"] != pids["server"]
+        os.close(read)
+        os.close(write)
+
+
 def test_a_shutdown_outlives_a_keeper_that_did_not_hear_of_it() -> None:
     with Manager() as manager:
         pids = Halves(manager).pids()

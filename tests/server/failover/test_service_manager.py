@@ -140,6 +140,19 @@ def test_a_watchdog_is_fed_when_it_is_due(
     assert waiting(told) == [["WATCHDOG=1"]]
 
 
+def test_a_watchdog_is_not_fed_while_not_all_is_well(
+    told: NotifySocket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WATCHDOG_PID", raising=False)
+    monkeypatch.setenv("WATCHDOG_USEC", "2000000000")
+    watchdog = Watchdog()
+    watchdog.feed(well=False)
+    assert waiting(told) == []
+    # It looks again long before the half of the time is over.
+    assert watchdog.due is not None
+    assert time.monotonic() < watchdog.due < time.monotonic() + 500
+
+
 @pytest.mark.parametrize("usec", [None, "soon", "-1"])
 def test_no_watchdog(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, usec: str | None
