@@ -345,6 +345,7 @@ class EntryInfo(msgspec.Struct, frozen=True, omit_defaults=True):
     leased: bool = False
     metadata: dict[str, str] = {}
     descriptors: list[DescriptorInfo] = []
+    stored: bool | None = None  # in the service manager's store; None where there is none
 
 
 class InfoList(Reply):
@@ -385,6 +386,15 @@ class Explained(Reply):
     rule: str
 
 
+class StoreStats(msgspec.Struct, frozen=True):
+    """What a service manager holds for the server: *descriptors* of at most *limit*, None where
+    that is not known. *missing* entries would be lost with both halves."""
+
+    descriptors: int
+    limit: int | None
+    missing: int
+
+
 class ServerStats(msgspec.Struct, frozen=True):
     """The state of the server. *redundant*: both halves hold everything, either may die now."""
 
@@ -402,6 +412,7 @@ class ServerStats(msgspec.Struct, frozen=True):
     counters: dict[str, int]
     limits: dict[str, float]
     notes: dict[str, str] = {}  # for the operator: why the last upgrade failed ...
+    store: StoreStats | None = None
 
 
 class StatsReply(Reply):

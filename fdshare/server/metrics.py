@@ -38,6 +38,19 @@ def render(stats: ServerStats) -> str:
     lines += _family(
         "redundant", "gauge", "1 if either half may die now.", [("", int(stats.redundant))]
     )
+    if stats.store is not None:
+        lines += _family(
+            "stored_descriptors",
+            "gauge",
+            "Descriptors that the service manager holds.",
+            [("", stats.store.descriptors)],
+        )
+        lines += _family(
+            "missing_names",
+            "gauge",
+            "Names that the service manager does not hold.",
+            [("", stats.store.missing)],
+        )
     lines += _family(
         "limit",
         "gauge",

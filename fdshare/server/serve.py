@@ -19,6 +19,7 @@ from fdshare.server.core.table import Table
 from fdshare.server.failover.fd_store import FdStore
 from fdshare.server.failover.halves import run_keeper
 from fdshare.server.failover.holdings import Holdings
+from fdshare.server.failover.labels import MOST
 from fdshare.server.failover.service_manager import Watchdog, report
 from fdshare.server.limits import Limits
 from fdshare.server.loop.poller import READ
@@ -47,11 +48,15 @@ def serve(
     to start.
     Raises: AddressInUse, EndpointError, PolicyError, InvalidArgument.
     """
-    Limits.for_rlimit(raise_descriptor_limit(), **settings.limits)
+    limits = Limits.for_rlimit(raise_descriptor_limit(), **settings.limits)
+    if fdstore is not None:
+        # What a registration is told, in time: more than that would never be in the store.
+        most = min(limits.max_descriptors, MOST)
+        settings.limits = {"max_descriptors": most, **settings.limits}
     try:
         settings.policy_text = read_policy(settings)[1]
     except PolicyError:
-        if table is None:
+        if table is None and not settings.closed:
             raise
         # A start that fails may be the end of what a service manager holds for us.
     bound = listener or listen(settings.path, mode=settings.mode, backlog=settings.backlog)

@@ -32,6 +32,7 @@ class Settings(msgspec.Struct, kw_only=True):
     log_format: Literal["text", "json"] = "text"
     log_level: str = "INFO"
     metrics: str | None = None  # HOST:PORT for Prometheus text over HTTP
+    closed: str = ""  # why nobody is served
 
 
 def read_policy(settings: Settings) -> tuple[Policy, bytes | None]:

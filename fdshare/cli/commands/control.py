@@ -13,6 +13,7 @@ from fdshare.cli.options import for_server, json_option, name_argument, uid_of
 
 if TYPE_CHECKING:
     from fdshare.client.blocking.client import Client
+    from fdshare.protocol.messages import StoreStats
 
 __all__ = ["explain", "ping", "reload", "stats", "stop", "upgrade"]
 
@@ -49,10 +50,17 @@ def stats(client: Client, as_json: bool, prometheus: bool) -> None:
         "in flight": f"{found.in_flight} of {found.limits['in_flight']:.0f}",
         "leases": str(found.leases),
         "generation": str(found.generation),
+        **({} if found.store is None else {"store": _store(found.store)}),
         **{name: f"{value:,}" for name, value in found.counters.items()},
         **found.notes,
     }
     print_facts(lines.items())
+
+
+def _store(store: StoreStats) -> str:
+    limit = "at most as many as it likes" if store.limit is None else str(store.limit)
+    missing = f", {store.missing} names are not in it" if store.missing else ""
+    return f"{store.descriptors} of {limit} with the service manager{missing}"
 
 
 @click.command(short_help="Check that the server answers.")

@@ -18,7 +18,7 @@ from fdshare.errors import EndpointError, FdshareError, NoServer
 from fdshare.version import __version__
 
 if TYPE_CHECKING:
-    from fdshare.protocol.messages import ServerStats
+    from fdshare.protocol.messages import ServerStats, StoreStats
 
 __all__ = ["doctor"]
 
@@ -176,8 +176,23 @@ def _stats(stats: ServerStats) -> Iterator[Finding]:
         if used > 0.8 * stats.limits[limit]:
             most = f"{used} of {stats.limits[limit]:.0f}"
             yield Finding("bad", limit, most, f"raise it: fdshare serve --limit {limit}=NUMBER")
+    if stats.store is not None:
+        yield _store(stats.store)
     for note, words in stats.notes.items():
         yield Finding("note", note, words)
+
+
+def _store(store: StoreStats) -> Finding:
+    of = "" if store.limit is None else f" of {store.limit}"
+    text = f"{store.descriptors}{of} descriptors are with the service manager"
+    if not store.missing:
+        return Finding("ok", "store", text)
+    return Finding(
+        "bad",
+        "store",
+        f"{text}, {store.missing} names are not",
+        "raise FileDescriptorStoreMax= in the unit: systemctl daemon-reload, then reload",
+    )
 
 
 def _limits() -> Iterator[Finding]:
@@ -203,7 +218,7 @@ def _limits() -> Iterator[Finding]:
 
 def _kernel() -> Iterator[Finding]:
     from fdshare.activation import own_pidfd_id
-    from fdshare.cli.support.open_files import same_open_file
+    from fdshare.kernel.open_file import same_open_file
 
     if hasattr(os, "pidfd_open") and own_pidfd_id() is not None:
         yield Finding("ok", "pidfd", "yes, with ids")

@@ -40,12 +40,17 @@ def row(entry: EntryInfo) -> list[str]:
     return [
         entry.name,
         entry.kind,
-        "(taken, not yet confirmed)" if entry.leased else entry_text(entry),
+        "(taken, not yet confirmed)" if entry.leased else _what(entry),
         user(entry.registrant.uid),
         age(entry.age),
         str(entry.fetches),
         "-" if entry.ttl is None else age(entry.ttl),
     ]
+
+
+def _what(entry: EntryInfo) -> str:
+    text = entry_text(entry)
+    return f"{text} (not stored)" if entry.stored is False else text
 
 
 @click.command()
@@ -98,6 +103,8 @@ def _facts(entry: EntryInfo) -> list[tuple[str, str]]:
     ]
     if entry.leased:
         facts.append(("leased", "taken, and not yet confirmed"))
+    if entry.stored is not None:
+        facts.append(("stored", "yes" if entry.stored else "no, it is lost with both halves"))
     facts += [("metadata", f"{key}={value}") for key, value in sorted(entry.metadata.items())]
     for number, descriptor in enumerate(entry.descriptors):
         facts.append((f"descriptor {number}", descriptor_text(descriptor)))

@@ -13,10 +13,7 @@ import click
 from fdshare.cli.options import authkey_from_environment, uid_of
 
 if TYPE_CHECKING:
-    from fdshare.kernel.descriptor import Descriptor
     from fdshare.kernel.endpoint import Listener
-    from fdshare.server.core.table import Table
-    from fdshare.server.failover.fd_store import FdStore
     from fdshare.server.settings import Settings
 
 __all__ = ["serve"]
@@ -107,16 +104,17 @@ def serve(address: str | None, path: str | None, **options: Any) -> int:
     Example:
       fdshare serve --mode 0660 --group www-data --policy /etc/fdshare.toml
     """
+    from fdshare.cli.support.passed import Passed
     from fdshare.server.logs import configure
     from fdshare.server.serve import serve as serve_settings
 
     _clean_signals()
     ready_fd = _checked_ready_fd(options["ready_fd"])
-    passed = _Passed()
+    passed = Passed()
     settings, listener = _prepare(address or path, options, passed.listener)
     configure(settings)
     try:
-        fdstore, table = passed.restore(options)
+        fdstore, table = passed.restore(options, settings)
         serve_settings(settings, _ready(ready_fd, settings), listener, fdstore=fdstore, table=table)
     except BaseException:
         listener.close()  # a policy that is wrong must leave no socket behind
@@ -149,63 +147,6 @@ def _prepare(
         listener = _listen(settings, options["owner"], options["group"])
     settings.path = listener.address
     return settings, listener
-
-
-class _Passed:
-    """What a service manager passed: a listening socket, and what it stored for a former server."""
-
-    def __init__(self) -> None:
-        from fdshare.activation import listen_fds_in_order
-        from fdshare.server.failover.fd_store import PREFIX, TABLE
-
-        self.listener: Listener | None = None
-        self._table: Descriptor | None = None
-        self._kept: dict[str, Descriptor] = {}
-        for name, descriptor in listen_fds_in_order():
-            if name == TABLE and self._table is None:
-                self._table = descriptor
-            elif name.startswith(PREFIX) and name[len(PREFIX) :].isdigit():
-                self._kept[name] = descriptor
-            else:
-                with descriptor:
-                    self._take_listener(name, descriptor)
-
-    def _take_listener(self, name: str, descriptor: Descriptor) -> None:
-        from fdshare.errors import EndpointError
-        from fdshare.kernel.endpoint import Listener
-
-        if self.listener is not None:
-            _warn(f"the descriptor {name!r} that was passed is not used")
-            return
-        try:
-            sock = descriptor.socket()
-        except OSError:
-            _warn(f"the descriptor {name!r} that was passed is not a socket")
-            return
-        try:
-            self.listener = Listener.adopt(sock)
-        except EndpointError as error:
-            sock.close()
-            _warn(f"the socket {name!r} that was passed is not used: {error}")
-
-    def restore(self, options: dict[str, Any]) -> tuple[FdStore | None, Table | None]:
-        """The store, and the table of the former server; None where there is none."""
-        from fdshare.server.failover.fd_store import FdStore
-
-        if self._table is not None:
-            fdstore = FdStore(self._table)
-            return fdstore, fdstore.restore(self._kept)
-        for descriptor in self._kept.values():
-            descriptor.close()
-        if not options["fdstore"]:
-            return None, None
-        if not options["keeper"]:
-            raise click.UsageError("--fdstore goes with --keeper")
-        if not os.environ.get("NOTIFY_SOCKET"):
-            raise click.UsageError("--fdstore needs a service manager: NOTIFY_SOCKET is not set")
-        import secrets
-
-        return FdStore.new(secrets.token_hex(8)), None
 
 
 def _listen(settings: Settings, owner: str | None, group: str | None) -> Listener:

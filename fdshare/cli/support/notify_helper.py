@@ -27,11 +27,11 @@ import click
 
 from fdshare.activation import STORED, Notification, NotifySocket, check_fdname, notify
 from fdshare.cli.support.exec import NOT_FOUND
-from fdshare.cli.support.open_files import same_open_file
 from fdshare.errors import FdshareError
 from fdshare.kernel.ancillary import close_all
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.kernel.descriptor_table import close_all_but
+from fdshare.kernel.open_file import same_open_file
 from fdshare.protocol.names import literal
 
 if TYPE_CHECKING:

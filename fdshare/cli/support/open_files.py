@@ -2,27 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import os
-import platform
 from collections.abc import Iterator, Sequence
-from typing import Final, Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
-__all__ = ["Holder", "holders", "same_open_file"]
+from fdshare.kernel.open_file import same_open_file
 
-# <asm/unistd.h>; Python and the C library have no wrapper.
-_SYS_KCMP: Final = {
-    "x86_64": 312,
-    "i386": 349,
-    "i686": 349,
-    "aarch64": 272,
-    "armv7l": 378,
-    "ppc64le": 354,
-    "riscv64": 272,
-    "s390x": 343,
-}.get(platform.machine())
-_KCMP_FILE: Final = 0  # <linux/kcmp.h>
+__all__ = ["Holder", "holders"]
 
 How: TypeAlias = Literal["kcmp", "inode"]
 
@@ -39,25 +25,6 @@ class Holder(NamedTuple):
     command: str
     fds: list[int]
     how: How
-
-
-def same_open_file(pid: int, fd: int, other_pid: int, other_fd: int) -> bool | None:
-    """Whether two descriptors share one open file description (kcmp(2), KCMP_FILE).
-
-    None where the kernel does not say: this user may not trace both processes (ptrace(2),
-    PTRACE_MODE_READ_REALCREDS), or the kernel was built without kcmp.
-    """
-    if _SYS_KCMP is None:
-        return None
-    libc = ctypes.CDLL(None, use_errno=True)
-    syscall = libc.syscall
-    syscall.restype = ctypes.c_long
-    arguments = map(ctypes.c_ulong, (pid, other_pid, _KCMP_FILE, fd, other_fd))
-    result: int = syscall(ctypes.c_long(_SYS_KCMP), *arguments)
-    if result >= 0:
-        return result == 0
-    # EBADF: closed in the meantime; ESRCH: ended.
-    return False if ctypes.get_errno() in (errno.EBADF, errno.ESRCH) else None
 
 
 def holders(fds: Sequence[int]) -> list[Holder]:

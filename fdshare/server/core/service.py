@@ -15,7 +15,7 @@ ignored.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Final, Literal
 
 from fdshare.errors import FdshareError, InvalidArgument, TooManyDescriptors
 from fdshare.protocol import messages as m
@@ -30,6 +30,8 @@ from fdshare.server.limits import Limits
 
 __all__ = ["Service"]
 
+_WHEN_CLOSED: Final = frozenset((m.Ping, m.Stats, m.Explain, m.Cancel, m.Shutdown))
+
 
 class Service(Reads, Writes):
     """The verbs, over one table and one policy; what they need done is asked of *effects*."""
@@ -39,6 +41,7 @@ class Service(Reads, Writes):
         self._absent: dict[str, float] = {}  # client -> until when its answers are kept
         self._here: dict[str, int] = {}  # client -> how many connections it has
         self.leaving = False  # the server ends: what is remembered is for its successor
+        self.closed = ""  # why nobody is served
         self._handlers: dict[type, Callable[..., bool]] = {
             m.Fetch: self._fetch,
             m.Take: self._take,
@@ -74,6 +77,8 @@ class Service(Reads, Writes):
         handler = self._handlers.get(type(request))
         if handler is None:
             raise InvalidArgument("request", f"a {type(request).__name__} is not expected here")
+        if self.closed and type(request) not in _WHEN_CLOSED:
+            raise FdshareError(self.closed)
         if handles and type(request) is not m.Register:
             raise TooManyDescriptors(len(handles), 0)
         return handler(session, id, request, handles, now)

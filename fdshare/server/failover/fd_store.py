@@ -2,234 +2,388 @@
 
 systemd keeps what a service sends with FDSTORE=1 and passes it to the next start (sd_notify(3),
 systemd.service(5) FileDescriptorStoreMax=). It keeps a name beside each descriptor and nothing
-else, so the table itself is stored, too: in a memfd, as an image and the records since.
+else, so the table itself is stored, too.
 
-    fdshare-table   the memfd        fdshare-1, fdshare-2 ...   one handle each
+    fdshare-table   a memfd (table_file.py)
+    .k3F0, .k3F1 ...   one open file description each (labels.py)
 
-A record is in the store before its client hears "ok". Both halves of a server hold the memfd, and
-only the server writes to it; a successor compares it with the table that it was given.
+A record is in the store before its client hears "ok". A successor compares the memfd with the
+table that it was given.
+
+Two things systemd does without a word. It keeps one descriptor of each open file description and
+drops a second: so entries that share a description share its label, and the memfd says which. And
+it drops what is beyond its limit: so what it holds is counted here. What finds no room is missing,
+which `info` and `stats` tell, and is offered again when there is room.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import struct
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Final
-
-import msgspec
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, Final
 
 from fdshare.activation import store, unstore
 from fdshare.errors import FdshareError
+from fdshare.kernel.ancillary import close_all
 from fdshare.kernel.descriptor import Descriptor
+from fdshare.kernel.open_file import Descriptions
+from fdshare.protocol.messages import StoreStats
 from fdshare.server.core.image import Image, image_of, table_of
-from fdshare.server.core.records import Record
+from fdshare.server.core.records import Put, Record
 from fdshare.server.core.table import Entry, Table
+from fdshare.server.failover.labels import BUDGET, TABLE, Labels, new_prefix, price
+from fdshare.server.failover.table_file import Base, Step, Stored, TableFile
 from fdshare.server.loop.closing import Handle
 
-__all__ = ["PREFIX", "TABLE", "FdStore"]
+__all__ = ["FdStore", "let_go"]
 
 log = logging.getLogger("fdshare.server")
 
-PREFIX: Final = "fdshare-"
-TABLE: Final = f"{PREFIX}table"
-_START: Final = struct.Struct("=Q")  # of the image; the memfd never leaves this machine
-_FRAME: Final = struct.Struct("=II")  # length and CRC-32 of what follows
-_END: Final = bytes(_FRAME.size)
-_PATIENCE: Final = 1.0  # seconds for a service manager that does not read
-_SLACK: Final = 1 << 16  # bytes of records, and three times the image: then a new image is written
+_PATIENCE: Final = 1.0  # seconds for a service manager that does not read ...
+_PAUSE: Final = 10.0  # ... which is then left alone for so many
 
 
-class _Base(msgspec.Struct, tag="base"):
-    """The table at some moment; *labels* are what the image's record draws."""
+class _Use:
+    """One handle of the table: the label that it shares, and its descriptor, where it is open."""
 
-    epoch: str
-    image: Image
-    labels: list[str]
+    __slots__ = ("fd", "label")
 
-
-class _Step(msgspec.Struct, tag="step"):
-    """A record since then; *labels* are what it draws."""
-
-    record: Record
-    labels: list[str]
-
-
-_encode: Final = msgspec.msgpack.Encoder().encode
-_decode: Final = msgspec.msgpack.Decoder(_Base | _Step).decode
+    def __init__(self, label: str, fd: int = -1) -> None:
+        self.label = label
+        self.fd = fd
 
 
 class FdStore:
-    """The memfd, and what it says that the service manager holds: a table of labels."""
+    """What the service manager holds: a table of labels, and the memfd that says so."""
 
-    def __init__(self, memfd: Descriptor) -> None:
-        """Takes *memfd* over."""
+    def __init__(self, memfd: Descriptor, limit: int | None = None) -> None:
+        """Takes *memfd* over. *limit*: how many descriptors the service manager holds at most, the
+        memfd included; None where it is not known. Raises: UnreadableTable; *memfd* is still the
+        caller's."""
         self.memfd = memfd
+        self.limit = limit
         self.epoch = ""
         self.held = Table()
-        self._last = 0  # of the labels
-        self._at = _START.size  # where the next record goes
-        self._base = 0  # bytes of the image
+        self._prefix = new_prefix()
+        self._uses: dict[str, list[_Use]] = {}
+        self._missing: dict[str, None] = {}  # in the order in which they are offered
+        self._leftover: dict[str, None] = {}  # nobody uses them, but they may be held
+        self._spent = 0  # bytes of LISTEN_FDNAMES
+        self.told = 0  # how often the service manager was told anything
+        self._silent_until = 0.0
+        self._file = TableFile(memfd)
         self._load()
+        self._labels = Labels(self._prefix, [*self._uses, *self._leftover])
+        self._descriptions = Descriptions()
+        self._label_of: dict[int, str] = {}  # descriptor -> label
+        self._clean: set[str] = set()  # labels under which certainly nothing is held
 
     @classmethod
-    def new(cls, epoch: str) -> FdStore:
+    def new(cls, epoch: str, limit: int | None = None) -> FdStore:
         """An empty store, whose memfd the service manager holds. The caller owns the result."""
-        made = cls(Descriptor(os.memfd_create(TABLE, os.MFD_CLOEXEC)))
+        made = cls(Descriptor(os.memfd_create(TABLE, os.MFD_CLOEXEC)), limit)
         made.epoch = epoch
-        made._write_base()
-        _keep(TABLE, made.memfd.fileno())
+        made._rewrite()
+        if limit == 0:
+            log.warning("the service manager holds no descriptors: FileDescriptorStoreMax= is 0")
+        let_go(TABLE)
+        made._keep_table()
         return made
 
     # After the end of both halves: what was passed back.
 
-    def restore(self, passed: Mapping[str, Descriptor]) -> Table:
+    def restore(self, passed: Mapping[str, Sequence[Descriptor]]) -> Table:
         """The table, with handles of the descriptors *passed* back by label. Those that it does not
-        refer to are closed, and the service manager is told to close them. Takes *passed* over."""
-        image, labels = image_of(self.held)
+        refer to are closed, and the service manager is told to let go of them. Takes *passed*
+        over."""
+        found: dict[str, Descriptor] = {}
+        for label, descriptors in passed.items():
+            if len(descriptors) == 1:
+                found[label] = descriptors[0]
+                continue
+            log.error("%d descriptors came back as %s, none is used", len(descriptors), label)
+            close_all(descriptors)
+            let_go(label)
+        image, uses = image_of(self.held)
+        labels = self._take_from(image, [use.label for use in uses], found.keys())
+        for label in found.keys() - set(labels):
+            found[label].close()
+            let_go(label)
+        first: dict[str, Handle] = {}
+        handles = []
+        for label in labels:
+            if label in first:  # another entry shares the open file description
+                handles.append(Handle(os.dup(first[label].fd)))
+            else:
+                first[label] = Handle(found[label].detach())
+                handles.append(first[label])
+        return table_of(image, handles)
+
+    def _take_from(self, image: Image, labels: list[str], found: Collection[str]) -> list[str]:
+        """Takes from *image*, which draws *labels*, what needs others than those *found*; the
+        labels that are left."""
         kept: list[str] = []
+        changes = []
         lost: set[str] = set()
         draw = iter(labels)
         for change in image.record.changes:
             drawn = [next(draw) for _ in range(change.draws)]
-            name = getattr(change, "name", "")
-            if name in lost or any(label not in passed for label in drawn):
-                # The manager's limit, or a start of something else in between.
-                lost.add(name)
-                log.error("%r is lost: the service manager has not kept it", name)
-            else:
+            if not all(label in found for label in drawn):
+                # Without our end of its lease, a taker cannot confirm: the entry is back.
+                if isinstance(change, Put):
+                    lost.add(change.name)
+                    log.error("%r is lost: it was not in the store", change.name)
+            elif getattr(change, "name", "") not in lost:
+                changes.append(change)
                 kept += drawn
-        for label in passed.keys() - set(kept):
-            passed[label].close()
-            _let_go(label)
-        changes = [c for c in image.record.changes if getattr(c, "name", "") not in lost]
         image.record = Record(changes)
         image.fetches = {name: n for name, n in image.fetches.items() if name not in lost}
-        return table_of(image, [Handle(passed[label].detach()) for label in kept])
+        return kept
 
     # While serving.
 
     def reconcile(self, table: Table) -> None:
         """Makes the store hold what *table* does: a predecessor may have died while it wrote."""
+        if not self._descriptions.works:
+            log.warning("kcmp(2) is refused: an open file under two names may be stored but once")
+        known = self._known_labels(table)
+        for label in self._uses.keys() - set(known):
+            if label not in self._missing:
+                self._leftover[label] = None
+            self._missing.pop(label, None)
+        self._uses = {}
         image, handles = image_of(table)
-        labels = self._labels_for(table)
-        before = set(self.held.handles())
-        for label, handle in zip(labels, handles, strict=True):
-            if label not in before:
-                _keep(label, handle.fd)
-        self.held = table_of(image, list(labels))
-        self._write_base()
-        for label in before - set(labels):
-            _let_go(label)
+        uses = [_Use(label, handle.fd) for label, handle in zip(known, handles, strict=True)]
+        for use in uses:
+            if use.label:
+                self._add(use)
+        for use in uses:
+            if not use.label:
+                self._label(use)
+        self.held = table_of(image, list(uses))
+        self._rewrite()
+        self._offer()
 
     def record(self, record: Record, fds: Sequence[int]) -> None:
-        """*record* and the *fds* that it draws are in the store when this returns. *fds* are
-        borrowed for the call. Never fails: what the service manager does not take is logged."""
-        labels = [self._new_label() for _ in fds]
-        for label, fd in zip(labels, fds, strict=True):
-            _keep(label, fd)
-        self._append(_Step(record, labels))
-        for label in self.held.apply(record, list(labels)).closed:
-            _let_go(label)
-        if self._at > self._base * 4 + _SLACK:
-            self._write_base()
+        """*record* and the *fds* that it draws are in the store when this returns, as far as there
+        is room. *fds* are borrowed until a record lets go of them. Never fails."""
+        uses = [_Use("", fd) for fd in fds]
+        for use in uses:
+            self._label(use)
+        labels = [use.label for use in uses]
+        missing = [label for label in labels if label in self._missing]
+        self._file.append(Step(record, labels, missing))
+        for use in self.held.apply(record, list(uses)).closed:
+            self._remove(use)
+        self._offer()
+        for change in record.changes:
+            if isinstance(change, Put) and self.stored(change.name) is False:
+                log.warning("%r is not in the store, which holds %d", change.name, self._count())
+        if self._file.full:
+            self._rewrite()
 
-    def _labels_for(self, table: Table) -> list[str]:
-        """A label for each handle of *table*, in the order of its image: the one that it has, if
-        the store knows the entry."""
+    def try_again(self, limit: int | None, held: int | None) -> None:
+        """Offers what is missing again. The *limit* may be another now, and the service manager may
+        have dropped some when it changed: *held* is how many it has, None where it does not say."""
+        self.limit = limit
+        self._silent_until = 0.0
+        if held is not None and held != self._count():
+            self._start_over()
+        self._offer()
+
+    def _start_over(self) -> None:
+        """Has the service manager let go of all that it may hold, so that all of it is offered
+        again."""
+        log.warning("the service manager does not hold what it did, and is given all of it again")
+        for label in list(self._uses):
+            if label not in self._missing and self._tell(f"let go of {label}", unstore, label):
+                self._clean.add(label)
+                self._spent -= price(label)
+                self._missing[label] = None
+        self._rewrite()
+        self._keep_table()
+
+    # What is asked of it.
+
+    def stored(self, name: str) -> bool | None:
+        """Whether the entry would be back after the end of both halves. None: there is none."""
+        entry = self.held.entries.get(name)
+        if entry is None:
+            return None
+        uses = entry.handles if entry.guard is None else (*entry.handles, entry.guard)
+        return all(use.label not in self._missing for use in uses)
+
+    def stats(self) -> StoreStats:
+        names = self.held.entries if self._missing else ()
+        return StoreStats(self._count(), self.limit, sum(not self.stored(name) for name in names))
+
+    def _count(self) -> int:
+        """How many descriptors the service manager holds; one is the table's."""
+        labels = len(self._uses) - len(self._missing) + len(self._leftover)
+        return labels + (self.limit != 0)
+
+    # Labels.
+
+    def _known_labels(self, table: Table) -> list[str]:
+        """For each handle of *table*, in the order of its image, the label that it has; empty where
+        the store does not know it."""
         labels: list[str] = []
         for entry in table.entries.values():
             known = self.held.entries.get(entry.name)
             if known is None or known.generation != entry.generation:
-                labels += [self._new_label() for _ in entry.all_handles()]
+                labels += ["" for _ in entry.all_handles()]
                 continue
-            labels += known.handles
+            labels += [use.label for use in known.handles]
             if entry.guard is not None:
-                labels.append(known.guard or self._new_label())
+                labels.append("" if known.guard is None else known.guard.label)
             if entry.lease is not None:
-                labels.append(_lease_label(entry, known) or self._new_label())
+                labels.append(_lease_label(entry, known))
         return labels
 
-    def _new_label(self) -> str:
-        self._last += 1
-        return f"{PREFIX}{self._last}"
+    def _label(self, use: _Use) -> None:
+        """Gives *use* the label of its open file description; if that has none, a new one, and the
+        service manager the descriptor."""
+        same = self._descriptions.find(use.fd)
+        if same is not None:
+            use.label = self._label_of[same]
+            self._add(use)
+            return
+        use.label = self._labels.take()
+        room = self._has_room(use.label)
+        self._add(use)
+        if not room or not self._keep(use.label, use.fd):
+            self._missing[use.label] = None
+
+    def _add(self, use: _Use) -> None:
+        uses = self._uses.setdefault(use.label, [])
+        if not uses:
+            self._descriptions.add(use.fd)
+        uses.append(use)
+        self._label_of[use.fd] = use.label
+
+    def _remove(self, use: _Use) -> None:
+        uses = self._uses[use.label]
+        uses.remove(use)
+        del self._label_of[use.fd]
+        self._descriptions.replace(use.fd, uses[0].fd if uses else None)
+        if uses:
+            return
+        del self._uses[use.label]
+        if use.label in self._missing:
+            del self._missing[use.label]
+            self._labels.give_back(use.label)
+        else:
+            self._leftover[use.label] = None
+
+    def _has_room(self, label: str) -> bool:
+        within = self.limit is None or self._count() < self.limit
+        return within and self._spent + price(label) <= BUDGET
+
+    # What the service manager is told.
+
+    def _offer(self) -> None:
+        """Has the service manager let go of what nobody uses, and offers it what is missing."""
+        for label in list(self._leftover):
+            if not self._tell(f"let go of {label}", unstore, label):
+                return
+            del self._leftover[label]
+            self._spent -= price(label)
+            self._labels.give_back(label)
+            self._clean.add(label)
+        stored = []
+        for label in list(self._missing):
+            if not self._has_room(label) or not self._keep(label, self._uses[label][0].fd):
+                break
+            del self._missing[label]
+            stored.append(label)
+        if stored:
+            self._file.append(Stored(stored))
+            log.info(
+                "the service manager holds %d descriptors that it had no room for", len(stored)
+            )
+
+    def _keep_table(self) -> None:
+        self._tell(f"keep {TABLE}", store, TABLE, [self.memfd.fileno()], poll=False)
+
+    def _keep(self, label: str, fd: int) -> bool:
+        # A predecessor may have died before it wrote what it had stored, or had let go of what it
+        # wrote.
+        if label not in self._clean and not self._tell(f"let go of {label}", unstore, label):
+            return False
+        self._clean.add(label)
+        if not self._tell(f"keep {label}", store, label, [fd], poll=False):
+            return False
+        self._clean.discard(label)
+        self._spent += price(label)
+        return True
+
+    def _tell(self, what: str, tell: Callable[..., bool], *args: Any, **options: Any) -> bool:
+        """True if *tell* went to the service manager. One that does not read is given a pause."""
+        if time.monotonic() < self._silent_until:
+            return False
+        self.told += 1
+        try:
+            tell(*args, timeout=_PATIENCE, **options)
+        except (OSError, FdshareError) as error:
+            self._silent_until = time.monotonic() + _PAUSE
+            log.error("the service manager was not told to %s: %s", what, error)
+            return False
+        return True
 
     # The memfd.
 
     def _load(self) -> None:
-        """Reads what is written, up to the first record that is not whole: its writer died
-        there."""
-        data = os.pread(self.memfd.fileno(), os.fstat(self.memfd.fileno()).st_size, 0)
-        if len(data) < _START.size:
-            return
-        at = _START.unpack_from(data)[0]
-        for body in _frames(data, at):
-            step = _decode(body)
-            if isinstance(step, _Base):
-                self.epoch = step.epoch
-                self.held = table_of(step.image, list(step.labels))
-                self._base = len(body)
+        for frame in self._file.read():
+            self._leftover = {}
+            if isinstance(frame, Base):
+                self.epoch, self._prefix = frame.epoch, frame.prefix
+                uses = [_Use(label) for label in frame.labels]
+                self.held = table_of(frame.image, list(uses))
+                self._missing = dict.fromkeys(frame.missing)
+                self._note(uses, ())
+            elif isinstance(frame, Step):
+                uses = [_Use(label) for label in frame.labels]
+                self._missing.update(dict.fromkeys(frame.missing))
+                self._note(uses, self.held.apply(frame.record, list(uses)).closed)
             else:
-                self.held.apply(step.record, list(step.labels))
-            self._note_labels(step.labels)
-            at += _FRAME.size + len(body)
-        self._at = at
+                for label in frame.labels:
+                    self._missing.pop(label, None)
+        held = [label for label in self._uses if label not in self._missing]
+        self._spent = sum(map(price, (*held, *self._leftover)))
 
-    def _note_labels(self, labels: Sequence[str]) -> None:
-        numbers = [int(label.removeprefix(PREFIX)) for label in labels]
-        self._last = max([self._last, *numbers])
+    def _note(self, drawn: Iterable[_Use], closed: Iterable[_Use]) -> None:
+        """Follows who uses a label. What the last record let go of may still be held: its writer
+        may have died before it told the service manager."""
+        for use in drawn:
+            self._uses.setdefault(use.label, []).append(use)
+        for use in closed:
+            uses = self._uses[use.label]
+            uses.remove(use)
+            if not uses:
+                del self._uses[use.label]
+                if use.label in self._missing:
+                    del self._missing[use.label]
+                else:
+                    self._leftover[use.label] = None
 
-    def _write_base(self) -> None:
-        image, labels = image_of(self.held)
-        frame = _frame(_encode(_Base(self.epoch, image, labels)))
-        fd = self.memfd.fileno()
-        start = _START.unpack(os.pread(fd, _START.size, 0).ljust(_START.size, b"\0"))[0]
-        # Never over the image and the records that are valid until _START is written.
-        fits = _START.size + len(frame) + len(_END) <= start
-        at = _START.size if fits else max(self._at + len(_END), _START.size)
-        os.pwrite(fd, frame + _END, at)
-        os.pwrite(fd, _START.pack(at), 0)
-        self._at, self._base = at + len(frame), len(frame)
-        os.ftruncate(fd, self._at + len(_END))
-
-    def _append(self, step: _Step) -> None:
-        frame = _frame(_encode(step))
-        os.pwrite(self.memfd.fileno(), frame + _END, self._at)
-        self._at += len(frame)
+    def _rewrite(self) -> None:
+        image, uses = image_of(self.held)
+        labels = [use.label for use in uses]
+        self._file.rewrite(Base(self.epoch, self._prefix, image, labels, list(self._missing)))
 
 
-def _frame(body: bytes) -> bytes:
-    return _FRAME.pack(len(body), zlib.crc32(body)) + body
-
-
-def _frames(data: bytes, at: int) -> Iterator[bytes]:
-    """The whole ones from *at* on."""
-    while at + _FRAME.size <= len(data):
-        length, crc = _FRAME.unpack_from(data, at)
-        body = data[at + _FRAME.size : at + _FRAME.size + length]
-        if not length or len(body) < length or zlib.crc32(body) != crc:
-            return
-        yield body
-        at += _FRAME.size + length
-
-
-def _lease_label(entry: Entry, known: Entry) -> str | None:
-    same = entry.lease is not None and known.lease is not None and entry.lease.id == known.lease.id
-    label: str | None = known.lease.handle if same and known.lease is not None else None
-    return label
-
-
-def _keep(label: str, fd: int) -> None:
-    try:
-        store(label, [fd], poll=False, timeout=_PATIENCE)
-    except (OSError, FdshareError) as error:
-        log.error("the service manager has not taken %s: %s", label, error)
-
-
-def _let_go(label: str) -> None:
+def let_go(label: str) -> None:
+    """Tells the service manager to close what it holds as *label*. Never fails."""
     try:
         unstore(label, timeout=_PATIENCE)
     except (OSError, FdshareError) as error:
         log.error("the service manager still holds %s: %s", label, error)
+
+
+def _lease_label(entry: Entry, known: Entry) -> str:
+    """The label of the lease of *entry*; empty where *known* has none, or another."""
+    same = entry.lease is not None and known.lease is not None and entry.lease.id == known.lease.id
+    label: str = known.lease.handle.label if same and known.lease is not None else ""
+    return label

@@ -8,6 +8,7 @@ lease's other end, for example, the lease would never end.
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 from collections.abc import Callable
@@ -41,9 +42,7 @@ def resume_keeper(holdings: Holdings, journal: socket.socket, server: Descriptor
 def _become_server(holdings: Holdings, half: Forked) -> Life | None:
     """In the forked child of a keeper: runs a server, until it is drained."""
     _start_clean(holdings, half)
-    fdstore = None if holdings.fdstore is None else FdStore(holdings.fdstore)
-    if fdstore is not None:
-        fdstore.reconcile(holdings.table)
+    fdstore = _store_of(holdings)
     journal = Journal(half.journal, half.other, half.pid, fdstore)
     server = Server(
         holdings.listener.socket,
@@ -60,6 +59,16 @@ def _become_server(holdings: Holdings, half: Forked) -> Life | None:
             server.abandon()
             return partial(_become_keeper, holdings, other)
     return None
+
+
+def _store_of(holdings: Holdings) -> FdStore | None:
+    """The service manager's store, which holds what *holdings* do from now on."""
+    if holdings.fdstore is None:
+        return None
+    limit = os.environ.get("FDSTORE")  # see store_state
+    fdstore = FdStore(holdings.fdstore, int(limit) if limit else None)
+    fdstore.reconcile(holdings.table)
+    return fdstore
 
 
 def _become_keeper(holdings: Holdings, half: Forked) -> Life | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import logging
 import socket
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -23,7 +24,7 @@ from fdshare.server.core.ports import JournalBusy
 from fdshare.server.core.records import Record
 from fdshare.server.failover.fd_store import FdStore
 from fdshare.server.failover.processes import BACK_OFF, Deaths, Forked, fence, fork_half
-from fdshare.server.failover.service_manager import is_reported
+from fdshare.server.failover.service_manager import is_reported, store_state
 from fdshare.server.loop.closing import close_quietly
 from fdshare.server.loop.connection import NO_MEMORY
 from fdshare.server.loop.poller import READ
@@ -148,6 +149,25 @@ class Journal:
 
     def keep_policy(self, text: bytes | None) -> None:
         self._tell(Note("policy", data=text))
+
+    def stored(self, name: str) -> bool | None:
+        return None if self._fdstore is None else self._fdstore.stored(name)
+
+    def store_stats(self) -> m.StoreStats | None:
+        return None if self._fdstore is None else self._fdstore.stats()
+
+    def refill_store(self) -> None:
+        if self._fdstore is None:
+            return
+        fdstore, loop = self._fdstore, self._server.loop
+        told = fdstore.told
+
+        def ask() -> None:  # in a thread: it may wait
+            limit, held = store_state()
+            # What was counted while the server told more says nothing.
+            loop.post(lambda: fdstore.try_again(limit, held if fdstore.told == told else None))
+
+        threading.Thread(target=ask, name="fdshare-store", daemon=True).start()
 
     def hello(self) -> None:
         """Tells the keeper that the server serves."""

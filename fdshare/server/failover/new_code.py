@@ -9,6 +9,7 @@ from fdshare.kernel.descriptor import Descriptor
 from fdshare.protocol import messages as m
 from fdshare.server import logs
 from fdshare.server.core.records import Record
+from fdshare.server.failover.fd_store import FdStore
 from fdshare.server.failover.halves import resume_keeper
 from fdshare.server.failover.upgrade import adopt, read_handover
 from fdshare.server.settings import policy_of
@@ -22,6 +23,8 @@ def try_table(fd: int) -> int:
     try:
         handover = read_handover(fd)
         handover.table()
+        if handover.fdstore is not None:
+            FdStore(Descriptor(handover.fdstore))
         policy_of(handover.settings)
     except Exception as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import logging
 import os
+import subprocess
 import time
-from typing import Final
+from typing import Final, NamedTuple
 
 from fdshare.activation import notify, watchdog_seconds
 from fdshare.errors import FdshareError
 
-__all__ = ["Watchdog", "announce_main_pid", "is_reported", "report"]
+__all__ = ["Watchdog", "announce_main_pid", "is_reported", "report", "store_state"]
 
 log = logging.getLogger("fdshare.keeper")
 
@@ -41,6 +42,54 @@ def announce_main_pid() -> None:
     if "WATCHDOG_PID" in os.environ:
         os.environ["WATCHDOG_PID"] = str(os.getpid())
     report(f"MAINPID={os.getpid()}")
+
+
+class StoreState(NamedTuple):
+    """How many descriptors the service manager holds for this service at most, and how many it
+    holds; None where it does not say."""
+
+    limit: int | None
+    held: int | None
+
+
+def store_state() -> StoreState:
+    """What the service manager says. May wait for it.
+
+    systemd tells the limit in $FDSTORE since 254, unless it is 0 (systemd.exec(5)); it is asked all
+    the same, because a daemon-reload may change it. The answer stays in $FDSTORE, for successors.
+    """
+    said = _ask_systemd("FileDescriptorStoreMax", "NFileDescriptorStore")
+    limit = _count(said.get("FileDescriptorStoreMax") or os.environ.get("FDSTORE", ""))
+    if limit is not None:
+        os.environ["FDSTORE"] = str(limit)
+    return StoreState(limit, _count(said.get("NFileDescriptorStore", "")))
+
+
+def _count(text: str) -> int | None:
+    return int(text) if text.isascii() and text.isdigit() else None
+
+
+def _ask_systemd(*names: str) -> dict[str, str]:
+    """Properties of our unit; empty where there is none, or nobody to ask."""
+    if not os.environ.get("NOTIFY_SOCKET", "").endswith("/systemd/notify"):
+        return {}
+    try:
+        with open("/proc/self/cgroup") as file:
+            groups = file.read().split()
+        # The last one is that of version 2, or of systemd alone.
+        path = next(group.split(":", 2)[2] for group in reversed(groups) if group[0] in "01")
+        unit = os.path.basename(path)
+        if not unit.endswith(".service"):
+            return {}
+        of_user = ["--user"] if "/user@" in os.path.dirname(path) else []
+        asks = f"--property={','.join(names)}"
+        command = ["systemctl", *of_user, "show", asks, "--", unit]
+        asked = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_PATIENCE
+        )
+    except (OSError, StopIteration, subprocess.SubprocessError):
+        return {}
+    return dict(line.split("=", 1) for line in asked.stdout.splitlines() if "=" in line)
 
 
 class Watchdog:

@@ -80,7 +80,7 @@ class Trial:
             command = fresh_interpreter(_NEW_CODE, f"try_table({file.fileno()})")
             self._process = subprocess.Popen(
                 command,
-                pass_fds=[file.fileno()],
+                pass_fds=[fd for fd in (file.fileno(), handover.fdstore) if fd is not None],
                 stdin=subprocess.DEVNULL,
                 stdout=self._output,
                 stderr=self._output,

@@ -7,7 +7,7 @@ thread sends the answer.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
@@ -33,15 +33,19 @@ _PART: Final = MAX_FRAME // 4  # bytes of entries in one part of a long answer
 class Inspections:
     """Worker threads, started with the first request."""
 
-    def __init__(self, loop: Loop) -> None:
+    def __init__(self, loop: Loop, stored: Callable[[str], bool | None]) -> None:
+        """*stored*: whether the service manager holds an entry, too."""
         self._loop = loop
+        self._stored = stored
         self._workers: ThreadPoolExecutor | None = None
 
     def inspect(self, session: Session, id: int, entries: Sequence[Entry], now: float) -> None:
         """Answers the request with an InfoList of *entries*, soon."""
         if self._workers is None:
             self._workers = ThreadPoolExecutor(_WORKERS, thread_name_prefix="fdshare-inspect")
-        shown = [(_entry_info(entry, now), entry.handles) for entry in entries]
+        shown = [
+            (_entry_info(entry, now, self._stored(entry.name)), entry.handles) for entry in entries
+        ]
         for _, handles in shown:
             for handle in handles:
                 handle.pins += 1
@@ -85,7 +89,7 @@ def _bodies(
     return [m.encode(m.InfoList(p, more=p is not parts[-1])) for p in parts]
 
 
-def _entry_info(entry: Entry, now: float) -> m.EntryInfo:
+def _entry_info(entry: Entry, now: float, stored: bool | None) -> m.EntryInfo:
     return m.EntryInfo(
         name=entry.name,
         generation=entry.generation,
@@ -99,6 +103,7 @@ def _entry_info(entry: Entry, now: float) -> m.EntryInfo:
         drop_on_hangup=entry.put.drop_on_hangup,
         fetches=entry.fetches,
         leased=entry.lease is not None,
+        stored=stored,
         metadata=entry.put.metadata,
     )
 

@@ -68,6 +68,15 @@ class JournalWriter(Protocol):
     def keep_policy(self, text: bytes | None) -> None:
         """Passes the text of the policy on: a successor needs it."""
 
+    def stored(self, name: str) -> bool | None:
+        """Whether the entry is in the service manager's store; None where there is none."""
+
+    def store_stats(self) -> m.StoreStats | None:
+        """How full that store is."""
+
+    def refill_store(self) -> None:
+        """Looks, soon, whether that store has room for what it had none for."""
+
 
 class Server:
     """Serves *table* on *listener*. Both stay the caller's; `shut_down()` closes the handles in the
@@ -87,6 +96,8 @@ class Server:
         self.notes: dict[str, str] = {}
         limits = Limits.for_rlimit(nofile, **settings.limits)
         self.service = Service(self.table, self._remembered_policy(settings), limits, self)
+        if settings.closed:
+            self.service.closed = self.notes["closed"] = settings.closed
         self._journal = journal
         self.auditing = audit_log.isEnabledFor(logging.INFO)
         self.settings = settings
@@ -96,7 +107,7 @@ class Server:
         authkey = checked_authkey(settings.authkey)
         self.loop = Loop(self.service, self._close, listener, epoch, authkey)
         self._hangups = Hangups(self.loop)
-        self._inspections = Inspections(self.loop)
+        self._inspections = Inspections(self.loop, self._is_stored)
         # Parts of `Effects`.
         self.answer = self.loop.answer
         self.answer_in_parts = self.loop.answer_in_parts
@@ -234,6 +245,7 @@ class Server:
             },
             limits=msgspec.structs.asdict(limits),
             notes=self.notes,
+            store=self._journal.store_stats() if self._journal else None,
         )
 
     def reload_policy(self) -> None:
@@ -243,6 +255,8 @@ class Server:
         self.settings.policy_text = text
         self.notes.pop("policy", None)
         self.service.policy = policy
+        if self._journal is not None:
+            self._journal.refill_store()
 
     def try_to_reload(self) -> None:
         """Reloads for a signal: its sender finds in the log how that went."""
@@ -277,6 +291,9 @@ class Server:
             outcome,
             extra={**what, "pid": pid, "uid": uid},
         )
+
+    def _is_stored(self, name: str) -> bool | None:
+        return None if self._journal is None else self._journal.stored(name)
 
     def _remembered_policy(self, settings: Settings) -> Policy:
         """The policy that *settings* remember. If that cannot be read any more, only root and this

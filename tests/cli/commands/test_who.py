@@ -40,7 +40,7 @@ def test_who(fdshare: Shell) -> None:
 # As a container does it: kcmp(2) is EPERM. seccomp(2), SECCOMP_MODE_FILTER; struct sock_filter.
 WITHOUT_KCMP = """
 import ctypes, struct, sys
-from fdshare.cli.support.open_files import _SYS_KCMP
+from fdshare.kernel.open_file import _SYS_KCMP
 filter = b"".join(struct.pack("HBBI", *instruction) for instruction in [
     (0x20, 0, 0, 0),              # load the number of the system call
     (0x15, 0, 1, _SYS_KCMP),      # is it kcmp?

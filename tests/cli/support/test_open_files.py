@@ -7,25 +7,9 @@ import socket
 import subprocess
 import sys
 
-import pytest
-
-from fdshare.cli.support.open_files import holders, same_open_file
+from fdshare.cli.support.open_files import holders
 
 HOLD = "import sys; print('up', flush=True); sys.stdin.read()"
-
-
-def test_the_same_open_file_is_told_from_the_same_file() -> None:
-    here = os.getpid()
-    with open("/dev/null", "rb") as one, open("/dev/null", "rb") as other:
-        copy = os.dup(one.fileno())
-        try:
-            if same_open_file(here, 0, here, 0) is None:
-                pytest.skip("kcmp is not allowed here")
-            assert same_open_file(here, one.fileno(), here, copy) is True
-            assert same_open_file(here, one.fileno(), here, other.fileno()) is False
-        finally:
-            os.close(copy)
-        assert same_open_file(here, one.fileno(), here, 999999) is False
 
 
 def test_every_process_that_holds_it_is_found() -> None:

@@ -1,13 +1,10 @@
-"""The table in a service manager's store: systemd's part is played by the test."""
+"""The table in a service manager's store: the tests play systemd's part (service_manager.py)."""
 
 from __future__ import annotations
 
 import os
 import signal
-import socket
-import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,114 +12,21 @@ from typing import Any
 import msgspec
 import pytest
 from commandline import Shell
+from service_manager import Manager, ServiceManager
 
 from fdshare import connect
-from fdshare.activation import NotifySocket
+from fdshare.activation import store
+from fdshare.kernel import open_file
 from fdshare.kernel.descriptor import Descriptor
-from fdshare.protocol.messages import Kind, Registrant
+from fdshare.protocol.messages import Kind, Registrant, StoreStats
 from fdshare.server.core.image import image_of
 from fdshare.server.core.records import Drop, Grant, Move, Put, Record
 from fdshare.server.core.table import Table
-from fdshare.server.failover.fd_store import TABLE, FdStore
+from fdshare.server.failover.fd_store import FdStore
+from fdshare.server.failover.labels import TABLE
+from fdshare.server.loop.closing import Handle
 
 Until = Callable[..., Any]
-
-START = """
-import json, os, sys
-names, numbers = json.loads(sys.argv[1]), json.loads(sys.argv[2])
-import fcntl
-moved = [fcntl.fcntl(n, fcntl.F_DUPFD, 500) for n in numbers]
-for at, number in enumerate(moved):
-    os.dup2(number, 3 + at)
-    os.close(number)
-if names:
-    os.environ.update(
-        LISTEN_FDS=str(len(names)), LISTEN_FDNAMES=":".join(names), LISTEN_PID=str(os.getpid())
-    )
-os.execv(sys.executable, [sys.executable, "-m", "fdshare", "serve", *sys.argv[3:]])
-"""
-
-
-class Manager:
-    """As PID 1: keeps what a service stores, passes it to the next start."""
-
-    def __init__(self, shell: Shell) -> None:
-        self.shell = shell
-        self.sock = NotifySocket(str(shell.folder / "notify"))
-        self.store: list[tuple[str, Descriptor]] = []
-        self.said: list[str] = []
-        self.ready = threading.Event()
-        self._lock = threading.Lock()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run)
-        self._thread.start()
-        self._processes: list[subprocess.Popen[bytes]] = []
-
-    def start(self, *options: str) -> None:
-        """Starts the service with all that is stored, the last first as systemd does."""
-        import json
-
-        self.ready.clear()
-        with self._lock:
-            passed = list(reversed(self.store))
-            numbers = [d.fileno() for _, d in passed]
-            names = [name for name, _ in passed]
-            command = [sys.executable, "-c", START, json.dumps(names), json.dumps(numbers)]
-            process = subprocess.Popen(
-                [*command, "--fdstore", "--log-level", "warning", *options],
-                env={**self.shell.environment, "NOTIFY_SOCKET": self.sock.address},
-                pass_fds=numbers,
-            )
-        self._processes.append(process)
-        assert self.ready.wait(30)
-
-    def kill_all(self) -> None:
-        """kill -9 of both halves, as nearly at once as can be."""
-        stats = self.shell.json("stats")
-        pids = [stats["keeper_pid"], stats["server_pid"]]
-        for pid in pids:
-            os.kill(pid, signal.SIGSTOP)  # neither sees the other die
-        for pid in pids:
-            os.kill(pid, signal.SIGKILL)
-        for process in self._processes:
-            if process.pid in pids:
-                process.wait(30)
-
-    def names(self) -> list[str]:
-        with self._lock:
-            return sorted(name for name, _ in self.store)
-
-    def close(self) -> None:
-        for process in self._processes:
-            process.terminate()
-        for process in self._processes:
-            process.wait(30)
-        self._stop.set()
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as waker:
-            waker.sendto(b"STOP", self.sock.address)
-        self._thread.join()
-        self.sock.close()
-        for _, descriptor in self.store:
-            descriptor.close()
-
-    def _run(self) -> None:
-        while not self._stop.is_set():
-            said = self.sock.receive()
-            assert said is not None
-            name = said.value("FDNAME") or "stored"
-            self.said += said.lines
-            with self._lock:
-                if said.says("FDSTORE=1"):
-                    self.store += [(name, d) for d in said.descriptors]
-                    continue
-                if said.says("FDSTOREREMOVE=1"):
-                    for kept, descriptor in self.store:
-                        if kept == name:
-                            descriptor.close()
-                    self.store = [(kept, d) for kept, d in self.store if kept != name]
-            said.close()
-            if said.says("READY=1"):
-                self.ready.set()
 
 
 @pytest.fixture
@@ -171,7 +75,7 @@ def test_the_store_lets_go_of_what_the_server_lets_go(manager: Manager, until: U
     assert manager.names() == [TABLE]
     shell("register", "one", "--memory", "/dev/null")
     shell("register", "one", "--memory", "/dev/null", "--replace")
-    until(lambda: manager.names() == ["fdshare-2", TABLE], "the first is gone")
+    until(lambda: len(manager.names()) == 2, "the first is gone")
     shell("take", "one", "--cat")
     until(lambda: manager.names() == [TABLE], "the second, and its lease")
 
@@ -236,22 +140,88 @@ def test_a_table_is_served_although_the_policy_has_a_fault(
     assert "policy" not in shell.json("stats")["notes"]
 
 
-def test_it_needs_a_service_manager_and_a_keeper(folder: Path) -> None:
-    shell = Shell(folder)
-    assert "NOTIFY_SOCKET is not set" in shell.fails("serve", "--fdstore", status=2)
-    assert not os.path.exists(shell.path)
-    assert "--keeper" in shell.fails("serve", "--fdstore", "--no-keeper", status=2)
+def test_an_open_file_under_two_names_comes_back_under_both(manager: Manager) -> None:
+    manager.start()
+    with connect(manager.shell.path) as client:
+        with open(os.memfd_create("shared"), "rb") as file:
+            for name in ("one", "two", "three"):
+                client.register(name, file)
+        client.unregister("one")
+        before = {name: inode(manager.shell, name) for name in ("two", "three")}
+    assert len(manager.names()) == 2
+    manager.kill_all()
+    manager.start()
+    assert {name: inode(manager.shell, name) for name in ("two", "three")} == before
+    # It is one open file description still.
+    with connect(manager.shell.path) as client:
+        client.unregister("two")
+        assert len(manager.names()) == 2
+        client.unregister("three")
+    assert manager.names() == [TABLE]
 
 
-# The memfd alone, with a service manager that is not there.
+def test_what_finds_no_room_is_told_and_stored_when_there_is(manager: Manager) -> None:
+    shell = manager.shell
+    manager.store.limit = 3
+    manager.start()
+    for name in ("one", "two", "three", "four"):
+        shell("register", name, "--memory", "/dev/null")
+    assert [entry["stored"] for entry in shell.json("ls")] == [False, True, False, True]
+    assert "(not stored)" in shell("ls", "three")
+    assert "not stored" not in shell("ls", "one")
+    assert "stored        no" in shell("info", "three")
+    assert "3 of 3 with the service manager, 2 names are not" in shell("stats")
+    assert "fdshare_missing_names 2\n" in shell("stats", "--prometheus")
+    doctor = shell("doctor", "--json", status=1)
+    assert "FileDescriptorStoreMax" in doctor
+    shell("rm", "one")
+    assert shell.json("info", "three")["stored"]
+    # A replacement finds the room of what it replaces.
+    shell("register", "two", "--memory", "/dev/null", "--replace")
+    missing = [entry["name"] for entry in shell.json("ls") if not entry["stored"]]
+    assert missing == ["two"]
+    manager.kill_all()
+    manager.start()
+    assert [entry["name"] for entry in shell.json("ls")] == ["four", "three"]
+
+
+def test_an_upgrade_to_code_that_cannot_read_the_store_is_refused(manager: Manager) -> None:
+    shell = manager.shell
+    manager.start()
+    shell("register", "one", "--memory", "/dev/null")
+    with manager.lock:
+        memfd = dict(manager.store.held)[TABLE].fileno()
+        os.pwrite(memfd, (99).to_bytes(8, sys.byteorder), 8)
+    assert "it has version 99" in shell.fails("upgrade")
+    assert [entry["name"] for entry in shell.json("ls")] == ["one"]
+    os.pwrite(memfd, (1).to_bytes(8, sys.byteorder), 8)
+
+
+# The store alone.
 
 
 @pytest.fixture
-def fdstore(monkeypatch: pytest.MonkeyPatch) -> Iterator[FdStore]:
-    monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
-    made = FdStore.new("epoch")
+def played(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ServiceManager]:
+    made = ServiceManager(folder)
+    monkeypatch.setenv("NOTIFY_SOCKET", made.sock.address)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def fdstore(played: ServiceManager) -> Iterator[FdStore]:
+    made = FdStore.new("epoch", played.store.limit)
     yield made
     made.memfd.close()
+
+
+@pytest.fixture
+def files() -> Iterator[list[int]]:
+    """Descriptors, each of an open file description of its own."""
+    made = [os.memfd_create(str(number)) for number in range(8)]
+    yield made
+    for fd in made:
+        os.close(fd)
 
 
 def put(name: str, generation: int, count: int = 1) -> Record:
@@ -259,87 +229,289 @@ def put(name: str, generation: int, count: int = 1) -> Record:
     return Record([change], "session", generation, b"answer")
 
 
+def drop(name: str, generation: int) -> Record:
+    return Record([Drop(name, generation, "unregistered")])
+
+
 def again(fdstore: FdStore) -> FdStore:
     """Another one, that reads the same memfd."""
-    return FdStore(fdstore.memfd)
+    return FdStore(fdstore.memfd, fdstore.limit)
+
+
+def labels(fdstore: FdStore, name: str) -> list[str]:
+    """Those of an entry's handles."""
+    return [use.label for use in fdstore.held.entries[name].all_handles()]
 
 
 def state(fdstore: FdStore) -> tuple[object, ...]:
-    image, labels = image_of(fdstore.held)
-    return msgspec.msgpack.encode(image), labels, fdstore.epoch
+    image, uses = image_of(fdstore.held)
+    return msgspec.msgpack.encode(image), [use.label for use in uses], fdstore.epoch
 
 
-def test_what_is_written_is_read(fdstore: FdStore) -> None:
-    fdstore.record(put("a", 1, 2), [10, 11])
-    fdstore.record(put("b", 2), [12])
+def passed(played: ServiceManager) -> dict[str, list[Descriptor]]:
+    """Copies of all that is stored, but for the table."""
+    played.names()  # waits
+    found: dict[str, list[Descriptor]] = {}
+    for label, descriptor in played.store.held:
+        if label != TABLE:
+            found.setdefault(label, []).append(descriptor.dup())
+    return found
+
+
+def contents(table: Table) -> dict[str, list[str]]:
+    """What the handles of each entry are open on; closes them."""
+    found = {}
+    for name, entry in table.entries.items():
+        found[name] = [os.readlink(f"/proc/self/fd/{h.fd}")[7:8] for h in entry.handles]
+    for handle in table.handles():
+        os.close(handle.fd)
+    return found
+
+
+def test_what_is_written_is_read(fdstore: FdStore, files: list[int]) -> None:
+    fdstore.record(put("a", 1, 2), files[:2])
+    fdstore.record(put("b", 2), files[2:3])
     fdstore.record(Record([Move("a", "c", 3)]), [])
-    fdstore.record(Record([Grant("c", 7, 1.0)]), [13])
-    fdstore.record(Record([Drop("b", 2, "unregistered")]), [])
+    fdstore.record(Record([Grant("c", 7, 1.0)]), files[3:4])
+    fdstore.record(drop("b", 2), [])
     assert state(again(fdstore)) == state(fdstore)
-    assert list(fdstore.held.handles()) == ["fdshare-1", "fdshare-2", "fdshare-4"]
+    assert len(set(labels(fdstore, "c"))) == 3
     assert fdstore.held.answers["session"] == {1: b"answer", 2: b"answer"}
 
 
-def test_a_record_that_is_not_whole_is_as_if_never_written(fdstore: FdStore) -> None:
-    fdstore.record(put("a", 1), [10])
-    whole = state(fdstore)
-    size = os.fstat(fdstore.memfd.fileno()).st_size
-    fdstore.record(put("b", 2), [11])
-    end = os.fstat(fdstore.memfd.fileno()).st_size
-    for cut in range(size, end - 8):
-        os.ftruncate(fdstore.memfd.fileno(), cut)
-        assert state(again(fdstore)) == whole
-    # The next one takes its place.
-    after = again(fdstore)
-    after.record(put("c", 2), [12])
-    assert sorted(again(fdstore).held.entries) == ["a", "c"]
-
-
-def test_a_record_that_is_not_as_it_was_written_is_as_if_never_written(fdstore: FdStore) -> None:
-    fdstore.record(put("a", 1), [10])
-    whole = state(fdstore)
-    fdstore.record(put("tail", 2), [11])
-    fd = fdstore.memfd.fileno()
-    data = os.pread(fd, os.fstat(fd).st_size, 0)
-    os.pwrite(fd, b"tale", data.index(b"tail"))  # a good name, too
-    assert state(again(fdstore)) == whole
-
-
-def test_the_memfd_does_not_grow_for_ever(fdstore: FdStore) -> None:
-    for generation in range(1, 3000):
-        fdstore.record(put("name", generation), [10])
-    assert os.fstat(fdstore.memfd.fileno()).st_size < 1 << 18
-    assert state(again(fdstore)) == state(fdstore)
-
-
-def test_reconciling_keeps_the_labels_of_what_is_known(fdstore: FdStore) -> None:
-    class FakeHandle:
-        fd = 0
-
-    table = Table()
-    for record in (put("a", 1), put("b", 2, 2)):
-        table.apply(record, [FakeHandle(), FakeHandle()])
-        fdstore.record(record, [0] * record.changes[0].count)  # type: ignore[union-attr]
-    # What the predecessor did and did not come to write:
-    table.apply(Record([Drop("a", 1, "unregistered")]), [])
-    table.apply(put("c", 3), [FakeHandle()])
-    fdstore.reconcile(table)
-    assert list(fdstore.held.handles()) == ["fdshare-2", "fdshare-3", "fdshare-4"]
-    assert state(again(fdstore)) == state(fdstore)
-
-
-def test_what_was_not_kept_is_lost_alone(
-    fdstore: FdStore, caplog: pytest.LogCaptureFixture
+def test_the_service_manager_holds_what_the_table_does(
+    fdstore: FdStore, played: ServiceManager, files: list[int]
 ) -> None:
-    fdstore.record(put("a", 1), [10])
-    fdstore.record(put("b", 2), [11])
-    passed = {
-        label: Descriptor(os.open(os.devnull, os.O_RDONLY)) for label in ("fdshare-2", "fdshare-9")
-    }
-    table = fdstore.restore(passed)
-    assert list(table.entries) == ["b"]
-    assert table.generation == 2
-    (handle,) = table.handles()
-    os.close(handle.fd)
-    assert "'a' is lost" in caplog.text
-    assert passed["fdshare-9"].closed
+    fdstore.record(put("a", 1, 2), files[:2])
+    fdstore.record(put("b", 2), files[2:3])
+    fdstore.record(drop("a", 1), [])
+    assert played.names() == sorted([TABLE, *labels(fdstore, "b")])
+    assert contents(again(fdstore).restore(passed(played))) == {"b": ["2"]}
+
+
+def test_an_open_file_description_has_one_label(
+    fdstore: FdStore, played: ServiceManager, files: list[int]
+) -> None:
+    first, second, third, fourth = (os.dup(files[0]) for _ in range(4))
+    fdstore.record(put("a", 1), [first])
+    fdstore.record(put("b", 2), [second])
+    assert labels(fdstore, "a") == labels(fdstore, "b")
+    assert fdstore.stats().descriptors == 2
+    fdstore.record(drop("a", 1), [])
+    os.close(first)  # as the server does
+    assert contents(again(fdstore).restore(passed(played))) == {"b": ["0"]}
+    fdstore.record(put("c", 3), [third])
+    assert labels(fdstore, "c") == labels(fdstore, "b")
+    fdstore.record(put("c", 4), [fourth])  # replaced by itself
+    os.close(third)
+    fdstore.record(drop("b", 2), [])
+    assert contents(again(fdstore).restore(passed(played))) == {"c": ["0"]}
+    fdstore.record(drop("c", 4), [])
+    assert played.names() == [TABLE]
+    os.close(second)
+    os.close(fourth)
+
+
+def test_labels_are_used_again(fdstore: FdStore, files: list[int]) -> None:
+    seen = set()
+    for generation in range(1, 400):
+        fdstore.record(put("name", generation), [files[generation % 2]])
+        seen |= set(labels(fdstore, "name"))
+    assert len(seen) == 2
+
+
+def test_nothing_is_beyond_the_limit(
+    fdstore: FdStore, played: ServiceManager, files: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    played.store.limit = fdstore.limit = 3
+    for at, name in enumerate("abcd"):
+        fdstore.record(put(name, at + 1), [files[at]])
+    assert [fdstore.stored(name) for name in "abcdx"] == [True, True, False, False, None]
+    assert "'c' is not in the store" in caplog.text
+    assert (fdstore.stats().descriptors, fdstore.stats().missing) == (3, 2)
+    assert contents(again(fdstore).restore(passed(played))) == {"a": ["0"], "b": ["1"]}
+    # Whoever waits longest comes first, also after the death of the server.
+    fdstore.record(drop("b", 2), [])
+    assert [fdstore.stored(name) for name in "acd"] == [True, True, False]
+    later = again(fdstore)
+    assert [later.stored(name) for name in "acd"] == [True, True, False]
+    table = Table()
+    for at, name in ((0, "a"), (2, "c"), (3, "d")):
+        table.apply(put(name, at + 1), [Handle(files[at])])
+    later.reconcile(table)
+    assert later.stats() == fdstore.stats()
+    played.store.limit = 4
+    later.try_again(4, None)
+    assert later.stored("d")
+    assert again(later).stats() == later.stats()
+    assert contents(again(later).restore(passed(played))) == {"a": ["0"], "c": ["2"], "d": ["3"]}
+
+
+def test_a_replacement_at_the_limit_takes_the_place(
+    fdstore: FdStore, played: ServiceManager, files: list[int]
+) -> None:
+    played.store.limit = fdstore.limit = 2
+    fdstore.record(put("a", 1), [files[0]])
+    fdstore.record(put("a", 2), [files[1]])
+    assert fdstore.stored("a")
+    assert contents(again(fdstore).restore(passed(played))) == {"a": ["1"]}
+
+
+def test_a_store_without_room_for_anything(
+    played: ServiceManager, files: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    played.store.limit = 0
+    fdstore = FdStore.new("epoch", 0)
+    with fdstore.memfd:
+        assert "FileDescriptorStoreMax= is 0" in caplog.text
+        fdstore.record(put("a", 1), [files[0]])
+        assert not fdstore.stored("a")
+        assert fdstore.stats() == StoreStats(0, 0, 1)
+        played.store.limit = 9
+        fdstore.try_again(9, 0)
+        assert fdstore.stats() == StoreStats(2, 9, 0)
+        assert contents(again(fdstore).restore(passed(played))) == {"a": ["0"]}
+
+
+def test_what_the_service_manager_dropped_is_stored_again(
+    fdstore: FdStore, played: ServiceManager, files: list[int]
+) -> None:
+    for at, name in enumerate("abc"):
+        fdstore.record(put(name, at + 1), [files[at]])
+    played.names()
+    with played.lock:
+        played.store.limit = 3
+        for label in (TABLE, *labels(fdstore, "b")):
+            played.store.remove(label)
+    fdstore.try_again(3, 2)
+    assert TABLE in played.names()
+    stored = [name for name in "abc" if fdstore.stored(name)]
+    assert len(stored) == 2
+    assert sorted(contents(again(fdstore).restore(passed(played)))) == stored
+
+
+def test_a_service_manager_that_does_not_read_is_asked_again(
+    fdstore: FdStore,
+    played: ServiceManager,
+    files: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    address = os.environ["NOTIFY_SOCKET"]
+    fdstore.record(put("a", 1), [files[0]])
+    fdstore.record(put("b", 2), [files[1]])
+    monkeypatch.setenv("NOTIFY_SOCKET", address + ".gone")
+    fdstore.record(put("c", 3), [files[2]])
+    fdstore.record(drop("a", 1), [])
+    assert not fdstore.stored("c")
+    assert caplog.text.count("was not told") == 1  # it is left alone for a while
+    monkeypatch.setenv("NOTIFY_SOCKET", address)
+    fdstore.try_again(fdstore.limit, None)
+    assert fdstore.stored("c")
+    assert contents(again(fdstore).restore(passed(played))) == {"b": ["1"], "c": ["2"]}
+
+
+def test_the_number_of_a_label_that_is_still_held_is_not_used(
+    fdstore: FdStore, played: ServiceManager, files: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = os.environ["NOTIFY_SOCKET"]
+    fdstore.record(put("a", 1), [files[0]])
+    monkeypatch.setenv("NOTIFY_SOCKET", address + ".gone")
+    fdstore.record(drop("a", 1), [])
+    monkeypatch.setenv("NOTIFY_SOCKET", address)
+    # Its server dies here, and nobody tells the service manager.
+    later = again(fdstore)
+    table = Table()
+    table.apply(put("b", 2), [Handle(files[1])])
+    later.reconcile(table)
+    assert contents(again(later).restore(passed(played))) == {"b": ["1"]}
+    assert later.stats().descriptors == 2
+
+
+def test_reconciling_keeps_the_labels_of_what_is_known(
+    fdstore: FdStore, played: ServiceManager, files: list[int]
+) -> None:
+    table = Table()
+    for record, fds in ((put("a", 1), files[:1]), (put("b", 2, 2), files[1:3])):
+        table.apply(record, [Handle(fd) for fd in fds])
+        fdstore.record(record, fds)
+    known = labels(fdstore, "b")
+    # What the predecessor did and did not come to write:
+    table.apply(drop("a", 1), [])
+    table.apply(put("c", 3), [Handle(files[3])])
+    later = again(fdstore)
+    later.reconcile(table)
+    assert labels(later, "b") == known
+    assert state(again(later)) == state(later)
+    assert contents(again(later).restore(passed(played))) == {"b": ["1", "2"], "c": ["3"]}
+    assert len(played.names()) == 4
+
+
+def restored_without(
+    fdstore: FdStore, played: ServiceManager, lost: list[str]
+) -> dict[str, list[str]]:
+    found = passed(played)
+    for label in lost:
+        for descriptor in found.pop(label):
+            descriptor.close()
+    return contents(again(fdstore).restore(found))
+
+
+def test_what_was_not_held_is_lost_alone(
+    fdstore: FdStore, played: ServiceManager, files: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    for at, name in enumerate("abc"):
+        fdstore.record(put(name, at + 1), [files[at]])
+    lost = labels(fdstore, "b")
+    assert restored_without(fdstore, played, lost) == {"a": ["0"], "c": ["2"]}
+    assert "'b' is lost" in caplog.text
+
+
+def test_an_entry_whose_lease_was_not_held_is_back(
+    fdstore: FdStore, played: ServiceManager, files: list[int]
+) -> None:
+    fdstore.record(put("a", 1), [files[0]])
+    fdstore.record(Record([Grant("a", 1, 1.0)]), [files[1]])
+    fdstore.record(put("b", 2), [files[2]])
+    lease = labels(fdstore, "a")[1:]
+    assert restored_without(fdstore, played, lease) == {"a": ["0"], "b": ["2"]}
+    # And one that is lost takes its lease along.
+    entry = labels(fdstore, "a")[:1]
+    assert restored_without(fdstore, played, entry) == {"b": ["2"]}
+
+
+def test_what_no_entry_uses_is_let_go(
+    fdstore: FdStore, played: ServiceManager, files: list[int]
+) -> None:
+    fdstore.record(put("a", 1), [files[0]])
+    store(".xyz0", [files[1]])
+    assert contents(again(fdstore).restore(passed(played))) == {"a": ["0"]}
+    assert ".xyz0" not in played.names()
+
+
+def test_two_descriptors_of_one_label_are_none(
+    fdstore: FdStore, played: ServiceManager, files: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    for at, name in enumerate("ab"):
+        fdstore.record(put(name, at + 1), [files[at]])
+    (label,) = labels(fdstore, "a")
+    store(label, [files[2]])
+    assert contents(again(fdstore).restore(passed(played))) == {"b": ["1"]}
+    assert f"2 descriptors came back as {label}" in caplog.text
+    assert label not in played.names()
+
+
+def test_without_kcmp_everything_has_its_own_label(
+    fdstore: FdStore,
+    files: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(open_file, "_SYS_KCMP", None)  # as on an architecture that is not known
+    later = again(fdstore)
+    table = Table()
+    for at, name in enumerate("ab"):
+        table.apply(put(name, at + 1), [Handle(files[0])])
+    later.reconcile(table)
+    assert labels(later, "a") != labels(later, "b")
+    assert "kcmp" in caplog.text
