@@ -16,6 +16,7 @@ import os
 import select
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -28,11 +29,13 @@ import click
 from fdshare.activation import STORED, Notification, NotifySocket, check_fdname, notify
 from fdshare.cli.support.exec import NOT_FOUND
 from fdshare.errors import FdshareError
-from fdshare.kernel.ancillary import close_all
+from fdshare.kernel.ancillary import close_all, send_fds
+from fdshare.kernel.credentials import Credentials
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.kernel.descriptor_table import close_all_but
 from fdshare.kernel.open_file import same_open_file
 from fdshare.protocol.names import literal
+from fdshare.server.failover.service_manager import ask_systemd, is_reported
 
 if TYPE_CHECKING:
     from fdshare.cli.support.exec import Launch
@@ -168,9 +171,11 @@ def run_notified(
     folder = tempfile.mkdtemp(prefix="fdshare-notify-")
     sock = NotifySocket(os.path.join(folder, "notify"))
     launch.environment["NOTIFY_SOCKET"] = sock.address
+    passed_on = _speaks_for_others()
     if not detach:
         with Descriptor(os.pidfd_open(os.getpid())) as program:
-            _fork_helper(_Helper(client, service, sock, program, folder, says, ready_fd))
+            speaker = os.getpid() if passed_on else None
+            _fork_helper(_Helper(client, service, sock, program, folder, says, ready_fd, speaker))
         launch.execute()
     pid = os.fork()
     if pid == 0:
@@ -178,9 +183,25 @@ def run_notified(
         _leave_standard_streams()
         _execute(launch)
     with said, Descriptor(os.pidfd_open(pid)) as program:
-        _fork_helper(_Helper(client, service, sock, program, folder, says, ready_fd))
+        speaker = pid if passed_on else None
+        _fork_helper(_Helper(client, service, sock, program, folder, says, ready_fd, speaker))
         says.close()
         return _wait_for_ready(pid, said, timeout)
+
+
+def _speaks_for_others() -> bool:
+    """Whether the helper may report as the program to our own service manager (unix(7),
+    SCM_CREDENTIALS). Where it may not, says what the unit needs."""
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with near, far:
+        try:
+            send_fds(near, (), b".", credentials=Credentials(1, os.geteuid(), os.getegid()))
+            return True
+        except OSError:
+            pass
+    if is_reported() and ask_systemd("NotifyAccess").get("NotifyAccess") != "all":
+        _warn("the reports of the program come from a helper: the unit needs NotifyAccess=all")
+    return False
 
 
 def _check_ready_fd(number: int) -> None:
@@ -239,6 +260,7 @@ class _Helper:
     folder: str
     says: Descriptor
     ready_fd: int | None
+    speaker: int | None  # as whom it reports to our own service manager; None: as itself
 
     def run(self) -> None:
         """Handles notifications until the program has ended and none is left."""
@@ -280,7 +302,7 @@ class _Helper:
             self._is_ready()
         lines = [line for line in said.lines if line.startswith(_FORWARDED)]
         if lines:
-            notify("\n".join(lines), timeout=1.0)
+            notify("\n".join(lines), pid=self.speaker, timeout=1.0)
 
     def _is_ready(self) -> None:
         """Tells those who wait for READY=1, once."""

@@ -14,7 +14,7 @@ from typing import Final, NamedTuple
 from fdshare.activation import notify, watchdog_seconds
 from fdshare.errors import FdshareError
 
-__all__ = ["Watchdog", "announce_main_pid", "is_reported", "report", "store_state"]
+__all__ = ["Watchdog", "announce_main_pid", "ask_systemd", "is_reported", "report", "store_state"]
 
 log = logging.getLogger("fdshare.keeper")
 
@@ -58,7 +58,7 @@ def store_state() -> StoreState:
     systemd tells the limit in $FDSTORE since 254, unless it is 0 (systemd.exec(5)); it is asked all
     the same, because a daemon-reload may change it. The answer stays in $FDSTORE, for successors.
     """
-    said = _ask_systemd("FileDescriptorStoreMax", "NFileDescriptorStore")
+    said = ask_systemd("FileDescriptorStoreMax", "NFileDescriptorStore")
     limit = _count(said.get("FileDescriptorStoreMax") or os.environ.get("FDSTORE", ""))
     if limit is not None:
         os.environ["FDSTORE"] = str(limit)
@@ -69,8 +69,9 @@ def _count(text: str) -> int | None:
     return int(text) if text.isascii() and text.isdigit() else None
 
 
-def _ask_systemd(*names: str) -> dict[str, str]:
-    """Properties of our unit; empty where there is none, or nobody to ask."""
+def ask_systemd(*names: str) -> dict[str, str]:
+    """Properties of the unit that this process belongs to; empty where there is none, or nobody to
+    ask. May wait for systemd."""
     if not os.environ.get("NOTIFY_SOCKET", "").endswith("/systemd/notify"):
         return {}
     try:

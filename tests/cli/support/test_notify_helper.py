@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from commandline import Shell
+from commandline import FDSHARE, Shell
 
 from fdshare.activation import NotifySocket
 
@@ -148,13 +150,41 @@ def test_ready_fd(fdshare: Shell) -> None:
 def test_it_passes_on_to_a_manager_above(fdshare: Shell, folder: Path) -> None:
     with NotifySocket(str(folder / "above")) as manager:
         env = {"NOTIFY_SOCKET": manager.address}
-        code = SERVICE + "a.notify('READY=1\\nSTATUS=up\\nX=y'); a.store('s', [0]); a.barrier(30)"
+        code = (
+            SERVICE
+            + "a.notify(f'READY=1\\nSTATUS={os.getpid()}\\nX=y'); a.store('s', [0]); a.barrier(30)"
+        )
         fdshare(
             "run", "--notify", "web=tcp://127.0.0.1:0", "--", sys.executable, "-c", code, env=env
         )
         said = manager.receive()
         assert said is not None
-        assert said.lines == ["READY=1", "STATUS=up"]
+        assert said.sender is not None
+        ready, status = said.lines
+        assert ready == "READY=1"
+        if os.geteuid() == 0:  # who may report as another process
+            assert status == f"STATUS={said.sender.pid}"
+
+
+@pytest.mark.skipif(shutil.which("setpriv") is None, reason="setpriv is not installed")
+def test_it_says_what_a_unit_needs_where_it_cannot_report_as_the_program(
+    fdshare: Shell, folder: Path
+) -> None:
+    drop = ["setpriv", "--bounding-set=-sys_admin"] if os.geteuid() == 0 else []
+    words = ["run", "--notify", "web=tcp://127.0.0.1:0", "--", sys.executable, "-c"]
+    code = SERVICE + "a.notify('READY=1'); a.barrier(30)"
+    with NotifySocket(str(folder / "above")) as manager:
+        done = subprocess.run(
+            [*drop, *FDSHARE, *words, code],
+            env={**fdshare.environment, "NOTIFY_SOCKET": manager.address},
+            capture_output=True,
+            text=True,
+        )
+        (line,) = done.stderr.splitlines()
+        assert "NotifyAccess=all" in line
+        said = manager.receive()
+        assert said is not None
+        assert said.lines == ["READY=1"]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
