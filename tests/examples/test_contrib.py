@@ -14,7 +14,7 @@ from commandline import ROOT
 from fdshare.cli.main import _FAMILIES
 
 SYSTEMD = ROOT / "contrib" / "systemd"
-UNITS = ["fdshare.service", "fdshare.socket", "example-web.service"]
+UNITS = ["fdshare.service", "fdshare.socket", "example-web/example-web.service"]
 
 
 def test_systemd_accepts_the_units(folder: Path) -> None:
@@ -24,9 +24,9 @@ def test_systemd_accepts_the_units(folder: Path) -> None:
     for unit in UNITS:
         # It looks whether the program is there; here it may be anywhere.
         text = (SYSTEMD / unit).read_text().replace("/usr/bin/fdshare", sys.executable)
-        (folder / unit).write_text(text)
+        (folder / Path(unit).name).write_text(text)
     done = subprocess.run(
-        [program, "verify", *(str(folder / unit) for unit in UNITS)],
+        [program, "verify", *(str(folder / Path(unit).name) for unit in UNITS)],
         capture_output=True,
         text=True,
         timeout=60,
@@ -51,7 +51,8 @@ def test_what_the_promises_stand_on() -> None:
 
 
 def test_the_commands_exist() -> None:
-    for file in [*SYSTEMD.iterdir(), ROOT / "contrib" / "supervisord" / "fdshare.conf"]:
+    units = [SYSTEMD / unit for unit in UNITS]
+    for file in [*units, ROOT / "contrib" / "supervisord" / "fdshare.conf"]:
         for line in file.read_text().splitlines():
             key, _, command = line.partition("=")
             if key in ("ExecStart", "ExecReload", "command"):

@@ -81,7 +81,7 @@ class Service:
         """Stops both, and leaves nothing of them."""
         run("systemctl", "stop", "fdshare.socket", "fdshare.service")
         run("systemctl", "reset-failed")
-        for path in UNITS.glob("fdshare.*"):
+        for path in [*UNITS.glob("fdshare.*"), *UNITS.glob("example-web.*")]:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         self.reload()
 

@@ -17,9 +17,9 @@ ALLOW = '[[rule]]\neffect = "allow"\nusers = ["nobody"]\nverbs = ["list"]\n'
 def test_no_number_of_deaths_is_too_many(service: Service) -> None:
     service.memory("kept")
     before = service.table()
-    for _ in range(10):
+    for _ in range(7):
         service.kill_both()
-    for _ in range(10):
+    for _ in range(7):
         service.restart()
     assert service.table() == before
     assert systemctl("is-active", "fdshare.socket") == "active\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from typing import TYPE_CHECKING
 
@@ -127,11 +128,19 @@ def _groups_of(uid: int) -> tuple[int, list[int]]:
 def reload(client: Client) -> None:
     """Make the server read its policy file again. If the new one is wrong, the old one stays.
 
+    Users and groups that the file names and nobody knows are told.
+
     \b
     Example:
       $EDITOR /etc/fdshare.toml && fdshare reload
     """
     client.reload()
+    try:
+        warning = client.stats().notes.get("policy")
+    except PermissionError:  # who may reload may not see that
+        return
+    if warning is not None:
+        print(f"fdshare: {warning}", file=sys.stderr)
 
 
 @click.command(short_help="Make the server run the code that is installed now.")

@@ -98,7 +98,8 @@ class Policy:
     """Root and the server's own uid may do everything; others what *rules* allow, by default
     nothing. The first rule that matches decides.
 
-    With *faulty* the *file* could not be read, which those who are refused are told.
+    With *faulty* the *file* could not be read, which those who are refused are told. *warnings* are
+    for the administrator.
     """
 
     def __init__(
@@ -108,7 +109,9 @@ class Policy:
         *,
         file: str = "",
         faulty: bool = False,
+        warnings: tuple[str, ...] = (),
     ) -> None:
+        self.warnings = warnings
         self.own_uid = own_uid
         self.rules = rules
         self._owner = Decision(True, "uid 0 and the server's own uid may do everything")

@@ -58,14 +58,19 @@ def policy_from_toml(
 ) -> Policy:
     """The policy that *text* describes; *file* is its name for messages.
 
-    *uid_of* and *gid_of* look a user or group up, and raise KeyError for an unknown one.
+    *uid_of* and *gid_of* look a user or group up, and raise KeyError for an unknown one: the policy
+    warns of that, and the rule is about the others that it names.
     Raises: PolicyError, with the line or the key, and the reason.
     """
-    return Policy(own_uid, _read(text, file, uid_of, gid_of), file=file)
+    warnings: list[str] = []
+    rules = _read(text, file, uid_of, gid_of, warnings)
+    return Policy(own_uid, rules, file=file, warnings=tuple(warnings))
 
 
-def _read(text: bytes, file: str, uid_of: Lookup, gid_of: Lookup) -> tuple[Rule, ...]:
-    """The rules of *text*. Raises: PolicyError."""
+def _read(
+    text: bytes, file: str, uid_of: Lookup, gid_of: Lookup, warnings: list[str]
+) -> tuple[Rule, ...]:
+    """The rules of *text*. Adds to *warnings*. Raises: PolicyError."""
     try:
         source = text.decode()
     except UnicodeDecodeError as error:
@@ -87,11 +92,13 @@ def _read(text: bytes, file: str, uid_of: Lookup, gid_of: Lookup) -> tuple[Rule,
         raise PolicyError(file, _where(key, lines), reason) from None
     rules = []
     for number, rule in enumerate(written.rule):
+        unknown: list[_Fault] = []
         try:
-            rules.append(_rule(rule, number + 1, uid_of, gid_of))
+            rules.append(_rule(rule, number + 1, uid_of, gid_of, unknown))
         except _Fault as fault:
             where = _where(f"rule[{number}].{fault.key}", lines)
             raise PolicyError(file, where, str(fault)) from None
+        warnings += [f"{_where(f'rule[{number}].{who.key}', lines)}: {who}" for who in unknown]
     return tuple(rules)
 
 
@@ -118,8 +125,11 @@ def _where(key: str, lines: list[int]) -> str:
     return f"rule {index + 1}{line}" + (f", {match[2]}" if match[2] else "")
 
 
-def _rule(text: _RuleText, number: int, uid_of: Lookup, gid_of: Lookup) -> Rule:
-    """*text*, checked and with its users and groups looked up. Raises: _Fault."""
+def _rule(
+    text: _RuleText, number: int, uid_of: Lookup, gid_of: Lookup, unknown: list[_Fault]
+) -> Rule:
+    """*text*, checked and with its users and groups looked up; adds to those that are *unknown*.
+    Raises: _Fault."""
     for key in ("verbs", "users", "groups", "names", "addresses"):
         if getattr(text, key) == []:
             raise _Fault(key, "an empty list matches nothing; leave the key out to match any")
@@ -127,8 +137,8 @@ def _rule(text: _RuleText, number: int, uid_of: Lookup, gid_of: Lookup) -> Rule:
     return Rule(
         decision=Decision(text.effect == "allow", label),
         verbs=_verbs(text),
-        uids=_ids(text.users, "users", "user", uid_of),
-        gids=_ids(text.groups, "groups", "group", gid_of),
+        uids=_ids(text.users, "users", "user", uid_of, unknown),
+        gids=_ids(text.groups, "groups", "group", gid_of, unknown),
         anybody=text.users is None and text.groups is None,
         names=_names(text.names),
         addresses=_addresses(text.addresses),
@@ -158,13 +168,16 @@ def _verbs(text: _RuleText) -> frozenset[str]:
     return frozenset(text.verbs)
 
 
-def _ids(given: list[str | int] | None, key: str, what: str, lookup: Lookup) -> frozenset[int]:
+def _ids(
+    given: list[str | int] | None, key: str, what: str, lookup: Lookup, unknown: list[_Fault]
+) -> frozenset[int]:
     ids = set()
     for index, who in enumerate(given or ()):
         try:
             number = who if isinstance(who, int) else lookup(who)
         except (KeyError, ValueError):
-            raise _Fault(f"{key}[{index}]", f"there is no {what} {who!r} here") from None
+            unknown.append(_Fault(f"{key}[{index}]", f"there is no {what} {who!r} here"))
+            continue
         if not 0 <= number < 2**32 - 1:  # (uid_t) -1 is nobody's, setreuid(2)
             raise _Fault(f"{key}[{index}]", f"{number} is no id")
         ids.add(number)

@@ -254,7 +254,7 @@ class Server:
             self._journal.keep_policy(text)
         self.settings.policy_text = text
         self.notes.pop("policy", None)
-        self.service.policy = policy
+        self.service.policy = self._warned_of(policy)
         if self._journal is not None:
             self._journal.refill_store()
 
@@ -295,11 +295,18 @@ class Server:
     def _is_stored(self, name: str) -> bool | None:
         return None if self._journal is None else self._journal.stored(name)
 
+    def _warned_of(self, policy: Policy) -> Policy:
+        """*policy*; the log and `stats` have its warnings."""
+        if policy.warnings:
+            self.notes["policy"] = "; ".join(policy.warnings)
+            log.warning("the policy: %s", self.notes["policy"])
+        return policy
+
     def _remembered_policy(self, settings: Settings) -> Policy:
         """The policy that *settings* remember. If that cannot be read any more, only root and this
         uid may do anything: that is better than a server that does not start."""
         try:
-            return policy_of(settings)
+            return self._warned_of(policy_of(settings))
         except PolicyError as error:
             note = f"only root and uid {os.geteuid()} are served: {error}"
             log.error("the policy has a fault, %s", note)

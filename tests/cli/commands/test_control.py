@@ -52,6 +52,9 @@ def test_reload(shell: Shell, folder: Path) -> None:
     policy.write_text('[[rule]]\neffect = "allow"\nusers = [4321]\nverbs = ["fetch"]\n')
     shell("reload")
     assert shell.run(*question).returncode == 0
+    policy.write_text(policy.read_text().replace("4321", "4321, 'alcie'"))
+    assert "no user 'alcie'" in shell.run("reload").stderr
+    assert shell.run(*question).returncode == 0
     policy.write_text("nonsense")
     assert str(policy) in shell.fails("reload")
     assert shell.run(*question).returncode == 0

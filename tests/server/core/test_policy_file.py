@@ -43,8 +43,6 @@ RULE = '[[rule]]\neffect = "allow"\nverbs = ["fetch"]\n'
         (RULE + RULE + "name = ['a']\n", "rule 2 (line 4)", "unknown field `name`"),
         (RULE + "users = [1.5]\n", "rule 1 (line 1), users[0]", "got `float`"),
         (RULE + "users = [true]\n", "rule 1 (line 1), users[0]", "got `bool`"),
-        (RULE + "users = ['alice', 'eve']\n", "rule 1 (line 1), users[1]", "no user 'eve'"),
-        (RULE + "groups = ['wheel']\n", "rule 1 (line 1), groups[0]", "no group 'wheel'"),
         (RULE + "users = [-1]\n", "rule 1 (line 1), users[0]", "-1 is no id"),
         (RULE + "users = [4294967295]\n", "rule 1 (line 1), users[0]", "is no id"),
         (RULE + "users = []\n", "rule 1 (line 1), users", "empty list"),
@@ -84,6 +82,20 @@ def test_a_broken_file(text: str, where: str, reason: str) -> None:
     assert where in error.where
     assert reason in error.reason
     assert str(error).startswith(f"{FILE}: {error.where}: ")
+
+
+def test_who_is_not_known_is_warned_of_and_nobody() -> None:
+    text = RULE + "users = ['eve', 'alice']\ngroups = ['wheel']\n" + RULE + "users = ['eve']\n"
+    made = policy(text)
+    assert made.warnings == (
+        "rule 1 (line 1), users[0]: there is no user 'eve' here",
+        "rule 1 (line 1), groups[0]: there is no group 'wheel' here",
+        "rule 2 (line 6), users[0]: there is no user 'eve' here",
+    )
+    assert made.decide("fetch", "n", Subject(ALICE, 100)).rule == "rule 1"
+    # A rule that is about nobody else is about nobody.
+    assert not made.decide("fetch", "n", Subject(ALICE + 1, 101)).allowed
+    assert policy(RULE).warnings == ()
 
 
 def test_a_file_that_is_not_utf8() -> None:
