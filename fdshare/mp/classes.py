@@ -121,10 +121,16 @@ class Classes:
 
     @cached_property
     def Pool(self) -> type[PoolMixin]:
-        from fdshare.mp.workers.pool import PoolMixin
+        from fdshare.mp.workers.pool import ApplyResultMixin, PoolMixin
 
-        queues = {"_task_queue": self.TaskQueue, "_outcome_queue": self.OutcomeQueue}
-        return self.family.derive("Pool", PoolMixin, self.family.pool.Pool, **queues)
+        stock = self.family.pool
+        parts = {
+            "_task_queue": self.TaskQueue,
+            "_outcome_queue": self.OutcomeQueue,
+            "_apply_result": self.family.derive("ApplyResult", ApplyResultMixin, stock.ApplyResult),
+            "_map_result": self.family.derive("MapResult", ApplyResultMixin, stock.MapResult),
+        }
+        return self.family.derive("Pool", PoolMixin, stock.Pool, **parts)
 
     @cached_property
     def TaskQueue(self) -> type[TaskQueueMixin]:

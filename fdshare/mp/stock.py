@@ -305,6 +305,8 @@ class StockPool(_Pool):
 @_description
 class StockApplyResult(_ApplyResult):
     _job: int
+    _success: bool
+    _value: Any
 
     def __init__(
         self,

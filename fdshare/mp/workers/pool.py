@@ -27,7 +27,9 @@ from fdshare.mp.family import Family
 from fdshare.mp.pickling.reducers import dumps
 from fdshare.mp.stock import (
     Function,
+    StockApplyResult,
     StockContext,
+    StockMapResult,
     StockPool,
     StockProcess,
     StockSimpleQueue,
@@ -38,7 +40,13 @@ if TYPE_CHECKING:
     import queue
     from multiprocessing.pool import ApplyResult, MapResult
 
-__all__ = ["EndingQueueMixin", "OutcomeQueueMixin", "PoolMixin", "TaskQueueMixin"]
+__all__ = [
+    "ApplyResultMixin",
+    "EndingQueueMixin",
+    "OutcomeQueueMixin",
+    "PoolMixin",
+    "TaskQueueMixin",
+]
 
 
 T = TypeVar("T")
@@ -52,6 +60,8 @@ class PoolMixin(StockPool):
     _family: ClassVar[Family]
     _task_queue: ClassVar[type[TaskQueueMixin]]
     _outcome_queue: ClassVar[type[OutcomeQueueMixin]]
+    _apply_result: ClassVar[type[StockApplyResult]]
+    _map_result: ClassVar[type[StockMapResult]]
 
     def __init__(
         self,
@@ -85,7 +95,7 @@ class PoolMixin(StockPool):
         """
         self._check_running()
         task = Task.of(self._family, func, args, {} if kwds is None else kwds)
-        result = self._family.pool.ApplyResult(self, callback, error_callback)
+        result = self._apply_result(self, callback, error_callback)
         self._taskqueue.put(([(result._job, 0, task, (), {})], None))
         return result
 
@@ -118,7 +128,7 @@ class PoolMixin(StockPool):
             Task.of(self._family, mapper, (batch,), {})
             for batch in self._get_tasks(func, items, chunksize)
         ]
-        result = self._family.pool.MapResult(self, chunksize, len(items), callback, error_callback)
+        result = self._map_result(self, chunksize, len(items), callback, error_callback)
         numbered: list[Numbered] = [
             (result._job, index, task, (), {}) for index, task in enumerate(tasks)
         ]
@@ -160,6 +170,23 @@ class PoolMixin(StockPool):
         _let_go(taskqueue)
         inqueue.close()
         outqueue.close()
+
+
+class ApplyResultMixin(StockApplyResult):
+    """An AsyncResult that keeps nothing alive by the exception that it raises."""
+
+    def get(self, timeout: float | None = None) -> Any:
+        """What the job returned, within *timeout* seconds. Raises: what it raised; the family's
+        TimeoutError."""
+        self.wait(timeout)
+        if not self.ready() or self._success:
+            return super().get(0)
+        try:
+            raise self._value
+        finally:
+            # As concurrent.futures does: the exception has, by its traceback, this frame, which
+            # would have the result, which has the exception; and the frames of all that call us.
+            del self
 
 
 def _join(thread: threading.Thread) -> None:

@@ -14,7 +14,7 @@ import pytest
 from breaking import ended, state
 from conftest import wait_until
 
-from fdshare import get_context
+from fdshare import SharedMemory, get_context
 from mp import children
 from mp.common import (  # noqa: F401
     METHODS,
@@ -22,6 +22,7 @@ from mp.common import (  # noqa: F401
     descriptor_limit_reached,
     ends,
     identity,
+    open_now,
     trackers,
     writable,
 )
@@ -145,6 +146,36 @@ def test_exceptions_show_the_workers_lines(method: str, package: str) -> None:
 
 
 # The end, with whatever is in it
+
+
+def fail(pool: Any, ask: str) -> None:
+    """A job that fails; the caller's memory, whose end is silent, goes when the caller returns."""
+    memory = SharedMemory(1)
+    with pytest.raises(RuntimeError):
+        if ask == "apply":
+            pool.apply(children.explode, (memory,))
+        elif ask == "apply_async":
+            pool.apply_async(children.explode, (memory,)).get(30)
+        else:
+            pool.map(children.explode, [memory])
+    assert not memory.closed
+
+
+@pytest.mark.parametrize("ask", ["apply", "apply_async", "map"])
+def test_an_exception_keeps_nothing_of_its_callers(package: str, ask: str) -> None:
+    """A traceback has the frames that raised, with their locals. Where these had the result, and so
+    the exception, all of it stayed until a garbage collection, or for ever (CPython 3.11.2)."""
+    with get_context("fork", backend=package).Pool(1) as pool:
+        fail(pool, ask)
+        wait_until(lambda: not pool._cache, "a quiet moment")
+        gc.disable()
+        try:
+            before = open_now()
+            for _ in range(20):
+                fail(pool, ask)
+            wait_until(lambda: open_now() <= before, "the memory is closed")
+        finally:
+            gc.enable()
 
 
 def fill_with_results(pool: Any, function: Any, *args: Any) -> None:
