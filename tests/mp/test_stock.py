@@ -155,6 +155,7 @@ def objects(package: str) -> Iterator[tuple[type, Any]]:
     with ctx.Pool(1) as pool:
         yield stock.StockPool, pool
         result = pool.apply_async(len, ("",))
+        result.wait()  # until then it has no value
         yield stock.StockApplyResult, result
         results = pool.map_async(len, [""])
         yield stock.StockMapResult, results
