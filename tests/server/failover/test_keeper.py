@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import socket
@@ -16,6 +17,7 @@ from breaking import (
     Halves,
     ended,
     kill,
+    state,
 )
 from conftest import wait_until
 from nursery import Manager
@@ -205,6 +207,24 @@ def test_signals_end_it(
             os.kill(pid, signal.SIGTERM)
     for pid in pids.values():
         wait_until(lambda pid=pid: ended(pid))
+    process.wait()
+    assert not (folder / "s").exists()
+
+
+@pytest.mark.parametrize("options", [(), ("--no-keeper",)], ids=["keeper", "no keeper"])
+def test_a_signal_is_heard_whichever_thread_gets_it(
+    served: Callable[..., subprocess.Popen[bytes]], folder: Path, options: tuple[str, ...]
+) -> None:
+    """The wait of the main thread is not interrupted by it."""
+    process = served("--log-level", "warning", *options)
+    with Client(folder / "s") as client:
+        client.register("a", 0)
+        client.unregister("a")  # which a thread closes, in each half
+        tasks = f"/proc/{process.pid}/task"
+        threads = wait_until(lambda: [t for t in os.listdir(tasks) if t != str(process.pid)])
+        wait_until(lambda: state(process.pid) == "S", "the main thread waits")
+        ctypes.CDLL(None).tgkill(process.pid, int(threads[0]), signal.SIGTERM)
+        wait_until(lambda: ended(process.pid))
     process.wait()
     assert not (folder / "s").exists()
 
