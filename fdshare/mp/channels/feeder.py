@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["READER_GONE", "Feeder"]
 
-_DONTWAIT: Final = socket.MSG_DONTWAIT
+_DONTWAIT: Final = int(socket.MSG_DONTWAIT)  # an operation on an IntFlag takes a microsecond
 _MOMENT: Final = 5  # milliseconds
 # ECONNRESET where a socket's reader left something unread (unix_release_sock, net/unix/af_unix.c).
 READER_GONE: Final = frozenset({errno.EPIPE, errno.ECONNRESET})

@@ -32,6 +32,7 @@ _ANNOUNCED: Final = LENGTH.size + 1  # bytes up to the first one of the body
 _MARK: Final[int | None] = getattr(socket, "SO_PRIORITY", None)
 _SOCKET: Final = int(socket.SOL_SOCKET)
 _WAITALL: Final = int(socket.MSG_WAITALL)
+_PEEK_ALL: Final = int(socket.MSG_PEEK | socket.MSG_WAITALL)
 
 # Announcement and body of pickles that are `made_at_once`, and the function that builds the object.
 _bodies: Final[dict[bytes, Callable[[int], Any]]] = {}
@@ -234,7 +235,7 @@ def _rest_of(sock: socket.socket, head: bytes, size: int) -> bytes:
 
 
 def _peek_bytes(sock: socket.socket, size: int) -> bytes:
-    data = sock.recv(size, socket.MSG_PEEK | socket.MSG_WAITALL)
+    data = sock.recv(size, _PEEK_ALL)
     if len(data) < size:
         raise OSError("got end of file during message") if data else EOFError
     return data
