@@ -286,6 +286,7 @@ class UntrustedServer(FdshareError, PermissionError, code="untrusted_server"):
 
     address: str
     uid: int
+    reason: str
 
     def __init__(
         self,
@@ -297,6 +298,7 @@ class UntrustedServer(FdshareError, PermissionError, code="untrusted_server"):
             f"the server at {address} runs as uid {uid}, {reason}",
             address=address,
             uid=uid,
+            reason=reason,
         )
         self.errno = errno.EPERM
 
