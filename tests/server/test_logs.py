@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 from collections.abc import Iterator
+from typing import Literal
 
 import pytest
 
@@ -59,3 +61,30 @@ def test_a_line_of_json(capsys: pytest.CaptureFixture[str]) -> None:
     }
     assert second["message"] == "it failed"
     assert second["exception"].endswith("ValueError: a\nb")
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_the_journal_is_told_priorities(
+    log_format: Literal["text", "json"],
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    info = os.fstat(sys.stderr.fileno())
+    monkeypatch.setenv("JOURNAL_STREAM", f"{info.st_dev}:{info.st_ino}")
+    logs.configure(Settings(path="", log_level="DEBUG", log_format=log_format))
+    for level in (logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR, logging.CRITICAL):
+        log.log(level, "first\n<0>second")
+    lines = capfd.readouterr().err.splitlines()
+    if log_format == "text":
+        assert lines[:4] == ["<7>first", "<7><0>second", "<6>first", "<6><0>second"]
+        lines = lines[::2]
+    assert [line[:3] for line in lines] == ["<7>", "<6>", "<4>", "<3>", "<2>"]
+
+
+def test_another_stream_is_not_the_journal(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JOURNAL_STREAM", "1:2")
+    logs.configure(Settings(path=""))
+    log.info("here")
+    assert capfd.readouterr().err == f"fdshare[{os.getpid()}] INFO: here\n"
