@@ -77,7 +77,7 @@ def serve(
                 ready()
                 _feed(Watchdog(), server)
                 server.run()
-                report("STOPPING=1")
+                report("STOPPING=1\nSTATUS=Ending")
         finally:
             server.shut_down()
 

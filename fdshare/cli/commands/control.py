@@ -162,8 +162,20 @@ def upgrade(client: Client) -> None:
 def stop(client: Client) -> None:
     """End the server, which closes all that it holds.
 
+    What a service manager holds for it (serve --fdstore) stays there, for the next start.
+
     \b
     Example:
       fdshare stop
     """
+    try:
+        store = client.stats().store
+    except PermissionError:
+        store = None
     client.shutdown()
+    if store is not None:
+        print(
+            "fdshare: its service manager holds everything still, and may start it again; "
+            "systemctl stop ends both",
+            file=sys.stderr,
+        )

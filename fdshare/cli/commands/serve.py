@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from fdshare.cli.options import authkey_from_environment, uid_of
 
@@ -145,8 +146,24 @@ def _prepare(
     if listener is None:
         settings.path = path or default_path(create=True)
         listener = _listen(settings, options["owner"], options["group"])
+    else:
+        _warn_of_void_options(listener, path)
     settings.path = listener.address
     return settings, listener
+
+
+def _warn_of_void_options(listener: Listener, path: str | None) -> None:
+    """Of those that are for a socket which this process makes."""
+    context = click.get_current_context()
+    given = [
+        f"--{name}"
+        for name in ("mode", "owner", "group", "backlog")
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+    ]
+    if path is not None and os.path.abspath(path) != listener.address and path != listener.address:
+        given.insert(0, path)
+    if given:
+        _warn(f"{', '.join(given)}: not for {listener.address}, which was passed by LISTEN_FDS")
 
 
 def _listen(settings: Settings, owner: str | None, group: str | None) -> Listener:

@@ -205,7 +205,7 @@ class Keeper:
         if not self._stopping:
             self._stopping = True
             self._start_at = None
-            report("STOPPING=1")
+            report("STOPPING=1\nSTATUS=Ending")
             self._drain()
 
     def _drain(self) -> None:

@@ -111,3 +111,28 @@ os.execv(sys.executable, [sys.executable, "-m", "fdshare", "serve", "--ready-fd"
         shell("ping", "--path", first)
         process.terminate()
         process.wait()
+
+
+def test_what_is_for_another_socket_is_told(shell: Shell) -> None:
+    """Options for the socket that a server makes, where one was passed to it."""
+    code = """
+import os, socket, sys
+sock = socket.socket(socket.AF_UNIX)
+sock.bind(sys.argv[1])
+sock.listen()
+os.set_inheritable(sock.detach(), True)
+os.environ.update(LISTEN_FDS="1", LISTEN_PID=str(os.getpid()))
+os.execv(sys.executable, [sys.executable, "-m", "fdshare", "serve", *sys.argv[2:]])
+"""
+    said = subprocess.run(
+        [sys.executable, "-c", code, shell.path, "/elsewhere", "--mode", "0666",
+         "--policy", "/nowhere"],
+        env=shell.environment,
+        capture_output=True,
+        text=True,
+    )  # fmt: skip
+    first, second = said.stderr.splitlines()
+    assert first.endswith(
+        f"/elsewhere, --mode: not for {shell.path}, which was passed by LISTEN_FDS"
+    )
+    assert "/nowhere" in second

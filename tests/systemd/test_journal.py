@@ -1,0 +1,43 @@
+"""What the journal has of the service."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from .service import Service, run
+
+
+def lines(identifier: str) -> list[dict[str, str]]:
+    asked = run("journalctl", "-b", "-u", "fdshare.service", f"-t{identifier}", "-ojson")
+    return [json.loads(line) for line in asked.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_lines_have_priorities(service: Service, log_format: str) -> None:
+    service.dropin(serve=f"--log-format {log_format}")
+    service.memory("kept")
+    service.kill("server")
+    service.redundant()
+    found = {}
+    for line in lines("fdshare"):
+        if log_format == "json" and line["MESSAGE"].startswith("{"):
+            line["MESSAGE"] = json.loads(line["MESSAGE"])["message"]
+        found[line["MESSAGE"]] = line["PRIORITY"]
+    assert found["the server is gone (it was killed by signal 9), making a new one"] == "4"
+    (registered,) = [message for message in found if "register 'kept'" in message]
+    assert found[registered] == "6"
+
+
+def test_the_status_says_when_it_ends(service: Service) -> None:
+    service.memory("kept")
+    run("systemctl", "stop", "fdshare.service")
+    assert service.property("StatusText") == "Ending"
+
+
+def test_stop_says_that_it_comes_back(service: Service) -> None:
+    service.memory("kept")
+    before = service.table()
+    assert "systemctl stop" in run("fdshare", "stop").stderr
+    assert service.table() == before
