@@ -48,6 +48,7 @@ _FAMILIES: Final = {
     "upgrade": "control",
     "stop": "control",
     "doctor": "doctor",
+    "systemd-units": "systemd_units",
     "demo": "demo",
     "completion": "completion",
     "manual": "manual",
@@ -64,7 +65,8 @@ class Commands(click.Group):
         family = _FAMILIES.get(name)
         if family is None:
             return None
-        command: click.Command = getattr(import_module(f"fdshare.cli.commands.{family}"), name)
+        module = import_module(f"fdshare.cli.commands.{family}")
+        command: click.Command = getattr(module, name.replace("-", "_"))
         return command
 
 
