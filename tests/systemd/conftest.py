@@ -82,6 +82,9 @@ else:
                     item.nodeid, item.location, {}, "failed", f"{error}", "setup", start=0, stop=0
                 )
             ]
+        for data in found:
+            if isinstance(data["longrepr"], list):  # of a skip: JSON has no tuples
+                data["longrepr"] = tuple(data["longrepr"])
         read = item.config.hook.pytest_report_from_serializable
         return [read(config=item.config, data=data) for data in found]
 

@@ -77,7 +77,8 @@ class Container:
         """A program in the container, of the code that is tested here."""
         variables = f"export PYTHONDONTWRITEBYTECODE=1 PYTHONPATH={ROOT}"
         if name == "inside":
-            variables += f" {INSIDE}={_WORK}/asks\ncd {ROOT}"
+            chaos = os.environ.get("FDSHARE_CHAOS", "")
+            variables += f" {INSIDE}={_WORK}/asks FDSHARE_CHAOS={chaos}\ncd {ROOT}"
             # Other users run it, too; in here nothing is anybody's own.
             folders = {str(folder) for path in used_folders() for folder in (path, *path.parents)}
             variables += f"\nchmod a+rx {' '.join(sorted(folders))}"

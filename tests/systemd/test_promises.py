@@ -70,3 +70,33 @@ def test_nothing_is_lost_and_nobody_refused(
         assert service.table() == before
     assert knocker.failures == []
     assert service.stored() == stored
+
+
+def test_what_the_kernel_says_is_told_all_the_same(
+    lasting_service: Service, listener: socket.socket
+) -> None:
+    """The unit takes much from the server, but not the queue and the command that `info` tells."""
+    with lasting_service.client() as client:
+        web = client.info("web")
+        assert web.descriptors[0].listening
+        assert web.descriptors[0].queue == 0
+        assert "pytest" in web.registrant.command
+        assert client.info("path").descriptors[0].local == "/run/fdshare-test.sock"
+
+
+def test_a_store_that_is_kept_outlives_a_stop(service: Service) -> None:
+    release = run("systemctl", "--version").stdout.split()[1]
+    if int(release.partition(".")[0]) < 254:
+        pytest.skip(f"systemd {release} has no FileDescriptorStorePreserve=")
+    service.dropin("FileDescriptorStorePreserve=yes")
+    service.memory("kept")
+    before = service.table()
+    systemctl("stop", "fdshare.socket", "fdshare.service")
+    systemctl("start", "fdshare.socket")
+    assert service.table() == before
+
+
+def test_a_stop_lets_go_of_all(service: Service) -> None:
+    service.memory("gone")
+    systemctl("stop", "fdshare.service")
+    assert service.names() == []
