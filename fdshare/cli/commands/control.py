@@ -59,9 +59,9 @@ def stats(client: Client, as_json: bool, prometheus: bool) -> None:
 
 
 def _store(store: StoreStats) -> str:
-    limit = "at most as many as it likes" if store.limit is None else str(store.limit)
+    limit = "an unknown limit" if store.limit is None else str(store.limit)
     missing = f", {store.missing} names are not in it" if store.missing else ""
-    return f"{store.descriptors} of {limit} with the service manager{missing}"
+    return f"{store.descriptors} descriptors of {limit}{missing}"
 
 
 @click.command(short_help="Check that the server answers.")

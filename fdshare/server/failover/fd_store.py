@@ -164,6 +164,7 @@ class FdStore:
                 self._label(use)
         self.held = table_of(image, list(uses))
         self._rewrite()
+        self._keep_table()  # once more, which does no harm: the first time it may not have read
         self._offer()
 
     def record(self, record: Record, fds: Sequence[int]) -> None:
@@ -278,6 +279,8 @@ class FdStore:
             self._leftover[use.label] = None
 
     def _has_room(self, label: str) -> bool:
+        if self._leftover:  # one of them may be of this very open file description
+            return False
         within = self.limit is None or self._count() < self.limit
         return within and self._spent + price(label) <= BUDGET
 

@@ -8,6 +8,7 @@ lease's other end, for example, the lease would never end.
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import time
@@ -22,9 +23,12 @@ from fdshare.server.failover.journal import Journal
 from fdshare.server.failover.keeper import Keeper
 from fdshare.server.failover.processes import Forked, Life, live
 from fdshare.server.failover.service_manager import announce_main_pid
+from fdshare.server.failover.table_file import UnreadableTable
 from fdshare.server.loop.server import Server
 
 __all__ = ["resume_keeper", "run_keeper"]
+
+log = logging.getLogger("fdshare.server")
 
 
 def run_keeper(holdings: Holdings, ready: Callable[[], None]) -> None:
@@ -66,7 +70,11 @@ def _store_of(holdings: Holdings) -> FdStore | None:
     if holdings.fdstore is None:
         return None
     limit = os.environ.get("FDSTORE")  # see store_state
-    fdstore = FdStore(holdings.fdstore, int(limit) if limit else None)
+    try:
+        fdstore = FdStore(holdings.fdstore, int(limit) if limit else None)
+    except UnreadableTable as error:
+        log.error("nothing more goes to the store, whose table cannot be read: %s", error)
+        return None
     fdstore.reconcile(holdings.table)
     return fdstore
 

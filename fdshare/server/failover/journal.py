@@ -134,7 +134,10 @@ class Journal:
                 raise JournalBusy from None
             raise KeeperUnavailable(str(error)) from None
         if self._fdstore is not None:
-            self._fdstore.record(record, fds)
+            try:
+                self._fdstore.record(record, fds)
+            except Exception:  # the keeper has the record: it is done, whatever the store has of it
+                log.exception("a record is not in the store")
 
     def state(self) -> tuple[int | None, bool]:
         return self._pid, self._acquainted and not self._lost

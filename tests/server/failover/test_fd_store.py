@@ -170,7 +170,7 @@ def test_what_finds_no_room_is_told_and_stored_when_there_is(manager: Manager) -
     assert "(not stored)" in shell("ls", "three")
     assert "not stored" not in shell("ls", "one")
     assert "stored        no" in shell("info", "three")
-    assert "3 of 3 with the service manager, 2 names are not" in shell("stats")
+    assert "3 descriptors of 3, 2 names are not in it" in shell("stats")
     assert "fdshare_missing_names 2\n" in shell("stats", "--prometheus")
     doctor = shell("doctor", "--json", status=1)
     assert "FileDescriptorStoreMax" in doctor
@@ -194,7 +194,13 @@ def test_an_upgrade_to_code_that_cannot_read_the_store_is_refused(manager: Manag
         os.pwrite(memfd, (99).to_bytes(8, sys.byteorder), 8)
     assert "it has version 99" in shell.fails("upgrade")
     assert [entry["name"] for entry in shell.json("ls")] == ["one"]
-    os.pwrite(memfd, (1).to_bytes(8, sys.byteorder), 8)
+    # Nor does a successor read it: it serves what it holds, and leaves the store alone.
+    before = manager.names()
+    os.kill(shell.json("stats")["server_pid"], signal.SIGKILL)
+    shell("register", "two", "--memory", "/dev/null")
+    assert [entry["name"] for entry in shell.json("ls")] == ["one", "two"]
+    assert shell.json("stats")["store"] is None
+    assert manager.names() == before
 
 
 # The store alone.
@@ -409,6 +415,23 @@ def test_a_service_manager_that_does_not_read_is_asked_again(
     fdstore.try_again(fdstore.limit, None)
     assert fdstore.stored("c")
     assert contents(again(fdstore).restore(passed(played))) == {"b": ["1"], "c": ["2"]}
+
+
+def test_what_is_held_under_an_old_label_is_offered_when_that_is_gone(
+    fdstore: FdStore, played: ServiceManager, files: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the service manager would drop the new one, and then be told to close the old one."""
+    address = os.environ["NOTIFY_SOCKET"]
+    copy = os.dup(files[0])
+    fdstore.record(put("a", 1), [files[0]])
+    monkeypatch.setenv("NOTIFY_SOCKET", address + ".gone")
+    fdstore.record(drop("a", 1), [])
+    monkeypatch.setenv("NOTIFY_SOCKET", address)
+    monkeypatch.setattr(fdstore, "_silent_until", 0.0)
+    fdstore.record(put("b", 2), [copy])
+    assert fdstore.stored("b")
+    assert contents(again(fdstore).restore(passed(played))) == {"b": ["0"]}
+    os.close(copy)
 
 
 def test_the_number_of_a_label_that_is_still_held_is_not_used(
