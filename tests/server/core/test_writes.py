@@ -97,3 +97,14 @@ def test_a_take_that_is_confirmed_between_two_looks(verb: str) -> None:
             register(effects, session, if_generation=generation)
         else:
             effects.service.handle(session, 2, m.Unregister("x", generation), [], 0.0)
+
+
+def test_who_has_an_entry_that_ends_with_it_is_known(effects: MemoryEffects) -> None:
+    """Its connection is the last to be closed where there are too many."""
+    session = effects.session()
+    register(effects, session, "a")
+    assert not session.holds
+    register(effects, session, "b", lifetime="process")
+    assert session.holds
+    register(effects, session, "c")
+    assert session.holds
