@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from breaking import (
     Halves,
     Wire,
     identity,
+    kill,
 )
 from conftest import wait_until
 from nursery import Manager
@@ -189,6 +191,23 @@ def test_without_a_session_nothing_is_repeated(manager: Manager, halves: Halves)
         assert isinstance(wire.refused(7, m.Register("a", KIND), [read]), NameTaken)
     os.close(read)
     os.close(write)
+
+
+def test_answers_of_those_who_do_not_come_back_are_forgotten() -> None:
+    """They were connected to a server that died, and have the session timeout to reconnect."""
+    with Manager(limits={"session_timeout": 0.2}) as manager:
+        wire = Wire(manager.address, "me")
+        wire.ask(7, m.Register("a", KIND), [0])
+        halves = Halves(manager)
+        server = halves.pids()["server"]
+        os.kill(server, signal.SIGSTOP)
+        wire.close()
+        kill(server)
+        # Registered with the successor, and longer than what it waits for.
+        manager.register("marker", 0, ttl=0.3)
+        wait_until(lambda: "marker" not in manager)
+        with Wire(manager.address, "me") as wire:
+            assert isinstance(wire.refused(7, m.Register("a", KIND), [0]), NameTaken)
 
 
 # What is held, by itself.

@@ -154,13 +154,15 @@ def test_the_owner_dies_while_a_half_is_replaced(
 def test_a_terminals_signals_are_the_owners(manager: Manager, halves: Halves) -> None:
     """Ctrl-C goes to all processes of the foreground; the owner decides, however often a half was
     replaced."""
-    for half in ("server", "keeper"):
-        pids = halves.pids()
-        for pid in pids.values():
+    for half in ("server", "keeper", "server"):
+        for pid in halves.pids().values():
             os.kill(pid, signal.SIGINT)
-        manager.ping()
-        assert halves.pids() == pids
         halves.kill(half)
+    pids = halves.pids()
+    for pid in pids.values():
+        os.kill(pid, signal.SIGINT)
+    halves.redundant()
+    assert halves.pids() == pids
 
 
 @pytest.mark.parametrize("half", ["server", "keeper"])
