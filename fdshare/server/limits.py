@@ -17,7 +17,7 @@ RESERVE: Final = 32
 
 class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Counts, bytes and seconds. A limit for each uid does not apply to root and the server's
-    uid."""
+    uid; for the others it shrinks with what others use (see users.py)."""
 
     max_descriptors: int
     max_names: int
@@ -26,6 +26,7 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_descriptors_per_uid: int
     max_connections_per_uid: int
     in_flight_per_connection: int
+    in_flight_per_uid: int
     in_flight: int
     max_output: int = 4 << 20  # bytes queued for one connection before it is closed
     max_waiting: int = 4096  # requests of one connection that wait for a name
@@ -61,6 +62,7 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             "max_descriptors_per_uid": descriptors // 2,
             "max_connections_per_uid": max(connections // 2, 2),
             "in_flight": max(nofile // 2 - 1, 8),
+            "in_flight_per_uid": max(nofile // 4, 8),
             "in_flight_per_connection": max(min(nofile // 4, 1012), 8),
         }
         whole = {n: v if n.endswith("_timeout") else int(v) for n, v in changed.items()}

@@ -20,6 +20,7 @@ from fdshare.server.core.ports import JournalBusy, LeaseState, Session
 from fdshare.server.core.records import Grant, Put, Record, decode_record, encode_record
 from fdshare.server.core.service import Service
 from fdshare.server.core.table import Entry, Table
+from fdshare.server.core.users import User
 from fdshare.server.limits import Limits
 
 
@@ -63,7 +64,8 @@ class MemoryEffects:
         return made
 
     def session(self, uid: int = 1, name: str = "") -> Session:
-        session = Session(Subject(uid, uid), 1000 + uid, uid in (0, self.service.policy.own_uid))
+        user = User(uid, uid in (0, self.service.policy.own_uid))
+        session = Session(Subject(uid, uid), 1000 + uid, user)
         session.name = name
         session.route = Inbox()
         self.service.greeted(session)

@@ -10,6 +10,7 @@ from fdshare.protocol import messages as m
 from fdshare.server.core.policy import Subject
 from fdshare.server.core.records import Record
 from fdshare.server.core.table import Entry, Handle
+from fdshare.server.core.users import User
 
 __all__ = ["Awaiting", "JournalBusy", "LeaseState", "Session", "Waiter", "Effects"]
 
@@ -33,13 +34,17 @@ class Session:
 
     subject: Subject
     pid: int
-    trusted: bool
+    user: User
     name: str = ""  # the client's connection id, from its Hello
     registrant: m.Registrant | None = None
     waiting: dict[int, Waiter] = field(default_factory=dict)
     watches: dict[int, str] = field(default_factory=dict)  # id -> pattern
     holds: bool = False  # it has registered an entry that ends with it or with its process
     route: Any = None  # the client's connection, in the event loop
+    trusted: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.trusted = self.user.trusted
 
 
 @dataclass(slots=True, eq=False)

@@ -30,6 +30,7 @@ from fdshare.protocol.framing import MAX_FRAME, Frame, header
 from fdshare.protocol.names import MAX_SESSION
 from fdshare.server.core.policy import Subject
 from fdshare.server.core.ports import Session
+from fdshare.server.core.users import User, allowance
 from fdshare.server.loop.closing import Handle
 from fdshare.server.loop.connection import Connection
 from fdshare.server.loop.output import Output
@@ -126,8 +127,9 @@ class Acceptor:
         overflow = is_overflow_uid(who.uid)
         subject = Subject(who.uid, who.gid, who.groups, who.all_groups, overflow)
         trusted = self._output.service.policy.trusts(subject)
-        session = Session(subject, who.pid, trusted)
-        refusal = self._make_room(who.uid, trusted)
+        user = self._output.users.get(who.uid) or User(who.uid, trusted)
+        session = Session(subject, who.pid, user)
+        refusal = self._make_room(user)
         if refusal is not None:
             self._output.service.refused(session, None, refusal)
             self._turn_away(sock, refusal)
@@ -136,19 +138,20 @@ class Acceptor:
         self.accepted += 1
         self._output.add(connection)
 
-    def _make_room(self, uid: int, trusted: bool) -> QuotaExceeded | None:
+    def _make_room(self, user: User) -> QuotaExceeded | None:
         """Closes an idle connection where the limit is reached; the refusal where none is idle."""
         limits = self._output.service.limits
         used, most = len(self._output.connections), limits.max_connections
         # The last place is the administrator's, who can still ask a full server for its state.
-        if used < most - (not trusted):
-            mine = self._output.connections_of.get(uid, 0)
-            if trusted or mine < limits.max_connections_per_uid:
+        if used < most - (not user.trusted):
+            others = used - user.connections
+            share = allowance(limits.max_connections_per_uid, most - 1, others)
+            if user.trusted or user.connections < share:
                 return None
-            what, most, used = "max_connections_per_uid", limits.max_connections_per_uid, mine
+            what, most, used = "max_connections_per_uid", share, user.connections
         else:
             what = "max_connections"
-        idle = self._longest_idle(uid) or (self._longest_idle(None) if trusted else None)
+        idle = self._longest_idle(user.uid) or (self._longest_idle(None) if user.trusted else None)
         if idle is None:
             return QuotaExceeded(what, most, used)
         self._evict(idle)

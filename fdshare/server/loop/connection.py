@@ -45,6 +45,7 @@ class Connection:
         "in_flight",
         "inspecting",
         "interest",
+        "look_at",
         "output",
         "output_bytes",
         "overflowed",
@@ -56,6 +57,9 @@ class Connection:
         "sock",
         "stale",
         "stalled_since",
+        "throttled",
+        "unread_since",
+        "unread_size",
     )
 
     def __init__(self, sock: socket.socket, session: Session, now: float) -> None:
@@ -65,7 +69,11 @@ class Connection:
         self.output: deque[QueuedFrame] = deque()
         self.output_bytes = 0
         self.pending: deque[Frame[Handle]] = deque()
-        self.in_flight = 0
+        self.in_flight = 0  # descriptors sent and, as far as is known, not read: see in_flight.py
+        self.unread_since = 0.0  # when it was last seen to read while something was in flight
+        self.unread_size = 0  # what the kernel said then of what is unread
+        self.look_at = 0.0  # when the kernel is asked next
+        self.throttled = False  # what is in flight leaves no room for its next frame
         self.greeted = False
         self.proof: bytes | None = None  # the MAC that the client still has to send
         self.counterproof = b""  # ... and the one that it is answered with
@@ -101,7 +109,6 @@ class Connection:
         except BlockingIOError:
             return None
         gone, front.handles = front.handles, ()
-        self.in_flight += len(gone)
         self.output_bytes -= sent
         if sent == len(front.data):
             self.output.popleft()
@@ -109,16 +116,12 @@ class Connection:
             front.data = memoryview(front.data)[sent:]
         return gone
 
-    def unread(self) -> bool:
-        """True if the peer has not read all that was sent; if it has, `in_flight` is 0 now."""
-        if not self.in_flight:
-            return False
+    def unread(self) -> int:
+        """How much the peer has not read, in the kernel's measure; 0 if it has read all."""
         count = array.array("i", [0])
         try:
             fcntl.ioctl(self.sock, _UNREAD, count)
         except OSError:
             count[0] = 0
-        if count[0]:
-            return True
-        self.in_flight = 0
-        return False
+        self.unread_size = count[0]
+        return self.unread_size

@@ -188,6 +188,8 @@ class Loop(Output):
             since = oldest.slow_since or 0.0
             slow = since + self.service.limits.request_timeout
             due = slow if due is None else min(due, slow)
+        if (look := self.in_flight.next_look()) is not None:
+            due = look if due is None else min(due, look)
         if self.acceptor.paused_until is not None:
             resume = self.acceptor.due
             due = resume if due is None else min(due, resume)
@@ -195,19 +197,33 @@ class Loop(Output):
 
     def _do_due(self, now: float) -> None:
         self._retry_at = 0.0
-        for connection in list(self._throttled):
-            self._throttled.discard(connection)
-            self.flush(connection, now)
-            self._resume(connection, now)
-        for connection in list(self._stalled):
-            self._stalled.pop(connection, None)
-            self._resume(connection, now)
+        self._retry_throttled(now)
+        self._retry_stalled(now)
         while self._timers and self._timers[0][0] <= now:
             self.attempt(heapq.heappop(self._timers)[2], now)
         try:
             self.service.tick(now)
         except (JournalBusy, KeeperUnavailable):
             self._tick_again = now + _RETRY
+        self._drop_slow(now)
+        self.acceptor.resume(now)
+
+    def _retry_stalled(self, now: float) -> None:
+        """Repeats the requests that wait for the keeper, until one of them has to wait again: it
+        stays the first, and those behind it cost nothing."""
+        while self._stalled:
+            connection = next(iter(self._stalled))
+            del self._stalled[connection]
+            self._resume(connection, now)
+            if connection in self._stalled:
+                self._stalled.move_to_end(connection, last=False)
+                break
+
+    def _drop_slow(self, now: float) -> None:
+        """Closes the connections whose time to ask, or to read, is over."""
+        for connection in self.in_flight.deaf(now):
+            log.warning("pid %d does not read its answers, dropped", connection.session.pid)
+            self.drop(connection)
         while self._slow:
             oldest = next(iter(self._slow))
             if now < (oldest.slow_since or 0.0) + self.service.limits.request_timeout:
@@ -218,15 +234,15 @@ class Loop(Output):
                 continue
             log.warning("pid %d is too slow, dropped", oldest.session.pid)
             self.drop(oldest)
-        self.acceptor.resume(now)
 
     def _is_held_up(self, connection: Connection) -> bool:
         """True if the client has read all that it was sent, and waits only because the descriptors
         in flight to others leave no room."""
-        if connection not in self._throttled or not connection.receiver.idle:
-            return False
-        self._measure(connection)
-        return not connection.in_flight
+        return (
+            connection.throttled
+            and connection.receiver.idle
+            and self.in_flight.has_read(connection)
+        )
 
     def attempt(self, change: Callable[[float], None], now: float) -> None:
         """Makes a change that no request asked for; later again if the keeper cannot take it

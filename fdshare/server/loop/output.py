@@ -14,7 +14,9 @@ import logging
 import socket
 import termios
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Final
 
 from fdshare.errors import DescriptorLimit
@@ -23,8 +25,10 @@ from fdshare.protocol import messages as m
 from fdshare.protocol.framing import header
 from fdshare.server.core.ports import Session
 from fdshare.server.core.service import Service
+from fdshare.server.core.users import User
 from fdshare.server.loop.closing import Handle, close_quietly
 from fdshare.server.loop.connection import NO_MEMORY, Connection
+from fdshare.server.loop.in_flight import InFlight
 from fdshare.server.loop.poller import READ, WRITE, Poller
 
 __all__ = ["Output"]
@@ -37,6 +41,8 @@ _BACKPRESSURE: Final = 1 << 16  # bytes of unread answers above which a client i
 # megabytes.
 _INSPECTIONS: Final = 4  # `info` requests of one client under way: with so many it is not served
 
+_RETRIED: Final = 16  # waiting connections of one user that are sent to in one turn
+
 
 class Output:
     """Every connection: what is sent on it, and how it ends."""
@@ -45,17 +51,19 @@ class Output:
         self.service = service
         self.poller = Poller()
         self.connections: dict[Connection, None] = {}  # in the order of their last request
-        self.connections_of: dict[int, int] = {}  # uid -> how many
-        self.in_flight = 0
+        self.users: dict[int, User] = {}  # those who have connections
+        self.in_flight = InFlight(service.limits)
         self._close_handle = close_handle
         self._slow: dict[Connection, None] = {}
-        self._throttled: set[Connection] = set()
-        self._stalled: dict[Connection, None] = {}
+        # Who waits until others have read, each user's in their order.
+        self._throttled: dict[User, OrderedDict[Connection, None]] = {}
+        self._stalled: OrderedDict[Connection, None] = OrderedDict()
 
     def add(self, connection: Connection) -> None:
         self.connections[connection] = None
-        uid = connection.session.subject.uid
-        self.connections_of[uid] = self.connections_of.get(uid, 0) + 1
+        user = connection.session.user
+        user.connections += 1
+        self.users[user.uid] = user
         connection.interest = READ
         self.poller.register(connection.fileno(), READ, connection)
         self._slow[connection] = None
@@ -66,13 +74,13 @@ class Output:
             return
         connection.closed = True
         self.connections.pop(connection, None)
-        self._count_out(connection.session.subject.uid)
+        self._count_out(connection.session.user)
         self._slow.pop(connection, None)
-        self._throttled.discard(connection)
+        self._unthrottle(connection)
         self._stalled.pop(connection, None)
         self.poller.unregister(connection.fileno())
         self._hang_up(connection.sock)
-        self.in_flight -= connection.in_flight
+        self.in_flight.forget(connection)
         unanswered = bool(connection.output)
         for output in connection.output:
             self.unpin(output.handles)
@@ -84,10 +92,10 @@ class Output:
         connection.pending.clear()
         self.service.disconnected(connection.session, time.monotonic(), unanswered=unanswered)
 
-    def _count_out(self, uid: int) -> None:
-        self.connections_of[uid] -= 1
-        if not self.connections_of[uid]:
-            del self.connections_of[uid]
+    def _count_out(self, user: User) -> None:
+        user.connections -= 1
+        if not user.connections:
+            del self.users[user.uid]
 
     def _hang_up(self, sock: socket.socket) -> None:
         """Closes *sock*; in a closer's thread if it has unread bytes: a descriptor among them may
@@ -147,14 +155,14 @@ class Output:
     def _sent_at_once(self, connection: Connection, frame: bytes, fds: Rights, count: int) -> bool:
         """The common case, without a queue: True where the whole frame has gone, and its *count*
         descriptors *fds*."""
-        if connection.draining or (count and not self._fits(connection, count)):
+        if connection.draining or (count and not self.in_flight.fits(connection, count)):
             return False
         try:
             sent = send_rights(connection.sock, (frame,), fds)
         except OSError:
             return False  # flush() tries again with the frame in the queue, and handles the error
-        connection.in_flight += count
-        self.in_flight += count
+        if count:
+            self.in_flight.sent(connection, count)
         if sent < len(frame):
             connection.queue(frame[sent:], ())
             self._mark_slow(connection, time.monotonic())
@@ -167,20 +175,20 @@ class Output:
         try:
             while connection.output and not connection.closed:
                 count = len(connection.output[0].handles)
-                if count and not self._may_fly(connection, count):
-                    self._throttled.add(connection)
+                if count and not self.in_flight.makes_room(connection, count, now):
+                    self._throttle(connection)
                     break
                 gone = connection.send_next()
                 if gone is None:
                     break
                 if gone:
-                    self.in_flight += len(gone)
+                    self.in_flight.sent(connection, len(gone))
                     self.unpin(gone)
         except OSError as error:
             if not isinstance(error, DescriptorLimit) and error.errno not in NO_MEMORY:
                 self.drop(connection)
                 return
-            self._throttled.add(connection)
+            self._throttle(connection)
         if connection.closed:
             return
         if connection.output_bytes < before and connection.greeted:
@@ -207,40 +215,36 @@ class Output:
                 self.service.snapshot(connection.session, watch)
         connection.stale += stale
 
-    def _may_fly(self, connection: Connection, count: int) -> bool:
-        """True where *count* more unread descriptors keep within both budgets, after the kernel was
-        asked again what has been read."""
-        if self._fits(connection, count):
-            return True
-        self._measure(connection)
-        if self._fits(connection, count):
-            return True
-        for other in self.connections:
-            self._measure(other)
-        return self._fits(connection, count) or not self.in_flight
+    # Waiting until others have read.
 
-    def _fits(self, connection: Connection, count: int) -> bool:
-        """True where *count* more keep within both budgets.
+    def _throttle(self, connection: Connection) -> None:
+        connection.throttled = True
+        self._throttled.setdefault(connection.session.user, OrderedDict())[connection] = None
 
-        A connection that has not read may take a part of what is left of the common budget, and
-        never its last quarter: clients that do not read leave room for those that do.
-        """
-        limits, mine = self.service.limits, connection.in_flight
-        if not mine:
-            return self.in_flight + count <= limits.in_flight
-        left = limits.in_flight * 3 // 4 - self.in_flight
-        return mine + count <= min(limits.in_flight_per_connection, 2 * left)
+    def _unthrottle(self, connection: Connection) -> None:
+        connection.throttled = False
+        waiting = self._throttled.get(connection.session.user)
+        if waiting is not None and connection in waiting:
+            del waiting[connection]
+            if not waiting:
+                del self._throttled[connection.session.user]
 
-    def measure(self) -> int:
-        """How many descriptors were sent and not yet read."""
-        for connection in self.connections:
-            self._measure(connection)
-        return self.in_flight
+    def _retry_throttled(self, now: float) -> None:
+        """Sends to some of those who waited, of each user, as long as the budgets have room."""
+        if self._throttled:
+            self.in_flight.look(now)
+        for user, waiting in list(self._throttled.items()):
+            self.in_flight.look(now, user)
+            for connection in list(islice(waiting, _RETRIED)):
+                if not self.in_flight.has_room(user):
+                    break
+                self._unthrottle(connection)
+                self.flush(connection, now)  # who has to wait again is the last one then
+                self._resume(connection, now)
 
-    def _measure(self, connection: Connection) -> None:
-        before = connection.in_flight
-        if before and not connection.unread():
-            self.in_flight -= before
+    def _resume(self, connection: Connection, now: float) -> None:
+        """Goes on with the requests that had to wait."""
+        raise NotImplementedError
 
     # What the poller and the clock are asked for.
 
@@ -249,7 +253,7 @@ class Output:
         its inspections have to end."""
         return connection.inspecting >= _INSPECTIONS or (
             bool(connection.output)
-            and (connection.output_bytes > _BACKPRESSURE or connection in self._throttled)
+            and (connection.output_bytes > _BACKPRESSURE or connection.throttled)
         )
 
     def _update(self, connection: Connection) -> None:
@@ -259,7 +263,7 @@ class Output:
         interest = 0
         if not connection.pending and not connection.draining and not self._busy(connection):
             interest |= READ
-        if connection.output and connection not in self._throttled:
+        if connection.output and not connection.throttled:
             interest |= WRITE
         if interest != connection.interest:
             connection.interest = interest

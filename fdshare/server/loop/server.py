@@ -235,7 +235,7 @@ class Server:
             descriptors=self.table.descriptors,
             leases=len(self.table.leases),
             connections=len(loop.connections),
-            in_flight=loop.measure(),
+            in_flight=loop.in_flight.measure(),
             generation=self.table.generation,
             serial=self.table.serial,
             counters={

@@ -19,6 +19,7 @@ from fdshare.server.core.policy import Subject
 from fdshare.server.core.ports import Session
 from fdshare.server.core.records import Put, Record
 from fdshare.server.core.table import Table
+from fdshare.server.core.users import User
 from fdshare.server.loop.closing import Handle
 from fdshare.server.loop.server import Server
 from fdshare.server.settings import Settings
@@ -42,7 +43,8 @@ def server(settings: Settings) -> Iterator[Server]:
 
 
 def session(sock: socket.socket | None = None, pid: int | None = None) -> Session:
-    made = Session(Subject(os.geteuid(), os.getegid()), pid or os.getpid(), True)
+    user = User(os.geteuid(), True)
+    made = Session(Subject(os.geteuid(), os.getegid()), pid or os.getpid(), user)
     made.route = SimpleNamespace(sock=sock)
     return made
 

@@ -1,0 +1,30 @@
+"""User: what the connections of one uid take of the server, beside its entries.
+
+Whatever users share is counted against each of them, so that nobody can use it up.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["User", "allowance"]
+
+
+@dataclass(slots=True, eq=False)
+class User:
+    """One uid with connections. *trusted*: no limit for each uid binds it (see policy.py)."""
+
+    uid: int
+    trusted: bool
+    connections: int = 0
+    in_flight: int = 0  # descriptors sent and not yet read
+
+
+def allowance(share: int, limit: int, others: int) -> int:
+    """How much of *limit* one uid may have, at most *share*, where *others* have the rest of what
+    is used.
+
+    Never more than half of what others leave (or the same part of it that *share* is of *limit*):
+    users that take all they can, however many they are, leave something for the next one.
+    """
+    return min(share, max(int((limit - others) * max(share / limit, 0.5)), 1))

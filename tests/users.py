@@ -1,0 +1,102 @@
+"""Processes of other users, for tests of what one user can do to the others. They need root."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import struct
+import traceback
+from collections.abc import Callable
+from typing import TypeAlias
+
+import pytest
+
+Say: TypeAlias = Callable[[object], None]
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can be other users")
+# Every user may do everything to names, and look at them.
+ANYBODY = '[[rule]]\neffect = "allow"\nverbs = ["*"]\n'
+
+
+def become(uid: int) -> None:
+    """Makes this process one of *uid*, without supplementary groups."""
+    os.setgroups([])
+    os.setresgid(uid, uid, uid)
+    os.setresuid(uid, uid, uid)
+
+
+class AsUser:
+    """A forked process of *uid* that runs *task*, and then stays until this is closed.
+
+    *task* is given a function that says something here, where `hear` returns it.
+    """
+
+    def __init__(self, uid: int, task: Callable[[Say], None]) -> None:
+        said, says = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.pid = os.fork()
+        if not self.pid:
+            said.close()
+            try:
+                become(uid)
+                task(lambda what: says.sendall(str(what).encode()[:100_000]))
+                says.recv(1)  # the end of the other side
+            except BaseException as error:
+                says.sendall("".join(traceback.format_exception(error)).encode())
+            finally:
+                os._exit(0)
+        says.close()
+        self._said = said
+
+    def hear(self, seconds: float = 30) -> str:
+        """The next thing that it says."""
+        ready, _, _ = select.select([self._said], [], [], seconds)
+        assert ready, f"it said nothing for {seconds} s"
+        return self._said.recv(1 << 17).decode()
+
+    def close(self) -> None:
+        """Kills it."""
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+        self._said.close()
+
+    def __enter__(self) -> AsUser:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def as_user(uid: int, task: Callable[[], object]) -> str:
+    """What *task* returns, as str, or the error that it raises: its class and message. Run as
+    *uid*."""
+
+    def run(say: Say) -> None:
+        try:
+            say(task())
+        except Exception as error:
+            say(f"{type(error).__name__}: {error}")
+
+    with AsUser(uid, run) as other:
+        return other.hear()
+
+
+def lingering(seconds: int = 30) -> tuple[socket.socket, socket.socket]:
+    """A TCP socket whose last close takes *seconds* (socket(7), SO_LINGER), and its peer, which
+    does not read: what was sent stays unsent."""
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        sock = socket.create_connection(listener.getsockname())
+        peer = listener.accept()[0]
+    sock.setblocking(False)
+    try:
+        while True:
+            sock.send(b"unsent" * 10_000)
+    except BlockingIOError:
+        pass
+    sock.setblocking(True)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, seconds))
+    return sock, peer
