@@ -33,6 +33,7 @@ ACROSS = {
     "server/test_audit.py": "the audit log, from the verb to the line",
     "server/test_boundaries.py": "no descriptor left: the server, the client, the kernel",
     "server/test_endings.py": "how entries end, over the death of either half",
+    "server/test_hostile_users.py": "what one user does to stop the others",
     "server/test_leases.py": "takes, over the death of the taker and of either half",
     "server/test_user_namespace.py": "who is trusted where few users have a number",
     "test_benchmarks.py": "the programs of benchmarks/",

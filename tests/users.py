@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import encodings.idna  # noqa: F401  what a socket needs, and another user may not be able to read
 import os
 import select
 import signal
 import socket
-import struct
 import traceback
 from collections.abc import Callable
 from typing import TypeAlias
 
 import pytest
+from hanging import HangingFileSystem
 
 Say: TypeAlias = Callable[[object], None]
 
@@ -28,26 +29,37 @@ def become(uid: int) -> None:
 
 
 class AsUser:
-    """A forked process of *uid* that runs *task*, and then stays until this is closed.
+    """A forked process of *uid* that runs *task*, and keeps what that returns until this is closed.
 
-    *task* is given a function that says something here, where `hear` returns it.
+    *task* is given a function that says something here, where `hear` returns it. It sees
+    *file_system*, which is closed with this.
     """
 
-    def __init__(self, uid: int, task: Callable[[Say], None]) -> None:
+    def __init__(
+        self,
+        uid: int,
+        task: Callable[[Say], object],
+        *,
+        file_system: HangingFileSystem | None = None,
+    ) -> None:
         said, says = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.pid = os.fork()
         if not self.pid:
             said.close()
             try:
+                if file_system is not None:
+                    file_system.enter()
                 become(uid)
-                task(lambda what: says.sendall(str(what).encode()[:100_000]))
+                kept = task(lambda what: says.sendall(str(what).encode()[:100_000]))
                 says.recv(1)  # the end of the other side
+                del kept
             except BaseException as error:
                 says.sendall("".join(traceback.format_exception(error)).encode())
             finally:
                 os._exit(0)
         says.close()
         self._said = said
+        self._file_system = file_system
 
     def hear(self, seconds: float = 30) -> str:
         """The next thing that it says."""
@@ -58,6 +70,8 @@ class AsUser:
     def close(self) -> None:
         """Kills it."""
         os.kill(self.pid, signal.SIGKILL)
+        if self._file_system is not None:  # else the process may hang at its end
+            self._file_system.close()
         os.waitpid(self.pid, 0)
         self._said.close()
 
@@ -80,23 +94,3 @@ def as_user(uid: int, task: Callable[[], object]) -> str:
 
     with AsUser(uid, run) as other:
         return other.hear()
-
-
-def lingering(seconds: int = 30) -> tuple[socket.socket, socket.socket]:
-    """A TCP socket whose last close takes *seconds* (socket(7), SO_LINGER), and its peer, which
-    does not read: what was sent stays unsent."""
-    with socket.socket() as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        listener.bind(("127.0.0.1", 0))
-        listener.listen()
-        sock = socket.create_connection(listener.getsockname())
-        peer = listener.accept()[0]
-    sock.setblocking(False)
-    try:
-        while True:
-            sock.send(b"unsent" * 10_000)
-    except BlockingIOError:
-        pass
-    sock.setblocking(True)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, seconds))
-    return sock, peer

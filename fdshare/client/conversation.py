@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hmac
 import os
+import socket
 import time
 from collections.abc import Sequence
 from typing import Any, Final, NamedTuple, TypeAlias
@@ -28,7 +29,18 @@ from fdshare.protocol import messages as m
 from fdshare.protocol.auth import NONCE_SIZE, prove
 from fdshare.protocol.framing import HEADER, MAX_FRAME, Receiver, only_frame
 
-__all__ = ["Answer", "Conversation", "Exchange", "Read", "WholeAnswer"]
+__all__ = [
+    "LEASE_END",
+    "Answer",
+    "Conversation",
+    "Exchange",
+    "LeaseEnd",
+    "Read",
+    "WholeAnswer",
+]
+
+# Seconds that the server gets to close what was taken; what hangs in close(2) it does not wait for.
+LEASE_END: Final = 1.0
 
 
 # Exchange and WholeAnswer are Structs and not dataclasses: C makes them, in a tenth of the time.
@@ -59,6 +71,22 @@ class Exchange(msgspec.Struct):
         if self.wait:
             left = max(started + self.wait - time.monotonic(), 0.001)
             self.request = msgspec.structs.replace(self.request, wait=left)
+
+
+class LeaseEnd(msgspec.Struct):
+    """Not a request: the end of the lease on *sock*, to be waited for, but no longer than LEASE_END
+    seconds. It comes when the server, and its keeper, have closed what was taken. *sock* is
+    borrowed."""
+
+    sock: socket.socket
+
+    def wait(self) -> None:
+        """Waits for it."""
+        self.sock.settimeout(LEASE_END)
+        try:
+            self.sock.recv(1)
+        except OSError:
+            pass  # in time, or not: the entry is taken
 
 
 # What one recvmsg(2) brought: bytes, descriptors, and why some of these are missing.

@@ -10,7 +10,7 @@ import socket
 from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import Any, Final, TypeAlias, TypeVar
 
-from fdshare.client.conversation import Exchange, WholeAnswer
+from fdshare.client.conversation import Exchange, LeaseEnd, WholeAnswer
 from fdshare.errors import KindMismatch, NameNotFound, ProtocolError, TooManyDescriptors
 from fdshare.kernel.ancillary import close_all
 from fdshare.kernel.descriptor import Descriptor
@@ -23,7 +23,7 @@ T = TypeVar("T")
 R = TypeVar("R", bound=m.Reply)
 # So many names of 255 bytes, with what msgpack adds, stay below MAX_FRAME.
 _MOST_NAMES: Final = 4000
-Steps: TypeAlias = Generator[Exchange, WholeAnswer, T]
+Steps: TypeAlias = Generator[Exchange | LeaseEnd, WholeAnswer, T]
 
 
 def register(
@@ -140,8 +140,11 @@ def take(name: str, timeout: float | None) -> Steps[Any]:
         given = _answer(parts, m.Given)
         with _lease_of(parts) as lease:
             obj = rebuild(given.kind, parts.descriptors)
-            if _confirm(lease, obj, discard):
-                return obj
+            confirmed = _confirm(lease, obj, discard)
+        if confirmed is not None:
+            with confirmed:
+                yield LeaseEnd(confirmed)
+            return obj
 
 
 def take_raw(name: str, timeout: float | None) -> Steps[list[Descriptor]]:
@@ -149,8 +152,11 @@ def take_raw(name: str, timeout: float | None) -> Steps[list[Descriptor]]:
         parts = yield Exchange(m.Take(name, timeout), wait=timeout)
         _answer(parts, m.Given)
         with _lease_of(parts) as lease:
-            if _confirm(lease, parts.descriptors, close_all):
-                return parts.descriptors
+            confirmed = _confirm(lease, parts.descriptors, close_all)
+        if confirmed is not None:
+            with confirmed:
+                yield LeaseEnd(confirmed)
+            return parts.descriptors
 
 
 def _lease_of(parts: WholeAnswer) -> Descriptor:
@@ -160,20 +166,25 @@ def _lease_of(parts: WholeAnswer) -> Descriptor:
     return parts.descriptors.pop()
 
 
-def _confirm(lease: Descriptor, taken: T, let_go: Callable[[T], None]) -> bool:
-    """Sends one byte on the lease, so that *taken* is ours. False, after *let_go* of it, where the
-    lease was revoked: the entry was replaced, removed or given back before. Never blocks.
+def _confirm(lease: Descriptor, taken: T, let_go: Callable[[T], None]) -> socket.socket | None:
+    """Sends one byte on the lease, so that *taken* is ours; the lease, whose end is to be waited
+    for. None, after *let_go* of it, where the lease was revoked: the entry was replaced, removed or
+    given back before. Never blocks. The caller owns the result.
 
     Raises, after *let_go*: ProtocolError: this is no lease.
     """
     try:
-        with lease.socket() as sock:
+        sock = lease.socket()
+        try:
             sock.setblocking(True)  # whatever socket.setdefaulttimeout() says
             sock.send(b"\1", socket.MSG_DONTWAIT)  # its buffer is empty
-        return True
+        except BaseException:
+            sock.close()
+            raise
+        return sock
     except (BrokenPipeError, ConnectionResetError):
         let_go(taken)
-        return False
+        return None
     except OSError as error:
         let_go(taken)
         raise ProtocolError(f"what it gave is no lease: {error.strerror}") from None

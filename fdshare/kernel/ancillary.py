@@ -154,21 +154,27 @@ def receive_into(
         return count, [], None
     descriptors = own(control)
     if got & _CTRUNC:
-        return count, [], _dropped(descriptors, control, _ROOM)
+        close_all(descriptors)
+        return count, [], _why_dropped(len(descriptors), control, _ROOM)
     return count, descriptors, None
 
 
 def receive_numbers(
-    sock: socket.socket, buffer: bytearray | memoryview, flags: int = 0
+    sock: socket.socket, buffer: bytearray | memoryview, flags: int = 0, most: int = MAX_DESCRIPTORS
 ) -> tuple[int, list[int], FdshareError | None]:
-    """As `receive_into`, for a caller that owns descriptors in objects of its own: bare numbers, to
-    be owned, or closed, at once."""
-    count, control, got, _ = sock.recvmsg_into((buffer,), _ROOM, flags | _CLOEXEC)
+    """As `receive_into`, for a caller that owns descriptors in objects of its own, and must not
+    wait for a close(2): bare numbers, to be owned at once. Even if some are missing, those that had
+    fitted are returned; they are good for nothing but to be closed.
+
+    There is room for *most* descriptors, or one more (CMSG_SPACE). If they are fewer than 253,
+    there is room for nothing else.
+    """
+    room = _ROOM if most >= MAX_DESCRIPTORS else socket.CMSG_SPACE(most * _INT)
+    count, control, got, _ = sock.recvmsg_into((buffer,), room, flags | _CLOEXEC)
     if not control and not got & _CTRUNC:
         return count, [], None
-    if got & _CTRUNC:
-        return count, [], _dropped(own(control), control, _ROOM)
-    return count, _numbers(control), None
+    numbers = _numbers(control)
+    return count, numbers, _why_dropped(len(numbers), control, room) if got & _CTRUNC else None
 
 
 def peek(sock: socket.socket, size: int, flags: int = 0) -> tuple[bytes, list[int]]:
@@ -184,7 +190,9 @@ def peek(sock: socket.socket, size: int, flags: int = 0) -> tuple[bytes, list[in
     """
     data, control, got, _ = sock.recvmsg(size, _ROOM, flags | _LOOK)
     if got & _CTRUNC:
-        raise _dropped(own(control), control, _ROOM)
+        descriptors = own(control)
+        close_all(descriptors)
+        raise _why_dropped(len(descriptors), control, _ROOM)
     return data, _numbers(control) if control else []
 
 
@@ -250,12 +258,10 @@ def _split(control: Control) -> tuple[list[Descriptor], Descriptor | None]:
     return owned, pidfd
 
 
-def _dropped(descriptors: list[Descriptor], control: Control, room: int) -> FdshareError:
-    """The error that says why descriptors are missing. Closes those that fitted."""
-    received = len(descriptors)
-    close_all(descriptors)
+def _why_dropped(received: int, control: Control, room: int) -> FdshareError:
+    """The error that says why no more than *received* descriptors came in *control*."""
     sizes = [len(data) for _, _, data in control]
-    if descriptors:  # the next one would have needed a place after the last
+    if received:  # the next one would have needed a place after the last
         needed = sum(map(socket.CMSG_SPACE, sizes[:-1])) + socket.CMSG_LEN(sizes[-1] + _INT)
     else:
         needed = sum(map(socket.CMSG_SPACE, sizes)) + socket.CMSG_LEN(_INT)
@@ -424,7 +430,7 @@ def receive(sock: socket.socket, max_bytes: int, room: int = _ROOM, flags: int =
     result = Received(data, descriptors, None, int(got) & ~_CLOEXEC, address or None, pidfd)
     try:
         if got & socket.MSG_CTRUNC:
-            raise _dropped(descriptors, control, room)
+            raise _why_dropped(len(descriptors), control, room)
         who = _credentials(control)
     except BaseException:
         result.close()

@@ -15,14 +15,12 @@ import os
 import resource
 import shutil
 import socket
-import threading
 import time
 from typing import Final
 
 from fdshare.errors import DescriptorLimit, FdshareError
-from fdshare.kernel.ancillary import close_all, receive_into, send_message
+from fdshare.kernel.ancillary import send_message
 from fdshare.kernel.credentials import peer_credentials
-from fdshare.kernel.descriptor import Descriptor
 from fdshare.parking.protocol import (
     CREDIT,
     FULL,
@@ -37,6 +35,9 @@ from fdshare.parking.protocol import (
     UNKNOWN,
     USAGE,
 )
+from fdshare.server.loop import closing
+from fdshare.server.loop.closing import Closer, Handle, receive_handles
+from fdshare.server.loop.lanes import Lanes
 from fdshare.server.loop.poller import READ, Poller
 
 __all__ = ["serve"]
@@ -55,11 +56,11 @@ _RESERVE: Final = 16  # descriptors for the listener, the epoll, and those that 
 class _Stored:
     """What is held under one key. *uses*: how often it may still be taken."""
 
-    __slots__ = ("descriptors", "expires", "fds", "uses")
+    __slots__ = ("expires", "fds", "handles", "uses")
 
-    def __init__(self, descriptors: list[Descriptor], uses: int, expires: float) -> None:
-        self.descriptors = descriptors
-        self.fds = [descriptor.fileno() for descriptor in descriptors]
+    def __init__(self, handles: list[Handle], uses: int, expires: float) -> None:
+        self.handles = handles
+        self.fds = [handle.fd for handle in handles]
         self.uses = uses
         self.expires = expires
 
@@ -92,6 +93,9 @@ class _Server:
         self.waiting: list[tuple[_Client, bytes]] = []  # for fewer descriptors in flight
         self.poller = Poller()
         self.one_way = Poller()  # of one-way sockets; asked, never waited for
+        # Ours may be the last copy of what is let go of, and its close may block.
+        self.uid = os.geteuid()
+        self.closer = Closer(Lanes(), lambda: None, alone=True)
         self.buffer = bytearray(_PACKET)
         self.now = time.monotonic()  # when this turn of the loop began
         self.all_read = self.now  # when all one-way sockets were read
@@ -136,17 +140,13 @@ class _Server:
         return max(due - self.now, 0.0)
 
     def _expire(self) -> None:
-        expired: list[Descriptor] = []
         while self.deadlines and self.deadlines[0][0] <= self.now:
             _, key = heapq.heappop(self.deadlines)
             stored = self.stored.get(key)
             if stored is not None and stored.expires <= self.now:
                 del self.stored[key]
                 self.count -= len(stored.fds)
-                expired += stored.descriptors
-        if expired:
-            # Ours may be the last reference, and close(2) may take its time over that (SO_LINGER).
-            threading.Thread(target=close_all, args=(expired,), daemon=True).start()
+                self.closer.close(stored.handles)
 
     # Connections
 
@@ -161,13 +161,15 @@ class _Server:
             else:
                 time.sleep(_RETRY)
             return
+        uid = closing.UNKNOWN
         try:
+            uid = peer_credentials(sock).uid
             sock.setblocking(False)
-            if peer_credentials(sock).uid not in (0, os.geteuid()):
-                sock.close()
+            if uid not in (0, self.uid):
+                self._close(sock, uid)
                 return
         except OSError:  # it has gone again
-            sock.close()
+            self._close(sock, uid)
             return
         client = _Client(sock)
         self.clients[client] = None
@@ -177,11 +179,15 @@ class _Server:
         if self.clients.pop(client, self) is self:
             return
         self.poller.unregister(client.sock.fileno())
-        client.sock.close()
+        self._close(client.sock, self.uid)
         self._read_one_way(client)
         self._close_one_way(client)
         self.credit -= client.credit
         self.waiting = [(other, key) for other, key in self.waiting if other is not client]
+
+    def _close(self, sock: socket.socket, uid: int) -> None:
+        """Closes a socket of *uid*, in which something may be unread."""
+        self.closer.close((Handle(sock.detach(), uid),))
 
     # One-way sockets
 
@@ -211,21 +217,21 @@ class _Server:
         while client.one_way is not None and wanted not in self.stored and most != 0:
             most = most and most - 1
             try:
-                size, descriptors, lost = receive_into(client.one_way, self.buffer)
+                size, handles, lost = receive_handles(client.one_way, self.buffer, self.uid)
             except BlockingIOError:
                 return
             except OSError:
                 self._close_one_way(client)
                 return
-            if size != PUT_SIZE or not self._put(client, descriptors, lost, client.credit):
-                close_all(descriptors)
+            if size != PUT_SIZE or not self._put(client, handles, lost, client.credit):
+                self.closer.close(handles)
             if not size:  # its other end is closed: the client leaves
                 self._close_one_way(client)
 
     def _close_one_way(self, client: _Client) -> None:
         if client.one_way is not None:
             self.one_way.unregister(client.one_way.fileno())
-            client.one_way.close()
+            self._close(client.one_way, self.uid)
             client.one_way = None
 
     # Requests
@@ -234,7 +240,7 @@ class _Server:
         if client not in self.clients:
             return  # dropped in this very turn
         try:
-            size, descriptors, lost = receive_into(client.sock, self.buffer)
+            size, handles, lost = receive_handles(client.sock, self.buffer, self.uid)
         except BlockingIOError:
             return
         except OSError:
@@ -243,7 +249,7 @@ class _Server:
         del self.clients[client]
         self.clients[client] = None  # to the end of the order
         try:
-            if not self._answer(client, size, descriptors, lost):
+            if not self._answer(client, size, handles, lost):
                 self._drop(client)
         except Exception:
             # It has gone, or does not read its answers. Whatever else it is ends this client alone:
@@ -251,16 +257,15 @@ class _Server:
             self._drop(client)
 
     def _answer(
-        self, client: _Client, size: int, descriptors: list[Descriptor], lost: FdshareError | None
+        self, client: _Client, size: int, handles: list[Handle], lost: FdshareError | None
     ) -> bool:
         """Carries a request out; False at the end of the stream, and for what is no request."""
         verb = self.buffer[:1] if size else b""
-        if verb == PUT and size == PUT_SIZE and (descriptors or lost):
-            return self._put_and_answer(client, descriptors, lost)
-        if verb == ONE_WAY and size == 1 and len(descriptors) == 1 and client.one_way is None:
-            return self._open_one_way(client, descriptors[0])
-        if descriptors:
-            close_all(descriptors)
+        if verb == PUT and size == PUT_SIZE and (handles or lost):
+            return self._put_and_answer(client, handles, lost)
+        if verb == ONE_WAY and size == 1 and len(handles) == 1 and client.one_way is None:
+            return self._open_one_way(client, handles[0])
+        self.closer.close(handles)
         if verb not in (TAKE, REMOVE) or size != 1 + KEY_SIZE:
             return False
         key = bytes(self.buffer[_KEY])
@@ -273,11 +278,11 @@ class _Server:
             client.sock.send(REMOVE)
         return True
 
-    def _open_one_way(self, client: _Client, descriptor: Descriptor) -> bool:
+    def _open_one_way(self, client: _Client, handle: Handle) -> bool:
         try:
-            client.one_way = descriptor.socket()
+            client.one_way = socket.socket(fileno=handle.fd)
         except OSError:
-            descriptor.close()
+            self.closer.close((handle,))
             return False
         client.one_way.setblocking(False)
         self.one_way.register(client.one_way.fileno(), READ, client)
@@ -285,15 +290,15 @@ class _Server:
         return True
 
     def _put_and_answer(
-        self, client: _Client, descriptors: list[Descriptor], lost: FdshareError | None
+        self, client: _Client, handles: list[Handle], lost: FdshareError | None
     ) -> bool:
         request = bytes(self.buffer[:PUT_SIZE])
         self._read_one_way(client)  # what it put before
         self.buffer[:PUT_SIZE] = request
         self.credit -= client.credit
         client.credit = 0
-        if not self._put(client, descriptors, lost, self.limit - self.count):
-            close_all(descriptors)
+        if not self._put(client, handles, lost, self.limit - self.count):
+            self.closer.close(handles)
             client.sock.send(FULL + USAGE.pack(self.limit, self.count))
             return True
         client.credit = min((self.most_credit - self.credit) // 4, _MOST_CREDIT)
@@ -302,11 +307,11 @@ class _Server:
         return True
 
     def _put(
-        self, client: _Client, descriptors: list[Descriptor], lost: FdshareError | None, most: int
+        self, client: _Client, handles: list[Handle], lost: FdshareError | None, most: int
     ) -> bool:
-        """Holds *descriptors* as the buffer says; False where it cannot: they are the caller's."""
+        """Holds *handles* as the buffer says; False where it cannot: they are the caller's."""
         seconds, uses = TERMS.unpack_from(self.buffer, 1 + KEY_SIZE)
-        count = len(descriptors)
+        count = len(handles)
         key = bytes(self.buffer[_KEY])
         if (former := self.stored.get(key)) is not None:  # the answer to a first attempt was lost
             most += len(former.fds)
@@ -317,7 +322,7 @@ class _Server:
         client.credit -= used
         self.credit -= used
         expires = self.now + seconds
-        self.stored[key] = _Stored(descriptors, uses, expires)
+        self.stored[key] = _Stored(handles, uses, expires)
         self.count += count
         heapq.heappush(self.deadlines, (expires, key))
         if len(self.deadlines) > 2 * len(self.stored) + 64:
@@ -353,7 +358,7 @@ class _Server:
         stored = self.stored.pop(key, None)
         if stored is not None:
             self.count -= len(stored.fds)
-            close_all(stored.descriptors)
+            self.closer.close(stored.handles)
 
 
 def serve(fd: int, folder: str | None = None) -> None:

@@ -140,9 +140,13 @@ class Receiver(Generic[D]):
             self._descriptors.extendleft(reversed(frames.pop().descriptors))
         return frames
 
+    def waiting(self) -> list[D]:
+        """The descriptors that belong to no frame yet; they stay."""
+        return list(self._descriptors)
+
     def drain(self) -> list[D]:
         """The descriptors that belong to no frame yet; the caller owns them."""
-        left = list(self._descriptors)
+        left = self.waiting()
         self._descriptors.clear()
         return left
 

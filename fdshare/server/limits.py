@@ -25,6 +25,8 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_names_per_uid: int
     max_descriptors_per_uid: int
     max_connections_per_uid: int
+    max_unsettled: int  # descriptors of half-sent or waiting requests, or whose close(2) hangs
+    max_unsettled_per_uid: int
     in_flight_per_connection: int
     in_flight_per_uid: int
     in_flight: int
@@ -38,7 +40,8 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @classmethod
     def for_rlimit(cls, nofile: int, **changed: float | int) -> Limits:
-        """What fits into *nofile* descriptors: a quarter for connections, the rest for entries.
+        """What fits into *nofile* descriptors: a quarter for connections, an eighth for what is in
+        no entry yet, the rest for entries.
 
         *changed* replaces single limits. Half of *nofile* at most is ever in flight: the kernel
         counts what was sent and not yet read against the whole user (unix(7), ETOOMANYREFS).
@@ -53,7 +56,8 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 raise InvalidArgument("limits", f"{name} is {value!r}, a count has no fraction")
         usable = max(nofile - RESERVE, 16)
         connections = max(usable // 4, 4)
-        descriptors = usable - connections
+        unsettled = max(usable // 8, 2)
+        descriptors = usable - connections - unsettled
         defaults: dict[str, float | int] = {
             "max_descriptors": descriptors,
             "max_names": descriptors,
@@ -61,6 +65,8 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             "max_names_per_uid": descriptors // 2,
             "max_descriptors_per_uid": descriptors // 2,
             "max_connections_per_uid": max(connections // 2, 2),
+            "max_unsettled": unsettled,
+            "max_unsettled_per_uid": max(unsettled // 2, 1),
             "in_flight": max(nofile // 2 - 1, 8),
             "in_flight_per_uid": max(nofile // 4, 8),
             "in_flight_per_connection": max(min(nofile // 4, 1012), 8),

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from fdshare.client import verbs
-from fdshare.client.conversation import Exchange, WholeAnswer
+from fdshare.client import conversation, verbs
+from fdshare.client.conversation import LeaseEnd, WholeAnswer
 from fdshare.errors import (
     InvalidName,
     KindMismatch,
@@ -32,7 +32,7 @@ class Played:
         self.steps = steps
         self.ended = False
         self.result: Any = None
-        self.asked: list[Exchange] = [next(steps)]
+        self.asked: list[Any] = [next(steps)]
 
     def answer(self, *replies: m.Reply, descriptors: list[Descriptor] | None = None) -> Played:
         try:
@@ -153,14 +153,30 @@ def lease() -> tuple[Descriptor, socket.socket]:
 
 
 def test_a_take_is_confirmed_once_the_object_is_there() -> None:
+    """And it is over when the server has closed what was taken: its end of the lease comes last."""
     end, server = lease()
     with server:
         played = Played(verbs.take_raw("a", 0.0))
         played.answer(m.Given("a", 1, FD, lease=True), descriptors=[null(), end])
         assert server.recv(10) == b"\1"
+        assert not played.ended
+        step = played.asked[-1]
+        assert isinstance(step, LeaseEnd)
+        server.shutdown(socket.SHUT_WR)
+        step.wait()
+        played.answer()
         assert server.recv(10) == b""
         (descriptor,) = played.result
         descriptor.close()
+
+
+def test_a_lease_that_never_ends_is_not_waited_for_without_limit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(conversation, "LEASE_END", 0.01)
+    near, far = socket.socketpair()
+    with near, far:
+        LeaseEnd(near).wait()
 
 
 @pytest.mark.parametrize("verb", [verbs.take, verbs.take_raw])

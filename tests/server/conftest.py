@@ -1,13 +1,22 @@
-"""What the tests of servers with both halves share."""
+"""What the tests of servers with both halves, and of servers with few descriptors, share."""
 
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from breaking import Half, Halves
+from conftest import wait_until
+from ending import let_end
 from nursery import Manager
+
+from fdshare.client.blocking.client import Client
+from fdshare.errors import NoServer
+from fdshare.kernel.endpoint import connect
 
 
 @pytest.fixture(scope="module")
@@ -41,3 +50,34 @@ def fd() -> Iterator[int]:
     fd = os.memfd_create("held")
     yield fd
     os.close(fd)
+
+
+@pytest.fixture
+def small(folder: Path) -> Iterator[Callable[..., Client]]:
+    """Starts `fdshare serve` at a limit of so many descriptors; a client of it."""
+    started: list[subprocess.Popen[bytes]] = []
+    clients: list[Client] = []
+
+    def start(nofile: int, *options: str) -> Client:
+        serve = [sys.executable, "-m", "fdshare", "serve", str(folder / "s"), *options]
+        serve += ["--log-level", "error"]
+        command = ["sh", "-c", f'ulimit -n {nofile} && exec "$@"', "sh", *serve]
+        started.append(subprocess.Popen(command, stdin=subprocess.DEVNULL))
+        wait_until(lambda: answers(folder / "s"), "the server answers")
+        clients.append(Client(folder / "s"))
+        return clients[-1]
+
+    yield start
+    for client in clients:
+        client.shutdown()
+        client.close()
+    for process in started:
+        let_end(process)
+
+
+def answers(path: Path) -> bool:
+    try:
+        connect(path).close()
+    except NoServer:
+        return False
+    return True

@@ -7,7 +7,7 @@ journal carries, through bytes.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -144,9 +144,16 @@ class MemoryEffects:
         assert set(entry.all_handles()) <= self.open
         self.watched.append(entry)
 
-    def close(self, handles: Sequence[int]) -> None:
-        for handle in handles:
+    def close(
+        self,
+        handles: Sequence[int],
+        ends: Sequence[int] = (),
+        then: Callable[[], None] | None = None,
+    ) -> None:
+        for handle in (*handles, *ends):
             self.open.remove(handle)  # KeyError: closed twice
+        if then is not None:
+            then()
 
     def inspect(self, session: Session, id: int, entries: Sequence[Entry], now: float) -> None:
         raise NotImplementedError

@@ -6,8 +6,6 @@ import errno
 import os
 import resource
 import socket
-import subprocess
-import sys
 import threading
 import time
 import traceback
@@ -20,11 +18,10 @@ import pytest
 from barepeer import Peer
 from breaking import Halves, Wire, cpu_seconds, identity
 from conftest import wait_until
-from ending import let_end
 from nursery import Manager
 
 from fdshare.client.blocking.client import Client
-from fdshare.errors import DescriptorLimit, InvalidArgument, NoServer, QuotaExceeded
+from fdshare.errors import DescriptorLimit, InvalidArgument, QuotaExceeded
 from fdshare.kernel.endpoint import connect
 from fdshare.protocol import messages as m
 from fdshare.server.limits import RESERVE, Limits
@@ -66,37 +63,6 @@ def test_all_are_shown() -> None:
 
 
 # A server with few descriptors.
-
-
-@pytest.fixture
-def small(folder: Path) -> Iterator[Callable[..., Client]]:
-    """Starts `fdshare serve` at a limit of so many descriptors, as *uid*; a client of it."""
-    started: list[subprocess.Popen[bytes]] = []
-    clients: list[Client] = []
-
-    def start(nofile: int, *options: str) -> Client:
-        serve = [sys.executable, "-m", "fdshare", "serve", str(folder / "s"), *options]
-        serve += ["--log-level", "error"]
-        command = ["sh", "-c", f'ulimit -n {nofile} && exec "$@"', "sh", *serve]
-        started.append(subprocess.Popen(command, stdin=subprocess.DEVNULL))
-        wait_until(lambda: answers(folder / "s"), "the server answers")
-        clients.append(Client(folder / "s"))
-        return clients[-1]
-
-    yield start
-    for client in clients:
-        client.shutdown()
-        client.close()
-    for process in started:
-        let_end(process)
-
-
-def answers(path: Path) -> bool:
-    try:
-        connect(path).close()
-    except NoServer:
-        return False
-    return True
 
 
 @pytest.mark.parametrize("nofile", [64, 200])

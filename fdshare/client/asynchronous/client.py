@@ -22,6 +22,7 @@ from anyio.abc import TaskGroup
 from fdshare.client import verbs
 from fdshare.client.asynchronous.pipeline import Pipeline
 from fdshare.client.asynchronous.watch import AsyncWatcher
+from fdshare.client.conversation import LEASE_END, LeaseEnd, WholeAnswer
 from fdshare.client.settings import BaseClient, Lifeline
 from fdshare.errors import ClosedDescriptor, InvalidArgument
 from fdshare.kernel.descriptor import Descriptor
@@ -252,7 +253,11 @@ class AsyncClient(BaseClient):
             pipeline = self._open_pipeline()
             exchange = next(steps)
             while True:
-                exchange = steps.send(await pipeline.exchange(exchange))
+                if isinstance(exchange, LeaseEnd):
+                    await _end_of(exchange)
+                    exchange = steps.send(WholeAnswer())
+                else:
+                    exchange = steps.send(await pipeline.exchange(exchange))
         except StopIteration as stop:
             result: T = stop.value
             return result
@@ -270,6 +275,16 @@ class AsyncClient(BaseClient):
         if not self._closed:
             self._closed = True
             self._pipeline.drop()
+
+
+async def _end_of(lease: LeaseEnd) -> None:
+    """Waits for it. What was taken is ours by now: a cancellation comes too late, and the caller
+    gets it."""
+    try:
+        with anyio.move_on_after(LEASE_END, shield=True):
+            await anyio.wait_readable(lease.sock)
+    except anyio.get_cancelled_exc_class():
+        pass  # of Task.cancel(), which knows no shield
 
 
 _clients: weakref.WeakSet[AsyncClient] = weakref.WeakSet()

@@ -16,7 +16,7 @@ from typing import Any, Final, Self, TypeVar
 from fdshare.client import verbs
 from fdshare.client.blocking.connection import BlockingConnection, ConnectionLost
 from fdshare.client.blocking.watch import Watcher
-from fdshare.client.conversation import Exchange, WholeAnswer
+from fdshare.client.conversation import Exchange, LeaseEnd, WholeAnswer
 from fdshare.client.settings import BaseClient, Lifeline
 from fdshare.errors import ClosedDescriptor, ServerTimeout
 from fdshare.kernel.descriptor import Descriptor
@@ -270,7 +270,11 @@ class Client(BaseClient):
                 connection = self._new_connection()
             try:
                 while True:
-                    exchange = steps.send(self._exchange(connection, exchange))
+                    if isinstance(exchange, LeaseEnd):
+                        exchange.wait()
+                        exchange = steps.send(WholeAnswer())
+                    else:
+                        exchange = steps.send(self._exchange(connection, exchange))
             finally:
                 self._give_back(connection)
         except StopIteration as stop:

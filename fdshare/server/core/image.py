@@ -41,7 +41,7 @@ def image_of(table: Table) -> tuple[Image, list[Handle]]:
         )
         changes.append(put)
         if entry.lease is not None:
-            changes.append(Grant(entry.name, entry.lease.id, entry.lease.at))
+            changes.append(Grant(entry.name, entry.lease.id, entry.lease.at, entry.lease.uid))
         handles += entry.all_handles()
     image = Image(
         record=Record(changes),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeAlias
 
@@ -97,8 +97,15 @@ class Effects(Protocol):
         """From now on `hung_up` and `lease_moved` are called when guard, descriptors or lease of
         *entry* report it. Never fails: the entry is in the table, even if it cannot be watched."""
 
-    def close(self, handles: Sequence[Handle]) -> None:
-        """Closes each when it has been sent where it still has to be. Never fails, never blocks."""
+    def close(
+        self,
+        handles: Sequence[Handle],
+        ends: Sequence[Handle] = (),
+        then: Callable[[], None] | None = None,
+    ) -> None:
+        """Closes each of *handles*, in both halves, when it has been sent where it still has to be.
+        Then it closes *ends*, our ends of leases, which tells the takers, and then calls *then*.
+        Neither waits for a close that hangs. Never fails, never blocks."""
 
     def inspect(self, session: Session, id: int, entries: Sequence[Entry], now: float) -> None:
         """Answers with an InfoList, later, when the kernel has been asked about each descriptor."""

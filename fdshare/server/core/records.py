@@ -82,6 +82,7 @@ class Grant(_Change, tag="grant"):
     name: str
     lease: int
     at: float
+    uid: int = 0  # the taker's, against which the lease counts
 
     @property
     def draws(self) -> int:

@@ -42,6 +42,7 @@ class Lease:
     id: int
     handle: Handle
     at: float
+    uid: int  # the taker's
 
 
 @dataclass(slots=True)
@@ -75,12 +76,18 @@ class Entry:
 
 @dataclass(slots=True)
 class Applied:
-    """What a record did: handles to be closed, events in order, and entries of which a guard, a
-    lease or hang-ups are to be watched."""
+    """What a record did: handles to be closed, our ends of leases, which are to be closed after
+    them, events in order, and entries of which a guard, a lease or hang-ups are to be watched."""
 
     closed: list[Handle] = field(default_factory=list)
+    ended: list[Handle] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
     changed: list[Entry] = field(default_factory=list)
+
+    @property
+    def freed(self) -> list[Handle]:
+        """All handles to which the table refers no more."""
+        return [*self.closed, *self.ended]
 
 
 @dataclass(slots=True)
@@ -154,7 +161,7 @@ class Table:
 
     def apply(self, record: Record, handles: list[Handle]) -> Applied:
         """Carries *record* out. *handles* are those that its changes draw, in order: the table owns
-        them now, and the caller those in `closed`."""
+        them now, and the caller those in `closed` and `ended`."""
         applied = Applied()
         source = iter(handles)
         for change in record.changes:
@@ -202,7 +209,7 @@ class Table:
 
     def _grant(self, grant: Grant, source: Iterator[Handle], applied: Applied) -> None:
         entry = self.entries[grant.name]
-        entry.lease = Lease(grant.lease, next(source), grant.at)
+        entry.lease = Lease(grant.lease, next(source), grant.at, grant.uid)
         self.leases[grant.lease] = entry
         self.last_lease = max(self.last_lease, grant.lease)
         self.descriptors += 1
@@ -214,7 +221,7 @@ class Table:
         if settle.outcome == "taken":
             self._remove(entry, applied)
             return
-        applied.closed.append(self._end_lease(entry))
+        applied.ended.append(self._end_lease(entry))
         self._event(applied, "returned", entry.name, entry.generation)
 
     def _linger(self, linger: Linger, applied: Applied) -> None:
@@ -241,19 +248,16 @@ class Table:
         if entry.guard is not None:
             applied.closed.append(entry.guard)
         if entry.lease is not None:
-            del self.leases[entry.lease.id]
-            applied.closed.append(entry.lease.handle)
-            self.descriptors -= 1
+            applied.ended.append(self._end_lease(entry))
         del self.entries[entry.name]
         self._account(entry, -1)
 
     def _end_lease(self, entry: Entry) -> Handle:
         assert entry.lease is not None
-        handle, id = entry.lease.handle, entry.lease.id
-        entry.lease = None
-        del self.leases[id]
+        lease, entry.lease = entry.lease, None
+        del self.leases[lease.id]
         self.descriptors -= 1
-        return handle
+        return lease.handle
 
     def _account(self, entry: Entry, sign: Literal[1, -1]) -> None:
         """Counts names and descriptors for the registrant's uid. The lease is not counted."""

@@ -5,6 +5,7 @@ commit a record: it is journaled, then applied to the table, and then everybody 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from fdshare.errors import AccessDenied, QuotaExceeded
 from fdshare.protocol import messages as m
@@ -40,16 +41,19 @@ class Transactions:
         now: float,
         session: Session | None = None,
     ) -> None:
-        """Journals *record*, applies it, and then tells everybody whom it concerns; first the
-        *session* that asked for it, which is sent the reply in it."""
+        """Journals *record*, applies it, and then tells everybody whom it concerns. The *session*
+        that asked for it is sent the reply in it when all that it removed is closed."""
         self.effects.journal(record, handles)
         applied = self.table.apply(record, list(handles))
-        if session is not None:
-            self.effects.answer(session, record.id, record.reply)
         for entry in applied.changed:
             self.effects.watch(entry)
-        if applied.closed:
-            self.effects.close(applied.closed)
+        answer = None
+        if session is not None:
+            answer = partial(self.effects.answer, session, record.id, record.reply)
+        if applied.closed or applied.ended:
+            self.effects.close(applied.closed, applied.ended, answer)
+        elif answer is not None:
+            answer()
         self._happened(applied.events, now)
 
     def _happened(self, events: Sequence[m.Event], now: float) -> None:
@@ -72,7 +76,7 @@ class Transactions:
         ours, theirs = self.effects.lease_pair()
         lease = self.table.last_lease + 1
         try:
-            self._commit(Record([Grant(entry.name, lease, now)]), [ours], now)
+            self._commit(Record([Grant(entry.name, lease, now, session.user.uid)]), [ours], now)
         except BaseException:
             self.effects.close([ours, theirs])
             raise

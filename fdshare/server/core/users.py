@@ -18,6 +18,7 @@ class User:
     trusted: bool
     connections: int = 0
     in_flight: int = 0  # descriptors sent and not yet read
+    received: int = 0  # descriptors that came, and are in no entry
 
 
 def allowance(share: int, limit: int, others: int) -> int:

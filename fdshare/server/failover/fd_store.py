@@ -26,7 +26,6 @@ from typing import Any, Final
 
 from fdshare.activation import store, unstore
 from fdshare.errors import FdshareError
-from fdshare.kernel.ancillary import close_all
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.kernel.open_file import Descriptions
 from fdshare.protocol.messages import StoreStats
@@ -35,7 +34,7 @@ from fdshare.server.core.records import Put, Record
 from fdshare.server.core.table import Entry, Table
 from fdshare.server.failover.labels import BUDGET, TABLE, Labels, new_prefix, price
 from fdshare.server.failover.table_file import Base, Step, Stored, TableFile
-from fdshare.server.loop.closing import Handle
+from fdshare.server.loop.closing import UNKNOWN, Handle, close_within
 
 __all__ = ["FdStore", "let_go"]
 
@@ -99,18 +98,20 @@ class FdStore:
         refer to are closed, and the service manager is told to let go of them. Takes *passed*
         over."""
         found: dict[str, Descriptor] = {}
+        unused: list[Descriptor] = []
         for label, descriptors in passed.items():
             if len(descriptors) == 1:
                 found[label] = descriptors[0]
                 continue
             log.error("%d descriptors came back as %s, none is used", len(descriptors), label)
-            close_all(descriptors)
+            unused += descriptors
             let_go(label)
         image, uses = image_of(self.held)
         labels = self._take_from(image, [use.label for use in uses], found.keys())
         for label in found.keys() - set(labels):
-            found[label].close()
+            unused.append(found[label])
             let_go(label)
+        close_within(1.0, [Handle(descriptor.detach(), UNKNOWN) for descriptor in unused])
         first: dict[str, Handle] = {}
         handles = []
         for label in labels:
@@ -176,7 +177,7 @@ class FdStore:
         labels = [use.label for use in uses]
         missing = [label for label in labels if label in self._missing]
         self._file.append(Step(record, labels, missing))
-        for use in self.held.apply(record, list(uses)).closed:
+        for use in self.held.apply(record, list(uses)).freed:
             self._remove(use)
         self._offer()
         for change in record.changes:
@@ -349,7 +350,7 @@ class FdStore:
             elif isinstance(frame, Step):
                 uses = [_Use(label) for label in frame.labels]
                 self._missing.update(dict.fromkeys(frame.missing))
-                self._note(uses, self.held.apply(frame.record, list(uses)).closed)
+                self._note(uses, self.held.apply(frame.record, list(uses)).freed)
             else:
                 for label in frame.labels:
                     self._missing.pop(label, None)

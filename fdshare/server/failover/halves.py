@@ -55,12 +55,14 @@ def _become_server(holdings: Holdings, half: Forked) -> Life | None:
         journal=journal,
         epoch=holdings.epoch,
     )
+    server.take_over(holdings.unfinished)
+    holdings.unfinished = []
     journal.attach(server)
     journal.hello()
     server.service.expect(time.monotonic())
     while server.run():
         if (other := journal.replace_keeper()) is not None:
-            server.abandon()
+            holdings.unfinished = server.abandon()
             return partial(_become_keeper, holdings, other)
     return None
 

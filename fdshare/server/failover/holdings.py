@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fdshare.kernel.credentials import peer_credentials
 from fdshare.kernel.descriptor import Descriptor
@@ -18,7 +18,8 @@ __all__ = ["Holdings"]
 @dataclass(slots=True)
 class Holdings:
     """What outlives either half. *control* is a socket to the owner: its end is the server's end.
-    *fdstore* is the memfd of the table in the service manager's store (fd_store.py)."""
+    *fdstore* is the memfd of the table in the service manager's store (fd_store.py). *unfinished*:
+    (number, owner) of what the other half had still to close."""
 
     settings: Settings
     listener: Listener
@@ -26,10 +27,12 @@ class Holdings:
     epoch: str
     control: socket.socket | None = None
     fdstore: Descriptor | None = None
+    unfinished: list[tuple[int, int]] = field(default_factory=list)
 
     def descriptors(self) -> set[int]:
         """Every number that a new half must keep."""
         kept = {self.listener.fileno(), *(handle.fd for handle in self.table.handles())}
+        kept.update(fd for fd, _ in self.unfinished)
         if (lock := self.listener.lock_fileno()) is not None:
             kept.add(lock)
         if self.control is not None:
@@ -41,7 +44,7 @@ class Holdings:
     def forget_other_half(self) -> None:
         """In the forked process: the handles were watched and pinned in the other one."""
         for handle in self.table.handles():
-            handle.key, handle.pins, handle.closing = None, 0, False
+            handle.key, handle.pins, handle.closing, handle.batch = None, 0, False, None
 
     def take_listener(self) -> None:
         """Makes this process the one that listens, as clients see it, and that removes the path.

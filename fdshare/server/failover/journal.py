@@ -47,7 +47,8 @@ class Note(msgspec.Struct, tag="note"):
     "upgrade" (a client's request, (*session*, *id*)), "pong". From the keeper: "hello" (it holds
     what the server holds), "drain" (answer what has begun, then end), "reload", "ping" (answered
     with "pong"), "upgrading" (its next note is a hello, or it dies), "failed" (the upgrade, and
-    why).
+    why), "closed" (what a change removed and whose client waits for it; *id* is the table's serial
+    after the change).
     """
 
     verb: Literal[
@@ -61,6 +62,7 @@ class Note(msgspec.Struct, tag="note"):
         "ping",
         "upgrading",
         "failed",
+        "closed",
     ]
     session: str = ""
     id: int = 0
@@ -198,7 +200,9 @@ class Journal:
             return
         note = decode_letter(data)
         assert isinstance(note, Note)
-        if note.verb == "hello":
+        if note.verb == "closed":
+            self._server.closed_by_keeper(note.id)
+        elif note.verb == "hello":
             self._acquainted, self._upgrading = True, False
         elif note.verb == "drain":
             self._server.stop()
@@ -248,7 +252,7 @@ class Journal:
         if not self._buried and not self._bury():
             return None
         try:
-            half = fork_half(orphan=is_reported())
+            half = fork_half(self._server.lanes, orphan=is_reported())
         except OSError as error:
             log.error("no new keeper (%s); the table cannot be changed until there is one", error)
             self._interrupt_in(_RETRY)
@@ -270,6 +274,7 @@ class Journal:
         poller.unregister(self._sock.fileno())
         poller.unregister(self._keeper.fileno())
         how = fence(self._keeper)
+        self._server.closed_by_keeper()
         log.warning("keeper %s is gone (%s), making a new one", self._pid, how)
         if self._upgrading:
             self._upgrade_failed("the new code died at its start; the old one goes on")

@@ -27,7 +27,6 @@ from functools import partial
 from typing import Final
 
 from fdshare.errors import FdshareError
-from fdshare.kernel.ancillary import receive_numbers
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.kernel.descriptor_limit import raise_descriptor_limit
 from fdshare.server.core.records import Record
@@ -48,8 +47,17 @@ from fdshare.server.failover.upgrade import (
     make_handover,
 )
 from fdshare.server.limits import Limits
-from fdshare.server.loop.closing import Closer, Handle, close_quietly
+from fdshare.server.loop.closing import (
+    OURS,
+    Closer,
+    Handle,
+    assign_owners,
+    close_in_order,
+    close_quietly,
+    receive_handles,
+)
 from fdshare.server.loop.connection import NO_MEMORY
+from fdshare.server.loop.lanes import Lanes
 from fdshare.server.loop.poller import READ, Poller
 
 __all__ = ["Keeper"]
@@ -84,7 +92,12 @@ class Keeper:
         self._watchdog = Watchdog()
         limits = Limits.for_rlimit(raise_descriptor_limit(), **holdings.settings.limits)
         self._heartbeat = Heartbeat(limits.hang_timeout)
-        self._closer = Closer()
+        self._lanes = Lanes()
+        self._closer = Closer(self._lanes, self._wake_up, alone=holdings.settings.policy is None)
+        self._closer.take_over(holdings.unfinished)
+        holdings.unfinished = []
+        for entry in holdings.table.entries.values():
+            assign_owners(entry)
         self._fencing = False
         self._deaths = Deaths()
         self._start_at: float | None = None if journal is not None else 0.0
@@ -132,6 +145,7 @@ class Keeper:
                 return None
         for key, events in self._poller.wait(self._timeout()):
             key(events)  # type: ignore[operator]
+        self._closer.collect(time.monotonic())
         if self._trial is not None and time.monotonic() > self._trial_until:
             self._on_trial_over(0)
         self._look_after_server()
@@ -143,7 +157,7 @@ class Keeper:
     def _timeout(self) -> float | None:
         if self._drain_until is not None or self._trial is not None:
             return 0.2
-        times = (self._start_at, self._watchdog.due, self._heartbeat.due)
+        times = (self._start_at, self._watchdog.due, self._heartbeat.due, self._closer.due)
         due = [at for at in times if at is not None]
         return max(min(due) - time.monotonic(), 0.0) if due else None
 
@@ -154,9 +168,8 @@ class Keeper:
         if self._trial is not None:
             self._trial.verdict()  # which ends it
         self._holdings.listener.close()
-        for handle in list(self._holdings.table.handles()):
-            self._closer.close(handle.fd)
-        self._closer.stop(timeout=1.0)
+        self._closer.close(list(self._holdings.table.handles()))
+        self._lanes.stop(timeout=1.0)
         signal.set_wakeup_fd(-1)
         self._poller.close()
         close_quietly(self._wake, self._waker)
@@ -177,6 +190,10 @@ class Keeper:
 
     def _note_signal(self, number: int, frame: object) -> None:
         self._signals.append(number)
+        self._wake_up()
+
+    def _wake_up(self) -> None:
+        """Ends the wait for events. May be called from any thread."""
         try:
             self._waker.send(b"\0")
         except OSError:
@@ -219,12 +236,13 @@ class Keeper:
     def _start_server(self) -> Life | None:
         self._start_at = None
         try:
-            half = fork_half()
+            half = fork_half(self._lanes)
         except OSError as error:
             log.error("no new server: %s", error)
             self._start_at = time.monotonic() + 1.0
             return None
         if half.born:
+            self._holdings.unfinished = self._closer.unfinished()
             self._abandon()
             return partial(self._become_server, self._holdings, half)
         self._journal, self._server = half.journal, half.other
@@ -312,7 +330,7 @@ class Keeper:
         more."""
         assert self._journal is not None
         try:
-            count, fds, lost = receive_numbers(self._journal, self._buffer)
+            count, handles, lost = receive_handles(self._journal, self._buffer, OURS)
         except OSError as error:
             if error.errno not in (errno.EAGAIN, errno.ECONNRESET, *NO_MEMORY):
                 raise
@@ -326,15 +344,14 @@ class Keeper:
             # This process holds no more than the server does: its limit was lowered. The
             # server forks a new keeper, which has the whole table.
             log.critical("the journal lost descriptors: %s", lost)
+            self._closer.close(handles)
             if self._fencing:  # no server is left: what is here is all there is
                 return True
             os._exit(1)
-        handles = list(map(Handle, fds))
         try:
             letter = decode_letter(bytes(memoryview(self._buffer)[:count]))
             if isinstance(letter, Record):
-                for handle in self._holdings.table.apply(letter, handles).closed:
-                    self._closer.close(handle.fd)
+                self._apply(letter, handles)
             else:
                 self._on_note(letter)
         except Exception:
@@ -344,6 +361,17 @@ class Keeper:
                 raise
             log.critical("a record of the dead server cannot be applied", exc_info=True)
         return True
+
+    def _apply(self, record: Record, handles: list[Handle]) -> None:
+        table = self._holdings.table
+        applied = table.apply(record, handles)
+        for entry in applied.changed:
+            assign_owners(entry)
+        told = None
+        if record.reply and not self._fencing:
+            told = partial(self._tell, Note("closed", id=table.serial))
+        if applied.closed or applied.ended:
+            close_in_order(self._closer, applied.closed, applied.ended, told)
 
     def _on_note(self, note: Note) -> None:
         if note.verb == "hello":

@@ -21,6 +21,7 @@ from typing import Final, NamedTuple, TypeAlias
 from fdshare.kernel.ancillary import recv_fds, send_message
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.server.loop.closing import close_quietly
+from fdshare.server.loop.lanes import Lanes
 
 __all__ = ["BACK_OFF", "Deaths", "Forked", "Life", "fence", "fork_half", "live"]
 
@@ -115,13 +116,24 @@ class Forked(NamedTuple):
     pid: int
 
 
-def fork_half(*, orphan: bool = False) -> Forked:
-    """Forks the other half. Returns in both. Raises: OSError: nothing was forked.
+def fork_half(lanes: Lanes, *, orphan: bool = False) -> Forked:
+    """Forks the other half. Returns in both; *lanes* are the parent's. Raises: OSError: nothing was
+    forked.
 
     With *orphan* it is no child of ours when this returns, but of init or the nearest subreaper: a
     service manager hears of the end of its own children alone. systemd kills a main process that is
     another's at every orderly stop.
     """
+    me = os.getpid()
+    lanes.rest()
+    try:
+        return _fork_half(orphan)
+    finally:
+        if os.getpid() == me:
+            lanes.resume()
+
+
+def _fork_half(orphan: bool) -> Forked:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     me = os.getpid()
     try:

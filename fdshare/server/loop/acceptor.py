@@ -23,7 +23,7 @@ from fdshare.errors import (
     VersionMismatch,
 )
 from fdshare.kernel.ancillary import MAX_DESCRIPTORS, send_message
-from fdshare.kernel.credentials import is_overflow_uid, peer_credentials
+from fdshare.kernel.credentials import Credentials, is_overflow_uid, peer_credentials
 from fdshare.protocol import messages as m
 from fdshare.protocol.auth import NONCE_SIZE, prove
 from fdshare.protocol.framing import MAX_FRAME, Frame, header
@@ -31,7 +31,7 @@ from fdshare.protocol.names import MAX_SESSION
 from fdshare.server.core.policy import Subject
 from fdshare.server.core.ports import Session
 from fdshare.server.core.users import User, allowance
-from fdshare.server.loop.closing import Handle
+from fdshare.server.loop.closing import UNKNOWN, Handle
 from fdshare.server.loop.connection import Connection
 from fdshare.server.loop.output import Output
 from fdshare.server.loop.poller import READ
@@ -102,11 +102,14 @@ class Acceptor:
                     return
                 self._pause(now)
                 return
+            uid = UNKNOWN
             try:
-                self._admit(sock, now)
+                who = peer_credentials(sock)
+                uid = who.uid
+                self._admit(sock, who, now)
             except OSError as error:  # the client has gone already, or there is no room for it
                 log.info("a connection was lost while it was accepted: %s", error)
-                sock.close()
+                self._output.hang_up(sock, uid)
 
     def _pause(self, now: float) -> None:
         """Stops accepting for a moment, and closes an idle connection, if there is one."""
@@ -120,19 +123,19 @@ class Acceptor:
         if idle is not None:
             self._evict(idle)
 
-    def _admit(self, sock: socket.socket, now: float) -> None:
+    def _admit(self, sock: socket.socket, who: Credentials, now: float) -> None:
         self._crowded = False
         sock.setblocking(False)
-        who = peer_credentials(sock)
         overflow = is_overflow_uid(who.uid)
         subject = Subject(who.uid, who.gid, who.groups, who.all_groups, overflow)
         trusted = self._output.service.policy.trusts(subject)
         user = self._output.users.get(who.uid) or User(who.uid, trusted)
         session = Session(subject, who.pid, user)
-        refusal = self._make_room(user)
+        refusal = self._output.intake.refusal(user) or self._make_room(user)
         if refusal is not None:
             self._output.service.refused(session, None, refusal)
             self._turn_away(sock, refusal)
+            self._output.hang_up(sock, who.uid)
             return
         connection = session.route = Connection(sock, session, now)
         self.accepted += 1
@@ -178,13 +181,13 @@ class Acceptor:
         log.info("too many connections: the idle one of pid %d is closed", connection.session.pid)
         self._output.drop(connection)
 
-    def _turn_away(self, sock: socket.socket, refusal: QuotaExceeded) -> None:
+    @staticmethod
+    def _turn_away(sock: socket.socket, refusal: QuotaExceeded) -> None:
         body = m.encode(m.refusal(refusal))
-        with sock:
-            try:
-                send_message(sock, (header(len(body), 0, 0), body))
-            except OSError:
-                pass  # it has gone before it was told to go
+        try:
+            send_message(sock, (header(len(body), 0, 0), body))
+        except OSError:
+            pass  # it has gone before it was told to go
 
     # The greeting.
 

@@ -147,7 +147,10 @@ def _in_use(address: BindAddress) -> AddressInUse:
     if owner is None:
         return AddressInUse(str(address), "another socket has it; choose another port")
     if owner.pid == os.getpid():
-        reason = "this server itself has it, bound before; fetch that one by its name"
+        reason = (
+            "this server itself has it, bound before; fetch that one by its name, or try again if "
+            "it has been unregistered"
+        )
     elif owner.pid is not None:
         reason = f"pid {owner.pid} of uid {owner.uid} has it; stop that, or choose another port"
     else:

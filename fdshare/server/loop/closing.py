@@ -1,22 +1,58 @@
-"""Handle: a descriptor that the server holds; Closer: the threads that close it.
+"""Closing: the one place where a descriptor that came from outside is closed, in every process.
 
-close(2) may block: a TCP socket with SO_LINGER and unsent data, a file on FUSE or NFS. So threads
-close, in both halves of the server. A handle that is queued to be sent is pinned, and is closed
-only after the last pin is gone.
+close(2) may block: a TCP socket with SO_LINGER and unsent data, a file on FUSE or NFS (which is
+asked at *every* close, not only the last), a UNIX socket with such a descriptor unread in it, a
+pipe whose other end is in a write(2) that waits for a page. All but the first cannot be told
+beforehand, and whoever has another copy may change them between a look and the close. So what
+belongs to a user is closed in that user's lane (lanes.py). It is closed at once where nobody but
+root and our own uid is served, who could stop the server anyway, and the kernel says that it does
+not block; and where we made it ourselves.
+
+A handle that is queued to be sent is pinned; closing it then waits for the last pin.
 """
 
 from __future__ import annotations
 
+import array
+import fcntl
 import os
-import threading
+import socket
+import struct
+import termios
 import time
-from queue import SimpleQueue
-from typing import Final, Protocol
+from collections import deque
+from collections.abc import Callable, Collection, Iterable
+from functools import partial
+from typing import TYPE_CHECKING, Final, Protocol
 
-__all__ = ["Closer", "Handle", "close_quietly"]
+from fdshare.errors import FdshareError
+from fdshare.kernel.ancillary import MAX_DESCRIPTORS, receive_numbers
+from fdshare.server.loop.lanes import Lanes
 
-_MOST: Final = 64  # threads that may be stuck
-_STUCK: Final = 0.1  # seconds in close(2)
+if TYPE_CHECKING:  # the private server of a process tree starts without the table
+    from fdshare.server.core.table import Entry
+
+__all__ = [
+    "OURS",
+    "UNKNOWN",
+    "Closer",
+    "Handle",
+    "assign_owners",
+    "close_in_order",
+    "close_quietly",
+    "close_within",
+    "is_drained",
+    "receive_handles",
+]
+
+OURS: Final = -1  # the owner of what the server made itself, and gave to nobody who may change it
+UNKNOWN: Final = -2  # the owner of a connection that was gone before the kernel could name it
+_PATIENCE: Final = 0.25  # seconds for which an answer waits for a close
+_LINGER: Final = struct.Struct("@ii")  # struct linger
+# What epoll, eventfd and the like are in /proc; other anonymous inodes may wait for something.
+_HARMLESS: Final = frozenset(
+    f"anon_inode:[{name}]" for name in ("eventfd", "eventpoll", "pidfd", "signalfd", "timerfd")
+)
 
 
 class Closable(Protocol):
@@ -24,7 +60,8 @@ class Closable(Protocol):
 
 
 def close_quietly(*owners: Closable) -> None:
-    """Closes each, and ignores what close(2) reports: the number is free in any case."""
+    """Closes each, of those that are the server's own. What close(2) reports is somebody else's
+    loss: the number is free."""
     for owner in owners:
         try:
             owner.close()
@@ -33,85 +70,280 @@ def close_quietly(*owners: Closable) -> None:
 
 
 class Handle:
-    """One descriptor of the table. It has no finalizer: the `Closer`, or the end of the process,
-    closes it. *key* is what the poller reports of it."""
+    """One descriptor that came from outside, or of the table. It has no finalizer: only a `Closer`,
+    or the end of the process, closes it. *key* is what the poller reports of it.
 
-    __slots__ = ("at_once", "closing", "fd", "key", "pins")
+    *uid*: whose it is, so that a close that blocks keeps nobody else's waiting.
+    """
 
-    def __init__(self, fd: int, *, at_once: bool = False) -> None:
-        """Takes *fd* over. *at_once*: its close cannot block, and the loop's own thread does it."""
+    __slots__ = ("batch", "closing", "fd", "key", "pins", "uid")
+
+    def __init__(self, fd: int, uid: int = OURS) -> None:
+        """Takes *fd* over."""
         self.fd = fd
-        self.at_once = at_once
+        self.uid = uid
         self.pins = 0
         self.closing = False
+        self.batch: _Batch | None = None
         self.key: object = None  # not None: registered with the poller
 
     def __repr__(self) -> str:
-        return f"<Handle fd={self.fd}{' closing' if self.closing else ''}>"
+        return f"<Handle fd={self.fd} of uid {self.uid}{' closing' if self.closing else ''}>"
+
+
+def receive_handles(
+    sock: socket.socket, buffer: bytearray, uid: int, flags: int = 0, most: int = MAX_DESCRIPTORS
+) -> tuple[int, list[Handle], FdshareError | None]:
+    """As `receive_numbers`, with handles of *uid*: a Closer closes all of them in the end."""
+    count, fds, lost = receive_numbers(sock, buffer, flags, most)
+    return count, [Handle(fd, uid) for fd in fds], lost
+
+
+class _Batch:
+    """Handles that are closed together: *then* is called when none is *left*, or *until* then."""
+
+    __slots__ = ("left", "then", "until")
+
+    def __init__(self, then: Callable[[], None], until: float) -> None:
+        self.left = 0
+        self.then = then
+        self.until = until
 
 
 class Closer:
-    """Threads that close descriptors. The first starts with the first close, and another whenever
-    all are stuck: a close on a dead FUSE mount never returns, and the others must still be
-    closed."""
+    """Closes handles, in the lanes of their owners. For one thread, whose `collect` makes the calls
+    that wait for closes; *notify* is called by the lanes' threads when there is something for it.
 
-    def __init__(self) -> None:
-        self._queue: SimpleQueue[int | None] = SimpleQueue()
-        self._threads: list[threading.Thread] = []
-        self._since: dict[int, float] = {}  # thread -> when its current close(2) began
-        self._looking = False  # a timer will see whether all threads are stuck
+    *alone*: nobody but root and our own uid is served.
+    """
 
-    def close(self, fd: int) -> None:
-        """Closes *fd*, soon; the closer owns it now."""
-        self._queue.put(fd)
-        if not self._threads or self._is_stuck():
-            self._start()
+    def __init__(self, lanes: Lanes, notify: Callable[[], None], *, alone: bool) -> None:
+        self._lanes = lanes
+        self._notify = notify
+        self._at_once = frozenset((0, os.geteuid(), OURS)) if alone else frozenset((OURS,))
+        # What is in the lanes: (number, owner), until just before it is closed.
+        self._handed_over: dict[int, tuple[int, int]] = {}
+        # How many were put into the lane of a uid, and how many of them are closed. One thread
+        # writes each number: this one, and the one that serves the lane.
+        self._given: dict[int, int] = {}
+        self._closed_of: dict[int, int] = {}
+        self._last = 0
+        self._pinned: dict[Handle, None] = {}  # to be closed, but still to be sent
+        self._done: deque[_Batch] = deque()
+        self._waiting: dict[_Batch, None] = {}  # in the order of `until`
+
+    def close(
+        self,
+        handles: Iterable[Handle],
+        then: Callable[[], None] | None = None,
+        *,
+        elsewhere: bool = False,
+    ) -> Callable[[], None]:
+        """Closes *handles*, soon, and then calls *then*, if it is given: at once, if they are
+        closed by then, or from `collect`. What hangs is not waited for, nor what is still pinned
+        after a moment. With *elsewhere* the call also waits for that of what is returned."""
+        batch = None
+        if then is not None:
+            batch = _Batch(then, time.monotonic() + _PATIENCE)
+            batch.left = 1 + elsewhere
+            self._waiting[batch] = None
+        for handle in handles:
+            if batch is not None and handle.fd >= 0:
+                handle.batch = batch
+                batch.left += 1
+            if handle.pins:
+                handle.closing = True
+                self._pinned[handle] = None
+            else:
+                self._let_go(handle)
+        if batch is None:
+            return _nothing
+        self._closed(batch)
+        return partial(self._closed, batch)
+
+    def hanging(self, uid: int) -> int:
+        """How many descriptors of *uid* are not closed, because one of them hangs."""
+        return self._left(uid) if self._lanes.hangs(uid) else 0
+
+    def all_hanging(self) -> int:
+        """How many of all users."""
+        return sum(map(self._left, self._lanes.hanging()))
+
+    def all_left(self) -> int:
+        """How many descriptors are still to be closed, but for those whose close has begun."""
+        return len(self._handed_over)
+
+    def _left(self, uid: int) -> int:
+        given = self._given.get(uid, 0)
+        left = given - self._closed_of.get(uid, 0)
+        if given and not left:
+            del self._given[uid], self._closed_of[uid]
+        return left
+
+    def unfinished(self) -> list[tuple[int, int]]:
+        """(number, owner) of what is still to be closed: a forked child has copies of it, which it
+        must not wait for either."""
+        pinned = [(handle.fd, handle.uid) for handle in self._pinned]
+        return [*self._handed_over.values(), *pinned]
+
+    def take_over(self, unfinished: Iterable[tuple[int, int]]) -> None:
+        """Closes what a parent's closer had not yet closed when we were forked."""
+        for fd, uid in unfinished:
+            self._put(fd, uid, None)
+
+    def collect(self, now: float) -> None:
+        """Makes the calls that waited for closes which are done by now, or hang."""
+        while self._done:
+            self._closed(self._done.popleft())
+        while (first := next(iter(self._waiting), None)) is not None and first.until <= now:
+            del self._waiting[first]
+            first.then()
+
+    @property
+    def due(self) -> float | None:
+        """When to `collect` at the latest."""
+        first = next(iter(self._waiting), None)
+        return None if first is None else first.until
+
+    # One of them.
+
+    def _let_go(self, handle: Handle) -> None:
+        self._pinned.pop(handle, None)
+        fd, handle.fd = handle.fd, -1
+        batch, handle.batch = handle.batch, None
+        if fd < 0:
+            return
+        uid = handle.uid
+        # Without threads what cannot block is better closed here than never.
+        mine = uid in self._at_once or not self._lanes.has_threads
+        if mine and (uid == OURS or _cannot_block(fd)):
+            os.close(fd)
+        elif batch is None or self._lanes.hangs(uid):
+            self._put(fd, uid, None)
         else:
-            self._look_later()
+            self._put(fd, uid, batch)
+            return
+        if batch is not None:
+            self._closed(batch)
 
-    def stop(self, timeout: float) -> None:
-        """Waits up to *timeout* seconds for the closes that were asked for so far."""
-        deadline = time.monotonic() + timeout
-        for _ in self._threads:
-            self._queue.put(None)
-        for thread in self._threads:
-            thread.join(max(deadline - time.monotonic(), 0.0))
-        self._threads = []
+    def _put(self, fd: int, uid: int, batch: _Batch | None) -> None:
+        self._last += 1
+        self._handed_over[self._last] = fd, uid
+        self._given[uid] = self._given.get(uid, 0) + 1
+        self._closed_of.setdefault(uid, 0)
+        self._lanes.put(uid, partial(self._close, self._last, fd, uid, batch))
 
-    def _start(self) -> None:
-        if len(self._threads) < _MOST:
-            # Daemon threads: a close that never returns must not keep the process from ending.
-            thread = threading.Thread(target=self._run, name="fdshare-closer", daemon=True)
-            self._threads.append(thread)
-            thread.start()
+    def _closed(self, batch: _Batch) -> None:
+        batch.left -= 1
+        if not batch.left and batch in self._waiting:
+            del self._waiting[batch]
+            batch.then()
 
-    def _look_later(self) -> None:
-        """Whether a close that has just begun is stuck shows only after a while, and then perhaps
-        nobody calls."""
-        if self._since and not self._looking and len(self._threads) < _MOST:
-            self._looking = True
-            timer = threading.Timer(_STUCK, self._look)
-            timer.daemon = True
-            timer.start()
+    def _close(self, token: int, fd: int, uid: int, batch: _Batch | None) -> None:
+        """In a thread of the owner's lane."""
+        _no_linger(fd)
+        del self._handed_over[token]
+        try:
+            os.close(fd)
+        except OSError:
+            pass  # the number is free whatever close(2) returned; EIO is the writer's loss
+        self._closed_of[uid] += 1
+        if batch is not None:
+            self._done.append(batch)
+            self._notify()
 
-    def _look(self) -> None:
-        self._looking = False
-        if self._threads and not self._queue.empty():
-            if self._is_stuck():
-                self._start()
-            self._look_later()
 
-    def _is_stuck(self) -> bool:
-        before = time.monotonic() - _STUCK
-        began = list(self._since.values())
-        return 0 < len(began) == len(self._threads) and max(began) < before
+def _nothing() -> None:
+    pass
 
-    def _run(self) -> None:
-        me = threading.get_ident()
-        while (fd := self._queue.get()) is not None:
-            self._since[me] = time.monotonic()
-            try:
-                os.close(fd)
-            except OSError:
-                pass  # the number is free whatever close(2) returned; EIO is the writer's loss
-            del self._since[me]
+
+def _no_linger(fd: int) -> None:
+    """Takes SO_LINGER from a socket: nobody may wait for an unknown peer to read."""
+    try:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fd)
+    except OSError:
+        return  # it is no socket
+    try:
+        on, seconds = _LINGER.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER, 8))
+        if on and seconds:  # with 0 seconds it is the reset that its owner wants
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER.pack(0, 0))
+    except OSError:
+        pass
+    finally:
+        sock.detach()
+
+
+def _cannot_block(fd: int) -> bool:
+    """True for what close(2) does not wait for, as long as nobody means harm."""
+    try:
+        target = os.readlink(f"/proc/self/fd/{fd}")
+    except OSError:
+        return False
+    if target.startswith(("pipe:", "pidfd:")) or target in _HARMLESS:
+        return True
+    return target.startswith("socket:") and _closes_quickly(fd)
+
+
+def _closes_quickly(fd: int) -> bool:
+    """Of a socket: it does not linger, and no descriptor is unread in it."""
+    try:
+        sock = socket.socket(fileno=fd)
+    except OSError:
+        return False
+    try:
+        on, seconds = _LINGER.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER, 8))
+        if on and seconds:
+            return False
+        if sock.family == socket.AF_UNIX:
+            return is_drained(sock)
+        return sock.family in (socket.AF_INET, socket.AF_INET6)
+    except OSError:
+        return False
+    finally:
+        sock.detach()
+
+
+def is_drained(sock: socket.socket) -> bool:
+    """True if nothing is unread in a UNIX socket; False of a listener, whose connections may have
+    something. Raises: OSError."""
+    unread = array.array("i", [0])
+    fcntl.ioctl(sock, termios.FIONREAD, unread)  # EINVAL for a listener
+    return not unread[0]
+
+
+def close_in_order(
+    closer: Closer,
+    handles: Iterable[Handle],
+    ends: Iterable[Handle],
+    then: Callable[[], None] | None = None,
+    *,
+    elsewhere: bool = False,
+) -> Callable[[], None]:
+    """As `Closer.close`; the *ends* of leases are closed after *handles*, before *then* is called.
+    So a taker sees the end of its lease when both halves have closed what it took."""
+
+    def close_ends() -> None:
+        closer.close(ends)
+        if then is not None:
+            then()
+
+    return closer.close(handles, close_ends, elsewhere=elsewhere)
+
+
+def close_within(seconds: float, handles: Collection[Handle]) -> None:
+    """Closes *handles*; returns when that is done, or after *seconds*: what hangs stays open. For a
+    process that does not serve yet."""
+    if handles:
+        lanes = Lanes()
+        Closer(lanes, _nothing, alone=False).close(handles)
+        lanes.stop(seconds)
+
+
+def assign_owners(entry: Entry) -> None:
+    """Says whose the handles of *entry* are, which the other half received, or the server made."""
+    for handle in entry.handles:
+        handle.uid = entry.put.registrant.uid
+    if entry.guard is not None and entry.put.lifetime == "connection":
+        entry.guard.uid = entry.put.registrant.uid
+    if entry.lease is not None:  # a taker may send something on it
+        entry.lease.handle.uid = entry.lease.uid

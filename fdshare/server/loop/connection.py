@@ -51,6 +51,7 @@ class Connection:
         "overflowed",
         "pending",
         "proof",
+        "received",
         "receiver",
         "session",
         "slow_since",
@@ -69,6 +70,7 @@ class Connection:
         self.output: deque[QueuedFrame] = deque()
         self.output_bytes = 0
         self.pending: deque[Frame[Handle]] = deque()
+        self.received = 0  # descriptors of it that are in no entry: see intake.py
         self.in_flight = 0  # descriptors sent and, as far as is known, not read: see in_flight.py
         self.unread_since = 0.0  # when it was last seen to read while something was in flight
         self.unread_size = 0  # what the kernel said then of what is unread

@@ -16,7 +16,7 @@ from fdshare.server.loop.closing import Handle
 from fdshare.server.loop.loop import Loop
 from fdshare.server.loop.poller import HANGUP, READ
 
-__all__ = ["Hangups"]
+__all__ = ["Hangups", "is_socket"]
 
 log = logging.getLogger("fdshare.server")
 
@@ -110,6 +110,12 @@ def _target(fd: int) -> str:
         return os.readlink(f"/proc/self/fd/{fd}")
     except OSError:
         return ""
+
+
+def is_socket(fd: int) -> bool:
+    """True for a socket of any kind. Asks no socket: getsockname(2) of a TCP socket waits for a
+    write(2) on it that waits for memory."""
+    return _target(fd).startswith("socket:")
 
 
 def _can_hang_up(fd: int) -> bool:

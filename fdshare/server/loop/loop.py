@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 import logging
+import math
 import signal
 import socket
 import threading
@@ -18,23 +19,16 @@ from itertools import count
 from typing import Final
 
 from fdshare.errors import (
-    DescriptorLimit,
     FdshareError,
     KeeperUnavailable,
-    ProtocolError,
 )
-from fdshare.kernel.ancillary import receive_numbers
-from fdshare.kernel.descriptor_limit import descriptor_limit
-from fdshare.protocol import messages as m
-from fdshare.protocol.framing import Frame
 from fdshare.server.core.ports import JournalBusy
 from fdshare.server.core.service import Service
 from fdshare.server.loop.acceptor import Acceptor
-from fdshare.server.loop.closing import Handle, close_quietly
+from fdshare.server.loop.closing import Closer, Handle, close_quietly
 from fdshare.server.loop.connection import Connection
-from fdshare.server.loop.fast_path import FetchFrames, reply_frame
-from fdshare.server.loop.output import Output
-from fdshare.server.loop.poller import ERROR, HANGUP, READ, WRITE
+from fdshare.server.loop.input import Input
+from fdshare.server.loop.poller import READ
 
 __all__ = ["Loop"]
 
@@ -44,23 +38,21 @@ _BUFFER: Final = 1 << 16  # bytes that one read takes at most, so that others ge
 _RETRY: Final = 0.005  # seconds until a throttled connection is tried again
 
 
-class Loop(Output):
+class Loop(Input):
     """Waits for readiness and for deadlines, and makes the calls that these ask for."""
 
     def __init__(
         self,
         service: Service,
-        close_handle: Callable[[Handle], None],
+        closer: Closer,
         listener: socket.socket,
         epoch: str,
         authkey: bytes | None,
+        nofile: int,
     ) -> None:
-        """*listener* stays the caller's."""
-        super().__init__(service, close_handle)
+        """*listener* stays the caller's. *nofile*: the limit of numbers of this process."""
+        super().__init__(service, closer, nofile)
         self.acceptor = Acceptor(self, listener, epoch, authkey)
-        self._buffer = bytearray(_BUFFER)
-        self._view = memoryview(self._buffer)
-        self._fetch_frames = FetchFrames()
         self._timers: list[tuple[float, int, Callable[[float], None]]] = []
         self._order = count()
         self._posted: list[Callable[[], None]] = []
@@ -143,6 +135,15 @@ class Loop(Output):
         self._wake.detach()
         self._waker.detach()
 
+    def held(self) -> list[Handle]:
+        """The descriptors that clients sent, and that are in no entry."""
+        found = []
+        for connection in self.connections:
+            found += connection.receiver.waiting()
+            for frame in connection.pending:
+                found += frame.descriptors
+        return found
+
     def close(self) -> None:
         close_quietly(self.poller, self._wake, self._waker)
 
@@ -164,6 +165,7 @@ class Loop(Output):
 
     def _finish(self) -> None:
         """Sends what is queued, for at most a second."""
+        self.closer.collect(math.inf)
         deadline = time.monotonic() + 1.0
         while any(c.output for c in self.connections) and time.monotonic() < deadline:
             for connection in list(self.connections):
@@ -190,6 +192,8 @@ class Loop(Output):
             due = slow if due is None else min(due, slow)
         if (look := self.in_flight.next_look()) is not None:
             due = look if due is None else min(due, look)
+        if (closed := self.closer.due) is not None:
+            due = closed if due is None else min(due, closed)
         if self.acceptor.paused_until is not None:
             resume = self.acceptor.due
             due = resume if due is None else min(due, resume)
@@ -197,6 +201,7 @@ class Loop(Output):
 
     def _do_due(self, now: float) -> None:
         self._retry_at = 0.0
+        self.closer.collect(now)
         self._retry_throttled(now)
         self._retry_stalled(now)
         while self._timers and self._timers[0][0] <= now:
@@ -207,17 +212,6 @@ class Loop(Output):
             self._tick_again = now + _RETRY
         self._drop_slow(now)
         self.acceptor.resume(now)
-
-    def _retry_stalled(self, now: float) -> None:
-        """Repeats the requests that wait for the keeper, until one of them has to wait again: it
-        stays the first, and those behind it cost nothing."""
-        while self._stalled:
-            connection = next(iter(self._stalled))
-            del self._stalled[connection]
-            self._resume(connection, now)
-            if connection in self._stalled:
-                self._stalled.move_to_end(connection, last=False)
-                break
 
     def _drop_slow(self, now: float) -> None:
         """Closes the connections whose time to ask, or to read, is over."""
@@ -257,157 +251,3 @@ class Loop(Output):
     def later(self, delay: float, change: Callable[[float], None]) -> None:
         """Attempts *change* in *delay* seconds. Only in the loop's thread."""
         heapq.heappush(self._timers, (time.monotonic() + delay, next(self._order), change))
-
-    # Reading and serving.
-
-    def _on_connection(self, connection: Connection, events: int, now: float) -> None:
-        if connection.closed:
-            return
-        if events & WRITE:
-            self.flush(connection, now)
-            if connection.pending:
-                self._resume(connection, now)
-        if events & (READ | HANGUP | ERROR) and not connection.closed:
-            if connection.interest & READ:
-                self._read(connection, now)
-            elif events & (HANGUP | ERROR):
-                self.drop(connection)
-
-    def _read(self, connection: Connection, now: float) -> None:
-        try:
-            count, fds, lost = receive_numbers(connection.sock, self._buffer)
-        except BlockingIOError:
-            return
-        except OSError:
-            self.drop(connection)
-            return
-        if not count:
-            self.drop(connection)
-            return
-        if (
-            not fds
-            and lost is None
-            and connection.receiver.idle
-            and connection.greeted
-            and not (connection.output or connection.pending or connection.draining)
-            and self._answered_at_once(connection, self._view[:count].tobytes(), now)
-        ):
-            return
-        if lost is not None and isinstance(lost, DescriptorLimit):
-            # "receiver" says nothing to the sender: it is the server's limit.
-            lost = descriptor_limit(lost.errno, "server")
-        handles = list(map(Handle, fds)) if fds else []
-        receiver = connection.receiver
-        frames = receiver.feed(self._view[:count], handles, lost)
-        if frames:
-            self._end_slow(connection)  # a whole request has come: its time starts anew
-            # To the end of the order: the first is the one that is idle for longest.
-            self.connections.pop(connection, None)
-            self.connections[connection] = None
-            self._serve(connection, frames, now)
-        if receiver.failure is not None and not connection.closed:
-            self.expel(connection, receiver.failure)
-        if connection.output or not receiver.idle or connection.slow_since is not None:
-            self._mark_slow(connection, now)
-
-    def _answered_at_once(self, connection: Connection, data: bytes, now: float) -> bool:
-        """The fast path (fast_path.py): True if *data* was one fetch, which is answered now. The
-        usual path does all of this, too."""
-        name = self._fetch_frames.name_in(data)
-        if name is None:
-            return False
-        entry = self.service.fetch_again(connection.session, name)
-        if entry is None:
-            return False
-        del self.connections[connection]
-        self.connections[connection] = None
-        frame, fds, count = reply_frame(entry, data)
-        if not self._sent_at_once(connection, frame, fds, count):
-            connection.queue(frame, entry.handles)
-            self.flush(connection, now)
-        return True
-
-    def _serve(self, connection: Connection, frames: list[Frame[Handle]], now: float) -> None:
-        """Handles *frames* in order, and keeps those that have to wait."""
-        for index, frame in enumerate(frames):
-            if connection.closed or connection.draining:
-                self._close_all(frame.descriptors)
-            elif self._busy(connection) or not self._handle(connection, frame, now):
-                connection.pending.extend(frames[index:])
-                self._update(connection)
-                return
-
-    def _resume(self, connection: Connection, now: float) -> None:
-        """Handles the frames that had to wait, as far as possible."""
-        while connection.pending and not connection.closed and not self._busy(connection):
-            # Removed first: a drop while it is served must not close its descriptors again.
-            frame = connection.pending.popleft()
-            if not self._handle(connection, frame, now):
-                connection.pending.appendleft(frame)
-                break
-        if not connection.closed:
-            self._update(connection)
-
-    def inspected(self, connection: Connection) -> None:
-        """An `info` of this client has been answered."""
-        connection.inspecting -= 1
-        self._resume(connection, time.monotonic())
-
-    def _handle(self, connection: Connection, frame: Frame[Handle], now: float) -> bool:
-        """Carries out one request. False if it must be tried again: nothing has happened then."""
-        handles = frame.descriptors
-        request: m.AnyRequest | None = None
-        try:
-            if not connection.greeted:
-                self.acceptor.greet(connection, frame)
-                kept = False
-            elif frame.lost is not None:
-                raise frame.lost
-            else:
-                request = m.decode_request(frame.body)
-                kept = self.service.handle(connection.session, frame.id, request, handles, now)
-        except JournalBusy as busy:
-            if self._may_stall(connection, now, busy.wait):
-                return False
-            self._refuse(connection, frame.id, KeeperUnavailable(busy.reason), request)
-            kept = False
-        except ProtocolError as error:
-            self.expel(connection, error)
-            kept = False
-        except FdshareError as error:
-            self._refuse(connection, frame.id, error, request)
-            kept = False
-        except Exception as error:
-            log.exception("a request could not be handled")
-            failure = FdshareError(f"the server failed: {error!r}")
-            self._refuse(connection, frame.id, failure, request)
-            kept = False
-        connection.stalled_since = None
-        if not kept:
-            self._close_all(handles)
-        return True
-
-    def _may_stall(self, connection: Connection, now: float, wait: float) -> bool:
-        since = connection.stalled_since
-        if since is None:
-            connection.stalled_since = now
-        elif now - since > self.service.limits.journal_timeout + wait:
-            return False
-        self._stalled[connection] = None
-        return True
-
-    def _refuse(
-        self,
-        connection: Connection,
-        id: int,
-        error: FdshareError,
-        request: m.AnyRequest | None,
-    ) -> None:
-        self.service.refused(connection.session, request, error)
-        self.answer(connection.session, id, m.encode(m.refusal(error)))
-
-    def expel(self, connection: Connection, error: FdshareError) -> None:
-        """Sends one error frame, and closes the connection after it."""
-        self.service.refused(connection.session, None, error)
-        connection.draining = True
-        self.answer(connection.session, 0, m.encode(m.refusal(error)))

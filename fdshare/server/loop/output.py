@@ -8,14 +8,11 @@ missing.
 
 from __future__ import annotations
 
-import array
-import fcntl
 import logging
 import socket
-import termios
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from typing import Final
 
@@ -26,9 +23,10 @@ from fdshare.protocol.framing import header
 from fdshare.server.core.ports import Session
 from fdshare.server.core.service import Service
 from fdshare.server.core.users import User
-from fdshare.server.loop.closing import Handle, close_quietly
+from fdshare.server.loop.closing import Closer, Handle, close_quietly, is_drained
 from fdshare.server.loop.connection import NO_MEMORY, Connection
 from fdshare.server.loop.in_flight import InFlight
+from fdshare.server.loop.intake import Intake
 from fdshare.server.loop.poller import READ, WRITE, Poller
 
 __all__ = ["Output"]
@@ -47,25 +45,27 @@ _RETRIED: Final = 16  # waiting connections of one user that are sent to in one 
 class Output:
     """Every connection: what is sent on it, and how it ends."""
 
-    def __init__(self, service: Service, close_handle: Callable[[Handle], None]) -> None:
+    def __init__(self, service: Service, closer: Closer, nofile: int) -> None:
         self.service = service
+        self.closer = closer
+        self.intake = Intake(service.table, service.limits, nofile, closer)
         self.poller = Poller()
         self.connections: dict[Connection, None] = {}  # in the order of their last request
         self.users: dict[int, User] = {}  # those who have connections
         self.in_flight = InFlight(service.limits)
-        self._close_handle = close_handle
         self._slow: dict[Connection, None] = {}
         # Who waits until others have read, each user's in their order.
         self._throttled: dict[User, OrderedDict[Connection, None]] = {}
         self._stalled: OrderedDict[Connection, None] = OrderedDict()
 
     def add(self, connection: Connection) -> None:
+        """Raises: OSError of epoll_ctl(2): nothing has changed then."""
+        self.poller.register(connection.fileno(), READ, connection)
+        connection.interest = READ
         self.connections[connection] = None
         user = connection.session.user
         user.connections += 1
         self.users[user.uid] = user
-        connection.interest = READ
-        self.poller.register(connection.fileno(), READ, connection)
         self._slow[connection] = None
 
     def drop(self, connection: Connection) -> None:
@@ -79,16 +79,16 @@ class Output:
         self._unthrottle(connection)
         self._stalled.pop(connection, None)
         self.poller.unregister(connection.fileno())
-        self._hang_up(connection.sock)
+        self.hang_up(connection.sock, connection.session.user.uid)
         self.in_flight.forget(connection)
+        self.intake.forget(connection)
         unanswered = bool(connection.output)
         for output in connection.output:
             self.unpin(output.handles)
         connection.output.clear()
-        for handle in connection.receiver.drain():
-            self._close_handle(handle)
+        self.closer.close(connection.receiver.drain())
         for frame in connection.pending:
-            self._close_all(frame.descriptors)
+            self.closer.close(frame.descriptors)
         connection.pending.clear()
         self.service.disconnected(connection.session, time.monotonic(), unanswered=unanswered)
 
@@ -97,19 +97,18 @@ class Output:
         if not user.connections:
             del self.users[user.uid]
 
-    def _hang_up(self, sock: socket.socket) -> None:
-        """Closes *sock*; in a closer's thread if it has unread bytes: a descriptor among them may
-        be the last of its file, and that file's close may block."""
+    def hang_up(self, sock: socket.socket, uid: int) -> None:
+        """Closes *sock*, of *uid*; in that one's lane if it has unread bytes, for with them may be
+        a descriptor whose close blocks."""
         try:
             sock.shutdown(socket.SHUT_RD)  # after this nothing more arrives
-            unread = array.array("i", [0])
-            fcntl.ioctl(sock, termios.FIONREAD, unread)
+            drained = is_drained(sock)
         except OSError:  # the peer is gone; something may be unread
-            unread = array.array("i", [1])
-        if unread[0]:
-            self._close_handle(Handle(sock.detach()))
-        else:
+            drained = False
+        if drained:
             close_quietly(sock)
+        else:
+            self.closer.close((Handle(sock.detach(), uid),))
 
     # Sending.
 
@@ -289,8 +288,4 @@ class Output:
         for handle in handles:
             handle.pins -= 1
             if handle.closing and not handle.pins:
-                self._close_handle(handle)
-
-    def _close_all(self, handles: list[Handle]) -> None:
-        for handle in handles:
-            self._close_handle(handle)
+                self.closer.close((handle,))

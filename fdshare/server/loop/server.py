@@ -10,7 +10,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final, Literal, Protocol
 
 import msgspec
@@ -34,12 +34,13 @@ from fdshare.server.core.policy import Policy
 from fdshare.server.core.ports import LeaseState, Session
 from fdshare.server.core.records import Record
 from fdshare.server.core.service import Service
-from fdshare.server.core.table import Table
+from fdshare.server.core.table import Entry, Table
 from fdshare.server.limits import Limits
 from fdshare.server.loop.binding import bind_address
-from fdshare.server.loop.closing import Closer, Handle
-from fdshare.server.loop.hangups import Hangups
+from fdshare.server.loop.closing import Closer, Handle, assign_owners, close_in_order
+from fdshare.server.loop.hangups import Hangups, is_socket
 from fdshare.server.loop.inspections import Inspections
+from fdshare.server.loop.lanes import Lanes
 from fdshare.server.loop.loop import Loop
 from fdshare.server.metrics import MetricsEndpoint
 from fdshare.server.settings import Settings, policy_of, read_policy
@@ -101,18 +102,20 @@ class Server:
         self._journal = journal
         self.auditing = audit_log.isEnabledFor(logging.INFO)
         self.settings = settings
-        self._closer = Closer()
         self._started = time.monotonic()
+        self.lanes = Lanes()
+        # Without a policy nobody but root and our own uid puts anything in, or gets it.
+        self._closer = Closer(self.lanes, self._on_closed, alone=settings.policy is None)
+        self._closed_by_keeper: dict[int, Callable[[], None]] = {}  # serial of a change -> to call
         epoch = epoch or os.urandom(8).hex()
         authkey = checked_authkey(settings.authkey)
-        self.loop = Loop(self.service, self._close, listener, epoch, authkey)
+        self.loop = Loop(self.service, self._closer, listener, epoch, authkey, nofile)
         self._hangups = Hangups(self.loop)
         self._inspections = Inspections(self.loop, self._is_stored)
         # Parts of `Effects`.
         self.answer = self.loop.answer
         self.answer_in_parts = self.loop.answer_in_parts
         self.publish = self.loop.publish
-        self.watch = self._hangups.watch
         self.inspect = self._inspections.inspect
         for entry in self.table.entries.values():
             self.watch(entry)
@@ -150,12 +153,17 @@ class Server:
         self.close(list(self.table.handles()))
         self._inspections.stop()
         self.loop.close()
-        self._closer.stop(timeout=1.0)
+        self.lanes.stop(timeout=1.0)
 
-    def abandon(self) -> None:
+    def abandon(self) -> list[tuple[int, int]]:
         """In a forked child: forgets what is the parent's alone, without a close that the parent
-        would notice."""
+        would notice. (number, owner) of what the child has to close besides, which may block."""
         self.loop.abandon()
+        return [*self._closer.unfinished(), *((h.fd, h.uid) for h in self.loop.held())]
+
+    def take_over(self, unfinished: Iterable[tuple[int, int]]) -> None:
+        """In a forked child: closes what its parent had still to close."""
+        self._closer.take_over(unfinished)
 
     # `Effects`, for the service.
 
@@ -170,8 +178,7 @@ class Server:
             raise descriptor_limit(error.errno, "server") from None
         # Theirs is closed at once when it was sent: if the taker never received it, that ends the
         # lease, and the entry must be back before the taker's next request.
-        theirs_handle = Handle(theirs.detach(), at_once=True)
-        return Handle(ours.detach()), theirs_handle
+        return Handle(ours.detach()), Handle(theirs.detach())
 
     def lease_state(self, ours: Handle, *, revoke: bool = False) -> LeaseState:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, ours.fd)
@@ -189,12 +196,8 @@ class Server:
         return "confirmed" if confirmed else "dropped"
 
     def check_lifeline(self, handle: Handle) -> None:
-        try:  # asks for SO_TYPE; never blocks, where fstat(2) may
-            socket.socket(fileno=handle.fd).detach()
-        except OSError:  # only the end of a socket's peer tells that a client is gone
-            raise InvalidArgument(
-                "lifetime", "the lifeline, the last descriptor, is not a socket"
-            ) from None
+        if not is_socket(handle.fd):  # only the end of a socket's peer tells that a client is gone
+            raise InvalidArgument("lifetime", "the lifeline, the last descriptor, is not a socket")
 
     def owner_guard(self, session: Session) -> Handle:
         guard = peer_pidfd(session.route.sock)
@@ -214,9 +217,37 @@ class Server:
             session.pid, session.subject.uid, session.subject.gid, _command_of(session.pid)
         )
 
-    def close(self, handles: Sequence[Handle]) -> None:
-        for handle in handles:
-            self._close(handle)
+    def watch(self, entry: Entry) -> None:
+        assign_owners(entry)
+        self._hangups.watch(entry)
+
+    def close(
+        self,
+        handles: Sequence[Handle],
+        ends: Sequence[Handle] = (),
+        then: Callable[[], None] | None = None,
+    ) -> None:
+        for handle in (*handles, *ends):
+            self._hangups.unwatch(handle)
+        if then is None or self._journal is None:
+            close_in_order(self._closer, handles, ends, then)
+            return
+        closed = close_in_order(self._closer, handles, ends, then, elsewhere=True)
+        self._closed_by_keeper[self.table.serial] = closed
+
+    def closed_by_keeper(self, serial: int | None = None) -> None:
+        """The keeper has closed its copies of what the change of *serial* removed; None: it is
+        dead, and holds nothing any more."""
+        if serial is not None:
+            self._closed_by_keeper.pop(serial, _nothing)()
+            return
+        closed, self._closed_by_keeper = self._closed_by_keeper, {}
+        for call in closed.values():
+            call()
+
+    def _on_closed(self) -> None:
+        """In a thread of the lanes."""
+        self.loop.post(lambda: self._closer.collect(time.monotonic()))
 
     def bind(self, address: str, backlog: int, reuse_port: bool) -> tuple[m.Kind, Handle]:
         sock = bind_address(address, backlog=backlog, reuse_port=reuse_port)
@@ -313,17 +344,9 @@ class Server:
             self.notes["policy"] = note
             return Policy(os.geteuid(), file=settings.policy or "", faulty=True)
 
-    def _close(self, handle: Handle) -> None:
-        """Closes *handle*, or has it closed when it has been sent where it still has to be."""
-        self._hangups.unwatch(handle)
-        if handle.pins:
-            handle.closing = True
-        elif handle.fd >= 0:
-            fd, handle.fd = handle.fd, -1
-            if handle.at_once:
-                os.close(fd)
-            else:
-                self._closer.close(fd)
+
+def _nothing() -> None:
+    pass
 
 
 def _command_of(pid: int) -> str:

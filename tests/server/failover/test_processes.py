@@ -14,6 +14,7 @@ from conftest import census
 
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.server.failover.processes import Deaths, Life, fence, fork_half, live
+from fdshare.server.loop.lanes import Lanes
 
 # Deaths.
 
@@ -71,8 +72,9 @@ def test_a_fence_for_no_child_of_ours() -> None:
 
 
 def test_both_halves_have_one_end_and_know_each_other() -> None:
+    lanes = Lanes()
     me, before = os.getpid(), census()
-    half = fork_half()
+    half = fork_half(lanes)
     if half.born:
         try:
             with open(f"/proc/self/fdinfo/{half.other.fileno()}") as info:
@@ -92,6 +94,7 @@ def test_both_halves_have_one_end_and_know_each_other() -> None:
     assert child is not None
     assert (child.si_pid, child.si_status) == (half.pid, 0)
     half.other.close()
+    lanes.rest()
 
 
 def children() -> str:
@@ -99,8 +102,9 @@ def children() -> str:
 
 
 def test_an_orphan_is_no_child_of_its_other_half() -> None:
+    lanes = Lanes()
     me, before, known = os.getpid(), census(), children()
-    half = fork_half(orphan=True)
+    half = fork_half(lanes, orphan=True)
     if half.born:
         half.journal.send(f"{os.getpid()} {half.pid} {os.getppid()}".encode())
         half.journal.recv(1)
@@ -113,6 +117,7 @@ def test_an_orphan_is_no_child_of_its_other_half() -> None:
     half.journal.close()
     assert "it was no child of this process" in fence(half.other)
     half.other.close()
+    lanes.rest()
 
 
 # Lives.

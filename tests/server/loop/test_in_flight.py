@@ -145,11 +145,12 @@ def test_a_deaf_user_stops_nobody(folder: Path) -> None:
     with Manager(folder / "s", mode=0o666, policy=folder / "policy", limits=limits) as manager:
         manager.register("x", 0)
 
-        def be_deaf(say: Say) -> None:
+        def be_deaf(say: Say) -> list[Wire]:
             wires = [Wire(manager.address, f"{number}") for number in range(30)]
             for wire in wires:
                 wire.send(1, m.Fetch("x"))
             say("deaf")
+            return wires
 
         with AsUser(1501, be_deaf) as deaf:
             assert deaf.hear() == "deaf"

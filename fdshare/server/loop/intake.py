@@ -1,0 +1,114 @@
+"""Intake: receives from the clients, and counts the descriptors that are in no entry.
+
+They are *unsettled*: of half a frame, of a request that waits, or in a close(2) that hangs. They
+count against the user who sent them, who is heard no more if they are too many.
+
+A message is never read that would bring more descriptors than there are numbers for. The kernel
+drops those that find none (unix(7)), and would do so in this thread: the last copy of a socket with
+SO_LINGER, among them, would stop the loop. So where few numbers are left, the loop peeks, and makes
+copies of no more than half of them: one message does not use up what the next one needs.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+from typing import Final
+
+from fdshare.errors import DescriptorLimit, FdshareError, QuotaExceeded
+from fdshare.kernel.ancillary import MAX_DESCRIPTORS
+from fdshare.server.core.table import Table
+from fdshare.server.core.users import User, allowance
+from fdshare.server.limits import RESERVE, Limits
+from fdshare.server.loop.closing import Closer, Handle, receive_handles
+from fdshare.server.loop.connection import Connection
+
+__all__ = ["Intake"]
+
+_PEEK: Final = int(socket.MSG_PEEK)
+
+
+class Intake:
+    """What the connections receive. *received*: how many descriptors came with half frames and with
+    requests that wait."""
+
+    def __init__(self, table: Table, limits: Limits, nofile: int, closer: Closer) -> None:
+        """*nofile* is the limit of numbers that this process may have."""
+        self.received = 0
+        self._table = table
+        self._limits = limits
+        self._numbers = nofile - RESERVE
+        self._closer = closer
+
+    def unsettled(self, user: User) -> int:
+        """How many descriptors of *user* are unsettled."""
+        return user.received + self._closer.hanging(user.uid)
+
+    def refusal(self, user: User, connection: Connection | None = None) -> QuotaExceeded | None:
+        """The error if *user* has too many descriptors that are unsettled, beside those that are
+        received on *connection*: one message may be of any size."""
+        unsettled = self.unsettled(user)
+        if user.trusted or not unsettled:
+            return None
+        others = self.received + self._closer.all_hanging() - unsettled
+        limits = self._limits
+        share = allowance(limits.max_unsettled_per_uid, limits.max_unsettled, others)
+        if unsettled <= share or (connection is not None and unsettled == connection.received):
+            return None
+        return QuotaExceeded("max_unsettled_per_uid", share, unsettled)
+
+    def receive(
+        self, connection: Connection, buffer: bytearray, connections: int
+    ) -> tuple[int, list[Handle], FdshareError | None]:
+        """(bytes, handles, why there are none although some came) of one read. *connections*: how
+        many there are.
+
+        Raises: BlockingIOError; DescriptorLimit: the client has sent more than there are numbers
+        for, and nothing was read; OSError: the connection is gone.
+        """
+        sock, user = connection.sock, connection.session.user
+        used = self._table.descriptors + connections + self.received + self._closer.all_left()
+        half = (self._numbers - used) // 2
+        if half >= MAX_DESCRIPTORS:
+            return receive_handles(sock, buffer, user.uid)
+        count, handles, lost = receive_handles(sock, buffer, user.uid, _PEEK, max(half, 1))
+        if lost is None and count == len(buffer) and handles:
+            # A peek that fills its buffer looks on: they may be of a message behind it. There is
+            # room for a second copy.
+            self._closer.close(handles)
+            return receive_handles(sock, buffer, user.uid)
+        if lost is not None:
+            self._closer.close(handles)
+            handles = []
+            lost = self._no_numbers()
+            if not user.trusted:
+                raise lost
+        if count:
+            # Without room for descriptors: the kernel drops its copies. They are not the last, ours
+            # are there; or it is a trusted user's loss.
+            sock.recv_into(buffer, count)
+        return count, handles, lost
+
+    def recount(self, connection: Connection) -> None:
+        """Counts what *connection* has received and not settled."""
+        count = len(connection.receiver.waiting())
+        count += sum(len(frame.descriptors) for frame in connection.pending)
+        self._add(connection, count - connection.received)
+
+    def take(self, connection: Connection, count: int) -> None:
+        """*count* of those received are being settled."""
+        self._add(connection, -min(count, connection.received))
+
+    def forget(self, connection: Connection) -> None:
+        """Nothing of *connection* is unsettled any more."""
+        self._add(connection, -connection.received)
+
+    def _add(self, connection: Connection, count: int) -> None:
+        connection.received += count
+        connection.session.user.received += count
+        self.received += count
+
+    def _no_numbers(self) -> DescriptorLimit:
+        advice = "unregister some or raise it"
+        limit = self._numbers + RESERVE
+        return DescriptorLimit(errno.EMFILE, "RLIMIT_NOFILE", limit, None, "server", advice)

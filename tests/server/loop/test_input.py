@@ -1,0 +1,66 @@
+"""Input: requests are served in their order, and none is forgotten."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from barepeer import Peer
+from breaking import Wire
+from users import ANYBODY, AsUser, Say, needs_root
+
+from fdshare.client.blocking.client import Client
+from fdshare.kernel.ancillary import send_message
+from fdshare.manager import Manager
+from fdshare.protocol import messages as m
+from fdshare.protocol.framing import header
+
+KIND = m.Kind("fd", msgspec.Raw(m.encode({})))
+
+
+def test_requests_of_one_read_are_served_in_their_order(peer: Peer, null: int) -> None:
+    asked = [m.Ping(), m.Fetch("none"), m.Names(), m.Unregister("none"), m.Ping()] * 20
+    peer.write(b"".join(map(peer.frame, asked)))
+    for number in range(1, len(asked) + 1):
+        assert peer.receive()[0] == number
+
+
+def test_a_request_that_cannot_be_served_keeps_those_behind_it(
+    client: Client, peer: Peer, null: int
+) -> None:
+    """Here because its client has not read the answers before."""
+    for number in range(500):
+        client.register(f"{number:03}" + "x" * 200, null)
+    for _ in range(20):
+        peer.send(m.Names())
+    peer.send(m.Rename("000" + "x" * 200, "renamed"))
+    peer.send(m.Names("renamed"))
+    client.ping()
+    answers = [peer.receive()[1] for _ in range(22)]
+    assert all(len(answer.names) == 500 for answer in answers[:20])
+    assert answers[20].name == "renamed"
+    assert answers[21].names == ["renamed"]
+
+
+@needs_root
+def test_who_has_too_many_descriptors_unsettled_is_told_why(
+    folder: Path, serve: Callable[..., Manager]
+) -> None:
+    folder.chmod(0o755)
+    (folder / "policy").write_text(ANYBODY)
+    limits = {"max_unsettled": 20, "max_unsettled_per_uid": 10}
+    manager = serve(mode=0o666, policy=folder / "policy", limits=limits)
+
+    def attack(say: Say) -> Any:
+        first, second = Wire(manager.address, "one"), Wire(manager.address, "two")
+        for wire in (first, second):
+            send_message(wire.sock, (header(1000, 8, 1) + b"x",), [0] * 8)
+        say(second.receive().reply.message)
+        return first, second
+
+    with AsUser(1501, attack) as other:
+        assert "max_unsettled_per_uid" in other.hear()
+        with Client(manager.address) as client:
+            client.register("mine", 0)

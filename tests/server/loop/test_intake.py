@@ -1,0 +1,172 @@
+"""Intake: no message uses up the numbers, and what is in no entry counts against its sender."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+
+import msgspec
+import pytest
+from conftest import census, wait_until
+
+from fdshare.errors import DescriptorLimit, QuotaExceeded
+from fdshare.kernel.ancillary import send_message
+from fdshare.protocol.framing import header
+from fdshare.server.core.policy import Subject
+from fdshare.server.core.ports import Session
+from fdshare.server.core.table import Table
+from fdshare.server.core.users import User
+from fdshare.server.limits import RESERVE, Limits
+from fdshare.server.loop.closing import Closer
+from fdshare.server.loop.connection import Connection
+from fdshare.server.loop.intake import Intake
+from fdshare.server.loop.lanes import Lanes
+
+LIMITS = msgspec.structs.replace(
+    Limits.for_rlimit(1000), max_unsettled=100, max_unsettled_per_uid=50
+)
+FEW = RESERVE + 20  # of 20 numbers that are free, a message may have ten
+MANY = 10_000
+
+
+class Receiving:
+    """An intake, a connection of each of two users, and their clients' ends."""
+
+    def __init__(self, nofile: int) -> None:
+        self.lanes = Lanes()
+        self.closer = Closer(self.lanes, lambda: None, alone=False)
+        self.intake = Intake(Table(), LIMITS, nofile, self.closer)
+        self.buffer = bytearray(1 << 12)
+        self.socks: list[socket.socket] = []
+
+    def connect(self, user: User) -> tuple[Connection, socket.socket]:
+        near, far = socket.socketpair()
+        near.setblocking(False)
+        self.socks += [near, far]
+        session = Session(Subject(user.uid, user.uid), 1, user)
+        return Connection(near, session, 0.0), far
+
+    def close(self) -> None:
+        self.lanes.stop(5)
+        for sock in self.socks:
+            sock.close()
+
+
+@pytest.fixture
+def few() -> Iterator[Receiving]:
+    receiving = Receiving(FEW)
+    yield receiving
+    receiving.close()
+
+
+@pytest.fixture
+def many() -> Iterator[Receiving]:
+    receiving = Receiving(MANY)
+    yield receiving
+    receiving.close()
+
+
+def test_a_message_that_fits_is_received_once(few: Receiving) -> None:
+    connection, client = few.connect(User(1, False))
+    for word in (b"one", b"two"):
+        send_message(client, (word,), [0] * 10)
+        count, handles, lost = few.intake.receive(connection, few.buffer, 0)
+        assert (bytes(few.buffer[:count]), len(handles), lost) == (word, 10, None)
+        assert {os.fstat(h.fd).st_ino for h in handles} == {os.fstat(0).st_ino}
+        for handle in handles:
+            os.close(handle.fd)
+    with pytest.raises(BlockingIOError):
+        few.intake.receive(connection, few.buffer, 0)
+
+
+def test_a_message_that_does_not_fit_is_not_read(few: Receiving) -> None:
+    """Its descriptors stay in the kernel: nobody closes the last copy of one here."""
+    connection, client = few.connect(User(1, False))
+    before = census()
+    send_message(client, (b"much",), [0] * 50)
+    with pytest.raises(DescriptorLimit):
+        few.intake.receive(connection, few.buffer, 0)
+    assert socket.recv_fds(connection.sock, 10, 0, socket.MSG_PEEK)[0] == b"much"
+    wait_until(lambda: census() == before, "those that had fitted are closed")
+
+
+def test_trusted_users_hear_of_it_and_stay(few: Receiving) -> None:
+    connection, client = few.connect(User(0, True))
+    send_message(client, (b"much",), [0] * 50)
+    send_message(client, (b"more",), [0])
+    count, handles, lost = few.intake.receive(connection, few.buffer, 0)
+    assert (bytes(few.buffer[:count]), handles) == (b"much", [])
+    assert isinstance(lost, DescriptorLimit)
+    assert lost.whose == "server"
+    count, handles, lost = few.intake.receive(connection, few.buffer, 0)
+    assert (bytes(few.buffer[:count]), len(handles), lost) == (b"more", 1, None)
+    os.close(handles[0].fd)
+
+
+def test_descriptors_behind_a_full_buffer_come_once(few: Receiving) -> None:
+    """A peek that fills its buffer looks past it, and brings those of the next message, too."""
+    connection, client = few.connect(User(1, False))
+    client.sendall(b"x" * len(few.buffer))
+    send_message(client, (b"next",), [0] * 3)
+    received = b""
+    found = 0
+    while not received.endswith(b"next"):
+        count, handles, lost = few.intake.receive(connection, few.buffer, 0)
+        assert lost is None
+        received += few.buffer[:count]
+        found += len(handles)
+        for handle in handles:
+            os.close(handle.fd)
+    assert (len(received), found) == (len(few.buffer) + 4, 3)
+
+
+def test_what_is_in_use_leaves_less(few: Receiving) -> None:
+    connection, client = few.connect(User(1, False))
+    send_message(client, (b"x",), [0] * 5)
+    with pytest.raises(DescriptorLimit):  # of four numbers that are free, two
+        few.intake.receive(connection, few.buffer, 16)
+
+
+# What is unsettled.
+
+
+def half_frame(receiving: Receiving, connection: Connection, client: socket.socket, n: int) -> None:
+    send_message(client, (header(1000, n, 1) + b"x",), [0] * n)
+    count, handles, _ = receiving.intake.receive(connection, receiving.buffer, 0)
+    connection.receiver.feed(memoryview(receiving.buffer)[:count], handles)
+    receiving.intake.recount(connection)
+
+
+def test_half_frames_have_a_share_for_each_uid(many: Receiving) -> None:
+    user, other = User(1, False), User(2, False)
+    connections = [many.connect(user) for _ in range(4)]
+    for connection, client in connections[:2]:
+        half_frame(many, connection, client, 25)
+        assert many.intake.refusal(user, connection) is None
+    half_frame(many, *connections[2], 1)
+    refusal = many.intake.refusal(user, connections[2][0])
+    assert isinstance(refusal, QuotaExceeded)
+    assert refusal.fields == {"what": "max_unsettled_per_uid", "limit": 50, "used": 51}
+    assert many.intake.refusal(user) is not None  # not even a connection more
+    assert many.intake.refusal(other) is None
+    mine, client = many.connect(other)
+    half_frame(many, mine, client, 200)  # one message may be of any size
+    assert many.intake.refusal(other, mine) is None
+    for connection, _ in (*connections, (mine, client)):
+        many.closer.close(connection.receiver.drain())
+        many.intake.forget(connection)
+    assert (user.received, other.received, many.intake.received) == (0, 0, 0)
+    assert many.intake.refusal(user) is None
+
+
+def test_what_is_settled_counts_no_more(many: Receiving) -> None:
+    user = User(1, False)
+    connection, client = many.connect(user)
+    half_frame(many, connection, client, 20)
+    assert many.intake.unsettled(user) == 20
+    many.intake.take(connection, 20)
+    assert many.intake.unsettled(user) == 0
+    many.closer.close(connection.receiver.drain())
+    many.intake.recount(connection)
+    assert many.intake.unsettled(user) == 0

@@ -1,0 +1,194 @@
+"""What a user who may do little, or nothing but connect, does to stop the others: it does not."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from breaking import Halves, Wire, lingering_pair
+from conftest import wait_until
+from hanging import FLUSH, HangingFileSystem, needs_fuse
+from users import AsUser, Say, as_user, needs_root
+
+from fdshare.client.blocking.client import Client
+from fdshare.kernel.ancillary import send_message
+from fdshare.kernel.endpoint import connect
+from fdshare.protocol import messages as m
+from fdshare.protocol.framing import header
+
+pytestmark = needs_root
+KIND = m.Kind("fd", msgspec.Raw(m.encode({})))
+HOSTILE, GOOD = 1501, 1502
+RULES = f"""
+[[rule]]
+effect = "allow"
+verbs = ["register", "fetch", "take", "unregister", "info"]
+users = [{HOSTILE}]
+names = ["a/*"]
+[[rule]]
+effect = "allow"
+verbs = ["register", "fetch", "take", "unregister", "info"]
+users = [{GOOD}]
+names = ["b/*"]
+"""
+
+
+@pytest.fixture
+def root(folder: Path, small: Callable[..., Client]) -> Client:
+    """A client of a server with few descriptors, in which these rules hold."""
+    folder.chmod(0o755)
+    (folder / "policy").write_text(RULES)
+    root = small(1024, "--policy", str(folder / "policy"), "--mode", "0666")
+    root.register("root's", 0)
+    return root
+
+
+def check(root: Client) -> None:
+    """Root and another user do what they may."""
+    root.fetch_raw("root's")[0].close()
+    root.register("root's", 0, replace=True)
+
+    def use() -> str:
+        with Client(root.address, timeout=10) as client:
+            client.register("b/1", 0)
+            client.fetch_raw("b/1")[0].close()
+            client.info("b/1")
+            client.take_raw("b/1")[0].close()
+            return "good"
+
+    assert as_user(GOOD, use) == "good"
+
+
+class Census:
+    """What both halves have open but for connections and the table: as much as at first."""
+
+    def __init__(self, root: Client) -> None:
+        self.halves = Halves(root)
+        self.before = self.excess()
+
+    def excess(self) -> tuple[int, int]:
+        return self.halves.excess("server"), self.halves.excess("keeper")
+
+    def check(self) -> None:
+        wait_until(lambda: self.halves.admin.stats().connections == 1, "the others to be gone")
+        wait_until(lambda: self.excess() == self.before, "the census")
+
+
+def half_frame(sock: socket.socket, fds: list[int]) -> None:
+    send_message(sock, (header(1000, len(fds), 1) + b"x",), fds)
+
+
+def test_half_frames(root: Client) -> None:
+    """Their descriptors count against who sent them, and all of them are closed in the end."""
+    limits = root.stats().limits
+
+    def attack(say: Say) -> list[socket.socket]:
+        socks = [connect(root.address) for _ in range(20)]
+        for sock in socks:
+            half_frame(sock, [0] * 253)
+        say("sent")
+        return socks
+
+    census = Census(root)
+    with AsUser(HOSTILE, attack) as hostile:
+        assert hostile.hear() == "sent"
+        check(root)
+        # One message of any size, or a share.
+        most = census.before[0] + max(limits["max_unsettled_per_uid"], 253)
+        wait_until(lambda: census.excess()[0] <= most)
+    census.check()
+
+
+def test_sockets_that_linger(root: Client) -> None:
+    """What others let go of is closed, and so are these: SO_LINGER is taken from them."""
+    census = Census(root)
+
+    def attack(say: Say) -> object:
+        peers = []
+        with Wire(root.address, "hostile") as wire:
+            for id in range(1, 100):
+                sock, peer = lingering_pair(86400)
+                peers.append(peer)
+                wire.refused(id, m.Register("not mine", KIND), [sock.fileno()])
+                os.close(sock.detach())  # the server's copy is the last
+        say("sent")
+        return peers
+
+    with AsUser(HOSTILE, attack) as hostile:
+        assert hostile.hear() == "sent"
+        check(root)
+        listener = socket.create_server(("127.0.0.1", 0))
+        address = listener.getsockname()
+        root.register("listener", listener)
+        listener.close()
+        root.unregister("listener")
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(address)
+    census.check()
+
+
+def test_a_message_that_does_not_fit(root: Client) -> None:
+    """There are fewer numbers free than it has descriptors, and the close of those blocks."""
+
+    def attack(say: Say) -> object:
+        fill = [connect(root.address) for _ in range(4)]
+        for sock, count in zip(fill, (253, 253, 253, 180), strict=True):
+            half_frame(sock, [0] * count)
+        kept: list[Any] = [fill]
+        for _ in range(5):
+            sock = connect(root.address)
+            linger, peer = lingering_pair(86400)
+            half_frame(sock, [linger.fileno()] * 200)
+            os.close(linger.detach())
+            kept += [sock, peer]
+        say("sent")
+        return kept
+
+    with AsUser(HOSTILE, attack) as hostile:
+        assert hostile.hear() == "sent"
+        for _ in range(20):
+            root.fetch_raw("root's")[0].close()
+            root.register("root's", 0, replace=True)
+
+
+@needs_fuse
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_file_system_that_hangs(root: Client, kept: bool) -> None:
+    """Its files are asked at every close(2). Those of one user hang that one's closes alone."""
+    census = Census(root)
+    files = HangingFileSystem(HOSTILE)
+
+    def attack(say: Say) -> object:
+        file = files.open()
+        wire = Wire(root.address, "hostile")
+        if kept:
+            wire.ask(1, m.Register("a/1", KIND), [file])
+        files.hang(FLUSH)
+        if kept:
+            wire.ask(2, m.Unregister("a/1"))
+        else:
+            wire.refused(2, m.Register("not mine", KIND), [file])
+        say("hangs")
+        for id in range(3, 1000):
+            with suppress(BrokenPipeError):  # its last word is still to be read
+                wire.send(id, m.Register("not mine", KIND), [0])
+            said = wire.receive()
+            if said.id == 0:
+                say(said.reply.message)
+                break
+        return wire, file
+
+    with AsUser(HOSTILE, attack, file_system=files) as hostile:
+        assert hostile.hear() == "hangs"
+        check(root)
+        assert "max_unsettled_per_uid" in hostile.hear()
+        check(root)
+        for pid in census.halves.pids().values():
+            assert len(os.listdir(f"/proc/{pid}/task")) < 8
+    census.check()
