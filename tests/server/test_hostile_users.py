@@ -105,6 +105,23 @@ def test_half_frames(root: Client) -> None:
     census.check()
 
 
+def test_leases_count_against_the_taker(root: Client) -> None:
+    most = int(root.stats().limits["max_descriptors_per_uid"])
+
+    def attack(say: Say) -> list[Any]:
+        wire = Wire(root.address, "hostile")
+        for index in range(most // 2):
+            wire.ask(index + 1, m.Register(f"a/{index}", KIND), [0, 0])
+        # What is taken frees two descriptors, but not before the lease is over.
+        taken = [wire.ask(1000 + i, m.Take(f"a/{i}", 0.0)) for i in range(2)]
+        say(wire.refused(2000, m.Take("a/2", 0.0)))
+        return [wire, taken]
+
+    with AsUser(HOSTILE, attack) as hostile:
+        assert "max_descriptors_per_uid" in hostile.hear()
+        check(root)
+
+
 def test_sockets_that_linger(root: Client) -> None:
     """What others let go of is closed, and so are these: SO_LINGER is taken from them."""
     census = Census(root)

@@ -26,7 +26,16 @@ from fdshare.server.core.records import (
     Settle,
 )
 
-__all__ = ["ANSWERS_KEPT", "Applied", "Entry", "Handle", "Lease", "Table"]
+__all__ = [
+    "ANSWERS_KEPT",
+    "Applied",
+    "Entry",
+    "Handle",
+    "Lease",
+    "Table",
+    "Usage",
+    "usage_of",
+]
 
 Handle: TypeAlias = Any
 
@@ -92,10 +101,21 @@ class Applied:
 
 @dataclass(slots=True)
 class Usage:
-    """What the entries of one uid amount to."""
+    """What the entries of one uid amount to, and the leases on what it takes."""
 
     names: int = 0
     descriptors: int = 0
+
+
+def usage_of(entry: Entry, uid: int) -> Usage:
+    """The part of *entry* that counts against *uid*."""
+    usage = Usage()
+    if entry.put.registrant.uid == uid:
+        usage.names = 1
+        usage.descriptors = len(entry.handles) + (entry.guard is not None)
+    if entry.lease is not None and entry.lease.uid == uid:
+        usage.descriptors += 1
+    return usage
 
 
 class Table:
@@ -120,7 +140,7 @@ class Table:
         return None if entry is None or entry.lease is not None else entry
 
     def usage(self, uid: int) -> Usage:
-        """What entries registered by *uid* amount to."""
+        """What counts against *uid*."""
         return self._usage.get(uid) or Usage()
 
     def answer(self, session: str, id: int) -> bytes | None:
@@ -212,7 +232,7 @@ class Table:
         entry.lease = Lease(grant.lease, next(source), grant.at, grant.uid)
         self.leases[grant.lease] = entry
         self.last_lease = max(self.last_lease, grant.lease)
-        self.descriptors += 1
+        self._count(grant.uid, descriptors=1)
         applied.changed.append(entry)
         self._event(applied, "taken", entry.name, entry.generation)
 
@@ -229,8 +249,7 @@ class Table:
         if entry.guard is not None:
             applied.closed.append(entry.guard)
             entry.guard = None
-            self.descriptors -= 1
-            self._usage[entry.put.registrant.uid].descriptors -= 1
+            self._count(entry.put.registrant.uid, descriptors=-1)
         entry.expires = linger.expires
         self._schedule(entry)
 
@@ -256,18 +275,20 @@ class Table:
         assert entry.lease is not None
         lease, entry.lease = entry.lease, None
         del self.leases[lease.id]
-        self.descriptors -= 1
+        self._count(lease.uid, descriptors=-1)
         return lease.handle
 
     def _account(self, entry: Entry, sign: Literal[1, -1]) -> None:
-        """Counts names and descriptors for the registrant's uid. The lease is not counted."""
-        count = sign * (len(entry.handles) + (entry.guard is not None))
-        self.descriptors += count
-        uid = entry.put.registrant.uid
+        """Counts name and descriptors for the registrant's uid. The lease is the taker's."""
+        count = len(entry.handles) + (entry.guard is not None)
+        self._count(entry.put.registrant.uid, names=sign, descriptors=sign * count)
+
+    def _count(self, uid: int, *, names: int = 0, descriptors: int) -> None:
+        self.descriptors += descriptors
         usage = self._usage.setdefault(uid, Usage())
-        usage.names += sign
-        usage.descriptors += count
-        if not usage.names:
+        usage.names += names
+        usage.descriptors += descriptors
+        if not usage.names and not usage.descriptors:
             del self._usage[uid]
 
     def _schedule(self, entry: Entry) -> None:

@@ -12,7 +12,8 @@ from fdshare.protocol import messages as m
 from fdshare.server.core.policy import Policy
 from fdshare.server.core.ports import Effects, Session
 from fdshare.server.core.records import Change, Grant, Record, Settle
-from fdshare.server.core.table import Entry, Handle, Table
+from fdshare.server.core.table import Entry, Handle, Table, Usage, usage_of
+from fdshare.server.core.users import User, allowance
 from fdshare.server.limits import Limits
 
 __all__ = ["DONE", "Transactions"]
@@ -72,7 +73,9 @@ class Transactions:
         self.effects.audit("fetch", entry.name, session, "given")
 
     def _lease(self, session: Session, id: int, entry: Entry, now: float) -> None:
-        """Answers with the entry and the taker's end of a new lease on it."""
+        """Answers with the entry and the taker's end of a new lease on it, which counts against the
+        taker."""
+        self._check_lease(session, entry, now)
         ours, theirs = self.effects.lease_pair()
         lease = self.table.last_lease + 1
         try:
@@ -111,13 +114,11 @@ class Transactions:
     def _settle_if_crowded(self, session: Session, count: int, now: float) -> None:
         """Settles all leases if there may be no room for *count* descriptors: what takers have
         confirmed makes room."""
-        table, limits = self.table, self.limits
-        if table.leases and (
-            not session.trusted
-            or len(table.entries) >= limits.max_names
-            or table.descriptors + count > limits.max_descriptors
-        ):
-            self._settle_all(now)
+        if self.table.leases:
+            try:
+                self._check_quota(session, count, None)
+            except QuotaExceeded:
+                self._settle_all(now)
 
     def _settle(self, entry: Entry, *, revoke: bool = False) -> list[Change]:
         """What the taker of *entry* has decided, as changes; none if it is not leased, or has not
@@ -159,21 +160,38 @@ class Transactions:
     def _check_quota(self, session: Session, count: int, former: Entry | None) -> None:
         """Refuses what would exceed a limit. What the replaced entry *former* frees counts as
         free."""
-        limits, table = self.limits, self.table
-        freed = len(former.all_handles()) if former else 0
+        limits, table, user = self.limits, self.table, session.user
         names = len(table.entries) - (former is not None)
         self._quota("max_names", limits.max_names, names, 1)
-        used = table.descriptors - freed
+        used = table.descriptors - (len(former.all_handles()) if former else 0)
         self._quota("max_descriptors", limits.max_descriptors, used, count)
+        if user.trusted:
+            return
+        usage = table.usage(user.uid)
+        freed = usage_of(former, user.uid) if former else Usage()
+        mine = usage.names - freed.names
+        share = allowance(limits.max_names_per_uid, limits.max_names, names - mine)
+        self._quota("max_names_per_uid", share, mine, 1)
+        mine = usage.descriptors - freed.descriptors
+        share = allowance(limits.max_descriptors_per_uid, limits.max_descriptors, used - mine)
+        self._quota("max_descriptors_per_uid", share, mine, count)
+
+    def _check_lease(self, session: Session, entry: Entry, now: float) -> None:
+        """Refuses a lease too many. A uid that takes its own entry frees that one's descriptors."""
         if session.trusted:
             return
-        usage = table.usage(session.subject.uid)
-        mine = former is not None and former.put.registrant.uid == session.subject.uid
-        self._quota("max_names_per_uid", limits.max_names_per_uid, usage.names - mine, 1)
-        # Without the lease of the replaced entry: that counts for nobody.
-        freed -= former is not None and former.lease is not None
-        used = usage.descriptors - (freed if mine else 0)
-        self._quota("max_descriptors_per_uid", limits.max_descriptors_per_uid, used, count)
+        freed = usage_of(entry, session.user.uid).descriptors
+        try:
+            self._quota_of_lease(session.user, freed)
+        except QuotaExceeded:
+            self._settle_all(now)
+            self._quota_of_lease(session.user, freed)
+
+    def _quota_of_lease(self, user: User, freed: int) -> None:
+        limits, used = self.limits, self.table.usage(user.uid).descriptors
+        others = self.table.descriptors - used
+        share = allowance(limits.max_descriptors_per_uid, limits.max_descriptors, others)
+        self._quota("max_descriptors_per_uid", share, used - freed, 1)
 
     @staticmethod
     def _quota(what: str, limit: int, used: int, more: int) -> None:

@@ -553,7 +553,8 @@ class Rendezvous(RuleBasedStateMachine):
         assert self.table.descriptors == own + leases
         assert len(self.table.leases) == leases
         usage = self.table.usage(1)
-        assert (usage.names, usage.descriptors) == (len(self.model), own)
+        # All is uid 1's: the entries, and the leases of what it takes.
+        assert (usage.names, usage.descriptors) == (len(self.model), own + leases)
 
     def the_keeper_has_the_same(self) -> None:
         assert contents(self.effects.keeper) == contents(self.table)
