@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import pytest
 from breaking import Halves, Wire, lingering_pair
-from conftest import wait_until
+from conftest import census, wait_until
 from hanging import FLUSH, HangingFileSystem, needs_fuse
 from users import AsUser, Say, as_user, needs_root
 
@@ -70,7 +70,18 @@ class Census:
 
     def __init__(self, root: Client) -> None:
         self.halves = Halves(root)
+        self.settle(root)
         self.before = self.excess()
+
+    def settle(self, root: Client) -> None:
+        """Returns when the keeper has read what the server wrote: records come in order."""
+        marker = os.memfd_create("settled")
+        root.register("settled", marker)
+        os.close(marker)
+        keeper = self.halves.pids()["keeper"]
+        wait_until(lambda: any("settled" in target for target in census(keeper).values()))
+        root.unregister("settled")
+        wait_until(lambda: not any("settled" in target for target in census(keeper).values()))
 
     def excess(self) -> tuple[int, int]:
         return self.halves.excess("server"), self.halves.excess("keeper")
