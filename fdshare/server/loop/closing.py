@@ -91,6 +91,13 @@ class Handle:
         return f"<Handle fd={self.fd} of uid {self.uid}{' closing' if self.closing else ''}>"
 
 
+def _close_number(fd: int) -> None:
+    try:
+        os.close(fd)
+    except OSError:
+        pass  # the number is free whatever close(2) returned; EIO is the writer's loss
+
+
 def receive_handles(
     sock: socket.socket, buffer: bytearray, uid: int, flags: int = 0, most: int = MAX_DESCRIPTORS
 ) -> tuple[int, list[Handle], FdshareError | None]:
@@ -217,7 +224,7 @@ class Closer:
         # Without threads what cannot block is better closed here than never.
         mine = uid in self._at_once or not self._lanes.has_threads
         if mine and (uid == OURS or _cannot_block(fd)):
-            os.close(fd)
+            _close_number(fd)
         elif batch is None or self._lanes.hangs(uid):
             self._put(fd, uid, None)
         else:
@@ -243,10 +250,7 @@ class Closer:
         """In a thread of the owner's lane."""
         _no_linger(fd)
         del self._handed_over[token]
-        try:
-            os.close(fd)
-        except OSError:
-            pass  # the number is free whatever close(2) returned; EIO is the writer's loss
+        _close_number(fd)
         self._closed_of[uid] += 1
         if batch is not None:
             self._done.append(batch)
