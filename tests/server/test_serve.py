@@ -105,7 +105,8 @@ def test_the_service_manager_is_told(
         monkeypatch.delenv("WATCHDOG_PID", raising=False)
         serve(settings, stop)
         said = [told.receive() for _ in range(2)]
-        assert [list(each.lines) for each in said if each] == [["WATCHDOG=1"], ["STOPPING=1"]]
+        ending = ["STOPPING=1", "STATUS=Ending"]
+        assert [list(each.lines) for each in said if each] == [["WATCHDOG=1"], ending]
 
 
 @pytest.mark.parametrize(
