@@ -55,8 +55,10 @@ def test_who_has_too_many_descriptors_unsettled_is_told_why(
 
     def attack(say: Say) -> Any:
         first, second = Wire(manager.address, "one"), Wire(manager.address, "two")
-        for wire in (first, second):
-            send_message(wire.sock, (header(1000, 8, 1) + b"x",), [0] * 8)
+        send_message(first.sock, (header(1000, 8, 1) + b"x",), [0] * 8)
+        with Wire(manager.address, "between") as between:
+            between.ask(1, m.Ping())  # so the server has read what came before
+        send_message(second.sock, (header(1000, 8, 1) + b"x",), [0] * 8)
         say(second.receive().reply.message)
         return first, second
 
