@@ -54,15 +54,17 @@ def fd() -> Iterator[int]:
 
 @pytest.fixture
 def small(folder: Path) -> Iterator[Callable[..., Client]]:
-    """Starts `fdshare serve` at a limit of so many descriptors; a client of it."""
+    """Starts `fdshare serve` at a limit of so many descriptors; a client of it. *prepare* is called
+    in the new process."""
     started: list[subprocess.Popen[bytes]] = []
     clients: list[Client] = []
 
-    def start(nofile: int, *options: str) -> Client:
+    def start(nofile: int, *options: str, prepare: Callable[[], None] | None = None) -> Client:
         serve = [sys.executable, "-m", "fdshare", "serve", str(folder / "s"), *options]
         serve += ["--log-level", "error"]
         command = ["sh", "-c", f'ulimit -n {nofile} && exec "$@"', "sh", *serve]
-        started.append(subprocess.Popen(command, stdin=subprocess.DEVNULL))
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=prepare)
+        started.append(process)
         wait_until(lambda: answers(folder / "s"), "the server answers")
         clients.append(Client(folder / "s"))
         return clients[-1]

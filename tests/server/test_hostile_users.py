@@ -13,7 +13,7 @@ import msgspec
 import pytest
 from breaking import Halves, Wire, lingering_pair
 from conftest import census, wait_until
-from hanging import FLUSH, HangingFileSystem, needs_fuse
+from hanging import FLUSH, LOOKUP, HangingFileSystem, needs_fuse
 from users import AsUser, Say, as_user, needs_root
 
 from fdshare.client.blocking.client import Client
@@ -70,6 +70,7 @@ class Census:
 
     def __init__(self, root: Client) -> None:
         self.halves = Halves(root)
+        self._wait_until_alone()
         self.settle(root)
         self.before = self.excess()
 
@@ -86,8 +87,11 @@ class Census:
     def excess(self) -> tuple[int, int]:
         return self.halves.excess("server"), self.halves.excess("keeper")
 
-    def check(self) -> None:
+    def _wait_until_alone(self) -> None:
         wait_until(lambda: self.halves.admin.stats().connections == 1, "the others to be gone")
+
+    def check(self) -> None:
+        self._wait_until_alone()
         wait_until(lambda: self.excess() == self.before, "the census")
 
 
@@ -220,3 +224,36 @@ def test_a_file_system_that_hangs(root: Client, kept: bool) -> None:
         for pid in census.halves.pids().values():
             assert len(os.listdir(f"/proc/{pid}/task")) < 8
     census.check()
+
+
+@needs_fuse
+def test_an_inspection_that_hangs(folder: Path, small: Callable[..., Client]) -> None:
+    """Root's look at a socket of somebody's leads to where nobody answers: through a link."""
+    folder.chmod(0o777)
+    (folder / "policy").write_text(RULES)
+    files = HangingFileSystem(HOSTILE)
+    options = ("--policy", str(folder / "policy"), "--mode", "0666")
+    root = small(1024, *options, prepare=files.enter)
+    root.register("root's", 0)
+
+    def attack(say: Say) -> object:
+        files.hang(LOOKUP)
+        os.mkdir(folder / "d")
+        with socket.socket(socket.AF_UNIX) as sock, Wire(root.address, "hostile") as wire:
+            sock.bind(str(folder / "d" / "sock"))
+            wire.ask(1, m.Register("a/1", KIND), [sock.fileno()])
+            os.rename(folder / "d", folder / "away")
+            os.symlink(files.folder, folder / "d")
+        say("ready")
+        return None
+
+    with AsUser(HOSTILE, attack, file_system=files) as hostile:
+        assert hostile.hear() == "ready"
+        for _ in range(10):
+            described = {info.name: info.descriptors[0] for info in root.infos()}
+            assert described["a/1"].health == "its file system does not answer"
+            assert described["root's"].type != "unknown"
+            assert root.info("root's").descriptors[0].type != "unknown"
+        check(root)
+    (found,) = root.info("a/1").descriptors
+    assert found.type == "socket"

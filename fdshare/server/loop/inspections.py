@@ -1,14 +1,16 @@
-"""Inspections: answers `info`. Worker threads ask the kernel about each descriptor.
+"""Inspections: answers `info`. Threads ask the kernel about each descriptor.
 
-That may block for a descriptor on FUSE or NFS. The handles are pinned meanwhile, and the loop's own
-thread sends the answer.
+That may block for a descriptor on FUSE or NFS, so each is looked at in the lane of the uid that
+registered it (lanes.py), with its handles pinned. An answer waits for a moment; what has not been
+found out by then is said to hang.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Final
 
 import msgspec
@@ -18,75 +20,163 @@ from fdshare.protocol import messages as m
 from fdshare.protocol.framing import MAX_FRAME
 from fdshare.server.core.ports import Session
 from fdshare.server.core.table import Entry, Handle
+from fdshare.server.loop.closing import OURS
 from fdshare.server.loop.inspect import describe_descriptor
+from fdshare.server.loop.lanes import Lanes
 from fdshare.server.loop.loop import Loop
 
 __all__ = ["Inspections"]
 
 log = logging.getLogger("fdshare.server")
 
-# info() of a descriptor on a dead FUSE mount blocks its worker for ever; the others go on.
-_WORKERS: Final = 4
+_PATIENCE: Final = 2.0  # seconds that an answer waits for file systems
+_MANY: Final = 64  # entries of one uid that are looked at in one call
 _PART: Final = MAX_FRAME // 4  # bytes of entries in one part of a long answer
+_HANGS: Final = m.DescriptorInfo("unknown", health="its file system does not answer")
+
+
+class _Inspection:
+    """One request: its entries, and what was found of each; *left* calls are not made yet."""
+
+    __slots__ = ("answered", "found", "handles", "id", "infos", "left", "lock", "session", "until")
+
+    def __init__(
+        self,
+        session: Session,
+        id: int,
+        infos: list[m.EntryInfo],
+        handles: list[tuple[Handle, ...]],
+        now: float,
+    ) -> None:
+        self.session = session
+        self.id = id
+        self.infos = infos
+        self.handles = handles
+        self.found: list[list[m.DescriptorInfo] | None] = [None] * len(infos)
+        self.left = 0
+        self.answered = False
+        self.until = now + _PATIENCE
+        self.lock = threading.Lock()
+
+    def describe(self, indexes: Sequence[int]) -> None:
+        """Finds out about some of the entries. Runs in a lane."""
+        # To others it would tell which paths exist that they cannot see themselves.
+        look_up = self.session.trusted
+        for index in indexes:
+            handles = self.handles[index]
+            described = [describe_descriptor(h.fd, look_up_path=look_up) for h in handles]
+            self.found[index] = described
+
+    def is_complete(self) -> bool:
+        """Counts a call that has been made. True for the last: the caller has to answer."""
+        with self.lock:
+            self.left -= 1
+            return not self.left and self._claim()
+
+    def is_late(self) -> bool:
+        """True if nobody has begun to answer: the caller has to."""
+        with self.lock:
+            return self._claim()
+
+    def _claim(self) -> bool:
+        answered, self.answered = self.answered, True
+        return not answered
+
+    def bodies(self) -> list[bytes]:
+        """The answer, in parts."""
+        infos = []
+        for info, handles, found in zip(self.infos, self.handles, self.found, strict=True):
+            described = [_HANGS] * len(handles) if found is None else found
+            infos.append(msgspec.structs.replace(info, descriptors=described))
+        parts = _parts(infos)
+        return [m.encode(m.InfoList(p, more=p is not parts[-1])) for p in parts]
 
 
 class Inspections:
-    """Worker threads, started with the first request."""
+    """The requests that are not answered yet."""
 
-    def __init__(self, loop: Loop, stored: Callable[[str], bool | None]) -> None:
+    def __init__(self, loop: Loop, lanes: Lanes, stored: Callable[[str], bool | None]) -> None:
         """*stored*: whether the service manager holds an entry, too."""
         self._loop = loop
+        self._lanes = lanes
         self._stored = stored
-        self._workers: ThreadPoolExecutor | None = None
+        self._open: dict[_Inspection, None] = {}  # in the order of `until`
 
     def inspect(self, session: Session, id: int, entries: Sequence[Entry], now: float) -> None:
         """Answers the request with an InfoList of *entries*, soon."""
-        if self._workers is None:
-            self._workers = ThreadPoolExecutor(_WORKERS, thread_name_prefix="fdshare-inspect")
-        shown = [
-            (_entry_info(entry, now, self._stored(entry.name)), entry.handles) for entry in entries
-        ]
-        for _, handles in shown:
-            for handle in handles:
-                handle.pins += 1
+        infos = [_entry_info(entry, now, self._stored(entry.name)) for entry in entries]
+        inspection = _Inspection(session, id, infos, [entry.handles for entry in entries], now)
         session.route.inspecting += 1
-        self._workers.submit(self._inspect, session, id, shown)
+        if not self._open:
+            self._loop.later(_PATIENCE, self._end_late)
+        self._open[inspection] = None
+        calls = [] if not self._lanes.has_threads else list(self._calls(entries))
+        inspection.left = len(calls) or 1
+        for uid, indexes in calls:
+            for index in indexes:
+                for handle in inspection.handles[index]:
+                    handle.pins += 1
+            self._lanes.put(uid, partial(self._describe, inspection, indexes))
+        if not calls:  # nothing to look at, or nobody to do it
+            inspection.is_complete()
+            self._send(inspection, inspection.bodies())
 
-    def stop(self) -> None:
-        """Starts no more inspections, and does not wait for those under way."""
-        if self._workers is not None:
-            self._workers.shutdown(wait=False, cancel_futures=True)
+    def _calls(self, entries: Sequence[Entry]) -> Iterator[tuple[int, list[int]]]:
+        """(uid, indexes of entries) of the calls to be made. No more of a uid that hangs."""
+        of: dict[int, list[int]] = {}
+        for index, entry in enumerate(entries):
+            of.setdefault(entry.put.registrant.uid, []).append(index)
+        for uid, indexes in of.items():
+            if not self._lanes.hangs(uid):
+                for at in range(0, len(indexes), _MANY):
+                    yield uid, indexes[at : at + _MANY]
 
-    def _inspect(
-        self, session: Session, id: int, shown: list[tuple[m.EntryInfo, tuple[Handle, ...]]]
-    ) -> None:
-        """Runs in a worker thread."""
+    def _describe(self, inspection: _Inspection, indexes: Sequence[int]) -> None:
+        """Runs in a lane."""
+        bodies = None
         try:
-            # To others it would tell which paths exist that they cannot see themselves.
-            bodies = _bodies(shown, look_up_path=session.trusted)
-        except Exception as error:
+            inspection.describe(indexes)
+        except Exception:
             log.exception("a descriptor could not be described")
-            bodies = [m.encode(m.refusal(FdshareError(f"the server failed: {error!r}")))]
+        if inspection.is_complete():
+            bodies = self._encoded(inspection)
+        self._loop.post(partial(self._described, inspection, indexes, bodies))
 
-        def answer() -> None:
-            self._loop.answer_in_parts(session, id, bodies)
-            for _, handles in shown:
-                self._loop.unpin(handles)
-            self._loop.inspected(session.route)
+    def _described(
+        self, inspection: _Inspection, indexes: Sequence[int], bodies: list[bytes] | None
+    ) -> None:
+        for index in indexes:
+            self._loop.unpin(inspection.handles[index])
+        if bodies is not None:
+            self._send(inspection, bodies)
 
-        self._loop.post(answer)
+    def _end_late(self, now: float) -> None:
+        """Has those answered that have waited long enough."""
+        for inspection in list(self._open):
+            if inspection.until > now:
+                self._loop.later(inspection.until - now, self._end_late)
+                return
+            if inspection.is_late():
+                # A long answer takes a while to encode: not in the loop.
+                self._lanes.put(OURS, partial(self._answer_late, inspection))
 
+    def _answer_late(self, inspection: _Inspection) -> None:
+        """Runs in a lane."""
+        bodies = self._encoded(inspection)
+        self._loop.post(partial(self._send, inspection, bodies))
 
-def _bodies(
-    shown: list[tuple[m.EntryInfo, tuple[Handle, ...]]], *, look_up_path: bool
-) -> list[bytes]:
-    """The answer, in parts."""
-    found = []
-    for info, handles in shown:
-        described = [describe_descriptor(h.fd, look_up_path=look_up_path) for h in handles]
-        found.append(msgspec.structs.replace(info, descriptors=described))
-    parts = _parts(found)
-    return [m.encode(m.InfoList(p, more=p is not parts[-1])) for p in parts]
+    @staticmethod
+    def _encoded(inspection: _Inspection) -> list[bytes]:
+        try:
+            return inspection.bodies()
+        except Exception as error:
+            log.exception("an answer could not be made")
+            return [m.encode(m.refusal(FdshareError(f"the server failed: {error!r}")))]
+
+    def _send(self, inspection: _Inspection, bodies: list[bytes]) -> None:
+        del self._open[inspection]
+        self._loop.answer_in_parts(inspection.session, inspection.id, bodies)
+        self._loop.inspected(inspection.session.route)
 
 
 def _entry_info(entry: Entry, now: float, stored: bool | None) -> m.EntryInfo:

@@ -111,7 +111,7 @@ class Server:
         authkey = checked_authkey(settings.authkey)
         self.loop = Loop(self.service, self._closer, listener, epoch, authkey, nofile)
         self._hangups = Hangups(self.loop)
-        self._inspections = Inspections(self.loop, self._is_stored)
+        self._inspections = Inspections(self.loop, self.lanes, self._is_stored)
         # Parts of `Effects`.
         self.answer = self.loop.answer
         self.answer_in_parts = self.loop.answer_in_parts
@@ -151,7 +151,6 @@ class Server:
         """Closes every handle of the table, and everything else. The server cannot run again."""
         self.loop.acceptor.close()
         self.close(list(self.table.handles()))
-        self._inspections.stop()
         self.loop.close()
         self.lanes.stop(timeout=1.0)
 
