@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import encodings.idna  # noqa: F401  what a socket needs, and another user may not be able to read
 import os
 import select
@@ -14,6 +15,7 @@ from typing import TypeAlias
 import pytest
 from hanging import HangingFileSystem
 
+_PR_SET_DUMPABLE = 4
 Say: TypeAlias = Callable[[object], None]
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can be other users")
@@ -26,6 +28,8 @@ def become(uid: int) -> None:
     os.setgroups([])
     os.setresgid(uid, uid, uid)
     os.setresuid(uid, uid, uid)
+    # What a process of that user has from its exec on: others of it may look into its /proc.
+    ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 1, 0, 0, 0)
 
 
 class AsUser:

@@ -117,6 +117,10 @@ class Listener:
         lock, self.lock, self.inode = self.lock, None, None
         return socket.socket(fileno=self.socket.detach()), lock
 
+    def leave_path(self) -> None:
+        """The path stays when this is closed: another process serves it on."""
+        self.inode = None
+
     def close(self) -> None:
         """Removes the path if it is still ours, closes the socket, releases the lock."""
         try:

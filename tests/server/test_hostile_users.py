@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
+import resource
 import socket
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
-from breaking import Halves, Wire, lingering_pair
+from breaking import Halves, Wire, kill, lingering_pair
 from conftest import census, wait_until
 from hanging import FLUSH, LOOKUP, HangingFileSystem, needs_fuse
 from users import AsUser, Say, as_user, needs_root
@@ -21,6 +22,8 @@ from fdshare.kernel.ancillary import send_message
 from fdshare.kernel.endpoint import connect
 from fdshare.protocol import messages as m
 from fdshare.protocol.framing import header
+from fdshare.server.serve import serve
+from fdshare.server.settings import Settings
 
 pytestmark = needs_root
 KIND = m.Kind("fd", msgspec.Raw(m.encode({})))
@@ -257,3 +260,69 @@ def test_an_inspection_that_hangs(folder: Path, small: Callable[..., Client]) ->
         check(root)
     (found,) = root.info("a/1").descriptors
     assert found.type == "socket"
+
+
+def test_threads_and_processes_that_cannot_start(folder: Path) -> None:
+    """What needs none works as before, and all is well once there is room again."""
+    folder.chmod(0o777)
+
+    def serve_alone(say: Say) -> None:
+        fd = os.open(os.devnull, os.O_RDONLY)
+        with served(folder) as client:
+            halves = Halves(client)
+            client.register("a", fd)
+            former = {pid: limit_processes(pid, 0) for pid in halves.pids().values()}
+            for _ in range(20):
+                client.register("b", fd)
+                client.unregister("b")
+            for _ in range(6):
+                assert client.info("a").descriptors[0].type == "device"
+            with Client(client.address) as other:
+                other.fetch_raw("a")[0].close()
+            kill(halves.pids()["server"])  # nobody can be made in its place
+            for pid, limit in former.items():
+                with suppress(ProcessLookupError):
+                    limit_processes(pid, limit)
+            client.register("c", fd)
+            halves.redundant()
+            former = {pid: limit_processes(pid, 0) for pid in halves.pids().values()}
+            kill(halves.pids()["keeper"])
+            client.fetch_raw("a")[0].close()
+            for pid, limit in former.items():
+                with suppress(ProcessLookupError):
+                    limit_processes(pid, limit)
+            halves.redundant()
+            assert client.names() == ["a", "c"]
+            # Both are made anew by now, with nothing that their first parent had open.
+            wait_until(lambda: halves.excess("server") == halves.excess("keeper") == -1)
+        wait_until(lambda: not (folder / "s").exists(), "its end, which is asked for")
+        say("all is well")
+
+    with AsUser(HOSTILE, serve_alone) as alone:
+        assert alone.hear(60) == "all is well"
+
+
+@contextmanager
+def served(folder: Path) -> Iterator[Client]:
+    """A client of a server of this very user, forked: another user can import nothing."""
+    ready, here = os.pipe()
+    pid = os.fork()
+    if not pid:
+        try:
+            serve(Settings(path=str(folder / "s"), log_level="CRITICAL"), lambda: os.close(here))
+        finally:
+            os._exit(0)
+    os.close(here)
+    os.read(ready, 1)
+    os.close(ready)
+    with Client(folder / "s") as client:
+        yield client
+        client.shutdown()
+    os.waitpid(pid, 0)
+
+
+def limit_processes(pid: int, soft: int) -> int:
+    """RLIMIT_NPROC of *pid*, threads included; the limit that it had."""
+    former, hard = resource.prlimit(pid, resource.RLIMIT_NPROC)
+    resource.prlimit(pid, resource.RLIMIT_NPROC, (soft, hard))
+    return former

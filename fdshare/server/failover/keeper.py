@@ -131,9 +131,14 @@ class Keeper:
             if relieve:
                 self._relieved = True
                 self._drain()
-        while not self._ended():
-            if (life := self._turn()) is not None:
-                return life
+        try:
+            while not self._ended():
+                if (life := self._turn()) is not None:
+                    return life
+        except BaseException:
+            if self._ready is None:  # the server is there, or its successor will be
+                self._holdings.listener.leave_path()
+            raise
         self._let_go()
         return None
 

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 from breaking import (
     Half,
@@ -252,6 +253,23 @@ def lone(folder: Path) -> Iterator[tuple[Keeper, socket.socket]]:
     server.close()
     process.kill()
     process.communicate()
+
+
+def test_a_keeper_that_fails_leaves_the_path(
+    lone: tuple[Keeper, socket.socket], folder: Path
+) -> None:
+    """The server lives, and makes another keeper: clients must still find it."""
+    keeper, journal = lone
+    inode = keeper._holdings.listener.inode
+    assert inode is not None
+    keeper._poller.unregister(keeper._journal.fileno())  # `run` watches it itself
+    keeper._poller.unregister(keeper._server.fileno())
+    journal.send(b"what no code writes")
+    with pytest.raises(msgspec.MsgspecError):
+        keeper.run()
+    keeper._holdings.listener.close()
+    info = os.stat(folder / "s")
+    assert (info.st_dev, info.st_ino) == inode
 
 
 def put(generation: int) -> Record:
