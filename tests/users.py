@@ -10,6 +10,7 @@ import signal
 import socket
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TypeAlias
 
 import pytest
@@ -72,11 +73,13 @@ class AsUser:
         return self._said.recv(1 << 17).decode()
 
     def close(self) -> None:
-        """Kills it."""
-        os.kill(self.pid, signal.SIGKILL)
+        """Kills it, unless the test has."""
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
         if self._file_system is not None:  # else the process may hang at its end
             self._file_system.close()
-        os.waitpid(self.pid, 0)
+        with suppress(ChildProcessError):
+            os.waitpid(self.pid, 0)
         self._said.close()
 
     def __enter__(self) -> AsUser:

@@ -20,7 +20,7 @@ from typing import Final, TypeAlias
 from fdshare.errors import EndpointError, NoServer, ServerTimeout
 from fdshare.kernel.credentials import Credentials, peer_credentials
 from fdshare.kernel.descriptor import Descriptor
-from fdshare.kernel.path_lock import Inode, clear, live, lock, refuse_other_files, remove
+from fdshare.kernel.path_lock import Inode, clear, live, lock, refuse_other_files, remove, unlock
 from fdshare.kernel.unix_address import (
     UnixAddress,
     absolute,
@@ -123,14 +123,17 @@ class Listener:
 
     def close(self) -> None:
         """Removes the path if it is still ours, closes the socket, releases the lock."""
+        inode = self.inode if self._pid == os.getpid() else None
         try:
             # Before the socket closes: until then its inode's number cannot be used again.
-            if self.inode is not None and self._pid == os.getpid():
-                remove(self.address, self.inode)
+            if inode is not None:
+                remove(self.address, inode)
         finally:
             self.inode = None
             self.socket.close()
             if self.lock is not None:
+                if inode is not None:
+                    unlock(self.lock)
                 self.lock.close()
 
     def __enter__(self) -> Listener:

@@ -21,7 +21,7 @@ from fdshare.kernel.credentials import peer_credentials
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.kernel.unix_address import file_type, sockaddr, trouble
 
-__all__ = ["Inode", "clear", "live", "lock", "refuse_other_files", "remove"]
+__all__ = ["Inode", "clear", "live", "lock", "refuse_other_files", "remove", "unlock"]
 
 _STARTING: Final = 1.0  # seconds for the owner of a lock to listen, so that we can say its pid
 _PAUSE: Final = 0.02  # seconds between looks
@@ -56,6 +56,11 @@ def lock(address: str) -> Descriptor:
         held.close()
         raise
     return held
+
+
+def unlock(held: Descriptor) -> None:
+    """Ends the lock of every copy of *held*: a process that hangs in its end keeps its own."""
+    fcntl.flock(held.fileno(), fcntl.LOCK_UN)
 
 
 def _flock(address: str, held: Descriptor) -> None:

@@ -149,6 +149,23 @@ def test_the_lock_is_kept_and_held(folder: Path) -> None:
         assert (folder / "s.lock").stat().st_ino == inode
 
 
+def test_a_copy_does_not_keep_the_lock_of_a_listener_that_is_closed(folder: Path) -> None:
+    """A process that hangs in its end has one, and closes nothing any more."""
+    listener = listen(folder / "s")
+    with Descriptor(os.dup(listener.lock_fileno() or -1)):
+        listener.close()
+        listen(folder / "s").close()
+
+
+def test_a_listener_that_leaves_its_path_leaves_the_lock_to_its_copies(folder: Path) -> None:
+    listener = listen(folder / "s")
+    with Descriptor(os.dup(listener.lock_fileno() or -1)):
+        listener.leave_path()
+        listener.close()
+        with pytest.raises(AddressInUse):
+            listen(folder / "s")
+
+
 @pytest.mark.parametrize("kind", ["folder", "fifo", "link"])
 def test_a_lock_that_is_none(folder: Path, kind: str) -> None:
     make_other(kind, folder / "s.lock")

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from ending import let_end
 from nursery import Manager
 
 from fdshare.client.blocking.client import Client
-from fdshare.errors import NoServer
+from fdshare.errors import NoServer, ServerGone
 from fdshare.kernel.endpoint import connect
 
 
@@ -71,7 +72,8 @@ def small(folder: Path) -> Iterator[Callable[..., Client]]:
 
     yield start
     for client in clients:
-        client.shutdown()
+        with suppress(NoServer, ServerGone):  # the test has ended it
+            client.shutdown()
         client.close()
     for process in started:
         let_end(process)

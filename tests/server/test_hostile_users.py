@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import signal
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -12,14 +13,16 @@ from typing import Any
 
 import msgspec
 import pytest
-from breaking import Halves, Wire, kill, lingering_pair
+from breaking import Half, Halves, Wire, ended, kill, lingering_pair
 from conftest import census, wait_until
 from hanging import FLUSH, LOOKUP, HangingFileSystem, needs_fuse
 from users import AsUser, Say, as_user, needs_root
 
 from fdshare.client.blocking.client import Client
+from fdshare.errors import FdshareError
 from fdshare.kernel.ancillary import send_message
 from fdshare.kernel.endpoint import connect
+from fdshare.manager import Manager
 from fdshare.protocol import messages as m
 from fdshare.protocol.framing import header
 from fdshare.server.serve import serve
@@ -227,6 +230,88 @@ def test_a_file_system_that_hangs(root: Client, kept: bool) -> None:
         for pid in census.halves.pids().values():
             assert len(os.listdir(f"/proc/{pid}/task")) < 8
     census.check()
+
+
+@pytest.fixture
+def hanging(root: Client) -> Iterator[HangingFileSystem]:
+    """A hostile user's file system that answers no close(2) any more; `root`'s server holds a file
+    of it."""
+    files = HangingFileSystem(HOSTILE)
+
+    def register(say: Say) -> object:
+        file = files.open()
+        with Wire(root.address, "hostile") as wire:
+            wire.ask(1, m.Register("a/1", KIND), [file])
+        files.hang(FLUSH)
+        say("registered")
+        return file
+
+    with AsUser(HOSTILE, register, file_system=files) as hostile:
+        assert hostile.hear() == "registered"
+        yield files
+
+
+@needs_fuse
+@pytest.mark.parametrize("half", ["server", "keeper"])
+def test_a_half_that_hangs_in_its_end(root: Client, hanging: HangingFileSystem, half: Half) -> None:
+    """Killed, it cannot close what it holds. The other goes on without it, and says so."""
+    halves = Halves(root)
+    halves.redundant()
+    victim = halves.pids()[half]
+    os.kill(victim, signal.SIGKILL)
+    # Its clients hear nothing, not even the end of their connections: they connect anew.
+    with Client(root.address, timeout=20) as client:
+        halves = Halves(client)
+        wait_until(lambda: halves.pids()[half] != victim, f"another {half}")
+        halves.redundant()
+        check(client)
+        assert half in client.stats().notes[f"pid {victim}"]
+        hanging.close()
+        wait_until(lambda: f"pid {victim}" not in client.stats().notes, "its end")
+        assert client.names() == ["a/1", "root's"]
+
+
+@needs_fuse
+def test_an_upgrade_beside_a_file_system_that_hangs(
+    root: Client, hanging: HangingFileSystem
+) -> None:
+    """New code is tried without a copy of its file, and the old server hangs in its end alone."""
+    before = Halves(root).pids()
+    root.upgrade()
+    after = Halves(root).pids()
+    assert after["keeper"] == before["keeper"]
+    assert after["server"] != before["server"]
+    check(root)
+    assert root.names() == ["a/1", "root's"]
+
+
+@needs_fuse
+def test_an_upgrade_while_a_close_hangs(root: Client, hanging: HangingFileSystem) -> None:
+    """A process with a thread that never returns cannot exec. It says so, and nothing changes."""
+    root.unregister("a/1")
+    notes = root.stats().notes
+    assert "hangs" in notes[f"uid {HOSTILE}"]
+    with pytest.raises(FdshareError, match=r"close\(2\) hangs"):
+        root.upgrade()
+    check(root)
+
+
+@needs_fuse
+@pytest.mark.parametrize("closing", [True, False])
+def test_an_end_beside_a_file_system_that_hangs(
+    root: Client, hanging: HangingFileSystem, closing: bool
+) -> None:
+    """Nobody answers at the path any more, and another server may have it."""
+    pids = Halves(root).pids()
+    if closing:
+        root.unregister("a/1")
+    root.shutdown()
+    wait_until(lambda: not os.path.exists(root.address), "the path to be free")
+    with Manager(root.address) as manager:
+        manager.ping()
+    hanging.close()
+    for pid in pids.values():
+        wait_until(lambda pid=pid: ended(pid), f"{pid} ends")
 
 
 @needs_fuse

@@ -54,6 +54,7 @@ def _become_server(holdings: Holdings, half: Forked) -> Life | None:
         table=holdings.table,
         journal=journal,
         epoch=holdings.epoch,
+        dying=holdings.dying,
     )
     server.take_over(holdings.unfinished)
     holdings.unfinished = []
@@ -64,6 +65,9 @@ def _become_server(holdings: Holdings, half: Forked) -> Life | None:
         if (other := journal.replace_keeper()) is not None:
             holdings.unfinished = server.abandon()
             return partial(_become_keeper, holdings, other)
+    # The end of this process may hang: nobody must wait for what is closed by then.
+    journal.close()
+    holdings.listener.close()
     return None
 
 

@@ -19,7 +19,8 @@ __all__ = ["Holdings"]
 class Holdings:
     """What outlives either half. *control* is a socket to the owner: its end is the server's end.
     *fdstore* is the memfd of the table in the service manager's store (fd_store.py). *unfinished*:
-    (number, owner) of what the other half had still to close."""
+    (number, owner) of what the other half had still to close. *dying*: processes that hang in
+    their end, pid -> what it was: a half, or the trial of new code."""
 
     settings: Settings
     listener: Listener
@@ -28,6 +29,7 @@ class Holdings:
     control: socket.socket | None = None
     fdstore: Descriptor | None = None
     unfinished: list[tuple[int, int]] = field(default_factory=list)
+    dying: dict[int, str] = field(default_factory=dict)
 
     def descriptors(self) -> set[int]:
         """Every number that a new half must keep."""

@@ -27,6 +27,7 @@ from fdshare.server.failover.processes import BACK_OFF, Deaths, Forked, fence, f
 from fdshare.server.failover.service_manager import is_reported, store_state
 from fdshare.server.loop.closing import close_quietly
 from fdshare.server.loop.connection import NO_MEMORY
+from fdshare.server.loop.dying import is_ending
 from fdshare.server.loop.poller import READ
 from fdshare.server.loop.server import Server
 
@@ -37,6 +38,7 @@ log = logging.getLogger("fdshare.server")
 MAX_LETTER: Final = 1 << 17  # bytes: less than a socket's send buffer
 _SILENCE = 15.0  # seconds from the exec of new code to its hello
 _RETRY = 0.1  # seconds until the next attempt to fork a new keeper
+_LOOK = 1.0  # seconds between looks whether the keeper lives
 _NONE = "it died, and there is no other yet"
 
 
@@ -109,6 +111,7 @@ class Journal:
         self._sock.setblocking(False)
         server.loop.poller.register(self._sock.fileno(), READ, self._on_letter)
         server.loop.poller.register(self._keeper.fileno(), READ, self._on_death)
+        self._look_after_keeper(self._keeper)
 
     # `JournalWriter`, for the server.
 
@@ -273,12 +276,13 @@ class Journal:
         poller = self._server.loop.poller
         poller.unregister(self._sock.fileno())
         poller.unregister(self._keeper.fileno())
-        how = fence(self._keeper)
+        how = fence(self._keeper, self._sock)
         self._server.closed_by_keeper()
         log.warning("keeper %s is gone (%s), making a new one", self._pid, how)
         if self._upgrading:
             self._upgrade_failed("the new code died at its start; the old one goes on")
-        close_quietly(self._sock, self._keeper)
+        self._server.dying.bury(self._keeper, "keeper")
+        close_quietly(self._sock)
         self._buried = True
         often = self._deaths.too_many(time.monotonic())
         if not often:
@@ -290,6 +294,18 @@ class Journal:
         )
         self._interrupt_in(BACK_OFF)
         return False
+
+    def _look_after_keeper(self, keeper: Descriptor) -> None:
+        """Notices the death of a keeper that hangs in its end. Until it is replaced."""
+        if self._keeper is keeper and not self._lost:
+            if is_ending(keeper):
+                self._lose()
+            else:
+                self._server.loop.later(_LOOK, lambda now: self._look_after_keeper(keeper))
+
+    def close(self) -> None:
+        """Closes the journal: the server has ended."""
+        close_quietly(self._sock)
 
     def _interrupt_in(self, seconds: float) -> None:
         self._server.loop.later(seconds, lambda now: self._server.loop.interrupt())

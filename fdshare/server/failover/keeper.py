@@ -57,6 +57,7 @@ from fdshare.server.loop.closing import (
     receive_handles,
 )
 from fdshare.server.loop.connection import NO_MEMORY
+from fdshare.server.loop.dying import Dying, is_ending
 from fdshare.server.loop.lanes import Lanes
 from fdshare.server.loop.poller import READ, Poller
 
@@ -66,6 +67,7 @@ log = logging.getLogger("fdshare.keeper")
 
 # Seconds for the last answers of a server that was told to end; less than a Manager waits.
 _DRAIN: Final = 3.0
+_LOOK: Final = 1.0  # seconds between looks whether the server lives
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
 
 
@@ -110,6 +112,8 @@ class Keeper:
         self._trial_until = 0.0
         self._upgrade = Note("upgrade")
         self._relieved = False  # the server was told to end, because its code is old
+        self._look_at = 0.0  # when to see whether the server lives
+        self._dying = Dying(self._poller, holdings.dying)
 
     # Running.
 
@@ -151,7 +155,8 @@ class Keeper:
         for key, events in self._poller.wait(self._timeout()):
             key(events)  # type: ignore[operator]
         self._closer.collect(time.monotonic())
-        if self._trial is not None and time.monotonic() > self._trial_until:
+        trial = self._trial
+        if trial is not None and (time.monotonic() > self._trial_until or trial.is_over()):
             self._on_trial_over(0)
         self._look_after_server()
         if self._drain_until is not None and time.monotonic() > self._drain_until:
@@ -162,7 +167,14 @@ class Keeper:
     def _timeout(self) -> float | None:
         if self._drain_until is not None or self._trial is not None:
             return 0.2
-        times = (self._start_at, self._watchdog.due, self._heartbeat.due, self._closer.due)
+        look_at = None if self._server is None else self._look_at
+        times = (
+            self._start_at,
+            self._watchdog.due,
+            self._heartbeat.due,
+            self._closer.due,
+            look_at,
+        )
         due = [at for at in times if at is not None]
         return max(min(due) - time.monotonic(), 0.0) if due else None
 
@@ -172,11 +184,13 @@ class Keeper:
     def _let_go(self) -> None:
         if self._trial is not None:
             self._trial.verdict()  # which ends it
+            close_quietly(self._trial.pidfd)
         self._holdings.listener.close()
         self._closer.close(list(self._holdings.table.handles()))
         self._lanes.stop(timeout=1.0)
         signal.set_wakeup_fd(-1)
         self._poller.close()
+        self._dying.close()
         close_quietly(self._wake, self._waker)
 
     # Signals, and the owner.
@@ -262,6 +276,10 @@ class Keeper:
             log.error("the server does not answer, killed")
             self._on_server_gone()
         self._watchdog.feed(well=self._heartbeat.well)
+        if self._server is not None and time.monotonic() >= self._look_at:
+            self._look_at = time.monotonic() + _LOOK
+            if is_ending(self._server):  # which neither its journal nor its pidfd may tell
+                self._on_server_gone()
 
     def _follow(self) -> None:
         """Watches the server and its journal, and tells the server that it does."""
@@ -278,6 +296,7 @@ class Keeper:
         for number in _SIGNALS:
             signal.signal(number, signal.SIG_IGN)  # the keeper passes them on
         signal.set_wakeup_fd(-1)
+        self._dying.close()
         close_quietly(self._poller, self._wake, self._waker)
         if self._trial is not None:
             self._trial.abandon()
@@ -293,14 +312,15 @@ class Keeper:
         self._poller.unregister(self._server.fileno())
         self._poller.unregister(self._journal.fileno())
         self._fencing = True
-        how = fence(self._server)
+        how = fence(self._server, self._journal)
         for _ in range(
             3
         ):  # ECONNRESET, for a note that it has not read, is reported before the records
             while self._read_letter():
                 pass
         self._fencing = False
-        close_quietly(self._server, self._journal)
+        self._dying.bury(self._server, "server")
+        close_quietly(self._journal)
         self._server = self._journal = None
         self._drain_until = None
         self._heartbeat.end()
@@ -406,10 +426,13 @@ class Keeper:
         if self._fencing:  # the client repeats its request to the successor
             return
         try:
-            self._trial = Trial(self._handover(note))
+            self._lanes.rest()
+            self._trial = Trial(self._handover(note), self._cannot_be_closed())
         except OSError as error:
             self._upgrade_failed(str(error))
             return
+        finally:
+            self._lanes.resume()
         self._upgrade, self._trial_until = note, time.monotonic() + Trial.limit
         self._poller.register(self._trial.fileno(), READ, self._on_trial_over)
 
@@ -417,7 +440,9 @@ class Keeper:
         trial, self._trial = self._trial, None
         assert trial is not None
         self._poller.unregister(trial.fileno())
-        if why := trial.verdict():
+        why = trial.verdict()
+        self._dying.bury(trial.pidfd, "trial of new code")
+        if why:
             self._upgrade_failed(why)
         elif self._journal is not None and not self._stopping:
             self._exec()
@@ -428,14 +453,25 @@ class Keeper:
         The server goes on meanwhile. Its records wait in the journal for the new code. If that dies
         or hangs, the server forks a keeper of the old code.
         """
+        if not self._lanes.stop(timeout=0.5):  # the exec would wait for it, and for its thread
+            self._lanes.resume()
+            self._upgrade_failed("a close(2) hangs: there is a file system that does not answer")
+            return
         self._tell(Note("upgrading"))
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # until the new code can hear them
         try:
             exec_new_code(self._handover(self._upgrade))
         except OSError as error:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+            self._lanes.resume()
             self._upgrade_failed(str(error))
             self._tell(Note("hello"))
+
+    def _cannot_be_closed(self) -> list[int]:
+        """Numbers that a child should not have to close, for it could hang."""
+        held = ((handle.fd, handle.uid) for handle in self._holdings.table.handles())
+        kept = [fd for fd, uid in held if not self._closer.at_once(fd, uid)]
+        return [*kept, *(fd for fd, _ in self._closer.unfinished())]
 
     def _upgrade_failed(self, why: str) -> None:
         log.error("upgrade failed: %s; the old code goes on", why)

@@ -1,7 +1,8 @@
 """The two processes of a server: how one forks the other, and makes sure that it is dead.
 
 The end of a connection does not prove that the peer is dead. So the half that takes over first
-kills the other by its pidfd and waits for the pidfd: that is the fence.
+kills the other by its pidfd and shuts the journal down, so that nothing more can come: that is the
+fence. Then it waits for the end of the process, but not for ever: that may never come (dying.py).
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import select
 import signal
 import socket
 import sys
@@ -21,9 +21,18 @@ from typing import Final, NamedTuple, TypeAlias
 from fdshare.kernel.ancillary import recv_fds, send_message
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.server.loop.closing import close_quietly
+from fdshare.server.loop.dying import has_ended, reap
 from fdshare.server.loop.lanes import Lanes
 
-__all__ = ["BACK_OFF", "Deaths", "Forked", "Life", "fence", "fork_half", "live"]
+__all__ = [
+    "BACK_OFF",
+    "Deaths",
+    "Forked",
+    "Life",
+    "fence",
+    "fork_half",
+    "live",
+]
 
 log = logging.getLogger("fdshare.server")
 
@@ -32,6 +41,8 @@ log = logging.getLogger("fdshare.server")
 _MANY: Final = 5
 _WITHIN: Final = 10.0
 BACK_OFF: Final = 5.0
+
+_END: Final = 1.0  # seconds that a process gets to end after it was killed
 
 # Said to an orphan: to be the other half, or not.
 _WANTED: Final = b"y"
@@ -57,30 +68,22 @@ class Deaths:
         return f"{_MANY} times in {_WITHIN:g} s"
 
 
-def fence(pidfd: Descriptor) -> str:
-    """Kills the process, returns when it is dead, and says how it died. Only then is everything
-    that it wrote to us there to be read."""
+def fence(pidfd: Descriptor, journal: socket.socket) -> str:
+    """Kills the process at the other end of *journal*, and says how it died. When this returns, all
+    that it ever writes to us is there to be read, and it does nothing else any more; `has_ended`
+    says whether it has closed what it had open."""
     try:
         signal.pidfd_send_signal(pidfd.fileno(), signal.SIGKILL)
     except ProcessLookupError:
         pass
-    wait = select.poll()
-    wait.register(pidfd.fileno(), select.POLLIN)
-    wait.poll()
-    return _reap(pidfd)
-
-
-def _reap(pidfd: Descriptor) -> str:
-    """Takes the exit status of a process that has ended; only a parent learns it."""
     try:
-        ended = os.waitid(os.P_PIDFD, pidfd.fileno(), os.WEXITED | os.WNOHANG)
-    except ChildProcessError:
-        ended = None
-    if ended is None:
-        return "its status is unknown, for it was no child of this process"
-    if ended.si_code == os.CLD_EXITED:
-        return f"it ended with status {ended.si_status}"
-    return f"it was killed by signal {ended.si_status}"
+        # What it has sent stays; a system call that it is in may send no more (unix_shutdown()).
+        journal.shutdown(socket.SHUT_RD)
+    except OSError:
+        pass  # its end is closed
+    if not has_ended(pidfd, _END):
+        return "it was killed, but hangs in its end: some file system does not answer"
+    return reap(pidfd)
 
 
 def live(life: Life) -> None:
@@ -184,10 +187,15 @@ def _await_orphan(ours: socket.socket, middle: int) -> tuple[Descriptor, int]:
     """The pidfd and pid of the orphan that *middle*, a child of ours, has forked. The caller owns
     the result. Raises: OSError."""
     try:
-        # A process hands its children on before its end is seen (kernel/exit.c, exit_notify).
-        if os.waitpid(middle, 0)[1]:
+        with Descriptor(os.pidfd_open(middle)) as child:
+            # A process hands its children on before its end is seen (kernel/exit.c, exit_notify).
+            # One that hangs in its end does so later; what it says it has said by then.
+            ended = has_ended(child, _END)
+        if ended and os.waitpid(middle, 0)[1]:
             raise ChildProcessError(errno.ECHILD, "it was forked, but not forked again")
+        ours.settimeout(_END)
         got = recv_fds(ours, 16, 1)
+        ours.settimeout(None)
         (pidfd,) = got.descriptors
     except BaseException:
         with suppress(OSError):

@@ -23,6 +23,7 @@ from fdshare.server.core.table import Table
 from fdshare.server.failover.holdings import Holdings
 from fdshare.server.interpreter import fresh_interpreter
 from fdshare.server.loop.closing import Handle
+from fdshare.server.loop.dying import has_ended, is_ending
 from fdshare.server.settings import Settings
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
 HANDOVER_VERSION: Final = 1
 _NEW_CODE: Final = "fdshare.server.failover.new_code"
 _TRIAL: Final = 20.0  # seconds for the trial
+_END: Final = 1.0  # seconds for its process to end
 
 
 class Handover(msgspec.Struct):
@@ -58,6 +60,7 @@ class Handover(msgspec.Struct):
     session: str = ""  # whose request asked for the upgrade
     id: int = 0
     fdstore: int | None = None
+    dying: dict[int, str] = {}  # see Holdings
 
     def numbers(self) -> list[int]:
         """Every descriptor that the new code inherits."""
@@ -70,17 +73,21 @@ class Handover(msgspec.Struct):
 
 
 class Trial:
-    """New code that reads the handover, in a child. It has ended when `fileno()` is readable."""
+    """New code that reads the handover, in a child. It has ended when `fileno()` is readable, and
+    is over when `is_over()`."""
 
-    def __init__(self, handover: Handover) -> None:
-        """Raises: OSError."""
+    def __init__(self, handover: Handover, kept: Iterable[int]) -> None:
+        """*kept*: what the child must have to the end. Everything else is closed before the new
+        code runs, and a close that does not return would keep this process waiting, too.
+        Raises: OSError."""
         file = _memfd(handover)
         self._output: IO[bytes] = open(os.memfd_create("fdshare-trial"), "w+b")
         try:
             command = fresh_interpreter(_NEW_CODE, f"try_table({file.fileno()})")
+            passed = [fd for fd in (file.fileno(), handover.fdstore) if fd is not None]
             self._process = subprocess.Popen(
                 command,
-                pass_fds=[fd for fd in (file.fileno(), handover.fdstore) if fd is not None],
+                pass_fds=[*passed, *kept],
                 stdin=subprocess.DEVNULL,
                 stdout=self._output,
                 stderr=self._output,
@@ -97,28 +104,35 @@ class Trial:
     def abandon(self) -> None:
         """In a forked child: closes its copies; the trial is the parent's."""
         self.pidfd.close()
-        self._output.close()
-        self._process.returncode = 0  # else subprocess would wait for it in __del__
+        self._forget()
 
     def fileno(self) -> int:
         return self.pidfd.fileno()
 
+    def is_over(self) -> bool:
+        """The new code has come to its end. The process may still hang in that of its own."""
+        return is_ending(self.pidfd)
+
     def verdict(self) -> str:
-        """Empty if the new code can read the handover, else why it cannot. A trial that has not
-        ended is killed: it hangs."""
-        hangs = self._process.poll() is None
+        """Empty if the new code can read the handover, else why it cannot. A trial that is not over
+        is killed. Its pidfd is the caller's."""
+        hangs = not self.is_over()
         if hangs:
             self._process.kill()
-        status = self._process.wait()
+        has_ended(self.pidfd, _END)
+        status = self._process.poll()
         self._output.seek(0)
         said = self._output.read().decode(errors="replace").strip()
-        self._output.close()
-        self.pidfd.close()
+        self._forget()
         if hangs:
             return f"the new code said nothing for {_TRIAL:g} s"
-        if status:
+        if status or (status is None and said):  # None: it hangs in its end
             return said.splitlines()[-1] if said else f"the new code ended with status {status}"
         return ""
+
+    def _forget(self) -> None:
+        self._output.close()
+        self._process.returncode = 0  # else subprocess would wait for it in __del__
 
 
 def exec_new_code(handover: Handover) -> None:
@@ -167,6 +181,7 @@ def make_handover(
         session=session,
         id=id,
         fdstore=None if holdings.fdstore is None else holdings.fdstore.fileno(),
+        dying=holdings.dying,
     )
 
 
@@ -179,7 +194,15 @@ def adopt(handover: Handover) -> Holdings:
     listener = Listener(handover.address, sock, lock, handover.inode)
     control = None if handover.control is None else socket.socket(fileno=handover.control)
     fdstore = None if handover.fdstore is None else Descriptor(handover.fdstore)
-    return Holdings(handover.settings, listener, handover.table(), handover.epoch, control, fdstore)
+    return Holdings(
+        handover.settings,
+        listener,
+        handover.table(),
+        handover.epoch,
+        control,
+        fdstore,
+        dying=handover.dying,
+    )
 
 
 class _Version(msgspec.Struct):

@@ -168,6 +168,12 @@ class Closer:
         self._closed(batch)
         return partial(self._closed, batch)
 
+    def at_once(self, fd: int, uid: int) -> bool:
+        """Whether *fd* of *uid* is closed by whoever asks for it, without a lane."""
+        # Without threads what cannot block is better closed here than never.
+        mine = uid in self._at_once or not self._lanes.has_threads
+        return mine and (uid == OURS or _cannot_block(fd))
+
     def hanging(self, uid: int) -> int:
         """How many descriptors of *uid* are not closed, because one of them hangs."""
         return self._left(uid) if self._lanes.hangs(uid) else 0
@@ -221,9 +227,7 @@ class Closer:
         if fd < 0:
             return
         uid = handle.uid
-        # Without threads what cannot block is better closed here than never.
-        mine = uid in self._at_once or not self._lanes.has_threads
-        if mine and (uid == OURS or _cannot_block(fd)):
+        if self.at_once(fd, uid):
             _close_number(fd)
         elif batch is None or self._lanes.hangs(uid):
             self._put(fd, uid, None)

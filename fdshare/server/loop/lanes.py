@@ -83,13 +83,14 @@ class Lanes:
         """The uids for which `hangs` is true."""
         return [uid for uid in list(self._lanes) if self.hangs(uid)]
 
-    def stop(self, timeout: float) -> None:
-        """Waits up to *timeout* seconds for all that was put. The threads end, but for those that
-        hang: they are daemons, and no reason for the process not to end."""
+    def stop(self, timeout: float) -> bool:
+        """Waits up to *timeout* seconds for all that was put; True if all is done. The threads end,
+        but for those that hang: they are daemons, and no reason for the process not to end."""
         deadline = time.monotonic() + timeout
         while self._lanes and time.monotonic() < deadline:
             time.sleep(_PAUSE)
         self.rest()
+        return not self._lanes
 
     def rest(self) -> None:
         """Ends the threads, but for those that are at work. To be called before a fork: what the

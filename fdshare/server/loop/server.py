@@ -37,7 +37,13 @@ from fdshare.server.core.service import Service
 from fdshare.server.core.table import Entry, Table
 from fdshare.server.limits import Limits
 from fdshare.server.loop.binding import bind_address
-from fdshare.server.loop.closing import Closer, Handle, assign_owners, close_in_order
+from fdshare.server.loop.closing import (
+    Closer,
+    Handle,
+    assign_owners,
+    close_in_order,
+)
+from fdshare.server.loop.dying import Dying
 from fdshare.server.loop.hangups import Hangups, is_socket
 from fdshare.server.loop.inspections import Inspections
 from fdshare.server.loop.lanes import Lanes
@@ -91,6 +97,7 @@ class Server:
         table: Table | None = None,
         journal: JournalWriter | None = None,
         epoch: str | None = None,
+        dying: dict[int, str] | None = None,
     ) -> None:
         nofile = raise_descriptor_limit()
         self.table = table or Table()
@@ -110,6 +117,7 @@ class Server:
         epoch = epoch or os.urandom(8).hex()
         authkey = checked_authkey(settings.authkey)
         self.loop = Loop(self.service, self._closer, listener, epoch, authkey, nofile)
+        self.dying = Dying(self.loop.poller, {} if dying is None else dying)
         self._hangups = Hangups(self.loop)
         self._inspections = Inspections(self.loop, self.lanes, self._is_stored)
         # Parts of `Effects`.
@@ -152,12 +160,14 @@ class Server:
         self.loop.acceptor.close()
         self.close(list(self.table.handles()))
         self.loop.close()
+        self.dying.close()
         self.lanes.stop(timeout=1.0)
 
     def abandon(self) -> list[tuple[int, int]]:
         """In a forked child: forgets what is the parent's alone, without a close that the parent
         would notice. (number, owner) of what the child has to close besides, which may block."""
         self.loop.abandon()
+        self.dying.close()
         return [*self._closer.unfinished(), *((h.fd, h.uid) for h in self.loop.held())]
 
     def take_over(self, unfinished: Iterable[tuple[int, int]]) -> None:
@@ -274,7 +284,7 @@ class Server:
                 "evicted": loop.acceptor.evicted,
             },
             limits=msgspec.structs.asdict(limits),
-            notes=self.notes,
+            notes={**self.notes, **self.dying.notes(), **self._hanging()},
             store=self._journal.store_stats() if self._journal else None,
         )
 
@@ -321,6 +331,13 @@ class Server:
             outcome,
             extra={**what, "pid": pid, "uid": uid},
         )
+
+    def _hanging(self) -> dict[str, str]:
+        """The users whose closes hang, for `stats`."""
+        return {
+            f"uid {uid}": f"a close(2) hangs, {self._closer.hanging(uid)} descriptors wait for it"
+            for uid in self.lanes.hanging()
+        }
 
     def _is_stored(self, name: str) -> bool | None:
         return None if self._journal is None else self._journal.stored(name)

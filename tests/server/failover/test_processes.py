@@ -11,9 +11,12 @@ from pathlib import Path
 import pytest
 from breaking import ended
 from conftest import census
+from hanging import FLUSH, HangingFileSystem, needs_fuse
+from users import AsUser, Say
 
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.server.failover.processes import Deaths, Life, fence, fork_half, live
+from fdshare.server.loop.dying import has_ended
 from fdshare.server.loop.lanes import Lanes
 
 # Deaths.
@@ -45,11 +48,18 @@ def test_five_deaths_in_a_longer_time_are_not() -> None:
 )
 def test_a_fence_is_the_end_and_says_how_it_came(code: str, how: str) -> None:
     process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE)
-    with process, Descriptor(os.pidfd_open(process.pid)) as pidfd:
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with process, Descriptor(os.pidfd_open(process.pid)) as pidfd, near, far:
         if "input" not in code:
             os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it has ended by itself
-        assert fence(pidfd) == how
+        far.send(b"before")
+        assert fence(pidfd, near) == how
         assert ended(process.pid)
+        assert has_ended(pidfd)
+        # What was written is there, and nothing comes after it.
+        with pytest.raises(BrokenPipeError):
+            far.send(b"after")
+        assert [near.recv(10), near.recv(10)] == [b"before", b""]
         process.returncode = 0  # the fence has its status
 
 
@@ -63,9 +73,32 @@ def test_a_fence_for_no_child_of_ours() -> None:
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen([sys.executable, "-c", code], **pipes) as process:  # type: ignore[call-overload]
         pid = int(process.stdout.readline())
-        with Descriptor(os.pidfd_open(pid)) as pidfd:
-            assert "it was no child of this process" in fence(pidfd)
+        with Descriptor(os.pidfd_open(pid)) as pidfd, socket.socket(socket.AF_UNIX) as journal:
+            assert "it was no child of this process" in fence(pidfd, journal)
             assert ended(pid)
+
+
+@needs_fuse
+def test_a_process_that_hangs_in_its_end_is_not_waited_for() -> None:
+    """It is killed, and its file system does not answer: its pidfd never says so."""
+    files = HangingFileSystem(0)
+
+    def hold(say: Say) -> int:
+        file = files.open()
+        files.hang(FLUSH)
+        say("holds it")
+        return file
+
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with AsUser(0, hold, file_system=files) as process, near, far:
+        assert process.hear() == "holds it"
+        with Descriptor(os.pidfd_open(process.pid)) as pidfd:
+            assert "hangs in its end" in fence(pidfd, near)
+            assert not has_ended(pidfd)
+            with pytest.raises(BrokenPipeError):
+                far.send(b"after")
+            files.close()
+            assert has_ended(pidfd, 20)
 
 
 # Fork.
@@ -114,8 +147,8 @@ def test_an_orphan_is_no_child_of_its_other_half() -> None:
     assert parent != me
     assert children() == known  # nor is the process between them left
     assert len(census()) == len(before) + 2
+    assert "it was no child of this process" in fence(half.other, half.journal)
     half.journal.close()
-    assert "it was no child of this process" in fence(half.other)
     half.other.close()
     lanes.rest()
 
