@@ -47,10 +47,10 @@ class Note(msgspec.Struct, tag="note"):
 
     From the server: "hello" (it serves), "policy" (*data* is the text of a new one), "shutdown" and
     "upgrade" (a client's request, (*session*, *id*)), "pong". From the keeper: "hello" (it holds
-    what the server holds), "drain" (answer what has begun, then end), "reload", "ping" (answered
-    with "pong"), "upgrading" (its next note is a hello, or it dies), "failed" (the upgrade, and
-    why), "closed" (what a change removed and whose client waits for it; *id* is the table's serial
-    after the change).
+    what the server holds), "drain" (answer what has begun, then end), "reload" (the policy;
+    answered with "reload"), "ping" (answered with "pong"), "upgrading" (its next note is a hello,
+    or it dies), "failed" (the upgrade, and why), "closed" (what a change removed and whose client
+    waits for it; *id* is the table's serial after the change).
     """
 
     verb: Literal[
@@ -211,6 +211,8 @@ class Journal:
             self._server.stop()
         elif note.verb == "reload":
             self._server.try_to_reload()
+            with suppress(KeeperUnavailable):  # full: then a successor reloads once more
+                self._tell(Note("reload"))
         elif note.verb == "ping":
             with suppress(KeeperUnavailable):  # full: then it has enough to read
                 self._tell(Note("pong"))

@@ -104,6 +104,7 @@ class Keeper:
         self._deaths = Deaths()
         self._start_at: float | None = None if journal is not None else 0.0
         self._stopping = False
+        self._reloading = False  # the server was told to, and has not said that it has
         self._drain_until: float | None = None  # when a server that was told to end is killed
         self._wake, self._waker = socket.socketpair()
         self._signals: list[int] = []
@@ -228,6 +229,7 @@ class Keeper:
             if number == signal.SIGUSR2:
                 self._start_upgrade(Note("upgrade"))
             elif number == signal.SIGHUP:
+                self._reloading = True
                 self._tell(Note("reload"))
             else:
                 self._stop()
@@ -289,6 +291,8 @@ class Keeper:
         self._poller.register(self._journal.fileno(), READ, self._on_journal)
         self._poller.register(self._server.fileno(), READ, self._on_death)
         self._tell(Note("hello"))
+        if self._reloading:  # the server that was told is dead
+            self._tell(Note("reload"))
         self._heartbeat.begin(time.monotonic())
 
     def _abandon(self) -> None:
@@ -409,6 +413,8 @@ class Keeper:
             self._start_upgrade(note)
         elif note.verb == "policy":
             self._holdings.settings.policy_text = note.data
+        elif note.verb == "reload":
+            self._reloading = False
 
     def _tell(self, note: Note) -> None:
         if self._journal is not None:
