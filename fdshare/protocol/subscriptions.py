@@ -53,6 +53,13 @@ class Subscriptions(Generic[S]):
                 found.update(dict.fromkeys(counts))
         return list(found)
 
+    def subscribers(self) -> list[S]:
+        """All of them, each once, in any order."""
+        found: dict[S, None] = {}
+        for counts in (*self._plain.values(), *(counts for _, counts in self._wild.values())):
+            found.update(dict.fromkeys(counts))
+        return list(found)
+
     def _counts(self, pattern: str) -> dict[S, int]:
         if not has_wildcards(pattern):
             return self._plain.setdefault(pattern, {})

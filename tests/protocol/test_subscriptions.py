@@ -26,6 +26,7 @@ def test_the_subscribers_of_a_name_are_those_whose_pattern_matches(
         found = subscriptions.of(*names)
         assert set(found) == wanted
         assert len(found) == len(wanted)
+        assert sorted(subscriptions.subscribers()) == sorted({s for _, s in added})
         subscriptions.remove(*added.pop())
     assert not subscriptions
     assert subscriptions.of(*names) == []

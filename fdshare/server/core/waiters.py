@@ -2,6 +2,7 @@
 
 A request that waits is kept under its name, in the order of arrival, with its deadline in a heap.
 A watch is sent a snapshot and then events; each event is encoded once for all watches.
+Both were allowed when they began. Another policy asks about each of them again.
 """
 
 from __future__ import annotations
@@ -11,7 +12,13 @@ from collections import deque
 from collections.abc import Sequence
 from itertools import count
 
-from fdshare.errors import FdshareError, FetchTimeout, InvalidArgument, NameNotFound
+from fdshare.errors import (
+    AccessDenied,
+    FdshareError,
+    FetchTimeout,
+    InvalidArgument,
+    NameNotFound,
+)
 from fdshare.protocol import messages as m
 from fdshare.protocol.names import check_name, matcher
 from fdshare.protocol.subscriptions import Subscriptions
@@ -53,6 +60,24 @@ class Waiters(Transactions):
                 "returned",
             ):
                 self._wake(event.name, now)
+
+    # Another policy.
+
+    def adopt(self, policy: Policy) -> None:
+        """Decides by *policy* from now on. The waits and watches that it does not allow end."""
+        self.policy = policy
+        for waiter in [each for queue in self._waiting.values() for each in queue]:
+            verb = "take" if type(waiter.request) is m.Take else "fetch"
+            try:
+                self._permit(verb, waiter.request.name, waiter.session)
+            except AccessDenied as error:
+                if not waiter.done:  # its client was found gone when another's end was told
+                    self._give_up(waiter, error)
+        for session in self._watchers.subscribers():
+            try:
+                self._permit("watch", "", session)
+            except AccessDenied as error:
+                self._end_watches(session, error)
 
     def refused(self, session: Session, request: m.AnyRequest | None, error: FdshareError) -> None:
         """Counts and notes a refusal; *request* is None for one that could not be decoded."""
@@ -160,6 +185,14 @@ class Waiters(Transactions):
 
     def _stop_watching(self, session: Session, id: int) -> None:
         self._watchers.remove(session.watches.pop(id), session)
+
+    def _end_watches(self, session: Session, error: FdshareError) -> None:
+        watches = dict(session.watches)
+        for id in watches:
+            self._stop_watching(session, id)
+        for id, pattern in watches.items():
+            self.refused(session, m.Watch(pattern), error)
+            self.effects.answer(session, id, m.encode(m.refusal(error)))
 
     def snapshot(self, session: Session, id: int) -> None:
         """Sends what is visible now to the watch *id*; later events carry later serials."""

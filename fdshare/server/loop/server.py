@@ -294,7 +294,7 @@ class Server:
             self._journal.keep_policy(text)
         self.settings.policy_text = text
         self.notes.pop("policy", None)
-        self.service.policy = self._warned_of(policy)
+        self.service.adopt(self._warned_of(policy))
         if self._journal is not None:
             self._journal.refill_store()
 

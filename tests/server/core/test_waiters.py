@@ -10,8 +10,9 @@ from fdshare.errors import (
     InvalidArgument,
 )
 from fdshare.protocol import messages as m
+from fdshare.server.core.policy import Decision, Policy, Subject
 from fdshare.server.core.ports import JournalBusy, Session
-from server.memory_effects import MemoryEffects, register
+from server.memory_effects import Everybody, MemoryEffects, register
 
 
 def test_a_busy_keeper_does_not_lose_a_waiter(effects: MemoryEffects) -> None:
@@ -107,3 +108,54 @@ def test_ids_under_way_are_taken(effects: MemoryEffects) -> None:
         for request in (m.Fetch("x", wait=1.0), m.Watch("*")):
             with pytest.raises(InvalidArgument):
                 effects.service.handle(session, id, request, [], 0.0)
+
+
+class OnlyVerb(Policy):
+    """Allows uid 2 the fetch of any name."""
+
+    def decide(self, verb: str, name: str, subject: Subject) -> Decision:
+        return Decision(self.trusts(subject) or (verb == "fetch" and subject.uid == 2), "a test")
+
+
+def test_another_policy_ends_what_it_does_not_allow(effects: MemoryEffects) -> None:
+    effects.service.policy = Everybody(1)
+    loses, keeps, owner = effects.session(3), effects.session(2), effects.session()
+    for session in (loses, keeps, owner):
+        for id, request in enumerate((m.Fetch("x", None), m.Wait("x", 9.0), m.Take("x", None)), 1):
+            effects.service.handle(session, id, request, [], 0.0)
+        effects.service.handle(session, 4, m.Watch("*"), [], 0.0)
+        effects.service.handle(session, 5, m.Watch("x"), [], 0.0)
+        session.route.take()
+    effects.service.adopt(OnlyVerb(1))
+    for session, ended in ((loses, [1, 2, 3, 4, 5]), (keeps, [3, 4, 5]), (owner, [])):
+        said = session.route.take()
+        assert sorted(id for id, _, _ in said) == ended
+        assert {reply.code for _, reply, _ in said} <= {"access_denied"}
+    register(effects, owner)
+    assert loses.route.take() == []
+    assert [id for id, _, _ in keeps.route.take()] == [1, 2]
+    assert sorted(id for id, _, _ in owner.route.take()) == [0, 0, 1, 2, 3]
+    assert effects.service.counters["refused"] == 8
+    effects.service.disconnected(loses, 0.0)
+
+
+def test_a_client_that_is_found_gone_when_its_waits_are_ended(effects: MemoryEffects) -> None:
+    effects.service.policy = Everybody(1)
+    gone = effects.session(3)
+    for id in (1, 2):
+        effects.service.handle(gone, id, m.Fetch("x", wait=60.0), [], 0.0)
+        effects.service.handle(gone, 2 + id, m.Watch("*"), [], 0.0)
+    gone.route.take()
+    answer = effects.answer
+
+    def answering(session: Session, id: int, body: bytes, handles: Any = ()) -> None:
+        answer(session, id, body, handles)
+        if not gone.route.closed:
+            gone.route.closed = True
+            effects.service.disconnected(gone, 0.0)
+
+    effects.answer = answering  # type: ignore[method-assign]
+    effects.service.adopt(OnlyVerb(1))
+    assert [id for id, _, _ in gone.route.take()] == [1]
+    assert not (gone.waiting or gone.watches)
+    assert not effects.service._watchers
