@@ -157,5 +157,6 @@ def test_a_client_that_is_found_gone_when_its_waits_are_ended(effects: MemoryEff
     effects.answer = answering  # type: ignore[method-assign]
     effects.service.adopt(OnlyVerb(1))
     assert [id for id, _, _ in gone.route.take()] == [1]
-    assert not (gone.waiting or gone.watches)
+    assert not gone.waiting
+    assert not gone.watches
     assert not effects.service._watchers
