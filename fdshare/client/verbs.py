@@ -140,7 +140,7 @@ def take(name: str, timeout: float | None) -> Steps[Any]:
         given = _answer(parts, m.Given)
         with _lease_of(parts) as lease:
             obj = rebuild(given.kind, parts.descriptors)
-            confirmed = _confirm(lease, obj, discard)
+            confirmed = confirm(lease, obj, discard)
         if confirmed is not None:
             with confirmed:
                 yield LeaseEnd(confirmed)
@@ -149,14 +149,26 @@ def take(name: str, timeout: float | None) -> Steps[Any]:
 
 def take_raw(name: str, timeout: float | None) -> Steps[list[Descriptor]]:
     while True:
-        parts = yield Exchange(m.Take(name, timeout), wait=timeout)
-        _answer(parts, m.Given)
-        with _lease_of(parts) as lease:
-            confirmed = _confirm(lease, parts.descriptors, close_all)
+        descriptors, lease = yield from lease_raw(name, timeout)
+        with lease:
+            confirmed = confirm(lease, descriptors, close_all)
         if confirmed is not None:
             with confirmed:
                 yield LeaseEnd(confirmed)
-            return parts.descriptors
+            return descriptors
+
+
+def lease_raw(name: str, timeout: float | None) -> Steps[tuple[list[Descriptor], Descriptor]]:
+    """(descriptors, lease): a take that the caller is to `confirm`. Closed unconfirmed, the lease
+    gives the entry back."""
+    parts = yield Exchange(m.Take(name, timeout), wait=timeout)
+    _answer(parts, m.Given)
+    try:
+        lease = _lease_of(parts)
+    except BaseException:
+        close_all(parts.descriptors)
+        raise
+    return parts.descriptors, lease
 
 
 def _lease_of(parts: WholeAnswer) -> Descriptor:
@@ -166,7 +178,7 @@ def _lease_of(parts: WholeAnswer) -> Descriptor:
     return parts.descriptors.pop()
 
 
-def _confirm(lease: Descriptor, taken: T, let_go: Callable[[T], None]) -> socket.socket | None:
+def confirm(lease: Descriptor, taken: T, let_go: Callable[[T], None]) -> socket.socket | None:
     """Sends one byte on the lease, so that *taken* is ours; the lease, whose end is to be waited
     for. None, after *let_go* of it, where the lease was revoked: the entry was replaced, removed or
     given back before. Never blocks. The caller owns the result.

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Final
 
 import click
 
 from fdshare.cli.format import print_json
 from fdshare.cli.options import for_server, json_option, name_argument
-from fdshare.cli.support.exec import Launch, find_program, with_own_offset
+from fdshare.cli.support.exec import Launch, check_fdnames, find_program, with_own_offset
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from fdshare.cli.support.claim import Claim
     from fdshare.client.blocking.client import Client
     from fdshare.kernel.descriptor import Descriptor
 
 __all__ = ["fetch", "mv", "register", "rm", "take"]
+
+_PATIENCE: Final = 10.0  # seconds that `take --cat` waits for a stream before it removes the name
 
 
 @click.command()
@@ -182,8 +185,9 @@ def fetch(client: Client, name: str, command: Sequence[str], cat: bool, wait: fl
       fdshare fetch config --cat
       fdshare fetch web -- ./server --fd {web}
     """
-    _check_use(command, cat)
-    _use(name, client.fetch_raw(name, timeout=wait or 0), command, cat)
+    _check_use(name, command, cat)
+    with ExitStack() as stack:
+        _use(_owned(client.fetch_raw(name, timeout=wait), stack), name, command, cat)
 
 
 @click.command(short_help="As fetch, and remove the name.")
@@ -192,48 +196,83 @@ def fetch(client: Client, name: str, command: Sequence[str], cat: bool, wait: fl
 def take(client: Client, name: str, command: Sequence[str], cat: bool, wait: float) -> None:
     """As fetch, and NAME is removed: no other process gets it.
 
+    It is removed when CMD runs, or when its content was written; if that fails, it stays. A stream,
+    which cannot be read twice, is removed when its first bytes were written.
+
     \b
     Example:
       fdshare take job -- ./work --input {job}
     """
-    _check_use(command, cat)
-    _use(name, client.take_raw(name, timeout=wait or 0), command, cat)
+    from fdshare.cli.support import claim as claims
+
+    _check_use(name, command, cat)
+    with ExitStack() as stack:
+        descriptors, claim = claims.Claim.of(client, name, wait)
+        stack.enter_context(claim)
+        _use(_owned(descriptors, stack), name, command, cat, claim)
 
 
-def _check_use(command: Sequence[str], cat: bool) -> None:
+def _check_use(name: str, command: Sequence[str], cat: bool) -> None:
     if bool(command) == cat:
         raise click.UsageError("give -- CMD, or --cat")
     if command:
         find_program(command)
+        check_fdnames([name])
 
 
-def _use(name: str, descriptors: list[Descriptor], command: Sequence[str], cat: bool) -> None:
-    """Runs *command* with *descriptors*, or prints their content. Takes *descriptors* over."""
-    with ExitStack() as stack:
-        descriptors = list(map(with_own_offset, descriptors))
-        for descriptor in descriptors:
-            stack.enter_context(descriptor)
-        if cat:
-            _cat(descriptors[0].fileno())
-            return
-        Launch(command, [(name, descriptor) for descriptor in descriptors]).execute()
+def _owned(descriptors: list[Descriptor], stack: ExitStack) -> list[Descriptor]:
+    """*descriptors* for a program, which *stack* closes."""
+    return [stack.enter_context(with_own_offset(descriptor)) for descriptor in descriptors]
 
 
-def _cat(fd: int) -> None:
+def _use(
+    descriptors: list[Descriptor],
+    name: str,
+    command: Sequence[str],
+    cat: bool,
+    claim: Claim | None = None,
+) -> None:
+    """Runs *command* with *descriptors*, or prints the content of the first; then *claim* is
+    confirmed."""
+    if cat:
+        _cat(descriptors[0].fileno(), claim.confirm if claim is not None else lambda: None)
+        return
+    launch = Launch(command, [(name, descriptor) for descriptor in descriptors])
+    if claim is not None:
+        launch.witness = claim.confirm_at_exec()
+    launch.execute()
+
+
+def _cat(fd: int, written: Callable[[], None]) -> None:
     """Copies to standard output: a file from its beginning, anything else until its end.
 
-    The offset of a file, which all processes share that have it, is not moved.
+    The offset of a file, which all processes share that have it, is not moved. *written* is called
+    at the end; for what can be read only once, after the first bytes.
     """
     import stat
 
     output = sys.stdout.fileno()
     seekable = stat.S_ISREG(os.fstat(fd).st_mode)
+    if not seekable and not _readable(fd):
+        written()
     at = 0
     while data := os.pread(fd, 1 << 16, at) if seekable else os.read(fd, 1 << 16):
         at += len(data)
         view = memoryview(data)
         while view:
             view = view[os.write(output, view) :]
+        if not seekable:
+            written()
+    written()
+
+
+def _readable(fd: int) -> bool:
+    """Whether a stream has something to read soon: the lease of a take ends after a minute."""
+    import select
+
+    waiting = select.poll()
+    waiting.register(fd, select.POLLIN)
+    return bool(waiting.poll(_PATIENCE * 1000))
 
 
 @click.command()

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import click
 
 from fdshare.cli.options import client_at
-from fdshare.cli.support.exec import Launch, find_program, with_own_offset
+from fdshare.cli.support.exec import Launch, check_fdnames, find_program, with_own_offset
 from fdshare.kernel.unix_address import absolute
+from fdshare.protocol.bind_address import parse_address
 
 if TYPE_CHECKING:
     from fdshare.client.blocking.client import Client
@@ -94,6 +95,7 @@ def run(path: str | None, trust: tuple[str, ...], words: Sequence[str], **option
     """
     wanted, command = _split(words, click.get_current_context().meta.get(_COMMAND))
     _check(wanted, options)
+    check_fdnames(want.name for want in wanted)
     find_program(command)
     with ExitStack() as stack:
         client = stack.enter_context(client_at(path, trust))
@@ -166,6 +168,8 @@ def _split(words: Sequence[str], command: list[str] | None) -> tuple[list[Wanted
     wanted = []
     for word in names:
         name, _, address = word.partition("=")
+        if address:
+            parse_address(address)  # before another address is bound
         wanted.append(Wanted(name, address))
     return wanted, command
 
@@ -187,7 +191,6 @@ def _get(client: Client, want: Wanted, options: dict[str, Any]) -> list[Descript
 
 def _compare(want: Wanted, descriptor: Descriptor) -> None:
     """Prints a note if the name was registered already with another address."""
-    from fdshare.protocol.bind_address import parse_address
     from fdshare.server.loop.inspect import describe_descriptor
 
     address = parse_address(want.address)

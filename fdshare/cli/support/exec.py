@@ -7,45 +7,80 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, NoReturn
 
 import click
 
+from fdshare.errors import InvalidName
+
 if TYPE_CHECKING:
     from fdshare.kernel.descriptor import Descriptor
 
-__all__ = ["CANNOT_EXECUTE", "NOT_FOUND", "Launch", "find_program", "with_own_offset"]
+__all__ = [
+    "CANNOT_EXECUTE",
+    "NOT_FOUND",
+    "Launch",
+    "check_fdnames",
+    "find_program",
+    "with_own_offset",
+]
 
 # The exit status of a shell for a program that could not be started, env(1).
 CANNOT_EXECUTE: Final = 126
 NOT_FOUND: Final = 127
 
 
+# What a witness reads: the exec comes next; it has failed.
+EXECUTING: Final = b"E"
+FAILED: Final = b"F"
+
+
 @dataclass(slots=True)
 class Launch:
-    """A command, and what it gets: (name, descriptor) from 3 on, standard streams, variables."""
+    """A command, and what it gets: (name, descriptor) from 3 on, standard streams, variables.
+
+    *witness*: one end of a socket pair. EXECUTING is written to it right before the exec, which
+    closes it; FAILED if that fails, and then the other end must be closed.
+    """
 
     command: Sequence[str]
     passed: list[tuple[str, Descriptor]] = field(default_factory=list)
     standard: dict[int, Descriptor] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
+    witness: Descriptor | None = None
 
     def execute(self) -> NoReturn:
         """Replaces this process with the program, which keeps the pid; does not return.
 
-        Raises: click.BadParameter, InvalidName; OSError where the exec fails.
+        Raises: InvalidName; click.ClickException with the status of a shell where the exec fails.
         """
         command = self.arguments()
         environment = self.variables()
-        _place(self._places())
-        # Python ignores these signals, and exec(3) keeps that.
-        for number in (signal.SIGPIPE, signal.SIGXFSZ):
-            signal.signal(number, signal.SIG_DFL)
         sys.stdout.flush()
         sys.stderr.flush()
-        os.execvpe(command[0], command, environment)
+        above = 3 + len(self.passed)
+        saved = {number: _copy_above(number, above) for number in self.standard}
+        witness = None if self.witness is None else _copy_above(self.witness.fileno(), above)
+        if self.witness is not None:
+            self.witness.close()
+        _place(self._places())
+        # Python ignores these signals, and exec(3) keeps that.
+        for ignored in (signal.SIGPIPE, signal.SIGXFSZ):
+            signal.signal(ignored, signal.SIG_DFL)
+        try:
+            if witness is not None:
+                os.write(witness, EXECUTING)
+            os.execvpe(command[0], command, environment)
+        except OSError as error:
+            if witness is not None:
+                os.write(witness, FAILED)
+                os.read(witness, 1)
+            signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+            for number, copy in saved.items():  # for the message
+                os.dup2(copy, number)
+            raise _not_executed(command[0], error) from None
 
     def arguments(self) -> list[str]:
         """The command with each {NAME} as the number of the first descriptor of that name."""
@@ -85,6 +120,21 @@ def with_own_offset(descriptor: Descriptor) -> Descriptor:
     return descriptor
 
 
+def check_fdnames(names: Iterable[str]) -> None:
+    """Raises InvalidName, with the way out, for a name that LISTEN_FDNAMES cannot carry."""
+    from fdshare.activation import check_fdname
+
+    for name in names:
+        try:
+            check_fdname(name)
+        except InvalidName as error:
+            raise InvalidName(
+                error.fields["name"],
+                f"{error.fields['reason']}; rename it (fdshare mv), or give it to the program as a "
+                "standard stream (fdshare run --stdin NAME)",
+            ) from None
+
+
 def find_program(command: Sequence[str]) -> None:
     """Raises the error of a shell if there is no such program, before anything is fetched."""
     if shutil.which(command[0]) is not None:
@@ -94,12 +144,26 @@ def find_program(command: Sequence[str]) -> None:
     raise _NotFound(f"{command[0]}: there is no such program")
 
 
+def _not_executed(program: str, error: OSError) -> click.ClickException:
+    """The error of a shell for an exec that failed."""
+    if isinstance(error, FileNotFoundError) and shutil.which(program) is None:
+        return _NotFound(f"{program}: there is no such program")
+    if isinstance(error, FileNotFoundError):
+        return _NotExecutable(f"{program}: its interpreter, or its loader, is missing")
+    return _NotExecutable(f"{program}: it cannot be executed: {error.strerror}")
+
+
 class _NotFound(click.ClickException):
     exit_code = NOT_FOUND
 
 
 class _NotExecutable(click.ClickException):
     exit_code = CANNOT_EXECUTE
+
+
+def _copy_above(fd: int, lowest: int) -> int:
+    """A copy of *fd* with a number from *lowest* on, closed by an exec."""
+    return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, lowest)
 
 
 def _place(places: Mapping[int, Descriptor]) -> None:

@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from commandline import Shell
+from commandline import FDSHARE, Shell
 
 from fdshare import connect
 
@@ -105,6 +105,80 @@ def test_take_is_once(fdshare: Shell, file: Path) -> None:
     fdshare("register", "job", "--open", file)
     assert fdshare("take", "job", "--", "sh", "-c", "cat <&{job}") == "hello\nworld\n"
     assert "nothing is held" in fdshare.fails("take", "job", "--cat")
+
+
+@pytest.fixture
+def broken(folder: Path) -> list[tuple[str, list[str], int]]:
+    """Programs that look as if they could run: (what the message says, words, status)."""
+    (folder / "plain").write_text("echo hello\n")
+    (folder / "orphan").write_text("#!/nonexistent/interpreter\n")
+    for name in ("plain", "orphan"):
+        (folder / name).chmod(0o755)
+    return [
+        ("cannot be executed: Exec format error", [str(folder / "plain")], 126),
+        ("its interpreter, or its loader, is missing", [str(folder / "orphan")], 126),
+    ]
+
+
+def test_take_gives_back_what_no_program_got(
+    fdshare: Shell, file: Path, broken: list[tuple[str, list[str], int]]
+) -> None:
+    made = fdshare.json("register", "job", "--open", file)
+    for reason, words, status in broken:
+        assert reason in fdshare.fails("take", "job", "--", *words, status=status)
+        (entry,) = fdshare.json("ls")
+        assert (entry["generation"], entry["leased"]) == (made["generation"], False)
+    for name in ("job:1", "jobs/ü", "tab name"):
+        fdshare("register", name, "--open", file)
+    assert "fdshare mv" in fdshare.fails("take", "job:1", "--", "cat")
+    assert "fdshare mv" in fdshare.fails("take", "jobs/ü", "--", "cat")
+    assert fdshare("take", "tab name", "--", "sh", "-c", "cat <&3") == "hello\nworld\n"
+    assert [entry["name"] for entry in fdshare.json("ls")] == ["job", "job:1", "jobs/ü"]
+
+
+def test_take_gives_back_what_could_not_be_written(fdshare: Shell, file: Path) -> None:
+    fdshare("register", "job", "--open", file)
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [*FDSHARE, "take", "job", "--cat"],
+            env=fdshare.environment,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "No space left on device" in done.stderr
+    assert fdshare("take", "job", "--cat") == "hello\nworld\n"
+    assert fdshare.json("ls") == []
+
+
+def test_a_stream_is_taken_once_its_first_bytes_were_written(fdshare: Shell) -> None:
+    reads, writes = os.pipe()
+    with open(reads, "rb"), open(writes, "wb", buffering=0) as writer:
+        fdshare("register", "pipe", "--fd", reads, pass_fds=[reads])
+        writer.write(b"one")
+        process = fdshare.start("take", "pipe", "--cat")
+        assert process.stdout is not None
+        assert process.stdout.read(3) == "one"
+        assert "nothing is held" in fdshare.fails("info", "pipe")
+        writer.write(b"two")
+        writer.close()
+        assert process.stdout.read() == "two"
+        assert process.wait(30) == 0
+
+
+def test_a_take_that_somebody_else_ended_is_told(fdshare: Shell, file: Path) -> None:
+    """What is printed slowly is leased for as long, and anybody may replace it."""
+    file.write_bytes(b"x" * (1 << 20))
+    fdshare("register", "job", "--open", file)
+    process = fdshare.start("take", "job", "--cat", stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.read(1) == "x"
+    fdshare("register", "job", "--open", file, "--replace")
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert "it is not taken" in errors
+    assert fdshare.json("info", "job")["generation"] == 2
 
 
 def test_fetch_waits_for_the_name(fdshare: Shell, file: Path) -> None:
