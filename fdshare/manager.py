@@ -18,6 +18,7 @@ from fdshare.client.blocking.client import Client
 from fdshare.errors import ClosedDescriptor, InvalidArgument, ServerGone
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.kernel.endpoint import Listener, listen
+from fdshare.kernel.plain_socket import stream_pair
 from fdshare.protocol import messages as m
 from fdshare.server.child import read_message, send_message
 from fdshare.server.interpreter import fresh_interpreter
@@ -184,7 +185,7 @@ def _spawn(
 ) -> tuple[subprocess.Popen[bytes], socket.socket]:
     """A server process that is ready, and its control socket."""
     process: subprocess.Popen[bytes] | None = None
-    ours, theirs = socket.socketpair()
+    ours, theirs = stream_pair()
     try:
         with theirs, _standard_error() as stderr:
             process = launch(theirs.fileno(), stderr.fileno())

@@ -17,6 +17,7 @@ from fdshare.errors import FdshareError, InvalidArgument, UntrustedServer
 from fdshare.kernel.credentials import is_overflow_uid, peer_credentials
 from fdshare.kernel.descriptor_limit import descriptor_limit, is_descriptor_limit
 from fdshare.kernel.endpoint import connect as connect_socket
+from fdshare.kernel.plain_socket import stream_pair
 from fdshare.protocol.auth import checked_authkey
 
 __all__ = ["BaseClient", "Dialer", "Lifeline", "Search"]
@@ -144,7 +145,7 @@ class Lifeline:
         with self._lock:
             if self._ends is None:
                 try:
-                    self._ends = socket.socketpair()
+                    self._ends = stream_pair()
                 except OSError as error:
                     if not is_descriptor_limit(error):
                         raise

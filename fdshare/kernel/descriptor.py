@@ -16,6 +16,7 @@ import warnings
 from typing import IO, Any, Final, Protocol, runtime_checkable
 
 from fdshare.errors import ClosedDescriptor, UnsupportedKind
+from fdshare.kernel.plain_socket import socket_of
 
 __all__ = ["Descriptor", "HasFileno", "borrow"]
 
@@ -134,10 +135,12 @@ class Descriptor:
     def socket(self) -> socket.socket:
         """A socket that takes the descriptor over; the kernel says its family, type and protocol.
 
+        Whether it blocks is left as it is, whatever `socket.setdefaulttimeout()` says.
+
         The caller owns the result; this object is detached. Raises: OSError ENOTSOCK: it is not a
         socket, and is still this object's.
         """
-        sock = socket.socket(fileno=self.fileno())
+        sock = socket_of(self.fileno())
         self._fd = _DETACHED
         return sock
 

@@ -85,6 +85,7 @@ def unix_state(inode: int) -> UnixState | None:
     head = _NLMSGHDR.pack(_NLMSGHDR.size + len(body), _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST, 1, 0)
     try:
         with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG) as netlink:
+            netlink.settimeout(None)
             netlink.send(head + body)
             return _parse(netlink.recv(8192, socket.MSG_DONTWAIT))
     except (OSError, struct.error):

@@ -12,6 +12,7 @@ import msgspec
 
 from fdshare.errors import ClosedDescriptor, KindMismatch, UnsupportedKind
 from fdshare.kernel.descriptor import Descriptor, borrow
+from fdshare.kernel.plain_socket import view_of
 from fdshare.kinds.described import Described, kind_of, only
 from fdshare.protocol.kind import Kind
 
@@ -90,12 +91,12 @@ def _maker(spec: SocketSpec, type: int) -> Callable[[int], socket.socket]:
     """A function that makes a socket of a descriptor's number. It checks the number against *spec*;
     with a *type* other than -1 it believes that, and does not ask the kernel."""
     family, proto, timeout = spec.family, spec.proto, spec.timeout
-    new, family_of = socket.socket, _family
+    new, family_of, default_timeout = socket.socket, _family, socket.getdefaulttimeout
 
     def make(fd: int) -> socket.socket:
         try:
             # Without a family the kernel is asked for it: that is our check that it is a socket.
-            sock = new(-1, type, proto, fd)
+            sock = new(-1, type, proto, fd) if default_timeout() is None else view_of(fd)
         except (OSError, OverflowError) as error:
             os.close(fd)
             raise KindMismatch("socket", f"{getattr(error, 'strerror', error)}") from None

@@ -37,6 +37,7 @@ from fdshare.kernel.ancillary import MAX_DESCRIPTORS, peek_descriptors, send_mes
 from fdshare.kernel.credentials import peer_credentials
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.kernel.endpoint import connect, listen
+from fdshare.kernel.plain_socket import stream_pair
 from fdshare.parking.protocol import (
     CREDIT,
     FULL,
@@ -88,7 +89,7 @@ class _Connection:
 
     def open_one_way(self) -> socket.socket:
         """The one-way socket, which stays the connection's."""
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours, theirs = stream_pair(socket.SOCK_SEQPACKET)
         self.one_way = ours
         with theirs:
             send_message(self.sock, (ONE_WAY,), [theirs.fileno()])

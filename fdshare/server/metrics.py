@@ -110,6 +110,7 @@ class MetricsEndpoint:
         self._post = post
         # SO_REUSEADDR is set: a successor binds while connections of its predecessor linger.
         self._sock = socket.create_server((host, port), family=family, backlog=16)
+        self._sock.settimeout(None)
         self.port: int = self._sock.getsockname()[1]
         self._thread = threading.Thread(target=self._run, name="fdshare-metrics", daemon=True)
         self._thread.start()

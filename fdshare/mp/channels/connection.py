@@ -20,6 +20,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar, Protocol, TypeVar
 
 from fdshare.errors import DescriptorLimit, InvalidArgument, NoTransit
+from fdshare.kernel.plain_socket import WITHOUT_TIMEOUT, stream_pair
 from fdshare.mp.channels.peek_level import AT_ONCE, PeekLevel
 from fdshare.mp.channels.receiving import (
     marked,
@@ -187,7 +188,9 @@ class ConnectionMixin(StockConnection):
         if self._tried:
             return None
         try:
-            sock = _Channel(fileno=self._handle)
+            # Without a family the kernel is asked for it: that is how a pipe is found out. It may
+            # be non-blocking, as any other Connection: a send or a recv raises BlockingIOError.
+            sock = _Channel(-1, socket.SOCK_STREAM | WITHOUT_TIMEOUT, 0, self._handle)
         except OSError:  # a pipe
             self._tried = True
             return None
@@ -195,7 +198,7 @@ class ConnectionMixin(StockConnection):
         if sock.family != socket.AF_UNIX:
             sock.detach()
             return None
-        if sock.gettimeout() is not None:  # socket.setdefaulttimeout()
+        if not WITHOUT_TIMEOUT and sock.gettimeout() is not None:
             sock.settimeout(None)
         if not self._shared:
             self._announced = marked(sock)
@@ -273,7 +276,7 @@ def make_pipe(connection: type[ConnectionMixin]) -> PipeFunction:
     """The Pipe that makes two of the class *connection*."""
 
     def Pipe(duplex: bool = True) -> tuple[ConnectionMixin, ConnectionMixin]:
-        left, right = socket.socketpair()
+        left, right = stream_pair()
         return (
             connection(left.detach(), writable=duplex),
             connection(right.detach(), readable=duplex),

@@ -22,6 +22,7 @@ from fdshare.kernel.ancillary import (
     send_rights,
 )
 from fdshare.kernel.descriptor import Descriptor
+from fdshare.kernel.plain_socket import stream_pair
 from fdshare.mp.channels.framing import (
     BODY,
     BODY_FOLLOWS,
@@ -163,7 +164,7 @@ class Outgoing:
     def _box(self, fds: list[int]) -> list[int]:
         try:
             for start in range(0, len(fds), MAX_DESCRIPTORS):
-                inner, outer = socket.socketpair()
+                inner, outer = stream_pair()
                 with inner:
                     self.boxes.append(Descriptor(outer.detach()))
                     some = fds[start : start + MAX_DESCRIPTORS]

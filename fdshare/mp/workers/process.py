@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from fdshare.errors import DescriptorLimit
 from fdshare.kernel.descriptor import Descriptor
+from fdshare.kernel.plain_socket import stream_pair
 from fdshare.mp.channels.connection import ConnectionMixin
 from fdshare.mp.channels.sending import Outgoing
 from fdshare.mp.family import Family
@@ -34,7 +35,7 @@ class PopenMixin(StockPopen):
     _connection: ClassVar[type[ConnectionMixin]]
 
     def _launch(self, process_obj: StockProcess) -> None:
-        near, far = socket.socketpair()
+        near, far = stream_pair()
         with near:
             with Descriptor(far.detach()) as inherited:
                 message = self._pack(process_obj)

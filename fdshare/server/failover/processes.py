@@ -20,6 +20,7 @@ from typing import Final, NamedTuple, TypeAlias
 
 from fdshare.kernel.ancillary import recv_fds, send_message
 from fdshare.kernel.descriptor import Descriptor
+from fdshare.kernel.plain_socket import stream_pair
 from fdshare.server.loop.closing import close_quietly
 from fdshare.server.loop.dying import has_ended, reap
 from fdshare.server.loop.lanes import Lanes
@@ -137,7 +138,7 @@ def fork_half(lanes: Lanes, *, orphan: bool = False) -> Forked:
 
 
 def _fork_half(orphan: bool) -> Forked:
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours, theirs = stream_pair(socket.SOCK_SEQPACKET)
     me = os.getpid()
     try:
         us = Descriptor(os.pidfd_open(me))

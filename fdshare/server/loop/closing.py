@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 from fdshare.errors import FdshareError
 from fdshare.kernel.ancillary import MAX_DESCRIPTORS, receive_numbers
+from fdshare.kernel.plain_socket import WITHOUT_TIMEOUT, view_of
 from fdshare.server.loop.lanes import Lanes
 
 if TYPE_CHECKING:  # the private server of a process tree starts without the table
@@ -268,7 +269,7 @@ def _nothing() -> None:
 def _no_linger(fd: int) -> None:
     """Takes SO_LINGER from a socket: nobody may wait for an unknown peer to read."""
     try:
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fd)
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | WITHOUT_TIMEOUT, 0, fd)
     except OSError:
         return  # it is no socket
     try:
@@ -295,7 +296,7 @@ def _cannot_block(fd: int) -> bool:
 def _closes_quickly(fd: int) -> bool:
     """Of a socket: it does not linger, and no descriptor is unread in it."""
     try:
-        sock = socket.socket(fileno=fd)
+        sock = view_of(fd)
     except OSError:
         return False
     try:

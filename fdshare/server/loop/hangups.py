@@ -11,6 +11,7 @@ import logging
 import os
 import socket
 
+from fdshare.kernel.plain_socket import view_of
 from fdshare.server.core.table import Entry
 from fdshare.server.loop.closing import Handle
 from fdshare.server.loop.loop import Loop
@@ -128,7 +129,7 @@ def _can_hang_up(fd: int) -> bool:
 def _has_connections(fd: int) -> bool:
     """True for a stream. What epoll reports of a datagram socket is an error of one datagram, such
     as an ICMP message: the socket is as good as before."""
-    sock = socket.socket(fileno=fd)
+    sock = view_of(fd)
     try:
         return sock.type in (socket.SOCK_STREAM, socket.SOCK_SEQPACKET)
     finally:

@@ -19,6 +19,7 @@ from typing import Any, Final, TypeAlias
 
 from fdshare.errors import FdshareError
 from fdshare.kernel.credentials import peer_credentials
+from fdshare.kernel.plain_socket import view_of
 from fdshare.kernel.sock_diag import TCP_CLOSE_WAIT, TcpState, tcp_state, unix_state
 from fdshare.protocol.messages import DescriptorInfo
 
@@ -148,7 +149,7 @@ def _pidfd(fd: int) -> _Facts:
 def _socket(fd: int) -> _Facts:
     facts: _Facts = {"type": "socket"}
     try:
-        sock = socket.socket(fileno=fd)
+        sock = view_of(fd)
     except (OSError, ValueError):
         return facts
     try:

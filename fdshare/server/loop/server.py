@@ -27,6 +27,7 @@ from fdshare.kernel.descriptor_limit import (
     is_descriptor_limit,
     raise_descriptor_limit,
 )
+from fdshare.kernel.plain_socket import WITHOUT_TIMEOUT, stream_pair
 from fdshare.kinds import describe
 from fdshare.protocol import messages as m
 from fdshare.protocol.auth import checked_authkey
@@ -182,7 +183,7 @@ class Server:
 
     def lease_pair(self) -> tuple[Handle, Handle]:
         try:
-            ours, theirs = socket.socketpair()
+            ours, theirs = stream_pair()
         except OSError as error:
             raise descriptor_limit(error.errno, "server") from None
         # Theirs is closed at once when it was sent: if the taker never received it, that ends the
@@ -190,7 +191,7 @@ class Server:
         return Handle(ours.detach()), Handle(theirs.detach())
 
     def lease_state(self, ours: Handle, *, revoke: bool = False) -> LeaseState:
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, ours.fd)
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | WITHOUT_TIMEOUT, 0, ours.fd)
         try:
             if revoke:
                 # A byte sent before stays readable; one sent later is EPIPE for the taker.

@@ -1,0 +1,68 @@
+"""Sockets that a program's default timeout does not reach. The kernel is asked (O_NONBLOCK)."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from fdshare.kernel.descriptor import Descriptor
+from fdshare.kernel.plain_socket import socket_of, stream_pair, view_of
+
+
+@pytest.fixture(params=[None, 10.0, 0.0], autouse=True)
+def default(request: pytest.FixtureRequest) -> Iterator[None]:
+    former = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(request.param)
+    yield
+    socket.setdefaulttimeout(former)
+
+
+@pytest.fixture(params=[socket.SOCK_STREAM, socket.SOCK_DGRAM, socket.SOCK_SEQPACKET])
+def number(request: pytest.FixtureRequest) -> Iterator[int]:
+    """A descriptor that blocks."""
+    left, right = socket.socketpair(socket.AF_UNIX, request.param)
+    left.settimeout(None)
+    with left, right:
+        yield left.fileno()
+
+
+def test_a_pair_blocks() -> None:
+    left, right = stream_pair()
+    with left, right:
+        assert left.gettimeout() is right.gettimeout() is None
+        assert os.get_blocking(left.fileno())
+        assert os.get_blocking(right.fileno())
+        assert left.type == socket.SOCK_STREAM
+
+
+def test_a_view_leaves_the_description_as_it_is(number: int) -> None:
+    for blocks in (True, False):
+        os.set_blocking(number, blocks)
+        view = view_of(number)
+        try:
+            assert os.get_blocking(number) is blocks
+            assert view.family == socket.AF_UNIX
+            assert view.type == view.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE)
+        finally:
+            view.detach()
+
+
+def test_a_socket_of_a_blocking_description_has_no_timeout(number: int) -> None:
+    sock = socket_of(os.dup(number))
+    with sock:
+        assert sock.gettimeout() is None
+        assert os.get_blocking(number)
+    with Descriptor.dup_of(number).socket() as sock:
+        assert sock.gettimeout() is None
+
+
+def test_what_is_no_socket_is_refused_and_stays_open() -> None:
+    with Descriptor(os.open(os.devnull, os.O_RDONLY)) as null:
+        with pytest.raises(OSError) as refused:
+            socket_of(null.fileno())
+        assert refused.value.errno == errno.ENOTSOCK
+        os.fstat(null.fileno())
