@@ -342,9 +342,9 @@ class Notification:
 class NotifySocket:
     """Owns a socket whose address is the NOTIFY_SOCKET of a child."""
 
-    def __init__(self, path: str) -> None:
-        """Binds *path*, mode 0600. Raises: AddressInUse, EndpointError."""
-        self._listener: Listener = datagram(path)
+    def __init__(self, path: str, *, mode: int = 0o600) -> None:
+        """Binds *path* with *mode*, or `@name`. Raises: AddressInUse, EndpointError."""
+        self._listener: Listener = datagram(path, mode=mode)
         enable_credentials(self._listener.socket)
         self.address = self._listener.address
 

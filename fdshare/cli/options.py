@@ -15,16 +15,44 @@ if TYPE_CHECKING:
     from fdshare.client.blocking.client import Client
 
 __all__ = [
+    "Seconds",
     "authkey_from_environment",
     "client_at",
     "for_server",
     "json_option",
     "name_argument",
+    "or_never",
     "uid_of",
 ]
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+if TYPE_CHECKING:
+    _FloatType = click.ParamType[float]
+else:  # click 8.1 has no parameter for it
+    _FloatType = click.ParamType
+
+
+class Seconds(_FloatType):
+    """A number of seconds, 0 or more; `inf`, where *endless*, is without a limit."""
+
+    name = "seconds"
+
+    def __init__(self, *, endless: bool = True) -> None:
+        self._endless = endless
+
+    def convert(
+        self, value: Any, parameter: click.Parameter | None, context: click.Context | None
+    ) -> float:
+        try:
+            seconds = float(value)
+        except ValueError:
+            seconds = -1.0
+        if not seconds >= 0 or (seconds == float("inf") and not self._endless):
+            self.fail(f"{value!r} is not a number of seconds", parameter, context)
+        return seconds
 
 
 def client_at(path: str | None, trust: Iterable[str] = (), timeout: float = 30.0) -> Client:
@@ -51,6 +79,11 @@ def for_server(command: Callable[..., R]) -> Callable[..., R]:
             return command(client, *args, **options)
 
     return call
+
+
+def or_never(seconds: float) -> float | None:
+    """*seconds* as the timeout of a verb, where None is never."""
+    return None if seconds == float("inf") else seconds
 
 
 def json_option(command: Callable[P, R]) -> Callable[P, R]:

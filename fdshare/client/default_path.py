@@ -8,16 +8,14 @@ import tempfile
 
 from fdshare.errors import EndpointError
 
-__all__ = ["default_path"]
+__all__ = ["default_path", "own_folder"]
 
 
 def default_path(*, create: bool = False) -> str:
     """`$FDSHARE_PATH`, else `$XDG_RUNTIME_DIR/fdshare.sock`, else `/run/fdshare.sock` for root and
     `/tmp/fdshare-UID/fdshare.sock` for others.
 
-    A server makes the folder under /tmp (*create*), with mode 0700. Anybody can make a folder there
-    first, so one that is not this user's alone is refused.
-    Raises: EndpointError.
+    A server makes the folder under /tmp (*create*). Raises: EndpointError, as `own_folder`.
     """
     if path := os.environ.get("FDSHARE_PATH"):
         return path
@@ -25,6 +23,14 @@ def default_path(*, create: bool = False) -> str:
         return os.path.join(folder, "fdshare.sock")
     if os.geteuid() == 0:
         return "/run/fdshare.sock"
+    return os.path.join(own_folder(create=create), "fdshare.sock")
+
+
+def own_folder(*, create: bool) -> str:
+    """/tmp/fdshare-UID, which *create* makes with mode 0700.
+
+    Anybody can make a folder there first. Raises: EndpointError: it is not this user's alone.
+    """
     folder = os.path.join(tempfile.gettempdir(), f"fdshare-{os.geteuid()}")
     if create:
         try:
@@ -34,9 +40,9 @@ def default_path(*, create: bool = False) -> str:
     try:
         found = os.lstat(folder)
     except FileNotFoundError:
-        return os.path.join(folder, "fdshare.sock")
+        return folder
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
         raise EndpointError(
             folder, f"it must be a folder of uid {os.geteuid()} with mode 0700; set FDSHARE_PATH"
         )
-    return os.path.join(folder, "fdshare.sock")
+    return folder

@@ -11,7 +11,7 @@ from typing import IO, TYPE_CHECKING, Any, Final
 import click
 
 from fdshare.cli.format import print_json
-from fdshare.cli.options import for_server, json_option, name_argument
+from fdshare.cli.options import Seconds, for_server, json_option, name_argument, or_never
 from fdshare.cli.support.exec import Launch, check_fdnames, find_program, with_own_offset
 
 if TYPE_CHECKING:
@@ -42,10 +42,12 @@ _PATIENCE: Final = 10.0  # seconds that `take --cat` waits for a stream before i
     metavar="N",
     help="Replace it if its generation is still N.",
 )
-@click.option("--ttl", type=float, metavar="SECONDS", help="Remove it after so long.")
+@click.option(
+    "--ttl", type=Seconds(endless=False), metavar="SECONDS", help="Remove it after so long."
+)
 @click.option(
     "--grace",
-    type=float,
+    type=Seconds(endless=False),
     default=0.0,
     metavar="SECONDS",
     help="With --hold: keep it so much longer.",
@@ -167,7 +169,7 @@ def _fetch_options(command: Any) -> Any:
         name_argument(),
         click.option("--cat", is_flag=True, help="Copy its content to standard output."),
         click.option(
-            "--wait", type=float, default=0.0, metavar="SECONDS", help="Wait for it to appear."
+            "--wait", type=Seconds(), default=0.0, metavar="SECONDS", help="Wait for it to appear."
         ),
     ):
         command = option(command)
@@ -187,7 +189,7 @@ def fetch(client: Client, name: str, command: Sequence[str], cat: bool, wait: fl
     """
     _check_use(name, command, cat)
     with ExitStack() as stack:
-        _use(_owned(client.fetch_raw(name, timeout=wait), stack), name, command, cat)
+        _use(_owned(client.fetch_raw(name, timeout=or_never(wait)), stack), name, command, cat)
 
 
 @click.command(short_help="As fetch, and remove the name.")
@@ -207,7 +209,7 @@ def take(client: Client, name: str, command: Sequence[str], cat: bool, wait: flo
 
     _check_use(name, command, cat)
     with ExitStack() as stack:
-        descriptors, claim = claims.Claim.of(client, name, wait)
+        descriptors, claim = claims.Claim.of(client, name, or_never(wait))
         stack.enter_context(claim)
         _use(_owned(descriptors, stack), name, command, cat, claim)
 

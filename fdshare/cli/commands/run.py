@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import click
 
-from fdshare.cli.options import client_at
+from fdshare.cli.options import Seconds, client_at, or_never
 from fdshare.cli.support.exec import Launch, check_fdnames, find_program, with_own_offset
 from fdshare.kernel.unix_address import absolute
 from fdshare.protocol.bind_address import parse_address
 
 if TYPE_CHECKING:
+    from fdshare.cli.support.detached import Detached
+    from fdshare.cli.support.output_file import OutputFile
     from fdshare.client.blocking.client import Client
     from fdshare.kernel.descriptor import Descriptor
 
@@ -51,7 +53,7 @@ class _WithCommand(click.Command):
 @click.option("--trust", metavar="USER", multiple=True, help="Trust a server of this user, too.")
 @click.option(
     "--wait",
-    type=float,
+    type=Seconds(),
     default=0.0,
     metavar="SECONDS",
     help="Wait for names that others register.",
@@ -69,11 +71,16 @@ class _WithCommand(click.Command):
     help="With --notify: run CMD in the background, return at its READY=1.",
 )
 @click.option(
+    "--output",
+    metavar="FILE",
+    help="With --detach: append the output of CMD here. [default: PATH.NAME.log]",
+)
+@click.option(
     "--ready-fd", type=int, metavar="N", help="With --notify: write a newline here at READY=1."
 )
 @click.option(
     "--ready-timeout",
-    type=float,
+    type=Seconds(),
     default=90.0,
     show_default=True,
     metavar="SECONDS",
@@ -107,27 +114,67 @@ def run(path: str | None, trust: tuple[str, ...], words: Sequence[str], **option
         if path is not None:
             # If the program uses a server, it uses this one.
             launch.environment["FDSHARE_PATH"] = absolute(client.address)
+        if options["detach"]:
+            return _detach(client, launch, wanted[0].name, options)
         if not options["notify"]:
             launch.execute()
         from fdshare.cli.support.notify_helper import run_notified
 
-        return run_notified(
-            client,
-            launch,
-            wanted[0].name,
-            detach=options["detach"],
-            ready_fd=options["ready_fd"],
-            timeout=options["ready_timeout"],
-        )
+        run_notified(client, launch, wanted[0].name, options["ready_fd"])
+
+
+def _detach(client: Client, launch: Launch, service: str, options: dict[str, Any]) -> int:
+    """Starts the program in the background and prints its pid when it is ready."""
+    from fdshare.cli.support.detached import Detached, NotReady
+    from fdshare.cli.support.interruptions import Interruptions
+
+    with (
+        _output(client, launch, service, options["output"]) as output,
+        Interruptions() as interruptions,
+        Detached.start(client, launch, service, output, options["ready_fd"]) as program,
+    ):
+        try:
+            program.wait(options["ready_timeout"], interruptions)
+            _tell_pid(program)
+        except NotReady as error:
+            print(f"fdshare: {error}", file=sys.stderr)
+            return error.status
+        if output is not None and options["output"] is None:
+            print(f"fdshare: {service} writes to {output.path}", file=sys.stderr)
+    return 0
+
+
+def _tell_pid(program: Detached) -> None:
+    """Prints it; ends the program if nobody can learn it. Raises: NotReady."""
+    try:
+        print(program.pid, flush=True)
+    except OSError as error:
+        program.end(f"the program was ready, but its pid cannot be written: {error.strerror}")
+
+
+@contextmanager
+def _output(
+    client: Client, launch: Launch, service: str, file: str | None
+) -> Iterator[OutputFile | None]:
+    """Where the program writes; None if it has other streams for all of it."""
+    from fdshare.cli.support.output_file import OutputFile
+
+    if {1, 2} <= launch.standard.keys():
+        yield None
+        return
+    with OutputFile(file) if file else OutputFile.beside(client.address, service) as output:
+        yield output
 
 
 def _check(wanted: Sequence[Wanted], options: dict[str, Any]) -> None:
     """Raises: click.UsageError for options that do not go together."""
+    if options["output"] and not options["detach"]:
+        raise click.UsageError("--output goes with --detach")
     if options["notify"]:
         if not wanted:
             raise click.UsageError("--notify stores under the first NAME: give one")
         return
-    for option in ("detach", "ready_fd"):
+    for option in ("detach", "ready_fd", "output"):
         if options[option]:
             raise click.UsageError(f"--{option.replace('_', '-')} goes with --notify")
 
@@ -177,7 +224,7 @@ def _split(words: Sequence[str], command: list[str] | None) -> tuple[list[Wanted
 def _get(client: Client, want: Wanted, options: dict[str, Any]) -> list[Descriptor]:
     """The descriptors of one name. The caller owns the result."""
     if not want.address:
-        fetched = client.fetch_raw(want.name, timeout=options["wait"] or 0)
+        fetched = client.fetch_raw(want.name, timeout=or_never(options["wait"]))
         return list(map(with_own_offset, fetched))
     from fdshare.kernel.descriptor import Descriptor
 

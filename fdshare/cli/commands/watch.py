@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from fdshare.cli.format import print_json
-from fdshare.cli.options import for_server, json_option, name_argument
+from fdshare.cli.options import Seconds, for_server, json_option, name_argument, or_never
 
 if TYPE_CHECKING:
     from fdshare.client.blocking.client import Client
@@ -24,7 +24,7 @@ __all__ = ["wait", "watch"]
 @click.command(short_help="Return when names are registered.")
 @name_argument("names", nargs=-1, required=True)
 @click.option(
-    "--timeout", type=float, metavar="SECONDS", help="Wait at most so long. [default: for ever]"
+    "--timeout", type=Seconds(), metavar="SECONDS", help="Wait at most so long. [default: for ever]"
 )
 @for_server
 def wait(client: Client, names: tuple[str, ...], timeout: float | None) -> None:
@@ -39,7 +39,7 @@ def wait(client: Client, names: tuple[str, ...], timeout: float | None) -> None:
     deadline = None if timeout is None else time.monotonic() + timeout
     for name in names:
         left = None if deadline is None else max(deadline - time.monotonic(), 0.001)
-        client.wait(name, timeout=left)
+        client.wait(name, timeout=None if left is None else or_never(left))
 
 
 @click.command(short_help="Print each change as it happens.")

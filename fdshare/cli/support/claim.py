@@ -37,8 +37,9 @@ class Claim:
     lease: Descriptor
 
     @classmethod
-    def of(cls, client: Client, name: str, timeout: float) -> tuple[list[Descriptor], Self]:
-        """The descriptors of *name*, for which it waits up to *timeout* seconds, and the claim.
+    def of(cls, client: Client, name: str, timeout: float | None) -> tuple[list[Descriptor], Self]:
+        """The descriptors of *name*, for which it waits up to *timeout* seconds (None: for
+        ever), and the claim.
 
         The caller owns both. Raises: as Client.take_raw.
         """

@@ -36,58 +36,6 @@ def service(fdshare: Shell):
     return run
 
 
-def test_what_is_stored_comes_back(fdshare: Shell, service) -> None:
-    store = """
-kept = [os.memfd_create("one"), os.memfd_create("two")]
-print([os.fstat(fd).st_ino for fd in kept])
-a.store("state", kept)
-a.store("other", [os.memfd_create("three")])
-a.barrier(30)
-"""
-    first = service(store)
-    assert list(first) == ["web"]
-    names = [entry["name"] for entry in fdshare.json("ls", "web/*")]
-    assert names == ["web/other", "web/state", "web/state:2"]
-    second = service()
-    assert list(second) == ["web", "state", "other"]
-    assert second["web"] == first["web"]
-    assert len(second["state"]) == 2
-    third = service("a.unstore('state'); a.barrier(30)")
-    assert third == second
-    assert list(service()) == ["web", "other"]
-
-
-def test_what_is_stored_twice_is_kept_once(fdshare: Shell, service) -> None:
-    service("fd = os.memfd_create('x'); a.store('s', [fd]); a.store('s', [fd, fd]); a.barrier(30)")
-    assert len(service()["s"]) == 1
-
-
-def test_a_hang_up_removes_it_unless_told_otherwise(fdshare: Shell, service, until) -> None:
-    service(
-        """
-import socket
-one, two = socket.socketpair(), socket.socketpair()
-a.store("polled", [one[0]])
-a.store("kept", [two[0]], poll=False)
-a.barrier(30)
-"""
-    )
-    until(lambda: len(fdshare.json("ls", "web/*")) == 1, "the hang-up is noticed")
-    assert list(service()) == ["web", "kept"]
-
-
-def test_a_name_that_is_none_becomes_stored(fdshare: Shell) -> None:
-    code = SERVICE + "a.notify('FDSTORE=1\\nFDNAME=a:b', fds=[os.memfd_create('x')]); a.barrier(30)"
-    done = fdshare.run("run", "--notify", "web=tcp://127.0.0.1:0", "--", sys.executable, "-c", code)
-    assert "the name is ignored" in done.stderr
-    assert [entry["name"] for entry in fdshare.json("ls", "web/*")] == ["web/stored"]
-
-
-def test_entries_of_others_in_the_group_are_not_passed(fdshare: Shell, service) -> None:
-    fdshare("register", "web/http", "--memory", "/dev/null")
-    assert list(service()) == ["web"]
-
-
 def test_the_socket_is_gone_with_the_program(fdshare: Shell, service, until) -> None:
     code = "import os; print(os.environ['NOTIFY_SOCKET'], flush=True)"
     command = [sys.executable, "-c", code]
@@ -100,30 +48,6 @@ import os, select, fdshare
 fdshare.notify("READY=1")
 select.select([], [], [])
 """
-
-
-def test_detach_returns_when_the_program_is_ready(fdshare: Shell) -> None:
-    command = ["--", sys.executable, "-c", READY]
-    # Its standard error is ours for as long as it runs; its standard output is not.
-    process = fdshare.start("run", "--notify", "--detach", "web=tcp://127.0.0.1:0", *command)
-    assert process.stdout is not None
-    pid = int(process.stdout.read())
-    fdshare.adopt(pid)
-    assert process.wait(30) == 0
-    assert b"READY=1" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    assert os.readlink(f"/proc/{pid}/fd/0") == "/dev/null"
-
-
-def test_detach_tells_of_a_program_that_ended(fdshare: Shell) -> None:
-    words = ["run", "--notify", "--detach", "web=tcp://127.0.0.1:0", "--"]
-    line = fdshare.fails(*words, "sh", "-c", "exit 3")
-    assert line == "fdshare: the program ended with status 3 before it was ready"
-
-
-def test_detach_ends_a_program_that_is_never_ready(fdshare: Shell) -> None:
-    words = ["run", "--notify", "--detach", "--ready-timeout", "0.2", "web=tcp://127.0.0.1:0", "--"]
-    line = fdshare.fails(*words, sys.executable, "-c", READY.replace("READY=1", "STATUS=slow"))
-    assert line == "fdshare: the program was not ready within 0.2 s, and is ended"
 
 
 def test_ready_fd(fdshare: Shell) -> None:
@@ -187,25 +111,121 @@ def test_it_says_what_a_unit_needs_where_it_cannot_report_as_the_program(
         assert said.lines == ["READY=1"]
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
-def test_another_user_is_not_heard(fdshare: Shell) -> None:
-    code = """
-import os, socket
-s = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-os.chmod(os.path.dirname(os.environ["NOTIFY_SOCKET"]), 0o777)
-os.chmod(os.environ["NOTIFY_SOCKET"], 0o777)
-import fdshare.activation as a, fdshare.kernel.ancillary
+BECOME = """
+import os, sys
+import fdshare.activation as a
 pid = os.fork()
 if pid == 0:
+    if sys.argv[1:] == ["stranger"]:
+        os.setsid()
+        if os.fork():
+            os._exit(0)
+        while os.getppid() == os.getsid(0):
+            pass
+    os.setgroups([])
+    os.setgid(65534)
     os.setuid(65534)
-    a.notify("FDSTORE=1", fds=[0])
+    a.notify("FDSTORE=1\\nFDNAME=s", fds=[0], timeout=30)
+    a.barrier(30)
     os._exit(0)
 os.waitpid(pid, 0)
-a.barrier(30)
+sys.stdin.read()
 """
-    done = fdshare.run("run", "--notify", "web=tcp://127.0.0.1:0", "--", sys.executable, "-c", code)
-    assert "of uid 65534 is ignored" in done.stderr
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
+def test_a_program_that_becomes_another_user_is_heard(fdshare: Shell) -> None:
+    command = ["run", "--notify", "web=tcp://127.0.0.1:0", "--", sys.executable, "-c", BECOME]
+    fdshare(*command)
+    assert [entry["name"] for entry in fdshare.json("ls", "web/*")] == ["web/s"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
+def test_another_user_is_not_heard(fdshare: Shell) -> None:
+    """One that is not of the program: everybody can reach the socket."""
+    command = ["run", "--notify", "web=tcp://127.0.0.1:0", "--", sys.executable, "-c", BECOME]
+    process = fdshare.start(
+        *command, "stranger", stdin=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0
+    )
+    assert process.stderr is not None
+    assert "of uid 65534 is ignored" in process.stderr.readline()
+    process.communicate(timeout=60)
     assert fdshare.json("ls", "web/*") == []
+
+
+def test_every_program_can_reach_the_socket_whatever_tmpdir_is(
+    fdshare: Shell, folder: Path
+) -> None:
+    long = folder / ("d" * 60) / ("e" * 60)
+    long.mkdir(parents=True)
+    code = SERVICE + "import os; print(os.environ['NOTIFY_SOCKET']); a.barrier(30)"
+    for place in (long, folder / "nothing"):
+        words = ["run", "--notify", "web=tcp://127.0.0.1:0", "--", sys.executable, "-c", code]
+        said = fdshare(*words, env={"TMPDIR": str(place)})
+        assert len(said.splitlines()[-1]) < 100
+    assert list(long.iterdir()) == []
+
+
+READ_ONLY = """
+for place in /run /tmp /var/tmp; do
+    mount --bind $place $place && mount -o remount,bind,ro $place || exit 77
+done
+cd /
+exec "$@"
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount")
+@pytest.mark.skipif(shutil.which("unshare") is None, reason="unshare is not installed")
+def test_where_no_folder_can_be_written_the_socket_is_abstract(fdshare: Shell) -> None:
+    code = SERVICE + "import os; print(os.environ['NOTIFY_SOCKET']); a.barrier(30)"
+    words = ["run", "--notify", "web=tcp://127.0.0.1:0", "--", sys.executable, "-c", code]
+    done = subprocess.run(
+        ["unshare", "-m", "sh", "-c", READ_ONLY, "sh", *FDSHARE, *words],
+        env={**fdshare.environment, "TMPDIR": "/tmp"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    if done.returncode == 77 or "unshare failed" in done.stderr:
+        pytest.skip("no mount namespace here")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith("@fdshare-notify-")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
+def test_a_policy_without_list_starts_it(shell: Shell, folder: Path) -> None:
+    policy = folder / "policy.toml"
+    policy.write_text(
+        """
+        [[rule]]
+        effect = "allow"
+        users = [65534]
+        verbs = ["register", "fetch"]
+        names = ["web"]
+        [[rule]]
+        effect = "allow"
+        users = [65534]
+        verbs = ["bind"]
+        addresses = ["tcp://127.0.0.1:0"]
+        """
+    )
+    folder.chmod(0o755)
+    shell.serve("--mode", "0666", "--policy", policy)
+    words = ["run", "--notify", "web=tcp://127.0.0.1:0", "--", "true"]
+    code = (
+        "import os, sys, fdshare.cli.main as m, fdshare.cli.commands.run\n"
+        "import fdshare.cli.support.notify_helper, fdshare.kinds, fdshare.server.loop.inspect\n"
+        "os.setgroups([]); os.setgid(65534); os.setuid(65534); sys.exit(m.run(sys.argv[1:]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words],
+        env=shell.environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_notify_needs_a_name(fdshare: Shell) -> None:

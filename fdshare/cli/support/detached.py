@@ -1,0 +1,177 @@
+"""run --detach: a program in the background, from its start until it is ready.
+
+Until then it ends with who waits for it: at a signal, after the timeout, and if that process is
+killed (the helper sees that).
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, NoReturn, Self
+
+import click
+
+from fdshare.cli.format import printable
+from fdshare.cli.support.exec import CANNOT_EXECUTE, NOT_FOUND
+from fdshare.cli.support.notify_helper import (
+    Helper,
+    notify_socket,
+    speaks_for_others,
+    take_ready_fd,
+)
+from fdshare.cli.support.notify_store import stored
+from fdshare.cli.support.program_group import GRACE, end_group
+from fdshare.kernel.ancillary import close_all
+from fdshare.kernel.descriptor import Descriptor
+
+if TYPE_CHECKING:
+    from fdshare.cli.support.exec import Launch
+    from fdshare.cli.support.interruptions import Interruptions
+    from fdshare.cli.support.output_file import OutputFile
+    from fdshare.client.blocking.client import Client
+
+__all__ = ["Detached", "NotReady"]
+
+_LONGEST_POLL: Final = 86400.0  # seconds; poll(2) takes an int of milliseconds
+
+
+class NotReady(Exception):
+    """The program did not become ready, and has ended. *status* is that of the command."""
+
+    def __init__(self, reason: str, status: int = 1) -> None:
+        super().__init__(reason)
+        self.status = status
+
+
+@dataclass(slots=True)
+class Detached:
+    """A program in the background, a child of this process. Owns its descriptors, not the program.
+
+    *said*: "R" when it is ready, end of file when it has ended before.
+    """
+
+    pid: int
+    program: Descriptor
+    said: Descriptor
+    output: OutputFile | None
+
+    @classmethod
+    def start(
+        cls,
+        client: Client,
+        launch: Launch,
+        service: str,
+        output: OutputFile | None,
+        ready_fd: int | None = None,
+    ) -> Self:
+        """The program, just started: with a NOTIFY_SOCKET, what it stored, its output in *output*,
+        and nothing else of this process. The caller owns the result. Raises: OSError,
+        click.BadParameter."""
+        take_ready_fd(ready_fd)
+        kept = stored(client, service)
+        launch.passed += kept
+        sock = notify_socket()
+        launch.environment["NOTIFY_SOCKET"] = sock.address
+        speaks = speaks_for_others()
+        said, says = map(Descriptor, os.pipe())
+        pid = os.fork()
+        if pid == 0:
+            _become(launch, output)
+        program = Descriptor(os.pidfd_open(pid))
+        stderr = 2 if output is None else output.descriptor.fileno()
+        if 2 in launch.standard:
+            stderr = launch.standard[2].fileno()
+        try:
+            Helper(client, service, sock, program, pid, speaks, says, ready_fd, stderr).fork()
+        except BaseException:  # nobody would wait for it
+            end_group(program, pid, GRACE, own=True)
+            raise
+        finally:
+            says.close()
+            close_all(descriptor for _, descriptor in kept)
+        return cls(pid, program, said, output)
+
+    def wait(self, timeout: float, interruptions: Interruptions) -> None:
+        """Returns when it is ready. Raises: NotReady, and then it has ended."""
+        waiting = select.poll()
+        waiting.register(self.said.fileno(), select.POLLIN)
+        waiting.register(interruptions.fileno(), select.POLLIN)
+        deadline = time.monotonic() + timeout
+        while (left := deadline - time.monotonic()) > 0:
+            ready = dict(waiting.poll(min(left, _LONGEST_POLL) * 1000))
+            if self.said.fileno() in ready:
+                if os.read(self.said.fileno(), 1) == b"R":
+                    return
+                self._has_ended()
+            if ready:
+                number = interruptions.received()
+                if number is not None:
+                    self.end(f"{number.name} came: the program was not ready yet", 128 + number)
+        self.end(f"the program was not ready within {timeout:g} s")
+
+    def end(self, reason: str, status: int = 1) -> NoReturn:
+        """Ends the program. Raises: NotReady, always."""
+        end_group(self.program, self.pid, GRACE, own=True)
+        self._tell_output()
+        raise NotReady(f"{reason}, and is ended", status)
+
+    def _has_ended(self) -> NoReturn:
+        _, status = os.waitpid(self.pid, 0)
+        code = os.waitstatus_to_exitcode(status)
+        self._tell_output()
+        shell_code = code if code in (CANNOT_EXECUTE, NOT_FOUND) else 1
+        raise NotReady(f"the program ended with status {code} before it was ready", shell_code)
+
+    def _tell_output(self) -> None:
+        """Prints the last lines of the output, which the caller does not see otherwise."""
+        if self.output is None or not (lines := self.output.last_lines()):
+            return
+        print(f"fdshare: the last lines of {self.output.path}:", file=sys.stderr)
+        for line in lines:
+            print(f"    {printable(line)}", file=sys.stderr)
+
+    def close(self) -> None:
+        """Closes its descriptors; the program goes on."""
+        self.program.close()
+        self.said.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def _become(launch: Launch, output: OutputFile | None) -> NoReturn:
+    """Replaces the forked child with the program."""
+    status = NOT_FOUND
+    try:
+        os.setsid()
+        nothing = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(nothing, 0)
+        if output is not None:
+            os.dup2(output.descriptor.fileno(), 1)
+            os.dup2(output.descriptor.fileno(), 2)
+        _inherit_nothing()
+        launch.execute()
+    except click.ClickException as error:
+        status = error.exit_code
+        print(f"fdshare: {error.format_message()}", file=sys.stderr, flush=True)
+    except BaseException as error:
+        print(f"fdshare: {error}", file=sys.stderr, flush=True)
+    finally:
+        os._exit(status)
+
+
+def _inherit_nothing() -> None:
+    """What the caller has open, a lock or the pipe of a CI, is not for a program that outlives
+    it."""
+    for name in os.listdir("/proc/self/fd"):
+        if int(name) > 2:
+            with suppress(OSError):
+                os.set_inheritable(int(name), False)

@@ -1,0 +1,52 @@
+"""A program in the background: a session and a process group of its own, which ends as a whole."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import time
+from typing import Final
+
+from fdshare.kernel.descriptor import Descriptor
+
+__all__ = ["GRACE", "end_group"]
+
+GRACE: Final = 10.0  # seconds to end at SIGTERM
+
+_LOOK: Final = 0.02  # seconds between looks whether the group is empty
+
+
+def end_group(leader: Descriptor, pid: int, grace: float, *, own: bool) -> None:
+    """Returns when the processes of the group *pid* have ended: SIGTERM, *grace* seconds, SIGKILL.
+
+    *leader*: its pidfd, borrowed for the call. *own*: it is a child of this process, which reaps
+    it. A process of the program that made a group of its own goes on.
+    """
+    for number, seconds in ((signal.SIGTERM, grace), (signal.SIGKILL, grace)):
+        try:
+            os.killpg(pid, number)
+        except (ProcessLookupError, PermissionError):
+            break
+        deadline = time.monotonic() + seconds
+        if _ended(leader, seconds) and own:
+            own = False
+            os.waitpid(pid, 0)
+        while _is_there(pid) and time.monotonic() < deadline:
+            time.sleep(_LOOK)
+
+
+def _ended(leader: Descriptor, seconds: float) -> bool:
+    waiting = select.poll()
+    waiting.register(leader.fileno(), select.POLLIN)
+    return bool(waiting.poll(seconds * 1000))
+
+
+def _is_there(pid: int) -> bool:
+    try:
+        os.killpg(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it has become another user's
+        return True
+    return True
