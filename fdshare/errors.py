@@ -50,7 +50,7 @@ Between client and server an error travels as (code, fields), never as a pickle;
 from __future__ import annotations
 
 import errno
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 __all__ = [
     "FdshareError",
@@ -93,6 +93,7 @@ __all__ = [
     "Overflow",
 ]
 
+_LISTED: Final = 4  # names in a message
 _by_code: dict[str, type[FdshareError]] = {}
 
 
@@ -173,7 +174,9 @@ class NameNotFound(FdshareError, KeyError, code="name_not_found"):
 
     def __init__(self, names: list[str] | str) -> None:
         names = [names] if isinstance(names, str) else list(names)
-        listed = ", ".join(map(repr, names))
+        listed = ", ".join(map(repr, names[:_LISTED]))
+        if len(names) > _LISTED:
+            listed += f" and {len(names) - _LISTED} others"
         super().__init__(f"nothing is held under {listed}", names=names)
 
 

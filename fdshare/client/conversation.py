@@ -27,7 +27,7 @@ from fdshare.kernel.ancillary import close_all
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.protocol import messages as m
 from fdshare.protocol.auth import NONCE_SIZE, prove
-from fdshare.protocol.framing import HEADER, MAX_FRAME, Receiver, only_frame
+from fdshare.protocol.framing import HEADER, MAX_REQUEST, Receiver, only_frame
 
 __all__ = [
     "LEASE_END",
@@ -156,17 +156,19 @@ class Conversation:
     def frame(self, id: int, request: m.Request, count: int) -> bytes:
         """The frame of a request that has *count* descriptors.
 
-        Raises: InvalidName: a str in it is not Unicode; InvalidArgument: a message cannot carry it.
+        Raises: InvalidName, InvalidArgument: it is none that the server serves, or a message cannot
+        carry it.
         """
+        request.check()
         try:
             body = m.encode(request)
         except UnicodeEncodeError as error:
             raise InvalidName(ascii(error.object), "it cannot be encoded as UTF-8") from None
         except (TypeError, OverflowError) as error:
             raise InvalidArgument(type(request).__name__, str(error)) from None
-        if len(body) > MAX_FRAME:
+        if len(body) > MAX_REQUEST:
             raise InvalidArgument(
-                type(request).__name__, f"a message of {len(body)} bytes, at most {MAX_FRAME}"
+                type(request).__name__, f"a message of {len(body)} bytes, at most {MAX_REQUEST}"
             )
         return HEADER.pack(len(body), count, m.VERSION, 0, id) + body
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Generator, Iterable, Mapping
-from typing import Any, Final, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from fdshare.client.conversation import Exchange, LeaseEnd, WholeAnswer
 from fdshare.errors import KindMismatch, NameNotFound, ProtocolError, TooManyDescriptors
@@ -16,13 +16,10 @@ from fdshare.kernel.ancillary import close_all
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.kinds import describe, discard, rebuild
 from fdshare.protocol import messages as m
-from fdshare.protocol.framing import MAX_FRAME_DESCRIPTORS
-from fdshare.protocol.names import MAX_ENTRY_DESCRIPTORS, check_metadata, check_name, literal
+from fdshare.protocol.names import MAX_ENTRY_DESCRIPTORS, MAX_NAMES, literal
 
 T = TypeVar("T")
 R = TypeVar("R", bound=m.Reply)
-# So many names of 255 bytes, with what msgpack adds, stay below MAX_FRAME.
-_MOST_NAMES: Final = 4000
 Steps: TypeAlias = Generator[Exchange | LeaseEnd, WholeAnswer, T]
 
 
@@ -39,9 +36,6 @@ def register(
     metadata: Mapping[str, str] | None,
     lifeline: int | None,
 ) -> Steps[m.Registered]:
-    check_name(name)
-    if metadata:
-        check_metadata(metadata)
     kind, fds = describe(obj)
     if len(fds) > MAX_ENTRY_DESCRIPTORS:
         raise TooManyDescriptors(len(fds), MAX_ENTRY_DESCRIPTORS)
@@ -98,15 +92,23 @@ def given_raw(parts: WholeAnswer) -> list[Descriptor]:
 
 
 def fetch_many(names: Iterable[str]) -> Steps[dict[str, Any]]:
-    wanted = list(dict.fromkeys(names))
+    left = list(dict.fromkeys(names))
     found: dict[str, Any] = {}
+    missing: list[str] = []
     try:
-        while len(found) < len(wanted):
-            left = wanted[len(found) :]
-            # All of them at first, to learn what is missing; then what one answer can carry.
-            most = MAX_FRAME_DESCRIPTORS if found else _MOST_NAMES
-            parts = yield Exchange(m.FetchMany(left[:most]))
-            _rebuild_items(parts, found, left)
+        while left:
+            asked = left[:MAX_NAMES]
+            parts = yield Exchange(m.FetchMany(asked))
+            answer = _answer(parts, m.GivenMany)
+            if answer.missing:
+                close_all(parts.descriptors)
+                missing += _missing(answer.missing, asked)
+                left = left[len(asked) :]
+            else:
+                _rebuild_items(answer.items, parts.descriptors, found, asked)
+                left = left[len(answer.items) :]
+        if missing:
+            raise NameNotFound(missing)
     except BaseException:
         for obj in found.values():
             discard(obj)
@@ -114,10 +116,20 @@ def fetch_many(names: Iterable[str]) -> Steps[dict[str, Any]]:
     return found
 
 
-def _rebuild_items(parts: WholeAnswer, found: dict[str, Any], names: list[str]) -> None:
+def _missing(indexes: list[int], names: list[str]) -> list[str]:
+    if min(indexes) < 0 or max(indexes) >= len(names):
+        raise ProtocolError("the answer misses other names than the request has")
+    return [names[index] for index in indexes]
+
+
+def _rebuild_items(
+    items: list[m.GivenItem],
+    descriptors: list[Descriptor],
+    found: dict[str, Any],
+    names: list[str],
+) -> None:
     """Adds the objects of one answer to *found*: they are those of *names*, from the first."""
-    items = _answer(parts, m.GivenMany).items
-    descriptors, end = parts.descriptors, 0
+    end = 0
     try:
         counts = [item.count for item in items]
         if not items or [item.name for item in items] != names[: len(items)]:

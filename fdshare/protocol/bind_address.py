@@ -19,6 +19,8 @@ Scheme: TypeAlias = Literal["tcp", "udp", "unix"]
 _MODE: Final = re.compile(r"(.*)\?mode=(0?[0-7]{3})")
 _NETWORK: Final = re.compile(r"(?:\[([^\[\]]+)\]|([^\[\]:]+)):(0|[1-9][0-9]{0,4})")
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+_LONGEST: Final = 4200  # characters: a path has at most 4096 bytes, PATH_MAX
+_SHOWN: Final = 200  # characters of an address in an error
 _FORMS: Final = "tcp://HOST:PORT, udp://HOST:PORT, unix:///PATH or unix:@NAME"
 
 
@@ -54,6 +56,8 @@ def parse_address(text: str) -> BindAddress:
     `?mode=0660` after it is the mode of the socket's file.
     Raises: InvalidArgument, which says how to write it.
     """
+    if len(text) > _LONGEST:
+        raise _bad(text, f"it has {len(text)} characters, at most {_LONGEST}")
     if _CONTROL.search(text):
         raise _bad(text, "it has a control character")
     if text.startswith("unix:"):
@@ -81,8 +85,8 @@ def _network(text: str, scheme: Scheme, rest: str) -> BindAddress:
     except ValueError:
         raise _bad(
             text,
-            f"{host!r} is not a numeric address; names other than localhost are not looked up, "
-            "and all interfaces are 0.0.0.0 or [::]",
+            f"{host[:_SHOWN]!r} is not a numeric address; names other than localhost are not "
+            "looked up, and all interfaces are 0.0.0.0 or [::]",
         ) from None
 
 
@@ -90,7 +94,7 @@ def _ipv6(text: str, host: str) -> str:
     try:
         address = ipaddress.IPv6Address(host)
     except ValueError:
-        raise _bad(text, f"{host!r} is not an IPv6 address") from None
+        raise _bad(text, f"{host[:_SHOWN]!r} is not an IPv6 address") from None
     if address.ipv4_mapped is not None:
         raise _bad(text, f"write the IPv4 address: {address.ipv4_mapped}")
     if address.scope_id is not None and not address.is_link_local:
@@ -123,4 +127,5 @@ def _unix(text: str, rest: str) -> BindAddress:
 
 
 def _bad(text: str, reason: str) -> InvalidArgument:
-    return InvalidArgument("address", f"{text!a} is not an address to bind: {reason}")
+    shown = ascii(text) if len(text) <= _SHOWN else f"{text[:_SHOWN]!a}..."
+    return InvalidArgument("address", f"{shown} is not an address to bind: {reason}")

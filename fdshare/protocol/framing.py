@@ -33,6 +33,8 @@ __all__ = [
     "HEADER",
     "MAX_FRAME",
     "MAX_FRAME_DESCRIPTORS",
+    "MAX_GREETING",
+    "MAX_REQUEST",
     "Frame",
     "Receiver",
     "header",
@@ -42,6 +44,9 @@ __all__ = [
 HEADER: Final = struct.Struct(">IHBBI")
 # A thousand names of 255 bytes fit; a peer cannot make us keep more than this for one frame.
 MAX_FRAME: Final = 1 << 20
+# From a client: 253 names of 255 bytes fit, and a register with all that it may have.
+MAX_REQUEST: Final = 1 << 17
+MAX_GREETING: Final = 1 << 12  # the first frame of a client, of whom nothing is known yet
 MAX_FRAME_DESCRIPTORS: Final = 253  # SCM_MAX_FD
 
 D = TypeVar("D")
@@ -86,8 +91,10 @@ class Receiver(Generic[D]):
     The descriptors may be of any type: the automaton only counts them.
     """
 
-    def __init__(self, max_frame: int = MAX_FRAME) -> None:
+    def __init__(self, max_frame: int = MAX_FRAME, max_first: int | None = None) -> None:
+        """Bytes of a body, and of the first one."""
         self._max_frame = max_frame
+        self._most = max_frame if max_first is None else max_first  # of the next one
         self._bytes = bytearray()
         # The length that _bytes needs before it is looked at again: a frame that comes byte by byte
         # costs no more than one that comes whole.
@@ -112,7 +119,8 @@ class Receiver(Generic[D]):
         """
         if self.idle and lost is None and self._lost is None:
             id = only_frame(data, len(descriptors))
-            if id >= 0 and len(data) <= self._max_frame + HEADER.size:  # nearly always
+            if id >= 0 and len(data) <= self._most + HEADER.size:  # nearly always
+                self._most = self._max_frame
                 return [Frame(id, bytes(data[HEADER.size :]), list(descriptors), None)]
         self._descriptors += descriptors
         self._lost = self._lost or lost
@@ -130,7 +138,7 @@ class Receiver(Generic[D]):
                 frames.append(self._draw(view, at, end))
                 at = end
         except ProtocolError as failure:
-            self.failure = failure
+            self.failure = failure.with_traceback(None)  # which has *self*, and would be kept by it
             return frames
         self._bytes[:] = view[at:]
         self.idle = not self._bytes
@@ -139,6 +147,11 @@ class Receiver(Generic[D]):
             # The last frame came with too many: nobody knows which of them are its own.
             self._descriptors.extendleft(reversed(frames.pop().descriptors))
         return frames
+
+    @property
+    def held(self) -> int:
+        """How many bytes of a frame are here that is not complete."""
+        return len(self._bytes)
 
     def waiting(self) -> list[D]:
         """The descriptors that belong to no frame yet; they stay."""
@@ -160,15 +173,16 @@ class Receiver(Generic[D]):
             raise VersionMismatch(version, VERSION)
         if reserved:
             raise ProtocolError(f"byte 7 of a header is {reserved}, not 0")
-        if length > self._max_frame:
-            raise ProtocolError(
-                f"a frame has {length} bytes, at most {self._max_frame} are allowed"
-            )
+        if length > self._most:
+            raise ProtocolError(f"a frame has {length} bytes, at most {self._most} are allowed")
         if count > MAX_FRAME_DESCRIPTORS:
             raise ProtocolError(f"a frame has {count} descriptors, at most 253 are allowed")
         self._need = HEADER.size + length
         end = at + self._need
-        return end if end <= len(view) else None
+        if end > len(view):
+            return None
+        self._most = self._max_frame
+        return end
 
     def _draw(self, view: memoryview, at: int, end: int) -> Frame[D]:
         _, count, _, _, id = HEADER.unpack_from(view, at)

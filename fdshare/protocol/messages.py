@@ -11,12 +11,26 @@ releases. Times are in seconds; ages and time left are relative, because clocks 
 
 from __future__ import annotations
 
-from typing import Any, Final, Literal, TypeAlias
+from typing import Annotated, Any, Final, Literal, TypeAlias
 
 import msgspec
 
-from fdshare.errors import BadRequest, FdshareError, ProtocolError, error_from_wire
+from fdshare.errors import (
+    BadRequest,
+    FdshareError,
+    InvalidArgument,
+    ProtocolError,
+    error_from_wire,
+)
+from fdshare.protocol.bind_address import parse_address
 from fdshare.protocol.kind import Kind
+from fdshare.protocol.names import (
+    MAX_KIND,
+    MAX_NAMES,
+    check_metadata,
+    check_name,
+    check_pattern,
+)
 
 __all__ = [
     "Bind",
@@ -74,6 +88,11 @@ __all__ = [
 MAGIC: Final = "fdshare"
 VERSION: Final = 1
 
+# What a client says. `check` knows more of most; this bounds what it looks at.
+Text: TypeAlias = Annotated[str, msgspec.Meta(max_length=5000)]
+Secret: TypeAlias = Annotated[bytes, msgspec.Meta(max_length=64)]
+_CLIPPED: Final = 1000  # characters of each text in a refusal
+
 Lifetime: TypeAlias = Literal["server", "connection", "process"]
 EventKind: TypeAlias = Literal[
     "registered", "replaced", "taken", "returned", "unregistered", "expired", "hung_up"
@@ -91,6 +110,28 @@ def _tag(name: str) -> str:
 class Request(Message, tag=_tag):
     """Client to server."""
 
+    def check(self) -> None:
+        """Returns if the message may be served: it has the shape of one, whatever it asks for.
+        Raises: InvalidName, InvalidArgument."""
+
+
+class _NameRequest(Request):
+    """About one name."""
+
+    name: Text
+
+    def check(self) -> None:
+        check_name(self.name)
+
+
+class _PatternRequest(Request):
+    """About all names that match."""
+
+    pattern: Text = "*"
+
+    def check(self) -> None:
+        check_pattern(self.pattern)
+
 
 class Reply(Message, tag=_tag):
     """Server to client."""
@@ -103,10 +144,10 @@ class Hello(Request):
     """*session* is an id of the client, which it keeps when it reconnects: a request repeated with
     the same (session, id) gets the stored answer. *nonce* only with an authkey."""
 
-    magic: str
+    magic: Text
     version: int
-    session: str
-    nonce: bytes = b""
+    session: Text
+    nonce: Secret = b""
 
 
 class Welcome(Reply):
@@ -126,7 +167,7 @@ class Welcome(Reply):
 class Prove(Request):
     """HMAC-SHA256(authkey, b"client" + client nonce + server nonce)."""
 
-    mac: bytes
+    mac: Secret
 
 
 class Proved(Reply):
@@ -138,11 +179,10 @@ class Proved(Reply):
 # The verbs.
 
 
-class Register(Request):
+class Register(_NameRequest):
     """The descriptors of the frame are the entry's. With lifetime "connection" one more comes last:
     one end of a socket pair, of which the client keeps the other."""
 
-    name: str
     kind: Kind
     replace: bool = False
     if_generation: int | None = None
@@ -152,70 +192,87 @@ class Register(Request):
     drop_on_hangup: bool = False
     metadata: dict[str, str] = {}
 
+    def check(self) -> None:
+        check_name(self.name)
+        if self.metadata:
+            check_metadata(self.metadata)
+        size = len(self.kind.tag.encode()) + memoryview(self.kind.spec).nbytes
+        if size > MAX_KIND:
+            raise InvalidArgument("kind", f"{size} bytes, at most {MAX_KIND} of tag and spec")
+        if self.ttl is not None and not 0 < self.ttl < float("inf"):
+            raise InvalidArgument("ttl", f"{self.ttl!r} is not a positive number of seconds")
+        if not 0 <= self.grace < float("inf"):
+            raise InvalidArgument("grace", f"{self.grace!r} is not a number of seconds")
 
-class Fetch(Request):
+
+class Fetch(_NameRequest):
     """Waits *wait* seconds for the name to appear, None for ever."""
 
-    name: str
     wait: float | None = 0.0
 
 
-class Take(Request):
+class Take(_NameRequest):
     """As Fetch, and leases the entry. The last descriptor of the reply is the lease: one byte on it
     confirms the take; closing it without that returns the entry."""
 
-    name: str
     wait: float | None = 0.0
 
 
-class Wait(Request):
+class Wait(_NameRequest):
     """Answered by a Registered when the name is there: a Fetch without descriptors."""
 
-    name: str
     wait: float | None = None
 
 
 class FetchMany(Request):
     """Answered for as many of *names*, from the first, as one frame can carry."""
 
-    names: list[str]
+    names: Annotated[list[Text], msgspec.Meta(max_length=MAX_NAMES)]
+
+    def check(self) -> None:
+        for name in self.names:
+            check_name(name)
 
 
-class Unregister(Request):
-    name: str
+class Unregister(_NameRequest):
     if_generation: int | None = None
 
 
 class Rename(Request):
-    old: str
-    new: str
+    old: Text
+    new: Text
+
+    def check(self) -> None:
+        check_name(self.old)
+        check_name(self.new)
 
 
-class Bind(Request):
+class Bind(_NameRequest):
     """Answered as a Fetch. *address*: tcp://HOST:PORT, udp://HOST:PORT or unix:///PATH."""
 
-    name: str
-    address: str
+    address: Text
     backlog: int = 4096
     reuse_port: bool = False
 
-
-class Names(Request):
-    pattern: str = "*"
-
-
-class Info(Request):
-    name: str
+    def check(self) -> None:
+        check_name(self.name)
+        parse_address(self.address)
 
 
-class Infos(Request):
-    pattern: str = "*"
+class Names(_PatternRequest):
+    pass
 
 
-class Watch(Request):
+class Info(_NameRequest):
+    pass
+
+
+class Infos(_PatternRequest):
+    pass
+
+
+class Watch(_PatternRequest):
     """Answered by a SnapshotPart under its id, then by events until a Cancel names it."""
-
-    pattern: str = "*"
 
 
 class Cancel(Request):
@@ -226,11 +283,17 @@ class Cancel(Request):
 
 
 class Explain(Request):
-    verb: str
-    name: str
+    """*name* is an address for "bind"."""
+
+    verb: Text
+    name: Text
     uid: int
     gid: int
-    groups: list[int] = []
+    groups: Annotated[list[int], msgspec.Meta(max_length=65536)] = []  # NGROUPS_MAX
+
+    def check(self) -> None:
+        if self.name and self.verb != "bind":
+            check_name(self.name)
 
 
 class Stats(Request):
@@ -285,7 +348,10 @@ class GivenItem(msgspec.Struct, frozen=True):
 
 
 class GivenMany(Reply):
+    """*missing*: which of the names, counted from 0, are not held; then there are no *items*."""
+
     items: list[GivenItem]
+    missing: list[int] = []
 
 
 class NameList(Reply):
@@ -480,7 +546,7 @@ def decode_request(body: bytes) -> AnyRequest:
         request: AnyRequest = _requests.decode(body)
         return request
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise BadRequest(str(error)) from None
+        raise BadRequest(str(error)[:_CLIPPED]) from None
 
 
 def decode_reply(body: bytes) -> AnyReply:
@@ -493,8 +559,10 @@ def decode_reply(body: bytes) -> AnyReply:
 
 
 def refusal(error: FdshareError) -> Refused:
-    """The message that carries *error*."""
-    return Refused(error.code, error.fields, error.message)
+    """The message that carries *error*: a few KiB, however long what was refused is."""
+    fields = error.fields.items()
+    clipped = {key: v[:_CLIPPED] if type(v) is str else v for key, v in fields}
+    return Refused(error.code, clipped, error.message[:_CLIPPED])
 
 
 def refusal_error(refused: Refused) -> FdshareError:

@@ -14,15 +14,19 @@ __all__ = [
     "MAX_KIND",
     "MAX_METADATA",
     "MAX_NAME",
+    "MAX_NAMES",
     "MAX_SESSION",
     "check_metadata",
     "check_name",
+    "check_pattern",
     "has_wildcards",
     "literal",
     "matcher",
 ]
 
 MAX_NAME: Final = 255  # bytes of UTF-8; systemd's limit for a descriptor's name, too
+# Of one `fetch_many` request: more than there are descriptors in a frame are never answered.
+MAX_NAMES: Final = 253
 MAX_METADATA: Final = 4096  # bytes of all keys and values together
 # A record of the server's journal is one message on a SOCK_SEQPACKET socket. So whatever a client
 # can put into one has a bound, and all of it fits into half of the smallest buffer.
@@ -68,6 +72,12 @@ def check_metadata(metadata: Mapping[str, str]) -> None:
         raise InvalidArgument("metadata", f"{size} bytes, at most {MAX_METADATA} in all")
 
 
+def check_pattern(pattern: str) -> None:
+    """Raises InvalidArgument if *pattern* is too long."""
+    if len(pattern) > _MAX_PATTERN:  # the time to translate it grows with the square
+        raise InvalidArgument("pattern", f"{len(pattern)} characters, at most {_MAX_PATTERN}")
+
+
 def has_wildcards(pattern: str) -> bool:
     """False if *pattern* matches itself and nothing else."""
     return any(special in pattern for special in "*?[")
@@ -85,8 +95,7 @@ def matcher(pattern: str) -> Callable[[str], object]:
     """
     if pattern == "*":
         return lambda name: True
-    if len(pattern) > _MAX_PATTERN:  # the time to translate it grows with the square
-        raise InvalidArgument("pattern", f"{len(pattern)} characters, at most {_MAX_PATTERN}")
+    check_pattern(pattern)
     if not has_wildcards(pattern):
         return pattern.__eq__
     return re.compile(translate(pattern)).match

@@ -75,6 +75,11 @@ def test_ids_begin_again_after_the_last_and_0_is_none(conversation: Conversation
         (m.Fetch("\ud800", 0.0), InvalidName),
         (m.Register("a", m.Kind("fd", m.encode({})), ttl=1 << 70), InvalidArgument),
         (m.FetchMany(["x" * 250] * 5000), InvalidArgument),
+        (m.Fetch(""), InvalidName),
+        (m.Rename("a", "b/../c"), InvalidName),
+        (m.Names("*" * 1021), InvalidArgument),
+        (m.Bind("a", "tcp://example.org:80"), InvalidArgument),
+        (m.Register("a", m.Kind("fd", m.encode({})), metadata={"k": "v" * 4096}), InvalidArgument),
     ],
 )
 def test_what_no_message_can_carry(

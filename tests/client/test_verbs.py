@@ -12,7 +12,6 @@ import pytest
 from fdshare.client import conversation, verbs
 from fdshare.client.conversation import LeaseEnd, WholeAnswer
 from fdshare.errors import (
-    InvalidName,
     KindMismatch,
     NameNotFound,
     ProtocolError,
@@ -65,10 +64,7 @@ def test_register_lends_the_descriptors_and_the_lifeline() -> None:
     assert played.answer(m.Registered("a", 3)).result == m.Registered("a", 3)
 
 
-def test_a_bad_name_or_too_many_descriptors_are_never_sent() -> None:
-    with pytest.raises(InvalidName):
-        next(register(0, name=""))
-
+def test_too_many_descriptors_are_never_sent() -> None:
     class Bundle:
         pass
 
@@ -224,6 +220,25 @@ def test_fetch_many_asks_for_what_is_left() -> None:
     assert list(played.result) == ["a", "b", "c"]
     for descriptor in played.result.values():
         descriptor.close()
+
+
+def test_fetch_many_learns_of_all_that_is_missing() -> None:
+    """What one answer has no place for is asked for, too."""
+    names = [f"n{i}" for i in range(300)]
+    played = Played(verbs.fetch_many(names))
+    assert played.asked[0].request == m.FetchMany(names[:253])
+    played.answer(m.GivenMany([], [1, 252]), descriptors=[null()])
+    assert played.asked[1].request == m.FetchMany(names[253:])
+    with pytest.raises(NameNotFound) as caught:
+        played.answer(m.GivenMany([], [0]))
+    assert caught.value.names == ["n1", "n252", "n253"]
+    assert str(caught.value).endswith("'n253'")
+
+
+@pytest.mark.parametrize("missing", [[-1], [0, 2]])
+def test_names_that_were_not_asked_for_are_missing(missing: list[int]) -> None:
+    with pytest.raises(ProtocolError):
+        Played(verbs.fetch_many(["a", "b"])).answer(m.GivenMany([], missing))
 
 
 def test_no_names_ask_for_nothing() -> None:

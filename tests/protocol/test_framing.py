@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -273,6 +275,36 @@ def test_at_the_limits() -> None:
     for at in range(100, len(data), 1 << 16):
         found = receiver.feed(data[at : at + (1 << 16)])
     assert seen(found) == [(1, body, most)]
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_the_first_frame_has_a_limit_of_its_own(at_once: bool) -> None:
+    def feed(receiver: Receiver[int], data: bytes) -> list[tuple[int, bytes, list[int]]]:
+        reads = [data] if at_once else [data[i : i + 1] for i in range(len(data))]
+        return seen(frames_of(receiver, [(read, []) for read in reads]))
+
+    receiver: Receiver[int] = Receiver(20, 10)
+    first, second = frame(1, bytes(10)), frame(2, bytes(20))
+    assert feed(receiver, first + second) == [(1, bytes(10), []), (2, bytes(20), [])]
+    assert feed(receiver, second) == [(2, bytes(20), [])]
+    assert feed(receiver, frame(3, bytes(21))) == []
+    assert receiver.failure is not None
+    receiver = Receiver(20, 10)
+    assert feed(receiver, frame(1, bytes(11))) == []
+    assert receiver.failure is not None
+
+
+def test_a_failure_does_not_keep_what_was_received() -> None:
+    """An exception keeps the frames it went through, and these keep the receiver and its bytes."""
+    receiver: Receiver[int] = Receiver()
+    receiver.feed(b"garbage that is no header")
+    there = weakref.ref(receiver)
+    gc.disable()
+    try:
+        del receiver
+        assert there() is None
+    finally:
+        gc.enable()
 
 
 def test_the_frames_outlive_the_buffer() -> None:

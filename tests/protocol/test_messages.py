@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,7 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fdshare import errors
-from fdshare.errors import BadRequest, FdshareError, NameNotFound, ProtocolError
+from fdshare.errors import (
+    BadRequest,
+    FdshareError,
+    InvalidArgument,
+    InvalidName,
+    NameNotFound,
+    ProtocolError,
+)
 from fdshare.protocol import messages as m
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "protocol.md"
@@ -98,8 +106,70 @@ def test_replies_there_and_back(cls: type[Any]) -> None:
 def test_every_message_is_in_a_union() -> None:
     everything = {cls for cls in vars(m).values() if isinstance(cls, type)}
     for root, members in ((m.Request, REQUESTS), (m.Reply, REPLIES)):
-        leaves = {cls for cls in everything if issubclass(cls, root) and cls is not root}
+        leaves = {cls for cls in everything if issubclass(cls, root) and not cls.__subclasses__()}
         assert leaves == set(members)
+
+
+def bounds(info: Any) -> Iterator[int | None]:
+    """The longest that each text, list and bytes in it may be."""
+    i = msgspec.inspect
+    match info:
+        case i.UnionType():
+            for one in info.types:
+                yield from bounds(one)
+        case i.ListType():
+            yield info.max_length
+            yield from bounds(info.item_type)
+        case i.StrType() | i.BytesType():
+            yield info.max_length
+
+
+@pytest.mark.parametrize("cls", REQUESTS, ids=lambda cls: cls.__name__)
+def test_what_a_client_says_is_bounded(cls: type[Any]) -> None:
+    """Before anything looks at it. `check` bounds the metadata of a Register as a whole."""
+    fields = msgspec.inspect.type_info(cls).fields  # type: ignore[attr-defined]
+    assert all(most is not None for field in fields for most in bounds(field.type))
+
+
+LONG = "\x01" * 5000
+REFUSED = [
+    m.Register(LONG, m.Kind("x", msgspec.Raw(b"\xc0"))),
+    m.Register("x", m.Kind("x" * 16384, msgspec.Raw(b"\xc0"))),
+    m.Register("x", m.Kind("x", msgspec.Raw(b"\xc0")), metadata={"k": "v" * 4096}),
+    m.Fetch(LONG),
+    m.Take(LONG),
+    m.Wait(LONG),
+    m.FetchMany(["x", LONG]),
+    m.Unregister(LONG),
+    m.Rename(LONG, "x"),
+    m.Rename("x", LONG),
+    m.Bind(LONG, "tcp://127.0.0.1:0"),
+    *[
+        m.Bind("x", scheme + LONG[:4900])
+        for scheme in ("", "tcp://", "tcp://[::", "unix:@", "unix:///")
+    ],
+    *[m.Bind("x", f"tcp://{host * 1250}:80") for host in ("\U0001f41b", "[f", "1.")],
+    m.Names("*" * 1021),
+    m.Info(LONG),
+    m.Infos("*" * 1021),
+    m.Watch("*" * 1021),
+    m.Explain("fetch", LONG, 0, 0),
+]
+
+
+@pytest.mark.parametrize("request_", REFUSED, ids=lambda request: type(request).__name__)
+def test_a_bad_shape_is_refused_in_few_words(request_: Any) -> None:
+    decoded = m.decode_request(m.encode(request_))
+    with pytest.raises((InvalidName, InvalidArgument)) as caught:
+        decoded.check()
+    assert len(m.encode(m.refusal(caught.value))) < 4096
+
+
+@pytest.mark.parametrize("type_", ["x" * 100_000, "\x01" * 100_000])
+def test_a_body_that_is_none_is_refused_in_few_words(type_: str) -> None:
+    with pytest.raises(BadRequest) as caught:
+        m.decode_request(msgspec.msgpack.encode({"type": type_}))
+    assert len(m.encode(m.refusal(caught.value))) < 4096
 
 
 def test_tags_are_unique_among_their_kind() -> None:

@@ -47,21 +47,24 @@ class Reads(Waiters):
     def _fetch_many(
         self, session: Session, id: int, request: m.FetchMany, handles: list[Handle], now: float
     ) -> bool:
-        entries = []
-        missing = []
-        for name in dict.fromkeys(request.names):
+        entries = {}  # each once
+        missing = {}
+        for index, name in enumerate(request.names):
             self._permit("fetch", name, session)
             entry = self._present(name, now)
             if entry is None:
-                missing.append(name)
+                missing[index] = name
             else:
-                entries.append(entry)
+                entries[name] = entry
         if missing:
-            raise NameNotFound(missing)
+            # Not as a refusal, which would have the names: the client knows them.
+            self.refused(session, request, NameNotFound(list(missing.values())))
+            self.effects.answer(session, id, m.encode(m.GivenMany([], list(missing))))
+            return False
         items: list[m.GivenItem] = []
         given: list[Handle] = []
         room = min(MAX_FRAME_DESCRIPTORS, self.limits.in_flight_per_connection)
-        for entry in entries:
+        for entry in entries.values():
             if given and len(given) + len(entry.handles) > room:
                 break
             items.append(
@@ -91,8 +94,8 @@ class Reads(Waiters):
         self._permit("watch", "", session)
         self._check_waiting(session, id)
         self._settle_all(now)
-        session.watches[id] = request.pattern
         self._watchers.add(request.pattern, session)
+        session.watches[id] = request.pattern
         self.snapshot(session, id)
         return False
 

@@ -77,6 +77,7 @@ class Service(Reads, Writes):
         handler = self._handlers.get(type(request))
         if handler is None:
             raise InvalidArgument("request", f"a {type(request).__name__} is not expected here")
+        request.check()
         if self.closed and type(request) not in _WHEN_CLOSED:
             raise FdshareError(self.closed)
         if handles and type(request) is not m.Register:

@@ -20,7 +20,7 @@ from fdshare.errors import (
     NameNotFound,
 )
 from fdshare.protocol import messages as m
-from fdshare.protocol.names import check_name, matcher
+from fdshare.protocol.names import MAX_NAME, matcher
 from fdshare.protocol.subscriptions import Subscriptions
 from fdshare.server.core.policy import Policy
 from fdshare.server.core.ports import Awaiting, Effects, JournalBusy, Session, Waiter
@@ -85,13 +85,12 @@ class Waiters(Transactions):
         if self.effects.auditing:
             verb = "request" if request is None else type(request).__name__.lower()
             name = str(getattr(request, "name", "") or getattr(request, "old", ""))
-            self.effects.audit(verb, name, session, f"refused: {error}")
+            self.effects.audit(verb, name[:MAX_NAME], session, f"refused: {error}")
 
     # Waiting.
 
     def _wait_for(self, session: Session, id: int, request: Awaiting, now: float) -> None:
         """Keeps the request until its name appears."""
-        check_name(request.name)
         wait = request.wait
         if wait is not None and not wait > 0:
             raise NameNotFound(request.name)

@@ -13,7 +13,7 @@ from fdshare.errors import (
     TooManyDescriptors,
 )
 from fdshare.protocol import messages as m
-from fdshare.protocol.names import MAX_ENTRY_DESCRIPTORS, MAX_KIND, check_metadata, check_name
+from fdshare.protocol.names import MAX_ENTRY_DESCRIPTORS
 from fdshare.server.core.ports import Session
 from fdshare.server.core.records import Drop, Move, Put, Record
 from fdshare.server.core.table import Entry, Handle
@@ -33,7 +33,7 @@ class Writes(Waiters):
             return False
         guarded = request.lifetime != "server"
         own = len(handles) - (request.lifetime == "connection")
-        self._check_registration(request, own)
+        self._check_count(own)
         self._permit("register", request.name, session)
         count = len(handles) + (request.lifetime == "process")
         self._settle_if_crowded(session, count, now)
@@ -77,20 +77,12 @@ class Writes(Waiters):
         self.effects.audit("register", request.name, session, f"generation {generation}")
         return True
 
-    def _check_registration(self, request: m.Register, count: int) -> None:
-        check_name(request.name)
-        check_metadata(request.metadata)
-        size = len(request.kind.tag.encode()) + memoryview(request.kind.spec).nbytes
-        if size > MAX_KIND:
-            raise InvalidArgument("kind", f"{size} bytes, at most {MAX_KIND} of tag and spec")
+    @staticmethod
+    def _check_count(count: int) -> None:
         if count < 1:
             raise InvalidArgument("descriptors", "an entry has at least one")
         if count > MAX_ENTRY_DESCRIPTORS:
             raise TooManyDescriptors(count, MAX_ENTRY_DESCRIPTORS)
-        if request.ttl is not None and not 0 < request.ttl < float("inf"):
-            raise InvalidArgument("ttl", f"{request.ttl!r} is not a positive number of seconds")
-        if not 0 <= request.grace < float("inf"):
-            raise InvalidArgument("grace", f"{request.grace!r} is not a number of seconds")
 
     def _check_clash(self, request: m.Register, former: Entry | None, session: Session) -> None:
         wanted = request.if_generation
@@ -153,7 +145,6 @@ class Writes(Waiters):
     ) -> bool:
         if self._answered_before(session, id):
             return False
-        check_name(request.new)
         self._permit("unregister", request.old, session)
         self._permit("register", request.new, session)
         entry = self._present(request.old, now)
@@ -174,7 +165,6 @@ class Writes(Waiters):
     def _bind(
         self, session: Session, id: int, request: m.Bind, handles: list[Handle], now: float
     ) -> bool:
-        check_name(request.name)
         self._permit("fetch", request.name, session)
         entry = self._present(request.name, now)
         if entry is None:

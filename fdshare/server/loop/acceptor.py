@@ -26,7 +26,7 @@ from fdshare.kernel.ancillary import MAX_DESCRIPTORS, send_message
 from fdshare.kernel.credentials import Credentials, is_overflow_uid, peer_credentials
 from fdshare.protocol import messages as m
 from fdshare.protocol.auth import NONCE_SIZE, prove
-from fdshare.protocol.framing import MAX_FRAME, Frame, header
+from fdshare.protocol.framing import MAX_REQUEST, Frame, header
 from fdshare.protocol.names import MAX_SESSION
 from fdshare.server.core.policy import Subject
 from fdshare.server.core.ports import Session
@@ -221,7 +221,7 @@ class Acceptor:
             m.VERSION,
             os.getpid(),
             self._epoch,
-            MAX_FRAME,
+            MAX_REQUEST,
             MAX_DESCRIPTORS,
             self._output.service.limits.in_flight_per_connection,
             nonce,

@@ -11,7 +11,7 @@ from collections import deque
 from typing import Final
 
 from fdshare.kernel.ancillary import send_message
-from fdshare.protocol.framing import Frame, Receiver
+from fdshare.protocol.framing import MAX_GREETING, MAX_REQUEST, Frame, Receiver
 from fdshare.server.core.ports import Session
 from fdshare.server.loop.closing import Handle
 
@@ -66,7 +66,7 @@ class Connection:
     def __init__(self, sock: socket.socket, session: Session, now: float) -> None:
         self.sock = sock
         self.session = session
-        self.receiver: Receiver[Handle] = Receiver()
+        self.receiver: Receiver[Handle] = Receiver(MAX_REQUEST, MAX_GREETING)
         self.output: deque[QueuedFrame] = deque()
         self.output_bytes = 0
         self.pending: deque[Frame[Handle]] = deque()

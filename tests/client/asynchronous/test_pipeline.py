@@ -314,7 +314,7 @@ def test_a_cancelled_registration_that_was_not_sent_sends_nothing(
                     async with anyio.create_task_group() as tasks:
                         sent = 0
                         while not transport._output:  # until the socket is full
-                            tasks.start_soon(mine.explain, "fetch", "x" * 60000, 0, 0)
+                            tasks.start_soon(mine.explain, "bind", "x" * 60000, 0, 0)
                             await anyio.lowlevel.checkpoint()
                             sent += 1
                         tasks.start_soon(mine.register, "wrong", pipe)

@@ -7,7 +7,6 @@ from typing import Any
 import msgspec
 import pytest
 
-from fdshare.errors import NameNotFound
 from fdshare.protocol import messages as m
 from fdshare.server.core.ports import Session
 from fdshare.server.core.waiters import PART
@@ -64,10 +63,10 @@ def test_the_same_fetch_again_is_counted(effects: MemoryEffects) -> None:
 def test_fetch_many_names_all_that_is_missing(effects: MemoryEffects) -> None:
     session = effects.session()
     register(effects, session, "b")
-    with pytest.raises(NameNotFound) as caught:
-        ask(effects, session, m.FetchMany(["a", "b", "c", "a"]))
-    assert caught.value.names == ["a", "c"]
+    (reply,) = ask(effects, session, m.FetchMany(["a", "b", "c", "a"]))
+    assert reply == m.GivenMany([], [0, 2, 3])
     assert effects.table.entries["b"].fetches == 0
+    assert effects.service.counters["refused"] == 1
     (reply,) = ask(effects, session, m.FetchMany(["b", "b"]))
     assert [item.name for item in reply.items] == ["b"]
     assert effects.table.entries["b"].fetches == 1

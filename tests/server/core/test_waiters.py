@@ -100,6 +100,14 @@ def test_waits_that_are_over_leave_nothing_behind(effects: MemoryEffects) -> Non
     assert not session.waiting
 
 
+def test_a_watch_that_is_refused_leaves_nothing_behind(effects: MemoryEffects) -> None:
+    session = effects.session()
+    with pytest.raises(InvalidArgument):
+        effects.service.handle(session, 1, m.Watch("*" * 2000), [], 0.0)
+    assert session.watches == {}
+    effects.service.disconnected(session, 0.0)
+
+
 def test_ids_under_way_are_taken(effects: MemoryEffects) -> None:
     session = effects.session()
     effects.service.handle(session, 1, m.Fetch("x", wait=1.0), [], 0.0)
