@@ -55,6 +55,7 @@ from fdshare.protocol.kind import Kind
 
 __all__ = [
     "Kind",
+    "base_with_kind",
     "describe",
     "describers",
     "discard",
@@ -137,6 +138,11 @@ def rebuilder(kind: Kind) -> Callable[[int], Any]:
 def is_shareable(cls: type) -> bool:
     """True if objects of *cls* have a kind of their own: more than "something with fileno()"."""
     return cls in describers or _describer_of(cls) is not None
+
+
+def base_with_kind(cls: type) -> type | None:
+    """*cls*, or the nearest of its base classes whose objects have a kind of their own."""
+    return next((base for base in cls.__mro__ if _own_describer(base)), None)
 
 
 def in_shared_memory(array: Any) -> bool:
@@ -283,7 +289,11 @@ _BUILT_IN_TAGS: Final = frozenset(_rebuilders)
 def _describer_of(cls: type) -> Describer | None:
     """The one of the nearest base class that has one."""
     for base in cls.__mro__:
-        found = describers.get(base) or _BY_NAME.get((base.__module__, base.__qualname__))
+        found = _own_describer(base)
         if found is not None:
             return found
     return None
+
+
+def _own_describer(cls: type) -> Describer | None:
+    return describers.get(cls) or _BY_NAME.get((cls.__module__, cls.__qualname__))

@@ -12,6 +12,7 @@ decoding is raised there.
 
 from __future__ import annotations
 
+import pickle
 import threading
 from collections.abc import Callable
 from typing import Any, Final, Protocol, TypeAlias
@@ -31,6 +32,7 @@ __all__ = [
     "Made",
     "Reduced",
     "Transit",
+    "bare_pickle",
     "loads",
     "made_at_once",
     "open_arrived",
@@ -253,6 +255,21 @@ def loads(
     return obj
 
 
+class _Bare:
+    """Pickles as *reduced*."""
+
+    def __init__(self, reduced: Reduced) -> None:
+        self._reduced = reduced
+
+    def __reduce__(self) -> Reduced:
+        return self._reduced
+
+
+def bare_pickle(kind: Kind) -> bytes:
+    """The pickle of an object of *kind* by itself, with one descriptor."""
+    return pickle.dumps(_Bare(Inline().carry(None, kind, [0])))
+
+
 # The pickles that are one object with one descriptor, as reducers.py makes them for sockets: the
 # same few bytes each time. Those seen before are not unpickled.
 _bare_pickles: Final[dict[bytes, Callable[[int], Any]]] = {}
@@ -265,6 +282,10 @@ _LONGEST: Final = 256  # bytes
 
 def _remember(data: bytes, kind: Kind) -> None:
     if len(_bare_pickles) < _REMEMBERED and len(data) <= _LONGEST:
+        # Functions of the program that return the object may be in the pickle, to be called each
+        # time: only the bytes tell that there is nothing but the object.
+        if data != bare_pickle(kind):
+            return
         _bare_pickles[data] = build = rebuilder(kind)
         if kind.tag in ("socket", "descriptor"):
             made_at_once[data] = build

@@ -22,7 +22,7 @@ import threading
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Final, cast
 
 from fdshare.errors import InvalidArgument
 from fdshare.kernel.descriptor import Descriptor
@@ -30,6 +30,7 @@ from fdshare.mp.pickling import parked
 from fdshare.mp.pickling.bundle import Reduced
 from fdshare.mp.pickling.hold import Held
 from fdshare.mp.pickling.parked import DEFAULT_TTL, Label, Parked, Place, dumps_single
+from fdshare.mp.pickling.program_reducers import Reducers, reducer_of_program
 from fdshare.mp.pickling.reducers import PLAIN, Override, reduce_with
 from fdshare.parking.client import new_address
 
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     class _PatchedPickler(StockForkingPickler):
         """A ForkingPickler with our methods."""
 
+        registered: ClassVar[Reducers]
         bare_exceptions: bool
         saw_exception: bool
         parked: Parked | None
@@ -143,6 +145,7 @@ def _patch(reduction: ReductionModule) -> None:
         "dump": _make_dump(package, reduction),
         "reducer_override": _make_override(package, reduction),
         "bare_exceptions": True,
+        "registered": pickler._extra_reducers,
         "parked": None,
     }
     _patched[pickler] = {name: vars(pickler).get(name, _ABSENT) for name in new}
@@ -152,6 +155,7 @@ def _patch(reduction: ReductionModule) -> None:
 
 def _make_dumps(pickler: type[StockForkingPickler]) -> object:
     stock_dumps = vars(pickler)["dumps"].__func__
+    patched = cast("type[_PatchedPickler]", pickler)
 
     def dumps(cls: type, /, obj: Any, *args: object, **kwargs: object) -> bytes | memoryview:
         """*obj* pickled. A single descriptor, and what has no parts, is pickled in less time."""
@@ -159,7 +163,11 @@ def _make_dumps(pickler: type[StockForkingPickler]) -> object:
             of = type(obj)
             if of in _WITHOUT_PARTS:
                 return pickle.dumps(obj)
-            if of in _SINGLE and (message := dumps_single(obj)) is not None:
+            if (
+                of in _SINGLE
+                and reducer_of_program(patched, of) is None
+                and (message := dumps_single(obj)) is not None
+            ):
                 return message
         pickled: memoryview = stock_dumps(cls, obj, *args, **kwargs)
         return pickled

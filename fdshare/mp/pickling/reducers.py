@@ -14,12 +14,18 @@ from __future__ import annotations
 import copyreg
 import io
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import BuiltinFunctionType, FunctionType, TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol, TypeAlias
 
 from fdshare.kinds import Kind, describe, describers, in_shared_memory, is_shareable, user_kinds
-from fdshare.mp.pickling.bundle import Bundle, Encoded, Inline, Reduced, Transit
+from fdshare.mp.pickling.bundle import Bundle, Encoded, Inline, Transit, bare_pickle
+from fdshare.mp.pickling.program_reducers import (
+    HasReducers,
+    Reducers,
+    pickles_itself,
+    reducer_of_program,
+)
 
 if TYPE_CHECKING:
     from pickle import Pickler as _Pickler
@@ -53,7 +59,7 @@ _NUMBERS_AND_TEXT: Final = frozenset({int, str, bytes, float, bool, type(None)})
 _plain_dumps: Final = pickle.dumps
 
 
-class ExceptionPickler(Protocol):
+class ExceptionPickler(HasReducers, Protocol):
     """What `reduce_with` asks and tells the pickler that calls it."""
 
     bare_exceptions: bool  # pickle them as the package does it
@@ -66,14 +72,15 @@ class TransitPickler(_Pickler):
     transit: Transit
     bare_exceptions = False
     saw_exception = False
-    registered: ClassVar[dict[type, Callable[[Any], tuple[Any, ...] | str]]]
+    registered: ClassVar[Reducers]
 
     def reducer_override(self, obj: Any) -> Override:
         cls = type(obj)
         if cls in PLAIN:
             return NotImplemented
-        if cls in self.registered and not is_shareable(cls):
-            return self.registered[cls](obj)
+        reducer = self.registered.get(cls)
+        if reducer is not None and not is_shareable(cls):
+            return reducer(obj)
         return reduce_with(self.transit, self, obj, cls)
 
 
@@ -104,7 +111,7 @@ def encode(family: HasPickler, obj: Any) -> Encoded:
     if cls in _NUMBERS_AND_TEXT:
         return _plain_dumps(obj, -1)
     describe_it = describers.get(cls)
-    if describe_it is not None:
+    if describe_it is not None and reducer_of_program(family.Pickler, cls) is None:
         kind, fds = describe_it(obj)
         known = _bare_pickles.get(id(kind))
         if known is None or known[0] is not kind:
@@ -153,20 +160,10 @@ def _bare_pickle(kind: Kind) -> tuple[Kind, bytes] | None:
     """*kind*, and the pickle of an object of it by itself."""
     if kind.tag not in _BARE_TAGS:
         return None
-    entry = kind, _plain_dumps(_Bare(Inline().carry(None, kind, [0])))
+    entry = kind, bare_pickle(kind)
     if len(_bare_pickles) < _REMEMBERED:
         _bare_pickles[id(kind)] = entry
     return entry
-
-
-class _Bare:
-    """Pickles as *reduced*."""
-
-    def __init__(self, reduced: Reduced) -> None:
-        self._reduced = reduced
-
-    def __reduce__(self) -> Reduced:
-        return self._reduced
 
 
 def reduce_with(transit: Transit, pickler: ExceptionPickler, obj: Any, cls: type) -> Override:
@@ -175,7 +172,7 @@ def reduce_with(transit: Transit, pickler: ExceptionPickler, obj: Any, cls: type
     Raises: what `kinds.describe` raises.
     """
     if cls in describers:
-        return transit.carry(obj, *describe(obj))
+        return _reduce_with_kind(transit, pickler, obj, cls)
     if issubclass(cls, BaseException):
         return _reduce_exception(pickler, obj)
     if cls is TracebackType:
@@ -184,16 +181,25 @@ def reduce_with(transit: Transit, pickler: ExceptionPickler, obj: Any, cls: type
         return _reduce_with_fileno(transit, pickler, obj, cls)
     if hasattr(cls, "__array_interface__") and in_shared_memory(obj):
         return transit.carry(obj, *describe(obj))
-    if cls.__module__ == "tempfile" or user_kinds:
-        return transit.carry(obj, *describe(obj)) if is_shareable(cls) else NotImplemented
+    if (cls.__module__ == "tempfile" or user_kinds) and is_shareable(cls):
+        return _reduce_with_kind(transit, pickler, obj, cls)
     return NotImplemented
+
+
+def _reduce_with_kind(transit: Transit, pickler: ExceptionPickler, obj: Any, cls: type) -> Override:
+    reducer = reducer_of_program(pickler, cls)
+    if reducer is not None:
+        return reducer(obj)
+    if pickles_itself(cls):
+        return obj.__reduce_ex__(pickle.DEFAULT_PROTOCOL)
+    return transit.carry(obj, *describe(obj))
 
 
 def _reduce_with_fileno(
     transit: Transit, pickler: ExceptionPickler, obj: Any, cls: type
 ) -> Override:
     if is_shareable(cls):
-        return transit.carry(obj, *describe(obj))
+        return _reduce_with_kind(transit, pickler, obj, cls)
     if cls in copyreg.dispatch_table or cls in getattr(pickler, "dispatch", ()):
         return NotImplemented
     # A class of a program that has a fileno() method is pickled as the program wants. What cannot

@@ -18,6 +18,7 @@ from fdshare.kinds import is_shareable
 from fdshare.mp.channels.connection import ConnectionMixin
 from fdshare.mp.family import Family
 from fdshare.mp.pickling.bundle import Bundle, Reduced
+from fdshare.mp.pickling.program_reducers import pickles_itself, reducer_of_program
 from fdshare.mp.pickling.reducers import dumps
 from fdshare.mp.stock import Function
 
@@ -153,7 +154,8 @@ def _hold(family: Family, value: Any) -> Any:
         if all(part is None for part in parts.values()):
             return None
         return {key: value[key] if new is None else new for key, new in parts.items()}
-    if not is_shareable(cls):
+    # What pickles itself may be made for a single loading, in a process that is being started.
+    if not is_shareable(cls) or pickles_itself(cls) or reducer_of_program(family.Pickler, cls):
         return None
     return _Argument(family, dumps(family, value).own())
 

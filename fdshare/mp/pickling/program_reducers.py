@@ -1,0 +1,66 @@
+"""Where a program says itself how its objects are pickled, that is obeyed.
+
+It may say so for objects that have a kind: `ForkingPickler.register`, `copyreg.pickle` and, with
+dill, `dill.pickle` for a class such as socket.socket; methods such as `__reduce__` in a class that
+derives from one. The packages register reducers for the same classes: those give way to ours.
+"""
+
+from __future__ import annotations
+
+import copyreg
+from collections.abc import Callable
+from typing import Any, ClassVar, Final, Protocol, TypeAlias
+
+from fdshare.kinds import base_with_kind
+
+__all__ = ["HasReducers", "Reducers", "pickles_itself", "reducer_of_program"]
+
+Reducer: TypeAlias = Callable[[Any], tuple[Any, ...] | str]
+Reducers: TypeAlias = dict[type, Reducer]
+
+# Their reducers of classes that have a kind.
+_PACKAGES: Final = frozenset(
+    {
+        f"{package}.{name}"
+        for package in ("multiprocessing", "multiprocess")
+        for name in ("reduction", "connection")
+    }
+    | {"dill._dill", "pickle"}
+)
+_METHODS: Final = ("__reduce_ex__", "__reduce__", "__getstate__")
+
+
+class HasReducers(Protocol):
+    """A pickler. That of dill has a table called `dispatch`, too."""
+
+    registered: ClassVar[Reducers]  # with ForkingPickler.register
+
+
+def reducer_of_program(pickler: HasReducers | type[HasReducers], cls: type) -> Reducer | None:
+    """What the program has registered for objects of *cls*, which have a kind; None: nothing.
+
+    The order is that of the standard pickler, and of dill's.
+    """
+    dispatch = getattr(pickler, "dispatch", None)
+    if dispatch is not None and cls in dispatch and _is_programs(dispatch[cls]):
+        return _left_to_pickler
+    reducer = pickler.registered.get(cls)
+    if reducer is not None:
+        return reducer if _is_programs(reducer) else None
+    return copyreg.dispatch_table.get(cls)
+
+
+def _is_programs(reducer: object) -> bool:
+    return getattr(reducer, "__module__", None) not in _PACKAGES  # any callable may be one
+
+
+def _left_to_pickler(_: object) -> Any:
+    return NotImplemented
+
+
+def pickles_itself(cls: type) -> bool:
+    """True if *cls* has methods for pickling that are not those of its base class with a kind."""
+    base = base_with_kind(cls)
+    return base is not None and any(
+        getattr(cls, name) is not getattr(base, name) for name in _METHODS
+    )
