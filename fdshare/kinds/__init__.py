@@ -17,6 +17,7 @@ Connection: multiprocessing, multiprocess,   the same class, readable and writab
 fdshare
 SharedMemory                                 the same memory, not a copy
 a numpy array that lies in one               a numpy array in the same memory
+of a class that derives from it              refused: its mask, its unit is not in the memory
 Descriptor, a number, anything with fileno() Descriptor
 ssl.SSLSocket                                refused: its state is not in the descriptor
 yours                                        what you registered: `register_kind`

@@ -62,7 +62,8 @@ def rebuild_memory(raw: msgspec.Raw, descriptors: list[Descriptor]) -> SharedMem
 def describe_array(array: Any) -> Described:
     """The kind and the descriptor, borrowed from the memory that *array* lies in.
 
-    Raises: UnsupportedKind: it lies in ordinary memory; ClosedDescriptor.
+    Raises: UnsupportedKind: it lies in ordinary memory, or is more than an array (a masked one);
+    ClosedDescriptor.
     """
     place = array_place(array)
     if place is None:
@@ -70,6 +71,12 @@ def describe_array(array: Any) -> Described:
             type(array).__qualname__,
             "it lies in this process's own memory; share fdshare.shared_copy(array), or make it "
             "with SharedMemory(size).as_array(dtype, shape)",
+        )
+    if type(array).__module__ != "numpy" or type(array).__name__ != "ndarray":
+        raise UnsupportedKind(
+            type(array).__qualname__,
+            "what its class adds to the numbers, such as a mask, is not in the memory; share "
+            "numpy.ndarray.view(array, numpy.ndarray), and the rest beside it",
         )
     spec = ArraySpec(
         place.size,

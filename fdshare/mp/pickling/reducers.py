@@ -19,6 +19,7 @@ from types import BuiltinFunctionType, FunctionType, TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol, TypeAlias
 
 from fdshare.kinds import Kind, describe, describers, in_shared_memory, is_shareable, user_kinds
+from fdshare.mp.pickling.arrays import reduce_array
 from fdshare.mp.pickling.bundle import Bundle, Encoded, Inline, Transit, bare_pickle
 from fdshare.mp.pickling.program_reducers import (
     HasReducers,
@@ -180,7 +181,7 @@ def reduce_with(transit: Transit, pickler: ExceptionPickler, obj: Any, cls: type
     if hasattr(cls, "fileno"):
         return _reduce_with_fileno(transit, pickler, obj, cls)
     if hasattr(cls, "__array_interface__") and in_shared_memory(obj):
-        return transit.carry(obj, *describe(obj))
+        return _reduce_array(transit, pickler, obj, cls)
     if (cls.__module__ == "tempfile" or user_kinds) and is_shareable(cls):
         return _reduce_with_kind(transit, pickler, obj, cls)
     return NotImplemented
@@ -193,6 +194,14 @@ def _reduce_with_kind(transit: Transit, pickler: ExceptionPickler, obj: Any, cls
     if pickles_itself(cls):
         return obj.__reduce_ex__(pickle.DEFAULT_PROTOCOL)
     return transit.carry(obj, *describe(obj))
+
+
+def _reduce_array(transit: Transit, pickler: ExceptionPickler, obj: Any, cls: type) -> Override:
+    reducer = reducer_of_program(pickler, cls)
+    if reducer is not None:
+        return reducer(obj)
+    reduced = reduce_array(transit, obj, cls)
+    return NotImplemented if reduced is None else reduced
 
 
 def _reduce_with_fileno(
