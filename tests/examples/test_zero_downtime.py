@@ -256,8 +256,8 @@ def test_an_unprivileged_application_has_a_privileged_port(shell: Shell, folder:
 AS_NOBODY = f"""
 import os, sys
 import fdshare.activation, fdshare.cli.main, fdshare.cli.commands.run, fdshare.kinds
-import fdshare.client.blocking.client
-import fdshare.server.loop.inspect, ipaddress  # what nobody could not import: it may be under /root
+import fdshare.client.blocking.client, fdshare.cli.support.listener
+import ipaddress  # what nobody could not import: it may be under /root
 os.setgroups([])
 os.setgid({NOBODY})
 os.setuid({NOBODY})

@@ -178,18 +178,39 @@ def _fetch_options(command: Any) -> Any:
 
 @click.command(short_help="Give what is registered to a program, or print its content.")
 @_fetch_options
+@click.option("--check", is_flag=True, help="Fail if the kernel says that something is wrong.")
 @for_server
-def fetch(client: Client, name: str, command: Sequence[str], cat: bool, wait: float) -> None:
+def fetch(
+    client: Client, name: str, command: Sequence[str], cat: bool, wait: float, check: bool
+) -> None:
     """Run CMD with what is registered under NAME, as `fdshare run` does, or print its content.
+
+    --check looks for what `ls` says in brackets: a path that is gone, a peer that is gone, a queue
+    that is full. Alone it does nothing else.
 
     \b
     Examples:
       fdshare fetch config --cat
       fdshare fetch web -- ./server --fd {web}
+      fdshare fetch web --check && echo clients can connect
     """
-    _check_use(name, command, cat)
+    if not check or command or cat:
+        _check_use(name, command, cat)
     with ExitStack() as stack:
-        _use(_owned(client.fetch_raw(name, timeout=or_never(wait)), stack), name, command, cat)
+        descriptors = _owned(client.fetch_raw(name, timeout=or_never(wait)), stack)
+        if check:
+            _check_health(name, descriptors)
+        if command or cat:
+            _use(descriptors, name, command, cat)
+
+
+def _check_health(name: str, descriptors: Sequence[Descriptor]) -> None:
+    """Raises: click.ClickException: what is wrong with one of them."""
+    from fdshare.server.loop.inspect import describe_descriptor
+
+    for descriptor in descriptors:
+        if wrong := describe_descriptor(descriptor.fileno()).health:
+            raise click.ClickException(f"{name}: {wrong}")
 
 
 @click.command(short_help="As fetch, and remove the name.")

@@ -16,6 +16,7 @@ from fdshare.protocol.bind_address import parse_address
 
 if TYPE_CHECKING:
     from fdshare.cli.support.detached import Detached
+    from fdshare.cli.support.listener import Mismatch
     from fdshare.cli.support.output_file import OutputFile
     from fdshare.client.blocking.client import Client
     from fdshare.kernel.descriptor import Descriptor
@@ -64,6 +65,8 @@ class _WithCommand(click.Command):
 @click.option("--start", is_flag=True, help="Start a server if none answers.")
 @click.option("--backlog", type=click.IntRange(0), default=4096, show_default=True)
 @click.option("--reuse-port", is_flag=True, help="Bind with SO_REUSEPORT.")
+@click.option("--keep", is_flag=True, help="Go on with what NAME has, if it is not ADDRESS.")
+@click.option("--rebind", is_flag=True, help="Replace what NAME has by ADDRESS, if it is another.")
 @click.option("--notify", is_flag=True, help="Give CMD a NOTIFY_SOCKET, and store its descriptors.")
 @click.option(
     "--detach",
@@ -91,8 +94,9 @@ def run(path: str | None, trust: tuple[str, ...], words: Sequence[str], **option
     """Run CMD with descriptors from 3 on, as LISTEN_FDS, LISTEN_FDNAMES and LISTEN_PID say.
 
     NAME is registered already; the server binds NAME=ADDRESS if it is not: tcp://HOST:PORT,
-    udp://HOST:PORT, unix:///PATH. {NAME} in CMD becomes the number of the descriptor. CMD replaces
-    this process and keeps its pid.
+    udp://HOST:PORT, unix:///PATH. If something else is registered, it is an error; see --keep and
+    --rebind. A UNIX socket whose path is gone is bound anew. {NAME} in CMD becomes the number of
+    the descriptor. CMD replaces this process and keeps its pid.
 
     \b
     Examples:
@@ -168,6 +172,8 @@ def _output(
 
 def _check(wanted: Sequence[Wanted], options: dict[str, Any]) -> None:
     """Raises: click.UsageError for options that do not go together."""
+    if options["keep"] and options["rebind"]:
+        raise click.UsageError("give one of --keep and --rebind")
     if options["output"] and not options["detach"]:
         raise click.UsageError("--output goes with --detach")
     if options["notify"]:
@@ -223,31 +229,18 @@ def _split(words: Sequence[str], command: list[str] | None) -> tuple[list[Wanted
 
 def _get(client: Client, want: Wanted, options: dict[str, Any]) -> list[Descriptor]:
     """The descriptors of one name. The caller owns the result."""
-    if not want.address:
-        fetched = client.fetch_raw(want.name, timeout=or_never(options["wait"]))
-        return list(map(with_own_offset, fetched))
-    from fdshare.kernel.descriptor import Descriptor
+    from fdshare.cli.support.listener import WantedAddress, held_socket, unreachable
 
-    bound = client.bind(
-        want.name, want.address, backlog=options["backlog"], reuse_port=options["reuse_port"]
-    )
-    descriptor = Descriptor(bound.detach())
-    _compare(want, descriptor)
-    return [descriptor]
-
-
-def _compare(want: Wanted, descriptor: Descriptor) -> None:
-    """Prints a note if the name was registered already with another address."""
-    from fdshare.server.loop.inspect import describe_descriptor
-
-    address = parse_address(want.address)
-    found = describe_descriptor(descriptor.fileno())
-    host = f"[{address.host}]" if address.is_ipv6 else address.host
-    local = address.path if address.scheme == "unix" else f"{host}:{address.port}"
-    if found.local != local and address.port:
-        print(
-            f"fdshare: {want.name} is held at {found.local}, not at {want.address}; "
-            f"to bind it anew: fdshare rm {want.name}",
-            file=sys.stderr,
+    if want.address:
+        mismatch: Mismatch = (
+            "keep" if options["keep"] else "rebind" if options["rebind"] else "refuse"
         )
-        sys.stderr.flush()
+        wanted = WantedAddress(
+            want.name, want.address, options["backlog"], options["reuse_port"], mismatch
+        )
+        return [held_socket(client, wanted)]
+    fetched = client.fetch_raw(want.name, timeout=or_never(options["wait"]))
+    for descriptor in fetched:
+        if wrong := unreachable(descriptor):
+            print(f"fdshare: {want.name}: {wrong}", file=sys.stderr, flush=True)
+    return list(map(with_own_offset, fetched))

@@ -184,6 +184,9 @@ def _socket_health(sock: socket.socket, facts: _Facts) -> _Facts:
         wrong.append(f"nobody accepts: {queue} connections wait, the queue is full")
     if not facts["listening"] and sock.type != socket.SOCK_DGRAM:
         wrong.append(_peer_health(_events(sock.fileno()), tcp))
+    # unix_stream_connect() refuses then; a TCP socket that is shut down does not listen any more.
+    if facts["listening"] and sock.family == socket.AF_UNIX and _events(sock.fileno()) & _RDHUP:
+        wrong.append("it is shut down, nobody can connect")
     return {"queue": queue, "backlog": backlog, "health": "; ".join(filter(None, wrong))}
 
 

@@ -128,14 +128,16 @@ def test_wait_for_a_name_that_another_registers(fdshare: Shell) -> None:
     assert process.communicate(timeout=60)[0] == Path("/proc/version").read_text()
 
 
-def test_an_address_that_changed_is_told(fdshare: Shell) -> None:
+def test_an_address_that_changed_is_refused(fdshare: Shell) -> None:
     with socket.create_server(("127.0.0.1", 0)) as one:
         port = one.getsockname()[1]
     fdshare("run", f"web=tcp://127.0.0.1:{port}", "--", "true")
     assert fdshare.run("run", f"web=tcp://localhost:{port}", "--", "true").stderr == ""
-    done = fdshare.run("run", f"web=tcp://127.0.0.1:{port + 1}", "--", "true")
-    assert done.returncode == 0
-    assert f"web is held at 127.0.0.1:{port}, not at tcp://127.0.0.1:{port + 1}" in done.stderr
+    line = fdshare.fails("run", f"web=tcp://127.0.0.1:{port + 1}", "--", "true")
+    assert f"it is at 127.0.0.1:{port}, not at tcp://127.0.0.1:{port + 1}" in line
+    assert "--keep" in line
+    both = ["run", "--keep", "--rebind", "web", "--", "true"]
+    assert "one of" in fdshare.fails(*both, status=2)
 
 
 def test_a_unix_socket(fdshare: Shell, folder: Path) -> None:

@@ -1,0 +1,190 @@
+"""The socket of NAME=ADDRESS: the one that is held, if it is that address and clients reach it.
+
+A socket whose path is gone is bound anew. Every other difference is refused, unless the caller
+keeps what is held or replaces it. The new socket is bound before the entry is replaced, so that no
+connection is refused; who has the old one keeps it.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, Literal, TypeAlias
+
+import click
+
+from fdshare.client.conversation import Exchange
+from fdshare.errors import AccessDenied, GenerationMismatch, NameNotFound
+from fdshare.kernel.ancillary import close_all
+from fdshare.kernel.descriptor import Descriptor
+from fdshare.protocol import messages as m
+from fdshare.protocol.bind_address import BindAddress, parse_address
+from fdshare.server.loop.binding import bind_address
+from fdshare.server.loop.inspect import describe_descriptor
+
+if TYPE_CHECKING:
+    import socket
+
+    from fdshare.client.blocking.client import Client
+    from fdshare.client.verbs import Steps
+
+__all__ = ["Difference", "Mismatch", "WantedAddress", "held_socket", "unreachable"]
+
+Mismatch: TypeAlias = Literal["refuse", "keep", "rebind"]
+
+_ATTEMPTS: Final = 5  # others may replace it at the same time
+
+
+class Difference(click.ClickException):
+    """What is held under the name is not what was asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class WantedAddress:
+    """NAME=ADDRESS, and what to do where something else is held."""
+
+    name: str
+    address: str
+    backlog: int
+    reuse_port: bool
+    mismatch: Mismatch
+
+
+def held_socket(client: Client, wanted: WantedAddress) -> Descriptor:
+    """The socket of *wanted*, bound by the server if nothing is held. The caller owns the result.
+
+    Raises: Difference; and as Client.bind.
+    """
+    address = parse_address(wanted.address)
+    for _ in range(_ATTEMPTS):
+        given, descriptors = client._do(_bind(wanted.name, wanted))
+        try:
+            difference, gone = _difference(address, descriptors, given.kind.tag)
+            if not difference or (wanted.mismatch == "keep" and len(descriptors) == 1):
+                return descriptors.pop(0)
+        finally:
+            close_all(descriptors)
+        if wanted.mismatch == "refuse" and not gone:
+            raise Difference(
+                f"{wanted.name} is held, but {difference}; --keep goes on with what is held, "
+                "--rebind replaces it"
+            )
+        if difference == _wrong_mode(address):
+            os.chmod(address.path, address.mode or 0)
+            continue
+        try:
+            return _rebound(client, wanted, address, given.generation)
+        except GenerationMismatch:
+            continue
+    raise Difference(f"{wanted.name} is replaced again and again by somebody else")
+
+
+def unreachable(descriptor: Descriptor) -> str:
+    """Why nobody can connect to a listening socket; empty if that is not known. *descriptor* is
+    borrowed for the call."""
+    found = describe_descriptor(descriptor.fileno())
+    return found.health if found.listening and "nobody can connect" in found.health else ""
+
+
+def _difference(address: BindAddress, descriptors: list[Descriptor], tag: str) -> tuple[str, bool]:
+    """(how they differ from *address*, or empty; whether it is only that the path is gone)."""
+    if len(descriptors) != 1:
+        return f"it is a {tag} of {len(descriptors)} descriptors, not a socket", False
+    found = describe_descriptor(descriptors[0].fileno())
+    if found.type != "socket":
+        return f"it is a {found.type}, not a socket for {address}", False
+    family, kind = _sort_of(address)
+    if (found.family, found.socket_type) != (family, kind):
+        return f"it is a socket {found.family}/{found.socket_type}, not {address}", False
+    if kind == "stream" and not found.listening:
+        return "it does not listen: it is a connection, or somebody has shut it down", False
+    if not _is_at(address, found.local):
+        return f"it is at {found.local or 'no address'}, not at {address}", False
+    if "nobody can connect" in found.health:
+        return found.health, found.health.startswith("nothing is at")
+    return _wrong_mode(address), False
+
+
+def _sort_of(address: BindAddress) -> tuple[str, str]:
+    """(family, type) of a socket, as DescriptorInfo has them."""
+    if address.scheme == "unix":
+        return "unix", "stream"
+    return "inet6" if address.is_ipv6 else "inet", "stream" if address.scheme == "tcp" else "dgram"
+
+
+def _is_at(address: BindAddress, local: str) -> bool:
+    if address.scheme == "unix":
+        # A long path is bound through a descriptor of its folder.
+        is_long = local.startswith("/proc/self/fd/")
+        return local == address.path or (
+            is_long and os.path.basename(local) == os.path.basename(address.path)
+        )
+    host, _, port = local.rpartition(":")
+    wanted = f"[{address.host}]" if address.is_ipv6 else address.host
+    if host.partition("%")[0].rstrip("]") != wanted.partition("%")[0].rstrip("]"):
+        return False
+    return address.port in (0, int(port))
+
+
+def _wrong_mode(address: BindAddress) -> str:
+    """Whether the socket's file has another mode than *address* says."""
+    if address.mode is None:
+        return ""
+    try:
+        mode = os.stat(address.path).st_mode & 0o777
+    except OSError:
+        return ""
+    return "" if mode == address.mode else f"the mode of its file is {mode:04o}, not as {address}"
+
+
+# To replace it.
+
+
+def _rebound(
+    client: Client, wanted: WantedAddress, address: BindAddress, generation: int
+) -> Descriptor:
+    """A new socket, registered in place of *generation*. Raises: GenerationMismatch, and as bind.
+
+    The caller owns the result.
+    """
+    with _new_socket(client, wanted) as sock:
+        client.register(wanted.name, sock, if_generation=generation)
+        print(f"fdshare: {wanted.name} is bound anew, at {address}", file=sys.stderr, flush=True)
+        return Descriptor.dup_of(sock)
+
+
+@contextmanager
+def _new_socket(client: Client, wanted: WantedAddress) -> Iterator[socket.socket]:
+    """A socket that the server has bound, or this process where the server may not for this user:
+    its rights, and the owner of a socket's file, are those of the first bind."""
+    temporary = f"{wanted.name[:200]}.rebind-{secrets.token_hex(4)}"
+    try:
+        sock = client.bind(
+            temporary, wanted.address, backlog=wanted.backlog, reuse_port=wanted.reuse_port
+        )
+    except AccessDenied:
+        with bind_address(
+            wanted.address, backlog=wanted.backlog, reuse_port=wanted.reuse_port
+        ) as sock:
+            yield sock
+        return
+    try:
+        with sock:
+            yield sock
+    finally:
+        try:
+            client.unregister(temporary)
+        except NameNotFound:
+            pass
+
+
+def _bind(name: str, wanted: WantedAddress) -> Steps[tuple[m.Given, list[Descriptor]]]:
+    """What is held, whatever it is; `Client.bind` refuses what is no socket."""
+    asked = m.Bind(name, wanted.address, wanted.backlog, wanted.reuse_port)
+    parts = yield Exchange(asked)
+    given: m.Given = parts.replies[0]
+    return given, parts.descriptors
