@@ -2,11 +2,11 @@
 
 The first process that needs an address makes one up; its children inherit it, or learn it from what
 they are sent. A process that finds nobody there binds it and has a server exec'd: of two that try
-at once bind(2) lets one through, and the other one's connect(2) waits in the same backlog. The
+at once one is let through, and the other one's connect(2) waits in the same backlog. The
 server is no child of the process that starts it: multiprocessing's daemons may have none, and no
 wait(2) of the program finds it.
 
-parking/server.py is what runs there; protocol.py has the packets.
+parking/server.py is what runs there, private_address.py says where; protocol.py has the packets.
 """
 
 from __future__ import annotations
@@ -17,14 +17,12 @@ import socket
 import struct
 import subprocess
 import sys
-import tempfile
 import time
 import weakref
 from collections.abc import Sequence
 from typing import Final
 
 from fdshare.errors import (
-    AddressInUse,
     AlreadyTaken,
     DescriptorLimit,
     NoServer,
@@ -34,10 +32,9 @@ from fdshare.errors import (
     UntrustedServer,
 )
 from fdshare.kernel.ancillary import MAX_DESCRIPTORS, peek_descriptors, send_message
-from fdshare.kernel.credentials import peer_credentials
 from fdshare.kernel.descriptor import Descriptor
-from fdshare.kernel.endpoint import connect, listen
 from fdshare.kernel.plain_socket import stream_pair
+from fdshare.parking.private_address import connect_private, leave, listen_private
 from fdshare.parking.protocol import (
     CREDIT,
     FULL,
@@ -51,9 +48,8 @@ from fdshare.parking.protocol import (
     put_packet,
 )
 
-__all__ = ["PrivateServer", "new_address"]
+__all__ = ["PrivateServer"]
 
-_PREFIX: Final = "fdshare-private-"
 _TIMEOUT: Final = 30  # seconds that the server gets to answer; its start is in the first answer
 _TIMEVAL: Final = struct.pack("@ll", _TIMEOUT, 0)
 _ATTEMPTS: Final = 4  # a server may end while we connect
@@ -62,14 +58,6 @@ _ANSWER: Final = 16  # bytes, more than any answer has
 _PAUSE: Final = 0.005  # seconds, before another try
 _TRIES_IN_FLIGHT: Final = 500
 _NO_KEY: Final = REMOVE + bytes(KEY_SIZE)  # a request for a key that nobody has
-
-
-def new_address() -> str:
-    """An address that nobody can guess: abstract on Linux, where no file has to be removed when the
-    server is killed; elsewhere a path in a new folder of ours."""
-    if sys.platform == "linux":
-        return f"@{_PREFIX}{os.urandom(16).hex()}"
-    return os.path.join(tempfile.mkdtemp(prefix=_PREFIX), "sock")
 
 
 class _Connection:
@@ -193,10 +181,11 @@ class PrivateServer:
                 # Looked at first: the kernel drops those for which no number is free here.
                 descriptors = peek_descriptors(connection.sock, MAX_DESCRIPTORS)
                 answer = connection.sock.recv(_ANSWER)
-            except NoServer:
+            except (NoServer, UntrustedServer):
                 break
             except OSError as error:
-                assert connection is not None
+                if connection is None:
+                    raise
                 if isinstance(error, DescriptorLimit):
                     self._unread[key] = connection
                     raise
@@ -262,16 +251,13 @@ class PrivateServer:
     def _connect(self, start: bool) -> socket.socket:
         for attempt in range(_ATTEMPTS):
             try:
-                sock = connect(self.address, timeout=_TIMEOUT, kind=socket.SOCK_SEQPACKET)
+                sock = connect_private(self.address, _TIMEOUT)
                 break
-            except NoServer:
+            except (NoServer, ServerTimeout, UntrustedServer):
                 if not start or attempt == _ATTEMPTS - 1:
                     raise
                 _start(self.address)
         try:
-            who = peer_credentials(sock)
-            if who.uid not in (0, os.geteuid()):
-                raise UntrustedServer(self.address, who.uid)
             for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
                 sock.setsockopt(socket.SOL_SOCKET, option, _TIMEVAL)
         except BaseException:
@@ -302,29 +288,31 @@ def _start(address: str) -> None:
     """
     if not sys.executable:
         raise UnsupportedPlatform("a private server", "sys.executable is empty; name a server")
-    try:
-        listener = listen(address, kind=socket.SOCK_SEQPACKET)
-    except AddressInUse:
-        time.sleep(_PAUSE)  # it is bound, but may not listen yet
+    listeners = listen_private(address)
+    if not listeners:
+        time.sleep(_PAUSE)
         return
-    # detach(): the server removes the name, not we.
-    sock, lock = listener.detach()
+    fds = [listener.fileno() for listener in listeners]
+    inode = listeners[0].inode
     try:
         subprocess.run(
-            _command(sock.fileno(), address),
-            pass_fds=[sock.fileno()],
+            _command(fds, address, inode),
+            pass_fds=fds,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             check=True,
         )
+    except BaseException:
+        leave(address, inode)
+        raise
     finally:
-        sock.close()
-        if lock is not None:
-            lock.close()
+        for listener in listeners:
+            listener.leave_path()  # the server removes it
+            listener.close()
 
 
-def _command(fd: int, address: str) -> list[str]:
+def _command(fds: Sequence[int], address: str, inode: tuple[int, int] | None) -> list[str]:
     """A new interpreter that finds the modules that this one finds; it forks, so the server is a
     grandchild of this process.
 
@@ -332,7 +320,6 @@ def _command(fd: int, address: str) -> list[str]:
     run: its sys.path is the result.
     """
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    folder = None if address.startswith("@") else os.path.dirname(address)
     path = [root, *(os.path.abspath(folder) for folder in sys.path if folder)]
     code = (
         "import os, sys\n"
@@ -340,6 +327,6 @@ def _command(fd: int, address: str) -> list[str]:
         "os.setsid()\n"
         f"sys.path[:] = {path!r}\n"
         "from fdshare.parking.server import serve\n"
-        f"serve({fd}, {folder!r})\n"
+        f"serve({fds!r}, {address!r}, {inode!r})\n"
     )
     return [sys.executable, "-P", "-s", "-S", "-c", code]

@@ -13,14 +13,16 @@ from __future__ import annotations
 import heapq
 import os
 import resource
-import shutil
 import socket
 import time
+from collections.abc import Sequence
 from typing import Final
 
 from fdshare.errors import DescriptorLimit, FdshareError
 from fdshare.kernel.ancillary import send_message
 from fdshare.kernel.credentials import peer_credentials
+from fdshare.kernel.path_lock import Inode
+from fdshare.parking.private_address import is_ours, leave, remove_dead
 from fdshare.parking.protocol import (
     CREDIT,
     FULL,
@@ -79,8 +81,8 @@ class _Client:
 class _Server:
     """The clients, and what is held for them."""
 
-    def __init__(self, listener: socket.socket, nofile: int) -> None:
-        self.listener = listener
+    def __init__(self, listeners: Sequence[socket.socket], nofile: int) -> None:
+        self.listeners = listeners
         # Of *nofile* descriptors five eighths are for what is held, an eighth for what may be put
         # on credit beyond that, the rest for the clients' sockets and our own.
         self.limit = max(nofile * 5 // 8 - _RESERVE, 1)
@@ -105,7 +107,8 @@ class _Server:
 
     def run(self) -> None:
         """Serves until no client is connected and nothing is held."""
-        self.poller.register(self.listener.fileno(), READ, self)
+        for listener in self.listeners:
+            self.poller.register(listener.fileno(), READ, listener)
         while True:
             timeout = self._timeout()
             ready = self.poller.wait(timeout)
@@ -114,7 +117,8 @@ class _Server:
                 if type(key) is _Client:
                     self._serve(key)
                 else:
-                    self._accept()
+                    assert isinstance(key, socket.socket)
+                    self._accept(key)
             if self.gave:
                 self._read_ahead()
             if self.now >= self.all_read + READ_INTERVAL:
@@ -150,9 +154,9 @@ class _Server:
 
     # Connections
 
-    def _accept(self) -> None:
+    def _accept(self, listener: socket.socket) -> None:
         try:
-            sock, _ = self.listener.accept()
+            sock, _ = listener.accept()
         except BlockingIOError:
             return
         except OSError:  # EMFILE: the client that was idle longest has to connect again
@@ -163,9 +167,10 @@ class _Server:
             return
         uid = closing.UNKNOWN
         try:
-            uid = peer_credentials(sock).uid
+            who = peer_credentials(sock)
+            uid = who.uid
             sock.setblocking(False)
-            if uid not in (0, self.uid):
+            if not is_ours(who):
                 self._close(sock, uid)
                 return
         except OSError:  # it has gone again
@@ -361,20 +366,23 @@ class _Server:
             self.closer.close(stored.handles)
 
 
-def serve(fd: int, folder: str | None = None) -> None:
-    """Serves on the listener *fd*, which it takes over, until nobody needs it; then removes
-    *folder*, where its socket has one."""
+def serve(fds: Sequence[int], address: str, inode: Inode | None = None) -> None:
+    """Serves on the listeners *fds*, which it takes over, until nobody needs it; then removes the
+    path *address* if that is *inode*."""
     _leave_starter()
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    with socket.socket(fileno=fd) as listener:
+    listeners = [socket.socket(fileno=fd) for fd in fds]
+    for listener in listeners:
         listener.set_inheritable(False)
         listener.setblocking(False)
         # Once more, for SO_PEERCRED names whoever called listen(2) last: the starter may be gone.
         listener.listen(_BACKLOG)
-        _Server(listener, hard).run()
-    if folder is not None:
-        shutil.rmtree(folder, ignore_errors=True)
+    remove_dead(address)
+    _Server(listeners, hard).run()
+    leave(address, inode)
+    for listener in listeners:
+        listener.close()
 
 
 def _leave_starter() -> None:

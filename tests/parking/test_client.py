@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import resource
@@ -12,13 +13,15 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from fdshare.errors import AlreadyTaken, DescriptorLimit
 from fdshare.kernel.credentials import peer_credentials
 from fdshare.kernel.endpoint import connect
-from fdshare.parking.client import PrivateServer, new_address
+from fdshare.parking.client import PrivateServer
+from fdshare.parking.private_address import new_address
 from fdshare.parking.server import serve
 
 Pair = tuple[socket.socket, socket.socket]
@@ -61,8 +64,8 @@ def test_a_process_of_its_own(private: PrivateServer, pair: Pair) -> None:
     assert parent != os.getpid()
     open_there = census(pid)
     assert [open_there.pop(number) for number in range(3)] == ["/dev/null"] * 3
-    # The listener, two pollers, our connection, and what it keeps: nothing of ours came along.
-    assert len(open_there) == 5, open_there
+    # Two listeners, two pollers, our connection, and what it keeps: nothing of ours came along.
+    assert len(open_there) == 6, open_there
     assert os.readlink(f"/proc/{pid}/cwd") == "/"
     private.take_back(KEY)
 
@@ -73,6 +76,7 @@ def test_it_ends_with_its_last_user(private: PrivateServer, pair: Pair) -> None:
     private.take(KEY)[0].close()
     private.close()
     assert gone(pidfd)
+    assert not os.path.exists(os.path.dirname(private.address))
 
 
 def test_it_stays_while_something_is_kept(private: PrivateServer, pair: Pair) -> None:
@@ -174,6 +178,45 @@ def test_killed_it_is_started_anew(private: PrivateServer, pair: Pair) -> None:
     private.put(KEY, fds, 60, 1)
     assert pid_of(private) != first
     private.take(KEY)[0].close()
+
+
+CLONE_NEWNET, CLONE_NEWNS = 0x40000000, 0x20000
+
+
+@AS_ROOT
+@pytest.mark.parametrize("where", ["network", "mount", "root"])
+def test_a_child_in_another_namespace(
+    private: PrivateServer, pair: Pair, folder: Path, where: str
+) -> None:
+    """It finds the server by the path, or by the abstract name."""
+    private.put(KEY, [pair[0].fileno()], 60, 1)
+    server = pid_of(private)
+    child = os.fork()
+    if not child:
+        status = 1
+        try:
+            libc = ctypes.CDLL(None, use_errno=True)
+            if where == "root":
+                os.chroot(folder)
+            elif libc.unshare(CLONE_NEWNET if where == "network" else CLONE_NEWNS):
+                os._exit(77)
+            elif where == "mount":
+                assert not libc.mount(None, b"/", None, 0x44000, None)  # MS_REC | MS_PRIVATE
+                over = os.path.dirname(os.path.dirname(private.address))
+                assert not libc.mount(b"none", over.encode(), b"tmpfs", 0, None)
+            for descriptor in private.take(KEY):
+                private.put(b"2" * 18, [descriptor.fileno()], 60, 1)
+            status = 0
+        finally:
+            os._exit(status)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if status == 77:
+        pytest.skip("unshare(2) is not allowed here")
+    assert status == 0
+    (descriptor,) = private.take(b"2" * 18)
+    assert os.path.sameopenfile(descriptor.fileno(), pair[0].fileno())
+    descriptor.close()
+    assert pid_of(private) == server
 
 
 def test_a_forked_child_has_connections_of_its_own(private: PrivateServer, pair: Pair) -> None:
@@ -283,14 +326,15 @@ def test_more_in_flight_than_the_sender_may_have(private: PrivateServer, pair: P
             os.setresgid(61235, 61235, 61235)
             os.setresuid(61235, 61235, 61235)
             listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            listener.bind("\0" + private.address[1:] + "-nobody")
+            name = os.urandom(16).hex()
+            listener.bind(f"\0{name}")
             listener.listen()
             if not os.fork():
-                serve(listener.detach())
+                serve([listener.detach()], "@test")
                 os._exit(0)
             listener.close()
             _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-            mine = PrivateServer(private.address + "-nobody")
+            mine = PrivateServer(f"@{name}")
             for number in range(100):
                 mine.put(bytes([number + 1]) * 18, [pair[0].fileno()] * 3, 60, 1)
                 if number == 2:  # connected, and with a one-way socket

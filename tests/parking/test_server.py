@@ -47,7 +47,7 @@ class Server:
             listener.listen(100)
             code = (
                 f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, ({limit}, {limit}))\n"
-                f"from fdshare.parking.server import serve; serve({listener.fileno()})"
+                f"from fdshare.parking.server import serve; serve([{listener.fileno()}], '@test')"
             )
             self.clients = [self.client()]  # before it looks whether anybody is there
             self.process = subprocess.Popen(

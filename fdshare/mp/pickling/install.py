@@ -32,7 +32,7 @@ from fdshare.mp.pickling.hold import Held
 from fdshare.mp.pickling.parked import DEFAULT_TTL, Label, Parked, Place, dumps_single
 from fdshare.mp.pickling.program_reducers import Reducers, reducer_of_program
 from fdshare.mp.pickling.reducers import PLAIN, Override, reduce_with
-from fdshare.parking.client import new_address
+from fdshare.parking.private_address import new_address
 
 if TYPE_CHECKING:
     from fdshare.mp.stock import ReductionModule, StockForkingPickler, StockProcess

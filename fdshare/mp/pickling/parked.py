@@ -23,18 +23,19 @@ from typing import Any, Final, NamedTuple, TypeAlias
 from msgspec import Raw
 
 from fdshare.errors import (
-    AccessDenied,
     AlreadyTaken,
     ClosedDescriptor,
     FdshareError,
+    ServerTimeout,
     UntrustedServer,
 )
 from fdshare.kernel.ancillary import close_all
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.kinds import Kind, describe, rebuild
 from fdshare.mp.pickling.bundle import Reduced
-from fdshare.parking.client import PrivateServer, new_address
+from fdshare.parking.client import PrivateServer
 from fdshare.parking.interface import ParkingServer
+from fdshare.parking.private_address import new_address
 from fdshare.protocol.names import MAX_ENTRY_DESCRIPTORS
 
 __all__ = [
@@ -146,21 +147,31 @@ def forget() -> None:
 def _reached() -> Place:
     """`current()`, when its server has answered.
 
-    Where another user's server listens on our private address (once it was used it is known), a new
-    address is made: now, before the address is in a pickle.
+    Where there can be no private server of ours (once its address was used it is known, and others
+    can take it), a new address is made: now, before the address is in a pickle.
     """
     place = current()
     while place.address not in _servers:
         try:
             place.server().check()
         except BaseException as error:
-            with _lock:
-                _servers.pop(place.address, None)
-            if not place.private or not isinstance(error, UntrustedServer | AccessDenied):
+            if not _leaves(place, error):
+                with _lock:
+                    _servers.pop(place.address, None)
                 raise
             place = place._replace(address=new_address())
             use(place)
     return place
+
+
+def _leaves(place: Place, error: BaseException) -> bool:
+    """True if *error* says that somebody else has our private address: it is looked at again before
+    anything else is parked there."""
+    if not place.private or not isinstance(error, UntrustedServer | ServerTimeout):
+        return False
+    with _lock:
+        _servers.pop(place.address, None)
+    return True
 
 
 # Sending
@@ -252,9 +263,11 @@ class Parked:
                 # before it was sent: queues pickle in a thread, `put(s); s.close()` is common.
                 for obj, fds in self._holders:
                     _check_open(obj, fds)
-        except BaseException:
+        except BaseException as error:
             for parcel in parcels:
                 parcel.take_back()
+            if self._place is not None:
+                _leaves(self._place, error)  # it is in the pickle: the next one is sent elsewhere
             raise
         finally:
             self.rollback()
@@ -303,9 +316,11 @@ def dumps_single(obj: Any) -> bytes | None:
             server.put(token + _FIRST, fds, place.ttl, 1)
         finally:
             _check_open(obj, fds)  # as in `commit`
-    except BaseException:
+    except BaseException as error:
         with suppress(FdshareError, OSError):
             server.take_back(token + _FIRST)
+        if isinstance(error, UntrustedServer) and _leaves(place, error):
+            return dumps_single(obj)  # at a new address
         raise
     return template[2] + token + template[3]
 

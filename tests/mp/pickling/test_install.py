@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import importlib
 import io
 import multiprocessing
 import multiprocessing.reduction
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from users import needs_root
 
 import fdshare
 from fdshare.errors import ClosedDescriptor, InvalidArgument, NoServer
@@ -54,6 +57,32 @@ def test_every_channel(package: str, method: str) -> None:
         "through_an_executor",
         "only_once",
     ]
+
+
+def enter_network_namespace() -> None:
+    assert not ctypes.CDLL(None).unshare(0x40000000)  # CLONE_NEWNET
+
+
+def answered(sock: socket.socket) -> socket.socket:
+    """The peer of a socket that the worker keeps."""
+    with sock:
+        sock.sendall(b"to")
+    near, far = socket.socketpair()
+    with near:
+        near.sendall(b"from")
+    return far
+
+
+@needs_root
+@pytest.mark.parametrize("package", ["multiprocessing", "multiprocess"])
+def test_workers_in_a_network_namespace(armed: None, pair: Pair, package: str) -> None:
+    context = importlib.import_module(package).get_context("fork")
+    with context.Pool(1, initializer=enter_network_namespace) as pool:
+        arrived = pool.apply_async(answered, (pair[0],)).get(60)
+    pool.join()
+    with arrived:
+        assert arrived.recv(10) == b"from"
+    assert pair[1].recv(10) == b"to"
 
 
 @pytest.mark.parametrize("package", ["multiprocessing", "multiprocess"])

@@ -6,22 +6,27 @@ import gc
 import multiprocessing.reduction
 import os
 import pickle
+import shutil
 import socket
 import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
+from breaking import kill
+from users import AsUser, Say, needs_root
 
 import fdshare
-from fdshare.errors import AlreadyTaken, KindMismatch
+from fdshare.errors import AlreadyTaken, KindMismatch, UntrustedServer
+from fdshare.kernel.credentials import peer_credentials
+from fdshare.kernel.endpoint import connect
 from fdshare.mp.pickling import parked
 from fdshare.mp.pickling.parked import Parked, Place
 
 Pair = tuple[socket.socket, socket.socket]
-AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become somebody else")
 
 
 @pytest.fixture(autouse=True)
@@ -168,29 +173,77 @@ assert "reducer_override" not in vars(ForkingPickler)
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
-@AS_ROOT
+STRANGER = 1501
+
+
+@contextmanager
+def squatted(address: str) -> Iterator[None]:
+    """While a stranger has both names of the private server at *address*."""
+    folder = os.path.dirname(address)
+
+    def task(say: Say) -> object:
+        os.mkdir(folder)
+        stranger = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        stranger.bind(f"\0{os.path.basename(folder)}")
+        stranger.listen()
+        say("squats")
+        return stranger
+
+    with AsUser(STRANGER, task) as stranger:
+        assert stranger.hear() == "squats"
+        yield
+    os.rmdir(folder)
+
+
+def check(message: bytes, far: socket.socket) -> None:
+    with pickle.loads(message) as arrived:
+        arrived.sendall(b"x")
+    assert far.recv(1) == b"x"
+
+
+@needs_root
 def test_a_stranger_at_our_address(pair: Pair) -> None:
     """Once used, the name of a private server is known to everybody on the machine."""
     fdshare.install()
     here = parked.current().address
-    ready, go = os.pipe()
-    child = os.fork()
-    if not child:
-        try:
-            os.setresgid(65534, 65534, 65534)
-            os.setresuid(65534, 65534, 65534)
-            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as stranger:
-                stranger.bind("\0" + here[1:])
-                stranger.listen()
-                os.write(go, b"x")
-                stranger.accept()[0].recv(100)
-        finally:
-            os._exit(0)
-    assert os.read(ready, 1) == b"x"
-    with pickle.loads(dumps(pair[0])) as arrived:
-        arrived.sendall(b"x")
-    assert pair[1].recv(1) == b"x"
+    with squatted(here):
+        check(dumps(pair[0]), pair[1])
     assert parked.current().address != here
-    os.waitpid(child, 0)
-    os.close(ready)
-    os.close(go)
+
+
+def end_server() -> str:
+    """Kills the private server, and removes what it leaves; its address."""
+    place = parked.current()
+    with connect(place.address, kind=socket.SOCK_SEQPACKET) as sock:
+        kill(peer_credentials(sock).pid)
+    shutil.rmtree(os.path.dirname(place.address))
+    return place.address
+
+
+@needs_root
+def test_a_stranger_at_the_address_of_a_dead_server(pair: Pair) -> None:
+    fdshare.install()
+    check(dumps(pair[0]), pair[1])
+    here = end_server()
+    with squatted(here):
+        check(dumps(pair[0]), pair[1])  # where it was sent is seen before it is in the pickle
+        assert parked.current().address != here
+        here = end_server()
+        with squatted(here):
+            with pytest.raises(UntrustedServer):
+                dumps([pair[0]])
+            (arrived,) = pickle.loads(dumps([pair[0]]))
+            arrived.close()
+            assert parked.current().address != here
+
+
+def test_killed_it_is_started_at_the_same_address(pair: Pair) -> None:
+    fdshare.install()
+    lost = dumps(pair[0])
+    place = parked.current()
+    with connect(place.address, kind=socket.SOCK_SEQPACKET) as sock:
+        kill(peer_credentials(sock).pid)
+    check(dumps(pair[0]), pair[1])
+    assert parked.current() is place
+    with pytest.raises(AlreadyTaken):
+        pickle.loads(lost)
