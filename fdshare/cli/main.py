@@ -6,9 +6,11 @@ interrupted. An error is one line on stderr that says what to do.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 from typing import Final
 
@@ -22,6 +24,9 @@ __all__ = ["commands", "run"]
 REFUSED: Final = 1
 NO_SERVER: Final = 69
 INTERRUPTED: Final = 130
+
+# Of a write to what has no name: standard output.
+_OUTPUT_FAILS: Final = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
 # command -> the file of its family, in the order of `fdshare --help`.
 _FAMILIES: Final = {
@@ -72,13 +77,15 @@ class Commands(click.Group):
 
 @click.command(
     cls=Commands,
+    invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 88},
     epilog="The server is at --path, $FDSHARE_PATH, $XDG_RUNTIME_DIR/fdshare.sock, or "
     "/run/fdshare.sock for root. fdshare COMMAND --help has an example of each.",
 )
 @click.version_option(__version__, prog_name="fdshare")
 @click.option("--path", metavar="PATH", help="The path of the server; for every command.")
-def commands(path: str | None) -> None:
+@click.pass_context
+def commands(context: click.Context, path: str | None) -> None:
     """Share open descriptors between processes: a server holds a socket, a file or a block of
     memory under a name, and gives it to every process that may have it.
 
@@ -89,34 +96,65 @@ def commands(path: str | None) -> None:
     """
     if path is not None:
         os.environ["FDSHARE_PATH"] = path
+    if context.invoked_subcommand is None:
+        # Not no_args_is_help, which is an error of one line since click 8.2.
+        click.echo(context.get_help())
 
 
 def run(arguments: Sequence[str]) -> int:
     """The exit status of one command, which it runs."""
+    _open_standard_streams()
     try:
         status = commands.main(list(arguments), "fdshare", standalone_mode=False)
         sys.stdout.flush()
         return status if isinstance(status, int) else 0
     except click.UsageError as error:
         command = error.ctx.command_path if error.ctx is not None else "fdshare"
-        _say(f"{error.format_message().rstrip('.')}; see {command} --help")
-        return error.exit_code
+        return _fail(f"{error.format_message().rstrip('.')}; see {command} --help", error.exit_code)
     except click.ClickException as error:
-        _say(error.format_message())
-        return error.exit_code
+        return _fail(error.format_message(), error.exit_code)
     except FdshareError as error:
-        _say(error.message)
-        return NO_SERVER if isinstance(error, NoServer | ServerGone) else REFUSED
-    except BrokenPipeError:
-        # `fdshare watch | head`: nobody reads any more; the interpreter must not write at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return REFUSED
+        absent = isinstance(error, NoServer | ServerGone)
+        return _fail(error.message, NO_SERVER if absent else REFUSED)
     except OSError as error:
-        _say(str(error))
-        return REFUSED
+        return _fail(_reason(error), REFUSED)
     except (KeyboardInterrupt, click.Abort):
         return INTERRUPTED
 
 
-def _say(message: str) -> None:
-    print("fdshare: " + " ".join(message.split()), file=sys.stderr)
+def _open_standard_streams() -> None:
+    """Opens /dev/null for a standard stream that the caller has closed (`>&-`).
+
+    A socket of the client would get its number, and Python has None where the stream should be.
+    """
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: this one
+            os.set_inheritable(number, True)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, mode, closefd=False))
+
+
+def _reason(error: OSError) -> str:
+    """What to say of *error*; nothing of a reader that has gone (`fdshare ls | head -1`)."""
+    if isinstance(error, BrokenPipeError):
+        return ""
+    if error.filename is None and error.errno in _OUTPUT_FAILS:
+        return f"standard output: {error.strerror}"
+    return str(error)
+
+
+def _fail(message: str, status: int) -> int:
+    """*status*, after *message*."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        # The interpreter must not write at exit what cannot be written now.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        message = message or _reason(error)
+    if message:
+        with suppress(OSError):
+            print("fdshare: " + " ".join(message.split()), file=sys.stderr, flush=True)
+    return status

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from importlib import import_module
+from typing import Any
 
 import pytest
-from commandline import Shell
+from commandline import FDSHARE, Shell
 
 from fdshare.cli.main import _FAMILIES
 from fdshare.version import __version__
@@ -71,6 +73,80 @@ def test_a_reader_that_goes_away_is_no_traceback(fdshare: Shell) -> None:
     process.stdout.close()
     assert process.stderr.read() == ""
     process.wait(30)
+
+
+PRINTING = [
+    "",
+    "--version",
+    "--help",
+    "ls --help",
+    "ls",
+    "ls --json",
+    "info entry",
+    "who entry",
+    "stats",
+    "stats --prometheus",
+    "doctor",
+    "ping",
+    "explain fetch entry",
+    "dump",
+    "fetch entry --cat",
+    "watch --json",
+    "completion bash",
+    "manual",
+    "systemd-units",
+    "demo",
+]
+
+
+@pytest.mark.parametrize("words", PRINTING)
+def test_a_full_disk_is_one_line(fdshare: Shell, words: str) -> None:
+    fdshare("register", "entry", "--memory", "/proc/version")
+    with open("/dev/full", "w") as full:
+        status, errors = ended(fdshare, words, stdout=full)
+    assert (status, errors) == (1, "fdshare: standard output: No space left on device\n")
+
+
+# Not dump: a forked command has the nursery's stdout object, which believes that it can seek.
+@pytest.mark.parametrize("words", [words for words in PRINTING if words != "dump"])
+def test_a_pipe_without_a_reader_is_no_message(fdshare: Shell, words: str) -> None:
+    fdshare("register", "entry", "--memory", "/proc/version")
+    reads, writes = os.pipe()
+    os.close(reads)
+    with open(writes, "w") as pipe:
+        status, errors = ended(fdshare, words, stdout=pipe)
+    assert (status, errors) == (1, "")
+
+
+@pytest.mark.parametrize("words", ["", "--version", "ls", "stats --json", "ping", "doctor"])
+def test_streams_that_are_closed_change_no_status(fdshare: Shell, words: str) -> None:
+    """As /dev/null: a health check of cron tells the truth, and no socket gets their numbers."""
+    fdshare("register", "entry", "--memory", "/proc/version")
+    closed = "exec <&- >&- 2>&-; exec " + " ".join(FDSHARE)
+    done = subprocess.run(["sh", "-c", f"{closed} {words}"], env=fdshare.environment, timeout=60)
+    assert done.returncode == 0
+
+
+def test_a_health_check_without_output_tells_the_truth(shell: Shell) -> None:
+    done = subprocess.run(
+        ["sh", "-c", f"{' '.join(FDSHARE)} ping >&-"],
+        env=shell.environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr.count("\n")) == (69, 1)
+
+
+def test_without_a_command_it_is_the_help(shell: Shell) -> None:
+    assert shell() == shell("--help")
+
+
+def ended(shell: Shell, words: str, **options: Any) -> tuple[int, str]:
+    """Status and standard error of a command."""
+    process = shell.start(*words.split(), stderr=subprocess.PIPE, **options)
+    _, errors = process.communicate(timeout=60)
+    return process.returncode, errors
 
 
 def test_the_commands_import_neither_rich_nor_anyio(fdshare: Shell) -> None:
