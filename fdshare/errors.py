@@ -52,6 +52,8 @@ from __future__ import annotations
 import errno
 from typing import Any, ClassVar, Final
 
+from fdshare.printable import printable
+
 __all__ = [
     "FdshareError",
     "InvalidName",
@@ -100,8 +102,9 @@ _by_code: dict[str, type[FdshareError]] = {}
 class FdshareError(Exception):
     """The root of all: `except FdshareError` catches whatever fdshare refuses.
 
-    *message* is for a person. *fields* are the arguments of the constructor, in plain data that
-    msgpack can carry; each is an attribute too.
+    *message* is for a person, and has nothing that is not printable: a part of it may be anybody's.
+    *fields* are the arguments of the constructor, in plain data that msgpack can carry; each is an
+    attribute too.
     """
 
     code: ClassVar[str] = "error"
@@ -114,6 +117,7 @@ class FdshareError(Exception):
         _by_code[code] = cls
 
     def __init__(self, message: str = "fdshare failed", **fields: Any) -> None:
+        message = printable(message)
         super().__init__(message)
         self.message = message
         self.fields = fields

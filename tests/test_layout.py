@@ -20,6 +20,7 @@ ACROSS = {
     "foreign": "speaks the protocol from its description, without our code",
     "systemd": "runs the units of contrib/ under a real systemd",
     "typing": "what type checkers say of programs that use fdshare",
+    "cli/test_hostile_text.py": "what every command prints of what others chose",
     "client/test_contract.py": "what both clients and Manager promise alike",
     "client/test_lifetimes.py": "what a client's end does to its entries",
     "client/test_processes.py": "clients in threads, over fork, in pickles",

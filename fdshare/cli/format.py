@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import click
 
+from fdshare.printable import printable, printable_json
+
 if TYPE_CHECKING:
     from fdshare.protocol.messages import DescriptorInfo, EntryInfo
 
@@ -130,7 +132,7 @@ def print_json(value: Any) -> None:
     """Prints one line of JSON and flushes it, so that a reader gets it at once."""
     import msgspec
 
-    print(msgspec.json.encode(plain(value)).decode(), flush=True)
+    print(printable_json(msgspec.json.encode(plain(value)).decode()), flush=True)
 
 
 # Tables.
@@ -140,7 +142,7 @@ def print_facts(facts: Iterable[tuple[str, str]]) -> None:
     """Prints one line for each (title, text)."""
     coloured = _coloured()
     for title, text in facts:
-        head = f"{title:<14}"
+        head = f"{printable(title):<14}"
         print((click.style(head, bold=True) if coloured else head) + printable(text))
 
 
@@ -212,8 +214,3 @@ def _line(
             text = click.style(text, fg=column.colour)
         shown.append(text)
     return "  ".join(shown).rstrip()
-
-
-def printable(text: str) -> str:
-    """*text* without control characters for the terminal: any user chooses paths and commands."""
-    return text if text.isprintable() else ascii(text)[1:-1]

@@ -17,6 +17,7 @@ from typing import Final
 import click
 
 from fdshare.errors import FdshareError, NoServer, ServerGone
+from fdshare.printable import printable
 from fdshare.version import __version__
 
 __all__ = ["commands", "run"]
@@ -156,5 +157,5 @@ def _fail(message: str, status: int) -> int:
         message = message or _reason(error)
     if message:
         with suppress(OSError):
-            print("fdshare: " + " ".join(message.split()), file=sys.stderr, flush=True)
+            print("fdshare: " + printable(" ".join(message.split())), file=sys.stderr, flush=True)
     return status

@@ -128,5 +128,6 @@ def _complete_name(
     from fdshare.protocol.names import literal
 
     with suppress(Exception), client_at(context.params.get("path"), timeout=1.0) as client:
-        return [CompletionItem(name) for name in client.names(f"{literal(incomplete)}*")]
+        found = client.names(f"{literal(incomplete)}*")
+        return [CompletionItem(name) for name in found if name.isprintable()]
     return []

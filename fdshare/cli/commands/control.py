@@ -11,6 +11,7 @@ import click
 
 from fdshare.cli.format import age, print_facts, print_json
 from fdshare.cli.options import for_server, json_option, name_argument, uid_of
+from fdshare.printable import printable
 
 if TYPE_CHECKING:
     from fdshare.client.blocking.client import Client
@@ -106,7 +107,7 @@ def explain(
     else:
         may = "may" if found.allowed else "may not"
         target = f" {name!r}" if name else ""
-        print(f"uid {uid} {may} {verb}{target}: {found.rule}")
+        print(printable(f"uid {uid} {may} {verb}{target}: {found.rule}"))
     return 0 if found.allowed else 1
 
 
@@ -140,7 +141,7 @@ def reload(client: Client) -> None:
     except PermissionError:  # who may reload may not see that
         return
     if warning is not None:
-        print(f"fdshare: {warning}", file=sys.stderr)
+        print(f"fdshare: {printable(warning)}", file=sys.stderr)
 
 
 @click.command(short_help="Make the server run the code that is installed now.")

@@ -15,6 +15,7 @@ import click
 from fdshare.cli.format import print_json, user
 from fdshare.cli.options import client_at, json_option
 from fdshare.errors import EndpointError, FdshareError, NoServer
+from fdshare.printable import printable
 from fdshare.version import __version__
 
 if TYPE_CHECKING:
@@ -55,9 +56,9 @@ def doctor(path: str | None, as_json: bool) -> int:
         colours = {"ok": "green", "note": "yellow", "bad": "red"}
         for finding in findings:
             health = click.style(f"{finding.health:<5}", fg=colours[finding.health])
-            click.echo(f"{health}{finding.subject:<13}{finding.text}")
+            click.echo(f"{health}{finding.subject:<13}{printable(finding.text)}")
             if finding.advice:
-                click.echo(f"{'':<18}{finding.advice}")
+                click.echo(f"{'':<18}{printable(finding.advice)}")
     return int(any(finding.health == "bad" for finding in findings))
 
 

@@ -12,6 +12,7 @@ import click
 from fdshare.cli.options import Seconds, client_at, or_never
 from fdshare.cli.support.exec import Launch, check_fdnames, find_program, with_own_offset
 from fdshare.kernel.unix_address import absolute
+from fdshare.printable import printable
 from fdshare.protocol.bind_address import parse_address
 
 if TYPE_CHECKING:
@@ -242,5 +243,5 @@ def _get(client: Client, want: Wanted, options: dict[str, Any]) -> list[Descript
     fetched = client.fetch_raw(want.name, timeout=or_never(options["wait"]))
     for descriptor in fetched:
         if wrong := unreachable(descriptor):
-            print(f"fdshare: {want.name}: {wrong}", file=sys.stderr, flush=True)
+            print(f"fdshare: {printable(f'{want.name}: {wrong}')}", file=sys.stderr, flush=True)
     return list(map(with_own_offset, fetched))

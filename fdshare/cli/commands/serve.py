@@ -12,6 +12,7 @@ import click
 from click.core import ParameterSource
 
 from fdshare.cli.options import authkey_from_environment, uid_of
+from fdshare.printable import printable
 
 if TYPE_CHECKING:
     from fdshare.kernel.endpoint import Listener
@@ -226,4 +227,4 @@ def _clean_signals() -> None:
 
 
 def _warn(message: str) -> None:
-    print(f"fdshare: {message}", file=sys.stderr)
+    print(f"fdshare: {printable(message)}", file=sys.stderr)

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from fdshare.cli.commands.ls import COLUMNS, row
-from fdshare.cli.format import age, printable, table_lines
+from fdshare.cli.format import age, table_lines
 from fdshare.cli.options import for_server
 from fdshare.errors import FdshareError
+from fdshare.printable import printable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -18,6 +18,7 @@ from fdshare.cli.options import client_at, for_server, json_option
 from fdshare.errors import FdshareError, GenerationMismatch, InvalidArgument
 from fdshare.kernel.ancillary import close_all
 from fdshare.kernel.descriptor import Descriptor
+from fdshare.printable import printable, printable_json
 from fdshare.protocol import messages as m
 from fdshare.protocol.kind import Kind
 
@@ -61,7 +62,8 @@ def dump(client: Client, file: IO[str], pattern: str) -> None:
     from fdshare.cli.format import plain
 
     made = Dump(_FORMAT, _absolute(client.address), client.infos(pattern))
-    file.write(msgspec.json.format(msgspec.json.encode(plain(made)), indent=2).decode() + "\n")
+    text = msgspec.json.format(msgspec.json.encode(plain(made)), indent=2).decode()
+    file.write("".join(f"{printable_json(line)}\n" for line in text.split("\n")))
 
 
 @click.command(short_help="Register what a dump of another server lists.")
@@ -136,7 +138,7 @@ def _report(made: list[m.Registered], as_json: bool) -> None:
         print_json([{"name": entry.name, "generation": entry.generation} for entry in made])
         return
     for entry in made:
-        print(entry.name)
+        print(printable(entry.name))
 
 
 # All or nothing.
@@ -200,7 +202,8 @@ def _undo(
             else:
                 client.unregister(entry.name, if_generation=entry.generation)
         except FdshareError as failure:
-            print(f"fdshare: cannot undo {entry.name} after {error}: {failure}", file=sys.stderr)
+            text = printable(f"cannot undo {entry.name} after {error}: {failure}")
+            print(f"fdshare: {text}", file=sys.stderr)
 
 
 def _register(client: Client, copy: Copy, replace: bool) -> m.Registered:

@@ -13,6 +13,7 @@ import click
 
 from fdshare.cli.format import print_json
 from fdshare.cli.options import Seconds, for_server, json_option, name_argument, or_never
+from fdshare.printable import printable
 
 if TYPE_CHECKING:
     from fdshare.client.blocking.client import Client
@@ -59,7 +60,7 @@ def watch(client: Client, pattern: str, as_json: bool) -> None:
             if as_json:
                 print_json(_as_data(change))
             else:
-                print(_in_words(change), flush=True)
+                print(printable(_in_words(change)), flush=True)
 
 
 def _leave_with_reader() -> None:

@@ -22,6 +22,7 @@ from fdshare.client.conversation import LeaseEnd
 from fdshare.errors import FdshareError
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.kernel.descriptor_table import close_all_but
+from fdshare.printable import printable
 
 if TYPE_CHECKING:
     from fdshare.client.blocking.client import Client
@@ -92,7 +93,7 @@ class Claim:
         try:
             self.confirm()
         except FdshareError as error:
-            print(f"fdshare: {error}", file=sys.stderr, flush=True)
+            print(f"fdshare: {printable(str(error))}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Gives the entry back, unless it was confirmed."""

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Final, NoReturn, Self
 
 import click
 
-from fdshare.cli.format import printable
 from fdshare.cli.support.exec import CANNOT_EXECUTE, NOT_FOUND
 from fdshare.cli.support.notify_helper import (
     Helper,
@@ -28,6 +27,7 @@ from fdshare.cli.support.notify_store import stored
 from fdshare.cli.support.program_group import GRACE, end_group
 from fdshare.kernel.ancillary import close_all
 from fdshare.kernel.descriptor import Descriptor
+from fdshare.printable import printable
 
 if TYPE_CHECKING:
     from fdshare.cli.support.exec import Launch
@@ -163,7 +163,7 @@ def _become(launch: Launch, output: OutputFile | None) -> NoReturn:
         status = error.exit_code
         print(f"fdshare: {error.format_message()}", file=sys.stderr, flush=True)
     except BaseException as error:
-        print(f"fdshare: {error}", file=sys.stderr, flush=True)
+        print(f"fdshare: {printable(str(error))}", file=sys.stderr, flush=True)
     finally:
         os._exit(status)
 

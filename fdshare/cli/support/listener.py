@@ -21,6 +21,7 @@ from fdshare.client.conversation import Exchange
 from fdshare.errors import AccessDenied, GenerationMismatch, NameNotFound
 from fdshare.kernel.ancillary import close_all
 from fdshare.kernel.descriptor import Descriptor
+from fdshare.printable import printable
 from fdshare.protocol import messages as m
 from fdshare.protocol.bind_address import BindAddress, parse_address
 from fdshare.server.loop.binding import bind_address
@@ -153,7 +154,8 @@ def _rebound(
     """
     with _new_socket(client, wanted) as sock:
         client.register(wanted.name, sock, if_generation=generation)
-        print(f"fdshare: {wanted.name} is bound anew, at {address}", file=sys.stderr, flush=True)
+        said = printable(f"{wanted.name} is bound anew, at {address}")
+        print(f"fdshare: {said}", file=sys.stderr, flush=True)
         return Descriptor.dup_of(sock)
 
 

@@ -32,6 +32,7 @@ from fdshare.kernel.credentials import Credentials
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.kernel.descriptor_table import close_all_but
 from fdshare.kernel.unix_address import is_abstract
+from fdshare.printable import printable
 from fdshare.server.failover.service_manager import ask_systemd, is_reported
 
 if TYPE_CHECKING:
@@ -260,4 +261,4 @@ def _parent(pid: int) -> int:
 
 
 def _warn(message: str) -> None:
-    print(f"fdshare: {message}", file=sys.stderr, flush=True)
+    print(f"fdshare: {printable(message)}", file=sys.stderr, flush=True)

@@ -17,6 +17,7 @@ from fdshare.errors import AccessDenied, FdshareError
 from fdshare.kernel.ancillary import close_all
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.kernel.open_file import same_open_file
+from fdshare.printable import printable
 from fdshare.protocol.names import literal
 
 if TYPE_CHECKING:
@@ -133,4 +134,4 @@ def _same(one: Descriptor, other: Descriptor) -> bool:
 
 
 def _warn(message: str) -> None:
-    print(f"fdshare: {message}", file=sys.stderr, flush=True)
+    print(f"fdshare: {printable(message)}", file=sys.stderr, flush=True)

@@ -15,6 +15,7 @@ from fdshare.kernel.ancillary import close_all
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.kernel.descriptor_limit import raise_descriptor_limit
 from fdshare.kernel.endpoint import Listener
+from fdshare.printable import printable
 from fdshare.server.core.table import Table
 from fdshare.server.failover.fd_store import FdStore, let_go
 from fdshare.server.failover.labels import TABLE, is_label
@@ -106,4 +107,4 @@ class Passed:
 
 
 def _warn(message: str) -> None:
-    print(f"fdshare: {message}", file=sys.stderr)
+    print(f"fdshare: {printable(message)}", file=sys.stderr)

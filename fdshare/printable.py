@@ -1,0 +1,29 @@
+"""Text of others, made harmless for a log, a message or a terminal.
+
+Any user chooses names, paths, addresses and commands. What is not printable (str.isprintable) can
+end a line and forge the next, be obeyed by a terminal, or change the direction of writing.
+"""
+
+from __future__ import annotations
+
+import json
+
+__all__ = ["printable", "printable_json"]
+
+
+def printable(text: str) -> str:
+    """*text* with escapes for what is not printable."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def printable_json(text: str) -> str:
+    """*text*, which is JSON in one line, with escapes of JSON for what is not printable."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else _escaped(c) for c in text)
+
+
+def _escaped(char: str) -> str:
+    return "\\u007f" if char == "\x7f" else json.dumps(char)[1:-1]
