@@ -25,6 +25,7 @@
     ├── DescriptorLimit        (OSError)           RLIMIT_NOFILE, somewhere; says whose
     ├── QuotaExceeded          (OSError)           a limit of the server
     ├── KeeperUnavailable      (OSError)           the change could not be journaled
+    ├── LogFull                (OSError)           the audit log could not have had it
     ├── TooManyDescriptors     (ValueError)        more than one message or entry may carry
     ├── ClosedDescriptor       (ValueError)        use after close
     ├── TruncatedControl       (OSError)           the control buffer was too small
@@ -78,6 +79,7 @@ __all__ = [
     "DescriptorLimit",
     "QuotaExceeded",
     "KeeperUnavailable",
+    "LogFull",
     "TooManyDescriptors",
     "ClosedDescriptor",
     "TruncatedControl",
@@ -532,6 +534,18 @@ class KeeperUnavailable(FdshareError, OSError, code="keeper_unavailable"):
             f"the change was not made, because the keeper could not record it: {reason}",
             reason=reason,
         )
+        self.errno = errno.EAGAIN
+
+
+class LogFull(FdshareError, OSError, code="log_full"):
+    """The audit log has no room for what the server would do, and must have all of it.
+
+    Something has to read the server's standard error; `fdshare serve --audit-strict` asked for
+    this.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("the audit log is full, for nobody reads it, and must have every line")
         self.errno = errno.EAGAIN
 
 

@@ -38,6 +38,7 @@ ACROSS = {
     "server/test_hostile_users.py": "what one user does to stop the others",
     "server/test_leases.py": "takes, over the death of the taker and of either half",
     "server/test_revoked_rights.py": "another policy, and the clients that wait meanwhile",
+    "server/test_unread_log.py": "a server whose log nobody reads, or has no room",
     "server/test_user_namespace.py": "who is trusted where few users have a number",
     "test_benchmarks.py": "the programs of benchmarks/",
     "test_class_names.py": "that one word is one class, in all modules",

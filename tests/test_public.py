@@ -39,7 +39,7 @@ PUBLIC = {
     errors: """
         AccessDenied AddressInUse AlreadyTaken AuthenticationFailed BadRequest ClosedDescriptor
         DescriptorLimit EndpointError FdshareError FetchTimeout ForeignHost GenerationMismatch
-        InvalidArgument InvalidName KeeperUnavailable KindMismatch MagicMismatch MemoryBusy
+        InvalidArgument InvalidName KeeperUnavailable LogFull KindMismatch MagicMismatch MemoryBusy
         NameNotFound NameTaken NoServer NoTransit Overflow PolicyError ProtocolError QuotaExceeded
         RemoteError ServerGone ServerTimeout TooManyDescriptors TruncatedControl UnknownKind
         UnreadData UnsupportedKind UnsupportedPlatform UntrustedServer VersionMismatch WatchTimeout

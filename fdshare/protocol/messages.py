@@ -479,6 +479,7 @@ class ServerStats(msgspec.Struct, frozen=True):
     limits: dict[str, float]
     notes: dict[str, str] = {}  # for the operator: why the last upgrade failed ...
     store: StoreStats | None = None
+    log_dropped: int = 0  # lines of the log that are lost: it was not read in time
 
 
 class StatsReply(Reply):

@@ -1,79 +1,313 @@
-"""The server's log, on standard error: text or JSON lines, in the journal with priorities."""
+"""The server's log, on standard error: text or JSON lines, in the journal with priorities.
+
+docs/audit.md has the form of the lines. Nobody waits for them (log_writer.py), and no text of a
+peer's is in them as it came.
+"""
 
 from __future__ import annotations
 
+import atexit
+import json
 import logging
 import os
 import sys
-from typing import Any, Final
+import time
+from collections.abc import Mapping
+from functools import partial
+from typing import Final, NamedTuple, TypeAlias
 
 import msgspec
 
+from fdshare.printable import printable, printable_json
+from fdshare.server.log_writer import LogWriter
 from fdshare.server.settings import Settings
 
-__all__ = ["configure"]
+__all__ = [
+    "audit",
+    "audit_many",
+    "configure",
+    "dropped",
+    "failure",
+    "flush",
+    "is_full",
+    "rest",
+    "resume",
+]
 
+_STDERR: Final = 2
+_PATIENCE: Final = 0.5  # seconds for the last lines of a process
 _PRIORITIES: Final = {
-    logging.DEBUG: 7,
-    logging.INFO: 6,
-    logging.WARNING: 4,
-    logging.ERROR: 3,
-    logging.CRITICAL: 2,
+    "DEBUG": 7,
+    "INFO": 6,
+    "WARNING": 4,
+    "ERROR": 3,
+    "CRITICAL": 2,
 }
-_EXTRA = ("verb", "entry", "outcome", "pid", "uid")  # what the audit log adds to a record
+# What a line takes in memory while it waits: so many bytes, and so many for each character.
+_OVERHEAD: Final = 250
+_WIDEST: Final = 4
+# Characters: what is longer is cut, so that a line of whatever a peer sends is short.
+_MOST_OF_NAME: Final = 300
+_MOST_OF_OUTCOME: Final = 600
+_MOST_OF_MESSAGE: Final = 2000
+_MOST_OF_TRACEBACK: Final = 10_000
+_KNOWN: Final = 4096  # lines that are remembered, of at most so many bytes:
+_LONGEST_KNOWN: Final = 400
+_LOST: Final = "of the log are lost: they were not read in time, or could not be written"
+_What: TypeAlias = "tuple[str, str, str, int | None, int | None]"  # the fields of an _Audited
+
+
+class _Line(NamedTuple):
+    """What becomes one line, or one and its traceback."""
+
+    time: float
+    level: str
+    logger: str
+    message: str
+    traceback: str = ""
+
+
+class _Audited(NamedTuple):
+    """What an audit line says. *pid* is None if it is not about one process, *uid* is None if no
+    client asked for it."""
+
+    verb: str
+    name: str
+    outcome: str
+    pid: int | None
+    uid: int | None
+
+    @property
+    def message(self) -> str:
+        pid = "" if self.pid is None else f"pid {self.pid} "
+        uid = "" if self.uid is None else f"uid {self.uid} "
+        return f"{pid}{uid}{self.verb} {self.name!r}: {self.outcome}"
+
+
+# An audited event waits as plain tuples, which cost less: (time, the fields of one _Audited), or
+# (time, names, the other fields).
+_One: TypeAlias = "tuple[float, _What]"
+_Many: TypeAlias = "tuple[float, list[str], str, str, int, int]"
+_Item: TypeAlias = "_Line | _One | _Many"
+
+_writer: LogWriter[_Item] | None = None
+_audit_log = logging.getLogger("fdshare.audit")
 
 
 def configure(settings: Settings) -> None:
-    """Makes the loggers of the server write to standard error. To be called in each process."""
-    handler = logging.StreamHandler(sys.stderr)
-    of_journal = _is_journal()
-    formatter: logging.Formatter
-    if settings.log_format == "json":
-        formatter = _JsonLines()
-    elif of_journal:  # which knows the rest
-        formatter = logging.Formatter("%(message)s")
-    else:
-        formatter = logging.Formatter("fdshare[%(process)d] %(levelname)s: %(message)s")
-    handler.setFormatter(_Prioritized(formatter) if of_journal else formatter)
+    """Makes the loggers of the server write to standard error. To be called in each process that
+    was not forked by one that did."""
+    global _writer
     logger = logging.getLogger("fdshare")
-    logger.handlers[:] = [handler]
     logger.propagate = False
     logger.setLevel(settings.log_level)
+    if _writer is not None:
+        _writer.flush(_PATIENCE)
+        _writer.rest()
+        _writer = None
+    if not _has_stderr():
+        logger.handlers[:] = [logging.NullHandler()]
+        return
+    form = _JsonLines if settings.log_format == "json" else _TextLines
+    _writer = LogWriter(_STDERR, partial(form, _is_journal()))
+    _writer.resume()
+    logger.handlers[:] = [_Handler(_writer)]
+    atexit.unregister(flush)
+    atexit.register(flush)
+
+
+def audit(
+    verb: str, name: str, outcome: str, pid: int | None = None, uid: int | None = None
+) -> None:
+    """Notes who was given or refused what. The line is put together later, by another thread."""
+    if _writer is None:
+        _audit_log.info("%s", _Audited(verb, name, outcome, pid, uid).message)
+        return
+    if len(name) > _MOST_OF_NAME or len(outcome) > _MOST_OF_OUTCOME:
+        name, outcome = _shortened(name, _MOST_OF_NAME), _shortened(outcome, _MOST_OF_OUTCOME)
+    size = _OVERHEAD + _WIDEST * (len(name) + len(outcome))
+    _writer.put((time.time(), (verb, name, outcome, pid, uid)), size)
+
+
+def audit_many(verb: str, names: list[str], outcome: str, pid: int, uid: int) -> None:
+    """As `audit` of each of *names*, which are of entries."""
+    if _writer is None:
+        for name in names:
+            audit(verb, name, outcome, pid, uid)
+        return
+    size = (_OVERHEAD + _WIDEST * len(outcome)) * len(names) + _WIDEST * sum(map(len, names))
+    _writer.put((time.time(), names, verb, outcome, pid, uid), size, len(names))
+
+
+def is_full() -> bool:
+    """True if there may be no room for all that one request is noted with."""
+    return _writer is not None and _writer.full
+
+
+def dropped() -> int:
+    """How many lines this process had no room for."""
+    return 0 if _writer is None else _writer.dropped
+
+
+def failure() -> str:
+    """Why the log cannot be written now; empty if it can, as far as is known."""
+    return "" if _writer is None else _writer.failure
+
+
+def flush(seconds: float = _PATIENCE) -> None:
+    """Waits for what was logged to be written, *seconds* at most. To be called before the end of a
+    process that os._exit() or exec(2) makes."""
+    if _writer is not None:
+        _writer.flush(seconds)
+
+
+def rest() -> None:
+    """Ends the thread that writes. To be called before a fork."""
+    if _writer is not None:
+        _writer.rest()
+
+
+def resume() -> None:
+    """Starts it again; after a fork in both processes."""
+    if _writer is not None:
+        _writer.resume()
+
+
+def _shortened(text: str, most: int) -> str:
+    """*text*, or its start."""
+    return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"
+
+
+def _has_stderr() -> bool:
+    """False if it was closed at the start: its number may be that of anything since."""
+    try:
+        os.fstat(_STDERR)
+    except OSError:
+        return False
+    return sys.__stderr__ is not None
 
 
 def _is_journal() -> bool:
     """Whether standard error is the journal's stream, systemd.exec(5)."""
     device, _, inode = os.environ.get("JOURNAL_STREAM", "").partition(":")
-    try:
-        info = os.fstat(sys.stderr.fileno())
-    except (OSError, ValueError):  # closed, or no file at all
-        return False
+    info = os.fstat(_STDERR)
     return (device, inode) == (str(info.st_dev), str(info.st_ino))
 
 
-class _Prioritized(logging.Formatter):
-    """Each line as *formatter* has it, behind its priority (sd-daemon(3), SD_ERR and others)."""
+class _Handler(logging.Handler):
+    """Passes what the loggers are told to the writer."""
 
-    def __init__(self, formatter: logging.Formatter) -> None:
+    def __init__(self, writer: LogWriter[_Item]) -> None:
         super().__init__()
-        self._formatter = formatter
+        self._writer = writer
+        self._formatter = logging.Formatter()
 
-    def format(self, record: logging.LogRecord) -> str:
-        prefix = f"<{_PRIORITIES.get(record.levelno, 6)}>"
-        return "\n".join(prefix + line for line in self._formatter.format(record).split("\n"))
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            message = record.getMessage()
+            traceback = self._formatter.formatException(record.exc_info) if record.exc_info else ""
+        except Exception as error:
+            message, traceback = f"{record.msg!r}: {error!r}", ""
+        message = _shortened(message, _MOST_OF_MESSAGE)
+        traceback = traceback[-_MOST_OF_TRACEBACK:]
+        line = _Line(record.created, record.levelname, record.name, message, traceback)
+        self._writer.put(line, _OVERHEAD + _WIDEST * (len(message) + len(traceback)))
 
 
-class _JsonLines(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        line: dict[str, Any] = {
-            "time": record.created,
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "process": record.process,
-            "message": record.getMessage(),
-        }
-        given = vars(record)
-        line.update((key, given[key]) for key in _EXTRA if given.get(key) is not None)
-        if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        return msgspec.json.encode(line).decode()
+class _Lines:
+    """The form of the lines of this process."""
+
+    def __init__(self, of_journal: bool) -> None:
+        self._of_journal = of_journal
+        self._process = os.getpid()
+        # The lines of audited events, or their ends: the same client often fetches the same name.
+        self._known: dict[_What, bytes] = {}
+
+    def render(self, item: _Item) -> bytes:
+        if type(item) is _Line:
+            prefix = self._prefix(item.level)
+            return "".join(f"{prefix}{line}\n" for line in self._lines(item)).encode()
+        if len(item) == 2:
+            return self._audited(*item)
+        time, names, verb, outcome, pid, uid = item  # type: ignore[misc]
+        return b"".join([self._audited(time, (verb, n, outcome, pid, uid)) for n in names])
+
+    def lost(self, count: int) -> bytes:
+        return self.render(
+            _Line(time.time(), "WARNING", "fdshare.server", f"{count} lines {_LOST}")
+        )
+
+    def _prefix(self, level: str) -> str:
+        return f"<{_PRIORITIES.get(level, 6)}>" if self._of_journal else ""
+
+    def _remembered(self, what: _What, end: str) -> bytes:
+        """*end* as bytes, which `_known` has for *what* from now on."""
+        if len(self._known) >= _KNOWN:
+            self._known.clear()
+        line = end.encode()
+        if len(line) <= _LONGEST_KNOWN:
+            self._known[what] = line
+        return line
+
+    def _lines(self, line: _Line) -> list[str]:
+        """The lines that it becomes, without prefixes and ends."""
+        raise NotImplementedError
+
+    def _audited(self, time: float, what: _What) -> bytes:
+        """The line of an audited event, whole."""
+        raise NotImplementedError
+
+
+class _TextLines(_Lines):
+    def _lines(self, line: _Line) -> list[str]:
+        lines = [self._start(line.level) + printable(line.message)]
+        if line.traceback:
+            # Behind spaces no line begins as the log's own do, whatever is in the exception.
+            lines += [f"    {printable(part)}" for part in line.traceback.split("\n")]
+        return lines
+
+    def _audited(self, time: float, what: _What) -> bytes:
+        line = self._known.get(what)
+        if line is None:
+            start = self._prefix("INFO") + self._start("INFO")
+            line = self._remembered(what, f"{start}{printable(_Audited(*what).message)}\n")
+        return line
+
+    def _start(self, level: str) -> str:
+        return "" if self._of_journal else f"fdshare[{self._process}] {level}: "
+
+
+class _JsonLines(_Lines):
+    def __init__(self, of_journal: bool) -> None:
+        super().__init__(of_journal)
+        self._info = self._prefix("INFO").encode()
+
+    def _lines(self, line: _Line) -> list[str]:
+        more = {"exception": line.traceback} if line.traceback else {}
+        what = self._end(line.level.lower(), line.logger, line.message, more)
+        return [f'{{"time":{line.time!r},{what}']
+
+    def _audited(self, time: float, what: _What) -> bytes:
+        end = self._known.get(what)
+        if end is None:
+            audited = _Audited(*what)
+            fields = ("verb", "entry", "outcome", "pid", "uid")
+            more = {f: v for f, v in zip(fields, what, strict=True) if v is not None}
+            text = self._end("info", "fdshare.audit", audited.message, more)
+            end = self._remembered(what, f"{text}\n")
+        return b'%b{"time":%r,%b' % (self._info, time, end)
+
+    def _end(self, level: str, logger: str, message: str, more: Mapping[str, object]) -> str:
+        """All of a line but the time, which is the first field."""
+        fields = {"level": level, "logger": logger, "process": self._process, "message": message}
+        return printable_json(_json({**fields, **more}))[1:]
+
+
+_encode = msgspec.json.Encoder().encode
+
+
+def _json(line: dict[str, object]) -> str:
+    try:
+        return _encode(line).decode()
+    except UnicodeEncodeError:  # there is half of a surrogate pair in it
+        return json.dumps(line)

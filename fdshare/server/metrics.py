@@ -52,6 +52,12 @@ def render(stats: ServerStats) -> str:
             [("", stats.store.missing)],
         )
     lines += _family(
+        "log_dropped_total",
+        "counter",
+        "Lines of the log that are lost: it was not read in time.",
+        [("", stats.log_dropped)],
+    )
+    lines += _family(
         "limit",
         "gauge",
         "The limits of the server.",

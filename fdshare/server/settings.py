@@ -31,6 +31,7 @@ class Settings(msgspec.Struct, kw_only=True):
     policy_text: bytes | None = None  # the last valid text that was read there
     log_format: Literal["text", "json"] = "text"
     log_level: str = "INFO"
+    audit_strict: bool = False  # refuse what the audit log has no room for
     metrics: str | None = None  # HOST:PORT for Prometheus text over HTTP
     closed: str = ""  # why nobody is served
 

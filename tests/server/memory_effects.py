@@ -39,7 +39,7 @@ class Inbox:
 class MemoryEffects:
     """Opens, closes and leases; `busy` and `broken` are the keeper's moods, `full` the server's."""
 
-    auditing = False
+    auditing = strict = False
 
     def __init__(self, *, own_uid: int = 1, limits: Limits | None = None) -> None:
         self.table = Table()
@@ -50,8 +50,11 @@ class MemoryEffects:
         self.lease_of: dict[int, int] = {}  # the taker's end -> ours
         self.revoked: set[int] = set()
         self.watched: list[Entry] = []
-        self.busy = self.broken = self.full = False
+        self.busy = self.broken = self.full = self.audit_full = False
         self._last = 0
+
+    def audit_is_full(self) -> bool:
+        return self.audit_full
 
     # For the test.
 
@@ -171,6 +174,12 @@ class MemoryEffects:
         return True
 
     def audit(self, verb: str, name: str, session: Session | None, outcome: str) -> None:
+        pass
+
+    def audit_refusal(self, verb: str, name: str, session: Session, outcome: str) -> None:
+        pass
+
+    def audit_many(self, verb: str, names: list[str], session: Session, outcome: str) -> None:
         pass
 
 

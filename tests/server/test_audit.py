@@ -6,40 +6,50 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from breaking import Halves, Wire
 from conftest import wait_until
 from nursery import Process
 
 from fdshare.client.blocking.client import Client
-from fdshare.errors import FdshareError, NoServer
-from fdshare.kernel.endpoint import connect
+from fdshare.errors import FdshareError
 from fdshare.protocol import messages as m
+from fdshare.protocol.framing import header
+from server.conftest import answers
+
+# A title for the terminal, a line of its own, C1, bidirectional marks.
+EVIL = "\x1b]0;owned\x07\x1b[31m\nfdshare[1] INFO: forged\r\x7f\x85\u200b\u2028\u202e\u2066"
+FIELDS = {
+    *("time", "level", "logger", "process", "message"),
+    *("verb", "entry", "outcome", "pid", "uid"),
+}
+
+
+@contextmanager
+def serving(folder: Path, *options: str) -> Iterator[Client]:
+    """A client of a server that logs into `folder`/log, and has ended afterwards."""
+    command = [sys.executable, "-m", "fdshare", "serve", str(folder / "s"), *options]
+    with open(folder / "log", "wb") as log:
+        process = Process(command, stdin=subprocess.DEVNULL, stderr=log)
+    wait_until(lambda: answers(folder / "s"), "the server answers")
+    with Client(folder / "s") as client:
+        yield client
+        client.shutdown()
+    process.wait()
 
 
 @pytest.fixture
 def served(folder: Path) -> Iterator[Client]:
     """A client of a server with default options but for the format of its log, `folder`/log."""
-    command = [sys.executable, "-m", "fdshare", "serve", str(folder / "s"), "--log-format", "json"]
-    with open(folder / "log", "wb") as log:
-        process = Process(command, stdin=subprocess.DEVNULL, stderr=log)
-
-    def answers() -> bool:
-        try:
-            connect(folder / "s").close()
-        except NoServer:
-            return False
-        return True
-
-    wait_until(answers, "the server answers")
-    with Client(folder / "s") as client:
+    with serving(folder, "--log-format", "json") as client:
         yield client
-        client.shutdown()
-    process.wait()
 
 
 def audit(folder: Path) -> list[dict[str, Any]]:
@@ -107,11 +117,96 @@ def test_what_cannot_be_read_is_noted(served: Client, folder: Path) -> None:
     assert said(folder, "request", "").startswith("refused: the peer speaks protocol version")
 
 
-def test_a_name_cannot_forge_a_line(served: Client, folder: Path) -> None:
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_no_text_of_a_client_is_noted_as_it_came(folder: Path, log_format: str) -> None:
+    """Whatever part of a request it is in. Nor does an answer carry it so."""
+    kind = m.Kind(EVIL, msgspec.Raw(m.encode(None)))
+    odd = f"a/{EVIL}"
+    with serving(folder, "--log-format", log_format) as client:
+        with Wire(client.address) as wire:
+            for id, request in enumerate(
+                (
+                    m.Fetch(odd),
+                    m.Take(odd),
+                    m.FetchMany([odd]),
+                    m.Rename(odd, odd),
+                    m.Rename("a", odd),
+                    m.Bind("b", f"unix://{EVIL}"),
+                    m.Bind(odd, EVIL),
+                    m.Info(odd),
+                    m.Unregister(odd),
+                    m.Register(odd, kind),
+                    m.Register("c", kind, metadata={EVIL: EVIL * 1000}),
+                ),
+                start=1,
+            ):
+                assert str(wire.refused(id, request)).isprintable()
+            body = m.encode({"type": EVIL})
+            wire.sock.sendall(header(len(body), 0, 20) + body)
+            assert wire.receive().reply.message.isprintable()
+        with Wire(client.address, EVIL[:20]) as wire:
+            body = m.encode({"type": "fetch", EVIL: EVIL, "name": [EVIL]})
+            wire.sock.sendall(header(len(body), 0, 20) + body)
+            wire.receive()
+        with Wire(client.address, greet=False) as wire:
+            wire.send(0, m.Hello(EVIL, m.VERSION, EVIL))
+            assert wire.receive().reply.message.isprintable()
+        client.register("\u202ename\u2028", 0)
+        client.fetch_raw("\u202ename\u2028")[0].close()
+    lines = (folder / "log").read_bytes().decode().split("\n")
+    assert len(lines) > 14
+    assert [line for line in lines if not line.isprintable()] == []
+    assert not any("forged" in line[:20] for line in lines)
+
+
+def test_what_is_too_long_is_not_noted(served: Client, folder: Path) -> None:
     with Wire(served.address) as wire:
-        wire.refused(1, m.Fetch("x\npid 1 uid 0 fetch 'a': given"))
-    wait_until(lambda: audit(folder))
-    assert audit(folder)[-1]["message"].count("\n") == 0
+        wire.refused(1, m.Fetch("x" * 100_000))
+    (line,) = wait_until(lambda: audit(folder))
+    assert len(json.dumps(line)) < 700
+
+
+def test_refusals_do_not_fill_the_log(folder: Path) -> None:
+    """Those that have no line of their own are counted."""
+    with serving(folder, "--log-format", "json") as client:
+        for _ in range(500):
+            with pytest.raises(FdshareError):
+                client.fetch_raw("missing", timeout=0)
+    refusals = [line for line in audit(folder) if line["outcome"].startswith("refused")]
+    assert 100 <= len(refusals) < 300
+    left_out = [line for line in refusals if line["verb"] == "request"]
+    for line in left_out:
+        assert set(line) == FIELDS - {"pid"}
+        assert line["uid"] == os.geteuid()
+        assert line["message"] == f"uid {line['uid']} request '': {line['outcome']}"
+    counted = sum(int(line["outcome"].split()[1]) for line in left_out)
+    assert len(refusals) - len(left_out) + counted == 500
+
+
+def test_a_connection_that_makes_room_is_noted(folder: Path) -> None:
+    options = ("--log-format", "json", "--limit", "max_connections=3")
+    outcome = "closed: it was idle, and there were too many connections"
+    with serving(folder, *options) as client, ExitStack() as wires:
+        for _ in range(4):
+            wires.enter_context(Wire(client.address))
+        assert said(folder, "connect", "") == outcome
+
+
+def test_the_form_of_a_line(folder: Path) -> None:
+    with serving(folder, "--log-format", "json") as client:
+        client.register("a", 0)
+        server = client.stats().server_pid
+    (line,) = (line for line in audit(folder) if line["verb"] == "register")
+    assert set(line) == FIELDS
+    assert line["process"] == server
+    assert abs(line["time"] - time.time()) < 3600
+    me = f"pid {os.getpid()} uid {os.geteuid()}"
+    assert line["message"] == f"{me} register 'a': generation 1"
+    with serving(folder) as client:
+        client.register("a", 0)
+        server = client.stats().server_pid
+    text = (folder / "log").read_text()
+    assert text == f"fdshare[{server}] INFO: {me} register 'a': generation 1\n"
 
 
 def test_an_entry_that_came_back_is_noted(served: Client, folder: Path) -> None:
@@ -120,7 +215,7 @@ def test_an_entry_that_came_back_is_noted(served: Client, folder: Path) -> None:
     with Wire(served.address) as wire:
         for descriptor in wire.ask(1, m.Take("a")).descriptors:
             descriptor.close()
-    wait_until(lambda: audit(folder)[-1]["outcome"] == "returned")
+    wait_until(lambda: audit(folder)[-1:] and audit(folder)[-1]["outcome"] == "returned")
     line = audit(folder)[-1]
     assert "pid" not in line
     os.close(read)

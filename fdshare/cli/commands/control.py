@@ -54,6 +54,7 @@ def stats(client: Client, as_json: bool, prometheus: bool) -> None:
         "generation": str(found.generation),
         **({} if found.store is None else {"store": _store(found.store)}),
         **{name: f"{value:,}" for name, value in found.counters.items()},
+        **({"log dropped": f"{found.log_dropped:,} lines"} if found.log_dropped else {}),
         **found.notes,
     }
     print_facts(lines.items())

@@ -93,6 +93,7 @@ def _metrics(context: click.Context, parameter: click.Parameter, value: str | No
     default="info",
     show_default=True,
 )
+@click.option("--audit-strict", is_flag=True, help="Refuse requests that the log has no room for.")
 @click.option(
     "--authkey-file", type=click.Path(), metavar="FILE", help="A key that clients need, too."
 )
@@ -142,6 +143,7 @@ def _prepare(
         policy=options["policy"] and os.path.abspath(options["policy"]),
         log_format=options["log_format"],
         log_level=options["log_level"].upper(),
+        audit_strict=options["audit_strict"],
         metrics=options["metrics"],
     )
     if listener is None:

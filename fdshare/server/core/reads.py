@@ -24,6 +24,8 @@ class Reads(Waiters):
         entry = self.table.entries.get(name)
         if entry is None or not entry.reply or entry.lease is not None or not session.trusted:
             return None
+        if self.effects.strict and self.effects.audit_is_full():
+            return None
         entry.fetches += 1
         counters = self.counters
         counters["fetched"] += 1
@@ -72,9 +74,10 @@ class Reads(Waiters):
             )
             given += entry.handles
             entry.fetches += 1
-            self.effects.audit("fetch", entry.name, session, "given")
         self.counters["fetched"] += len(items)
         self.effects.answer(session, id, m.encode(m.GivenMany(items)), given)
+        if self.effects.auditing:
+            self.effects.audit_many("fetch", [item.name for item in items], session, "given")
         return False
 
     def _wait(

@@ -32,6 +32,10 @@ __all__ = ["Service"]
 
 _WHEN_CLOSED: Final = frozenset((m.Ping, m.Stats, m.Explain, m.Cancel, m.Shutdown))
 
+_AUDITED: Final = frozenset(
+    (m.Register, m.Fetch, m.Take, m.FetchMany, m.Unregister, m.Rename, m.Bind)
+)
+
 
 class Service(Reads, Writes):
     """The verbs, over one table and one policy; what they need done is asked of *effects*."""
@@ -80,6 +84,8 @@ class Service(Reads, Writes):
         request.check()
         if self.closed and type(request) not in _WHEN_CLOSED:
             raise FdshareError(self.closed)
+        if self.effects.strict and type(request) in _AUDITED:
+            self._check_audit()
         if handles and type(request) is not m.Register:
             raise TooManyDescriptors(len(handles), 0)
         return handler(session, id, request, handles, now)

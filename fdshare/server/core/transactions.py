@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-from fdshare.errors import AccessDenied, QuotaExceeded
+from fdshare.errors import AccessDenied, LogFull, QuotaExceeded
 from fdshare.protocol import messages as m
 from fdshare.server.core.policy import Policy
 from fdshare.server.core.ports import Effects, Session
@@ -60,6 +60,11 @@ class Transactions:
     def _happened(self, events: Sequence[m.Event], now: float) -> None:
         """Called with the events of each record, when it has been applied."""
         raise NotImplementedError
+
+    def _check_audit(self) -> None:
+        """Raises: LogFull: what happens next would not be in the audit log."""
+        if self.effects.audit_is_full():
+            raise LogFull
 
     def _give(self, session: Session, id: int, entry: Entry) -> None:
         """Answers a fetch. The body of the reply is the same for all clients: it is encoded

@@ -85,7 +85,7 @@ class Waiters(Transactions):
         if self.effects.auditing:
             verb = "request" if request is None else type(request).__name__.lower()
             name = str(getattr(request, "name", "") or getattr(request, "old", ""))
-            self.effects.audit(verb, name[:MAX_NAME], session, f"refused: {error}")
+            self.effects.audit_refusal(verb, name[:MAX_NAME], session, f"refused: {error}")
 
     # Waiting.
 
@@ -127,6 +127,8 @@ class Waiters(Transactions):
             # Before the answer: if the client turns out to be gone, its other waits end in there.
             self._stop_waiting(waiter)
             try:
+                if self.effects.strict and type(waiter.request) is not m.Wait:
+                    self._check_audit()
                 if type(waiter.request) is m.Take:
                     self._lease(waiter.session, waiter.id, entry, now)
                 elif type(waiter.request) is m.Wait:

@@ -15,8 +15,10 @@ import time
 from collections.abc import Callable
 from functools import partial
 
+from fdshare.errors import FdshareError
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.kernel.descriptor_table import close_all_but
+from fdshare.server import logs
 from fdshare.server.failover.fd_store import FdStore
 from fdshare.server.failover.holdings import Holdings
 from fdshare.server.failover.journal import Journal
@@ -34,13 +36,25 @@ log = logging.getLogger("fdshare.server")
 def run_keeper(holdings: Holdings, ready: Callable[[], None]) -> None:
     """Runs a keeper, which forks a server; returns when both have been told to end, and have.
     *ready* is called once the server serves."""
-    live(Keeper(holdings, _become_server, ready).run)
+    _live(Keeper(holdings, _become_server, ready).run)
 
 
 def resume_keeper(holdings: Holdings, journal: socket.socket, server: Descriptor) -> None:
     """Runs a keeper of new code; *server* is of the old code, and is replaced. Takes both over."""
     keeper = Keeper(holdings, _become_server, journal=journal, server=server)
-    live(partial(keeper.run, relieve=True))
+    _live(partial(keeper.run, relieve=True))
+
+
+def _live(life: Life) -> None:
+    """As `live`, for a process whose end the other half waits for: what goes wrong is logged, and
+    not left to the interpreter, which would print it although perhaps nobody reads."""
+    try:
+        live(life)
+    except FdshareError:  # nobody is served yet: it is told to whoever started the server
+        raise
+    except Exception:
+        log.critical("the keeper failed", exc_info=True)
+        raise SystemExit(1) from None
 
 
 def _become_server(holdings: Holdings, half: Forked) -> Life | None:
@@ -65,6 +79,7 @@ def _become_server(holdings: Holdings, half: Forked) -> Life | None:
         if (other := journal.replace_keeper()) is not None:
             holdings.unfinished = server.abandon()
             return partial(_become_keeper, holdings, other)
+    logs.flush()  # the end of the journal is a reason for the keeper to kill this process
     # The end of this process may hang: nobody must wait for what is closed by then.
     journal.close()
     holdings.listener.close()

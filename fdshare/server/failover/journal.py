@@ -95,6 +95,7 @@ class Journal:
         self._keeper = keeper
         self._pid: int | None = pid
         self._fdstore = fdstore
+        self._log_dropped = 0  # lines that the keeper's log had no room for
         self._acquainted = False  # the keeper has said hello: it holds what the server holds
         self._lost = False
         self._buried = False  # it is dead, and our ends of its descriptors are closed
@@ -155,6 +156,9 @@ class Journal:
         self._ending = True
         return True
 
+    def log_dropped(self) -> int:
+        return self._log_dropped
+
     def keep_policy(self, text: bytes | None) -> None:
         self._tell(Note("policy", data=text))
 
@@ -214,6 +218,7 @@ class Journal:
             with suppress(KeeperUnavailable):  # full: then a successor reloads once more
                 self._tell(Note("reload"))
         elif note.verb == "ping":
+            self._log_dropped = note.id
             with suppress(KeeperUnavailable):  # full: then it has enough to read
                 self._tell(Note("pong"))
         elif note.verb == "upgrading":

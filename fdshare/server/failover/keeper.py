@@ -29,6 +29,7 @@ from typing import Final
 from fdshare.errors import FdshareError
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.kernel.descriptor_limit import raise_descriptor_limit
+from fdshare.server import logs
 from fdshare.server.core.records import Record
 from fdshare.server.failover.heartbeat import Heartbeat
 from fdshare.server.failover.holdings import Holdings
@@ -273,7 +274,7 @@ class Keeper:
     def _look_after_server(self) -> None:
         """Asks it for a sign of life, when it is time to, and kills it if it gives none."""
         if self._heartbeat.ask(time.monotonic()):
-            self._tell(Note("ping"))
+            self._tell(Note("ping", id=logs.dropped()))
         elif self._heartbeat.hangs:
             log.error("the server does not answer, killed")
             self._on_server_gone()
@@ -376,6 +377,7 @@ class Keeper:
             self._closer.close(handles)
             if self._fencing:  # no server is left: what is here is all there is
                 return True
+            logs.flush()
             os._exit(1)
         try:
             letter = decode_letter(bytes(memoryview(self._buffer)[:count]))

@@ -12,7 +12,6 @@ import logging
 import os
 import signal
 import socket
-import sys
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -21,6 +20,7 @@ from typing import Final, NamedTuple, TypeAlias
 from fdshare.kernel.ancillary import recv_fds, send_message
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.kernel.plain_socket import stream_pair
+from fdshare.server import logs
 from fdshare.server.loop.closing import close_quietly
 from fdshare.server.loop.dying import has_ended, reap
 from fdshare.server.loop.lanes import Lanes
@@ -106,7 +106,7 @@ def live(life: Life) -> None:
             raise
         log.exception("process %d failed", os.getpid())
     if os.getpid() != root:  # the caller's stack is the parent's: nothing may return into it
-        sys.stderr.flush()
+        logs.flush()
         os._exit(status)
 
 
@@ -130,9 +130,11 @@ def fork_half(lanes: Lanes, *, orphan: bool = False) -> Forked:
     """
     me = os.getpid()
     lanes.rest()
+    logs.rest()
     try:
         return _fork_half(orphan)
     finally:
+        logs.resume()
         if os.getpid() == me:
             lanes.resume()
 

@@ -18,6 +18,7 @@ import msgspec
 
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.kernel.endpoint import Listener
+from fdshare.server import logs
 from fdshare.server.core.image import Image, image_of, table_of
 from fdshare.server.core.table import Table
 from fdshare.server.failover.holdings import Holdings
@@ -142,6 +143,7 @@ def exec_new_code(handover: Handover) -> None:
         _set_inheritable((file.fileno(), *handover.numbers()), True)
         try:
             command = fresh_interpreter(_NEW_CODE, f"resume({file.fileno()})")
+            logs.flush()
             os.execv(command[0], command)
         finally:
             _set_inheritable(handover.numbers(), False)

@@ -178,7 +178,8 @@ class Acceptor:
 
     def _evict(self, connection: Connection) -> None:
         self.evicted += 1
-        log.info("too many connections: the idle one of pid %d is closed", connection.session.pid)
+        why = "closed: it was idle, and there were too many connections"
+        self._output.service.effects.audit_refusal("connect", "", connection.session, why)
         self._output.drop(connection)
 
     @staticmethod

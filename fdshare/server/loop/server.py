@@ -31,6 +31,7 @@ from fdshare.kernel.plain_socket import WITHOUT_TIMEOUT, stream_pair
 from fdshare.kinds import describe
 from fdshare.protocol import messages as m
 from fdshare.protocol.auth import checked_authkey
+from fdshare.server import logs
 from fdshare.server.core.policy import Policy
 from fdshare.server.core.ports import LeaseState, Session
 from fdshare.server.core.records import Record
@@ -49,6 +50,7 @@ from fdshare.server.loop.hangups import Hangups, is_socket
 from fdshare.server.loop.inspections import Inspections
 from fdshare.server.loop.lanes import Lanes
 from fdshare.server.loop.loop import Loop
+from fdshare.server.loop.refusal_log import RefusalLog
 from fdshare.server.metrics import MetricsEndpoint
 from fdshare.server.settings import Settings, policy_of, read_policy
 
@@ -72,6 +74,9 @@ class JournalWriter(Protocol):
 
     def command(self, verb: Literal["shutdown", "upgrade"], session: str, id: int) -> bool:
         """Passes a client's command on; False if the answer comes later."""
+
+    def log_dropped(self) -> int:
+        """How many lines of the keeper's log are lost."""
 
     def keep_policy(self, text: bytes | None) -> None:
         """Passes the text of the policy on: a successor needs it."""
@@ -109,6 +114,8 @@ class Server:
             self.service.closed = self.notes["closed"] = settings.closed
         self._journal = journal
         self.auditing = audit_log.isEnabledFor(logging.INFO)
+        self.strict = self.auditing and settings.audit_strict
+        self.audit_is_full = logs.is_full
         self.settings = settings
         self._started = time.monotonic()
         self.lanes = Lanes()
@@ -121,6 +128,7 @@ class Server:
         self.dying = Dying(self.loop.poller, {} if dying is None else dying)
         self._hangups = Hangups(self.loop)
         self._inspections = Inspections(self.loop, self.lanes, self._is_stored)
+        self._refusals = RefusalLog(self.loop.later)
         # Parts of `Effects`.
         self.answer = self.loop.answer
         self.answer_in_parts = self.loop.answer_in_parts
@@ -136,6 +144,7 @@ class Server:
         try:
             return self.loop.run()
         finally:
+            self._refusals.tell()
             if metrics is not None:
                 metrics.close()
 
@@ -285,8 +294,9 @@ class Server:
                 "evicted": loop.acceptor.evicted,
             },
             limits=msgspec.structs.asdict(limits),
-            notes={**self.notes, **self.dying.notes(), **self._hanging()},
+            notes={**self.notes, **_log_notes(), **self.dying.notes(), **self._hanging()},
             store=self._journal.store_stats() if self._journal else None,
+            log_dropped=logs.dropped() + (self._journal.log_dropped() if self._journal else 0),
         )
 
     def reload_policy(self) -> None:
@@ -318,20 +328,18 @@ class Server:
     def audit(self, verb: str, name: str, session: Session | None, outcome: str) -> None:
         if not self.auditing:
             return
-        what = {"verb": verb, "entry": name, "outcome": outcome}
         if session is None:
-            audit_log.info("%s %r: %s", verb, name, outcome, extra=what)
-            return
-        pid, uid = session.pid, session.subject.uid
-        audit_log.info(
-            "pid %d uid %d %s %r: %s",
-            pid,
-            uid,
-            verb,
-            name,
-            outcome,
-            extra={**what, "pid": pid, "uid": uid},
-        )
+            logs.audit(verb, name, outcome)
+        else:
+            logs.audit(verb, name, outcome, session.pid, session.subject.uid)
+
+    def audit_many(self, verb: str, names: list[str], session: Session, outcome: str) -> None:
+        if self.auditing:
+            logs.audit_many(verb, names, outcome, session.pid, session.subject.uid)
+
+    def audit_refusal(self, verb: str, name: str, session: Session, outcome: str) -> None:
+        if self.auditing:
+            self._refusals.note(verb, name, session, outcome, time.monotonic())
 
     def _hanging(self) -> dict[str, str]:
         """The users whose closes hang, for `stats`."""
@@ -360,6 +368,12 @@ class Server:
             log.error("the policy has a fault, %s", note)
             self.notes["policy"] = note
             return Policy(os.geteuid(), file=settings.policy or "", faulty=True)
+
+
+def _log_notes() -> dict[str, str]:
+    """What is wrong with the log, for `stats`."""
+    failure = logs.failure()
+    return {"log": f"it cannot be written: {failure}"} if failure else {}
 
 
 def _nothing() -> None:

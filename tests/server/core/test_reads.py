@@ -138,3 +138,16 @@ def test_explain_knows_the_registrant(effects: MemoryEffects) -> None:
         (reply,) = ask(effects, session, m.Explain(verb, name, uid, uid))
         assert reply.allowed == allowed, (verb, name, uid)
         assert reply.rule
+
+
+def test_the_same_fetch_again_is_refused_where_the_audit_log_is_full(
+    effects: MemoryEffects,
+) -> None:
+    """The quick way leaves it to the usual one, which refuses it."""
+    session = effects.session()
+    register(effects, session)
+    ask(effects, session, m.Fetch("x"))
+    effects.strict = True
+    assert effects.service.fetch_again(session, "x") is effects.table.entries["x"]
+    effects.audit_full = True
+    assert effects.service.fetch_again(session, "x") is None

@@ -6,12 +6,13 @@ import pytest
 
 from fdshare.errors import (
     InvalidArgument,
+    LogFull,
     PolicyError,
     TooManyDescriptors,
 )
 from fdshare.protocol import messages as m
 from fdshare.server.core.records import Record
-from server.memory_effects import MemoryEffects, register
+from server.memory_effects import KIND, MemoryEffects, register
 
 
 def test_equal_deadlines_and_a_removal(effects: MemoryEffects) -> None:
@@ -246,3 +247,32 @@ def test_a_reload_that_fails_is_not_answered_as_done(effects: MemoryEffects) -> 
     with pytest.raises(PolicyError):
         effects.service.handle(session, 1, m.Reload(), [], 0.0)
     assert session.route.take() == []
+
+
+# A log that must have every line.
+
+
+def test_nothing_is_done_that_the_audit_log_has_no_room_for(effects: MemoryEffects) -> None:
+    session = effects.session()
+    register(effects, session, "a")
+    effects.audit_full = True
+    register(effects, session, "b")  # for those who need not have every line
+    effects.strict = True
+    handles = effects.new_handles(1)
+    for request in (
+        m.Register("c", KIND),
+        m.Fetch("a"),
+        m.Take("a"),
+        m.FetchMany(["a"]),
+        m.Unregister("a"),
+        m.Rename("a", "c"),
+        m.Bind("c", "tcp://127.0.0.1:0"),
+    ):
+        sent = handles if type(request) is m.Register else []
+        with pytest.raises(LogFull):
+            effects.service.handle(session, 1, request, sent, 0.0)
+    for id, harmless in enumerate((m.Ping(), m.Names("*"), m.Wait("a")), start=2):
+        effects.service.handle(session, id, harmless, [], 0.0)
+    assert sorted(effects.table.entries) == ["a", "b"]
+    effects.audit_full = False
+    effects.service.handle(session, 9, m.Fetch("a"), [], 0.0)

@@ -168,3 +168,22 @@ def test_a_client_that_is_found_gone_when_its_waits_are_ended(effects: MemoryEff
     assert not gone.waiting
     assert not gone.watches
     assert not effects.service._watchers
+
+
+def test_a_waiter_that_the_audit_log_has_no_room_for(effects: MemoryEffects) -> None:
+    session = effects.session()
+    for id, request in enumerate((m.Take("x", None), m.Fetch("x", None), m.Wait("x", None))):
+        effects.service.handle(session, id, request, [], 0.0)
+    effects.strict = True
+    journal = effects.journal
+
+    def fills(record: Any, handles: Any) -> None:
+        journal(record, handles)
+        effects.audit_full = True
+
+    effects.journal = fills  # type: ignore[method-assign]
+    register(effects, effects.session())
+    replies = {id: reply for id, reply, _ in session.route.sent}
+    assert [replies[id].code for id in (0, 1)] == ["log_full"] * 2
+    assert type(replies[2]) is m.Registered
+    assert effects.table.entries["x"].lease is None

@@ -314,7 +314,7 @@ def test_code_that_fails_its_trial(
     installed.change(file, old, new)
     upgrade_fails(client, halves, reason)
     assert halves.pids()["keeper"] == keeper
-    assert "the old code goes on" in installed.log.read_text()
+    wait_until(lambda: "the old code goes on" in installed.log.read_text())
 
 
 def test_code_that_hangs_in_its_trial(
