@@ -177,17 +177,18 @@ class Closer:
 
     def hanging(self, uid: int) -> int:
         """How many descriptors of *uid* are not closed, because one of them hangs."""
-        return self._left(uid) if self._lanes.hangs(uid) else 0
+        return self.left(uid) if self._lanes.hangs(uid) else 0
 
     def all_hanging(self) -> int:
         """How many of all users."""
-        return sum(map(self._left, self._lanes.hanging()))
+        return sum(map(self.left, self._lanes.hanging()))
 
     def all_left(self) -> int:
         """How many descriptors are still to be closed, but for those whose close has begun."""
         return len(self._handed_over)
 
-    def _left(self, uid: int) -> int:
+    def left(self, uid: int) -> int:
+        """How many descriptors of *uid* are not closed yet."""
         given = self._given.get(uid, 0)
         left = given - self._closed_of.get(uid, 0)
         if given and not left:

@@ -8,9 +8,16 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from typing import Final
 
-from fdshare.errors import DescriptorLimit, FdshareError, KeeperUnavailable, ProtocolError
+from fdshare.errors import (
+    DescriptorLimit,
+    FdshareError,
+    KeeperUnavailable,
+    ProtocolError,
+    QuotaExceeded,
+)
 from fdshare.kernel.descriptor_limit import descriptor_limit
 from fdshare.protocol import messages as m
 from fdshare.protocol.framing import Frame
@@ -20,6 +27,7 @@ from fdshare.server.loop.acceptor import Acceptor
 from fdshare.server.loop.closing import Closer, Handle
 from fdshare.server.loop.connection import Connection
 from fdshare.server.loop.fast_path import FetchFrames, reply_frame
+from fdshare.server.loop.intake import NotNow
 from fdshare.server.loop.output import Output
 from fdshare.server.loop.poller import ERROR, HANGUP, READ, WRITE
 
@@ -27,6 +35,7 @@ __all__ = ["Input"]
 
 log = logging.getLogger("fdshare.server")
 
+_PAUSE: Final = 0.01  # seconds until a connection is read again whose user has too many numbers
 _BUFFER: Final = 1 << 16  # bytes that one read takes at most, so that others get their turn, too
 
 
@@ -60,7 +69,10 @@ class Input(Output):
             count, handles, lost = received
         except BlockingIOError:
             return
-        except DescriptorLimit as error:
+        except NotNow:
+            self._pause(connection)
+            return
+        except (DescriptorLimit, QuotaExceeded) as error:
             self.expel(connection, error)
             return
         except OSError:
@@ -97,6 +109,16 @@ class Input(Output):
             self._check_share(connection)
         if connection.output or not receiver.idle or connection.slow_since is not None:
             self._mark_slow(connection, now)
+
+    def _pause(self, connection: Connection) -> None:
+        """Reads nothing from the connection for a moment."""
+        connection.interest = 0
+        self.poller.modify(connection.fileno(), 0)
+        self.later(_PAUSE, lambda now: self._update(connection))
+
+    def later(self, delay: float, change: Callable[[float], None]) -> None:
+        """Attempts *change* in *delay* seconds."""
+        raise NotImplementedError
 
     def _check_share(self, connection: Connection) -> None:
         """Hears the connection no more if its user has too many descriptors that are unsettled."""

@@ -6,7 +6,8 @@ count against the user who sent them, who is heard no more if they are too many.
 A message is never read that would bring more descriptors than there are numbers for. The kernel
 drops those that find none (unix(7)), and would do so in this thread: the last copy of a socket with
 SO_LINGER, among them, would stop the loop. So where few numbers are left, the loop peeks, and makes
-copies of no more than half of them: one message does not use up what the next one needs.
+copies of no more than half of them: one message does not use up what the next one needs. A user who
+has some of the numbers already gets no more than a share.
 """
 
 from __future__ import annotations
@@ -23,9 +24,13 @@ from fdshare.server.limits import RESERVE, Limits
 from fdshare.server.loop.closing import Closer, Handle, receive_handles
 from fdshare.server.loop.connection import Connection
 
-__all__ = ["Intake"]
+__all__ = ["Intake", "NotNow"]
 
 _PEEK: Final = int(socket.MSG_PEEK)
+
+
+class NotNow(Exception):
+    """Nothing was read: numbers of this user are about to become free."""
 
 
 class Intake:
@@ -50,12 +55,18 @@ class Intake:
         unsettled = self.unsettled(user)
         if user.trusted or not unsettled:
             return None
-        others = self.received + self._closer.all_hanging() - unsettled
-        limits = self._limits
-        share = allowance(limits.max_unsettled_per_uid, limits.max_unsettled, others)
-        if unsettled <= share or (connection is not None and unsettled == connection.received):
+        one_message = connection is not None and unsettled == connection.received
+        if one_message or unsettled <= self._share(user):
             return None
-        return QuotaExceeded("max_unsettled_per_uid", share, unsettled)
+        return self._too_many(user)
+
+    def _too_many(self, user: User) -> QuotaExceeded:
+        return QuotaExceeded("max_unsettled_per_uid", self._share(user), self.unsettled(user))
+
+    def _share(self, user: User) -> int:
+        others = self.received + self._closer.all_hanging() - self.unsettled(user)
+        limits = self._limits
+        return allowance(limits.max_unsettled_per_uid, limits.max_unsettled, others)
 
     def receive(
         self, connection: Connection, buffer: bytearray, connections: int
@@ -63,15 +74,19 @@ class Intake:
         """(bytes, handles, why there are none although some came) of one read. *connections*: how
         many there are.
 
-        Raises: BlockingIOError; DescriptorLimit: the client has sent more than there are numbers
-        for, and nothing was read; OSError: the connection is gone.
+        Raises: BlockingIOError; NotNow; QuotaExceeded, DescriptorLimit: the client has sent more
+        than its share of the numbers, or than there are, and nothing was read; OSError: the
+        connection is gone.
         """
         sock, user = connection.sock, connection.session.user
         used = self._table.descriptors + connections + self.received + self._closer.all_left()
         half = (self._numbers - used) // 2
         if half >= MAX_DESCRIPTORS:
             return receive_handles(sock, buffer, user.uid)
-        count, handles, lost = receive_handles(sock, buffer, user.uid, _PEEK, max(half, 1))
+        half = max(half, 1)
+        closing = self._closer.left(user.uid)
+        most = half if user.trusted else min(half, self._more(user, closing, half))
+        count, handles, lost = receive_handles(sock, buffer, user.uid, _PEEK, most)
         if lost is None and count == len(buffer) and handles:
             # A peek that fills its buffer looks on: they may be of a message behind it. There is
             # room for a second copy.
@@ -82,12 +97,20 @@ class Intake:
             handles = []
             lost = self._no_numbers()
             if not user.trusted:
-                raise lost
+                if closing and not self._closer.hanging(user.uid):
+                    raise NotNow
+                raise lost if most == half else self._too_many(user)
         if count:
             # Without room for descriptors: the kernel drops its copies. They are not the last, ours
             # are there; or it is a trusted user's loss.
             sock.recv_into(buffer, count)
         return count, handles, lost
+
+    def _more(self, user: User, closing: int, half: int) -> int:
+        """How many descriptors *user* may send now; any number, if none of its are in no entry, or
+        in none any more."""
+        on_the_way = user.received + closing
+        return max(self._share(user) - on_the_way, 0) if on_the_way else half
 
     def recount(self, connection: Connection) -> None:
         """Counts what *connection* has received and not settled."""

@@ -66,3 +66,23 @@ def test_who_has_too_many_descriptors_unsettled_is_told_why(
         assert "max_unsettled_per_uid" in other.hear()
         with Client(manager.address) as client:
             client.register("mine", 0)
+
+
+@needs_root
+def test_who_has_to_wait_for_numbers_is_served(folder: Path, small: Callable[..., Client]) -> None:
+    """Few are left; this user's are not closed yet when the next request comes."""
+    folder.chmod(0o755)
+    (folder / "policy").write_text(ANYBODY)
+    root = small(512, "--policy", str(folder / "policy"), "--mode", "0666")
+
+    def ask(say: Say) -> None:
+        with Wire(root.address, "many") as wire:
+            for id in range(1, 100):
+                wire.send(id, m.Register("a", KIND, replace=True), [0] * 20)
+            for id in range(1, 100):
+                said = wire.receive()
+                assert (said.id, type(said.reply)) == (id, m.Registered), said
+        say("served")
+
+    with AsUser(1501, ask) as other:
+        assert other.hear() == "served"

@@ -20,7 +20,7 @@ from fdshare.server.core.users import User
 from fdshare.server.limits import RESERVE, Limits
 from fdshare.server.loop.closing import Closer
 from fdshare.server.loop.connection import Connection
-from fdshare.server.loop.intake import Intake
+from fdshare.server.loop.intake import Intake, NotNow
 from fdshare.server.loop.lanes import Lanes
 
 LIMITS = msgspec.structs.replace(
@@ -33,10 +33,10 @@ MANY = 10_000
 class Receiving:
     """An intake, a connection of each of two users, and their clients' ends."""
 
-    def __init__(self, nofile: int) -> None:
+    def __init__(self, nofile: int, limits: Limits = LIMITS) -> None:
         self.lanes = Lanes()
         self.closer = Closer(self.lanes, lambda: None, alone=False)
-        self.intake = Intake(Table(), LIMITS, nofile, self.closer)
+        self.intake = Intake(Table(), limits, nofile, self.closer)
         self.buffer = bytearray(1 << 12)
         self.socks: list[socket.socket] = []
 
@@ -128,7 +128,65 @@ def test_what_is_in_use_leaves_less(few: Receiving) -> None:
         few.intake.receive(connection, few.buffer, 16)
 
 
+@pytest.fixture
+def shared() -> Iterator[Receiving]:
+    """Few numbers, of which a user who has some gets no more than five."""
+    receiving = Receiving(
+        FEW, msgspec.structs.replace(LIMITS, max_unsettled=10, max_unsettled_per_uid=5)
+    )
+    yield receiving
+    receiving.close()
+
+
+def test_who_has_numbers_gets_no_more_than_a_share(shared: Receiving) -> None:
+    user = User(1, False)
+    first, second = shared.connect(user), shared.connect(user)
+    half_frame(shared, *first, 4)
+    connection, client = second
+    for count in (1, 0):
+        send_message(client, (b"x",), [0] * count)
+        assert len(received(shared, connection)) == count
+    send_message(client, (b"much",), [0] * 3)  # where there is room for one, two fit
+    with pytest.raises(QuotaExceeded) as caught:
+        shared.intake.receive(connection, shared.buffer, 0)
+    assert caught.value.fields == {"what": "max_unsettled_per_uid", "limit": 5, "used": 4}
+    assert socket.recv_fds(connection.sock, 10, 0, socket.MSG_PEEK)[0] == b"much"
+    # Others have half of what is left of the numbers.
+    connection, client = shared.connect(User(2, False))
+    send_message(client, (b"x",), [0] * 8)
+    assert len(received(shared, connection)) == 8
+    shared.closer.close(first[0].receiver.drain())
+
+
+def test_numbers_that_are_about_to_be_free_are_waited_for(shared: Receiving) -> None:
+    user, other = User(1, False), User(2, False)
+    connection, client = shared.connect(user)
+    send_message(client, (b"x",), [0] * 5)
+    _, handles, _ = shared.intake.receive(connection, shared.buffer, 0)
+    shared.lanes.rest()  # as before a fork: they are closed later
+    shared.closer.close(handles)
+    send_message(client, (b"x",), [0])
+    with pytest.raises(NotNow):
+        shared.intake.receive(connection, shared.buffer, 0)
+    theirs, client = shared.connect(other)
+    send_message(client, (b"x",), [0])
+    assert len(received(shared, theirs)) == 1
+    shared.lanes.resume()
+    wait_until(lambda: not shared.closer.left(user.uid), "their close")
+    assert len(received(shared, connection)) == 1
+
+
 # What is unsettled.
+
+
+def received(receiving: Receiving, connection: Connection) -> list[int]:
+    """The numbers that a read brings, which are closed again."""
+    _, handles, lost = receiving.intake.receive(connection, receiving.buffer, 0)
+    assert lost is None
+    numbers = [handle.fd for handle in handles]
+    for number in numbers:
+        os.close(number)
+    return numbers
 
 
 def half_frame(receiving: Receiving, connection: Connection, client: socket.socket, n: int) -> None:
