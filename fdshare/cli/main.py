@@ -26,6 +26,12 @@ REFUSED: Final = 1
 NO_SERVER: Final = 69
 INTERRUPTED: Final = 130
 
+# What messages for a program say, and what a person writes.
+_OPTIONS: Final = {
+    "pass replace=True to put yours": "give --replace to put yours",
+    "pass the uid in trust=...": "give --trust USER",
+    "pass authkey=...": "set FDSHARE_AUTHKEY_FILE",
+}
 # Of a write to what has no name: standard output.
 _OUTPUT_FAILS: Final = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
@@ -116,7 +122,7 @@ def run(arguments: Sequence[str]) -> int:
         return _fail(error.format_message(), error.exit_code)
     except FdshareError as error:
         absent = isinstance(error, NoServer | ServerGone)
-        return _fail(error.message, NO_SERVER if absent else REFUSED)
+        return _fail(_as_option(error.message), NO_SERVER if absent else REFUSED)
     except OSError as error:
         return _fail(_reason(error), REFUSED)
     except (KeyboardInterrupt, click.Abort):
@@ -136,6 +142,13 @@ def _open_standard_streams() -> None:
             os.set_inheritable(number, True)
         if getattr(sys, name) is None:
             setattr(sys, name, open(number, mode, closefd=False))
+
+
+def _as_option(message: str) -> str:
+    """*message* with the options of the command line where a program passes arguments."""
+    for argument, option in _OPTIONS.items():
+        message = message.replace(argument, option)
+    return message
 
 
 def _reason(error: OSError) -> str:

@@ -60,7 +60,14 @@ def test_a_server_of_another_user_must_be_trusted(shell: Shell) -> None:
             assert ready.read() == b"\n"
             line = shell.fails("ls")
             assert "runs as uid 65534, neither yours nor root" in line
+            assert "give --trust USER" in line
             assert shell("ls", "--trust", "65534")
+            # The server that a dump names is trusted as the one that it is loaded into.
+            held = shell.folder / "held.json"
+            shell("register", "x", "--memory", "/proc/version", "--trust", "65534")
+            shell("dump", held, "--trust", "65534")
+            assert "neither yours" in shell.fails("load", held)
+            shell("load", "--replace", held, "--trust", "65534")
         finally:
             process.terminate()
             process.wait(30)

@@ -299,31 +299,54 @@ def _readable(fd: int) -> bool:
 
 
 @click.command()
-@name_argument("names", nargs=-1, required=True)
+@name_argument("names", nargs=-1)
 @click.option(
     "--if-generation", type=click.IntRange(1), metavar="N", help="Remove this generation only."
 )
+@click.option("--pattern", metavar="PATTERN", help="Remove what matches, too; * matches / as well.")
 @for_server
-def rm(client: Client, names: Sequence[str], if_generation: int | None) -> None:
+def rm(client: Client, names: Sequence[str], if_generation: int | None, pattern: str | None) -> int:
     """Remove NAMES from the server. A process that fetched them keeps its own.
 
+    If one cannot be removed, the others are; the status is 1 then.
+
     \b
-    Example:
+    Examples:
       fdshare rm web
+      fdshare rm --pattern 'web/*'
     """
-    for name in names:
-        client.unregister(name, if_generation=if_generation)
+    if not names and pattern is None:
+        raise click.UsageError("give NAMES, or --pattern")
+    matching = [] if pattern is None else client.names(pattern)
+    status = 0
+    for name in dict.fromkeys([*names, *matching]):
+        try:
+            client.unregister(name, if_generation=if_generation)
+        except (KeyError, ValueError, PermissionError) as error:  # of this name
+            print(f"fdshare: {error}", file=sys.stderr)
+            status = 1
+    return status
 
 
 @click.command()
 @name_argument("old")
 @click.argument("new")
+@click.option("--replace", is_flag=True, help="Replace what NEW is.")
 @for_server
-def mv(client: Client, old: str, new: str) -> None:
+def mv(client: Client, old: str, new: str, replace: bool) -> None:
     """Rename OLD to NEW, in one step.
+
+    With --replace there are two: NEW is replaced, then OLD is removed.
 
     \b
     Example:
       fdshare mv web web-old
     """
-    client.rename(old, new)
+    from fdshare.cli.commands.transfer import move_over
+
+    if not replace:
+        client.rename(old, new)
+    elif old != new:
+        move_over(client, old, new)
+    else:
+        client.info(old)  # which must be there

@@ -11,6 +11,7 @@ import click
 
 from fdshare.cli.options import Seconds, client_at, or_never
 from fdshare.cli.support.exec import Launch, check_fdnames, find_program, with_own_offset
+from fdshare.cli.support.wrappers import starts_a_child
 from fdshare.kernel.unix_address import absolute
 from fdshare.printable import printable
 from fdshare.protocol.bind_address import parse_address
@@ -68,6 +69,9 @@ class _WithCommand(click.Command):
 @click.option("--reuse-port", is_flag=True, help="Bind with SO_REUSEPORT.")
 @click.option("--keep", is_flag=True, help="Go on with what NAME has, if it is not ADDRESS.")
 @click.option("--rebind", is_flag=True, help="Replace what NAME has by ADDRESS, if it is another.")
+@click.option(
+    "--no-pid", is_flag=True, help="Leave LISTEN_PID out, for a CMD that starts the program."
+)
 @click.option("--notify", is_flag=True, help="Give CMD a NOTIFY_SOCKET, and store its descriptors.")
 @click.option(
     "--detach",
@@ -115,7 +119,8 @@ def run(path: str | None, trust: tuple[str, ...], words: Sequence[str], **option
             from fdshare.cli.support.start_server import start_unless_there
 
             start_unless_there(client)
-        launch = _fill(Launch(command), client, wanted, options, stack)
+        launch = _fill(Launch(command, pid=not options["no_pid"]), client, wanted, options, stack)
+        _warn_of_wrapper(launch)
         if path is not None:
             # If the program uses a server, it uses this one.
             launch.environment["FDSHARE_PATH"] = absolute(client.address)
@@ -126,6 +131,19 @@ def run(path: str | None, trust: tuple[str, ...], words: Sequence[str], **option
         from fdshare.cli.support.notify_helper import run_notified
 
         run_notified(client, launch, wanted[0].name, options["ready_fd"])
+
+
+def _warn_of_wrapper(launch: Launch) -> None:
+    """A program that ignores the descriptors binds another address, and clients wait at ours."""
+    if not launch.passed or not launch.pid or launch.arguments() != list(launch.command):
+        return
+    if starts_a_child(launch.command):
+        print(
+            f"fdshare: {launch.command[0]} starts the program as its child, but LISTEN_PID is the "
+            "pid of its parent then: the program may ignore what it is passed; see --no-pid",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _detach(client: Client, launch: Launch, service: str, options: dict[str, Any]) -> int:

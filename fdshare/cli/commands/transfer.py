@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from fdshare.client.blocking.client import Client
     from fdshare.client.verbs import Steps
 
-__all__ = ["dump", "load", "transfer"]
+__all__ = ["dump", "load", "move_over", "transfer"]
 
 _FORMAT: Final = "fdshare-dump-1"
 
@@ -89,7 +89,8 @@ def load(client: Client, file: IO[bytes], source: str | None, replace: bool, as_
         raise InvalidArgument(file.name, f"it is not a dump: {error}") from None
     if wanted.format != _FORMAT:
         raise InvalidArgument(file.name, f"its format is {wanted.format}, this reads {_FORMAT}")
-    with client_at(source or wanted.server) as origin:
+    trust: tuple[str, ...] = click.get_current_context().params["trust"]  # for both servers
+    with client_at(source or wanted.server, trust) as origin:
         _report(_transfer(origin, client, wanted.entries, replace), as_json)
 
 
@@ -190,6 +191,21 @@ def _refuse_bound(entries: Sequence[m.EntryInfo]) -> None:
         raise InvalidArgument(
             "lifetime", f"{', '.join(bound)}: bound to a process or a connection; leave it out"
         )
+
+
+def move_over(client: Client, old: str, new: str) -> None:
+    """*new* is what was *old*, in place of what *new* was; it is there all the time.
+
+    Raises: InvalidArgument: *old* is bound to a process or a connection; NameNotFound;
+    GenerationMismatch: somebody replaced *old* meanwhile, and *new* is what it was.
+    """
+    info = client.info(old)
+    _refuse_bound([info])
+    with ExitStack() as stack:
+        copy = _fetch_checked(client, info, stack)
+        copy.info = msgspec.structs.replace(info, name=new)
+        _register(client, copy, replace=True)
+    client.unregister(old, if_generation=info.generation)
 
 
 def _undo(

@@ -10,6 +10,7 @@ import click
 
 from fdshare.cli.format import Column, print_json, print_table, user
 from fdshare.cli.options import for_server, json_option, name_argument
+from fdshare.errors import AccessDenied
 
 if TYPE_CHECKING:
     from fdshare.cli.support.open_files import Holder
@@ -35,7 +36,7 @@ def who(client: Client, name: str, as_json: bool) -> None:
 
     HOW is kcmp if the kernel says that it is the same open file description, and inode if only the
     file or socket is known to be the same. The server and its keeper are among them. A user sees
-    his own processes, root sees all.
+    his own processes, root sees all. To compare, this fetches NAME once, which `ls` counts.
 
     \b
     Example:
@@ -47,8 +48,7 @@ def who(client: Client, name: str, as_json: bool) -> None:
         raise UnsupportedPlatform("fdshare who", f"{sys.platform} has no /proc/PID/fd")
     from fdshare.cli.support.open_files import holders
 
-    stats = client.stats()
-    halves = {stats.server_pid: "server", stats.keeper_pid: "keeper"}
+    halves = _halves(client)
     with ExitStack() as stack:
         descriptors = [stack.enter_context(d) for d in client.fetch_raw(name)]
         found = holders([d.fileno() for d in descriptors])
@@ -56,6 +56,15 @@ def who(client: Client, name: str, as_json: bool) -> None:
         print_json([{**holder._asdict(), "half": halves.get(holder.pid)} for holder in found])
         return
     print_table(_COLUMNS, [_row(holder, halves) for holder in found])
+
+
+def _halves(client: Client) -> dict[Any, str]:
+    """pid -> which half of the server it is; none where this user may not know."""
+    try:
+        stats = client.stats()
+    except AccessDenied:
+        return {}
+    return {stats.server_pid: "server", stats.keeper_pid: "keeper"}
 
 
 def _row(holder: Holder, halves: dict[Any, str]) -> list[str]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final, NoReturn
 
 import click
 
-from fdshare.errors import InvalidName
+from fdshare.errors import FdshareError, InvalidName
 
 if TYPE_CHECKING:
     from fdshare.kernel.descriptor import Descriptor
@@ -41,6 +41,7 @@ FAILED: Final = b"F"
 class Launch:
     """A command, and what it gets: (name, descriptor) from 3 on, standard streams, variables.
 
+    *pid*: whether LISTEN_PID is set, which a program that a wrapper starts does not have.
     *witness*: one end of a socket pair. EXECUTING is written to it right before the exec, which
     closes it; FAILED if that fails, and then the other end must be closed.
     """
@@ -50,6 +51,7 @@ class Launch:
     standard: dict[int, Descriptor] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
     witness: Descriptor | None = None
+    pid: bool = True
 
     def execute(self) -> NoReturn:
         """Replaces this process with the program, which keeps the pid; does not return.
@@ -58,6 +60,7 @@ class Launch:
         """
         command = self.arguments()
         environment = self.variables()
+        _keep_from_program()
         sys.stdout.flush()
         sys.stderr.flush()
         above = 3 + len(self.passed)
@@ -96,7 +99,10 @@ class Launch:
         stale = ("LISTEN_PID", "LISTEN_PIDFDID", "LISTEN_FDS", "LISTEN_FDNAMES")
         ours = {key: value for key, value in os.environ.items() if key not in stale}
         names = [name for name, _ in self.passed]
-        return {**ours, **(child_environment(names) if names else {}), **self.environment}
+        passed = child_environment(names) if names else {}
+        if not self.pid:
+            passed = {k: v for k, v in passed.items() if k not in ("LISTEN_PID", "LISTEN_PIDFDID")}
+        return {**ours, **passed, **self.environment}
 
     def _places(self) -> dict[int, Descriptor]:
         return {**self.standard, **{3 + at: d for at, (_, d) in enumerate(self.passed)}}
@@ -164,6 +170,19 @@ class _NotExecutable(click.ClickException):
 def _copy_above(fd: int, lowest: int) -> int:
     """A copy of *fd* with a number from *lowest* on, closed by an exec."""
     return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, lowest)
+
+
+def _keep_from_program() -> None:
+    """The descriptors that this process was passed itself are not for the program: `fdshare run` in
+    `fdshare run`, or in a unit with sockets."""
+    from fdshare.activation import listen_fds_in_order
+
+    try:
+        passed = listen_fds_in_order(unset_environment=False)  # close-on-exec from here on
+    except FdshareError:  # not what a service manager writes
+        return
+    for _, descriptor in passed:
+        descriptor.detach()
 
 
 def _place(places: Mapping[int, Descriptor]) -> None:

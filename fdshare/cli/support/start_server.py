@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from fdshare.errors import NoServer, ServerGone
+from fdshare.kernel.unix_address import trouble
 
 if TYPE_CHECKING:
     from fdshare.client.blocking.client import Client
@@ -38,11 +39,7 @@ def _start(path: str) -> str:
     """Starts a server; returns "" when it is ready, else what it wrote."""
     abstract = path.startswith("@")
     path = path if abstract else os.path.abspath(path)
-    log = os.open(
-        os.devnull if abstract else f"{path}.log",
-        os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC,
-        0o600,
-    )
+    log = _open_log(os.devnull if abstract else f"{path}.log")
     before = os.fstat(log).st_size
     ready, readies = os.pipe()
     try:
@@ -57,6 +54,15 @@ def _start(path: str) -> str:
         for fd in (log, ready, readies):
             if fd >= 0:
                 os.close(fd)
+
+
+def _open_log(path: str) -> int:
+    """Raises: EndpointError, with the way out."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        return os.open(path, flags, 0o600)
+    except OSError as error:
+        raise trouble(path, error) from None
 
 
 def _command(arguments: list[str]) -> list[str]:

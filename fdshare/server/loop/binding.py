@@ -36,7 +36,8 @@ def bind_address(address: str, *, backlog: int, reuse_port: bool) -> socket.sock
 
     `parse_address` says what an address is. tcp has SO_REUSEADDR; with *reuse_port* tcp and udp
     have SO_REUSEPORT; [::] is IPv6 alone. A UNIX socket that a dead process left on the path is
-    replaced, but never in a folder that others can write. The caller owns the result.
+    replaced; in a folder that others can write, only where that is sticky, as /tmp is, and the
+    socket is this user's. The caller owns the result.
 
     Raises:
         InvalidArgument: not an address, a negative *backlog*, *reuse_port* for unix.
@@ -132,6 +133,9 @@ def _check_folder(path: str) -> None:
     folder = os.path.dirname(path)
     info = os.stat(folder)
     others_write = stat.S_IMODE(info.st_mode) & (stat.S_IWGRP | stat.S_IWOTH)
+    # In a sticky folder (/tmp) nobody but its owner can have put it there or can swap it.
+    if info.st_mode & stat.S_ISVTX and os.lstat(path).st_uid == os.geteuid():
+        others_write = 0
     if others_write or info.st_uid not in (0, os.geteuid()):
         raise AddressInUse(
             path,

@@ -67,7 +67,9 @@ def test_memory_is_sealed(fdshare: Shell, file: Path) -> None:
 
 def test_replacing(fdshare: Shell, file: Path) -> None:
     fdshare("register", "data", "--open", file)
-    assert "already held" in fdshare.fails("register", "data", "--open", file)
+    line = fdshare.fails("register", "data", "--open", file)
+    assert "already held" in line
+    assert "give --replace" in line
     fdshare("register", "data", "--open", file, "--replace")
     fdshare("register", "data", "--open", file, "--if-generation", "2")
     line = fdshare.fails("register", "data", "--open", file, "--if-generation", "2")
@@ -213,6 +215,30 @@ def test_rm_and_mv(fdshare: Shell, file: Path) -> None:
     assert "generation" in fdshare.fails("rm", "two", "--if-generation", "1")
     fdshare("rm", "two", "three")
     assert fdshare.json("ls") == []
+
+
+def test_rm_removes_the_others(fdshare: Shell, file: Path) -> None:
+    for name in ("a", "b", "web/1", "web/2"):
+        fdshare("register", name, "--open", file)
+    done = fdshare.run("rm", "a", "nope", "b")
+    assert done.returncode == 1
+    assert done.stderr == "fdshare: nothing is held under 'nope'\n"
+    assert [e["name"] for e in fdshare.json("ls")] == ["web/1", "web/2"]
+    fdshare("rm", "--pattern", "web/*")
+    assert fdshare.json("ls") == []
+    assert "--pattern" in fdshare.fails("rm", status=2)
+
+
+def test_mv_replaces_when_it_is_told_to(fdshare: Shell, file: Path) -> None:
+    fdshare("register", "new", "--memory", file, "--meta", "version=2")
+    fdshare("register", "web", "--open", os.devnull)
+    fdshare("mv", "--replace", "new", "web")
+    (entry,) = fdshare.json("ls")
+    assert (entry["name"], entry["kind"]) == ("web", "memory")
+    assert entry["metadata"] == {"version": "2"}
+    fdshare("mv", "--replace", "web", "web")
+    assert "nothing is held" in fdshare.fails("mv", "--replace", "nope", "web")
+    assert [e["name"] for e in fdshare.json("ls")] == ["web"]
 
 
 def test_signals_are_as_the_shell_left_them(fdshare: Shell, file: Path) -> None:

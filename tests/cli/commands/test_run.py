@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from commandline import Shell
+from commandline import FDSHARE, Shell
 
 from fdshare.activation import own_pidfd_id
 
@@ -151,6 +151,28 @@ def test_a_unix_socket(fdshare: Shell, folder: Path) -> None:
 def test_names_that_systemd_does_not_allow(fdshare: Shell) -> None:
     fdshare("register", "a:b", "--memory", "/dev/null")
     assert "colon" in fdshare.fails("run", "a:b", "--", "true")
+
+
+def test_run_in_run_passes_the_inner_descriptors_alone(fdshare: Shell) -> None:
+    outer = ["run", "a=tcp://127.0.0.1:0", "b=tcp://127.0.0.1:0", "--"]
+    inner = [*FDSHARE, "run", "web=udp://127.0.0.1:0", "--", sys.executable, "-c", TELL]
+    said = told(fdshare, *outer, *inner)
+    assert said["env"]["LISTEN_FDNAMES"] == "web"
+    assert set(said["fds"]) == {"0", "1", "2", "3"}
+
+
+def test_a_wrapper_is_told_and_has_a_way_out(fdshare: Shell) -> None:
+    words = ["run", "web=tcp://127.0.0.1:0", "--"]
+    listen = "import fdshare; print(list(fdshare.listen_fds()))"
+    wrapped = ["timeout", "60", sys.executable, "-c", listen]
+    done = fdshare.run(*words, *wrapped)
+    assert done.stdout == "[]\n"
+    assert "--no-pid" in done.stderr
+    script = f"LISTEN_PID=$$ exec {sys.executable} -c '{listen}'"
+    said = fdshare("run", "--no-pid", *words[1:], "timeout", "60", "sh", "-c", script)
+    assert said == "['web']\n"
+    # Who passes the number needs no LISTEN_PID.
+    fdshare(*words, "timeout", "60", "sh", "-c", "true <&{web}")
 
 
 @pytest.mark.skipif(shutil.which("ss") is None, reason="ss (iproute2) is not installed")

@@ -39,6 +39,12 @@ def test_two_starters_start_one_server(shell: Shell) -> None:
     assert len(shell.json("ls")) == 1
 
 
+def test_a_log_that_cannot_be_made_says_why(shell: Shell, folder: Path) -> None:
+    path = folder / "nothing" / "s.sock"
+    line = shell.fails("run", "--start", "--path", path, "web", "--", "true")
+    assert f"mkdir -p {folder}/nothing" in line
+
+
 def test_a_server_that_cannot_start_says_why(shell: Shell, folder: Path) -> None:
     blocked = folder / "file"
     blocked.touch()

@@ -204,7 +204,22 @@ def test_a_stale_socket_is_replaced(stale: Path) -> None:
         assert listens(listener)
 
 
-@pytest.mark.parametrize("mode", [0o777, 0o1777, 0o770])
+def test_ones_own_stale_socket_in_a_sticky_folder_is_replaced(stale: Path) -> None:
+    stale.parent.chmod(0o1777)
+    with bind(f"unix://{stale}") as listener:
+        assert listens(listener)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives a socket away")
+def test_anothers_stale_socket_in_a_sticky_folder_is_left_alone(stale: Path) -> None:
+    stale.parent.chmod(0o1777)
+    os.chown(stale, 12345, 12345)
+    with pytest.raises(AddressInUse, match="others can write"):
+        bind(f"unix://{stale}")
+    assert stale.exists()
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o770])
 def test_a_stale_socket_where_others_can_write_is_left_alone(stale: Path, mode: int) -> None:
     stale.parent.chmod(mode)
     before = stale.stat()
