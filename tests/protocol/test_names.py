@@ -108,6 +108,19 @@ def test_long_patterns() -> None:
         matcher("x" * 10_000)
 
 
+@pytest.mark.parametrize("wild", ["*a", "?", "[a-z]", "*?", "[ab]*"])
+def test_few_wildcards_are_compiled(wild: str) -> None:
+    """Each costs time, and the server makes everybody wait for it."""
+    each = sum(map(wild.count, "*?["))
+    many = wild * (64 // each)
+    assert matcher(many)("a" * 64) is not None
+    with pytest.raises(InvalidArgument, match=r"at most 64"):
+        matcher(many + wild)
+    assert matcher(literal(many + wild))(many + wild)
+    with pytest.raises(InvalidArgument):
+        matcher(literal(many + wild) + "*")
+
+
 @pytest.mark.parametrize("name", ["web", "a*b", "a?b", "a[b]c", "*", "[", "]", "[!a]"])
 def test_a_literal_pattern_matches_its_name_alone(name: str) -> None:
     matches = matcher(literal(name))
