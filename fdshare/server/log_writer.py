@@ -29,7 +29,7 @@ ROOM: Final = 8 << 20  # bytes of lines that wait
 # for the whole write). Between two pieces the other threads run.
 _PIECE: Final = 3500
 _PIECE_OF_FILE: Final = 1 << 15
-_GATHER: Final = 0.02  # seconds for which lines are gathered
+_GATHER: Final = 0.02  # seconds after a write for which lines are gathered
 _AGAIN: Final = 1.0  # seconds after which a write that failed is tried again
 _STUCK: Final = 0.1  # seconds after which a write is taken for one that hangs
 _PAUSE: Final = 0.001  # seconds between two looks
@@ -39,7 +39,7 @@ class Form(Protocol[T_contra]):
     """What the lines look like. One is made in each process."""
 
     def render(self, item: T_contra) -> bytes:
-        """The line or lines that *item* becomes."""
+        """The line or lines that *item* becomes, which is not bytes."""
 
     def lost(self, count: int) -> bytes:
         """The line that says that *count* lines were dropped."""
@@ -51,15 +51,16 @@ class LogWriter(Generic[T]):
     def __init__(self, fd: int, form: Callable[[], Form[T]], room: int = ROOM) -> None:
         self._fd = fd
         self._new_form = form
+        self.form: Form[T]
         self._room = room
         self._enough = _PIECE_OF_FILE if stat.S_ISREG(os.fstat(fd).st_mode) else _PIECE
         self._begin()
 
     def _begin(self) -> None:
         self._pid = os.getpid()
-        self._form = self._new_form()
+        self.form = self._new_form()
         self._lock = threading.Lock()  # of those who give
-        self._items: deque[tuple[T, int, int]] = deque()  # with its bytes and lines
+        self._items: deque[tuple[T | bytes, int]] = deque()  # with what it counts
         # How many bytes were given, and how many are written. One side writes each number.
         self._given = 0
         self._done = 0
@@ -88,15 +89,15 @@ class LogWriter(Generic[T]):
         """Whether there is something to write."""
         return self._given != self._done or self._dropped != self._told or bool(self._piece)
 
-    def put(self, item: T, size: int, lines: int = 1) -> None:
-        """Has *item*, whose *lines* have about *size* bytes, written soon; drops it if there is no
-        room. Never waits."""
+    def put(self, item: T | bytes, size: int, lines: int = 1) -> None:
+        """Has *item* written soon, which becomes so many *lines*, or is one as it is, and takes
+        *size* bytes until then; drops it if there is no room. Never waits."""
         with self._lock:
             if self._given - self._done + size > self._room:
                 self._dropped += lines
                 return
             self._given += size
-            self._items.append((item, size, lines))
+            self._items.append((item, size))
         if self._idle:
             self._idle = False
             self._signal.put(None)
@@ -148,11 +149,11 @@ class LogWriter(Generic[T]):
             if not (self._waits or self._resting):
                 self._signal.get()
             self._idle = False
-            if not self._resting:
-                time.sleep(_GATHER)
             while self._waits and not self._resting:
                 if not self._write():
                     self._wait()
+            if not self._resting:
+                time.sleep(_GATHER)
 
     def _has_to_end(self) -> bool:
         with self._lock:
@@ -181,21 +182,24 @@ class LogWriter(Generic[T]):
     def _next_piece(self) -> None:
         dropped = self._dropped
         if dropped != self._told and self._given - self._done <= self._room // 2:
-            self._piece = memoryview(self._form.lost(dropped - self._told))
+            self._piece = memoryview(self.form.lost(dropped - self._told))
             self._told = dropped
             return
         lines: list[bytes] = []
         length = 0
         while self._items and length < self._enough:
-            item, size, _ = self._items.popleft()
-            try:
-                text = self._form.render(item)
-            except Exception as error:  # a line must not be the end of the log
-                text = f"a line could not be made: {error!r}\n".encode("ascii", "backslashreplace")
+            item, size = self._items.popleft()
+            text = item if isinstance(item, bytes) else self._rendered(item)
             lines.append(text)
             length += len(text)
             self._size += size
         self._piece = memoryview(b"".join(lines))
+
+    def _rendered(self, item: T) -> bytes:
+        try:
+            return self.form.render(item)
+        except Exception as error:  # a line must not be the end of the log
+            return f"a line could not be made: {error!r}\n".encode("ascii", "backslashreplace")
 
     def _wait(self) -> None:
         """Waits before the next attempt, or for `rest`."""

@@ -90,6 +90,9 @@ _One: TypeAlias = "tuple[float, _What]"
 _Many: TypeAlias = "tuple[float, list[str], str, str, int, int]"
 _Item: TypeAlias = "_Line | _One | _Many"
 
+# Whole lines that this process has written, by what they say: the same client often fetches the
+# same name. Only of text, where no time is in them.
+_ready: dict[_What, bytes] = {}
 _writer: LogWriter[_Item] | None = None
 _audit_log = logging.getLogger("fdshare.audit")
 
@@ -123,10 +126,15 @@ def audit(
     if _writer is None:
         _audit_log.info("%s", _Audited(verb, name, outcome, pid, uid).message)
         return
+    what = (verb, name, outcome, pid, uid)
+    line = _ready.get(what)
+    if line is not None:
+        _writer.put(line, _OVERHEAD)
+        return
     if len(name) > _MOST_OF_NAME or len(outcome) > _MOST_OF_OUTCOME:
         name, outcome = _shortened(name, _MOST_OF_NAME), _shortened(outcome, _MOST_OF_OUTCOME)
-    size = _OVERHEAD + _WIDEST * (len(name) + len(outcome))
-    _writer.put((time.time(), (verb, name, outcome, pid, uid)), size)
+        what = (verb, name, outcome, pid, uid)
+    _writer.put((time.time(), what), _OVERHEAD + _WIDEST * (len(name) + len(outcome)))
 
 
 def audit_many(verb: str, names: list[str], outcome: str, pid: int, uid: int) -> None:
@@ -220,8 +228,8 @@ class _Lines:
     def __init__(self, of_journal: bool) -> None:
         self._of_journal = of_journal
         self._process = os.getpid()
-        # The lines of audited events, or their ends: the same client often fetches the same name.
-        self._known: dict[_What, bytes] = {}
+        _ready.clear()  # they have another form, or the pid of another process
+        self._known: dict[_What, bytes] = {}  # lines of audited events, or their ends
 
     def render(self, item: _Item) -> bytes:
         if type(item) is _Line:
@@ -259,6 +267,10 @@ class _Lines:
 
 
 class _TextLines(_Lines):
+    def __init__(self, of_journal: bool) -> None:
+        super().__init__(of_journal)
+        self._known = _ready
+
     def _lines(self, line: _Line) -> list[str]:
         lines = [self._start(line.level) + printable(line.message)]
         if line.traceback:

@@ -97,6 +97,33 @@ def test_what_is_audited(said: Said) -> None:
     assert second == {**common, **what, "message": message, "pid": 0, "uid": 1000}
 
 
+def test_what_is_audited_again_is_of_this_process_and_this_form(said: Said) -> None:
+    for log_format in ("text", "json", "text"):
+        logs.configure(Settings(path="", log_format=log_format))  # type: ignore[arg-type]
+        logs.audit("fetch", "b", "given", 1, 2)
+        first = said()
+        assert str(os.getpid()) in first
+        assert first.startswith("{") == (log_format == "json")
+        logs.audit("fetch", "b", "given", 1, 2)
+        second = said()
+        if log_format == "text":
+            assert second == first
+        else:
+            assert json.loads(second)["time"] > json.loads(first)["time"]
+    logs.rest()
+    child = os.fork()
+    if not child:
+        try:
+            logs.resume()
+            logs.audit("fetch", "b", "given", 1, 2)
+            logs.flush(20)
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    logs.resume()
+    assert said().startswith(f"fdshare[{child}] ")
+
+
 def test_what_is_too_long_is_cut(said: Said) -> None:
     logs.configure(Settings(path=""))
     logs.audit("fetch", "n" * 1000, "o" * 1000)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 
 import pytest
+from conftest import wait_until
 
-from .service import Service, run
+from .service import Service, properties, run
 
 
 def lines(identifier: str) -> list[dict[str, str]]:
@@ -18,6 +21,7 @@ def lines(identifier: str) -> list[dict[str, str]]:
 def test_lines_have_priorities(service: Service, log_format: str) -> None:
     service.dropin(serve=f"--log-format {log_format}")
     service.memory("kept")
+    wait_until(lambda: "register 'kept'" in service.log())
     service.kill("server")
     service.redundant()
     found = {}
@@ -41,3 +45,26 @@ def test_stop_says_that_it_comes_back(service: Service) -> None:
     before = service.table()
     assert "systemctl stop" in run("fdshare", "stop").stderr
     assert service.table() == before
+
+
+def test_a_journal_that_hangs(service: Service) -> None:
+    """Nobody waits for it: no client, no successor, no restart."""
+    names = [f"{number}/" + "x" * 200 for number in range(200)]
+    with service.client() as client, open(os.memfd_create("held"), "rb") as held:
+        for name in names:
+            client.register(name, held)
+        journald = int(properties("systemd-journald.service", "MainPID")["MainPID"])
+        os.kill(journald, signal.SIGSTOP)
+        try:
+            while not client.stats().log_dropped:
+                for descriptor in client.fetch_many(names).values():
+                    descriptor.close()
+            service.kill("server")
+            service.redundant()
+            client.register("later", held)
+            service.kill("keeper")
+            service.redundant()
+            service.restart()
+            assert len(client.names()) == len(names) + 1
+        finally:
+            os.kill(journald, signal.SIGCONT)
