@@ -1,6 +1,6 @@
 #!/bin/sh
 # ./gunicorn.sh VERSION: starts it beside the version that runs, waits until it is ready, then stops
-# the old one. No connection is refused, no request fails. A server must run: fdshare serve &
+# the old one. No connection is refused, no request fails. A server must run: fdshare serve --detach
 set -eu
 cd "$(dirname "$0")"
 pids=${PID_FILE:-/tmp/zero-downtime.pid}

@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from difflib import get_close_matches
 from importlib import import_module
 from typing import Final
 
@@ -66,6 +67,24 @@ _FAMILIES: Final = {
     "manual": "manual",
 }
 
+# What people type who know other programs.
+_MEANT: Final = {
+    "list": "ls",
+    "ps": "ls",
+    "status": "stats or ls",
+    "start": "serve",
+    "delete": "rm",
+    "remove": "rm",
+    "unregister": "rm",
+    "rename": "mv",
+    "move": "mv",
+    "get": "fetch",
+    "bind": "run",
+    "show": "info",
+    "kill": "stop",
+    "shutdown": "stop",
+}
+
 
 class Commands(click.Group):
     """Imports the module of a command when it is used, so that each starts quickly."""
@@ -80,6 +99,16 @@ class Commands(click.Group):
         module = import_module(f"fdshare.cli.commands.{family}")
         command: click.Command = getattr(module, name.replace("-", "_"))
         return command
+
+    def resolve_command(
+        self, context: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """As a Group's. Raises: UsageError, with what was meant perhaps."""
+        if args[0] in _FAMILIES or args[0].startswith("-"):
+            return super().resolve_command(context, args)
+        close = _MEANT.get(args[0]) or " or ".join(get_close_matches(args[0], _FAMILIES))
+        hint = f"; did you mean {close}?" if close else ""
+        raise click.UsageError(f"there is no command {args[0]!r}{hint}", context)
 
 
 @click.command(
@@ -98,7 +127,7 @@ def commands(context: click.Context, path: str | None) -> None:
 
     \b
     Example, a port that stays open across deploys:
-      fdshare serve &
+      fdshare serve --detach
       fdshare run web=tcp://127.0.0.1:8080 -- gunicorn app:app
     """
     if path is not None:
@@ -121,7 +150,9 @@ def run(arguments: Sequence[str]) -> int:
     except click.ClickException as error:
         return _fail(error.format_message(), error.exit_code)
     except FdshareError as error:
-        absent = isinstance(error, NoServer | ServerGone)
+        if isinstance(error, NoServer):
+            return _fail(error.message + _elsewhere(error.address), NO_SERVER)
+        absent = isinstance(error, ServerGone)
         return _fail(_as_option(error.message), NO_SERVER if absent else REFUSED)
     except OSError as error:
         return _fail(_reason(error), REFUSED)
@@ -149,6 +180,17 @@ def _as_option(message: str) -> str:
     for argument, option in _OPTIONS.items():
         message = message.replace(argument, option)
     return message
+
+
+def _elsewhere(path: str) -> str:
+    """Where a server answers instead, if *path* is only the default one."""
+    from fdshare.cli.support.other_servers import other_servers
+    from fdshare.client.default_path import default_path
+
+    if os.environ.get("FDSHARE_PATH") or path != default_path():
+        return ""
+    found = other_servers(path)
+    return f"; one answers at {', '.join(found)}: give --path, or set FDSHARE_PATH" if found else ""
 
 
 def _reason(error: OSError) -> str:

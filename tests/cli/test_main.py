@@ -61,6 +61,12 @@ def test_bad_usage_is_status_2(shell: Shell, words: list[str]) -> None:
     assert "--help" in line
 
 
+@pytest.mark.parametrize(("word", "hint"), [("ps", "ls"), ("lss", "ls"), ("wach", "watch")])
+def test_a_command_that_is_none_is_told_what_was_meant(shell: Shell, word: str, hint: str) -> None:
+    assert f"did you mean {hint}" in shell.fails(word, status=2)
+    assert "did you mean" not in shell.fails("xyzzy", status=2)
+
+
 def test_a_refusal_is_status_1(fdshare: Shell) -> None:
     assert fdshare.fails("rm", "web") == "fdshare: nothing is held under 'web'"
 

@@ -220,6 +220,15 @@ def test_many_at_once(run: Runner, sock: socket.socket) -> None:
     run(body)
 
 
+def test_the_first_refusal_of_a_client_is_no_consequence(run: Runner) -> None:
+    async def body(client: Any) -> None:
+        with pytest.raises(NameNotFound) as refused:
+            await client.fetch("nothing")
+        assert refused.value.__context__ is None
+
+    run(body)
+
+
 def test_a_taken_entry_is_gone(run: Runner, sock: socket.socket) -> None:
     async def body(client: Any) -> None:
         await client.register("web", sock)

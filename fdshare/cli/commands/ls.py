@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 import click
@@ -17,6 +18,7 @@ from fdshare.cli.format import (
     user,
 )
 from fdshare.cli.options import for_server, json_option, name_argument
+from fdshare.printable import printable
 
 if TYPE_CHECKING:
     from fdshare.client.blocking.client import Client
@@ -55,9 +57,10 @@ def _what(entry: EntryInfo) -> str:
 
 @click.command()
 @click.argument("pattern", default="*")
+@click.option("-q", "--quiet", is_flag=True, help="Print the names alone, one a line.")
 @json_option
 @for_server
-def ls(client: Client, pattern: str, as_json: bool) -> None:
+def ls(client: Client, pattern: str, quiet: bool, as_json: bool) -> None:
     """List what is registered, as the kernel sees it now.
 
     PATTERN is a shell pattern for names; * matches / too.
@@ -66,6 +69,10 @@ def ls(client: Client, pattern: str, as_json: bool) -> None:
     Example:
       fdshare ls 'web/*'
     """
+    if quiet:
+        for name in client.names(pattern):
+            print(printable(name))
+        return
     entries = client.infos(pattern)
     if as_json:
         print_json(entries)
@@ -74,21 +81,23 @@ def ls(client: Client, pattern: str, as_json: bool) -> None:
 
 
 @click.command()
-@name_argument()
+@name_argument("names", nargs=-1, required=True)
 @json_option
 @for_server
-def info(client: Client, name: str, as_json: bool) -> None:
-    """Show all that the server and the kernel know of one name.
+def info(client: Client, names: Sequence[str], as_json: bool) -> None:
+    """Show all that the server and the kernel know of NAMES. JSON is one line for each.
 
     \b
     Example:
       fdshare info web
     """
-    entry = client.info(name)
-    if as_json:
-        print_json(entry)
-        return
-    print_facts(_facts(entry))
+    for number, entry in enumerate([client.info(name) for name in names]):
+        if as_json:
+            print_json(entry)
+            continue
+        if number:
+            print()
+        print_facts(_facts(entry))
 
 
 def _facts(entry: EntryInfo) -> list[tuple[str, str]]:

@@ -12,6 +12,7 @@ import click
 from click.core import ParameterSource
 
 from fdshare.cli.options import authkey_from_environment, uid_of
+from fdshare.cli.support.background import go_on_in_background
 from fdshare.printable import printable
 
 if TYPE_CHECKING:
@@ -76,6 +77,9 @@ def _metrics(context: click.Context, parameter: click.Parameter, value: str | No
     metavar="NAME=NUMBER",
     help="Such as max_names=1000; `fdshare stats` lists them.",
 )
+@click.option(
+    "--detach", is_flag=True, help="Go on in the background; return when it serves, or why not."
+)
 @click.option("--ready-fd", type=int, metavar="N", help="Write a newline here when ready.")
 @click.option(
     "--keeper/--no-keeper", default=True, help="Run a second process, to survive kill -9."
@@ -100,11 +104,15 @@ def _metrics(context: click.Context, parameter: click.Parameter, value: str | No
 def serve(address: str | None, path: str | None, **options: Any) -> int:
     """Run a server in the foreground, at PATH, until SIGTERM, SIGINT or `fdshare stop`.
 
+    With --detach it runs in the background, and its log is PATH.log: this command prints the path
+    and the pid when clients can connect.
+
     SIGHUP reads the policy again, SIGUSR2 upgrades to the code that is installed now. Under a
     service manager it takes its socket from LISTEN_FDS, and reports to NOTIFY_SOCKET.
 
     \b
-    Example:
+    Examples:
+      fdshare serve --detach
       fdshare serve --mode 0660 --group www-data --policy /etc/fdshare.toml
     """
     from fdshare.cli.support.passed import Passed
@@ -113,16 +121,34 @@ def serve(address: str | None, path: str | None, **options: Any) -> int:
 
     _clean_signals()
     ready_fd = _checked_ready_fd(options["ready_fd"])
+    if options["detach"]:
+        address = _detached_path(address or path, ready_fd)
+        ready_fd = go_on_in_background(address)
     passed = Passed()
     settings, listener = _prepare(address or path, options, passed.listener)
+    if options["detach"]:
+        os.chdir("/")  # no file system is kept busy
     configure(settings)
     try:
         fdstore, table = passed.restore(options, settings)
-        serve_settings(settings, _ready(ready_fd, settings), listener, fdstore=fdstore, table=table)
+        ready = _ready(ready_fd, settings, options["detach"])
+        serve_settings(settings, ready, listener, fdstore=fdstore, table=table)
     except BaseException:
         listener.close()  # a policy that is wrong must leave no socket behind
         raise
     return 0
+
+
+def _detached_path(path: str | None, ready_fd: int | None) -> str:
+    """The path of a server that is to go on in the background. Raises: click.UsageError."""
+    from fdshare.client.default_path import default_path
+    from fdshare.kernel.unix_address import absolute
+
+    if ready_fd is not None:
+        raise click.UsageError("--detach returns when the server is ready; leave --ready-fd out")
+    if "LISTEN_FDS" in os.environ:
+        raise click.UsageError("a service manager starts the server: leave --detach out")
+    return absolute(path or default_path(create=True))
 
 
 def _prepare(
@@ -206,8 +232,9 @@ def _checked_ready_fd(number: int | None) -> int | None:
     return number
 
 
-def _ready(number: int | None, settings: Settings) -> Callable[[], None]:
+def _ready(number: int | None, settings: Settings, detached: bool) -> Callable[[], None]:
     """The function to call when clients can connect."""
+    line = b"%d\n" % os.getpid() if detached else b"\n"
 
     def ready() -> None:
         from fdshare.server.failover.service_manager import report
@@ -215,7 +242,7 @@ def _ready(number: int | None, settings: Settings) -> Callable[[], None]:
         report(f"READY=1\nMAINPID={os.getpid()}\nSTATUS=Serving at {settings.path}")
         if number is not None:
             try:
-                os.write(number, b"\n")
+                os.write(number, line)
             except OSError as error:
                 _warn(f"cannot write to --ready-fd: {error}")
             os.close(number)

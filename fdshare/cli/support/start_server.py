@@ -6,20 +6,22 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from fdshare.errors import NoServer, ServerGone
-from fdshare.kernel.unix_address import trouble
+import click
+
+from fdshare.errors import NoServer
+from fdshare.kernel.unix_address import absolute, is_abstract, trouble
 
 if TYPE_CHECKING:
     from fdshare.client.blocking.client import Client
 
-__all__ = ["start_unless_there"]
+__all__ = ["not_started", "open_log", "start_unless_there"]
 
 
 def start_unless_there(client: Client) -> None:
     """Returns when a server answers at the client's address; starts one if none does.
 
     Its warnings go to PATH.log. Two callers at the same time start one server.
-    Raises: ServerGone: it could not start, with what it wrote.
+    Raises: EndpointError; `not_started`.
     """
     try:
         client.ping()
@@ -30,16 +32,22 @@ def start_unless_there(client: Client) -> None:
     try:
         client.ping()
     except NoServer:
-        raise ServerGone(client.address, said or "it ended at its start") from None
+        raise not_started(said) from None
     if not said:
         print(f"fdshare: started a server at {client.address}", file=sys.stderr)
 
 
+def not_started(wrote: str) -> click.ClickException:
+    """The error for a server that ended at its start, after it *wrote* why."""
+    return click.ClickException(
+        wrote.strip().removeprefix("fdshare: ") or "the server ended at its start"
+    )
+
+
 def _start(path: str) -> str:
     """Starts a server; returns "" when it is ready, else what it wrote."""
-    abstract = path.startswith("@")
-    path = path if abstract else os.path.abspath(path)
-    log = _open_log(os.devnull if abstract else f"{path}.log")
+    path = absolute(path)
+    log = open_log(path)
     before = os.fstat(log).st_size
     ready, readies = os.pipe()
     try:
@@ -56,8 +64,12 @@ def _start(path: str) -> str:
                 os.close(fd)
 
 
-def _open_log(path: str) -> int:
-    """Raises: EndpointError, with the way out."""
+def open_log(path: str) -> int:
+    """PATH.log of a server in the background, opened to append; /dev/null for an abstract name.
+
+    The caller owns the result. Raises: EndpointError, with the way out.
+    """
+    path = os.devnull if is_abstract(path) else f"{path}.log"
     flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
         return os.open(path, flags, 0o600)

@@ -306,7 +306,8 @@ class Client(BaseClient):
             try:
                 return connection.exchange(exchange, deadline)
             except ConnectionLost:  # or not made yet
-                return connection.repeat(exchange, started, deadline, self.reconnect)
+                pass  # what the repeat raises is no consequence of this, and is not shown as one
+            return connection.repeat(exchange, started, deadline, self.reconnect)
         except ServerTimeout:
             assert deadline is not None
             raise ServerTimeout(self.address, deadline - started) from None

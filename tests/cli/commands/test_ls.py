@@ -35,6 +35,17 @@ def test_ls_at_80_columns(fdshare: Shell, folder: Path) -> None:
     assert "\x1b" not in said
 
 
+def test_names_alone_and_several_at_once(fdshare: Shell, folder: Path) -> None:
+    hold_some(fdshare, folder)
+    assert fdshare("ls", "-q") == "config\nlog\nweb/http\n"
+    assert fdshare("ls", "-q", "web/*") == "web/http\n"
+    said = fdshare("info", "log", "config")
+    first, second = said.split("\n\n")
+    assert first.split()[:2] == ["name", "log"]
+    assert second.split()[:2] == ["name", "config"]
+    assert "nothing is held" in fdshare.fails("info", "log", "nope")
+
+
 def test_ls_shortens_what_does_not_fit_and_nothing_in_a_pipe(fdshare: Shell, folder: Path) -> None:
     deep = folder / ("d" * 100)
     deep.mkdir()
