@@ -98,6 +98,8 @@ class Service(Reads, Writes):
         for id in list(session.watches):
             self._stop_watching(session, id)
         if self._has_left(session.name) and not self.leaving:
+            # Those that are absent for longest are the first.
+            self._absent.pop(session.name, None)
             if unanswered:
                 self._absent[session.name] = now + self.limits.session_timeout
                 return
@@ -195,9 +197,9 @@ class Service(Reads, Writes):
             self._here[session.name] = self._here.get(session.name, 0) + 1
 
     def _forget_absent(self, now: float) -> None:
-        for name in [name for name, until in self._absent.items() if until <= now]:
-            self._commit(Record([Forget(name)]), [], now)
-            del self._absent[name]
+        while (first := next(iter(self._absent), None)) is not None and self._absent[first] <= now:
+            self._commit(Record([Forget(first)]), [], now)
+            del self._absent[first]
 
     # Verbs for the server itself.
 

@@ -19,6 +19,8 @@ class User:
     connections: int = 0
     in_flight: int = 0  # descriptors sent and not yet read
     received: int = 0  # descriptors that came, and are in no entry
+    watches: int = 0
+    buffered: int = 0  # bytes of half requests, of those that wait, and of answers not read
 
 
 def allowance(share: int, limit: int, others: int) -> int:

@@ -8,7 +8,7 @@ Both were allowed when they began. Another policy asks about each of them again.
 from __future__ import annotations
 
 import heapq
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import count
 
@@ -26,11 +26,13 @@ from fdshare.server.core.policy import Policy
 from fdshare.server.core.ports import Awaiting, Effects, JournalBusy, Session, Waiter
 from fdshare.server.core.table import Table
 from fdshare.server.core.transactions import Transactions
+from fdshare.server.core.users import User
 from fdshare.server.limits import Limits
 
 __all__ = ["PART", "Waiters"]
 
 PART = 1000  # names or entries in one part of a long answer
+_AT_ONCE = 64  # waits that are served or end in one turn of the loop
 _AGAIN = 0.01  # seconds until the waiters of a name that could not be served are tried again
 
 
@@ -39,7 +41,7 @@ class Waiters(Transactions):
 
     def __init__(self, table: Table, policy: Policy, limits: Limits, effects: Effects) -> None:
         super().__init__(table, policy, limits, effects)
-        self._waiting: dict[str, deque[Waiter]] = {}
+        self._waiting: dict[str, OrderedDict[Waiter, None]] = {}
         self._wait_deadlines: list[tuple[float, int, Waiter]] = []
         self._stale = 0  # how many of them belong to waits that are over
         self._unserved: dict[str, float] = {}  # name -> when to try to serve its waiters again
@@ -97,7 +99,7 @@ class Waiters(Transactions):
         self._check_waiting(session, id)
         waiter = Waiter(session, id, request, None if wait is None else now + wait)
         session.waiting[id] = waiter
-        self._waiting.setdefault(request.name, deque()).append(waiter)
+        self._waiting.setdefault(request.name, OrderedDict())[waiter] = None
         if waiter.deadline is not None:
             heapq.heappush(self._wait_deadlines, (waiter.deadline, next(self._order), waiter))
 
@@ -108,22 +110,28 @@ class Waiters(Transactions):
         used = len(session.waiting) + len(session.watches)
         self._quota("max_waiting", self.limits.max_waiting, used, 1)
 
+    def _check_watches(self, user: User) -> None:
+        """Refuses one watch too many: each costs something at every change."""
+        if not user.trusted:
+            self._quota("max_watches_per_uid", self.limits.max_watches_per_uid, user.watches, 1)
+
     def _keep_waiting(self, waiter: Waiter) -> None:
         """Puts *waiter*, which was stopped, back to the front of its queue, as a new one."""
         again = Waiter(waiter.session, waiter.id, waiter.request, waiter.deadline)
         again.session.waiting[again.id] = again
-        self._waiting.setdefault(again.request.name, deque()).appendleft(again)
+        queue = self._waiting.setdefault(again.request.name, OrderedDict())
+        queue[again] = None
+        queue.move_to_end(again, last=False)
         if again.deadline is not None:
             heapq.heappush(self._wait_deadlines, (again.deadline, next(self._order), again))
 
     def _wake(self, name: str, now: float) -> None:
-        """Serves the waiters of *name*, in their order, as long as the name is visible."""
-        for waiter in list(self._waiting.get(name, ())):
-            entry = self.table.visible(name)
-            if entry is None:
+        """Serves the first waiters of *name*, in their order, as long as the name is visible."""
+        for _ in range(_AT_ONCE):
+            queue, entry = self._waiting.get(name), self.table.visible(name)
+            if queue is None or entry is None:
                 return
-            if waiter.done:  # its client was found gone when another of its waiters was answered
-                continue
+            waiter = next(iter(queue))
             # Before the answer: if the client turns out to be gone, its other waits end in there.
             self._stop_waiting(waiter)
             try:
@@ -142,10 +150,14 @@ class Waiters(Transactions):
                 return
             except FdshareError as error:
                 self._refuse(waiter, error)
+        if name in self._waiting:
+            self._unserved[name] = now  # the others have their turn, and then the rest of these
 
     def _end_waits(self, now: float) -> None:
         """Refuses the waits that are over, and serves those that could not be served before."""
-        while (deadline := self._next_wait()) is not None and deadline <= now:
+        for _ in range(_AT_ONCE):
+            if (deadline := self._next_wait()) is None or deadline > now:
+                break
             waiter = self._wait_deadlines[0][2]
             self._give_up(waiter, FetchTimeout(waiter.request.name, waiter.request.wait or 0.0))
         for name in [name for name, again in self._unserved.items() if again <= now]:
@@ -171,7 +183,7 @@ class Waiters(Transactions):
         waiter.done = True
         del waiter.session.waiting[waiter.id]
         queue = self._waiting[waiter.request.name]
-        queue.remove(waiter)
+        del queue[waiter]
         if not queue:
             del self._waiting[waiter.request.name]
         if waiter.deadline is None:
@@ -186,6 +198,7 @@ class Waiters(Transactions):
 
     def _stop_watching(self, session: Session, id: int) -> None:
         self._watchers.remove(session.watches.pop(id), session)
+        session.user.watches -= 1
 
     def _end_watches(self, session: Session, error: FdshareError) -> None:
         watches = dict(session.watches)

@@ -41,7 +41,9 @@ __all__ = ["Acceptor"]
 log = logging.getLogger("fdshare.server")
 
 _PAUSE: Final = 0.1  # seconds without accepting, after no descriptor was free for it
-_BATCH: Final = 64  # connections that one turn of the loop accepts at most
+# Connections that one turn of the loop accepts at most. Each takes some tenths of a millisecond if
+# another one has to be closed for it, and who knocks without end must not slow down the others.
+_BATCH: Final = 4
 # accept(2): errors of the connection that was to be accepted, not of the listener.
 _TRY_NEXT: Final = (errno.ECONNABORTED, errno.EPROTO, errno.EINTR)
 _NO_ROOM: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
@@ -119,7 +121,7 @@ class Acceptor:
         self._output.poller.unregister(self._listener.fileno())
         self.paused_until = now + _PAUSE
         self._connections = len(self._output.connections)
-        idle = self._longest_idle(None)
+        idle = self._longest_idle()
         if idle is not None:
             self._evict(idle)
 
@@ -154,27 +156,23 @@ class Acceptor:
             what, most, used = "max_connections_per_uid", share, user.connections
         else:
             what = "max_connections"
-        idle = self._longest_idle(user.uid) or (self._longest_idle(None) if user.trusted else None)
+        idle = None
+        if (mine := self._output.idle.get(user)) is not None:
+            idle = mine.longest() or mine.longest_engaged()
+        if idle is None and user.trusted:
+            idle = self._longest_idle()
         if idle is None:
             return QuotaExceeded(what, most, used)
         self._evict(idle)
         return None
 
-    def _longest_idle(self, uid: int | None) -> Connection | None:
-        """The connection of *uid*, or of any, whose last request is longest ago. One that waits, or
-        has entries that live as long as it does, only where *uid* has no other: it would lose
-        nothing, but notice."""
-        last = None
-        for connection in self._output.connections:
-            session = connection.session
-            if uid is not None and session.subject.uid != uid:
-                continue
-            if connection.output or connection.pending:
-                continue
-            if not session.waiting and not session.watches and not session.holds:
-                return connection
-            last = last or connection
-        return last if uid is not None else None
+    def _longest_idle(self) -> Connection | None:
+        """Of the user who has the most connections, if one of them is idle, or of the next."""
+        users = self._output.users.values()
+        for user in sorted(users, key=lambda user: user.connections, reverse=True):
+            if (idle := self._output.idle[user].longest()) is not None:
+                return idle
+        return None
 
     def _evict(self, connection: Connection) -> None:
         self.evicted += 1

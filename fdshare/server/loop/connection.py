@@ -38,6 +38,8 @@ class Connection:
     """The state of one client, which the loop changes; sending is done here."""
 
     __slots__ = (
+        "aside",
+        "buffered",
         "closed",
         "counterproof",
         "draining",
@@ -53,6 +55,7 @@ class Connection:
         "proof",
         "received",
         "receiver",
+        "reserved",
         "session",
         "slow_since",
         "sock",
@@ -70,6 +73,9 @@ class Connection:
         self.output: deque[QueuedFrame] = deque()
         self.output_bytes = 0
         self.pending: deque[Frame[Handle]] = deque()
+        self.buffered = 0  # bytes that are kept for it: see buffers.py
+        self.reserved = 0  # ... of these, for answers that are being made
+        self.aside = False  # not among those that are idle, until it is answered: see idle.py
         self.received = 0  # descriptors of it that are in no entry: see intake.py
         self.in_flight = 0  # descriptors sent and, as far as is known, not read: see in_flight.py
         self.unread_since = 0.0  # when it was last seen to read while something was in flight

@@ -28,7 +28,7 @@ from fdshare.server.loop.closing import Closer, Handle
 from fdshare.server.loop.connection import Connection
 from fdshare.server.loop.fast_path import FetchFrames, reply_frame
 from fdshare.server.loop.intake import NotNow
-from fdshare.server.loop.output import Output
+from fdshare.server.loop.output import SLICE, Output
 from fdshare.server.loop.poller import ERROR, HANGUP, READ, WRITE
 
 __all__ = ["Input"]
@@ -99,16 +99,22 @@ class Input(Output):
         frames = receiver.feed(self._view[:count], handles, lost)
         if frames:
             self._end_slow(connection)  # a whole request has come: its time starts anew
-            # To the end of the order: the first is the one that is idle for longest.
-            self.connections.pop(connection, None)
-            self.connections[connection] = None
+            self.idle[connection.session.user].touch(connection)
             self._serve(connection, frames, now)
         if receiver.failure is not None and not connection.closed:
             self.expel(connection, receiver.failure)
         if handles or connection.received:
             self._check_share(connection)
-        if connection.output or not receiver.idle or connection.slow_since is not None:
-            self._mark_slow(connection, now)
+        if (
+            connection.output
+            or not receiver.idle
+            or connection.slow_since is not None
+            or connection.session.waiting
+            or connection.session.watches
+        ):
+            self._take_stock(connection, now)
+            if connection.pending or not receiver.idle:
+                self._check_buffers(connection)
 
     def _pause(self, connection: Connection) -> None:
         """Reads nothing from the connection for a moment."""
@@ -129,6 +135,14 @@ class Input(Output):
         if refusal is not None and not connection.draining:
             self.expel(connection, refusal)
 
+    def _check_buffers(self, connection: Connection) -> None:
+        """Hears the connection no more if too much is kept for its user, some of it for this
+        one."""
+        refusal = self.buffers.refusal(connection.session.user)
+        if refusal is not None and not connection.closed:
+            self.expel(connection, refusal)
+            self.drop(connection)
+
     def _answered_at_once(self, connection: Connection, data: bytes, now: float) -> bool:
         """The fast path (fast_path.py): True if *data* was one fetch, which is answered now. The
         usual path does all of this, too."""
@@ -138,8 +152,7 @@ class Input(Output):
         entry = self.service.fetch_again(connection.session, name)
         if entry is None:
             return False
-        del self.connections[connection]
-        self.connections[connection] = None
+        self.idle[connection.session.user].touch(connection)
         frame, fds, count = reply_frame(entry, data)
         if not self._sent_at_once(connection, frame, fds, count):
             connection.queue(frame, entry.handles)
@@ -149,15 +162,19 @@ class Input(Output):
     def _serve(self, connection: Connection, frames: list[Frame[Handle]], now: float) -> None:
         """Handles *frames* in order, and keeps those that have to wait."""
         for index, frame in enumerate(frames):
+            late = index > 0 and time.monotonic() - now > SLICE
             if connection.closed or connection.draining:
                 self.closer.close(frame.descriptors)
-            elif self._busy(connection) or not self._handle(connection, frame, now):
+            elif late or self._busy(connection) or not self._handle(connection, frame, now):
+                if late:
+                    self._postponed[connection] = None
                 connection.pending.extend(frames[index:])
                 self._update(connection)
                 return
 
     def _resume(self, connection: Connection, now: float) -> None:
         """Handles the frames that had to wait, as far as possible."""
+        self._postponed.pop(connection, None)
         while connection.pending and not connection.closed and not self._busy(connection):
             # Removed first: a drop while it is served must not close its descriptors again.
             frame = connection.pending.popleft()
@@ -165,13 +182,18 @@ class Input(Output):
             if not self._handle(connection, frame, now):
                 connection.pending.appendleft(frame)
                 break
+            if connection.pending and time.monotonic() - now > SLICE:
+                self._postponed[connection] = None
+                break
         if not connection.closed:
             self.intake.recount(connection)
+            self.buffers.recount(connection)
             self._update(connection)
 
-    def inspected(self, connection: Connection) -> None:
-        """An `info` of this client has been answered."""
+    def inspected(self, connection: Connection, reserved: int) -> None:
+        """An `info` of this client has been answered, for which so much was *reserved*."""
         connection.inspecting -= 1
+        connection.reserved -= reserved
         self._resume(connection, time.monotonic())
 
     def _handle(self, connection: Connection, frame: Frame[Handle], now: float) -> bool:
@@ -182,10 +204,13 @@ class Input(Output):
             if not connection.greeted:
                 self.acceptor.greet(connection, frame)
                 kept = False
-            elif frame.lost is not None:
-                raise frame.lost
+            elif frame.lost is not None:  # not raised: it would keep the frame, which has it
+                self._refuse(connection, frame.id, frame.lost, None)
+                kept = False
             else:
                 request = m.decode_request(frame.body)
+                if (full := self.buffers.refusal(connection.session.user)) is not None:
+                    raise full
                 kept = self.service.handle(connection.session, frame.id, request, handles, now)
         except JournalBusy as busy:
             if self._may_stall(connection, now, busy.wait):
@@ -232,6 +257,13 @@ class Input(Output):
         self.service.refused(connection.session, None, error)
         connection.draining = True
         self.answer(connection.session, 0, m.encode(m.refusal(error)))
+
+    def _serve_postponed(self, now: float) -> None:
+        """Goes on with requests that would have made an earlier turn too long."""
+        for _ in range(len(self._postponed)):
+            self._resume(next(iter(self._postponed)), now)
+            if time.monotonic() - now > SLICE or not self._postponed:
+                return
 
     def _retry_stalled(self, now: float) -> None:
         """Repeats the requests that wait for the keeper, until one of them has to wait again: it

@@ -32,6 +32,7 @@ log = logging.getLogger("fdshare.server")
 _PATIENCE: Final = 2.0  # seconds that an answer waits for file systems
 _MANY: Final = 64  # entries of one uid that are looked at in one call
 _PART: Final = MAX_FRAME // 4  # bytes of entries in one part of a long answer
+_RESERVED: Final = 1024  # bytes for what is found out about one entry, about
 _HANGS: Final = m.DescriptorInfo("unknown", health="its file system does not answer")
 
 
@@ -63,6 +64,8 @@ class _Inspection:
         # To others it would tell which paths exist that they cannot see themselves.
         look_up = self.session.trusted
         for index in indexes:
+            if self.session.route is None:  # its client is gone
+                return
             handles = self.handles[index]
             described = [describe_descriptor(h.fd, look_up_path=look_up) for h in handles]
             self.found[index] = described
@@ -107,6 +110,8 @@ class Inspections:
         infos = [_entry_info(entry, now, self._stored(entry.name)) for entry in entries]
         inspection = _Inspection(session, id, infos, [entry.handles for entry in entries], now)
         session.route.inspecting += 1
+        session.route.reserved += _RESERVED * len(infos)
+        self._loop.buffers.recount(session.route)
         if not self._open:
             self._loop.later(_PATIENCE, self._end_late)
         self._open[inspection] = None
@@ -167,6 +172,8 @@ class Inspections:
 
     @staticmethod
     def _encoded(inspection: _Inspection) -> list[bytes]:
+        if inspection.session.route is None:
+            return []
         try:
             return inspection.bodies()
         except Exception as error:
@@ -176,7 +183,9 @@ class Inspections:
     def _send(self, inspection: _Inspection, bodies: list[bytes]) -> None:
         del self._open[inspection]
         self._loop.answer_in_parts(inspection.session, inspection.id, bodies)
-        self._loop.inspected(inspection.session.route)
+        if inspection.session.route is not None:
+            reserved = _RESERVED * len(inspection.infos)
+            self._loop.inspected(inspection.session.route, reserved)
 
 
 def _entry_info(entry: Entry, now: float, stored: bool | None) -> m.EntryInfo:

@@ -176,6 +176,8 @@ class Loop(Input):
 
     def _next_due(self) -> float | None:
         """When `_do_due` has something to do; None if nothing is planned."""
+        if self._postponed:
+            return 0.0
         if self._throttled or self._stalled:
             # Set once and not in each turn: a busy loop must not postpone it.
             self._retry_at = self._retry_at or time.monotonic() + _RETRY
@@ -201,6 +203,7 @@ class Loop(Input):
 
     def _do_due(self, now: float) -> None:
         self._retry_at = 0.0
+        self._serve_postponed(now)
         self.closer.collect(now)
         self._retry_throttled(now)
         self._retry_stalled(now)
@@ -224,7 +227,7 @@ class Loop(Input):
                 break
             if self._is_held_up(oldest):
                 self._end_slow(oldest)
-                self._mark_slow(oldest, now)
+                self._take_stock(oldest, now)
                 continue
             log.warning("pid %d is too slow, dropped", oldest.session.pid)
             self.drop(oldest)

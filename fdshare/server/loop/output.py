@@ -23,13 +23,15 @@ from fdshare.protocol.framing import header
 from fdshare.server.core.ports import Session
 from fdshare.server.core.service import Service
 from fdshare.server.core.users import User
+from fdshare.server.loop.buffers import Buffers
 from fdshare.server.loop.closing import Closer, Handle, close_quietly, is_drained
 from fdshare.server.loop.connection import NO_MEMORY, Connection
+from fdshare.server.loop.idle import Idle
 from fdshare.server.loop.in_flight import InFlight
 from fdshare.server.loop.intake import Intake
 from fdshare.server.loop.poller import READ, WRITE, Poller
 
-__all__ = ["Output"]
+__all__ = ["SLICE", "Output"]
 
 log = logging.getLogger("fdshare.server")
 
@@ -39,6 +41,9 @@ _BACKPRESSURE: Final = 1 << 16  # bytes of unread answers above which a client i
 # megabytes.
 _INSPECTIONS: Final = 4  # `info` requests of one client under way: with so many it is not served
 
+# Seconds of one turn of the loop after which each connection has one request served: many requests
+# in one read, or in those of many, keep nobody else waiting.
+SLICE: Final = 0.005
 _RETRIED: Final = 16  # waiting connections of one user that are sent to in one turn
 
 
@@ -50,13 +55,16 @@ class Output:
         self.closer = closer
         self.intake = Intake(service.table, service.limits, nofile, closer)
         self.poller = Poller()
-        self.connections: dict[Connection, None] = {}  # in the order of their last request
+        self.connections: dict[Connection, None] = {}
         self.users: dict[int, User] = {}  # those who have connections
+        self.idle: dict[User, Idle] = {}
+        self.buffers = Buffers(service.limits)
         self.in_flight = InFlight(service.limits)
         self._slow: dict[Connection, None] = {}
         # Who waits until others have read, each user's in their order.
         self._throttled: dict[User, OrderedDict[Connection, None]] = {}
         self._stalled: OrderedDict[Connection, None] = OrderedDict()
+        self._postponed: OrderedDict[Connection, None] = OrderedDict()  # to the next turn
 
     def add(self, connection: Connection) -> None:
         """Raises: OSError of epoll_ctl(2): nothing has changed then."""
@@ -66,6 +74,7 @@ class Output:
         user = connection.session.user
         user.connections += 1
         self.users[user.uid] = user
+        self.idle.setdefault(user, Idle()).touch(connection)
         self._slow[connection] = None
 
     def drop(self, connection: Connection) -> None:
@@ -74,14 +83,17 @@ class Output:
             return
         connection.closed = True
         self.connections.pop(connection, None)
+        self.idle[connection.session.user].forget(connection)
         self._count_out(connection.session.user)
         self._slow.pop(connection, None)
         self._unthrottle(connection)
         self._stalled.pop(connection, None)
+        self._postponed.pop(connection, None)
         self.poller.unregister(connection.fileno())
         self.hang_up(connection.sock, connection.session.user.uid)
         self.in_flight.forget(connection)
         self.intake.forget(connection)
+        self.buffers.forget(connection)
         unanswered = bool(connection.output)
         for output in connection.output:
             self.unpin(output.handles)
@@ -91,11 +103,13 @@ class Output:
             self.closer.close(frame.descriptors)
         connection.pending.clear()
         self.service.disconnected(connection.session, time.monotonic(), unanswered=unanswered)
+        # What it has received and not sent is free now, and not at the next garbage collection.
+        connection.session.route = None
 
     def _count_out(self, user: User) -> None:
         user.connections -= 1
         if not user.connections:
-            del self.users[user.uid]
+            del self.users[user.uid], self.idle[user]
 
     def hang_up(self, sock: socket.socket, uid: int) -> None:
         """Closes *sock*, of *uid*; in that one's lane if it has unread bytes, for with them may be
@@ -123,14 +137,17 @@ class Output:
     ) -> None:
         """Queues a frame and sends what can be sent now. Beyond `max_output` the connection is
         closed, unless the frame is a *further* part of an answer, which is sent whole."""
-        connection: Connection = session.route
-        if connection.closed:
+        connection: Connection | None = session.route
+        if connection is None:
             return
+        if connection.aside:
+            self.idle[session.user].touch(connection)
         frame = header(len(body), len(handles), id) + body
         fds = rights([handle.fd for handle in handles]) if handles else ()
         if not connection.output and self._sent_at_once(connection, frame, fds, len(handles)):
             return
         connection.queue(frame, tuple(handles))
+        self.buffers.recount(connection)
         if len(connection.output) == 1:
             self.flush(connection, time.monotonic())
         elif connection.output_bytes > self.service.limits.max_output and not further:
@@ -145,8 +162,11 @@ class Output:
     def publish(self, sessions: Sequence[Session], body: bytes) -> None:
         """Sends an event; a client that does not read is sent fresh snapshots later instead."""
         for session in sessions:
-            connection: Connection = session.route
-            if connection.overflowed or connection.output_bytes > _OUTPUT_FOR_EVENTS:
+            connection: Connection | None = session.route
+            if connection is None:
+                continue
+            full = connection.output and self.buffers.refusal(session.user) is not None
+            if connection.overflowed or full or connection.output_bytes > _OUTPUT_FOR_EVENTS:
                 connection.overflowed = True
             else:
                 self.answer(session, 0, body)
@@ -164,7 +184,7 @@ class Output:
             self.in_flight.sent(connection, count)
         if sent < len(frame):
             connection.queue(frame[sent:], ())
-            self._mark_slow(connection, time.monotonic())
+            self._take_stock(connection, time.monotonic())
             self._update(connection)
         return True
 
@@ -194,14 +214,20 @@ class Output:
             self._end_slow(connection)  # the client reads
         if not connection.output:
             self._emptied(connection)
-        self._mark_slow(connection, now)
+        self._take_stock(connection, now)
         self._update(connection)
 
     def _emptied(self, connection: Connection) -> None:
         if connection.draining:
             self.drop(connection)
             return
+        if connection.aside:
+            self.idle[connection.session.user].touch(connection)
         if connection.overflowed:
+            if self.buffers.refusal(connection.session.user) is not None:
+                log.warning("uid %d does not read its events", connection.session.user.uid)
+                self.drop(connection)
+                return
             connection.overflowed = False
             connection.stale = list(connection.session.watches)
             self.answer(connection.session, 0, m.encode(m.Overflowed()))
@@ -268,10 +294,12 @@ class Output:
             connection.interest = interest
             self.poller.modify(connection.fileno(), interest)
 
-    def _mark_slow(self, connection: Connection, now: float) -> None:
-        """Starts or ends the clock for half-sent requests and unread answers."""
+    def _take_stock(self, connection: Connection, now: float) -> None:
+        """Counts what is kept for the client, and starts or ends the clock for half-sent requests
+        and unread answers."""
         if connection.closed:
             return
+        self.buffers.recount(connection)
         slow = not connection.greeted or not connection.receiver.idle or bool(connection.output)
         if not slow:
             self._end_slow(connection)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 
 from fdshare.errors import (
     InvalidArgument,
+    QuotaExceeded,
 )
 from fdshare.protocol import messages as m
 from fdshare.server.core.policy import Decision, Policy, Subject
@@ -106,6 +108,51 @@ def test_a_watch_that_is_refused_leaves_nothing_behind(effects: MemoryEffects) -
         effects.service.handle(session, 1, m.Watch("*" * 2000), [], 0.0)
     assert session.watches == {}
     effects.service.disconnected(session, 0.0)
+
+
+def test_many_waits_are_served_in_several_turns(effects: MemoryEffects) -> None:
+    """In their order, and nobody is forgotten."""
+    sessions = [effects.session() for _ in range(200)]
+    for session in sessions:
+        effects.service.handle(session, 1, m.Wait("x", None), [], 0.0)
+    register(effects, effects.session())
+    answered = [bool(session.route.take()) for session in sessions]
+    assert answered == [True] * 64 + [False] * 136
+    assert effects.service.next_deadline() == 0.0
+    for _ in range(3):
+        effects.service.tick(0.0)
+    assert all(session.route.take() for session in sessions[64:])
+    effects.service.tick(0.0)
+    assert effects.service.next_deadline() is None
+
+
+def test_many_waits_are_over_in_several_turns(effects: MemoryEffects) -> None:
+    sessions = [effects.session() for _ in range(100)]
+    for session in sessions:
+        effects.service.handle(session, 1, m.Wait("x", 5.0), [], 0.0)
+    effects.service.tick(5.0)
+    assert [bool(session.waiting) for session in sessions] == [False] * 64 + [True] * 36
+    assert effects.service.next_deadline() == 5.0
+    effects.service.tick(5.0)
+    assert not any(session.waiting for session in sessions)
+
+
+def test_watches_count_against_the_user(effects: MemoryEffects) -> None:
+    limits = msgspec.structs.replace(effects.service.limits, max_watches_per_uid=3)
+    effects.service.limits = limits
+    effects.service.adopt(Everybody(1))
+    first, second = effects.session(1501), effects.session(1501)
+    second.user = first.user
+    for id in (1, 2):
+        effects.service.handle(first, id, m.Watch(), [], 0.0)
+    effects.service.handle(second, 1, m.Watch(), [], 0.0)
+    with pytest.raises(QuotaExceeded, match="max_watches_per_uid"):
+        effects.service.handle(second, 2, m.Watch(), [], 0.0)
+    effects.service.handle(first, 3, m.Cancel(1), [], 0.0)
+    effects.service.handle(second, 2, m.Watch(), [], 0.0)
+    effects.service.disconnected(first, 0.0)
+    effects.service.disconnected(second, 0.0)
+    assert first.user.watches == 0
 
 
 def test_ids_under_way_are_taken(effects: MemoryEffects) -> None:

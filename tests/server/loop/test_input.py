@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import select
+import socket
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -86,3 +89,78 @@ def test_who_has_to_wait_for_numbers_is_served(folder: Path, small: Callable[...
 
     with AsUser(1501, ask) as other:
         assert other.hear() == "served"
+
+
+@needs_root
+def test_who_has_too_much_unread_is_refused(folder: Path, serve: Callable[..., Manager]) -> None:
+    folder.chmod(0o755)
+    (folder / "policy").write_text(ANYBODY)
+    limits = {"max_buffered": 800_000, "max_buffered_per_uid": 400_000}
+    manager = serve(mode=0o666, policy=folder / "policy", limits=limits)
+    with Client(manager.address) as client:
+        for number in range(1000):
+            client.register(f"{number:04}" + "x" * 200, 0)
+
+        def attack(say: Say) -> Any:
+            wires = []
+            while True:
+                wires.append(Wire(manager.address, f"{len(wires)}"))
+                for id in (1, 2):
+                    wires[-1].send(id, m.Names())
+                with Wire(manager.address, "between") as between:
+                    between.send(1, m.Ping())  # so the server has read what came before
+                    if isinstance(reply := between.receive().reply, m.Refused):
+                        break
+            say(reply.message)
+            assert len(wires) < 10
+            # What it reads makes room again.
+            for wire in wires:
+                while wire.receive().id != 2:
+                    pass
+            with Wire(manager.address, "after") as after:
+                say(len(after.ask(1, m.Names()).reply.names))
+            return wires
+
+        with AsUser(1501, attack) as other:
+            assert "max_buffered_per_uid" in other.hear()
+            assert len(client.names()) == 1000
+            assert other.hear() == "1000"
+
+
+@needs_root
+def test_half_requests_that_are_too_long_together(
+    folder: Path, serve: Callable[..., Manager]
+) -> None:
+    folder.chmod(0o755)
+    limits = {"max_buffered": 800_000, "max_buffered_per_uid": 400_000}
+    manager = serve(mode=0o666, limits=limits)
+
+    def attack(say: Say) -> Any:
+        wires = [Wire(manager.address, f"{number}") for number in range(5)]
+        for wire in wires:
+            with suppress(BrokenPipeError):
+                wire.sock.sendall(header(100_000, 0, 1) + bytes(99_000))
+        while True:
+            for wire in select.select([wire.sock for wire in wires], [], [])[0]:
+                said = next(each for each in wires if each.sock is wire).receive().reply
+                say(said.message)
+                return wires
+
+    with AsUser(1501, attack) as other, Client(manager.address) as client:
+        assert "max_buffered_per_uid" in other.hear()
+        client.ping()
+
+
+def test_many_requests_of_one_keep_nobody_else_waiting(
+    client: Client, peer: Peer, null: int
+) -> None:
+    """Each of these looks at all names, and finds none."""
+    for number in range(1000):
+        client.register(f"{number:03}" + "x" * 200, null)
+    peer.write(b"".join(peer.frame(m.Names("*x*x*x*y")) for _ in range(1500)))
+    client.ping()
+    peer.sock.setblocking(False)
+    answered = len(peer.sock.recv(1 << 20, socket.MSG_PEEK))
+    peer.sock.settimeout(30)
+    assert [peer.receive()[1].names for _ in range(1500)] == [[]] * 1500
+    assert answered < 1500 * len(header(0, 0, 0) + m.encode(m.NameList([])))

@@ -16,7 +16,11 @@ from fdshare.client.blocking.client import Client
 from fdshare.manager import Manager
 from fdshare.protocol import messages as m
 from fdshare.protocol.framing import MAX_FRAME
-from fdshare.server.loop.inspections import _parts
+from fdshare.server.core.policy import Subject
+from fdshare.server.core.ports import Session
+from fdshare.server.core.users import User
+from fdshare.server.loop.closing import Handle
+from fdshare.server.loop.inspections import _Inspection, _parts
 
 Pair = tuple[socket.socket, socket.socket]
 
@@ -55,6 +59,18 @@ def test_one_that_is_too_long_for_a_frame_keeps_the_ends_of_its_paths() -> None:
     assert len(short.descriptors) == 250
     assert all(each.path.endswith("x/end") for each in short.descriptors)
     assert all(each.local.endswith("x/end") for each in short.descriptors)
+
+
+def test_nobody_looks_for_a_client_that_is_gone() -> None:
+    """However many entries it has asked about."""
+    session = Session(Subject(1501, 1501), 1, User(1501, False))
+    with open(os.devnull) as file:
+        asked = _Inspection(session, 1, [info("a")], [(Handle(file.fileno()),)], 0.0)
+        asked.describe([0])
+        assert asked.found == [None]
+        session.route = object()
+        asked.describe([0])
+        assert asked.found != [None]
 
 
 def test_no_entries_are_one_empty_part() -> None:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+import socket
+import threading
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -14,6 +19,11 @@ from conftest import Watched
 from fdshare.client.blocking.client import Client
 from fdshare.manager import Manager
 from fdshare.protocol import messages as m
+from fdshare.protocol.framing import Frame, header
+from fdshare.server.core.ports import Session
+from fdshare.server.loop.connection import Connection
+from fdshare.server.loop.server import Server
+from fdshare.server.settings import Settings
 
 
 def test_nobody_waits_for_the_close_of_what_was_not_read(server: Watched) -> None:
@@ -153,3 +163,47 @@ def test_entries_larger_than_the_budget(serve: Callable[..., Manager], null: int
             assert len(descriptors) == 100
             for descriptor in descriptors:
                 descriptor.close()
+
+
+def test_what_a_dropped_client_left_is_free_at_once(folder: Path) -> None:
+    """Without a garbage collection: nothing of a connection refers to itself."""
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(folder / "s"))
+    listener.listen()
+    server = Server(listener, Settings(path=str(folder / "s"), keeper=False, log_level="CRITICAL"))
+    half = header(100_000, 0, 1) + bytes(90_000)
+    leave: list[Callable[[Peer], None]] = [
+        lambda peer: peer.write(half),
+        lambda peer: peer.write(b"garbage that is no header"),
+        lambda peer: peer.write(peer.frame(m.Ping()) + half),
+        lambda peer: peer.write(peer.frame(b"no request")),
+        lambda peer: peer.write(peer.frame(m.Fetch("")) + peer.frame(m.Fetch("absent", 60.0))),
+        lambda peer: peer.write(peer.frame(m.Watch()) + peer.frame(m.Unregister("absent"))),
+        lambda peer: peer.write(b"".join(peer.frame(m.Stats()) for _ in range(1000))),
+    ]
+
+    def attack() -> None:
+        for greeted in (False, True):
+            for leave_behind in leave:
+                with Peer(str(folder / "s"), hello=greeted) as peer, suppress(OSError):
+                    leave_behind(peer)
+        server.loop.post(server.stop)
+
+    gc.collect()
+    gc.disable()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        thread = threading.Thread(target=attack)
+        thread.start()
+        server.run()
+        thread.join()
+        gc.collect()
+        kept = [each for each in gc.garbage if isinstance(each, Connection | Session | Frame)]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+        server.shut_down()
+        listener.close()
+    assert server.loop.acceptor.accepted == 14
+    assert kept == []

@@ -1,0 +1,67 @@
+"""Idle: which connection of a user can be closed to make room, found without a look at all.
+
+Those whose last request is longest ago are the first. One that is found to wait for something, or
+to have something unread, is put aside; it is back in the order when it is answered, or has read.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from fdshare.server.loop.connection import Connection
+
+__all__ = ["Idle"]
+
+
+class Idle:
+    """The connections of one user, in the order of their last requests."""
+
+    __slots__ = ("_engaged", "_order")
+
+    def __init__(self) -> None:
+        self._order: OrderedDict[Connection, None] = OrderedDict()
+        self._engaged: OrderedDict[Connection, None] = OrderedDict()
+
+    def touch(self, connection: Connection) -> None:
+        """It has asked for something, was answered, or has read: it is the last from now on."""
+        if connection.aside:
+            connection.aside = False
+            self._engaged.pop(connection, None)
+        self._order[connection] = None
+        self._order.move_to_end(connection)
+
+    def forget(self, connection: Connection) -> None:
+        """It is closed."""
+        self._order.pop(connection, None)
+        self._engaged.pop(connection, None)
+
+    def longest(self) -> Connection | None:
+        """The one that is idle for longest, and would not even notice its end."""
+        while self._order:
+            connection = next(iter(self._order))
+            if not _has_unread(connection) and not _is_engaged(connection):
+                return connection
+            del self._order[connection]
+            connection.aside = True
+            if not _has_unread(connection):
+                self._engaged[connection] = None
+        return None
+
+    def longest_engaged(self) -> Connection | None:
+        """Where `longest` found none: one that waits, or has entries that live as long as it does.
+        It would lose nothing, but notice."""
+        while self._engaged:
+            connection = next(iter(self._engaged))
+            if not _has_unread(connection):
+                return connection
+            del self._engaged[connection]
+        return None
+
+
+def _has_unread(connection: Connection) -> bool:
+    return bool(connection.output or connection.pending)
+
+
+def _is_engaged(connection: Connection) -> bool:
+    session = connection.session
+    return bool(session.waiting or session.watches or session.holds)
