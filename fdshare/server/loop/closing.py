@@ -49,6 +49,7 @@ __all__ = [
 OURS: Final = -1  # the owner of what the server made itself, and gave to nobody who may change it
 UNKNOWN: Final = -2  # the owner of a connection that was gone before the kernel could name it
 _PATIENCE: Final = 0.25  # seconds for which an answer waits for a close
+_AT_A_TIME: Final = 32  # descriptors that one call in a lane closes
 _LINGER: Final = struct.Struct("@ii")  # struct linger
 # What epoll, eventfd and the like are in /proc; other anonymous inodes may wait for something.
 _HARMLESS: Final = frozenset(
@@ -129,15 +130,15 @@ class Closer:
         self._lanes = lanes
         self._notify = notify
         self._at_once = frozenset((0, os.geteuid(), OURS)) if alone else frozenset((OURS,))
-        # What is in the lanes: (number, owner), until just before it is closed.
-        self._handed_over: dict[int, tuple[int, int]] = {}
+        # What is in the lanes: numbers, until just before they are closed, and their owner.
+        self._handed_over: dict[int, tuple[deque[int], int]] = {}
         # How many were put into the lane of a uid, and how many of them are closed. One thread
         # writes each number: this one, and the one that serves the lane.
         self._given: dict[int, int] = {}
         self._closed_of: dict[int, int] = {}
         self._last = 0
         self._pinned: dict[Handle, None] = {}  # to be closed, but still to be sent
-        self._done: deque[_Batch] = deque()
+        self._done: deque[tuple[_Batch, int]] = deque()  # so many of it are closed
         self._waiting: dict[_Batch, None] = {}  # in the order of `until`
 
     def close(
@@ -155,6 +156,7 @@ class Closer:
             batch = _Batch(then, time.monotonic() + _PATIENCE)
             batch.left = 1 + elsewhere
             self._waiting[batch] = None
+        others: dict[tuple[int, _Batch | None], list[int]] = {}
         for handle in handles:
             if batch is not None and handle.fd >= 0:
                 handle.batch = batch
@@ -163,7 +165,9 @@ class Closer:
                 handle.closing = True
                 self._pinned[handle] = None
             else:
-                self._let_go(handle)
+                self._let_go(handle, others)
+        for (uid, waits), fds in others.items():
+            self._put(fds, uid, waits)
         if batch is None:
             return _nothing
         self._closed(batch)
@@ -183,10 +187,6 @@ class Closer:
         """How many of all users."""
         return sum(map(self.left, self._lanes.hanging()))
 
-    def all_left(self) -> int:
-        """How many descriptors are still to be closed, but for those whose close has begun."""
-        return len(self._handed_over)
-
     def left(self, uid: int) -> int:
         """How many descriptors of *uid* are not closed yet."""
         given = self._given.get(uid, 0)
@@ -195,21 +195,26 @@ class Closer:
             del self._given[uid], self._closed_of[uid]
         return left
 
+    def all_left(self) -> int:
+        """How many of all users."""
+        return sum(map(self.left, list(self._given))) if self._given else 0
+
     def unfinished(self) -> list[tuple[int, int]]:
         """(number, owner) of what is still to be closed: a forked child has copies of it, which it
         must not wait for either."""
         pinned = [(handle.fd, handle.uid) for handle in self._pinned]
-        return [*self._handed_over.values(), *pinned]
+        given = list(self._handed_over.values())
+        return [*((fd, uid) for fds, uid in given for fd in list(fds)), *pinned]
 
     def take_over(self, unfinished: Iterable[tuple[int, int]]) -> None:
         """Closes what a parent's closer had not yet closed when we were forked."""
         for fd, uid in unfinished:
-            self._put(fd, uid, None)
+            self._put([fd], uid, None)
 
     def collect(self, now: float) -> None:
         """Makes the calls that waited for closes which are done by now, or hang."""
         while self._done:
-            self._closed(self._done.popleft())
+            self._closed(*self._done.popleft())
         while (first := next(iter(self._waiting), None)) is not None and first.until <= now:
             del self._waiting[first]
             first.then()
@@ -222,7 +227,8 @@ class Closer:
 
     # One of them.
 
-    def _let_go(self, handle: Handle) -> None:
+    def _let_go(self, handle: Handle, others: dict[tuple[int, _Batch | None], list[int]]) -> None:
+        """Closes it, or adds it to *others*, which are to be closed in lanes."""
         self._pinned.pop(handle, None)
         fd, handle.fd = handle.fd, -1
         batch, handle.batch = handle.batch, None
@@ -231,35 +237,39 @@ class Closer:
         uid = handle.uid
         if self.at_once(fd, uid):
             _close_number(fd)
-        elif batch is None or self._lanes.hangs(uid):
-            self._put(fd, uid, None)
-        else:
-            self._put(fd, uid, batch)
+        elif batch is not None and not self._lanes.hangs(uid):
+            others.setdefault((uid, batch), []).append(fd)
             return
+        else:
+            others.setdefault((uid, None), []).append(fd)
         if batch is not None:
             self._closed(batch)
 
-    def _put(self, fd: int, uid: int, batch: _Batch | None) -> None:
-        self._last += 1
-        self._handed_over[self._last] = fd, uid
-        self._given[uid] = self._given.get(uid, 0) + 1
-        self._closed_of.setdefault(uid, 0)
-        self._lanes.put(uid, partial(self._close, self._last, fd, uid, batch))
+    def _put(self, fds: list[int], uid: int, batch: _Batch | None) -> None:
+        for at in range(0, len(fds), _AT_A_TIME):
+            part = deque(fds[at : at + _AT_A_TIME])
+            self._last += 1
+            self._handed_over[self._last] = part, uid
+            self._given[uid] = self._given.get(uid, 0) + len(part)
+            self._closed_of.setdefault(uid, 0)
+            self._lanes.put(uid, partial(self._close, self._last, part, uid, batch))
 
-    def _closed(self, batch: _Batch) -> None:
-        batch.left -= 1
+    def _closed(self, batch: _Batch, count: int = 1) -> None:
+        batch.left -= count
         if not batch.left and batch in self._waiting:
             del self._waiting[batch]
             batch.then()
 
-    def _close(self, token: int, fd: int, uid: int, batch: _Batch | None) -> None:
+    def _close(self, token: int, fds: deque[int], uid: int, batch: _Batch | None) -> None:
         """In a thread of the owner's lane."""
-        _no_linger(fd)
+        count = len(fds)
+        while fds:
+            _no_linger(fds[0])
+            _close_number(fds.popleft())
+            self._closed_of[uid] += 1
         del self._handed_over[token]
-        _close_number(fd)
-        self._closed_of[uid] += 1
         if batch is not None:
-            self._done.append(batch)
+            self._done.append((batch, count))
             self._notify()
 
 

@@ -35,7 +35,7 @@ __all__ = ["Input"]
 
 log = logging.getLogger("fdshare.server")
 
-_PAUSE: Final = 0.01  # seconds until a connection is read again whose user has too many numbers
+_PAUSE: Final = 0.05  # seconds until a connection is read again whose user has too many numbers
 _BUFFER: Final = 1 << 16  # bytes that one read takes at most, so that others get their turn, too
 
 

@@ -7,7 +7,7 @@ A message is never read that would bring more descriptors than there are numbers
 drops those that find none (unix(7)), and would do so in this thread: the last copy of a socket with
 SO_LINGER, among them, would stop the loop. So where few numbers are left, the loop peeks, and makes
 copies of no more than half of them: one message does not use up what the next one needs. A user who
-has some of the numbers already gets no more than a share.
+has some of the numbers already gets no more than a share: what is not received costs little time.
 """
 
 from __future__ import annotations
@@ -80,12 +80,11 @@ class Intake:
         """
         sock, user = connection.sock, connection.session.user
         used = self._table.descriptors + connections + self.received + self._closer.all_left()
-        half = (self._numbers - used) // 2
-        if half >= MAX_DESCRIPTORS:
-            return receive_handles(sock, buffer, user.uid)
-        half = max(half, 1)
+        half = max((self._numbers - used) // 2, 1)
         closing = self._closer.left(user.uid)
-        most = half if user.trusted else min(half, self._more(user, closing, half))
+        most = half if user.trusted else min(half, self._more(user, closing))
+        if most >= MAX_DESCRIPTORS:
+            return receive_handles(sock, buffer, user.uid)
         count, handles, lost = receive_handles(sock, buffer, user.uid, _PEEK, most)
         if lost is None and count == len(buffer) and handles:
             # A peek that fills its buffer looks on: they may be of a message behind it. There is
@@ -106,11 +105,11 @@ class Intake:
             sock.recv_into(buffer, count)
         return count, handles, lost
 
-    def _more(self, user: User, closing: int, half: int) -> int:
+    def _more(self, user: User, closing: int) -> int:
         """How many descriptors *user* may send now; any number, if none of its are in no entry, or
         in none any more."""
         on_the_way = user.received + closing
-        return max(self._share(user) - on_the_way, 0) if on_the_way else half
+        return max(self._share(user) - on_the_way, 0) if on_the_way else MAX_DESCRIPTORS
 
     def recount(self, connection: Connection) -> None:
         """Counts what *connection* has received and not settled."""

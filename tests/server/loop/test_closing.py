@@ -133,6 +133,23 @@ def test_a_close_that_hangs_is_its_users_alone(closing: Closing, gate: threading
     assert closing.closer.hanging(OTHER) == 0
 
 
+def test_many_are_closed_in_their_order(closing: Closing, gate: threading.Event) -> None:
+    """Each is known until it is closed: a forked child has a copy of it."""
+    closing.lanes.put(OTHER, gate.wait)
+    handles = [null(OTHER) for _ in range(100)]
+    fds = [handle.fd for handle in handles]
+    closing.close(*handles)
+    assert closing.closer.unfinished() == [(fd, OTHER) for fd in fds]
+    assert closing.closer.left(OTHER) == closing.closer.all_left() == 100
+    assert not closing.called
+    gate.set()
+    while not closing.called:
+        closing.wait()
+    assert not census().keys() & set(fds)
+    assert closing.closer.unfinished() == []
+    assert closing.closer.all_left() == 0
+
+
 def test_a_wait_has_an_end(closing: Closing, gate: threading.Event) -> None:
     """For one that begins to hang."""
     closing.lanes.put(OTHER, gate.wait)

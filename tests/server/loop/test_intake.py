@@ -202,15 +202,18 @@ def test_half_frames_have_a_share_for_each_uid(many: Receiving) -> None:
     for connection, client in connections[:2]:
         half_frame(many, connection, client, 25)
         assert many.intake.refusal(user, connection) is None
-    half_frame(many, *connections[2], 1)
-    refusal = many.intake.refusal(user, connections[2][0])
-    assert isinstance(refusal, QuotaExceeded)
-    assert refusal.fields == {"what": "max_unsettled_per_uid", "limit": 50, "used": 51}
-    assert many.intake.refusal(user) is not None  # not even a connection more
-    assert many.intake.refusal(other) is None
+    with pytest.raises(QuotaExceeded) as caught:
+        half_frame(many, *connections[2], 1)
+    assert caught.value.fields == {"what": "max_unsettled_per_uid", "limit": 50, "used": 50}
+    assert many.intake.refusal(user) is None
     mine, client = many.connect(other)
     half_frame(many, mine, client, 200)  # one message may be of any size
     assert many.intake.refusal(other, mine) is None
+    refusal = many.intake.refusal(other)  # not even a connection more
+    assert refusal is not None
+    assert refusal.fields == {"what": "max_unsettled_per_uid", "limit": 25, "used": 200}
+    client.sendall(b"x")
+    assert received(many, mine) == []  # the rest of that message is read
     for connection, _ in (*connections, (mine, client)):
         many.closer.close(connection.receiver.drain())
         many.intake.forget(connection)
