@@ -134,3 +134,13 @@ def test_the_examples_of_the_documentation_are_read() -> None:
             example.encode(), file=FILE, own_uid=OWN, uid_of=lambda n: 1000, gid_of=lambda n: 33
         )
         assert made.rules
+
+
+def test_an_address_is_matched_without_going_back() -> None:
+    """Else this would take years: each star could stand for as much of it as the others leave."""
+    stars = "*1" * 30
+    text = f"{RULE.replace('fetch', 'bind')}addresses = ['tcp://{stars}*:80']\n"
+    rules = policy(text)
+    long = "tcp://[" + ":".join(["1111"] * 8) + "]"
+    assert not rules.decide("bind", long + ":81", Subject(1000, 1000)).allowed
+    assert rules.decide("bind", long + ":80", Subject(1000, 1000)).allowed
