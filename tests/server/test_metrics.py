@@ -1,19 +1,14 @@
-"""Prometheus text, and the endpoint that serves it."""
+"""Prometheus text, and the addresses at which it is served."""
 
 from __future__ import annotations
 
 import re
-import socket
-import threading
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
 
 import pytest
 
 from fdshare.errors import InvalidArgument
 from fdshare.protocol.messages import ServerStats
-from fdshare.server.metrics import MetricsEndpoint, parse_host_port, render
+from fdshare.server.metrics import parse_host_port, render
 
 STATS = ServerStats(
     server_pid=1,
@@ -66,66 +61,3 @@ def test_addresses(text: str, address: tuple[str, int]) -> None:
 def test_what_is_no_address(text: str) -> None:
     with pytest.raises(InvalidArgument):
         parse_host_port(text)
-
-
-@pytest.fixture
-def endpoint() -> Iterator[MetricsEndpoint]:
-    endpoint = MetricsEndpoint("127.0.0.1:0", lambda: STATS, lambda call: call())
-    yield endpoint
-    endpoint.close()
-
-
-def get(endpoint: MetricsEndpoint, path: str = "/metrics", method: str = "GET") -> str:
-    request = urllib.request.Request(f"http://127.0.0.1:{endpoint.port}{path}", method=method)
-    with urllib.request.urlopen(request, timeout=10) as answer:
-        text: str = answer.read().decode()
-        return text
-
-
-def test_it_is_served(endpoint: MetricsEndpoint) -> None:
-    assert get(endpoint) == render(STATS)
-    assert get(endpoint, "/metrics?x=y") == render(STATS)
-    assert get(endpoint, method="HEAD") == ""
-
-
-@pytest.mark.parametrize(("path", "method", "status"), [("/x", "GET", 404), ("/", "POST", 405)])
-def test_anything_else_is_refused(
-    endpoint: MetricsEndpoint, path: str, method: str, status: int
-) -> None:
-    with pytest.raises(urllib.error.HTTPError) as caught:
-        get(endpoint, path, method)
-    with caught.value:
-        assert caught.value.code == status
-
-
-def test_a_client_that_says_nothing_is_gone_in_the_end(endpoint: MetricsEndpoint) -> None:
-    with socket.create_connection(("127.0.0.1", endpoint.port)) as silent:
-        silent.sendall(b"GET / HT")
-        silent.shutdown(socket.SHUT_WR)
-        assert silent.recv(100) == b""
-    assert get(endpoint)
-
-
-def test_stats_are_asked_for_by_the_right_thread() -> None:
-    asked: list[threading.Thread] = []
-    calls: list[object] = []
-    wake = threading.Event()
-
-    def post(call: object) -> None:
-        calls.append(call)
-        wake.set()
-
-    def stats() -> ServerStats:
-        asked.append(threading.current_thread())
-        return STATS
-
-    endpoint = MetricsEndpoint("127.0.0.1:0", stats, post)
-    try:
-        with socket.create_connection(("127.0.0.1", endpoint.port)) as sock:
-            sock.sendall(b"GET / HTTP/1.0\r\n\r\n")
-            assert wake.wait(30)
-            calls[0]()  # type: ignore[operator]
-            assert sock.recv(100).startswith(b"HTTP/1.1 200 OK")
-        assert asked == [threading.current_thread()]
-    finally:
-        endpoint.close()

@@ -121,8 +121,9 @@ class InFlight:
         return None if first is None else first.look_at
 
     def measure(self) -> int:
-        """`total`, as the kernel says now."""
-        for connection in list(self._all):
+        """`total`, as the kernel says now where few have something unread; else as it said soon
+        before."""
+        for connection in list(islice(self._all, _SOME)):
             self.has_read(connection)
         return self.total
 

@@ -50,8 +50,8 @@ from fdshare.server.loop.hangups import Hangups, is_socket
 from fdshare.server.loop.inspections import Inspections
 from fdshare.server.loop.lanes import Lanes
 from fdshare.server.loop.loop import Loop
+from fdshare.server.loop.metrics_endpoint import MetricsEndpoint
 from fdshare.server.loop.refusal_log import RefusalLog
-from fdshare.server.metrics import MetricsEndpoint
 from fdshare.server.settings import Settings, policy_of, read_policy
 
 __all__ = ["JournalWriter", "Server"]
@@ -154,7 +154,7 @@ class Server:
         if not address:
             return None
         try:
-            return MetricsEndpoint(address, self.stats, self.loop.post)
+            return MetricsEndpoint(address, self.stats, self.loop)
         except (OSError, FdshareError) as error:
             # The server runs on without: what it holds is worth more.
             self.notes["metrics"] = f"not served at {address}: {error}"
