@@ -135,9 +135,9 @@ def test_a_close_that_hangs_is_its_users_alone(closing: Closing, gate: threading
 
 def test_many_are_closed_in_their_order(closing: Closing, gate: threading.Event) -> None:
     """Each is known until it is closed: a forked child has a copy of it."""
-    closing.lanes.put(OTHER, gate.wait)
     handles = [null(OTHER) for _ in range(100)]
     fds = [handle.fd for handle in handles]
+    closing.lanes.put(OTHER, gate.wait)
     closing.close(*handles)
     assert closing.closer.unfinished() == [(fd, OTHER) for fd in fds]
     assert closing.closer.left(OTHER) == closing.closer.all_left() == 100
