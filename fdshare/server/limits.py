@@ -35,6 +35,7 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_output: int = 4 << 20  # bytes queued for one connection before it is closed
     max_waiting: int = 4096  # requests of one connection that wait for a name
     max_watches_per_uid: int = 1024
+    max_patterns_per_uid: int = 128  # of watches, with wildcards: each is tried at every change
     request_timeout: float = 30.0  # seconds for a half-sent request, or an unread answer
     lease_timeout: float = 60.0  # seconds for a take to be confirmed
     session_timeout: float = 300.0  # seconds a client may take to come back after a server's death

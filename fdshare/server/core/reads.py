@@ -96,11 +96,9 @@ class Reads(Waiters):
     ) -> bool:
         self._permit("watch", "", session)
         self._check_waiting(session, id)
-        self._check_watches(session.user)
+        self._check_watches(session.user, request.pattern)
         self._settle_all(now)
-        self._watchers.add(request.pattern, session)
-        session.watches[id] = request.pattern
-        session.user.watches += 1
+        self._start_watching(session, id, request.pattern)
         self.snapshot(session, id)
         return False
 

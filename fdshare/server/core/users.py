@@ -5,7 +5,8 @@ Whatever users share is counted against each of them, so that nobody can use it 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 
 __all__ = ["User", "allowance"]
 
@@ -20,6 +21,7 @@ class User:
     in_flight: int = 0  # descriptors sent and not yet read
     received: int = 0  # descriptors that came, and are in no entry
     watches: int = 0
+    patterns: Counter[str] = field(default_factory=Counter)  # those of its watches with wildcards
     buffered: int = 0  # bytes of half requests, of those that wait, and of answers not read
 
 

@@ -20,7 +20,7 @@ from fdshare.errors import (
     NameNotFound,
 )
 from fdshare.protocol import messages as m
-from fdshare.protocol.names import MAX_NAME, matcher
+from fdshare.protocol.names import MAX_NAME, has_wildcards, matcher
 from fdshare.protocol.subscriptions import Subscriptions
 from fdshare.server.core.policy import Policy
 from fdshare.server.core.ports import Awaiting, Effects, JournalBusy, Session, Waiter
@@ -110,10 +110,15 @@ class Waiters(Transactions):
         used = len(session.waiting) + len(session.watches)
         self._quota("max_waiting", self.limits.max_waiting, used, 1)
 
-    def _check_watches(self, user: User) -> None:
+    def _check_watches(self, user: User, pattern: str) -> None:
         """Refuses one watch too many: each costs something at every change."""
-        if not user.trusted:
-            self._quota("max_watches_per_uid", self.limits.max_watches_per_uid, user.watches, 1)
+        if user.trusted:
+            return
+        limits = self.limits
+        self._quota("max_watches_per_uid", limits.max_watches_per_uid, user.watches, 1)
+        if has_wildcards(pattern) and pattern not in user.patterns:
+            used = len(user.patterns)
+            self._quota("max_patterns_per_uid", limits.max_patterns_per_uid, used, 1)
 
     def _keep_waiting(self, waiter: Waiter) -> None:
         """Puts *waiter*, which was stopped, back to the front of its queue, as a new one."""
@@ -196,9 +201,21 @@ class Waiters(Transactions):
 
     # Watching.
 
+    def _start_watching(self, session: Session, id: int, pattern: str) -> None:
+        self._watchers.add(pattern, session)
+        session.watches[id] = pattern
+        session.user.watches += 1
+        if has_wildcards(pattern):
+            session.user.patterns[pattern] += 1
+
     def _stop_watching(self, session: Session, id: int) -> None:
-        self._watchers.remove(session.watches.pop(id), session)
-        session.user.watches -= 1
+        pattern, user = session.watches.pop(id), session.user
+        self._watchers.remove(pattern, session)
+        user.watches -= 1
+        if has_wildcards(pattern):
+            user.patterns[pattern] -= 1
+            if not user.patterns[pattern]:
+                del user.patterns[pattern]
 
     def _end_watches(self, session: Session, error: FdshareError) -> None:
         watches = dict(session.watches)

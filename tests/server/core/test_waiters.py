@@ -155,6 +155,27 @@ def test_watches_count_against_the_user(effects: MemoryEffects) -> None:
     assert first.user.watches == 0
 
 
+def test_patterns_count_against_the_user(effects: MemoryEffects) -> None:
+    """Each is tried at every change, however many watch it."""
+    limits = msgspec.structs.replace(effects.service.limits, max_patterns_per_uid=2)
+    effects.service.limits = limits
+    effects.service.adopt(Everybody(1))
+    session = effects.session(1501)
+    for id, pattern in enumerate(("a*", "b*", "a*", "plain", "name"), 1):
+        effects.service.handle(session, id, m.Watch(pattern), [], 0.0)
+    with pytest.raises(QuotaExceeded, match="max_patterns_per_uid"):
+        effects.service.handle(session, 6, m.Watch("c*"), [], 0.0)
+    effects.service.handle(session, 7, m.Cancel(1), [], 0.0)
+    with pytest.raises(QuotaExceeded, match="max_patterns_per_uid"):
+        effects.service.handle(session, 6, m.Watch("c*"), [], 0.0)
+    effects.service.handle(session, 7, m.Cancel(3), [], 0.0)
+    effects.service.handle(session, 6, m.Watch("c*"), [], 0.0)
+    other = effects.session(1502)
+    effects.service.handle(other, 1, m.Watch("d*"), [], 0.0)
+    effects.service.disconnected(session, 0.0)
+    assert not session.user.patterns
+
+
 def test_ids_under_way_are_taken(effects: MemoryEffects) -> None:
     session = effects.session()
     effects.service.handle(session, 1, m.Fetch("x", wait=1.0), [], 0.0)
