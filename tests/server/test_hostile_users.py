@@ -31,6 +31,7 @@ from fdshare.server.settings import Settings
 pytestmark = needs_root
 KIND = m.Kind("fd", msgspec.Raw(m.encode({})))
 HOSTILE, GOOD = 1501, 1502
+ALONE = 1517  # no other test has processes of this user, which RLIMIT_NPROC counts
 RULES = f"""
 [[rule]]
 effect = "allow"
@@ -387,6 +388,63 @@ def test_threads_and_processes_that_cannot_start(folder: Path) -> None:
 
     with AsUser(HOSTILE, serve_alone) as alone:
         assert alone.hear(60) == "all is well"
+
+
+def test_a_server_that_can_start_no_thread(folder: Path) -> None:
+    """There is room for one more process, and not for a thread of it. It does what keeps nobody
+    waiting, says what it cannot look at, and closes the rest when there is room."""
+    folder.chmod(0o777)
+
+    def serve_alone(say: Say) -> None:
+        pipe, memory = os.pipe()[0], os.memfd_create("held")
+        with served(folder) as client:
+            client.register("pipe", pipe)
+            client.register("memory", memory)
+            halves = Halves(client)
+            halves.redundant()
+            pids, of_keeper = halves.pids(), halves.excess("keeper")
+            others = sum(map(tasks, processes_of(os.getuid()) - set(pids.values())))
+            limit = limit_processes(pids["keeper"], others + 2)  # its own, and one
+            kill(pids["server"])
+            server = halves.pids()["server"]
+            assert tasks(server) == 1
+            for _ in range(20):
+                for fd in (pipe, memory):
+                    client.register("x", fd)
+                    client.unregister("x")
+            assert client.info("pipe").descriptors[0].type == "pipe"
+            (unknown,) = client.info("memory").descriptors
+            assert unknown.health == "no thread can be started to look at it"
+            for pid in halves.pids().values():
+                limit_processes(pid, limit)
+            client.register("x", pipe)
+            client.unregister("x")
+            wait_until(lambda: client.info("memory").descriptors[0].type == "memfd")
+            halves.redundant()
+            # The keeper has what its parent had open, the server was made anew.
+            wait_until(lambda: halves.excess("keeper") == of_keeper)
+            wait_until(lambda: halves.excess("server") == -1)
+        say("all is well")
+
+    with AsUser(ALONE, serve_alone) as alone:
+        assert alone.hear(60) == "all is well"
+
+
+def processes_of(uid: int) -> set[int]:
+    found = set()
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with suppress(OSError):
+            if os.stat(f"/proc/{name}").st_uid == uid:
+                found.add(int(name))
+    return found
+
+
+def tasks(pid: int) -> int:
+    """How many threads it has, the main one included; 0 if it is gone."""
+    try:
+        return len(os.listdir(f"/proc/{pid}/task"))
+    except OSError:
+        return 0
 
 
 @contextmanager

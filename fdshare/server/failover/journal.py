@@ -38,6 +38,7 @@ log = logging.getLogger("fdshare.server")
 MAX_LETTER: Final = 1 << 17  # bytes: less than a socket's send buffer
 _SILENCE = 15.0  # seconds from the exec of new code to its hello
 _RETRY = 0.1  # seconds until the next attempt to fork a new keeper
+_AGAIN = 5.0  # seconds until the next attempt to ask the store, where no thread could be started
 _LOOK = 1.0  # seconds between looks whether the keeper lives
 _NONE = "it died, and there is no other yet"
 
@@ -179,7 +180,10 @@ class Journal:
             # What was counted while the server told more says nothing.
             loop.post(lambda: fdstore.try_again(limit, held if fdstore.told == told else None))
 
-        threading.Thread(target=ask, name="fdshare-store", daemon=True).start()
+        try:
+            threading.Thread(target=ask, name="fdshare-store", daemon=True).start()
+        except RuntimeError:  # EAGAIN, from RLIMIT_NPROC or a cgroup's pids.max
+            loop.later(_AGAIN, lambda now: self.refill_store())
 
     def hello(self) -> None:
         """Tells the keeper that the server serves."""

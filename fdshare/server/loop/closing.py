@@ -50,6 +50,7 @@ OURS: Final = -1  # the owner of what the server made itself, and gave to nobody
 UNKNOWN: Final = -2  # the owner of a connection that was gone before the kernel could name it
 _PATIENCE: Final = 0.25  # seconds for which an answer waits for a close
 _AT_A_TIME: Final = 32  # descriptors that one call in a lane closes
+_AGAIN: Final = 1.0  # seconds until the next attempt to start a thread
 _LINGER: Final = struct.Struct("@ii")  # struct linger
 # What epoll, eventfd and the like are in /proc; other anonymous inodes may wait for something.
 _HARMLESS: Final = frozenset(
@@ -137,6 +138,7 @@ class Closer:
         self._given: dict[int, int] = {}
         self._closed_of: dict[int, int] = {}
         self._last = 0
+        self._try_at = 0.0  # when to try to start a thread, where none could be
         self._pinned: dict[Handle, None] = {}  # to be closed, but still to be sent
         self._done: deque[tuple[_Batch, int]] = deque()  # so many of it are closed
         self._waiting: dict[_Batch, None] = {}  # in the order of `until`
@@ -212,7 +214,11 @@ class Closer:
             self._put([fd], uid, None)
 
     def collect(self, now: float) -> None:
-        """Makes the calls that waited for closes which are done by now, or hang."""
+        """Makes the calls that waited for closes which are done by now, or hang; sees whether there
+        is room for a thread again, where none could be started."""
+        if self._lanes.starved and now >= self._try_at:
+            self._try_at = now + _AGAIN
+            _ = self._lanes.has_threads
         while self._done:
             self._closed(*self._done.popleft())
         while (first := next(iter(self._waiting), None)) is not None and first.until <= now:
@@ -223,6 +229,8 @@ class Closer:
     def due(self) -> float | None:
         """When to `collect` at the latest."""
         first = next(iter(self._waiting), None)
+        if self._lanes.starved:
+            return self._try_at if first is None else min(self._try_at, first.until)
         return None if first is None else first.until
 
     # One of them.

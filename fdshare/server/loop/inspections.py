@@ -34,12 +34,16 @@ _MANY: Final = 64  # entries of one uid that are looked at in one call
 _PART: Final = MAX_FRAME // 4  # bytes of entries in one part of a long answer
 _RESERVED: Final = 1024  # bytes for what is found out about one entry, about
 _HANGS: Final = m.DescriptorInfo("unknown", health="its file system does not answer")
+_NOBODY: Final = m.DescriptorInfo("unknown", health="no thread can be started to look at it")
 
 
 class _Inspection:
     """One request: its entries, and what was found of each; *left* calls are not made yet."""
 
-    __slots__ = ("answered", "found", "handles", "id", "infos", "left", "lock", "session", "until")
+    __slots__ = (
+        *("answered", "found", "handles", "id", "infos", "left", "lock", "session", "unknown"),
+        "until",
+    )
 
     def __init__(
         self,
@@ -54,15 +58,14 @@ class _Inspection:
         self.infos = infos
         self.handles = handles
         self.found: list[list[m.DescriptorInfo] | None] = [None] * len(infos)
+        self.unknown = _HANGS  # what is said of those that were not looked at
         self.left = 0
         self.answered = False
         self.until = now + _PATIENCE
         self.lock = threading.Lock()
 
-    def describe(self, indexes: Sequence[int]) -> None:
-        """Finds out about some of the entries. Runs in a lane."""
-        # To others it would tell which paths exist that they cannot see themselves.
-        look_up = self.session.trusted
+    def describe(self, indexes: Sequence[int], *, look_up: bool) -> None:
+        """Finds out about some of the entries; *look_up*: also where their paths lead to."""
         for index in indexes:
             if self.session.route is None:  # its client is gone
                 return
@@ -89,7 +92,7 @@ class _Inspection:
         """The answer, in parts."""
         infos = []
         for info, handles, found in zip(self.infos, self.handles, self.found, strict=True):
-            described = [_HANGS] * len(handles) if found is None else found
+            described = [self.unknown] * len(handles) if found is None else found
             infos.append(msgspec.structs.replace(info, descriptors=described))
         parts = _parts(infos)
         return [m.encode(m.InfoList(p, more=p is not parts[-1])) for p in parts]
@@ -115,7 +118,10 @@ class Inspections:
         if not self._open:
             self._loop.later(_PATIENCE, self._end_late)
         self._open[inspection] = None
-        calls = [] if not self._lanes.has_threads else list(self._calls(entries))
+        calls = list(self._calls(entries))
+        if not self._lanes.has_threads:
+            self._describe_here(inspection)
+            calls = []
         inspection.left = len(calls) or 1
         for uid, indexes in calls:
             for index in indexes:
@@ -136,11 +142,20 @@ class Inspections:
                 for at in range(0, len(indexes), _MANY):
                     yield uid, indexes[at : at + _MANY]
 
+    def _describe_here(self, inspection: _Inspection) -> None:
+        """Finds out without a thread, where none could be started, what keeps nobody waiting."""
+        inspection.unknown = _NOBODY
+        closer = self._loop.closer
+        for index, handles in enumerate(inspection.handles):
+            if all(closer.at_once(handle.fd, handle.uid) for handle in handles):
+                inspection.describe([index], look_up=False)
+
     def _describe(self, inspection: _Inspection, indexes: Sequence[int]) -> None:
         """Runs in a lane."""
         bodies = None
         try:
-            inspection.describe(indexes)
+            # To others it would tell which paths exist that they cannot see themselves.
+            inspection.describe(indexes, look_up=inspection.session.trusted)
         except Exception:
             log.exception("a descriptor could not be described")
         if inspection.is_complete():

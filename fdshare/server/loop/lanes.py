@@ -70,8 +70,15 @@ class Lanes:
 
     @property
     def has_threads(self) -> bool:
-        """False where none could be started."""
+        """False where none can be started."""
+        if not self._threads:
+            self._grow()
         return self._threads > 0
+
+    @property
+    def starved(self) -> bool:
+        """True if calls wait and no thread could be started; `has_threads` tries again."""
+        return not self._threads and bool(self._lanes) and not self._resting
 
     def hangs(self, uid: int) -> bool:
         """True if a call of *uid* takes so long that its others had better not be waited for."""

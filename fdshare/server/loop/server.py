@@ -154,7 +154,9 @@ class Server:
         if not address:
             return None
         try:
-            return MetricsEndpoint(address, self.stats, self.loop)
+            endpoint = MetricsEndpoint(address, self.stats, self.loop)
+            self.notes.pop("metrics", None)
+            return endpoint
         except (OSError, FdshareError) as error:
             # The server runs on without: what it holds is worth more.
             self.notes["metrics"] = f"not served at {address}: {error}"

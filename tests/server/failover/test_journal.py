@@ -6,6 +6,7 @@ import os
 import select
 import signal
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +27,13 @@ from fdshare.errors import (
     InvalidArgument,
     KeeperUnavailable,
 )
+from fdshare.kernel.descriptor import Descriptor
+from fdshare.kernel.endpoint import listen
 from fdshare.protocol import messages as m
+from fdshare.server.failover.fd_store import FdStore
+from fdshare.server.failover.journal import Journal
+from fdshare.server.loop.server import Server
+from fdshare.server.settings import Settings
 from server.orders import KIND
 
 
@@ -200,3 +207,26 @@ def test_a_server_killed_while_the_keeper_was_stopped(manager: Manager, halves: 
     halves.redundant()
     os.close(read)
     os.close(write)
+
+
+def test_the_store_is_asked_later_where_no_thread_can_start(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")  # EAGAIN of clone(2)
+
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with listen(folder / "s") as listener, theirs:
+        server = Server(listener.socket, Settings(path=str(folder / "s")))
+        store = FdStore(Descriptor(os.memfd_create("table")), 10)
+        journal = Journal(ours, Descriptor(os.pidfd_open(os.getpid())), os.getpid(), store)
+        journal.attach(server)
+        monkeypatch.setattr(threading.Thread, "start", full)
+        before = len(server.loop._timers)
+        journal.refill_store()
+        assert len(server.loop._timers) == before + 1
+        monkeypatch.undo()
+        server.shut_down()
+        journal.close()
+        journal._keeper.close()
+        store.memfd.close()

@@ -281,6 +281,32 @@ def test_without_threads_what_cannot_block_is_closed_all_the_same(
     assert closing.closer.unfinished() == []
 
 
+def test_what_waits_for_a_thread_is_closed_when_there_is_room(
+    closing: Closing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where nothing else is closed meanwhile."""
+
+    def full(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    closing.lanes.rest()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", full)
+        closing.lanes.resume()
+        handle = null(OTHER)
+        fd = handle.fd
+        closing.close(handle)
+        now = closing.closer.due
+        assert now is not None
+        closing.closer.collect(now)
+        assert now < closing.closer.due
+    later = closing.closer.due
+    closing.closer.collect((now + later) / 2)
+    assert "fdshare-lane" not in [thread.name for thread in threading.enumerate()]
+    closing.closer.collect(later)
+    wait_until(lambda: fd not in census())
+
+
 # Receiving, and starting.
 
 

@@ -66,10 +66,10 @@ def test_nobody_looks_for_a_client_that_is_gone() -> None:
     session = Session(Subject(1501, 1501), 1, User(1501, False))
     with open(os.devnull) as file:
         asked = _Inspection(session, 1, [info("a")], [(Handle(file.fileno()),)], 0.0)
-        asked.describe([0])
+        asked.describe([0], look_up=True)
         assert asked.found == [None]
         session.route = object()
-        asked.describe([0])
+        asked.describe([0], look_up=True)
         assert asked.found != [None]
 
 

@@ -89,11 +89,22 @@ def test_threads_that_cannot_start_are_tried_again(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(threading.Thread, "start", limited)
     lanes = Lanes()
     assert not lanes.has_threads
+    assert not lanes.starved
     made: list[int] = []
     lanes.put(1, lambda: made.append(1))
+    assert lanes.starved
     full = False
     lanes.put(2, lambda: made.append(2))
     wait_until(lambda: sorted(made) == [1, 2])
+    lanes.rest()
+    full = True
+    lanes.resume()
+    lanes.put(3, lambda: made.append(3))
+    assert not lanes.has_threads
+    full = False
+    assert lanes.has_threads
+    assert not lanes.starved
+    wait_until(lambda: 3 in made)
     lanes.rest()
 
 
