@@ -330,10 +330,18 @@ class StockMapResult(_MapResult):
     ) -> None: ...
 
 
+@_description
+class StockExceptionWithTraceback:
+    exc: BaseException
+    tb: str
+
+
 class PoolModule(Protocol):
     Pool: type[StockPool]
     ApplyResult: type[StockApplyResult]
     MapResult: type[StockMapResult]
+    ExceptionWithTraceback: type[StockExceptionWithTraceback]
+    RemoteTraceback: type[StockRemoteTraceback]
     TERMINATE: str
 
     @staticmethod

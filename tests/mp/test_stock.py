@@ -161,6 +161,8 @@ def objects(package: str) -> Iterator[tuple[type, Any]]:
         yield stock.StockMapResult, results
         assert (result.get(), results.get()) == (0, [0])
     pool.join()
+    pools = importlib.import_module(f"{package}.pool")
+    yield stock.StockExceptionWithTraceback, pools.ExceptionWithTraceback(ValueError(), None)
     executors = importlib.import_module(EXECUTOR)
     yield stock.StockCallItem, executors._CallItem(1, len, (), {})
     yield stock.StockResultItem, executors._ResultItem(1)

@@ -29,10 +29,12 @@ __all__ = [
     "Bundle",
     "Encoded",
     "Inline",
+    "Loads",
     "Made",
     "Reduced",
     "Transit",
     "bare_pickle",
+    "load_part",
     "loads",
     "made_at_once",
     "open_arrived",
@@ -250,9 +252,26 @@ def loads(
     finally:
         _local.frame = outer
     frame.close(built=False)
-    if len(descriptors) == 1 and frame.bare is not None and frame.built[0] is obj:
+    if len(descriptors) == 1 and frame.bare is not None and frame.built and frame.built[0] is obj:
         _remember(bytes(data), frame.bare)
     return obj
+
+
+def load_part(load: Loads, data: bytes) -> Any:
+    """The object of a pickle inside the one that is being loaded.
+
+    Raises: whatever unpickling raises; what was built of it is closed then.
+    """
+    frame = _local.frame
+    built = len(frame.built) if frame is not None else 0
+    try:
+        return load(data)
+    except BaseException:
+        if frame is not None:
+            for obj in frame.built[built:]:
+                discard(obj)
+            del frame.built[built:]
+        raise
 
 
 class _Bare:

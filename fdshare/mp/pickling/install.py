@@ -41,8 +41,6 @@ if TYPE_CHECKING:
         """A ForkingPickler with our methods."""
 
         registered: ClassVar[Reducers]
-        bare_exceptions: bool
-        saw_exception: bool
         parked: Parked | None
 
 
@@ -139,12 +137,10 @@ def _patch(reduction: ReductionModule) -> None:
     if pickler in _patched:
         return
     package = reduction.__name__.rpartition(".")[0]
-    # reducers.py: exceptions are pickled as the package does it.
     new: dict[str, object] = {
         "dumps": _make_dumps(pickler),
         "dump": _make_dump(package, reduction),
         "reducer_override": _make_override(package, reduction),
-        "bare_exceptions": True,
         "registered": pickler._extra_reducers,
         "parked": None,
     }

@@ -18,14 +18,14 @@ __all__ = ["HasReducers", "Reducers", "pickles_itself", "reducer_of_program"]
 Reducer: TypeAlias = Callable[[Any], tuple[Any, ...] | str]
 Reducers: TypeAlias = dict[type, Reducer]
 
-# Their reducers of classes that have a kind.
+# Their reducers of classes that have a kind, and those of exceptions.
 _PACKAGES: Final = frozenset(
     {
         f"{package}.{name}"
         for package in ("multiprocessing", "multiprocess")
         for name in ("reduction", "connection")
     }
-    | {"dill._dill", "pickle"}
+    | {"dill._dill", "pickle", "tblib.pickling_support"}
 )
 _METHODS: Final = ("__reduce_ex__", "__reduce__", "__getstate__")
 
@@ -37,7 +37,7 @@ class HasReducers(Protocol):
 
 
 def reducer_of_program(pickler: HasReducers | type[HasReducers], cls: type) -> Reducer | None:
-    """What the program has registered for objects of *cls*, which have a kind; None: nothing.
+    """What the program has registered for objects of *cls*; None: nothing.
 
     The order is that of the standard pickler, and of dill's.
     """
@@ -47,7 +47,8 @@ def reducer_of_program(pickler: HasReducers | type[HasReducers], cls: type) -> R
     reducer = pickler.registered.get(cls)
     if reducer is not None:
         return reducer if _is_programs(reducer) else None
-    return copyreg.dispatch_table.get(cls)
+    reducer = copyreg.dispatch_table.get(cls)
+    return reducer if _is_programs(reducer) else None
 
 
 def _is_programs(reducer: object) -> bool:

@@ -6,7 +6,7 @@ each descriptor); `copyreg`, `register()` and `dispatch_table` would be asked af
 standard pickler calls it for everything but numbers, strings and containers, dill's for those too,
 so it looks at the type first (multiprocessing/reduction.py, dill/_dill.py 0.4.1: `_Pickler.save`).
 
-Exceptions carry their traceback along, by way of tblib.
+Exceptions are exceptions.py's.
 """
 
 from __future__ import annotations
@@ -14,19 +14,20 @@ from __future__ import annotations
 import copyreg
 import io
 import pickle
-from collections.abc import Iterator
 from types import BuiltinFunctionType, FunctionType, TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol, TypeAlias
 
 from fdshare.kinds import Kind, describe, describers, in_shared_memory, is_shareable, user_kinds
 from fdshare.mp.pickling.arrays import reduce_array
 from fdshare.mp.pickling.bundle import Bundle, Encoded, Inline, Transit, bare_pickle
+from fdshare.mp.pickling.exceptions import Links, reduce_exception, reduce_links
 from fdshare.mp.pickling.program_reducers import (
     HasReducers,
     Reducers,
     pickles_itself,
     reducer_of_program,
 )
+from fdshare.mp.pickling.tracebacks import reduce_traceback
 
 if TYPE_CHECKING:
     from pickle import Pickler as _Pickler
@@ -37,7 +38,6 @@ else:
 
 __all__ = [
     "PLAIN",
-    "ExceptionPickler",
     "HasPickler",
     "Override",
     "TransitPickler",
@@ -60,29 +60,80 @@ _NUMBERS_AND_TEXT: Final = frozenset({int, str, bytes, float, bool, type(None)})
 _plain_dumps: Final = pickle.dumps
 
 
-class ExceptionPickler(HasReducers, Protocol):
-    """What `reduce_with` asks and tells the pickler that calls it."""
-
-    bare_exceptions: bool  # pickle them as the package does it
-    saw_exception: bool  # and pickled its traceback
-
-
 class TransitPickler(_Pickler):
     """The pickler of our channels, before the class that pickles for one family."""
 
-    transit: Transit
-    bare_exceptions = False
-    saw_exception = False
+    transit: Inline
     registered: ClassVar[Reducers]
+    bare_exceptions = False  # pickle them as the package does it
+
+    # exceptions.py has what these are.
+    met: set[int]
+    unlinked: frozenset[int] = frozenset()
+    parts: tuple[TransitPickler, ...] = ()
 
     def reducer_override(self, obj: Any) -> Override:
         cls = type(obj)
         if cls in PLAIN:
             return NotImplemented
+        if issubclass(cls, BaseException) and cls not in describers:
+            return NotImplemented if self.bare_exceptions else reduce_exception(self, obj)
+        if cls is TracebackType and not self.bare_exceptions:
+            return reduce_traceback(obj)
+        if cls is Links:
+            return reduce_links(self, obj)
         reducer = self.registered.get(cls)
         if reducer is not None and not is_shareable(cls):
             return reducer(obj)
         return reduce_with(self.transit, self, obj, cls)
+
+    @staticmethod
+    def loads(data: bytes | memoryview, /) -> Any:
+        """The object of a pickle of this family's."""
+        return pickle.loads(data)
+
+    def part(self, obj: object, unlinked: frozenset[int]) -> bytes:
+        """A pickle of *obj* inside this one, with its descriptors beside those of this one.
+
+        Raises: whatever pickling raises; this pickle is as it was.
+        """
+        buffer = io.BytesIO()
+        self._dump_part(buffer, obj, unlinked)
+        return buffer.getvalue()
+
+    def small_part(self, obj: object, unlinked: frozenset[int]) -> bytes | None:
+        """The same; None: it cannot be pickled, is longer than SMALL, or has descriptors."""
+        buffer, first = _SmallBuffer(), len(self.transit.fds)
+        try:
+            self._dump_part(buffer, obj, unlinked)
+        except Exception:
+            return None
+        if len(self.transit.fds) > first:
+            del self.transit.fds[first:]
+            return None
+        return buffer.getvalue()
+
+    def _dump_part(self, buffer: io.BytesIO, obj: object, unlinked: frozenset[int]) -> None:
+        inner = type(self)(buffer, None)
+        inner.transit, inner.met, inner.unlinked = self.transit, set(), unlinked
+        first = len(self.transit.fds)
+        try:
+            inner.dump(obj)
+        except BaseException:
+            del self.transit.fds[first:]
+            raise
+        # Its memo keeps alive what has descriptors.
+        self.parts += (inner,)
+
+
+SMALL: Final = 1 << 16  # bytes
+
+
+class _SmallBuffer(io.BytesIO):
+    def write(self, data: Any) -> int:
+        if self.tell() + len(data) > SMALL:
+            raise OverflowError
+        return super().write(data)
 
 
 def make_pickler(forking_pickler: type[StockForkingPickler]) -> type[TransitPickler]:
@@ -92,8 +143,11 @@ def make_pickler(forking_pickler: type[StockForkingPickler]) -> type[TransitPick
     *forking_pickler* when it meets a type: ForkingPickler copies the table of them for each pickle.
     """
     base = pickle.Pickler if issubclass(forking_pickler, pickle.Pickler) else forking_pickler
-    registered = forking_pickler._extra_reducers
-    return type("Pickler", (TransitPickler, base), {"registered": registered})
+    attributes = {
+        "registered": forking_pickler._extra_reducers,
+        "loads": staticmethod(forking_pickler.loads),
+    }
+    return type("Pickler", (TransitPickler, base), attributes)
 
 
 class HasPickler(Protocol):
@@ -137,14 +191,14 @@ def _dump(family: HasPickler, obj: Any, bare_exceptions: bool) -> Bundle:
     buffer = io.BytesIO()
     pickler = family.Pickler(buffer, None)
     pickler.transit = transit = Inline()
+    pickler.met = set()
     if bare_exceptions:
         pickler.bare_exceptions = True
     try:
         pickler.dump(obj)
     except Exception:
-        # It may be an exception's context or cause that cannot be pickled; without us pickle leaves
-        # them out.
-        if pickler.saw_exception and not bare_exceptions:
+        # It may be a slot of an exception that cannot be pickled; without us pickle leaves it out.
+        if pickler.met and not bare_exceptions:
             return _dump(family, obj, True)
         raise
     return Bundle(buffer.getvalue(), transit.fds, pickler)
@@ -167,17 +221,13 @@ def _bare_pickle(kind: Kind) -> tuple[Kind, bytes] | None:
     return entry
 
 
-def reduce_with(transit: Transit, pickler: ExceptionPickler, obj: Any, cls: type) -> Override:
+def reduce_with(transit: Transit, pickler: HasReducers, obj: Any, cls: type) -> Override:
     """The reduce value of *obj*, of type *cls*; NotImplemented: *pickler* pickles it as without us.
 
     Raises: what `kinds.describe` raises.
     """
     if cls in describers:
         return _reduce_with_kind(transit, pickler, obj, cls)
-    if issubclass(cls, BaseException):
-        return _reduce_exception(pickler, obj)
-    if cls is TracebackType:
-        return _reduce_traceback(pickler, obj)
     if hasattr(cls, "fileno"):
         return _reduce_with_fileno(transit, pickler, obj, cls)
     if hasattr(cls, "__array_interface__") and in_shared_memory(obj):
@@ -187,7 +237,7 @@ def reduce_with(transit: Transit, pickler: ExceptionPickler, obj: Any, cls: type
     return NotImplemented
 
 
-def _reduce_with_kind(transit: Transit, pickler: ExceptionPickler, obj: Any, cls: type) -> Override:
+def _reduce_with_kind(transit: Transit, pickler: HasReducers, obj: Any, cls: type) -> Override:
     reducer = reducer_of_program(pickler, cls)
     if reducer is not None:
         return reducer(obj)
@@ -196,7 +246,7 @@ def _reduce_with_kind(transit: Transit, pickler: ExceptionPickler, obj: Any, cls
     return transit.carry(obj, *describe(obj))
 
 
-def _reduce_array(transit: Transit, pickler: ExceptionPickler, obj: Any, cls: type) -> Override:
+def _reduce_array(transit: Transit, pickler: HasReducers, obj: Any, cls: type) -> Override:
     reducer = reducer_of_program(pickler, cls)
     if reducer is not None:
         return reducer(obj)
@@ -204,9 +254,7 @@ def _reduce_array(transit: Transit, pickler: ExceptionPickler, obj: Any, cls: ty
     return NotImplemented if reduced is None else reduced
 
 
-def _reduce_with_fileno(
-    transit: Transit, pickler: ExceptionPickler, obj: Any, cls: type
-) -> Override:
+def _reduce_with_fileno(transit: Transit, pickler: HasReducers, obj: Any, cls: type) -> Override:
     if is_shareable(cls):
         return _reduce_with_kind(transit, pickler, obj, cls)
     if cls in copyreg.dispatch_table or cls in getattr(pickler, "dispatch", ()):
@@ -217,37 +265,3 @@ def _reduce_with_fileno(
         return obj.__reduce_ex__(pickle.DEFAULT_PROTOCOL)
     except TypeError:
         return transit.carry(obj, *describe(obj))
-
-
-def _reduce_exception(pickler: ExceptionPickler, error: BaseException) -> Override:
-    if pickler.bare_exceptions:
-        return NotImplemented
-    pickler.saw_exception = True
-    from tblib.pickling_support import pickle_exception  # only a program that has one pays for it
-
-    return pickle_exception(error)
-
-
-def _reduce_traceback(pickler: ExceptionPickler, traceback: TracebackType) -> Override:
-    if pickler.bare_exceptions:
-        return NotImplemented
-    from tblib.pickling_support import pickle_traceback
-
-    _, parts = pickle_traceback(traceback)
-    return _rebuild_traceback, parts
-
-
-def _rebuild_traceback(*parts: Any) -> TracebackType | None:
-    """A traceback of what tblib's pickle_traceback() made of one. Pickles name this function.
-
-    tblib makes the frames of a traceback by raising in them, and a frame keeps the one it was
-    called from: the unpickler's, whose locals have the exception, which has the traceback. CPython
-    3.11.0 to 3.11.2 never collect that circle. A generator that waits was called by nobody.
-    """
-    return next(_traceback_of(*parts))
-
-
-def _traceback_of(*parts: Any) -> Iterator[TracebackType | None]:
-    from tblib.pickling_support import unpickle_traceback
-
-    yield unpickle_traceback(*parts)

@@ -16,9 +16,8 @@ from typing import Any, ClassVar, Final
 
 from fdshare.mp.channels.connection import ConnectionMixin, turned_into
 from fdshare.mp.channels.queues import QueueMixin, SimpleQueueMixin, register_after_fork
-from fdshare.mp.pickling.bundle import Reduced
 from fdshare.mp.stock import StockContext, StockQueue, StockSafeQueue, executor_module
-from fdshare.mp.workers.tasks import Outcome, Task, receive_patiently
+from fdshare.mp.workers.tasks import Outcome, Raised, Task, receive_patiently
 
 __all__ = [
     "Call",
@@ -41,22 +40,9 @@ class Call(Task):
         try:
             return super().__call__()
         except BaseException as error:
-            return _Raised(error)
-
-
-class _Raised:
-    def __init__(self, error: BaseException) -> None:
-        self.error = error
-        self.text = "".join(traceback.format_exception(error))
-
-    def __reduce__(self) -> Reduced:
-        return _raised, (self.error, self.text)
-
-
-def _raised(error: BaseException, text: str) -> BaseException:
-    # As the standard executor: the worker's traceback as text, printed with the exception.
-    error.__cause__ = _futures._RemoteTraceback(f'\n"""\n{text}"""')
-    return error
+            # As the standard executor: the worker's traceback as text, printed with the exception.
+            text = "".join(traceback.format_exception(error))
+            return Raised(error, _futures._RemoteTraceback(f'\n"""\n{text}"""'))
 
 
 # The call queue
@@ -116,7 +102,7 @@ class ResultQueueMixin(SimpleQueueMixin):
     def put(self, obj: Any) -> None:
         """Sends a result. Raises: whatever pickling raises; the worker then sends that."""
         if isinstance(obj, _futures._ResultItem):
-            if isinstance(obj.result, _Raised) or obj.exception is not None:
+            if isinstance(obj.result, Raised) or obj.exception is not None:
                 outcome = Outcome.of(self._family, False, obj.exception or obj.result)
             else:
                 outcome = Outcome.of(self._family, True, obj.result)

@@ -34,7 +34,7 @@ from fdshare.mp.stock import (
     StockProcess,
     StockSimpleQueue,
 )
-from fdshare.mp.workers.tasks import Outcome, Task, hold_initializer, receive_patiently
+from fdshare.mp.workers.tasks import Outcome, Raised, Task, hold_initializer, receive_patiently
 
 if TYPE_CHECKING:
     import queue
@@ -294,6 +294,8 @@ class OutcomeQueueMixin(EndingQueueMixin):
             self.finish()
             return
         job, index, (ok, value) = obj
+        if not ok and isinstance(value, self._family.pool.ExceptionWithTraceback):
+            value = Raised(value.exc, self._family.pool.RemoteTraceback(value.tb))
         message = job, index, Outcome.of(self._family, ok, value)
         try:
             SimpleQueueMixin.put(self, message)

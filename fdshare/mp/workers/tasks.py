@@ -25,7 +25,7 @@ from fdshare.mp.stock import Function
 if TYPE_CHECKING:
     from typing import Self
 
-__all__ = ["Outcome", "Task", "hold_initializer", "receive_patiently"]
+__all__ = ["Outcome", "Raised", "Task", "hold_initializer", "receive_patiently"]
 
 # Seconds that a reader of many jobs' messages waits at its descriptor limit before one job fails.
 PATIENCE: Final = 5.0
@@ -82,6 +82,26 @@ class Outcome:
 
     def __reduce__(self) -> Reduced:
         return Outcome, (self.ok, self.bundle)
+
+
+class Raised:
+    """An exception that is sent, to arrive with the worker's traceback as text in its cause."""
+
+    __slots__ = ("error", "remote")
+
+    def __init__(self, error: BaseException, remote: BaseException) -> None:
+        """*remote* is what the package makes of the text."""
+        self.error = error
+        self.remote = remote
+
+    def __reduce__(self) -> Reduced:
+        return _raised, (self.error, self.remote)
+
+
+def _raised(error: BaseException, remote: BaseException) -> BaseException:
+    # BaseException's own setter: a class may forbid to set attributes.
+    BaseException.__dict__["__cause__"].__set__(error, remote)
+    return error
 
 
 def receive_patiently(

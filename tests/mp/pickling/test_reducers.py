@@ -7,7 +7,6 @@ import select
 import socket
 import ssl
 import tempfile
-import traceback
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import pytest
 
 from fdshare import Descriptor
-from fdshare.errors import NameTaken, UnsupportedKind
+from fdshare.errors import UnsupportedKind
 from fdshare.kinds import register_kind, unregister_kind
 from fdshare.mp.backends import backend_of
 from fdshare.mp.family import Family
@@ -149,44 +148,3 @@ def test_a_kind_without_descriptors(family: Family) -> None:
         assert family.loads(message.data)[0].sock == 6  # type: ignore[union-attr]
     finally:
         unregister_kind("session")
-
-
-def caught(function: Any) -> BaseException:
-    try:
-        function()
-    except BaseException as error:
-        return error
-    raise AssertionError
-
-
-def test_an_exception_keeps_its_traceback(family: Family) -> None:
-    error = through(family, caught(children.raise_two_arguments))
-    assert (type(error).__name__, error.code, str(error)) == ("TwoArguments", 7, "seven")
-    assert traceback.extract_tb(error.__traceback__)[-1].name == "raise_two_arguments"
-
-
-def test_an_exception_keeps_its_cause_and_notes(family: Family) -> None:
-    def chained() -> None:
-        try:
-            children.raise_key_error()
-        except KeyError as error:
-            error.add_note("noted")
-            raise NameTaken("web", 3) from error
-
-    error = through(family, caught(chained))
-    assert (error.name, error.generation) == ("web", 3)
-    assert type(error.__cause__) is KeyError
-    assert error.__cause__.__notes__ == ["noted"]
-    assert traceback.extract_tb(error.__cause__.__traceback__)[-1].name == "raise_key_error"
-
-
-def test_an_exception_whose_context_cannot_be_pickled_still_travels(family: Family) -> None:
-    def chained() -> None:
-        try:
-            raise KeyError(children.Unpicklable())
-        except KeyError:
-            raise ValueError("the one that counts")
-
-    error = through(family, caught(chained))
-    assert type(error) is ValueError
-    assert error.__context__ is None
