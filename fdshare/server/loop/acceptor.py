@@ -41,9 +41,9 @@ __all__ = ["Acceptor"]
 log = logging.getLogger("fdshare.server")
 
 _PAUSE: Final = 0.1  # seconds without accepting, after no descriptor was free for it
-# Connections that one turn of the loop accepts at most. Each takes some tenths of a millisecond if
-# another one has to be closed for it, and who knocks without end must not slow down the others.
-_BATCH: Final = 4
+# Connections that are accepted at a time. Each takes some tenths of a millisecond if another one has
+# to be closed for it, and who knocks without end must not slow down the others.
+_BATCH: Final = 16
 # accept(2): errors of the connection that was to be accepted, not of the listener.
 _TRY_NEXT: Final = (errno.ECONNABORTED, errno.EPROTO, errno.EINTR)
 _NO_ROOM: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
@@ -86,6 +86,11 @@ class Acceptor:
             self._output.poller.register(self._listener.fileno(), READ, self._on_connect)
 
     # Accepting.
+
+    def again(self, now: float) -> None:
+        """Accepts a few more, in a turn that is long."""
+        if self.paused_until is None:
+            self._on_connect(READ, now)
 
     def _on_connect(self, events: int, now: float) -> None:
         for number in range(_BATCH):

@@ -28,6 +28,7 @@ from fdshare.server.loop.acceptor import Acceptor
 from fdshare.server.loop.closing import Closer, Handle, close_quietly
 from fdshare.server.loop.connection import Connection
 from fdshare.server.loop.input import Input
+from fdshare.server.loop.output import SLICE
 from fdshare.server.loop.poller import READ
 
 __all__ = ["Loop"]
@@ -94,7 +95,7 @@ class Loop(Input):
         due = self._next_due()
         timeout = None if due is None else max(due - time.monotonic(), 0.0)
         ready = self.poller.wait(timeout)
-        now = time.monotonic()
+        accepted = now = time.monotonic()
         for key, events in ready:
             if type(key) is Connection:
                 if events == READ and not key.closed:
@@ -103,6 +104,9 @@ class Loop(Input):
                     self._on_connection(key, events, now)
             else:
                 key(events, now)  # type: ignore[operator]
+            if (later := time.monotonic()) - accepted > SLICE:
+                accepted = later
+                self.acceptor.again(later)
         if due is not None and due <= now:
             self._do_due(now)
 
