@@ -41,8 +41,8 @@ __all__ = ["Acceptor"]
 log = logging.getLogger("fdshare.server")
 
 _PAUSE: Final = 0.1  # seconds without accepting, after no descriptor was free for it
-# Connections that are accepted at a time. Each takes some tenths of a millisecond if another one has
-# to be closed for it, and who knocks without end must not slow down the others.
+# Connections that are accepted at a time. Each takes some tenths of a millisecond if another one
+# has to be closed for it, and who knocks without end must not slow down the others.
 _BATCH: Final = 16
 # accept(2): errors of the connection that was to be accepted, not of the listener.
 _TRY_NEXT: Final = (errno.ECONNABORTED, errno.EPROTO, errno.EINTR)
