@@ -40,6 +40,8 @@ _OUTPUT_FAILS: Final = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 _FAMILIES: Final = {
     "serve": "serve",
     "run": "run",
+    "deploy": "deploy",
+    "deployments": "deploy",
     "register": "entries",
     "fetch": "entries",
     "take": "entries",
@@ -127,8 +129,7 @@ def commands(context: click.Context, path: str | None) -> None:
 
     \b
     Example, a port that stays open across deploys:
-      fdshare serve --detach
-      fdshare run web=tcp://127.0.0.1:8080 -- gunicorn app:app
+      fdshare deploy web=tcp://127.0.0.1:8080 -- gunicorn app:app
     """
     if path is not None:
         os.environ["FDSHARE_PATH"] = path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Seconds",
+    "SignalName",
     "authkey_from_environment",
     "client_at",
     "for_server",
@@ -31,8 +33,26 @@ R = TypeVar("R")
 
 if TYPE_CHECKING:
     _FloatType = click.ParamType[float]
+    _SignalType = click.ParamType[signal.Signals]
 else:  # click 8.1 has no parameter for it
-    _FloatType = click.ParamType
+    _FloatType = _SignalType = click.ParamType
+
+
+class SignalName(_SignalType):
+    """A signal by its name or number: TERM, SIGTERM, 15."""
+
+    name = "signal"
+
+    def convert(
+        self, value: Any, parameter: click.Parameter | None, context: click.Context | None
+    ) -> signal.Signals:
+        text = str(value).upper()
+        try:
+            if text.isdigit():
+                return signal.Signals(int(text))
+            return signal.Signals[f"SIG{text.removeprefix('SIG')}"]
+        except (KeyError, ValueError):
+            self.fail(f"{value!r} is not a signal; write TERM", parameter, context)
 
 
 class Seconds(_FloatType):

@@ -5,16 +5,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from fdshare.cli.options import Seconds, client_at, or_never
 from fdshare.cli.support.exec import Launch, check_fdnames, find_program, with_own_offset
+from fdshare.cli.support.program_words import Wanted, WithCommand, split_words
 from fdshare.cli.support.wrappers import starts_a_child
 from fdshare.kernel.unix_address import absolute
 from fdshare.printable import printable
-from fdshare.protocol.bind_address import parse_address
 
 if TYPE_CHECKING:
     from fdshare.cli.support.detached import Detached
@@ -23,33 +23,12 @@ if TYPE_CHECKING:
     from fdshare.client.blocking.client import Client
     from fdshare.kernel.descriptor import Descriptor
 
-__all__ = ["run"]
-
-_COMMAND: Final = "fdshare.command"
-
-
-class Wanted(NamedTuple):
-    """NAME, or NAME=ADDRESS, which is bound if nothing is registered under NAME."""
-
-    name: str
-    address: str = ""
-
-
-class _WithCommand(click.Command):
-    """Leaves all words after the first `--` to `_split`, options too."""
-
-    def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
-        if "--" in args:
-            at = args.index("--")
-            context.meta[_COMMAND] = args[at + 1 :]
-            args = args[:at]
-            context.allow_interspersed_args = True
-        return super().parse_args(context, args)
+__all__ = ["get_wanted", "run"]
 
 
 @click.command(
     short_help="Run a program with descriptors that outlive it.",
-    cls=_WithCommand,
+    cls=WithCommand,
     context_settings={"allow_interspersed_args": False},
 )
 @click.option("--path", metavar="PATH", help="The path of the server. [env: FDSHARE_PATH]")
@@ -109,7 +88,7 @@ def run(path: str | None, trust: tuple[str, ...], words: Sequence[str], **option
       fdshare run web -- uvicorn app:app --fd {web}
       fdshare run --stdout log -- ./report
     """
-    wanted, command = _split(words, click.get_current_context().meta.get(_COMMAND))
+    wanted, command = split_words(words)
     _check(wanted, options)
     check_fdnames(want.name for want in wanted)
     find_program(command)
@@ -159,8 +138,9 @@ def _detach(client: Client, launch: Launch, service: str, options: dict[str, Any
         try:
             program.wait(options["ready_timeout"], interruptions)
             _tell_pid(program)
+            program.commit()
         except NotReady as error:
-            print(f"fdshare: {error}", file=sys.stderr)
+            error.tell()
             return error.status
         if output is not None and options["output"] is None:
             print(f"fdshare: {service} writes to {output.path}", file=sys.stderr)
@@ -213,40 +193,18 @@ def _fill(
 ) -> Launch:
     """*launch* with all descriptors that were asked for; *stack* closes them."""
     for want in wanted:
-        for descriptor in _get(client, want, options):
+        for descriptor in get_wanted(client, want, options):
             launch.passed.append((want.name, stack.enter_context(descriptor)))
     for number, name in enumerate((options["stdin"], options["stdout"], options["stderr"])):
         if name is not None:
-            first, *others = _get(client, Wanted(name), options)
+            first, *others = get_wanted(client, Wanted(name), options)
             launch.standard[number] = stack.enter_context(first)
             for other in others:
                 other.close()
     return launch
 
 
-def _split(words: Sequence[str], command: list[str] | None) -> tuple[list[Wanted], list[str]]:
-    """The names and the command.
-
-    Without `--` between them the first word is a name, and the words after it that have an address.
-    """
-    names = list(words)
-    if command is None:
-        at = 1
-        while at < len(words) and "://" in words[at].partition("=")[2]:
-            at += 1
-        names, command = names[:at], names[at:]
-    if not command:
-        raise click.UsageError("there is no CMD; write fdshare run NAME -- CMD")
-    wanted = []
-    for word in names:
-        name, _, address = word.partition("=")
-        if address:
-            parse_address(address)  # before another address is bound
-        wanted.append(Wanted(name, address))
-    return wanted, command
-
-
-def _get(client: Client, want: Wanted, options: dict[str, Any]) -> list[Descriptor]:
+def get_wanted(client: Client, want: Wanted, options: dict[str, Any]) -> list[Descriptor]:
     """The descriptors of one name. The caller owns the result."""
     from fdshare.cli.support.listener import WantedAddress, held_socket, unreachable
 

@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import os
 import select
+import socket
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, NoReturn, Self
+from typing import TYPE_CHECKING, Final, NoReturn, Self, TypeAlias
 
 import click
 
 from fdshare.cli.support.exec import CANNOT_EXECUTE, NOT_FOUND
 from fdshare.cli.support.notify_helper import (
+    COMMITTED,
+    READY,
     Helper,
     notify_socket,
     speaks_for_others,
@@ -35,30 +39,48 @@ if TYPE_CHECKING:
     from fdshare.cli.support.output_file import OutputFile
     from fdshare.client.blocking.client import Client
 
-__all__ = ["Detached", "NotReady"]
+__all__ = ["Detached", "NotReady", "Probe"]
 
-_LONGEST_POLL: Final = 86400.0  # seconds; poll(2) takes an int of milliseconds
+# What is wrong with a program that is not ready yet; empty when it is ready.
+Probe: TypeAlias = Callable[[], str]
+
+_LOOK: Final = 0.2  # seconds between two probes
 
 
 class NotReady(Exception):
-    """The program did not become ready, and has ended. *status* is that of the command."""
+    """The program did not become ready, and has ended.
 
-    def __init__(self, reason: str, status: int = 1) -> None:
+    *status* is that of the command, *output* what the program wrote last, which nobody sees
+    otherwise.
+    """
+
+    def __init__(self, reason: str, status: int = 1, output: OutputFile | None = None) -> None:
         super().__init__(reason)
         self.status = status
+        self._lines: list[str] = []
+        if output is not None and (lines := output.last_lines()):
+            self._lines = [f"fdshare: the last lines of {output.path}:"]
+            self._lines += [f"    {line}" for line in lines]
+
+    def tell(self, more: str = "") -> None:
+        """Prints it all on standard error."""
+        for line in [*self._lines, f"fdshare: {self}{more}"]:
+            print(printable(line), file=sys.stderr, flush=True)
 
 
 @dataclass(slots=True)
 class Detached:
     """A program in the background, a child of this process. Owns its descriptors, not the program.
 
-    *said*: "R" when it is ready, end of file when it has ended before.
+    It ends with this process, until it is committed. *said*: READY when it is ready, and the end
+    when it has ended.
     """
 
     pid: int
     program: Descriptor
     said: Descriptor
     output: OutputFile | None
+    committed: bool = False
 
     @classmethod
     def start(
@@ -78,7 +100,7 @@ class Detached:
         sock = notify_socket()
         launch.environment["NOTIFY_SOCKET"] = sock.address
         speaks = speaks_for_others()
-        said, says = map(Descriptor, os.pipe())
+        said, says = (Descriptor(end.detach()) for end in socket.socketpair())
         pid = os.fork()
         if pid == 0:
             _become(launch, output)
@@ -96,44 +118,78 @@ class Detached:
             close_all(descriptor for _, descriptor in kept)
         return cls(pid, program, said, output)
 
-    def wait(self, timeout: float, interruptions: Interruptions) -> None:
-        """Returns when it is ready. Raises: NotReady, and then it has ended."""
+    def wait(
+        self,
+        timeout: float,
+        interruptions: Interruptions,
+        probe: Probe | None = None,
+        look: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Returns when it is ready: it has said so, or *probe* finds nothing wrong.
+
+        *look* is called meanwhile.
+
+        Raises: NotReady, and then it has ended.
+        """
         waiting = select.poll()
         waiting.register(self.said.fileno(), select.POLLIN)
         waiting.register(interruptions.fileno(), select.POLLIN)
         deadline = time.monotonic() + timeout
+        wrong = ""
         while (left := deadline - time.monotonic()) > 0:
-            ready = dict(waiting.poll(min(left, _LONGEST_POLL) * 1000))
+            ready = dict(waiting.poll(min(left, _LOOK) * 1000))
             if self.said.fileno() in ready:
-                if os.read(self.said.fileno(), 1) == b"R":
+                if os.read(self.said.fileno(), 1) != READY:
+                    self._has_ended()
+                if probe is None:
                     return
-                self._has_ended()
-            if ready:
-                number = interruptions.received()
-                if number is not None:
-                    self.end(f"{number.name} came: the program was not ready yet", 128 + number)
-        self.end(f"the program was not ready within {timeout:g} s")
+            self.go_on(interruptions)
+            if probe is not None and not (wrong := probe()):
+                return
+            look()
+        why = f" ({wrong})" if wrong else ""
+        self.end(f"the program was not ready within {timeout:g} s{why}")
+
+    def go_on(self, interruptions: Interruptions) -> None:
+        """Raises: NotReady: a signal came, and the program has ended."""
+        number = interruptions.received()
+        if number is not None:
+            self.end(f"{number.name} came: the program was not ready yet", 128 + number)
+
+    def settle(
+        self, seconds: float, interruptions: Interruptions, look: Callable[[], None]
+    ) -> None:
+        """Returns after *seconds* in which it did not end. Raises: NotReady."""
+        until = time.monotonic() + seconds
+        self.wait(
+            2 * seconds + _LOOK,
+            interruptions,
+            lambda: "" if time.monotonic() >= until else "it has to settle",
+            look,
+        )
+
+    def has_ended(self) -> bool:
+        """Whether its process has ended."""
+        waiting = select.poll()
+        waiting.register(self.program.fileno(), select.POLLIN)
+        return bool(waiting.poll(0))
+
+    def commit(self) -> None:
+        """From here on it goes on when this process ends."""
+        os.write(self.said.fileno(), COMMITTED)
+        self.committed = True
 
     def end(self, reason: str, status: int = 1) -> NoReturn:
         """Ends the program. Raises: NotReady, always."""
         end_group(self.program, self.pid, GRACE, own=True)
-        self._tell_output()
-        raise NotReady(f"{reason}, and is ended", status)
+        raise NotReady(f"{reason}, and is ended", status, self.output)
 
     def _has_ended(self) -> NoReturn:
         _, status = os.waitpid(self.pid, 0)
         code = os.waitstatus_to_exitcode(status)
-        self._tell_output()
         shell_code = code if code in (CANNOT_EXECUTE, NOT_FOUND) else 1
-        raise NotReady(f"the program ended with status {code} before it was ready", shell_code)
-
-    def _tell_output(self) -> None:
-        """Prints the last lines of the output, which the caller does not see otherwise."""
-        if self.output is None or not (lines := self.output.last_lines()):
-            return
-        print(f"fdshare: the last lines of {self.output.path}:", file=sys.stderr)
-        for line in lines:
-            print(f"    {printable(line)}", file=sys.stderr)
+        reason = f"the program ended with status {code} before it was ready"
+        raise NotReady(reason, shell_code, self.output)
 
     def close(self) -> None:
         """Closes its descriptors; the program goes on."""
@@ -143,7 +199,9 @@ class Detached:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
+        if kind is not None and not issubclass(kind, NotReady) and not self.committed:
+            end_group(self.program, self.pid, GRACE, own=True)
         self.close()
 
 
@@ -152,6 +210,8 @@ def _become(launch: Launch, output: OutputFile | None) -> NoReturn:
     status = NOT_FOUND
     try:
         os.setsid()
+        if launch.folder is not None:
+            os.chdir(launch.folder)
         nothing = os.open(os.devnull, os.O_RDONLY)
         os.dup2(nothing, 0)
         if output is not None:

@@ -42,7 +42,8 @@ class Launch:
     """A command, and what it gets: (name, descriptor) from 3 on, standard streams, variables.
 
     *pid*: whether LISTEN_PID is set, which a program that a wrapper starts does not have.
-    *witness*: one end of a socket pair. EXECUTING is written to it right before the exec, which
+    *folder*: where it runs; None: here. *inherited*: the environment that the variables are added
+    to. *witness*: one end of a socket pair. EXECUTING is written to it right before the exec, which
     closes it; FAILED if that fails, and then the other end must be closed.
     """
 
@@ -52,6 +53,8 @@ class Launch:
     environment: dict[str, str] = field(default_factory=dict)
     witness: Descriptor | None = None
     pid: bool = True
+    folder: str | None = None
+    inherited: Mapping[str, str] = field(default_factory=lambda: os.environ)
 
     def execute(self) -> NoReturn:
         """Replaces this process with the program, which keeps the pid; does not return.
@@ -97,7 +100,7 @@ class Launch:
         from fdshare.activation import child_environment
 
         stale = ("LISTEN_PID", "LISTEN_PIDFDID", "LISTEN_FDS", "LISTEN_FDNAMES")
-        ours = {key: value for key, value in os.environ.items() if key not in stale}
+        ours = {key: value for key, value in self.inherited.items() if key not in stale}
         names = [name for name, _ in self.passed]
         passed = child_environment(names) if names else {}
         if not self.pid:

@@ -39,11 +39,22 @@ if TYPE_CHECKING:
     from fdshare.cli.support.exec import Launch
     from fdshare.client.blocking.client import Client
 
-__all__ = ["Helper", "notify_socket", "run_notified", "speaks_for_others", "take_ready_fd"]
+__all__ = [
+    "COMMITTED",
+    "READY",
+    "Helper",
+    "notify_socket",
+    "run_notified",
+    "speaks_for_others",
+    "take_ready_fd",
+]
 
 # What is forwarded to our own service manager, where there is one: it stores nothing, and its main
 # process is the program.
 _FORWARDED: Final = ("READY=", "RELOADING=", "STOPPING=", "STATUS=", "WATCHDOG=", "EXTEND_TIMEOUT_")
+# What is said on the socket between the helper and who waits for the program.
+READY: Final = b"R"
+COMMITTED: Final = b"C"
 _LONGEST_ADDRESS: Final = 100  # bytes: sun_path is 108, less than that on some systems
 _MOST_ANCESTORS: Final = 100
 
@@ -121,8 +132,8 @@ def take_ready_fd(number: int | None) -> None:
 class Helper:
     """The helper: all that it needs; it closes everything else.
 
-    *says*: a pipe on which it writes "R" at READY=1. When nobody reads that any more, and the
-    program is not ready, nobody waits for it: the helper ends the program.
+    *says*: a socket on which it writes READY at READY=1. If its other end is closed before
+    COMMITTED came, nobody waits for the program any more: the helper ends it.
     """
 
     client: Client
@@ -182,18 +193,20 @@ class Helper:
         poller.register(self.sock.fileno(), select.POLLIN)
         poller.register(self.program.fileno(), select.POLLIN)
         if self.says is not None:
-            poller.register(self.says.fileno(), 0)  # POLLERR: nobody reads it
+            poller.register(self.says.fileno(), select.POLLIN)
         while True:
             ready = dict(poller.poll())
             if self.sock.fileno() in ready:
                 if self._receive(store) and self.says is not None:
-                    poller.unregister(self.says.fileno())
-                    self._tell_waiters()
+                    with suppress(OSError):
+                        os.write(self.says.fileno(), READY)
             elif self.program.fileno() in ready:
                 return
-            else:
-                end_group(self.program, self.pid, GRACE, own=False)
-                return
+            elif self.says is not None:
+                poller.unregister(self.says.fileno())
+                if not self._is_committed(self.says):
+                    end_group(self.program, self.pid, GRACE, own=False)
+                self.says = None
 
     def _receive(self, store: Store) -> bool:
         """Handles one notification; True if it says READY=1."""
@@ -243,12 +256,12 @@ class Helper:
         if lines:
             notify("\n".join(lines), pid=self.pid if self.speaks else None, timeout=1.0)
 
-    def _tell_waiters(self) -> None:
-        """Tells those who wait for READY=1, once."""
-        if self.says is not None:
-            with self.says, suppress(OSError):
-                os.write(self.says.fileno(), b"R")
-            self.says = None
+    def _is_committed(self, says: Descriptor) -> bool:
+        with says:
+            try:
+                return os.read(says.fileno(), 1) == COMMITTED
+            except OSError:  # it was closed with something unread
+                return False
 
 
 def _parent(pid: int) -> int:

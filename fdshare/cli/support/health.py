@@ -1,0 +1,143 @@
+"""Whether a new version answers, beside an old one that accepts from the same socket.
+
+The kernel gives a connection to whichever process accepts it. So /proc is asked who has the other
+end, and what the old version answers does not count. That is known of TCP alone.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+import subprocess
+import sys
+import time
+import urllib.parse
+from dataclasses import dataclass
+from typing import Final
+
+from fdshare.kernel.descriptor import Descriptor
+
+__all__ = ["CheckCommand", "HealthProbe"]
+
+_TIMEOUT: Final = 5.0  # seconds for a connection, an answer, a check
+_ACCEPTED: Final = 1.0  # seconds until a connection is accepted
+_PAUSE: Final = 0.01
+
+
+@dataclass(slots=True)
+class CheckCommand:
+    """A command of the shell, which succeeds when the version *pid* is ready."""
+
+    command: str
+    pid: int
+
+    def __call__(self) -> str:
+        """Empty if it succeeded; else why not."""
+        try:
+            status = subprocess.run(
+                ["/bin/sh", "-c", self.command],
+                env={**os.environ, "FDSHARE_DEPLOY_PID": str(self.pid)},
+                stdin=subprocess.DEVNULL,
+                stdout=sys.stderr,
+                timeout=_TIMEOUT,
+            ).returncode
+        except subprocess.TimeoutExpired:
+            return f"--check did not end within {_TIMEOUT:g} s"
+        return f"--check ended with status {status}" if status else ""
+
+
+class HealthProbe:
+    """Asks *target*: "tcp", "/PATH", or "http://HOST:PORT/PATH".
+
+    The first two at the address of *listener*, which is borrowed while this is used. *pid* leads
+    the session of the new version.
+    """
+
+    def __init__(self, target: str, listener: Descriptor, pid: int) -> None:
+        self._pid = pid
+        self._last = "no process of it accepted a connection"  # what is wrong with the new one
+        self._http = "" if target == "tcp" else target
+        with listener.dup().socket() as sock:
+            self._family, self._address = sock.family, sock.getsockname()
+        if target.startswith("http://"):
+            url = urllib.parse.urlsplit(target)
+            self._http = urllib.parse.urlunsplit(("", "", url.path or "/", url.query, ""))
+            host = url.hostname or "127.0.0.1"
+            self._family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            self._address = (host, url.port or 80)
+        elif self._family == socket.AF_INET and self._address[0] == "0.0.0.0":
+            self._address = ("127.0.0.1", self._address[1])
+        elif self._family == socket.AF_INET6 and self._address[0] == "::":
+            self._address = ("::1", self._address[1])
+
+    @property
+    def tells_versions(self) -> bool:
+        """Whether it knows an answer of the new version from one of the old."""
+        return self._family != socket.AF_UNIX
+
+    def __call__(self) -> str:
+        """Empty if the new version answered; else why not."""
+        try:
+            with socket.socket(self._family) as sock:
+                sock.settimeout(_TIMEOUT)
+                sock.connect(self._address)
+                if self.tells_versions and not self._is_accepted_by_new(sock):
+                    return self._last
+                self._last = self._ask(sock) if self._http else ""
+        except OSError as error:
+            self._last = str(error)
+        return self._last
+
+    def _ask(self, sock: socket.socket) -> str:
+        request = f"GET {self._http} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+        sock.sendall(request.encode())
+        with sock.makefile("rb") as answer:
+            words = answer.readline(1000).decode("latin-1").split(maxsplit=1)
+        if len(words) < 2 or not words[0].startswith("HTTP/"):
+            return f"GET {self._http} has no answer"
+        return "" if words[1][:1] in "23" else f"GET {self._http}: {words[1].strip()}"
+
+    def _is_accepted_by_new(self, sock: socket.socket) -> bool:
+        deadline = time.monotonic() + _ACCEPTED
+        while time.monotonic() < deadline:
+            inode = _inode_of_other_end(sock)
+            if inode:
+                return _has_socket(self._pid, inode)
+            time.sleep(_PAUSE)
+        return False
+
+
+def _inode_of_other_end(sock: socket.socket) -> int:
+    """The number of the accepted socket; 0 until it is accepted (proc_pid_net(5))."""
+    wanted = [_hex(*sock.getpeername()[:2]), _hex(*sock.getsockname()[:2])]
+    table = "tcp6" if sock.family == socket.AF_INET6 else "tcp"
+    with open(f"/proc/net/{table}") as file:
+        for line in file:
+            fields = line.split()
+            if fields[1:3] == wanted:
+                return int(fields[9])
+    return 0
+
+
+def _hex(host: str, port: int) -> str:
+    """An address as /proc/net/tcp has it: each word of four bytes in the order of the machine."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    packed = socket.inet_pton(family, host.partition("%")[0])
+    words = struct.unpack(f"={len(packed) // 4}I", packed)
+    return "".join(f"{word:08X}" for word in words) + f":{port:04X}"
+
+
+def _has_socket(session: int, inode: int) -> bool:
+    """Whether a process of *session* has that socket open."""
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{pid}/stat", "rb") as file:
+                if int(file.read().rpartition(b")")[2].split()[3]) != session:
+                    continue
+            links = [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")]
+        except (OSError, ValueError, IndexError):  # it has ended, or closed something
+            continue
+        if f"socket:[{inode}]" in links:
+            return True
+    return False

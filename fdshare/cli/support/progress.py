@@ -1,0 +1,39 @@
+"""What a deploy waits for: a line that is rewritten on a terminal, one line each elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from fdshare.printable import printable
+
+__all__ = ["Progress"]
+
+
+class Progress:
+    """Tells on standard error; nothing if *quiet*."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._quiet = quiet
+        self._terminal = not quiet and sys.stderr.isatty()
+        self._step = ""
+        self._since = time.monotonic()
+
+    def step(self, text: str) -> None:
+        """It waits for *text* now; calling it again with the same text shows for how long."""
+        if self._quiet:
+            return
+        if text != self._step:
+            self._step, self._since = text, time.monotonic()
+            if not self._terminal:
+                print(f"fdshare: {printable(text)}", file=sys.stderr, flush=True)
+        if self._terminal:
+            seconds = time.monotonic() - self._since
+            line = f"\r\33[Kfdshare: {printable(text)}, {seconds:.0f} s"
+            print(line, end="", file=sys.stderr, flush=True)
+
+    def over(self) -> None:
+        """Nothing is waited for: other lines may be printed."""
+        if self._terminal and self._step:
+            print("\r\33[K", end="", file=sys.stderr, flush=True)
+        self._step = ""

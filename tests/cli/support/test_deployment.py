@@ -1,0 +1,68 @@
+"""What the server knows of versions."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+
+import click
+import pytest
+from commandline import Shell
+
+from fdshare import Client, connect
+from fdshare.cli.support.deployment import ProgramStart, Version, deploying, now
+from fdshare.errors import ProtocolError
+from fdshare.kernel.descriptor import Descriptor
+
+
+@pytest.fixture
+def client(fdshare: Shell) -> Iterator[Client]:
+    with connect(fdshare.path) as client:
+        yield client
+
+
+def test_a_version_is_what_was_written(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ODD", "\udcff")  # not UTF-8
+    start = ProgramStart.here(["web"], ["prog", "\udcfe" * 5000])
+    assert start.environment[b"ODD"] == b"\xff"
+    with Descriptor(os.pidfd_open(os.getpid())) as pidfd:
+        Version(os.getpid(), pidfd, start, since := now()).write(client, "web.deployed")
+    version = Version.read(client, "web.deployed")
+    assert version is not None
+    assert (version.pid, version.start, version.since) == (os.getpid(), start, since)
+    assert not version.has_ended()
+    version.close()
+    (entry,) = client.infos()
+    assert (entry.kind, entry.count) == ("deployment", 2)
+
+
+def test_no_version_and_what_is_none(client: Client) -> None:
+    assert Version.read(client, "web.deployed") is None
+    with open("/proc/version") as file:
+        client.register("web.deployed", file)
+    with pytest.raises(ProtocolError, match="no version of a program"):
+        Version.read(client, "web.deployed")
+
+
+def test_one_deploys_at_a_time(client: Client, fdshare: Shell) -> None:
+    waiting, done = threading.Event(), threading.Event()
+
+    def second() -> None:
+        with connect(fdshare.path) as other, deploying(other, "web", waiting.set):
+            done.set()
+
+    thread = threading.Thread(target=second)
+    with deploying(client, "web", None):
+        thread.start()
+        assert waiting.wait(30)
+        assert not done.is_set()
+        with (
+            connect(fdshare.path) as other,
+            pytest.raises(click.ClickException, match="another"),
+            deploying(other, "web", None),
+        ):
+            pass
+    thread.join(30)
+    assert done.is_set()
+    assert client.names() == []

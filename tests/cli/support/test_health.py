@@ -1,0 +1,94 @@
+"""Whether a new version answers: who has accepted is asked of /proc."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from fdshare.cli.support.health import CheckCommand, HealthProbe
+from fdshare.kernel.descriptor import Descriptor
+
+ANSWER = """
+import socket, sys
+listener = socket.socket(fileno=int(sys.argv[1]))
+print(flush=True)
+while True:
+    sock = listener.accept()[0]
+    request = sock.recv(4096)
+    if request:
+        sock.sendall(sys.argv[2].encode() + b" " + request.split(b"\\r\\n")[0])
+    sock.close()
+"""
+
+
+@contextmanager
+def version(listener: socket.socket, answer: str) -> Iterator[int]:
+    """A process that leads a session and accepts from *listener*; its pid."""
+    with subprocess.Popen(
+        [sys.executable, "-c", ANSWER, str(listener.fileno()), answer],
+        pass_fds=[listener.fileno()],
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        yield process.pid
+        process.kill()
+
+
+FAMILIES = [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET, "0.0.0.0"), (socket.AF_INET6, "::1")]
+
+
+@pytest.mark.parametrize(("family", "host"), FAMILIES)
+def test_an_answer_of_the_version(family: socket.AddressFamily, host: str) -> None:
+    with socket.create_server((host, 0), family=family) as listener:
+        descriptor = Descriptor.dup_of(listener)
+        with descriptor, version(listener, "HTTP/1.1 200 OK") as pid:
+            assert HealthProbe("tcp", descriptor, pid)() == ""
+            assert HealthProbe("/healthz", descriptor, pid)() == ""
+            port = listener.getsockname()[1]
+            if host == "127.0.0.1":
+                assert HealthProbe(f"http://{host}:{port}/x", descriptor, pid)() == ""
+            # The same answer of another version is none.
+            wrong = HealthProbe("/healthz", descriptor, os.getpid())()
+            assert wrong == "no process of it accepted a connection"
+
+
+def test_an_answer_that_says_no() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        descriptor = Descriptor.dup_of(listener)
+        with descriptor, version(listener, "HTTP/1.1 503 Busy") as pid:
+            probe = HealthProbe("/healthz", descriptor, pid)
+            assert probe() == "GET /healthz: 503 Busy GET /healthz HTTP/1.1"
+        with descriptor, version(listener, "hello") as pid:
+            pass
+
+
+def test_nobody_accepts_and_nobody_listens() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener, Descriptor.dup_of(listener) as held:
+        probe = HealthProbe("tcp", held, os.getpid())
+        assert probe() == "no process of it accepted a connection"
+    assert "refused" in probe()
+
+
+def test_a_unix_socket_answers_for_any_version(folder: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(folder / "s"))
+        listener.listen()
+        descriptor = Descriptor.dup_of(listener)
+        with descriptor, version(listener, "HTTP/1.1 302 Found") as pid:
+            probe = HealthProbe("/", descriptor, pid)
+            assert not probe.tells_versions
+            assert probe() == ""
+
+
+def test_a_command() -> None:
+    assert CheckCommand("test $FDSHARE_DEPLOY_PID = 17", 17)() == ""
+    assert CheckCommand("exit 4", 17)() == "--check ended with status 4"
