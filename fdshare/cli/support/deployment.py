@@ -20,7 +20,7 @@ import click
 import msgspec
 
 from fdshare.client.conversation import Exchange
-from fdshare.errors import FdshareError, GenerationMismatch, NameNotFound, NameTaken, ProtocolError
+from fdshare.errors import FdshareError, GenerationMismatch, NameNotFound, NameTaken
 from fdshare.kernel.ancillary import close_all
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.kernel.shared_memory import SharedMemory
@@ -71,14 +71,21 @@ class Version:
 
     @classmethod
     def read(cls, client: Client, entry: str) -> Self | None:
-        """The version under *entry*; None if there is none. The caller owns the result."""
+        """The version under *entry*; None if there is none. The caller owns the result.
+
+        What it says is signalled and run with this user's rights, so only this user and root may
+        have registered it. Raises: click.ClickException.
+        """
         try:
+            info = client.info(entry)
             given, descriptors = client._do(_fetch(entry))
         except NameNotFound:
             return None
         try:
+            if info.registrant.uid not in (0, os.geteuid()) or info.generation != given.generation:
+                raise _bad(entry, f"it was registered by uid {info.registrant.uid}")
             if given.kind.tag != KIND.tag or len(descriptors) != 2:
-                raise ProtocolError(f"{entry} is no version of a program: remove it")
+                raise _bad(entry, f"it is a {given.kind.tag}")
             program, memory = descriptors
             with memory.dup().open("rb", buffering=0) as file:
                 data = os.pread(file.fileno(), os.fstat(file.fileno()).st_size, 0)
@@ -86,7 +93,7 @@ class Version:
             pid = int(given.metadata.get("pid", "0"))
             descriptors.remove(program)
         except (msgspec.MsgspecError, ValueError, OSError) as error:
-            raise ProtocolError(f"{entry} cannot be read: {error}") from None
+            raise _bad(entry, str(error)) from None
         finally:
             close_all(descriptors)
         return cls(pid, program, start, given.metadata.get("since", ""))
@@ -108,6 +115,12 @@ class Version:
     def close(self) -> None:
         """Closes its descriptor; the program goes on."""
         self.program.close()
+
+
+def _bad(entry: str, reason: str) -> click.ClickException:
+    return click.ClickException(
+        f"{entry} is no version that this user has deployed ({reason}): remove it, fdshare rm"
+    )
 
 
 def now() -> str:

@@ -23,6 +23,7 @@ __all__ = ["CheckCommand", "HealthProbe"]
 _TIMEOUT: Final = 5.0  # seconds for a connection, an answer, a check
 _ACCEPTED: Final = 1.0  # seconds until a connection is accepted
 _PAUSE: Final = 0.01
+_ATTEMPTS: Final = 5  # connections in a row, since the old version accepts some of them
 
 
 @dataclass(slots=True)
@@ -78,16 +79,24 @@ class HealthProbe:
 
     def __call__(self) -> str:
         """Empty if the new version answered; else why not."""
-        try:
-            with socket.socket(self._family) as sock:
-                sock.settimeout(_TIMEOUT)
-                sock.connect(self._address)
-                if self.tells_versions and not self._is_accepted_by_new(sock):
-                    return self._last
-                self._last = self._ask(sock) if self._http else ""
-        except OSError as error:
-            self._last = str(error)
+        for _ in range(_ATTEMPTS):
+            try:
+                if self._reaches_new():
+                    break
+            except OSError as error:
+                self._last = str(error)
+                break
         return self._last
+
+    def _reaches_new(self) -> bool:
+        """Whether the new version accepted; what it answered is kept."""
+        with socket.socket(self._family) as sock:
+            sock.settimeout(_TIMEOUT)
+            sock.connect(self._address)
+            if self.tells_versions and not self._is_accepted_by_new(sock):
+                return False
+            self._last = self._ask(sock) if self._http else ""
+            return True
 
     def _ask(self, sock: socket.socket) -> str:
         request = f"GET {self._http} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"

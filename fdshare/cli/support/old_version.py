@@ -49,10 +49,8 @@ class Ending:
             warning = f"the old version did not stop within {self.stop_timeout:g} s: it is killed"
             _send(old, signal.SIGKILL)
             _wait(old, self.stop_timeout, lambda: look("the old version is killed"))
-        # What it started and left. Its group is its own only if it leads one.
-        with suppress(ProcessLookupError, PermissionError):
-            if os.getpgid(old.pid) == old.pid or old.has_ended():
-                end_group(old.program, old.pid, 1.0, own=False)
+        # What it started and left, if it led a group; nobody else makes a group of its pid.
+        end_group(old.program, old.pid, self.stop_timeout, own=False)
         return warning
 
 

@@ -42,11 +42,21 @@ def _ended(leader: Descriptor, seconds: float) -> bool:
     return bool(waiting.poll(seconds * 1000))
 
 
-def _is_there(pid: int) -> bool:
+def _is_there(group: int) -> bool:
+    """Whether a process of *group* runs. A zombie does not: where pid 1 is no init, it stays."""
     try:
-        os.killpg(pid, 0)
+        os.killpg(group, 0)
     except ProcessLookupError:
         return False
     except PermissionError:  # it has become another user's
         return True
-    return True
+    return any(_runs_in(group, pid) for pid in filter(str.isdigit, os.listdir("/proc")))
+
+
+def _runs_in(group: int, pid: str) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            state, _, found = file.read().rpartition(b")")[2].split()[:3]
+    except (OSError, ValueError):  # it has ended
+        return False
+    return int(found) == group and state not in (b"Z", b"X")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -199,6 +200,25 @@ def test_a_deploy_that_is_killed_while_the_old_version_stops(
     assert served.ask() == "version 4"
 
 
+def test_deploys_that_are_killed_at_any_moment(site: Site) -> None:
+    site.deploy(site.name, "--", *SERVER)
+    load = site.load()
+    try:
+        for number in range(8):
+            process = site.start("web", "--", *SERVER, version=number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(0.1 * number)
+            process.kill()
+            process.wait()
+        last = site.deploy("web", "--", *SERVER, version=99)
+        while site.ask() != "version 99":
+            pass
+    finally:
+        found = outcome(load)
+    assert (found["refused"], found["failed"]) == (0, {})
+    assert site.running() == {last["pid"]}
+
+
 def _deployed(site: Site) -> int:
     rows = {row["version"]: row for row in site.shell.json("deployments")}
     pid: int = rows["deployed"]["pid"]
@@ -347,6 +367,15 @@ def test_deploys_under_load_refuse_nobody_and_fail_nothing(site: Site, kind: str
     assert {"version 0", f"version {DEPLOYS}"} <= set(found["versions"])
     leader = os.getsid(last["pid"])
     assert {os.getsid(pid) for pid in site.running()} == {leader}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("gunicorn") is None, reason="no gunicorn")
+def test_gunicorn_that_is_ready_before_it_is_loaded(site: Site, folder: Path) -> None:
+    """At a UNIX socket nobody can tell which version accepts: it must go on for a while."""
+    gunicorn = ["gunicorn", "--log-level", "warning", "nosuch:wsgi"]
+    report = site.deploy(f"web=unix://{folder}/web.sock", "--", *gunicorn, status=1)
+    assert "ended with status 3 before it was ready" in report["error"]
+    assert "No module named 'nosuch'" in report["said"]
 
 
 @pytest.mark.parametrize("half", ["server_pid", "keeper_pid"])

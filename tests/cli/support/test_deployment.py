@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import click
 import pytest
@@ -12,7 +15,6 @@ from commandline import Shell
 
 from fdshare import Client, connect
 from fdshare.cli.support.deployment import ProgramStart, Version, deploying, now
-from fdshare.errors import ProtocolError
 from fdshare.kernel.descriptor import Descriptor
 
 
@@ -41,8 +43,37 @@ def test_no_version_and_what_is_none(client: Client) -> None:
     assert Version.read(client, "web.deployed") is None
     with open("/proc/version") as file:
         client.register("web.deployed", file)
-    with pytest.raises(ProtocolError, match="no version of a program"):
+    with pytest.raises(click.ClickException, match="no version that this user has deployed"):
         Version.read(client, "web.deployed")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
+def test_a_version_of_another_user_is_not_believed(shell: Shell, folder: Path) -> None:
+    """Its pid would be signalled, and its command run, with the rights of this user."""
+    policy = folder / "policy.toml"
+    policy.write_text(
+        """
+        [[rule]]
+        effect = "allow"
+        users = [65534]
+        verbs = ["register", "fetch", "info"]
+        names = ["web.*"]
+        """
+    )
+    folder.chmod(0o755)
+    shell.serve("--mode", "0666", "--policy", policy)
+    code = (
+        "import os, fdshare.cli.support.deployment as d, fdshare.kinds\n"
+        "from fdshare import connect; from fdshare.kernel.descriptor import Descriptor\n"
+        "os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
+        "victim = Descriptor(os.pidfd_open(os.getppid()))\n"
+        "start = d.ProgramStart([b'web'], [b'id'], b'/', {})\n"
+        "with victim, connect(trust=[0]) as client:\n"
+        "    d.Version(1, victim, start, '').write(client, 'web.previous')"
+    )
+    subprocess.run([sys.executable, "-c", code], env=shell.environment, check=True, timeout=60)
+    line = shell.fails("deploy", "--rollback", "web")
+    assert "registered by uid 65534" in line
 
 
 def test_one_deploys_at_a_time(client: Client, fdshare: Shell) -> None:

@@ -20,6 +20,19 @@ select.select([], [], [])
 """
 
 
+def test_a_zombie_is_not_waited_for() -> None:
+    """As in a container whose pid 1 reaps nobody."""
+    with (
+        subprocess.Popen(
+            [sys.executable, "-c", "import os; os._exit(0)"], start_new_session=True
+        ) as process,
+        Descriptor(os.pidfd_open(process.pid)) as leader,
+    ):
+        os.waitid(os.P_PIDFD, leader.fileno(), os.WEXITED | os.WNOWAIT)
+        # A minute each would be the test's timeout.
+        end_group(leader, process.pid, 60.0, own=False)
+
+
 def test_what_ignores_sigterm_is_killed() -> None:
     with subprocess.Popen(
         [sys.executable, "-c", STUBBORN],
