@@ -1,8 +1,10 @@
 """fetch and fetch_many on an open connection, beside the floor, s6-fdholderd and BaseManager.
 
 A fetch sends a name, receives the descriptor that a server of its own process holds under it, and
-closes it. The server holds 300 different files. BaseManager works inside one process tree only: in
-its row, a manager that this process started returns a socket.
+closes it. The server holds 300 different files. It is `fdshare serve` with its default options,
+which logs into a file who was given what; beside it the same without that log, and `Manager()`,
+whose log has warnings only. BaseManager works inside one process tree only: in its row, a manager
+that this process started returns a socket.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import cycle
 from multiprocessing.managers import BaseManager
+from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import Bench, NotHere, Run, each
@@ -23,12 +26,13 @@ from benchmarks.processes import (
     bare_python,
     c_pingpong,
     cpu_seconds,
+    fdshare_serve,
     held_file,
     quiet,
     s6,
     same_file,
 )
-from fdshare import Descriptor, Manager
+from fdshare import Client, Descriptor, Manager
 
 C, PYTHON, S6 = "bare C ping-pong", "bare Python ping-pong", "s6-fdholderd retrieve"
 BASE = "BaseManager, a socket, same process tree"
@@ -36,6 +40,8 @@ BARE_64 = "bare Python, 64 in one message"
 BATCHES = (1, 8, 64, 253)
 HELD = 300
 ROTATED = f"fetch, {HELD} files in turn"
+ONE, MANY = "fetch, a Descriptor", "fetch_many of 64"
+OTHERS = LOG_OFF, MANAGER = "log off", "Manager()"
 
 
 def run(bench: Bench) -> None:
@@ -48,16 +54,33 @@ def run(bench: Bench) -> None:
             sides[name] = bench.keep(make(folder, fd))
         except NotHere as error:
             bench.absent(name, error)
-    manager = bench.keep(Manager())
-    ours = fetches(manager, fd)
-    server = manager.stats().server_pid
+    client = bench.keep(fdshare_serve(folder))
+    log_off = bench.keep(fdshare_serve(folder, "--log-level", "warning"))
+    ours = fetches(client, fd)
+    for other, name in zip((log_off, bench.keep(Manager())), OTHERS, strict=True):
+        of_other = fetches(other, fd)
+        ours.update({f"{side}, {name}": of_other[side] for side in (ONE, MANY)})
+    server = client.stats().server_pid
     times = bench.alternate({**ours, **sides})
+    check_logs(client, log_off)
     report(bench, times, set(sides))
     bench.absent("BaseManager, a socket, unrelated process", unrelated())
-    use_of_processors(bench, manager, server)
+    use_of_processors(bench, client, server)
 
 
-def fetches(manager: Manager, fd: int) -> dict[str, Run]:
+def check_logs(client: Client, log_off: Client) -> None:
+    """Every hand-over was noted where it was to be, and nothing elsewhere."""
+    fetched = client.stats().counters["fetched"]
+    client.unregister("web/raw")  # the last line
+    log = Path(f"{client.address}.log")
+    while "unregister 'web/raw'" not in (text := log.read_text()):
+        pass
+    assert text.count(": given\n") == fetched
+    assert client.stats().log_dropped == 0
+    assert Path(f"{log_off.address}.log").read_text() == ""
+
+
+def fetches(manager: Manager | Client, fd: int) -> dict[str, Run]:
     """The sides of fdshare; each was checked to do what it says."""
     names = [f"file/{number:03}" for number in range(HELD)]
     for name in names:
@@ -73,7 +96,7 @@ def fetches(manager: Manager, fd: int) -> dict[str, Run]:
         assert same_file(fetched.fileno(), fd)
     assert len(manager.names()) == HELD + 2
     sides = {
-        "fetch, a Descriptor": each(lambda: manager.fetch("web/raw").close()),
+        ONE: each(lambda: manager.fetch("web/raw").close()),
         "fetch, a socket": each(lambda: manager.fetch("web/http").close()),
         ROTATED: each(in_turn([partial(fetch_and_close, manager, name) for name in names])),
         "ping, no descriptor": each(manager.ping),
@@ -83,7 +106,7 @@ def fetches(manager: Manager, fd: int) -> dict[str, Run]:
     return sides
 
 
-def fetch_and_close(manager: Manager, name: str) -> None:
+def fetch_and_close(manager: Manager | Client, name: str) -> None:
     manager.fetch(name).close()
 
 
@@ -93,7 +116,7 @@ def in_turn(calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
     return lambda: next(turns)()
 
 
-def batch(manager: Manager, names: list[str]) -> Run:
+def batch(manager: Manager | Client, names: list[str]) -> Run:
     def fetch() -> None:
         for found in manager.fetch_many(names).values():
             found.close()
@@ -108,7 +131,7 @@ def batch(manager: Manager, names: list[str]) -> Run:
 
 
 def report(bench: Bench, times: dict[str, list[float]], peers: set[str]) -> None:
-    bench.ratio(times, "fetch, a Descriptor", PYTHON, goal=1.5)
+    bench.ratio(times, ONE, PYTHON, goal=1.5)
     bench.ratio(times, "fetch, a socket", PYTHON, goal=1.5)
     bench.ratio(times, ROTATED, PYTHON)
     bench.ratio(times, "ping, no descriptor", PYTHON)
@@ -119,12 +142,16 @@ def report(bench: Bench, times: dict[str, list[float]], peers: set[str]) -> None
         goal = 0.10 if size == 64 else None
         against = S6 if S6 in peers else PYTHON
         bench.ratio(times, f"fetch_many of {size}", against, per=size, goal=goal)
-    bench.ratio(times, "fetch_many of 64", BARE_64)
+    bench.ratio(times, MANY, BARE_64)
+    for goal, side in ((1.1, ONE), (1.2, MANY)):
+        bench.ratio(times, side, f"{side}, {LOG_OFF}", goal=goal)
+    bench.ratio(times, f"{ONE}, {MANAGER}", PYTHON)
+    bench.ratio(times, f"{MANY}, {MANAGER}", BARE_64)
     if S6 in peers:
         bench.ratio(times, BARE_64, S6, per=64)
 
 
-def use_of_processors(bench: Bench, manager: Manager, server: int) -> None:
+def use_of_processors(bench: Bench, manager: Client, server: int) -> None:
     """How much processor time one fetch takes on each side."""
     bench.step("processor time")
     figures: tuple[list[float], list[float]] = ([], [])

@@ -17,6 +17,7 @@ from time import perf_counter_ns
 from typing import Any
 
 from benchmarks.measure import NotHere, Run, middle
+from fdshare import Client, connect
 
 __all__ = [
     "ALIKE",
@@ -25,6 +26,7 @@ __all__ = [
     "c_pingpong",
     "compiled",
     "cpu_seconds",
+    "fdshare_serve",
     "held_file",
     "in_child",
     "quiet",
@@ -169,6 +171,24 @@ def s6(folder: Path, fd: int) -> Iterator[Told]:
         finally:
             process.terminate()
             process.wait()
+
+
+@contextmanager
+def fdshare_serve(folder: Path, *options: str) -> Iterator[Client]:
+    """A client of an `fdshare serve` that logs into a file, its path and ".log"."""
+    reads, writes = os.pipe()
+    path = str(folder / "-".join(("s", *options)))
+    words = [sys.executable, "-m", "fdshare", "serve", path, "--ready-fd", str(writes), *options]
+    with open(f"{path}.log", "ab") as log, open(reads, "rb") as ready:
+        process = subprocess.Popen(words, pass_fds=[writes], stderr=log)
+        os.close(writes)
+        assert ready.read(1) == b"\n"
+    try:
+        with connect(path) as client:
+            yield client
+    finally:
+        process.terminate()
+        process.wait()
 
 
 @contextmanager
