@@ -59,15 +59,18 @@ class LogWriter(Generic[T]):
     def _begin(self) -> None:
         self._pid = os.getpid()
         self.form = self._new_form()
-        self._lock = threading.Lock()  # of those who give
+        self._lock = threading.Lock()  # of the thread's start, and of what is dropped
         self._items: deque[tuple[T | bytes, int]] = deque()  # with what it counts
-        # How many bytes were given, and how many are written. One side writes each number.
+        # How many bytes were given, and how many are written. No lock guards what was given: it
+        # would cost as much as the rest of `put`. A number that two threads have spoiled is right
+        # again when all is written.
         self._given = 0
         self._done = 0
         self._dropped = 0
         self._told = 0  # how many of those a line has told
         self._piece = memoryview(b"")  # what is left of the piece that is being written,
         self._size = 0  # and how many of the given bytes it is
+        self._writing = False  # a piece is being put together, or written
         self._signal: SimpleQueue[None] = SimpleQueue()
         self._thread: threading.Thread | None = None
         self._idle = False
@@ -87,17 +90,17 @@ class LogWriter(Generic[T]):
     @property
     def _waits(self) -> bool:
         """Whether there is something to write."""
-        return self._given != self._done or self._dropped != self._told or bool(self._piece)
+        return bool(self._items) or self._writing or self._dropped != self._told
 
     def put(self, item: T | bytes, size: int, lines: int = 1) -> None:
         """Has *item* written soon, which becomes so many *lines*, or is one as it is, and takes
         *size* bytes until then; drops it if there is no room. Never waits."""
-        with self._lock:
-            if self._given - self._done + size > self._room:
+        if self._given - self._done + size > self._room:
+            with self._lock:
                 self._dropped += lines
-                return
-            self._given += size
-            self._items.append((item, size))
+            return
+        self._given += size
+        self._items.append((item, size))
         if self._idle:
             self._idle = False
             self._signal.put(None)
@@ -147,6 +150,7 @@ class LogWriter(Generic[T]):
         while not self._has_to_end():
             self._idle = True
             if not (self._waits or self._resting):
+                self._done = self._given
                 self._signal.get()
             self._idle = False
             while self._waits and not self._resting:
@@ -163,6 +167,7 @@ class LogWriter(Generic[T]):
 
     def _write(self, most: int | None = None) -> bool:
         """Writes some of what waits, *most* bytes at most. False if that failed."""
+        self._writing = True  # before anything is taken from the others
         if not self._piece:
             self._next_piece()
         try:
@@ -177,11 +182,13 @@ class LogWriter(Generic[T]):
         if not self._piece:
             self._done += self._size
             self._size = 0
+            self._writing = False
         return True
 
     def _next_piece(self) -> None:
         dropped = self._dropped
-        if dropped != self._told and self._given - self._done <= self._room // 2:
+        has_room = self._given - self._done <= self._room // 2 or not self._items
+        if dropped != self._told and has_room:
             self._piece = memoryview(self.form.lost(dropped - self._told))
             self._told = dropped
             return

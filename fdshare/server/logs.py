@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Mapping
 from functools import partial
-from typing import Final, NamedTuple, TypeAlias
+from typing import Final, NamedTuple, TypeAlias, TypeVar
 
 import msgspec
 
@@ -24,7 +24,6 @@ from fdshare.server.settings import Settings
 
 __all__ = [
     "audit",
-    "audit_many",
     "configure",
     "dropped",
     "failure",
@@ -33,6 +32,8 @@ __all__ = [
     "rest",
     "resume",
 ]
+
+T = TypeVar("T")
 
 _STDERR: Final = 2
 _PATIENCE: Final = 0.5  # seconds for the last lines of a process
@@ -51,10 +52,9 @@ _MOST_OF_NAME: Final = 300
 _MOST_OF_OUTCOME: Final = 600
 _MOST_OF_MESSAGE: Final = 2000
 _MOST_OF_TRACEBACK: Final = 10_000
-_KNOWN: Final = 4096  # lines that are remembered, of at most so many bytes:
-_LONGEST_KNOWN: Final = 400
+_KNOWN: Final = 1 << 21  # bytes of audit lines that are remembered, of one event at most:
+_KNOWN_OF_ONE: Final = 1 << 16
 _LOST: Final = "of the log are lost: they were not read in time, or could not be written"
-_What: TypeAlias = "tuple[str, str, str, int | None, int | None]"  # the fields of an _Audited
 
 
 class _Line(NamedTuple):
@@ -68,30 +68,33 @@ class _Line(NamedTuple):
 
 
 class _Audited(NamedTuple):
-    """What an audit line says. *pid* is None if it is not about one process, *uid* is None if no
-    client asked for it."""
+    """What an audit line says, or several lines about the entries of one request. *pid* is None if
+    it is not about one process, *uid* is None if no client asked for it."""
 
     verb: str
-    name: str
+    entry: str | tuple[str, ...]
     outcome: str
     pid: int | None
     uid: int | None
 
-    @property
+    def each(self) -> list[_Audited]:
+        """What one line says each."""
+        if isinstance(self.entry, str):
+            return [self]
+        return [self._replace(entry=entry) for entry in self.entry]
+
     def message(self) -> str:
         pid = "" if self.pid is None else f"pid {self.pid} "
         uid = "" if self.uid is None else f"uid {self.uid} "
-        return f"{pid}{uid}{self.verb} {self.name!r}: {self.outcome}"
+        return f"{pid}{uid}{self.verb} {self.entry!r}: {self.outcome}"
 
 
-# An audited event waits as plain tuples, which cost less: (time, the fields of one _Audited), or
-# (time, names, the other fields).
-_One: TypeAlias = "tuple[float, _What]"
-_Many: TypeAlias = "tuple[float, list[str], str, str, int, int]"
-_Item: TypeAlias = "_Line | _One | _Many"
+# It waits as a plain tuple, which costs less, with its time.
+_What: TypeAlias = "tuple[str, str | tuple[str, ...], str, int | None, int | None]"
+_Item: TypeAlias = "_Line | tuple[float, _What]"
 
-# Whole lines that this process has written, by what they say: the same client often fetches the
-# same name. Only of text, where no time is in them.
+# Lines that this process has written, by what they say: the same client often fetches the same
+# names. Only of text, where no time is in them.
 _ready: dict[_What, bytes] = {}
 _writer: LogWriter[_Item] | None = None
 _audit_log = logging.getLogger("fdshare.audit")
@@ -120,31 +123,30 @@ def configure(settings: Settings) -> None:
 
 
 def audit(
-    verb: str, name: str, outcome: str, pid: int | None = None, uid: int | None = None
+    verb: str,
+    entry: str | tuple[str, ...],
+    outcome: str,
+    pid: int | None = None,
+    uid: int | None = None,
 ) -> None:
-    """Notes who was given or refused what. The line is put together later, by another thread."""
+    """Notes who was given or refused what; a line for each *entry*. The lines are put together
+    later, by another thread."""
+    what = (verb, entry, outcome, pid, uid)
     if _writer is None:
-        _audit_log.info("%s", _Audited(verb, name, outcome, pid, uid).message)
+        for one in _Audited(*what).each():
+            _audit_log.info("%s", one.message())
         return
-    what = (verb, name, outcome, pid, uid)
-    line = _ready.get(what)
-    if line is not None:
-        _writer.put(line, _OVERHEAD)
+    count = 1 if isinstance(entry, str) else len(entry)
+    lines = _ready.get(what)
+    if lines is not None:
+        _writer.put(lines, _OVERHEAD * count, count)
         return
-    if len(name) > _MOST_OF_NAME or len(outcome) > _MOST_OF_OUTCOME:
-        name, outcome = _shortened(name, _MOST_OF_NAME), _shortened(outcome, _MOST_OF_OUTCOME)
-        what = (verb, name, outcome, pid, uid)
-    _writer.put((time.time(), what), _OVERHEAD + _WIDEST * (len(name) + len(outcome)))
-
-
-def audit_many(verb: str, names: list[str], outcome: str, pid: int, uid: int) -> None:
-    """As `audit` of each of *names*, which are of entries."""
-    if _writer is None:
-        for name in names:
-            audit(verb, name, outcome, pid, uid)
-        return
-    size = (_OVERHEAD + _WIDEST * len(outcome)) * len(names) + _WIDEST * sum(map(len, names))
-    _writer.put((time.time(), names, verb, outcome, pid, uid), size, len(names))
+    outcome = _shortened(outcome, _MOST_OF_OUTCOME)
+    if isinstance(entry, str):
+        entry = _shortened(entry, _MOST_OF_NAME)
+    length = len(entry) if isinstance(entry, str) else sum(map(len, entry))
+    size = (_OVERHEAD + _WIDEST * len(outcome)) * count + _WIDEST * length
+    _writer.put((time.time(), (verb, entry, outcome, pid, uid)), size, count)
 
 
 def is_full() -> bool:
@@ -229,16 +231,13 @@ class _Lines:
         self._of_journal = of_journal
         self._process = os.getpid()
         _ready.clear()  # they have another form, or the pid of another process
-        self._known: dict[_What, bytes] = {}  # lines of audited events, or their ends
+        self._known = 0  # bytes of lines that are remembered
 
     def render(self, item: _Item) -> bytes:
         if type(item) is _Line:
             prefix = self._prefix(item.level)
             return "".join(f"{prefix}{line}\n" for line in self._lines(item)).encode()
-        if len(item) == 2:
-            return self._audited(*item)
-        time, names, verb, outcome, pid, uid = item  # type: ignore[misc]
-        return b"".join([self._audited(time, (verb, n, outcome, pid, uid)) for n in names])
+        return self._audited(*item)
 
     def lost(self, count: int) -> bytes:
         return self.render(
@@ -248,14 +247,14 @@ class _Lines:
     def _prefix(self, level: str) -> str:
         return f"<{_PRIORITIES.get(level, 6)}>" if self._of_journal else ""
 
-    def _remembered(self, what: _What, end: str) -> bytes:
-        """*end* as bytes, which `_known` has for *what* from now on."""
-        if len(self._known) >= _KNOWN:
-            self._known.clear()
-        line = end.encode()
-        if len(line) <= _LONGEST_KNOWN:
-            self._known[what] = line
-        return line
+    def _remember(self, known: dict[_What, T], what: _What, lines: T, size: int) -> None:
+        """Has *known* say what the *lines* of *what* are, which have *size* bytes."""
+        if self._known + size > _KNOWN:
+            known.clear()
+            self._known = 0
+        if size <= _KNOWN_OF_ONE:
+            known[what] = lines
+            self._known += size
 
     def _lines(self, line: _Line) -> list[str]:
         """The lines that it becomes, without prefixes and ends."""
@@ -267,10 +266,6 @@ class _Lines:
 
 
 class _TextLines(_Lines):
-    def __init__(self, of_journal: bool) -> None:
-        super().__init__(of_journal)
-        self._known = _ready
-
     def _lines(self, line: _Line) -> list[str]:
         lines = [self._start(line.level) + printable(line.message)]
         if line.traceback:
@@ -279,11 +274,11 @@ class _TextLines(_Lines):
         return lines
 
     def _audited(self, time: float, what: _What) -> bytes:
-        line = self._known.get(what)
-        if line is None:
-            start = self._prefix("INFO") + self._start("INFO")
-            line = self._remembered(what, f"{start}{printable(_Audited(*what).message)}\n")
-        return line
+        start = self._prefix("INFO") + self._start("INFO")
+        all = [f"{start}{printable(one.message())}\n" for one in _Audited(*what).each()]
+        lines = "".join(all).encode()
+        self._remember(_ready, what, lines, len(lines))
+        return lines
 
     def _start(self, level: str) -> str:
         return "" if self._of_journal else f"fdshare[{self._process}] {level}: "
@@ -293,21 +288,24 @@ class _JsonLines(_Lines):
     def __init__(self, of_journal: bool) -> None:
         super().__init__(of_journal)
         self._info = self._prefix("INFO").encode()
+        self._ends: dict[_What, list[bytes]] = {}  # of the lines of an event, after the time
 
     def _lines(self, line: _Line) -> list[str]:
         more = {"exception": line.traceback} if line.traceback else {}
-        what = self._end(line.level.lower(), line.logger, line.message, more)
-        return [f'{{"time":{line.time!r},{what}']
+        end = self._end(line.level.lower(), line.logger, line.message, more)
+        return [f'{{"time":{line.time!r},{end}']
 
     def _audited(self, time: float, what: _What) -> bytes:
-        end = self._known.get(what)
-        if end is None:
-            audited = _Audited(*what)
-            fields = ("verb", "entry", "outcome", "pid", "uid")
-            more = {f: v for f, v in zip(fields, what, strict=True) if v is not None}
-            text = self._end("info", "fdshare.audit", audited.message, more)
-            end = self._remembered(what, f"{text}\n")
-        return b'%b{"time":%r,%b' % (self._info, time, end)
+        ends = self._ends.get(what)
+        if ends is None:
+            ends = [f"{self._end_of(one)}\n".encode() for one in _Audited(*what).each()]
+            self._remember(self._ends, what, ends, sum(map(len, ends)))
+        start = b'%b{"time":%r,' % (self._info, time)
+        return start + start.join(ends)
+
+    def _end_of(self, one: _Audited) -> str:
+        more = {field: value for field, value in one._asdict().items() if value is not None}
+        return self._end("info", "fdshare.audit", one.message(), more)
 
     def _end(self, level: str, logger: str, message: str, more: Mapping[str, object]) -> str:
         """All of a line but the time, which is the first field."""

@@ -173,13 +173,12 @@ class MemoryEffects:
     def command(self, verb: str, session: Session, id: int) -> bool:
         return True
 
-    def audit(self, verb: str, name: str, session: Session | None, outcome: str) -> None:
+    def audit(
+        self, verb: str, name: str | tuple[str, ...], session: Session | None, outcome: str
+    ) -> None:
         pass
 
     def audit_refusal(self, verb: str, name: str, session: Session, outcome: str) -> None:
-        pass
-
-    def audit_many(self, verb: str, names: list[str], session: Session, outcome: str) -> None:
         pass
 
 

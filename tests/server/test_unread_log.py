@@ -28,7 +28,7 @@ from server.conftest import answers
 
 NAMES = [f"{number}/" + "x" * 200 for number in range(200)]
 PIDFD_GETFD = 438  # the number of this system call is the same everywhere
-ROUNDS = 60  # fetches of all names: their lines do not fit into memory
+ROUNDS = 200  # fetches of all names: their lines do not fit into memory
 
 
 @contextmanager

@@ -127,11 +127,11 @@ class Effects(Protocol):
 
     def audit_is_full(self) -> bool: ...
 
-    def audit(self, verb: str, name: str, session: Session | None, outcome: str) -> None:
-        """Logs who was given or refused what; *session* is None if no client asked for it."""
+    def audit(
+        self, verb: str, name: str | tuple[str, ...], session: Session | None, outcome: str
+    ) -> None:
+        """Logs who was given or refused what, a line for each name; *session* is None if no client
+        asked for it."""
 
     def audit_refusal(self, verb: str, name: str, session: Session, outcome: str) -> None:
         """As `audit`, of what a client can cause without any right: not each of very many."""
-
-    def audit_many(self, verb: str, names: list[str], session: Session, outcome: str) -> None:
-        """As `audit` of each name."""

@@ -77,7 +77,7 @@ class Reads(Waiters):
         self.counters["fetched"] += len(items)
         self.effects.answer(session, id, m.encode(m.GivenMany(items)), given)
         if self.effects.auditing:
-            self.effects.audit_many("fetch", [item.name for item in items], session, "given")
+            self.effects.audit("fetch", tuple(item.name for item in items), session, "given")
         return False
 
     def _wait(

@@ -327,17 +327,15 @@ class Server:
         self.loop.stop()
         return True
 
-    def audit(self, verb: str, name: str, session: Session | None, outcome: str) -> None:
+    def audit(
+        self, verb: str, name: str | tuple[str, ...], session: Session | None, outcome: str
+    ) -> None:
         if not self.auditing:
             return
         if session is None:
             logs.audit(verb, name, outcome)
         else:
             logs.audit(verb, name, outcome, session.pid, session.subject.uid)
-
-    def audit_many(self, verb: str, names: list[str], session: Session, outcome: str) -> None:
-        if self.auditing:
-            logs.audit_many(verb, names, outcome, session.pid, session.subject.uid)
 
     def audit_refusal(self, verb: str, name: str, session: Session, outcome: str) -> None:
         if self.auditing:
