@@ -6,6 +6,7 @@ owner lives, `Manager(path).connect()` finds one that runs, `Manager(path).get_s
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import subprocess
@@ -27,7 +28,9 @@ from fdshare.server.settings import Settings
 
 __all__ = ["Manager", "ManagedServer"]
 
-_GRACE: Final = 5.0  # seconds a server gets to end by itself
+log = logging.getLogger("fdshare.server")
+
+_GRACE: Final = 5.0  # seconds a server gets to end by itself, and after it was killed
 
 
 class Manager(Client):
@@ -256,4 +259,8 @@ def _wait_for_the_end(control: socket.socket, process: subprocess.Popen[bytes]) 
                 pass
         except OSError:  # a timeout, too
             process.kill()
-    process.wait()
+    try:
+        process.wait(_GRACE)
+    except subprocess.TimeoutExpired:
+        # Some file system does not answer when it closes what it held. Nobody can wait for that.
+        log.warning("the server, pid %d, was killed, and hangs in its end", process.pid)

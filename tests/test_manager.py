@@ -21,7 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hanging import FLUSH, HangingFileSystem, needs_fuse
+from users import AsUser, Say
 
+import fdshare.manager
 from fdshare.client.blocking.client import Client
 from fdshare.errors import (
     AddressInUse,
@@ -463,3 +466,29 @@ def test_in_children(
     process.close()
     results.close()
     assert manager.names() == ["child", "x"]
+
+
+@needs_fuse
+def test_a_server_that_hangs_in_its_end_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A file system does not answer when it closes what it held."""
+    monkeypatch.setattr(fdshare.manager, "_GRACE", 0.5)  # which is waited for twice
+    manager = Manager().start()
+    assert manager._process is not None
+    process, files = manager._process, HangingFileSystem(0)
+
+    def register(say: Say) -> int:
+        file = files.open()
+        with Client(manager.address) as client:
+            client.register("file", file)
+        files.hang(FLUSH)
+        say("registered")
+        return file
+
+    with AsUser(0, register, file_system=files) as other:
+        assert other.hear() == "registered"
+        manager.shutdown()
+        assert "hangs in its end" in caplog.text
+        assert not os.path.exists(manager.address)
+    process.wait(20)

@@ -13,9 +13,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import anyio
 import msgspec
 import pytest
 
+import fdshare.aio
 import fdshare.client.blocking.client
 from fdshare.client.blocking.client import Client
 from fdshare.errors import (
@@ -180,6 +182,119 @@ def test_one_that_says_no_more(stranger: Callable[..., Stranger], said: bytes) -
         with pytest.raises(ServerTimeout) as caught:
             client.fetch("x", timeout=0.1)
         assert caught.value.timeout == pytest.approx(0.2)
+
+
+def silent_after_one_answer() -> Callable[[socket.socket], None]:
+    """A server that answers one request on its first connection, and every one on the next."""
+
+    def fall_silent(connection: socket.socket) -> None:
+        for id, request in requests(connection):
+            if id < 2:
+                connection.sendall(frame(WELCOME if type(request) is m.Hello else m.Done(), id))
+
+    behave = iter((fall_silent, answering(m.Done())))
+    return lambda connection: next(behave)(connection)
+
+
+def test_a_connection_without_answers_is_given_up(stranger: Callable[..., Stranger]) -> None:
+    """A server that hangs in its end does not close it; another one answers at the path."""
+    with Client(stranger(silent_after_one_answer()).address, timeout=1.0) as client:
+        client.ping()
+        with pytest.raises(ServerTimeout):
+            client.ping()
+        client.ping()
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_an_asynchronous_client_gives_it_up_too(
+    stranger: Callable[..., Stranger], backend: str
+) -> None:
+    address = stranger(silent_after_one_answer()).address
+
+    async def main() -> None:
+        async with fdshare.aio.connect(address, timeout=1.0) as client:
+            with pytest.raises(ServerTimeout):
+                await client.ping()
+            async with anyio.create_task_group() as tasks:
+                for _ in range(3):
+                    tasks.start_soon(client.ping)
+
+    anyio.run(main, backend=backend)
+
+
+def silent_after_a_snapshot() -> Callable[[socket.socket], None]:
+    """A server that sends a watch a snapshot on its first connection, and another on the next."""
+
+    def watched(serial: int) -> Callable[[socket.socket], None]:
+        def behave(connection: socket.socket) -> None:
+            for id, request in requests(connection):
+                if type(request) is m.Hello:
+                    connection.sendall(frame(WELCOME))
+                elif type(request) is m.Watch:
+                    connection.sendall(frame(m.SnapshotPart(serial, {"x": serial}), id))
+                elif serial > 1 or id < 2:
+                    connection.sendall(frame(m.Done(), id))
+
+        return behave
+
+    behave = iter((watched(1), watched(2)))
+    return lambda connection: next(behave)(connection)
+
+
+def quiet(connection: socket.socket) -> None:
+    """A server where nothing changes before a watch has asked three times whether it is there."""
+    watch, asked = 0, 0
+    for id, request in requests(connection):
+        if type(request) is m.Hello:
+            connection.sendall(frame(WELCOME))
+        elif type(request) is m.Watch:
+            watch = id
+            connection.sendall(frame(m.SnapshotPart(1, {"x": 1}), id))
+        else:
+            asked += bool(watch)
+            connection.sendall(frame(m.Done(), id))
+            if asked == 3:
+                connection.sendall(frame(m.Event(2, "registered", "y", 2)))
+
+
+@pytest.mark.parametrize(
+    ("behave", "held"),
+    [(silent_after_a_snapshot, {"x": 2}), (lambda: quiet, {"x": 1, "y": 2})],
+    ids=["silent", "quiet"],
+)
+def test_a_watch_gives_up_a_connection_without_answers(
+    stranger: Callable[..., Stranger], behave: Callable[[], Any], held: dict[str, int]
+) -> None:
+    """A server that hangs in its end will never tell it that it has ended."""
+    with Client(stranger(behave()).address, timeout=0.5) as client, client.watch() as watch:
+        next(watch)
+        assert watch.held == {"x": 1}
+        next(watch)
+        assert watch.held == held
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+@pytest.mark.parametrize(
+    ("behave", "held"),
+    [(silent_after_a_snapshot, {"x": 2}), (lambda: quiet, {"x": 1, "y": 2})],
+    ids=["silent", "quiet"],
+)
+def test_an_asynchronous_watch_gives_it_up_too(
+    stranger: Callable[..., Stranger],
+    backend: str,
+    behave: Callable[[], Any],
+    held: dict[str, int],
+) -> None:
+    address = stranger(behave()).address
+
+    async def main() -> None:
+        async with fdshare.aio.connect(address, timeout=0.5) as client, client.watch() as watch:
+            await anext(watch)
+            assert watch.held == {"x": 1}
+            await anext(watch)
+            assert watch.held == held
+
+    anyio.run(main, backend=backend)
 
 
 GARBAGE = {

@@ -16,6 +16,7 @@ import copy
 import socket
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Final
 
 import anyio
@@ -74,10 +75,15 @@ class Pipeline:
     async def exchange(self, exchange: Exchange) -> WholeAnswer:
         """The whole answer. Raises: the refusal, ServerTimeout, ServerGone, NoServer."""
         delay = exchange.deadline(0.0, self._timeout)
+        began = time.monotonic()
         with anyio.move_on_after(delay):
             if type(exchange.request) in _CHANGES:
                 await self._changes.acquire()  # released by `_end`
             return await self._answer(exchange)
+        if self._transport is not None and self._transport.heard_at < began:
+            # Nobody may ever answer on it, nor close it: a server that was killed can hang in its
+            # end. What others ask for, and the watches, are sent again on another one.
+            self._transport.hang_up()
         raise ServerTimeout(self._dialer.address, delay or 0.0)
 
     async def _answer(self, exchange: Exchange) -> WholeAnswer:
@@ -252,6 +258,8 @@ class Pipeline:
         transport.queue(self._conversation.hello())
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(transport.write)
+            if self._timeout is not None:
+                tasks.start_soon(self._look_after, transport, self._timeout)
             try:
                 if self._authkey is not None:
                     with anyio.fail_after(self._timeout):
@@ -275,6 +283,16 @@ class Pipeline:
         while (answers := await transport.read(self._conversation)) is not None:
             self._dispatch(answers)
         return "it closed the connection"
+
+    async def _look_after(self, transport: Transport, timeout: float) -> None:
+        """Asks a server that has said nothing to a watch for long whether it is there: see
+        `exchange`. Until cancelled."""
+        while True:
+            await anyio.sleep(timeout)
+            watched = any(isinstance(pending, Subscription) for pending in self._pending.values())
+            if watched and transport.heard_at < time.monotonic() - timeout:
+                with suppress(FdshareError):
+                    await self.exchange(Exchange(m.Ping()))
 
     async def _authenticate(self, transport: Transport) -> None:
         transport.flush()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import socket
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Final
@@ -42,6 +43,7 @@ class Transport:
         """*sock* stays the caller's. *refused* is called with what cannot be sent, and why."""
         sock.setblocking(False)
         self.sock = sock
+        self.heard_at = 0.0  # when something came last
         self._refused = refused
         self._output: deque[_Piece] = deque()
         self._blocked = anyio.Event()
@@ -89,7 +91,14 @@ class Transport:
         # What the server sent before can still be read; the reader finds the end of it.
         self._output.clear()
         if not gone:
+            self.hang_up()
+
+    def hang_up(self) -> None:
+        """Ends the connection; `read` tells."""
+        try:
             self.sock.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass  # it has ended already
 
     async def write(self) -> None:
         """Sends what the socket did not take at once; until cancelled."""
@@ -111,4 +120,5 @@ class Transport:
             return []
         if not count:
             return None
+        self.heard_at = time.monotonic()
         return conversation.feed(self._view[:count], descriptors, lost)

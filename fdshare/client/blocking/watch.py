@@ -36,6 +36,8 @@ class Watcher:
         self._connection = BlockingConnection(client._dialer, client._authkey)
         self._request = Exchange(m.Watch(pattern))
         self._asked = 0  # which connection has our request
+        self._heard_at = 0.0  # when something came last
+        self._doubted = False  # nothing has for long, and the server was asked whether it is there
         self._closed = False
 
     @property
@@ -62,9 +64,10 @@ class Watcher:
     def _receive(self, end: float | None) -> None:
         """Feeds what comes next, at most until *end*."""
         deadline, patience = end, self._client.timeout
-        if not self._state.live and patience is not None:
-            answer_due = time.monotonic() + patience
-            deadline = answer_due if end is None else min(end, answer_due)
+        if patience is not None:
+            begun = self._heard_at if self._state.live else time.monotonic()
+            due = begun + patience
+            deadline = due if end is None else min(end, due)
         try:
             answers = self._connection.persist(
                 lambda: self._ask(deadline), deadline, self._client.reconnect
@@ -72,10 +75,27 @@ class Watcher:
         except ServerTimeout:
             if end is not None and time.monotonic() >= end:
                 raise WatchTimeout(self.pattern, self.timeout or 0.0) from None
-            self._connection.close()
-            raise
+            if not self._state.live:
+                self._connection.close()
+                raise
+            self._look_after()
+            return
+        self._heard_at, self._doubted = time.monotonic(), False
         for answer in answers:
             self._feed(answer)
+
+    def _look_after(self) -> None:
+        """Asks a server that has said nothing for long whether it is there. One that was killed can
+        hang in its end, and never close the connection."""
+        doubted, self._doubted = self._doubted, not self._doubted
+        if doubted:
+            self._connection.close()
+            return
+        try:
+            self._connection.send(Exchange(m.Ping()), time.monotonic())
+            self._heard_at = time.monotonic()
+        except (ConnectionLost, ServerTimeout):
+            pass  # it is closed now
 
     def _ask(self, deadline: float | None) -> list[Answer]:
         if self._asked != self._connection.opened:
