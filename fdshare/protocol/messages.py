@@ -462,7 +462,8 @@ class StoreStats(msgspec.Struct, frozen=True):
 
 
 class ServerStats(msgspec.Struct, frozen=True):
-    """The state of the server. *redundant*: both halves hold everything, either may die now."""
+    """The state of the server. *redundant*: both halves hold everything, either may die now.
+    *dying*: processes of it that were killed, and hang in their end."""
 
     server_pid: int
     keeper_pid: int | None
@@ -480,6 +481,7 @@ class ServerStats(msgspec.Struct, frozen=True):
     notes: dict[str, str] = {}  # for the operator: why the last upgrade failed ...
     store: StoreStats | None = None
     log_dropped: int = 0  # lines of the log that are lost: it was not read in time
+    dying: int = 0
 
 
 class StatsReply(Reply):

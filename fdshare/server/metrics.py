@@ -19,6 +19,7 @@ _GAUGES: Final = {
     "descriptors": ("descriptors", "Descriptors held."),
     "leases": ("leases", "Takes that are not confirmed yet."),
     "connections": ("connections", "Clients connected."),
+    "dying": ("dying_processes", "Processes of the server that hang in their end."),
     "in_flight": ("in_flight_descriptors", "Descriptors sent and not yet received."),
     "generation": ("generation", "The last generation that was given."),
 }

@@ -269,8 +269,10 @@ def test_a_half_that_hangs_in_its_end(root: Client, hanging: HangingFileSystem, 
         halves.redundant()
         check(client)
         assert half in client.stats().notes[f"pid {victim}"]
+        assert client.stats().dying == 1
         hanging.close()
-        wait_until(lambda: f"pid {victim}" not in client.stats().notes, "its end")
+        wait_until(lambda: not client.stats().dying, "its end")
+        assert f"pid {victim}" not in client.stats().notes
         assert client.names() == ["a/1", "root's"]
 
 

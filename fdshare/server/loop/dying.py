@@ -96,6 +96,9 @@ class Dying:
         self._known[pid], self._pidfds[pid] = what, process
         self._poller.register(process.fileno(), READ, over)
 
+    def __len__(self) -> int:
+        return len(self._known)
+
     def notes(self) -> dict[str, str]:
         """For `stats`."""
         return {

@@ -298,6 +298,7 @@ class Server:
             limits=msgspec.structs.asdict(limits),
             notes={**self.notes, **_log_notes(), **self.dying.notes(), **self._hanging()},
             store=self._journal.store_stats() if self._journal else None,
+            dying=len(self.dying),
             log_dropped=logs.dropped() + (self._journal.log_dropped() if self._journal else 0),
         )
 
