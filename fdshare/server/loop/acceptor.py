@@ -87,11 +87,6 @@ class Acceptor:
 
     # Accepting.
 
-    def again(self, now: float) -> None:
-        """Accepts a few more, in a turn that is long."""
-        if self.paused_until is None:
-            self._on_connect(READ, now)
-
     def _on_connect(self, events: int, now: float) -> None:
         for number in range(_BATCH):
             try:

@@ -56,6 +56,7 @@ class Connection:
         "received",
         "receiver",
         "reserved",
+        "served",
         "session",
         "slow_since",
         "sock",
@@ -89,6 +90,7 @@ class Connection:
         self.overflowed = False  # events were not sent
         self.stale: list[int] = []  # watches that need a fresh snapshot after that
         self.inspecting = 0  # its `info` requests that worker threads answer now
+        self.served = now  # when it was last ready, and looked at
         self.closed = False
         self.interest = 0
         self.slow_since: float | None = now  # it owes the Hello

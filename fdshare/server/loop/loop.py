@@ -1,8 +1,8 @@
 """Loop: the event loop, in one thread. It reads, serves and writes, and never blocks.
 
-A turn waits once, handles each ready descriptor (a new connection, a request, room for output), and
-then does what is due. A slow client is closed after a while, an idle one only where the limit of
-connections is reached.
+A turn waits once, handles each ready descriptor (a new connection, a request, room for output), or
+as many as there is time for, and then does what is due. A slow client is closed after a while, an
+idle one only where the limit of connections is reached.
 """
 
 from __future__ import annotations
@@ -27,15 +27,17 @@ from fdshare.server.core.service import Service
 from fdshare.server.loop.acceptor import Acceptor
 from fdshare.server.loop.closing import Closer, Handle, close_quietly
 from fdshare.server.loop.connection import Connection
+from fdshare.server.loop.fair_order import fair_order
 from fdshare.server.loop.input import Input
 from fdshare.server.loop.output import SLICE
-from fdshare.server.loop.poller import READ
+from fdshare.server.loop.poller import FEW, READ
 
 __all__ = ["Loop"]
 
 log = logging.getLogger("fdshare.server")
 
 _BUFFER: Final = 1 << 16  # bytes that one read takes at most, so that others get their turn, too
+_MANY: Final = 1024  # events that are looked at, where they are too many for one turn
 _RETRY: Final = 0.005  # seconds until a throttled connection is tried again
 
 
@@ -60,6 +62,7 @@ class Loop(Input):
         self._post_lock = threading.Lock()
         self._tick_again = 0.0  # no tick before: the keeper could not take what was due
         self._retry_at = 0.0  # when throttled and stalled connections are tried again; 0: not set
+        self._crowded = False  # one turn was not enough for all that was ready
         self._stopping = False
         self._interrupted = False
         self._wake, self._waker = socket.socketpair()
@@ -94,19 +97,24 @@ class Loop(Input):
         """Waits once, handles what is ready, and does what is due."""
         due = self._next_due()
         timeout = None if due is None else max(due - time.monotonic(), 0.0)
-        ready = self.poller.wait(timeout)
-        accepted = now = time.monotonic()
+        crowded = self._crowded
+        ready = self.poller.wait(timeout, _MANY if crowded else FEW)
+        self._crowded = len(ready) >= FEW
+        if crowded:
+            ready = fair_order(ready)
+        now = time.monotonic()
         for key, events in ready:
             if type(key) is Connection:
+                key.served = key.session.user.served = now
                 if events == READ and not key.closed:
                     self._read(key, now)
                 else:
                     self._on_connection(key, events, now)
             else:
                 key(events, now)  # type: ignore[operator]
-            if (later := time.monotonic()) - accepted > SLICE:
-                accepted = later
-                self.acceptor.again(later)
+            if time.monotonic() - now > SLICE:
+                self._crowded = True  # what is left is reported again
+                break
         if due is not None and due <= now:
             self._do_due(now)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import select
 from typing import Any, Final
 
-__all__ = ["ERROR", "HANGUP", "READ", "WRITE", "Poller"]
+__all__ = ["ERROR", "FEW", "HANGUP", "READ", "WRITE", "Poller"]
 
 READ: Final = select.POLLIN
 WRITE: Final = select.POLLOUT
@@ -22,7 +22,7 @@ ERROR: Final = select.POLLERR
 _LONGEST: Final = 86400.0
 # Events of one wait. Their memory is allocated each time: for more than 42 by malloc(3) and not by
 # Python, which takes half a microsecond of every request. The others are reported first next time.
-_MOST: Final = 32
+FEW: Final = 32
 
 
 class Poller:
@@ -46,14 +46,14 @@ class Poller:
         if self._keys.pop(fd, None) is not None:
             self._poll.unregister(fd)
 
-    def wait(self, timeout: float | None) -> list[tuple[object, int]]:
-        """(key, events) of each that is ready within *timeout* seconds; None: without limit. The
-        list may be empty earlier: no wait is longer than a day."""
+    def wait(self, timeout: float | None, most: int = FEW) -> list[tuple[object, int]]:
+        """(key, events) of each that is ready within *timeout* seconds, but at most so many; None:
+        without limit. The list may be empty earlier: no wait is longer than a day."""
         if timeout is not None:
             timeout = min(timeout, _LONGEST)
         if self._epoll is not None:
             # epoll counts in milliseconds and Python rounds up: never early, never a busy loop.
-            ready = self._epoll.poll(-1 if timeout is None else timeout, _MOST)
+            ready = self._epoll.poll(-1 if timeout is None else timeout, most)
         else:
             ready = self._poll.poll(None if timeout is None else int(timeout * 1000) + 1)
         keys = self._keys

@@ -6,8 +6,6 @@ import os
 import random
 import socket
 from collections.abc import Callable
-from contextlib import ExitStack
-from pathlib import Path
 from typing import Any, get_args
 
 import msgspec
@@ -15,14 +13,9 @@ import pytest
 from barepeer import Peer
 
 from fdshare.client.blocking.client import Client
-from fdshare.kernel.endpoint import connect, listen
 from fdshare.manager import Manager
 from fdshare.protocol import messages as m
 from fdshare.protocol.framing import HEADER, MAX_FRAME, header
-from fdshare.server.loop import loop
-from fdshare.server.loop.poller import READ
-from fdshare.server.loop.server import Server
-from fdshare.server.settings import Settings
 
 KIND = m.Kind("descriptor", msgspec.Raw(b"\xc0"))
 
@@ -312,24 +305,3 @@ def test_a_taker_that_is_gone_gives_back(
             other.send(m.Take("x"))
         until(lambda: client.names() == ["x"], "the entry to be back")
     client.take("x").close()
-
-
-def test_a_long_turn_accepts_again_and_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who connects does not wait for all that others have asked for."""
-    monkeypatch.setattr(loop, "SLICE", 0.0)  # so that each call makes the turn a long one
-    settings = Settings(path=str(folder / "s"), keeper=False)
-    ready = [os.eventfd(1) for _ in range(3)]
-    with listen(settings.path) as listener, ExitStack() as clients:
-        server = Server(listener.socket, settings)
-        for fd in ready:
-            server.loop.poller.register(fd, READ, lambda events, now: None)
-        for _ in range(40):
-            clients.enter_context(connect(settings.path))
-        server.loop.turn()
-        accepted = len(server.loop.connections)
-        server.stop()
-        assert not server.run()
-        server.shut_down()
-    assert accepted == 40
-    for fd in ready:
-        os.close(fd)
