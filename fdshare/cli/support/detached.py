@@ -151,10 +151,12 @@ class Detached:
         self.end(f"the program was not ready within {timeout:g} s{why}")
 
     def go_on(self, interruptions: Interruptions) -> None:
-        """Raises: NotReady: a signal came, and the program has ended."""
+        """Raises: NotReady: a signal came, or the program has ended; it has in both cases."""
         number = interruptions.received()
         if number is not None:
             self.end(f"{number.name} came: the program was not ready yet", 128 + number)
+        if self.has_ended():
+            self._has_ended()
 
     def settle(
         self, seconds: float, interruptions: Interruptions, look: Callable[[], None]
@@ -187,8 +189,11 @@ class Detached:
     def _has_ended(self) -> NoReturn:
         _, status = os.waitpid(self.pid, 0)
         code = os.waitstatus_to_exitcode(status)
+        end_group(self.program, self.pid, GRACE, own=False)  # what a wrapper has left
         shell_code = code if code in (CANNOT_EXECUTE, NOT_FOUND) else 1
         reason = f"the program ended with status {code} before it was ready"
+        if code == 0:
+            reason += "; if it goes to the background by itself, have it stay in the foreground"
         raise NotReady(reason, shell_code, self.output)
 
     def close(self) -> None:

@@ -147,6 +147,14 @@ def test_a_broken_release_is_ended(served: Site) -> None:
     assert len(served.running()) == 1
 
 
+def test_a_release_that_is_ready_and_ends(served: Site) -> None:
+    code = "import fdshare; fdshare.notify('READY=1')"
+    words = ["--settle", "30", "web", "--", sys.executable, "-c", code]
+    report = served.deploy(*words, status=1)
+    assert "the old version goes on" in report["error"]
+    assert served.ask() == "version 1"
+
+
 def test_a_release_that_never_gets_ready_is_ended(served: Site) -> None:
     report = served.deploy("--ready-timeout", "0.5", "web", "--", *NEVER, status=1)
     assert "was not ready within 0.5 s, and is ended" in report["error"]
