@@ -168,6 +168,9 @@ class StockMethodProcess(StockProcess):
 
 @_description
 class StockPopen(_Popen):
+    method: ClassVar[str]
+    pid: int
+
     def _launch(self, process_obj: StockProcess) -> None: ...
 
 

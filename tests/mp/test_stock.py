@@ -154,6 +154,7 @@ def objects(package: str) -> Iterator[tuple[type, Any]]:
     yield stock.StockForkingPickler, pickler
     with ctx.Pool(1) as pool:
         yield stock.StockPool, pool
+        yield stock.StockPopen, pool._pool[0]._popen
         result = pool.apply_async(len, ("",))
         result.wait()  # until then it has no value
         yield stock.StockApplyResult, result

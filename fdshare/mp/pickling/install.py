@@ -153,18 +153,18 @@ def _make_dumps(pickler: type[StockForkingPickler]) -> object:
     stock_dumps = vars(pickler)["dumps"].__func__
     patched = cast("type[_PatchedPickler]", pickler)
 
-    def dumps(cls: type, /, obj: Any, *args: object, **kwargs: object) -> bytes | memoryview:
+    def dumps(cls: type, /, obj: Any, *args: object, **kwargs: object) -> memoryview:
         """*obj* pickled. A single descriptor, and what has no parts, is pickled in less time."""
         if cls is pickler and not args and not kwargs:
             of = type(obj)
             if of in _WITHOUT_PARTS:
-                return pickle.dumps(obj)
+                return memoryview(pickle.dumps(obj))
             if (
                 of in _SINGLE
                 and reducer_of_program(patched, of) is None
                 and (message := dumps_single(obj)) is not None
             ):
-                return message
+                return memoryview(message)
         pickled: memoryview = stock_dumps(cls, obj, *args, **kwargs)
         return pickled
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Final, Protocol, TypeAlias
 
 from fdshare.kinds import base_with_kind
 
-__all__ = ["HasReducers", "Reducers", "pickles_itself", "reducer_of_program"]
+__all__ = ["HasReducers", "Reducers", "differs", "pickles_itself", "reducer_of_program"]
 
 Reducer: TypeAlias = Callable[[Any], tuple[Any, ...] | str]
 Reducers: TypeAlias = dict[type, Reducer]
@@ -62,6 +62,9 @@ def _left_to_pickler(_: object) -> Any:
 def pickles_itself(cls: type) -> bool:
     """True if *cls* has methods for pickling that are not those of its base class with a kind."""
     base = base_with_kind(cls)
-    return base is not None and any(
-        getattr(cls, name) is not getattr(base, name) for name in _METHODS
-    )
+    return base is not None and differs(cls, base)
+
+
+def differs(cls: type, base: type) -> bool:
+    """True if *cls* has methods for pickling that are not those of its *base*."""
+    return any(getattr(cls, name) is not getattr(base, name) for name in _METHODS)

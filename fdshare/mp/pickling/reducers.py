@@ -14,6 +14,7 @@ from __future__ import annotations
 import copyreg
 import io
 import pickle
+import selectors
 from types import BuiltinFunctionType, FunctionType, TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol, TypeAlias
 
@@ -24,6 +25,7 @@ from fdshare.mp.pickling.exceptions import Links, reduce_exception, reduce_links
 from fdshare.mp.pickling.program_reducers import (
     HasReducers,
     Reducers,
+    differs,
     pickles_itself,
     reducer_of_program,
 )
@@ -259,6 +261,9 @@ def _reduce_with_fileno(transit: Transit, pickler: HasReducers, obj: Any, cls: t
         return _reduce_with_kind(transit, pickler, obj, cls)
     if cls in copyreg.dispatch_table or cls in getattr(pickler, "dispatch", ()):
         return NotImplemented
+    if issubclass(cls, selectors.BaseSelector) and not differs(cls, selectors.BaseSelector):
+        # As without us. What it waits with would arrive as a descriptor, its files as others.
+        raise TypeError(f"cannot pickle {cls.__qualname__!r} object")
     # A class of a program that has a fileno() method is pickled as the program wants. What cannot
     # be pickled at all (select.epoll) is carried as what it is: a descriptor.
     try:

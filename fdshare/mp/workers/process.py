@@ -8,6 +8,8 @@ nothing is sent.
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
 import sys
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -45,9 +47,20 @@ class PopenMixin(StockPopen):
                     super()._launch(stand_in)  # type: ignore[arg-type]
                 except BaseException:
                     message.close()
+                    self._reap()
                     raise
             if not sent:
-                message.push_patiently(near)
+                try:
+                    message.push_patiently(near)
+                except BaseException:  # such as EPIPE: the child has died
+                    self._reap()
+                    raise
+
+    def _reap(self) -> None:
+        """Ends a child that was started and will not get its Process: nobody else waits for it."""
+        if self.method == "spawn" and hasattr(self, "pid"):  # a fork server waits for its own
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
 
     def _pack(self, process: StockProcess) -> Outgoing:
         # Locks, queues and shared memory can be pickled only while this is set.

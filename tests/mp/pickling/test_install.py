@@ -140,6 +140,17 @@ def test_numbers_and_functions_pickle_the_same(armed: None) -> None:
     assert dumps(message) == armed_pickle
 
 
+def test_what_dumps_returns_is_of_the_standard_type(armed: None, pair: Pair) -> None:
+    for obj in (5, "text", None, [1], pair[0], [pair[0]]):
+        pickled = ForkingPickler.dumps(obj)
+        assert type(pickled) is memoryview
+        arrived = pickle.loads(pickled)
+        if obj is pair[0]:
+            arrived.close()
+        elif isinstance(arrived, list) and arrived != [1]:
+            arrived[0].close()
+
+
 def test_loaded_after_uninstall(pair: Pair) -> None:
     near, far = pair
     fdshare.install()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import select
+import selectors
 import socket
 import ssl
 import tempfile
@@ -77,6 +78,23 @@ def test_a_bare_object_many_times(family: Family) -> None:
 def test_what_cannot_be_pickled_at_all_but_has_a_descriptor(family: Family) -> None:
     with select.epoll() as poller, through(family, [poller])[0] as arrived:
         assert type(arrived) is Descriptor
+
+
+class Rebuilt(selectors.DefaultSelector):  # type: ignore[misc, valid-type]
+    """Arrives empty."""
+
+    def __reduce__(self) -> Any:
+        return Rebuilt, ()
+
+
+def test_a_selector_is_refused_as_without_us(family: Family) -> None:
+    with (
+        selectors.DefaultSelector() as selector,
+        pytest.raises(TypeError, match="cannot pickle 'EpollSelector' object"),
+    ):
+        dumps(family, [selector])
+    with Rebuilt() as sent, through(family, [sent])[0] as arrived:
+        assert type(arrived) is Rebuilt
 
 
 class WithFileno:

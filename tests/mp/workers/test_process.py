@@ -5,6 +5,9 @@ from __future__ import annotations
 import gc
 import os
 import socket
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -45,6 +48,26 @@ def test_what_cannot_be_pickled_is_raised_by_start(package: str, method: str) ->
         with pytest.raises(AttributeError, match="not to be pickled"):
             process.start()
         assert open_now() == before
+
+
+def test_a_child_that_ends_before_it_has_its_arguments(package: str, tmp_path: Path) -> None:
+    program = tmp_path / "ends.py"
+    program.write_text(
+        "import os, sys\n"
+        "if __name__ != '__main__': os._exit(5)\n"
+        "import fdshare\n"
+        f"process = fdshare.get_context('spawn', backend={package!r}).Process(\n"
+        "    target=print, args=(b'x' * (1 << 22),))\n"
+        "try: process.start()\n"
+        "except OSError: print('raised')\n"
+        "own = f'/proc/self/task/{os.getpid()}/children'\n"
+        "for pid in open(own).read().split():\n"
+        "    print(open(f'/proc/{pid}/cmdline').read() and 'alive' or 'zombie')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(program)], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.split() == ["raised", "alive"]  # the resource tracker
 
 
 class Subclass(get_context("spawn").Process):  # type: ignore[misc]
