@@ -112,8 +112,9 @@ def test_it_tells_of_a_program_that_ended(fdshare: Shell) -> None:
 def test_what_a_wrapper_leaves_is_ended(fdshare: Shell, folder: Path) -> None:
     """It would be on the listener, and nobody would know of it."""
     script = f"sleep 600 & echo $! >{folder}/pid; exit 0"
-    line = fdshare.fails(*WORDS, "--", "sh", "-c", script)
-    assert "have it stay in the foreground" in line
+    done = fdshare.run(*WORDS, "--", "sh", "-c", script)
+    assert done.returncode == 1
+    assert "have it stay in the foreground" in done.stderr
     assert not is_running(int((folder / "pid").read_text()))
 
 
