@@ -25,7 +25,8 @@ import os, sys, fdshare
 evil, address, name, folder = sys.argv[1:5]
 with open("/proc/self/comm", "w") as file:
     file.write(evil[:15])
-with fdshare.connect(address) as client, open(os.path.join(folder, evil), "w") as file:
+path = os.path.join(folder, evil + chr(0xdcff))
+with fdshare.connect(address) as client, open(path, "w") as file:
     client.register(name, file, metadata={evil: evil})
 """
 
@@ -71,6 +72,7 @@ COMMANDS = [
     ["run", "odd=tcp://127.0.0.1:1", "--", "true"],
     ["run", "--", EVIL],
     ["wait", EVIL],
+    ["info", "\udcff"],
     [EVIL],
 ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import shlex
 import shutil
 import subprocess
@@ -10,11 +11,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from commandline import Shell
+from rich.console import Console
 
-from fdshare.cli.commands.top import View
-from fdshare.protocol.messages import EntryInfo, Registrant, ServerStats
+from fdshare.cli.commands.top import View, _event_line
+from fdshare.protocol import messages as m
+from fdshare.protocol.messages import DescriptorInfo, EntryInfo, Registrant, ServerStats
 
 
 class Terminal:
@@ -206,3 +210,20 @@ def test_an_event_may_come_while_it_draws() -> None:
     view.events.append(Line("one"))
     view.events.append("two")
     view.draw(80, 24)
+
+
+def test_what_others_chose_is_drawn_as_text() -> None:
+    """No terminal obeys it, and it is no markup."""
+    evil = "[red]\x1b]0;owned\x07\x1b[31m\nforged\x85\u202e"
+    view = View()
+    hostile = msgspec.structs.replace(entry(evil), kind=evil, metadata={evil: evil})
+    descriptor = DescriptorInfo("file", path=evil, health=evil)
+    view.sample([msgspec.structs.replace(hostile, descriptors=[descriptor])], STATS, 0.0)
+    for event in (m.Event(1, "registered", evil, 1), m.Event(2, "registered", evil, 2, old=evil)):
+        view.events.append(_event_line(event))
+    screen = io.StringIO()
+    Console(file=screen, width=300).print(view.draw(300, 24))
+    lines = screen.getvalue().split("\n")
+    assert len([line for line in lines if "forged" in line]) == 3
+    assert all(line.isprintable() for line in lines)
+    assert not any(line.startswith("forged") for line in lines)
