@@ -22,6 +22,7 @@ from fdshare.protocol.messages import Kind, Registrant, StoreStats
 from fdshare.server.core.image import image_of
 from fdshare.server.core.records import Drop, Grant, Move, Put, Record
 from fdshare.server.core.table import Table
+from fdshare.server.failover import fd_store
 from fdshare.server.failover.fd_store import FdStore
 from fdshare.server.failover.labels import TABLE
 from fdshare.server.loop.closing import Handle
@@ -351,6 +352,47 @@ def test_nothing_is_beyond_the_limit(
     assert later.stored("d")
     assert again(later).stats() == later.stats()
     assert contents(again(later).restore(passed(played))) == {"a": ["0"], "c": ["2"], "d": ["3"]}
+
+
+def test_nothing_is_beyond_what_can_come_back(
+    fdstore: FdStore, played: ServiceManager, files: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More labels than LISTEN_FDNAMES may have would be the end of every start."""
+    monkeypatch.setattr(fd_store, "BUDGET", 12)  # for two labels
+    for at, name in enumerate("abc"):
+        fdstore.record(put(name, at + 1), [files[at]])
+    assert [fdstore.stored(name) for name in "abc"] == [True, True, False]
+    table = Table()
+    for at, name in enumerate("abc"):
+        table.apply(put(name, at + 1), [Handle(files[at])])
+    later = again(fdstore)  # it knows how much is spent
+    later.reconcile(table)
+    later.record(put("d", 4), [files[3]])
+    assert [later.stored(name) for name in "abcd"] == [True, True, False, False]
+    later.record(drop("a", 1), [])
+    assert [later.stored(name) for name in "bcd"] == [True, True, False]
+    assert contents(again(later).restore(passed(played))) == {"b": ["1"], "c": ["2"]}
+
+
+def test_what_is_held_under_a_label_that_nobody_wrote_down_is_let_go_first(
+    fdstore: FdStore, played: ServiceManager, files: list[int]
+) -> None:
+    """Its server died between the two. A label with two descriptors would be none."""
+    fdstore.record(put("a", 1), [files[0]])
+    (label,) = labels(fdstore, "a")
+    store(f"{label[:-1]}1", [files[7]], timeout=20)  # the next one that is free
+    later = again(fdstore)
+    later.record(put("b", 2), [files[1]])
+    assert labels(later, "b") == [f"{label[:-1]}1"]
+    assert contents(again(later).restore(passed(played))) == {"a": ["0"], "b": ["1"]}
+
+
+def test_a_label_that_was_let_go_is_not_let_go_again(fdstore: FdStore, files: list[int]) -> None:
+    fdstore.record(put("a", 1), [files[0]])
+    fdstore.record(drop("a", 1), [])
+    told = fdstore.told
+    fdstore.record(put("b", 2), [files[1]])
+    assert fdstore.told == told + 1
 
 
 def test_a_replacement_at_the_limit_takes_the_place(
