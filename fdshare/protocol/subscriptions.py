@@ -18,18 +18,17 @@ S = TypeVar("S", bound=Hashable)
 
 
 class Subscriptions(Generic[S]):
-    """A multiset of (pattern, subscriber)."""
+    """A multiset of (pattern, subscriber), *count* in all."""
 
     def __init__(self) -> None:
+        self.count = 0
         self._plain: dict[str, dict[S, int]] = {}
         self._wild: dict[str, tuple[Callable[[str], object], dict[S, int]]] = {}
-
-    def __bool__(self) -> bool:
-        return bool(self._plain or self._wild)
 
     def add(self, pattern: str, subscriber: S) -> None:
         """Finds *subscriber* for names that match, until it is removed as often as it was added."""
         counts = self._counts(pattern)
+        self.count += 1
         counts[subscriber] = counts.get(subscriber, 0) + 1
 
     def remove(self, pattern: str, subscriber: S) -> None:
@@ -37,6 +36,7 @@ class Subscriptions(Generic[S]):
         wild = has_wildcards(pattern)
         counts = self._wild[pattern][1] if wild else self._plain[pattern]
         counts[subscriber] -= 1
+        self.count -= 1
         if not counts[subscriber]:
             del counts[subscriber]
         if not counts:

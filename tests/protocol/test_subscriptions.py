@@ -20,7 +20,7 @@ def test_the_subscribers_of_a_name_are_those_whose_pattern_matches(
     subscriptions: Subscriptions[int] = Subscriptions()
     for pattern, subscriber in added:
         subscriptions.add(pattern, subscriber)
-    assert bool(subscriptions) == bool(added)
+    assert subscriptions.count == len(added)
     while added:
         wanted = {s for pattern, s in added if any(map(matcher(pattern), names))}
         found = subscriptions.of(*names)
@@ -28,7 +28,7 @@ def test_the_subscribers_of_a_name_are_those_whose_pattern_matches(
         assert len(found) == len(wanted)
         assert sorted(subscriptions.subscribers()) == sorted({s for _, s in added})
         subscriptions.remove(*added.pop())
-    assert not subscriptions
+    assert subscriptions.count == 0
     assert subscriptions.of(*names) == []
 
 

@@ -143,11 +143,6 @@ class Table:
         """What counts against *uid*."""
         return self._usage.get(uid) or Usage()
 
-    def answer(self, session: str, id: int) -> bytes | None:
-        """The body that answered this request before, if it was carried out."""
-        answers = self.answers.get(session)
-        return None if answers is None else answers.get(id)
-
     def handles(self) -> Iterator[Handle]:
         """Every handle the table refers to."""
         for entry in self.entries.values():
@@ -259,7 +254,8 @@ class Table:
         self.entries[entry.name] = entry
         self.generation = max(self.generation, entry.generation)
         self._account(entry, +1)
-        self._schedule(entry)
+        if entry.expires is not None:
+            self._schedule(entry)
         applied.changed.append(entry)
 
     def _remove(self, entry: Entry, applied: Applied) -> None:
@@ -292,8 +288,7 @@ class Table:
             del self._usage[uid]
 
     def _schedule(self, entry: Entry) -> None:
-        if entry.expires is None:
-            return
+        assert entry.expires is not None
         heapq.heappush(self.deadlines, (entry.expires, entry.generation, entry.name))
         if len(self.deadlines) > 64 + 2 * len(self.entries):  # mostly stale: of replaced entries
             self.deadlines = [

@@ -119,11 +119,10 @@ class Transactions:
     def _settle_if_crowded(self, session: Session, count: int, now: float) -> None:
         """Settles all leases if there may be no room for *count* descriptors: what takers have
         confirmed makes room."""
-        if self.table.leases:
-            try:
-                self._check_quota(session, count, None)
-            except QuotaExceeded:
-                self._settle_all(now)
+        try:
+            self._check_quota(session, count, None)
+        except QuotaExceeded:
+            self._settle_all(now)
 
     def _settle(self, entry: Entry, *, revoke: bool = False) -> list[Change]:
         """What the taker of *entry* has decided, as changes; none if it is not leased, or has not
@@ -167,9 +166,11 @@ class Transactions:
         free."""
         limits, table, user = self.limits, self.table, session.user
         names = len(table.entries) - (former is not None)
-        self._quota("max_names", limits.max_names, names, 1)
+        if names + 1 > limits.max_names:
+            raise QuotaExceeded("max_names", limits.max_names, names)
         used = table.descriptors - (len(former.all_handles()) if former else 0)
-        self._quota("max_descriptors", limits.max_descriptors, used, count)
+        if used + count > limits.max_descriptors:
+            raise QuotaExceeded("max_descriptors", limits.max_descriptors, used)
         if user.trusted:
             return
         usage = table.usage(user.uid)

@@ -50,7 +50,7 @@ class Waiters(Transactions):
 
     def _happened(self, events: Sequence[m.Event], now: float) -> None:
         """Tells the watchers, and then those who wait for a name."""
-        if self._watchers:
+        if self._watchers.count:
             self._publish(events)
         for event in events:
             if event.event == "returned":

@@ -33,15 +33,21 @@ class Writes(Waiters):
             return False
         guarded = request.lifetime != "server"
         own = len(handles) - (request.lifetime == "connection")
-        self._check_count(own)
-        self._permit("register", request.name, session)
+        if own < 1:
+            raise InvalidArgument("descriptors", "an entry has at least one")
+        if own > MAX_ENTRY_DESCRIPTORS:
+            raise TooManyDescriptors(own, MAX_ENTRY_DESCRIPTORS)
+        if not session.trusted:
+            self._permit("register", request.name, session)
         count = len(handles) + (request.lifetime == "process")
-        self._settle_if_crowded(session, count, now)
+        if self.table.leases:
+            self._settle_if_crowded(session, count, now)
         former = self.table.entries.get(request.name)
         changes = self._settle(former) if former else []
         if changes and self._is_taken(changes):
             former = None
-        self._check_clash(request, former, session)
+        if former is not None or request.if_generation is not None:
+            self._check_clash(request, former, session)
         if request.lifetime == "connection":
             self.effects.check_lifeline(handles[-1])
         self._check_quota(session, count, former)
@@ -55,7 +61,7 @@ class Writes(Waiters):
             generation=generation,
             kind=request.kind,
             count=own,
-            registrant=self._registrant(session),
+            registrant=session.registrant or self._registrant(session),
             at=now,
             lifetime=request.lifetime,
             guarded=guarded,
@@ -74,15 +80,9 @@ class Writes(Waiters):
             raise
         self.counters["registered"] += 1
         session.holds = session.holds or request.lifetime != "server"
-        self.effects.audit("register", request.name, session, f"generation {generation}")
+        if self.effects.auditing:
+            self.effects.audit("register", request.name, session, f"generation {generation}")
         return True
-
-    @staticmethod
-    def _check_count(count: int) -> None:
-        if count < 1:
-            raise InvalidArgument("descriptors", "an entry has at least one")
-        if count > MAX_ENTRY_DESCRIPTORS:
-            raise TooManyDescriptors(count, MAX_ENTRY_DESCRIPTORS)
 
     def _check_clash(self, request: m.Register, former: Entry | None, session: Session) -> None:
         wanted = request.if_generation
@@ -98,7 +98,8 @@ class Writes(Waiters):
     def _answered_before(self, session: Session, id: int) -> bool:
         """True if the request is a repeat: then its client was sent its first answer again."""
         # A client without a session id repeats nothing, and must not get the answer of another.
-        known = self.table.answer(session.name, id) if session.name else None
+        answers = self.table.answers.get(session.name) if session.name else None
+        known = answers.get(id) if answers else None
         if known is None:
             return False
         self.effects.answer(session, id, known)
@@ -178,7 +179,8 @@ class Writes(Waiters):
         clash = self.table.entries.get(request.name)
         if clash is not None:  # it is leased
             raise NameTaken(request.name, clash.generation)
-        self._settle_if_crowded(session, 1, now)
+        if self.table.leases:
+            self._settle_if_crowded(session, 1, now)
         self._check_quota(session, 1, None)
         kind, handle = self.effects.bind(request.address, request.backlog, request.reuse_port)
         generation = self.table.generation + 1

@@ -128,20 +128,20 @@ class Closer:
     """
 
     def __init__(self, lanes: Lanes, notify: Callable[[], None], *, alone: bool) -> None:
-        self._lanes = lanes
+        self.lanes = lanes
         self._notify = notify
         self._at_once = frozenset((0, os.geteuid(), OURS)) if alone else frozenset((OURS,))
         # What is in the lanes: numbers, until just before they are closed, and their owner.
         self._handed_over: dict[int, tuple[deque[int], int]] = {}
-        # How many were put into the lane of a uid, and how many of them are closed. One thread
-        # writes each number: this one, and the one that serves the lane.
-        self._given: dict[int, int] = {}
+        # How many were put into the lane of a uid, and how many of them are closed; nothing where
+        # all are. One thread writes each number: this one, and the one that serves the lane.
+        self.given: dict[int, int] = {}
         self._closed_of: dict[int, int] = {}
         self._last = 0
         self._try_at = 0.0  # when to try to start a thread, where none could be
         self._pinned: dict[Handle, None] = {}  # to be closed, but still to be sent
         self._done: deque[tuple[_Batch, int]] = deque()  # so many of it are closed
-        self._waiting: dict[_Batch, None] = {}  # in the order of `until`
+        self.waiting: dict[_Batch, None] = {}  # in the order of `until`
 
     def close(
         self,
@@ -157,7 +157,7 @@ class Closer:
         if then is not None:
             batch = _Batch(then, time.monotonic() + _PATIENCE)
             batch.left = 1 + elsewhere
-            self._waiting[batch] = None
+            self.waiting[batch] = None
         others: dict[tuple[int, _Batch | None], list[int]] = {}
         for handle in handles:
             if batch is not None and handle.fd >= 0:
@@ -178,28 +178,28 @@ class Closer:
     def at_once(self, fd: int, uid: int) -> bool:
         """Whether *fd* of *uid* is closed by whoever asks for it, without a lane."""
         # Without threads what cannot block is better closed here than never.
-        mine = uid in self._at_once or not self._lanes.has_threads
+        mine = uid in self._at_once or not self.lanes.has_threads
         return mine and (uid == OURS or _cannot_block(fd))
 
     def hanging(self, uid: int) -> int:
         """How many descriptors of *uid* are not closed, because one of them hangs."""
-        return self.left(uid) if self._lanes.hangs(uid) else 0
+        return self.left(uid) if self.lanes.hangs(uid) else 0
 
     def all_hanging(self) -> int:
         """How many of all users."""
-        return sum(map(self.left, self._lanes.hanging()))
+        return sum(map(self.left, self.lanes.hanging()))
 
     def left(self, uid: int) -> int:
         """How many descriptors of *uid* are not closed yet."""
-        given = self._given.get(uid, 0)
+        given = self.given.get(uid, 0)
         left = given - self._closed_of.get(uid, 0)
         if given and not left:
-            del self._given[uid], self._closed_of[uid]
+            del self.given[uid], self._closed_of[uid]
         return left
 
     def all_left(self) -> int:
         """How many of all users."""
-        return sum(map(self.left, list(self._given))) if self._given else 0
+        return sum(map(self.left, list(self.given)))
 
     def unfinished(self) -> list[tuple[int, int]]:
         """(number, owner) of what is still to be closed: a forked child has copies of it, which it
@@ -216,20 +216,20 @@ class Closer:
     def collect(self, now: float) -> None:
         """Makes the calls that waited for closes which are done by now, or hang; sees whether there
         is room for a thread again, where none could be started."""
-        if self._lanes.starved and now >= self._try_at:
+        if self.lanes.starved and now >= self._try_at:
             self._try_at = now + _AGAIN
-            _ = self._lanes.has_threads
+            _ = self.lanes.has_threads
         while self._done:
             self._closed(*self._done.popleft())
-        while (first := next(iter(self._waiting), None)) is not None and first.until <= now:
-            del self._waiting[first]
+        while (first := next(iter(self.waiting), None)) is not None and first.until <= now:
+            del self.waiting[first]
             first.then()
 
     @property
     def due(self) -> float | None:
         """When to `collect` at the latest."""
-        first = next(iter(self._waiting), None)
-        if self._lanes.starved:
+        first = next(iter(self.waiting), None)
+        if self.lanes.starved:
             return self._try_at if first is None else min(self._try_at, first.until)
         return None if first is None else first.until
 
@@ -245,7 +245,7 @@ class Closer:
         uid = handle.uid
         if self.at_once(fd, uid):
             _close_number(fd)
-        elif batch is not None and not self._lanes.hangs(uid):
+        elif batch is not None and not self.lanes.hangs(uid):
             others.setdefault((uid, batch), []).append(fd)
             return
         else:
@@ -258,14 +258,14 @@ class Closer:
             part = deque(fds[at : at + _AT_A_TIME])
             self._last += 1
             self._handed_over[self._last] = part, uid
-            self._given[uid] = self._given.get(uid, 0) + len(part)
+            self.given[uid] = self.given.get(uid, 0) + len(part)
             self._closed_of.setdefault(uid, 0)
-            self._lanes.put(uid, partial(self._close, self._last, part, uid, batch))
+            self.lanes.put(uid, partial(self._close, self._last, part, uid, batch))
 
     def _closed(self, batch: _Batch, count: int = 1) -> None:
         batch.left -= count
-        if not batch.left and batch in self._waiting:
-            del self._waiting[batch]
+        if not batch.left and batch in self.waiting:
+            del self.waiting[batch]
             batch.then()
 
     def _close(self, token: int, fds: deque[int], uid: int, batch: _Batch | None) -> None:

@@ -13,35 +13,32 @@ from fdshare.server.loop.connection import Connection
 __all__ = ["Idle"]
 
 
-class Idle:
-    """The connections of one user, in the order of their last requests."""
-
-    __slots__ = ("_engaged", "_order")
+class Idle(OrderedDict[Connection, None]):
+    """The connections of one user, in the order of their last requests, but for those that are put
+    aside; `move_to_end` is for one that is not, and has asked for something."""
 
     def __init__(self) -> None:
-        self._order: OrderedDict[Connection, None] = OrderedDict()
+        super().__init__()
         self._engaged: OrderedDict[Connection, None] = OrderedDict()
 
-    def touch(self, connection: Connection) -> None:
-        """It has asked for something, was answered, or has read: it is the last from now on."""
-        if connection.aside:
-            connection.aside = False
-            self._engaged.pop(connection, None)
-        self._order[connection] = None
-        self._order.move_to_end(connection)
+    def restore(self, connection: Connection) -> None:
+        """One that was put aside was answered, or has read: it is the last from now on."""
+        connection.aside = False
+        self._engaged.pop(connection, None)
+        self[connection] = None
 
     def forget(self, connection: Connection) -> None:
         """It is closed."""
-        self._order.pop(connection, None)
+        self.pop(connection, None)
         self._engaged.pop(connection, None)
 
     def longest(self) -> Connection | None:
         """The one that is idle for longest, and would not even notice its end."""
-        while self._order:
-            connection = next(iter(self._order))
+        while self:
+            connection = next(iter(self))
             if not _has_unread(connection) and not _is_engaged(connection):
                 return connection
-            del self._order[connection]
+            del self[connection]
             connection.aside = True
             if not _has_unread(connection):
                 self._engaged[connection] = None

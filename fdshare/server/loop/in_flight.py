@@ -26,7 +26,7 @@ _EVERY: Final = 1.0  # seconds after which a connection is asked again whether i
 
 class InFlight:
     """Counts, and says what may still be sent. *total* is never too small: who has read since he
-    was asked last is still counted."""
+    was asked last is still counted. *silent*: those that `deaf` is about to tell."""
 
     def __init__(self, limits: Limits) -> None:
         self.total = 0
@@ -34,7 +34,7 @@ class InFlight:
         # Who has something unread: next to be asked first.
         self._all: dict[Connection, None] = {}
         self._of: defaultdict[User, dict[Connection, None]] = defaultdict(dict)
-        self._deaf: list[Connection] = []
+        self.silent: list[Connection] = []
         self._look_again = 0.0
 
     def fits(self, connection: Connection, count: int) -> bool:
@@ -113,12 +113,9 @@ class InFlight:
 
     # Clients that do not read.
 
-    def next_look(self) -> float | None:
-        """When `deaf` has something to do."""
-        if self._deaf:
-            return 0.0
-        first = next(iter(self._all), None)
-        return None if first is None else first.look_at
+    def next_look(self) -> float:
+        """When `deaf` has something to do, where anything is in flight, or anybody `silent`."""
+        return 0.0 if self.silent else next(iter(self._all)).look_at
 
     def measure(self) -> int:
         """`total`, as the kernel says now where few have something unread; else as it said soon
@@ -133,7 +130,7 @@ class InFlight:
             if connection.look_at > now:
                 break
             self._look_at(connection, now)
-        found, self._deaf = self._deaf, []
+        found, self.silent = self.silent, []
         return found
 
     def _look_at(self, connection: Connection, now: float) -> None:
@@ -143,7 +140,7 @@ class InFlight:
         if connection.unread_size < before:  # it reads, however slowly
             connection.unread_since = now
         elif now - connection.unread_since >= self._limits.request_timeout:
-            self._deaf.append(connection)
+            self.silent.append(connection)
         connection.look_at = now + self._every()
         for flying in (self._all, self._of[connection.session.user]):
             del flying[connection]

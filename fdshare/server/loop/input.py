@@ -97,13 +97,18 @@ class Input(Output):
                 lost = descriptor_limit(lost.errno, "server")
         receiver = connection.receiver
         frames = receiver.feed(self._view[:count], handles, lost)
+        user = connection.session.user
         if frames:
-            self._end_slow(connection)  # a whole request has come: its time starts anew
-            self.idle[connection.session.user].touch(connection)
+            if connection.slow_since is not None:
+                self._end_slow(connection)  # a whole request has come: its time starts anew
+            if not connection.aside:
+                self.idle[user].move_to_end(connection)
             self._serve(connection, frames, now)
         if receiver.failure is not None and not connection.closed:
             self.expel(connection, receiver.failure)
-        if handles or connection.received:
+        if connection.received or connection.pending or not receiver.idle or receiver.failure:
+            self.intake.recount(connection)
+        if handles and not user.trusted:
             self._check_share(connection)
         if (
             connection.output
@@ -128,11 +133,8 @@ class Input(Output):
 
     def _check_share(self, connection: Connection) -> None:
         """Hears the connection no more if its user has too many descriptors that are unsettled."""
-        if connection.closed:
-            return
-        self.intake.recount(connection)
         refusal = self.intake.refusal(connection.session.user, connection)
-        if refusal is not None and not connection.draining:
+        if refusal is not None and not connection.closed and not connection.draining:
             self.expel(connection, refusal)
 
     def _check_buffers(self, connection: Connection) -> None:
@@ -152,7 +154,8 @@ class Input(Output):
         entry = self.service.fetch_again(connection.session, name)
         if entry is None:
             return False
-        self.idle[connection.session.user].touch(connection)
+        if not connection.aside:
+            self.idle[connection.session.user].move_to_end(connection)
         frame, fds, count = reply_frame(entry, data)
         if not self._sent_at_once(connection, frame, fds, count):
             connection.queue(frame, entry.handles)
@@ -163,9 +166,10 @@ class Input(Output):
         """Handles *frames* in order, and keeps those that have to wait."""
         for index, frame in enumerate(frames):
             late = index > 0 and time.monotonic() - now > SLICE
+            busy = late or ((connection.output or connection.inspecting) and self._busy(connection))
             if connection.closed or connection.draining:
                 self.closer.close(frame.descriptors)
-            elif late or self._busy(connection) or not self._handle(connection, frame, now):
+            elif busy or not self._handle(connection, frame, now):
                 if late:
                     self._postponed[connection] = None
                 connection.pending.extend(frames[index:])
@@ -209,7 +213,8 @@ class Input(Output):
                 kept = False
             else:
                 request = m.decode_request(frame.body)
-                if (full := self.buffers.refusal(connection.session.user)) is not None:
+                user = connection.session.user
+                if user.buffered and (full := self.buffers.refusal(user)) is not None:
                     raise full
                 kept = self.service.handle(connection.session, frame.id, request, handles, now)
         except JournalBusy as busy:

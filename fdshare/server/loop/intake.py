@@ -79,9 +79,12 @@ class Intake:
         connection is gone.
         """
         sock, user = connection.sock, connection.session.user
-        used = self._table.descriptors + connections + self.received + self._closer.all_left()
+        used = self._table.descriptors + connections + self.received
+        closing = 0
+        if self._closer.given:
+            used += self._closer.all_left()
+            closing = self._closer.left(user.uid)
         half = max((self._numbers - used) // 2, 1)
-        closing = self._closer.left(user.uid)
         most = half if user.trusted else min(half, self._more(user, closing))
         if most >= MAX_DESCRIPTORS:
             return receive_handles(sock, buffer, user.uid)

@@ -46,7 +46,7 @@ class Lanes:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._lanes: dict[int, _Lane] = {}
+        self.waiting: dict[int, _Lane] = {}
         self._ready: SimpleQueue[_Lane | None] = SimpleQueue()
         self._threads = 0
         self._idle = 0
@@ -57,9 +57,9 @@ class Lanes:
     def put(self, uid: int, call: Callable[[], None]) -> None:
         """Has *call* made, after those that were put for *uid* before; soon, unless one hangs."""
         with self._lock:
-            lane = self._lanes.get(uid)
+            lane = self.waiting.get(uid)
             if lane is None:
-                lane = self._lanes[uid] = _Lane(uid)
+                lane = self.waiting[uid] = _Lane(uid)
             lane.calls.append(call)
             lane.left += 1
             first = lane.left == 1
@@ -78,26 +78,26 @@ class Lanes:
     @property
     def starved(self) -> bool:
         """True if calls wait and no thread could be started; `has_threads` tries again."""
-        return not self._threads and bool(self._lanes) and not self._resting
+        return not self._threads and bool(self.waiting) and not self._resting
 
     def hangs(self, uid: int) -> bool:
         """True if a call of *uid* takes so long that its others had better not be waited for."""
-        lane = self._lanes.get(uid)
+        lane = self.waiting.get(uid)
         since = lane.since if lane is not None else None
         return since is not None and time.monotonic() - since > _STUCK
 
     def hanging(self) -> list[int]:
         """The uids for which `hangs` is true."""
-        return [uid for uid in list(self._lanes) if self.hangs(uid)]
+        return [uid for uid in list(self.waiting) if self.hangs(uid)]
 
     def stop(self, timeout: float) -> bool:
         """Waits up to *timeout* seconds for all that was put; True if all is done. The threads end,
         but for those that hang: they are daemons, and no reason for the process not to end."""
         deadline = time.monotonic() + timeout
-        while self._lanes and time.monotonic() < deadline:
+        while self.waiting and time.monotonic() < deadline:
             time.sleep(_PAUSE)
         self.rest()
-        return not self._lanes
+        return not self.waiting
 
     def rest(self) -> None:
         """Ends the threads, but for those that are at work. To be called before a fork: what the
@@ -161,6 +161,6 @@ class Lanes:
                 lane.since = None
                 lane.left -= 1
                 if not lane.left:
-                    del self._lanes[lane.uid]
+                    del self.waiting[lane.uid]
                     return
         self._ready.put(lane)

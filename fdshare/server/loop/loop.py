@@ -204,9 +204,11 @@ class Loop(Input):
             since = oldest.slow_since or 0.0
             slow = since + self.service.limits.request_timeout
             due = slow if due is None else min(due, slow)
-        if (look := self.in_flight.next_look()) is not None:
+        flying, closer = self.in_flight, self.closer
+        if flying.total or flying.silent:
+            look = flying.next_look()
             due = look if due is None else min(due, look)
-        if (closed := self.closer.due) is not None:
+        if (closer.waiting or closer.lanes.waiting) and (closed := closer.due) is not None:
             due = closed if due is None else min(due, closed)
         if self.acceptor.paused_until is not None:
             resume = self.acceptor.due

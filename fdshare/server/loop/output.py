@@ -74,7 +74,7 @@ class Output:
         user = connection.session.user
         user.connections += 1
         self.users[user.uid] = user
-        self.idle.setdefault(user, Idle()).touch(connection)
+        self.idle.setdefault(user, Idle())[connection] = None
         self._slow[connection] = None
 
     def drop(self, connection: Connection) -> None:
@@ -141,7 +141,7 @@ class Output:
         if connection is None:
             return
         if connection.aside:
-            self.idle[session.user].touch(connection)
+            self.idle[session.user].restore(connection)
         frame = header(len(body), len(handles), id) + body
         fds = rights([handle.fd for handle in handles]) if handles else ()
         if not connection.output and self._sent_at_once(connection, frame, fds, len(handles)):
@@ -222,7 +222,7 @@ class Output:
             self.drop(connection)
             return
         if connection.aside:
-            self.idle[connection.session.user].touch(connection)
+            self.idle[connection.session.user].restore(connection)
         if connection.overflowed:
             if self.buffers.refusal(connection.session.user) is not None:
                 log.warning("uid %d does not read its events", connection.session.user.uid)

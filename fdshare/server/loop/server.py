@@ -240,7 +240,8 @@ class Server:
 
     def watch(self, entry: Entry) -> None:
         assign_owners(entry)
-        self._hangups.watch(entry)
+        if entry.guard is not None or entry.lease is not None or entry.put.drop_on_hangup:
+            self._hangups.watch(entry)
 
     def close(
         self,

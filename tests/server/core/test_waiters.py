@@ -235,7 +235,7 @@ def test_a_client_that_is_found_gone_when_its_waits_are_ended(effects: MemoryEff
     assert [id for id, _, _ in gone.route.take()] == [1]
     assert not gone.waiting
     assert not gone.watches
-    assert not effects.service._watchers
+    assert not effects.service._watchers.count
 
 
 def test_a_waiter_that_the_audit_log_has_no_room_for(effects: MemoryEffects) -> None:

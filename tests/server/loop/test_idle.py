@@ -22,7 +22,7 @@ def crowd() -> Iterator[tuple[Idle, list[Connection]]]:
     for _ in range(4):
         session = Session(Subject(1501, 1501), 1, user)
         connections.append(Connection(socket.socket(socket.AF_UNIX), session, 0.0))
-        idle.touch(connections[-1])
+        idle[connections[-1]] = None
     yield idle, connections
     for connection in connections:
         connection.sock.close()
@@ -40,7 +40,7 @@ def test_the_last_request_decides(crowd: Crowd) -> None:
     idle, (a, b, c, d) = crowd
     assert idle.longest() is a
     assert idle.longest() is a  # looking changes nothing
-    idle.touch(a)
+    idle.move_to_end(a)
     assert idle.longest() is b
     for connection in (b, c, d):
         idle.forget(connection)
@@ -59,7 +59,7 @@ def test_who_waits_is_found_last(crowd: Crowd) -> None:
     assert idle.longest() is None
     assert idle.longest_engaged() is a
     b.session.watches.clear()
-    idle.touch(b)  # it was answered
+    idle.restore(b)  # it was answered
     assert idle.longest() is b
     idle.forget(a)
     idle.forget(b)
@@ -77,7 +77,7 @@ def test_who_has_something_unread_is_not_found(crowd: Crowd) -> None:
     idle.forget(d)
     assert idle.longest() is idle.longest_engaged() is None
     a.output.clear()
-    idle.touch(a)  # it has read
+    idle.restore(a)  # it has read
     assert idle.longest() is a
 
 
@@ -89,5 +89,5 @@ def test_each_is_put_aside_once(crowd: Crowd) -> None:
     assert idle.longest() is None
     assert [connection.aside for connection in connections] == [True] * 4
     assert idle.longest() is None
-    idle.touch(connections[2])
+    idle.restore(connections[2])
     assert [connection.aside for connection in connections] == [True, True, False, True]
