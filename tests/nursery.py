@@ -8,6 +8,7 @@ with its descriptors, environment, folder and parent. Its command line in /proc 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
 import fcntl
 import functools
@@ -204,6 +205,7 @@ def fork_for_parent() -> int:
 
 def become(asked: dict[str, Any], fds: list[int]) -> NoReturn:
     """This process is what was asked for, from here on."""
+    close_libffi()
     place(fds, asked["fds"])
     os.environ.clear()
     os.environ.update(asked["env"])
@@ -216,6 +218,15 @@ def become(asked: dict[str, Any], fds: list[int]) -> NoReturn:
     from fdshare.__main__ import main
 
     sys.exit(main())
+
+
+def close_libffi() -> None:
+    """Closes what ctypes, which this file imports and a server does not, has open: libffi 3.5 and
+    newer keep their own file open, to map trampolines of it."""
+    for number in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            if "libffi" in os.readlink(f"/proc/self/fd/{number}"):
+                os.close(int(number))
 
 
 def place(fds: list[int], numbers: list[int]) -> None:

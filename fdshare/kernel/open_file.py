@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import platform
+from collections.abc import Callable
+from functools import cache
 from typing import Final
 
 __all__ = ["Descriptions", "compare_open_files", "same_open_file"]
@@ -25,10 +26,18 @@ _KCMP_FILE: Final = 0  # <linux/kcmp.h>
 _EQUAL: Final = 0
 _LESS: Final = 1
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_syscall = _libc.syscall
-_syscall.restype = ctypes.c_long
-_syscall.argtypes = [ctypes.c_long] * 2 + [ctypes.c_ulong] * 4
+
+@cache
+def _syscall() -> tuple[Callable[..., int], Callable[[], int]]:
+    """syscall(2), and what returns the errno of its last call."""
+    # Not at import: a process that has imported ctypes has one descriptor more, libffi's own file
+    # (libffi 3.5 and newer).
+    import ctypes
+
+    call = ctypes.CDLL(None, use_errno=True).syscall
+    call.restype = ctypes.c_long
+    call.argtypes = [ctypes.c_long] * 2 + [ctypes.c_ulong] * 4
+    return call, ctypes.get_errno
 
 
 def compare_open_files(pid: int, fd: int, other_pid: int, other_fd: int) -> int | None:
@@ -41,10 +50,11 @@ def compare_open_files(pid: int, fd: int, other_pid: int, other_fd: int) -> int 
     """
     if _SYS_KCMP is None:
         return None
-    result: int = _syscall(_SYS_KCMP, pid, other_pid, _KCMP_FILE, fd, other_fd)
+    kcmp, last_errno = _syscall()
+    result = kcmp(_SYS_KCMP, pid, other_pid, _KCMP_FILE, fd, other_fd)
     if result >= 0:
         return result
-    code = ctypes.get_errno()
+    code = last_errno()
     if code in (errno.EBADF, errno.ESRCH):
         raise OSError(code, os.strerror(code))
     return None

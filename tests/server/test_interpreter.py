@@ -50,7 +50,7 @@ with fdshare.Manager() as manager:
     print(manager.ping() is None)
 fdshare.install()
 near, far = socket.socketpair()
-queue = multiprocessing.SimpleQueue()
+queue = multiprocessing.get_context("fork").SimpleQueue()  # others start the resource tracker
 queue.put(near)
 print(queue.get().fileno() >= 0)
 """

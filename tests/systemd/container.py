@@ -128,10 +128,12 @@ def used_folders() -> set[Path]:
 
 def _hidden() -> list[Path]:
     """Those of them that an overlay of / does not show."""
-    device = os.stat("/").st_dev
+    # A mount may be one of the device of / itself.
+    mounts = {line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()}
     found: list[Path] = []
     for path in sorted(used_folders()):
-        hidden = f"{path}/".startswith(_COVERED) or path.stat().st_dev != device
+        mounted = any(path.is_relative_to(mount) for mount in mounts - {"/"})
+        hidden = mounted or f"{path}/".startswith(_COVERED)
         if hidden and not any(path.is_relative_to(other) for other in found):
             found.append(path)
     return found
