@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from ending import terminated
+from lambdas import needs_lambdas
 
 PROGRAMS = Path(__file__).parents[2] / "examples"
 METHODS = ("fork", "spawn", "forkserver")
@@ -58,6 +59,7 @@ def test_prefork_server(method: str) -> None:
     assert sum(map(int, re.findall(r"answered (\d+) requests", rest))) == 10
 
 
+@needs_lambdas
 @pytest.mark.parametrize("method", METHODS)
 def test_dill_pool(method: str) -> None:
     *reads, last = run("dill_pool.py", "--method", method).splitlines()

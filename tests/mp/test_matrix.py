@@ -12,6 +12,7 @@ from contextlib import closing, contextmanager
 from typing import Any
 
 import pytest
+from lambdas import needs_lambdas
 
 from fdshare import Descriptor, ProcessPoolExecutor, get_context
 from mp import children
@@ -216,6 +217,7 @@ if __name__ == "__main__":
 """
 
 
+@needs_lambdas
 @pytest.mark.parametrize("method", METHODS)
 def test_lambdas_and_closures_that_contain_sockets_and_files(method: str, folder: Any) -> None:
     (folder / "program.py").write_text(DILL)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import socket
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from contextlib import ExitStack, contextmanager
 from typing import IO, Any, Final
 
 import fdshare
+from fdshare.mp.pickling.dill_code import check_code
 from fdshare.server.interpreter import fresh_interpreter
 
 __all__ = ["run"]
@@ -71,7 +73,12 @@ def _run_steps(transcript: _Transcript, stack: ExitStack) -> None:
     transcript.step(5, "Accepted connections and a deleted file, through a multiprocessing.Pool")
     _through_multiprocessing(transcript)
     transcript.step(6, "The same through a multiprocess.Pool, in a lambda")
-    _through_multiprocess(transcript)
+    try:
+        check_code(_through_multiprocess.__code__)
+    except pickle.PicklingError as error:
+        transcript.skipped(str(error))
+    else:
+        _through_multiprocess(transcript)
 
 
 # The listener and the programs that serve it
@@ -256,6 +263,9 @@ class _Transcript:
 
     def ok(self, text: str) -> None:
         self._show(f"   ok  {text}", "green")
+
+    def skipped(self, text: str) -> None:
+        self._show(f"   skipped  {text}", "yellow")
 
     def failed(self, text: str) -> None:
         self._show(f"   FAILED  {text}", "bold red")

@@ -15,12 +15,13 @@ import copyreg
 import io
 import pickle
 import selectors
-from types import BuiltinFunctionType, FunctionType, TracebackType
+from types import BuiltinFunctionType, CodeType, FunctionType, TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol, TypeAlias
 
 from fdshare.kinds import Kind, describe, describers, in_shared_memory, is_shareable, user_kinds
 from fdshare.mp.pickling.arrays import reduce_array
 from fdshare.mp.pickling.bundle import Bundle, Encoded, Inline, Transit, bare_pickle
+from fdshare.mp.pickling.dill_code import check_code
 from fdshare.mp.pickling.exceptions import Links, reduce_exception, reduce_links
 from fdshare.mp.pickling.program_reducers import (
     HasReducers,
@@ -226,10 +227,12 @@ def _bare_pickle(kind: Kind) -> tuple[Kind, bytes] | None:
 def reduce_with(transit: Transit, pickler: HasReducers, obj: Any, cls: type) -> Override:
     """The reduce value of *obj*, of type *cls*; NotImplemented: *pickler* pickles it as without us.
 
-    Raises: what `kinds.describe` raises.
+    Raises: what `kinds.describe` and `check_code` raise.
     """
     if cls in describers:
         return _reduce_with_kind(transit, pickler, obj, cls)
+    if cls is CodeType and CodeType in getattr(pickler, "dispatch", ()):  # dill's
+        check_code(obj)
     if hasattr(cls, "fileno"):
         return _reduce_with_fileno(transit, pickler, obj, cls)
     if hasattr(cls, "__array_interface__") and in_shared_memory(obj):

@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lambdas import needs_lambdas
 from users import needs_root
 
 import fdshare
 from fdshare.errors import ClosedDescriptor, InvalidArgument, NoServer
+from mp.common import trackers  # noqa: F401
 
 ForkingPickler = multiprocessing.reduction.ForkingPickler
 Pair = tuple[socket.socket, socket.socket]
@@ -37,7 +39,9 @@ def dumps(obj: Any) -> bytes:
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
-@pytest.mark.parametrize("package", ["multiprocessing", "multiprocess"])
+@pytest.mark.parametrize(
+    "package", ["multiprocessing", pytest.param("multiprocess", marks=needs_lambdas)]
+)
 def test_every_channel(package: str, method: str) -> None:
     program = Path(__file__).with_name("stock_channels.py")
     done = subprocess.run(
