@@ -8,6 +8,7 @@ kind, and the receiver checks the kind against the descriptor.
 shared                                       rebuilt as
 ===========================================  ==========================================
 socket.socket and subclasses                 socket.socket, with its timeout
+what gevent and eventlet have in its place   socket.socket, as it is where that arrives
 what asyncio, trio and uvloop put around it  socket.socket, non-blocking
 FileIO, Buffered*, TextIOWrapper             the same class, at the same position
 BufferedRWPair                               refused: Python does not say what it is made of
@@ -266,6 +267,9 @@ _BY_NAME: Final[dict[tuple[str, str], Describer]] = {
     ("asyncio.trsock", "TransportSocket"): describe_wrapped,
     ("trio._socket", "_SocketType"): describe_wrapped,
     ("uvloop.loop", "PseudoSocket"): describe_wrapped,
+    ("gevent._socket3", "socket"): describe_socket,
+    ("gevent.ssl", "SSLSocket"): refuse_tls,
+    ("eventlet.greenio.base", "GreenSocket"): describe_socket,
     ("tempfile", "_TemporaryFileWrapper"): describe_temporary,
     ("tempfile", "SpooledTemporaryFile"): describe_spooled,
     ("fdshare.kernel.shared_memory", "SharedMemory"): _describe_memory,

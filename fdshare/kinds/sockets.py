@@ -6,6 +6,7 @@ import os
 import socket
 from _socket import socket as _Socket
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any, Final
 
 import msgspec
@@ -47,11 +48,15 @@ _REMEMBERED: Final = 64
 
 
 def describe_socket(sock: socket.socket) -> Described:
-    """The kind and descriptor of *sock*, borrowed from it. Raises: ClosedDescriptor."""
+    """The kind and descriptor of *sock*, borrowed from it. It is a socket.socket, or one of those
+    that gevent and eventlet have in its place. Raises: ClosedDescriptor."""
     fd = sock.fileno()
     if fd < 0:
         raise ClosedDescriptor("the socket is closed")
-    key = _family(sock), _type(sock), sock.proto, sock.gettimeout()
+    try:
+        key = _family(sock), _type(sock), sock.proto, sock.gettimeout()
+    except TypeError:  # no socket of Python's
+        key = int(sock.family), int(sock.type), sock.proto, sock.gettimeout()
     kind = _socket_kinds.get(key)
     if kind is None:
         kind = kind_of("socket", SocketSpec(*key))
@@ -91,7 +96,10 @@ def _maker(spec: SocketSpec, type: int) -> Callable[[int], socket.socket]:
     """A function that makes a socket of a descriptor's number. It checks the number against *spec*;
     with a *type* other than -1 it believes that, and does not ask the kernel."""
     family, proto, timeout = spec.family, spec.proto, spec.timeout
-    new, family_of, default_timeout = socket.socket, _family, socket.getdefaulttimeout
+    new, default_timeout = socket.socket, socket.getdefaulttimeout
+    family_of, type_of = _family, _type
+    if not issubclass(new, _Socket):  # gevent or eventlet has put its own there
+        family_of, type_of = attrgetter("family"), attrgetter("type")
 
     def make(fd: int) -> socket.socket:
         try:
@@ -100,8 +108,8 @@ def _maker(spec: SocketSpec, type: int) -> Callable[[int], socket.socket]:
         except (OSError, OverflowError) as error:
             os.close(fd)
             raise KindMismatch("socket", f"{getattr(error, 'strerror', error)}") from None
-        if family_of(sock) != family or (type < 0 and _type(sock) != spec.type):
-            found = f"family {_family(sock)}, type {_type(sock)}"
+        if family_of(sock) != family or (type < 0 and type_of(sock) != spec.type):
+            found = f"family {family_of(sock)}, type {type_of(sock)}"
             sock.close()
             raise KindMismatch("socket", f"{found}; the kind says {family} and {spec.type}")
         if sock.gettimeout() != timeout:

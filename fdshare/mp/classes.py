@@ -91,12 +91,12 @@ class Classes:
 
     @cached_property
     def SpawnProcess(self) -> type[ProcessMixin]:
-        return self._process("SpawnProcess", self.family.context.SpawnProcess, self.SpawnPopen)
+        return self._process("SpawnProcess", self.family.context.SpawnProcess, "SpawnPopen")
 
     @cached_property
     def ForkServerProcess(self) -> type[ProcessMixin]:
         stock = self.family.context.ForkServerProcess
-        return self._process("ForkServerProcess", stock, self.ForkServerPopen)
+        return self._process("ForkServerProcess", stock, "ForkServerPopen")
 
     @cached_property
     def SpawnPopen(self) -> type[PopenMixin]:
@@ -107,11 +107,12 @@ class Classes:
         return self._popen("ForkServerPopen", self.family.popen_forkserver)
 
     def _process(
-        self, name: str, stock: type[StockProcess], popen: type[PopenMixin] | None = None
+        self, name: str, stock: type[StockProcess], popen: str | None = None
     ) -> type[ProcessMixin]:
         attributes: dict[str, object] = {}
         if popen is not None:
-            attributes["_Popen"] = staticmethod(popen)
+            # At the first start: where eventlet has patched sockets, there is no fork server.
+            attributes["_Popen"] = staticmethod(lambda process: getattr(self, popen)(process))
         return self.family.derive(name, ProcessMixin, stock, _classes=self, **attributes)
 
     def _popen(self, name: str, module: PopenModule) -> type[PopenMixin]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import socket
 import ssl
+import subprocess
+import sys
 from collections.abc import Callable
 
 import msgspec
@@ -89,3 +92,50 @@ def test_numbers_that_no_socket_has(proto: int, timeout: float | None) -> None:
             rebuild(Kind("socket", msgspec.Raw(msgspec.msgpack.encode(spec))), [copy])
         with pytest.raises(OSError, match="Bad file descriptor"):
             os.fstat(fd)
+
+
+GREEN = """
+import sys
+if sys.argv[2] == "later":
+    import fdshare, fdshare.kinds
+if sys.argv[1] == "gevent":
+    from gevent import monkey
+    monkey.patch_all()
+else:
+    import eventlet
+    eventlet.monkey_patch()
+import os, socket
+import fdshare, fdshare.kinds
+def child(connection):
+    got = connection.recv()
+    connection.send((type(got) is socket.socket, os.fstat(got.fileno()).st_ino, got))
+near, far = socket.socketpair()
+near.settimeout(2.5)
+assert fdshare.kinds.describe(near)[0].tag == "socket"
+if sys.argv[2] == "later":  # which these libraries advise against: pipes may be in its way
+    sys.exit(print("done"))
+ctx = fdshare.get_context("fork")
+ours, theirs = ctx.Pipe()
+process = ctx.Process(target=child, args=(theirs,))
+process.start()
+ours.send(near)
+patched, inode, back = ours.recv()
+assert patched and inode == os.fstat(near.fileno()).st_ino
+assert type(back) is socket.socket and back.gettimeout() == 2.5
+back.sendall(b"x")
+assert far.recv(1) == b"x"
+process.join()
+with ctx.Pool(1) as pool:
+    assert pool.apply(socket.socket.gettimeout, (near,)) == 2.5
+print("done")
+"""
+
+
+@pytest.mark.parametrize("when", ["first", "later"])
+@pytest.mark.parametrize("library", ["gevent", "eventlet"])
+def test_sockets_that_a_library_has_put_in_their_place(library: str, when: str) -> None:
+    if importlib.util.find_spec(library) is None:
+        pytest.skip(f"{library} is not installed")
+    command = [sys.executable, "-W", "ignore", "-c", GREEN, library, when]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout == "done\n", done.stderr
