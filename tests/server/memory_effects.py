@@ -131,6 +131,10 @@ class MemoryEffects:
                 self.leases[ours] = "dropped"
         return self.leases[ours]
 
+    def moved_leases(self) -> list[int]:
+        leases = [(id, entry.lease) for id, entry in self.table.leases.items()]
+        return [id for id, lease in leases if lease and self.leases[lease.handle] != "held"]
+
     def check_lifeline(self, handle: int) -> None:
         assert handle in self.open
 

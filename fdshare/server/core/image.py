@@ -58,6 +58,7 @@ def table_of(image: Image, handles: list[Handle]) -> Table:
     """A table of *handles* that is equal to the one whose image this is. It owns the handles."""
     table = Table()
     table.apply(image.record, handles)
+    table.leases = dict(sorted(table.leases.items()))  # the oldest first, as they were made
     table.answers = {session: OrderedDict(kept) for session, kept in image.answers.items()}
     for name, count in image.fetches.items():
         table.entries[name].fetches = count

@@ -83,6 +83,9 @@ class Effects(Protocol):
         """What the taker has done. After *revoke* it can do nothing more; the result is not
         "held"."""
 
+    def moved_leases(self) -> Sequence[int]:
+        """The ids of the leases of which `lease_state` is not "held"."""
+
     def check_lifeline(self, handle: Handle) -> None:
         """Raises: InvalidArgument: it is not a socket."""
 

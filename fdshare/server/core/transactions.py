@@ -112,8 +112,9 @@ class Transactions:
         return self.table.visible(name)
 
     def _settle_all(self, now: float) -> None:
-        for entry in list(self.table.leases.values()):
-            if changes := self._settle(entry):
+        for lease in self.effects.moved_leases():
+            entry = self.table.leases.get(lease)
+            if entry is not None and (changes := self._settle(entry)):
                 self._commit(Record(changes), [], now)
 
     def _settle_if_crowded(self, session: Session, count: int, now: float) -> None:
@@ -139,11 +140,13 @@ class Transactions:
         return any(isinstance(change, Settle) and change.outcome == "taken" for change in changes)
 
     def _leases_too_old(self, now: float) -> list[Entry]:
-        if not self.table.leases:
-            return []
         before = now - self.limits.lease_timeout
-        entries = self.table.leases.values()
-        return [e for e in entries if e.lease is not None and e.lease.at <= before]
+        old = []
+        for entry in self.table.leases.values():
+            if entry.lease is None or entry.lease.at > before:
+                break
+            old.append(entry)
+        return old
 
     # Permission and room.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import select
 import socket
 
 from fdshare.kernel.plain_socket import view_of
@@ -27,6 +28,9 @@ class Hangups:
 
     def __init__(self, loop: Loop) -> None:
         self.loop = loop
+        # The leases once more: which of many have moved is one question to the kernel.
+        self._leases = select.poll()
+        self._lease_of: dict[int, int] = {}  # descriptor -> lease
 
     def watch(self, entry: Entry) -> None:
         """Watches the guard and the lease of *entry*; its descriptors, too, if it is dropped on a
@@ -35,6 +39,8 @@ class Hangups:
             self._watch(entry.guard, READ, _OwnerGone(self, entry))
         if entry.lease is not None:
             self._watch(entry.lease.handle, READ, _TakerMoved(self, entry.lease.id))
+            self._leases.register(entry.lease.handle.fd, READ)
+            self._lease_of[entry.lease.handle.fd] = entry.lease.id
         if entry.put.drop_on_hangup:
             for handle in entry.handles:
                 if _can_hang_up(handle.fd):
@@ -42,8 +48,18 @@ class Hangups:
                     events = READ if _is_pidfd(handle.fd) else 0
                     self._watch(handle, HANGUP | events, _PeerGone(self, entry))
 
-    def unwatch(self, handle: Handle) -> None:
+    def moved_leases(self) -> list[int]:
+        """The leases whose takers have confirmed, or closed their ends."""
+        return [self._lease_of[fd] for fd, _ in self._leases.poll(0)] if self._lease_of else []
+
+    def forget(self, handle: Handle) -> None:
         """To be called before *handle* is closed: its registration would outlive it (poller.py)."""
+        self.unwatch(handle)
+        if self._lease_of.pop(handle.fd, None) is not None:
+            self._leases.unregister(handle.fd)
+
+    def unwatch(self, handle: Handle) -> None:
+        """Reports nothing more of *handle*."""
         if handle.key is not None:
             self.loop.poller.unregister(handle.fd)
             handle.key = None

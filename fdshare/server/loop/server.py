@@ -134,6 +134,7 @@ class Server:
         self.answer_in_parts = self.loop.answer_in_parts
         self.publish = self.loop.publish
         self.inspect = self._inspections.inspect
+        self.moved_leases = self._hangups.moved_leases
         for entry in self.table.entries.values():
             self.watch(entry)
 
@@ -250,7 +251,7 @@ class Server:
         then: Callable[[], None] | None = None,
     ) -> None:
         for handle in (*handles, *ends):
-            self._hangups.unwatch(handle)
+            self._hangups.forget(handle)
         if then is None or self._journal is None:
             close_in_order(self._closer, handles, ends, then)
             return

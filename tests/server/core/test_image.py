@@ -62,3 +62,14 @@ def test_what_happens_to_both_afterwards_is_the_same(effects: MemoryEffects) -> 
 def test_the_image_of_nothing() -> None:
     copy = again(Table())
     assert (copy.entries, copy.leases, copy.generation, copy.next_deadline()) == ({}, {}, 0, None)
+
+
+def test_the_oldest_lease_is_the_first(effects: MemoryEffects) -> None:
+    """Whatever the order of the entries: the first one is looked at for its age."""
+    session = effects.session()
+    for name in "ab":
+        register(effects, session, name)
+    for id, name in enumerate("ba"):
+        effects.service.handle(session, id, m.Take(name), [], float(id))
+    image, handles = image_of(effects.table)
+    assert list(table_of(image, handles).leases) == list(effects.table.leases) == [1, 2]

@@ -18,7 +18,7 @@ from fdshare.protocol import messages as m
 from fdshare.server.core.policy import Subject
 from fdshare.server.core.ports import Session
 from fdshare.server.core.records import Put, Record
-from fdshare.server.core.table import Table
+from fdshare.server.core.table import Entry, Lease, Table
 from fdshare.server.core.users import User
 from fdshare.server.loop.closing import Handle
 from fdshare.server.loop.server import Server
@@ -84,6 +84,28 @@ def test_a_revoked_lease_is_over_for_both(server: Server) -> None:
             with pytest.raises(BrokenPipeError):
                 taker.send(b"\1")
         server.close([ours])
+
+
+def test_the_leases_that_have_moved_are_known(server: Server) -> None:
+    """Those that were confirmed or dropped, until they are closed."""
+    registrant = m.Registrant(1, 0, 0)
+    ours, takers = {}, {}
+    for id in (1, 2, 3):
+        ours[id], theirs = server.lease_pair()
+        takers[id] = socket.socket(fileno=theirs.fd)
+        entry = Entry(Put(f"{id}", id, KIND, 0, registrant, 0.0), f"{id}", id, None, (), None)
+        entry.lease = Lease(id, ours[id], 0.0, 0)
+        server.watch(entry)
+    assert server.moved_leases() == []
+    takers[1].send(b"\1")
+    takers[2].close()
+    assert sorted(server.moved_leases()) == [1, 2]
+    server.close([ours[1]])
+    assert server.moved_leases() == [2]
+    server.close([ours[2], ours[3]])
+    assert server.moved_leases() == []
+    takers[1].close()
+    takers[3].close()
 
 
 # Guards.
