@@ -112,7 +112,9 @@ class Classes:
         attributes: dict[str, object] = {}
         if popen is not None:
             # At the first start: where eventlet has patched sockets, there is no fork server.
-            attributes["_Popen"] = staticmethod(lambda process: getattr(self, popen)(process))
+            attributes["_Popen"] = staticmethod(
+                lambda process_obj: getattr(self, popen)(process_obj)
+            )
         return self.family.derive(name, ProcessMixin, stock, _classes=self, **attributes)
 
     def _popen(self, name: str, module: PopenModule) -> type[PopenMixin]:
