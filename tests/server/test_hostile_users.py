@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import resource
 import signal
@@ -449,12 +450,40 @@ def tasks(pid: int) -> int:
         return 0
 
 
+def test_memory_is_free_at_the_end_of_a_connection(folder: Path) -> None:
+    """Without a garbage collection: half requests of many connections, three times."""
+    half = header(100_000, 0, 1) + bytes(99_000)
+    count, after = 200, []
+    with served(folder, collect=False) as client:
+        pid = client.stats().server_pid
+        for _ in range(3):
+            wires = [Wire(client.address, f"{number}") for number in range(count)]
+            for wire in wires:
+                wire.sock.sendall(half)
+            assert client.stats().connections == count + 1  # so it has read them
+            for wire in wires:
+                wire.close()
+            wait_until(lambda: client.stats().connections == 1, "the others to be gone")
+            after.append(memory(pid))
+    assert after[-1] - after[0] < count * len(half) // 2, after
+
+
+def memory(pid: int) -> int:
+    """Bytes that *pid* has for itself."""
+    with open(f"/proc/{pid}/status") as status:
+        (line,) = (line for line in status if line.startswith("RssAnon:"))
+    return int(line.split()[1]) * 1024
+
+
 @contextmanager
-def served(folder: Path) -> Iterator[Client]:
-    """A client of a server of this very user, forked: another user can import nothing."""
+def served(folder: Path, *, collect: bool = True) -> Iterator[Client]:
+    """A client of a server of this very user, forked: another user can import nothing. *collect*:
+    garbage is collected in it."""
     ready, here = os.pipe()
     pid = os.fork()
     if not pid:
+        if not collect:
+            gc.disable()
         try:
             serve(Settings(path=str(folder / "s"), log_level="CRITICAL"), lambda: os.close(here))
         finally:
