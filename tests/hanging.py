@@ -19,7 +19,8 @@ from typing import Final
 import pytest
 
 # Calls of the kernel, <linux/fuse.h>.
-LOOKUP, GETATTR, OPEN, READ, RELEASE, FLUSH, INIT, OPENDIR = 1, 3, 14, 15, 18, 25, 26, 27
+LOOKUP, GETATTR, OPEN, READ, WRITE, RELEASE, FLUSH = 1, 3, 14, 15, 16, 18, 25
+INIT, OPENDIR = 26, 27
 _SILENT: Final = (2, 36, 42)  # FORGET, INTERRUPT, BATCH_FORGET: nothing is answered
 _NO_SUCH_CALL: Final = 38  # ENOSYS
 _CLONE_NEWNS: Final = 0x20000

@@ -24,6 +24,7 @@ STATS = ServerStats(
     serial=8,
     counters={"requests": 9, "refused": 1},
     limits={"max_names": 100, "lease_timeout": 60.0},
+    log_dropped=10,
 )
 SAMPLE = re.compile(r'fdshare_[a-z_]+(\{[a-z]+="[a-z_]+"\})? -?[0-9.e+]+')
 
@@ -36,6 +37,7 @@ def test_the_text_is_prometheus() -> None:
     assert 'fdshare_limit{name="max_names"} 100' in lines
     assert "# TYPE fdshare_requests_total counter" in lines
     assert "fdshare_requests_total 9" in lines
+    assert "fdshare_log_dropped_total 10" in lines
     described = set()
     for line in lines:
         if line.startswith("# "):

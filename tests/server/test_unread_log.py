@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from pathlib import Path
 import pytest
 from breaking import Halves
 from conftest import wait_until
+from hanging import WRITE, HangingFileSystem, needs_fuse
 from nursery import Process
 from users import needs_root
 
@@ -128,6 +130,34 @@ def test_the_log_has_no_room(folder: Path) -> None:
         client.register("last", 0)
         notes = wait_until(lambda: client.stats().notes.get("log"))
         assert notes == "it cannot be written: No space left on device"
+
+
+@needs_fuse
+def test_the_file_system_of_the_log_hangs(folder: Path) -> None:
+    """A process with a write that never returns cannot end. The others go on."""
+    with HangingFileSystem(0) as files:
+        files.hang(WRITE)
+        log = f'exec "$@" 2>>{files.folder}/file'
+        serve = [sys.executable, "-m", "fdshare", "serve", str(folder / "s")]
+        words = ["sh", "-c", log, "sh", *serve]
+        process = subprocess.Popen(words, stdin=subprocess.DEVNULL, preexec_fn=files.enter)
+        wait_until(lambda: answers(folder / "s"), "the server answers")
+        with Client(folder / "s", timeout=20) as client:
+            client.register("a", 0)
+            halves = Halves(client)
+            halves.redundant()
+            pids = halves.pids()
+            os.kill(pids["server"], signal.SIGKILL)
+        with Client(folder / "s", timeout=20) as client:
+            halves = Halves(client)
+            wait_until(lambda: halves.pids()["server"] != pids["server"], "another server")
+            halves.redundant()
+            client.register("b", 0)
+            client.fetch_raw("a")[0].close()
+            assert client.names() == ["a", "b"]
+            client.shutdown()
+        wait_until(lambda: not (folder / "s").exists(), "the path to be free")
+    process.wait(20)
 
 
 def test_a_line_says_how_many_are_lost(folder: Path, pipe: tuple[int, int]) -> None:

@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,7 @@ from fdshare.kernel.descriptor import Descriptor
 from fdshare.kernel.endpoint import listen
 from fdshare.protocol import messages as m
 from fdshare.server.failover.fd_store import FdStore
-from fdshare.server.failover.journal import Journal
+from fdshare.server.failover.journal import Journal, Note, encode_letter
 from fdshare.server.loop.server import Server
 from fdshare.server.settings import Settings
 from server.orders import KIND
@@ -209,24 +210,41 @@ def test_a_server_killed_while_the_keeper_was_stopped(manager: Manager, halves: 
     os.close(write)
 
 
+@contextmanager
+def alone(folder: Path) -> Iterator[tuple[Server, Journal, socket.socket]]:
+    """A server that does not run, its journal, and the keeper's end of that."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with listen(folder / "s") as listener, theirs:
+        store = FdStore(Descriptor(os.memfd_create("table")), 10)
+        keeper = Descriptor(os.pidfd_open(os.getpid()))
+        journal = Journal(ours, keeper, os.getpid(), store)
+        settings = Settings(path=str(folder / "s"))
+        server = Server(listener.socket, settings, journal=journal)
+        journal.attach(server)
+        yield server, journal, theirs
+        server.shut_down()
+        journal.close()
+        keeper.close()
+        store.memfd.close()
+
+
 def test_the_store_is_asked_later_where_no_thread_can_start(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")  # EAGAIN of clone(2)
 
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with listen(folder / "s") as listener, theirs:
-        server = Server(listener.socket, Settings(path=str(folder / "s")))
-        store = FdStore(Descriptor(os.memfd_create("table")), 10)
-        journal = Journal(ours, Descriptor(os.pidfd_open(os.getpid())), os.getpid(), store)
-        journal.attach(server)
-        monkeypatch.setattr(threading.Thread, "start", full)
+    with alone(folder) as (server, journal, _), monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", full)
         before = len(server.loop._timers)
         journal.refill_store()
         assert len(server.loop._timers) == before + 1
-        monkeypatch.undo()
-        server.shut_down()
-        journal.close()
-        journal._keeper.close()
-        store.memfd.close()
+
+
+def test_the_lines_that_the_keeper_lost_are_counted(folder: Path) -> None:
+    with alone(folder) as (server, _, keeper):
+        lost = server.stats().log_dropped
+        for count in (2, 7):
+            keeper.send(encode_letter(Note("ping", id=count)))
+            server.loop.turn()
+        assert server.stats().log_dropped == lost + 7
