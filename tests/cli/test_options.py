@@ -39,8 +39,8 @@ def test_a_server_of_another_user_must_be_trusted(shell: Shell) -> None:
     shell.folder.chmod(0o777)
     # Imported before it becomes another user, who may not be able to read the library.
     code = (
-        "import os, sys, fdshare.cli.commands.serve, fdshare.manager;"
-        "import fdshare.server.serve, ipaddress;"
+        "import os, sys, fdshare.cli.commands.serve, fdshare.cli.main;"
+        "import fdshare.manager, fdshare.server.serve, ipaddress;"
         "os.setgid(65534); os.setuid(65534);"
         "from fdshare.cli.main import run;"
         "sys.exit(run(['serve', '--no-keeper', '--mode', '0666', *sys.argv[1:]]))"
