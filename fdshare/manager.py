@@ -16,11 +16,14 @@ from collections.abc import Callable, Collection
 from typing import Final, Self
 
 from fdshare.client.blocking.client import Client
-from fdshare.errors import ClosedDescriptor, InvalidArgument, ServerGone
+from fdshare.client.blocking.connection import BlockingConnection
+from fdshare.client.conversation import Exchange, WholeAnswer
+from fdshare.errors import ClosedDescriptor, InvalidArgument, NoServer, ServerGone
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.kernel.endpoint import Listener, listen
 from fdshare.kernel.plain_socket import stream_pair
 from fdshare.protocol import messages as m
+from fdshare.protocol.auth import checked_authkey
 from fdshare.server.child import read_message, send_message
 from fdshare.server.interpreter import fresh_interpreter
 from fdshare.server.loop.server import Server
@@ -57,6 +60,7 @@ class Manager(Client):
         trust: Collection[int] | None = None,
     ) -> None:
         self._folder: str | None = None
+        checked_authkey(authkey)  # before there is a folder
         if path is None:
             self._folder = tempfile.mkdtemp(prefix="fdshare-")
             path = os.path.join(self._folder, "fdshare.sock")
@@ -143,6 +147,17 @@ class Manager(Client):
             stdin=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
         )
+
+    def _exchange(self, connection: BlockingConnection, exchange: Exchange) -> WholeAnswer:
+        try:
+            return super()._exchange(connection, exchange)
+        except NoServer as error:
+            if self._process is not None or self._connected:
+                raise
+            reason = (
+                f"{error.reason}, and this manager was not started: call start(), or use `with`"
+            )
+            raise NoServer(error.address, reason, error.errno) from None
 
     def _after_fork(self) -> None:
         super()._after_fork()

@@ -136,6 +136,42 @@ def test_with(folder: Path, sock: socket.socket) -> None:
         assert manager.names() == []
 
 
+def test_it_is_a_mapping(sock: socket.socket) -> None:
+    with Manager(keeper=False) as manager:
+        manager["a"] = sock
+        manager["b"] = sock
+        found = dict(manager)
+        for name, copy in [*found.items(), *manager.items()]:
+            with copy:
+                assert name in ("a", "b")
+                assert os.path.sameopenfile(copy.fileno(), sock.fileno())
+        for copy in manager.values():
+            copy.close()
+        assert list(manager) == manager.keys() == ["a", "b"]
+        assert manager.get("c") is None
+        assert manager.get("c", 5) == manager.pop("c", 5) == 5
+        with manager.get("a"), manager.pop("a"):
+            assert manager.keys() == ["b"]
+        with pytest.raises(KeyError):
+            manager.pop("a")
+
+
+def test_what_is_wrong_says_what_is_wanted(sock: socket.socket) -> None:
+    with pytest.raises(InvalidArgument, match="a UNIX socket, write its path"):
+        Manager(("localhost", 5000))  # type: ignore[arg-type]
+    with pytest.raises(InvalidArgument, match="not bytes; write b"):
+        Manager(authkey="secret")  # type: ignore[arg-type]
+    with pytest.raises(NoServer, match="call start"):
+        Manager().fetch("x")
+    with Manager(keeper=False) as manager:
+        with pytest.raises(InvalidArgument, match="none of server, connection, process"):
+            manager.register("x", sock, lifetime="forever")  # type: ignore[arg-type]
+        with pytest.raises(InvalidArgument, match="'5' is not a number of seconds"):
+            manager.register("x", sock, ttl="5")  # type: ignore[arg-type]
+        with pytest.raises(InvalidArgument, match="'5' is not a number of seconds"):
+            manager.fetch("x", timeout="5")  # type: ignore[arg-type]
+
+
 def test_without_a_path() -> None:
     with Manager(keeper=False) as manager:
         folder = os.path.dirname(manager.address)

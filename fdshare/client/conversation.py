@@ -37,10 +37,17 @@ __all__ = [
     "LeaseEnd",
     "Read",
     "WholeAnswer",
+    "check_seconds",
 ]
 
 # Seconds that the server gets to close what was taken; what hangs in close(2) it does not wait for.
 LEASE_END: Final = 1.0
+
+
+def check_seconds(argument: str, seconds: object) -> None:
+    """Raises: InvalidArgument: it is no number."""
+    if not isinstance(seconds, int | float) or seconds != seconds:
+        raise InvalidArgument(argument, f"{seconds!r} is not a number of seconds")
 
 
 # Exchange and WholeAnswer are Structs and not dataclasses: C makes them, in a tenth of the time.
@@ -60,8 +67,8 @@ class Exchange(msgspec.Struct):
 
         None is never. Raises: InvalidArgument.
         """
-        if self.wait != self.wait:
-            raise InvalidArgument("timeout", "nan is not a number of seconds")
+        if self.wait is not None:
+            check_seconds("timeout", self.wait)
         if timeout is None or self.wait is None:
             return None
         return started + timeout + self.wait

@@ -35,6 +35,10 @@ class BaseClient:
         reconnect: float = 2.0,
         trust: Collection[int] | None = None,
     ) -> None:
+        if path is not None and not isinstance(path, str | os.PathLike):
+            raise InvalidArgument(
+                "path", f"{path!r} is not a path: a server listens on a UNIX socket, write its path"
+            )
         self.address = default_path() if path is None else os.fspath(path)
         self.timeout = timeout
         self.reconnect = reconnect

@@ -8,10 +8,16 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Generator, Iterable, Mapping
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar, get_args
 
-from fdshare.client.conversation import Exchange, LeaseEnd, WholeAnswer
-from fdshare.errors import KindMismatch, NameNotFound, ProtocolError, TooManyDescriptors
+from fdshare.client.conversation import Exchange, LeaseEnd, WholeAnswer, check_seconds
+from fdshare.errors import (
+    InvalidArgument,
+    KindMismatch,
+    NameNotFound,
+    ProtocolError,
+    TooManyDescriptors,
+)
 from fdshare.kernel.ancillary import close_all
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.kinds import describe, discard, rebuild
@@ -36,6 +42,12 @@ def register(
     metadata: Mapping[str, str] | None,
     lifeline: int | None,
 ) -> Steps[m.Registered]:
+    if lifetime not in get_args(m.Lifetime):
+        known = ", ".join(get_args(m.Lifetime))
+        raise InvalidArgument("lifetime", f"{lifetime!r} is none of {known}")
+    for argument, seconds in (("ttl", ttl), ("grace", grace)):
+        if seconds is not None:
+            check_seconds(argument, seconds)
     kind, fds = describe(obj)
     if len(fds) > MAX_ENTRY_DESCRIPTORS:
         raise TooManyDescriptors(len(fds), MAX_ENTRY_DESCRIPTORS)

@@ -23,7 +23,8 @@ def checked_authkey(authkey: object) -> bytes | None:
     if authkey is None:
         return None
     if not isinstance(authkey, bytes | bytearray | memoryview):
-        raise InvalidArgument("authkey", f"it is {type(authkey).__name__}, not bytes")
+        hint = "; write b'...', or call .encode()" if isinstance(authkey, str) else ""
+        raise InvalidArgument("authkey", f"it is {type(authkey).__name__}, not bytes{hint}")
     if not authkey:
         raise InvalidArgument("authkey", "it is empty, so everybody would have it")
     return bytes(authkey)

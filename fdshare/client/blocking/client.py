@@ -18,7 +18,7 @@ from fdshare.client.blocking.connection import BlockingConnection, ConnectionLos
 from fdshare.client.blocking.watch import Watcher
 from fdshare.client.conversation import Exchange, LeaseEnd, WholeAnswer
 from fdshare.client.settings import BaseClient, Lifeline
-from fdshare.errors import ClosedDescriptor, ServerTimeout
+from fdshare.errors import ClosedDescriptor, NameNotFound, ServerTimeout
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.protocol import messages as m
 
@@ -240,6 +240,44 @@ class Client(BaseClient):
 
     def __len__(self) -> int:
         return len(self.names())
+
+    def keys(self) -> list[str]:
+        """The names, sorted: so `dict(client)` fetches everything. The caller owns its values."""
+        return self.names()
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """As `fetch`, or *default* where nothing is held. The caller owns the result."""
+        try:
+            return self.fetch(name)
+        except NameNotFound:
+            return default
+
+    def items(self) -> Iterator[tuple[str, Any]]:
+        """Each name with its object, if it is still there when its turn comes.
+
+        The caller owns the objects.
+        """
+        for name in self.names():
+            try:
+                yield name, self.fetch(name)
+            except NameNotFound:
+                continue
+
+    def values(self) -> Iterator[Any]:
+        """The objects of `items`. The caller owns them."""
+        return (obj for _, obj in self.items())
+
+    def pop(self, name: str, *default: Any) -> Any:
+        """As `take`, or *default*, if it is given, where nothing is held.
+
+        The caller owns the result.
+        """
+        try:
+            return self.take(name)
+        except NameNotFound:
+            if not default:
+                raise
+            return default[0]
 
     # Its own life.
 
