@@ -100,7 +100,7 @@ PRINTING = [
     "watch --json",
     "completion bash",
     "manual",
-    "systemd-units",
+    "systemd-units --dir .",
     "demo",
 ]
 
@@ -150,7 +150,7 @@ def test_without_a_command_it_is_the_help(shell: Shell) -> None:
 
 def ended(shell: Shell, words: str, **options: Any) -> tuple[int, str]:
     """Status and standard error of a command."""
-    process = shell.start(*words.split(), stderr=subprocess.PIPE, **options)
+    process = shell.start(*words.split(), stderr=subprocess.PIPE, cwd=shell.folder, **options)
     _, errors = process.communicate(timeout=60)
     return process.returncode, errors
 

@@ -58,7 +58,11 @@ def constructors() -> dict[str, Callable[[], BaseException]]:
     from xml.sax.xmlreader import Locator
 
     import numpy
-    from numpy._core import _exceptions as ufuncs
+
+    try:
+        from numpy._core import _exceptions as ufuncs
+    except ImportError:  # numpy 1
+        from numpy.core import _exceptions as ufuncs
 
     double, whole = numpy.dtype("f8"), numpy.dtype("i8")
     made: list[Callable[[], BaseException]] = [
