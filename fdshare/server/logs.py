@@ -52,8 +52,8 @@ _MOST_OF_NAME: Final = 300
 _MOST_OF_OUTCOME: Final = 600
 _MOST_OF_MESSAGE: Final = 2000
 _MOST_OF_TRACEBACK: Final = 10_000
-_KNOWN: Final = 1 << 21  # bytes of audit lines that are remembered, of one event at most:
-_KNOWN_OF_ONE: Final = 1 << 16
+_KNOWN: Final = 1 << 21  # bytes of audit lines that are remembered,
+_KNOWN_OF_ONE: Final = 1 << 16  # and of the lines of one event
 _LOST: Final = "of the log are lost: they were not read in time, or could not be written"
 
 
@@ -249,12 +249,14 @@ class _Lines:
 
     def _remember(self, known: dict[_What, T], what: _What, lines: T, size: int) -> None:
         """Has *known* say what the *lines* of *what* are, which have *size* bytes."""
+        if size > _KNOWN_OF_ONE:
+            return
+        size += _OVERHEAD
         if self._known + size > _KNOWN:
             known.clear()
             self._known = 0
-        if size <= _KNOWN_OF_ONE:
-            known[what] = lines
-            self._known += size
+        known[what] = lines
+        self._known += size
 
     def _lines(self, line: _Line) -> list[str]:
         """The lines that it becomes, without prefixes and ends."""

@@ -124,6 +124,18 @@ def test_what_is_audited_again_is_of_this_process_and_this_form(said: Said) -> N
     assert said().startswith(f"fdshare[{child}] ")
 
 
+def test_few_lines_are_remembered(said: Said) -> None:
+    """Each registration has a line of its own; an event may have many long ones."""
+    logs.configure(Settings(path=""))
+    for number in range(20_000):
+        logs.audit("register", "a", f"generation {number}", 1, 2)
+    many = tuple(f"{number}/{'x' * 240}" for number in range(253))
+    logs.audit("fetch", many, "given", 1, 2)
+    assert said().count("\n") == 20_253
+    assert 1000 < len(logs._ready) < 8000
+    assert all(what[1] == "a" for what in logs._ready)
+
+
 def test_what_is_too_long_is_cut(said: Said) -> None:
     logs.configure(Settings(path=""))
     logs.audit("fetch", "n" * 1000, "o" * 1000)
