@@ -38,11 +38,15 @@ def serving(folder: Path, *options: str) -> Iterator[Client]:
     command = [sys.executable, "-m", "fdshare", "serve", str(folder / "s"), *options]
     with open(folder / "log", "wb") as log:
         process = Process(command, stdin=subprocess.DEVNULL, stderr=log)
-    wait_until(lambda: answers(folder / "s"), "the server answers")
-    with Client(folder / "s") as client:
-        yield client
-        client.shutdown()
-    process.wait()
+    try:
+        wait_until(lambda: answers(folder / "s"), "the server answers")
+        with Client(folder / "s") as client:
+            yield client
+            client.shutdown()
+        process.wait()
+    finally:
+        process.terminate()  # where the test has failed
+        process.wait()
 
 
 @pytest.fixture

@@ -38,11 +38,15 @@ def served(folder: Path, stderr: int, *options: str) -> Iterator[Client]:
     """A client of a server that logs to *stderr*, and ends in the end."""
     command = [sys.executable, "-m", "fdshare", "serve", str(folder / "s"), *options]
     process = Process(command, stdin=subprocess.DEVNULL, stderr=stderr)
-    wait_until(lambda: answers(folder / "s"), "the server answers")
-    with Client(folder / "s", timeout=10) as client:
-        yield client
-        client.shutdown()
-    process.wait(20)
+    try:
+        wait_until(lambda: answers(folder / "s"), "the server answers")
+        with Client(folder / "s", timeout=10) as client:
+            yield client
+            client.shutdown()
+        process.wait(20)
+    finally:
+        process.terminate()  # where the test has failed
+        process.wait()
 
 
 @pytest.fixture
