@@ -18,6 +18,7 @@ ACROSS = {
     "compat": "runs CPython's own tests over our classes",
     "examples": "runs the programs of examples/",
     "foreign": "speaks the protocol from its description, without our code",
+    "parity": "runs the same programs in the standard packages and in ours",
     "systemd": "runs the units of contrib/ under a real systemd",
     "typing": "what type checkers say of programs that use fdshare",
     "cli/test_hostile_text.py": "what every command prints of what others chose",
