@@ -156,6 +156,8 @@ class MemoryEffects:
         handles: Sequence[int],
         ends: Sequence[int] = (),
         then: Callable[[], None] | None = None,
+        *,
+        when_sent: bool = False,
     ) -> None:
         for handle in (*handles, *ends):
             self.open.remove(handle)  # KeyError: closed twice

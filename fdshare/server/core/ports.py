@@ -105,10 +105,14 @@ class Effects(Protocol):
         handles: Sequence[Handle],
         ends: Sequence[Handle] = (),
         then: Callable[[], None] | None = None,
+        *,
+        when_sent: bool = False,
     ) -> None:
-        """Closes each of *handles*, in both halves, when it has been sent where it still has to be.
-        Then it closes *ends*, our ends of leases, which tells the takers, and then calls *then*.
-        Neither waits for a close that hangs. Never fails, never blocks."""
+        """Closes each of *handles*, in both halves. Then it closes *ends*, our ends of leases,
+        which tells the takers, and then calls *then*. Neither waits for a close that hangs.
+
+        A client that was answered with one of *handles* and has not read that yet is disconnected;
+        with *when_sent* the handle is closed later, when it is sent. Never fails, never blocks."""
 
     def inspect(self, session: Session, id: int, entries: Sequence[Entry], now: float) -> None:
         """Answers with an InfoList, later, when the kernel has been asked about each descriptor."""

@@ -96,7 +96,7 @@ class Transactions:
         self.effects.audit("take", entry.name, session, f"leased {lease}")
         self.effects.answer(session, id, m.encode(given), [*entry.handles, theirs])
         # It is open until it is sent; after that the taker's end must not stay open here.
-        self.effects.close([theirs])
+        self.effects.close([theirs], when_sent=True)
 
     # Leases.
 

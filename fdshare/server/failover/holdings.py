@@ -47,6 +47,7 @@ class Holdings:
         """In the forked process: the handles were watched and pinned in the other one."""
         for handle in self.table.handles():
             handle.key, handle.pins, handle.closing, handle.batch = None, 0, False, None
+            handle.unsent = None
 
     def take_listener(self) -> None:
         """Makes this process the one that listens, as clients see it, and that removes the path.

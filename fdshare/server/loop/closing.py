@@ -76,10 +76,11 @@ class Handle:
     """One descriptor that came from outside, or of the table. It has no finalizer: only a `Closer`,
     or the end of the process, closes it. *key* is what the poller reports of it.
 
-    *uid*: whose it is, so that a close that blocks keeps nobody else's waiting.
+    *uid*: whose it is, so that a close that blocks keeps nobody else's waiting. *unsent*: the
+    connections in whose queues it is, and how often.
     """
 
-    __slots__ = ("batch", "closing", "fd", "key", "pins", "uid")
+    __slots__ = ("batch", "closing", "fd", "key", "pins", "uid", "unsent")
 
     def __init__(self, fd: int, uid: int = OURS) -> None:
         """Takes *fd* over."""
@@ -89,6 +90,7 @@ class Handle:
         self.closing = False
         self.batch: _Batch | None = None
         self.key: object = None  # not None: registered with the poller
+        self.unsent: dict[object, int] | None = None
 
     def __repr__(self) -> str:
         return f"<Handle fd={self.fd} of uid {self.uid}{' closing' if self.closing else ''}>"

@@ -103,6 +103,9 @@ class Connection:
         """Appends a frame. Its handles are pinned until they are sent."""
         for handle in handles:
             handle.pins += 1
+            if handle.unsent is None:
+                handle.unsent = {}
+            handle.unsent[self] = handle.unsent.get(self, 0) + 1
         self.output.append(QueuedFrame(data, handles))
         self.output_bytes += len(data)
 
@@ -119,12 +122,21 @@ class Connection:
         except BlockingIOError:
             return None
         gone, front.handles = front.handles, ()
+        self.not_unsent(gone)
         self.output_bytes -= sent
         if sent == len(front.data):
             self.output.popleft()
         else:
             front.data = memoryview(front.data)[sent:]
         return gone
+
+    def not_unsent(self, handles: tuple[Handle, ...]) -> None:
+        """A frame with *handles* is in the queue no more."""
+        for handle in handles:
+            assert handle.unsent is not None
+            handle.unsent[self] -= 1
+            if not handle.unsent[self]:
+                del handle.unsent[self]
 
     def unread(self) -> int:
         """How much the peer has not read, in the kernel's measure; 0 if it has read all."""

@@ -12,7 +12,7 @@ import logging
 import socket
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import Final
 
@@ -96,6 +96,7 @@ class Output:
         self.buffers.forget(connection)
         unanswered = bool(connection.output)
         for output in connection.output:
+            connection.not_unsent(output.handles)
             self.unpin(output.handles)
         connection.output.clear()
         self.closer.close(connection.receiver.drain())
@@ -311,6 +312,16 @@ class Output:
         if connection.slow_since is not None:
             connection.slow_since = None
             self._slow.pop(connection, None)
+
+    def drop_unsent(self, handles: Iterable[Handle]) -> None:
+        """Drops who has not read an answer with one of *handles*, which are let go of: a client
+        that comes back asks again. Else they would be open as long as it does not read."""
+        for handle in handles:
+            for connection in list(handle.unsent or ()):
+                assert isinstance(connection, Connection)
+                pid = connection.session.pid
+                log.warning("pid %d did not read an answer before that was out of date", pid)
+                self.drop(connection)
 
     def unpin(self, handles: tuple[Handle, ...]) -> None:
         for handle in handles:

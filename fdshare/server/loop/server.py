@@ -249,9 +249,13 @@ class Server:
         handles: Sequence[Handle],
         ends: Sequence[Handle] = (),
         then: Callable[[], None] | None = None,
+        *,
+        when_sent: bool = False,
     ) -> None:
         for handle in (*handles, *ends):
             self._hangups.forget(handle)
+        if not when_sent:
+            self.loop.drop_unsent(handles)
         if then is None or self._journal is None:
             close_in_order(self._closer, handles, ends, then)
             return

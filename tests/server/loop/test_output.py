@@ -13,8 +13,8 @@ from typing import Any
 import msgspec
 import pytest
 from barepeer import Peer
-from breaking import leave_unread, lingering_pair, reset
-from conftest import Watched
+from breaking import Wire, leave_unread, lingering_pair, reset
+from conftest import Watched, census
 
 from fdshare.client.blocking.client import Client
 from fdshare.manager import Manager
@@ -52,6 +52,31 @@ def test_requests_whose_answers_are_not_read_wait(server: Any, peer: Peer, null:
             id, reply, _ = peer.receive()
             assert id == number
             assert len(reply.names) == 50
+
+
+@pytest.mark.parametrize("verb", ["replace", "unregister"])
+def test_an_answer_that_is_out_of_date_is_not_kept(
+    serve: Callable[..., Manager], until: Callable[..., Any], verb: str
+) -> None:
+    """Its client does not read, and would keep the descriptors of what is gone open."""
+    manager = serve(limits={"in_flight_per_connection": 100})
+    with (
+        Client(manager.address) as client,
+        Peer(manager.address) as deaf,
+        Wire(manager.address) as wire,
+    ):
+        wire.ask(1, m.Register("x", KIND), [0] * 60)
+        for _ in range(2):  # the second answer has to wait until the first one was read
+            deaf.send(m.Fetch("x"))
+        wire.ask(2, m.Ping())
+        held = len(census(client.stats().server_pid))
+        if verb == "replace":
+            wire.ask(3, m.Register("x", KIND, replace=True), [0])
+        else:
+            wire.ask(3, m.Unregister("x"))
+        left = verb == "replace"
+        # Its connection is closed, too.
+        until(lambda: len(census(client.stats().server_pid)) == held - 60 - 1 + left)
 
 
 def test_an_answer_longer_than_the_output_limit(serve: Callable[..., Manager], null: int) -> None:
