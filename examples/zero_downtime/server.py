@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
-import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import fdshare
@@ -37,10 +37,18 @@ def main() -> None:
     server.socket = web.socket()
     # Another version shares the socket and may accept first: then accept() must not block.
     server.socket.setblocking(False)
-    # shutdown() waits for serve_forever(), which a signal handler has interrupted.
-    signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=server.shutdown).start())
+    stopped = False
+
+    def stop(*_: object) -> None:
+        # Nothing more: shutdown() needs a thread, and the signal may interrupt the start of one.
+        nonlocal stopped
+        stopped = True
+
+    signal.signal(signal.SIGTERM, stop)
     fdshare.notify("READY=1")
-    server.serve_forever(poll_interval=0.05)
+    while not stopped:
+        if select.select([server], [], [], 0.05)[0]:
+            server.handle_request()
     server.server_close()
 
 

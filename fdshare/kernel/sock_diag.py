@@ -9,15 +9,17 @@ import struct
 import sys
 from typing import Final, NamedTuple
 
-__all__ = ["TCP_CLOSE_WAIT", "TcpState", "UnixState", "tcp_state", "unix_state"]
+__all__ = ["TCP_CLOSE_WAIT", "TcpState", "UnixState", "tcp_state", "unix_peer", "unix_state"]
 
 # <linux/netlink.h>, <linux/sock_diag.h>, <linux/unix_diag.h>
 _NETLINK_SOCK_DIAG: Final = 4
 _SOCK_DIAG_BY_FAMILY: Final = 20
 _NLM_F_REQUEST: Final = 1
 _SHOW_VFS: Final = 0x02
+_SHOW_PEER: Final = 0x04
 _SHOW_RQLEN: Final = 0x10
 _ATTR_VFS: Final = 1
+_ATTR_PEER: Final = 2
 _ATTR_RQLEN: Final = 4
 _ANY_STATE: Final = 0xFFFFFFFF
 _NO_COOKIE: Final = 0xFFFFFFFF
@@ -25,6 +27,7 @@ _NLMSGHDR: Final = struct.Struct("=IHHII")  # length, type, flags, sequence, por
 _REQUEST: Final = struct.Struct("=BBHIIIII")  # family, protocol, -, states, inode, show, cookie
 _ATTRIBUTES_AT: Final = _NLMSGHDR.size + 16  # behind struct unix_diag_msg
 _NLATTR: Final = struct.Struct("=HH")  # length, type
+_ONE: Final = struct.Struct("=I")
 _TWO: Final = struct.Struct("=II")
 
 # <linux/tcp.h>, struct tcp_info: eight bytes of flags, then words. For a listener tcpi_unacked is
@@ -70,29 +73,53 @@ def unix_state(inode: int) -> UnixState | None:
     None where it says nothing: not Linux, no unix_diag module, a seccomp filter, another network
     namespace. Never blocks: netlink answers within the send.
     """
+    reply = _ask(inode, _SHOW_VFS | _SHOW_RQLEN)
+    try:
+        return None if reply is None else _parse(reply)
+    except (OSError, struct.error):
+        return None
+
+
+def unix_peer(inode: int) -> int | None:
+    """The inode (its low 32 bits) of the other end of a connected UNIX socket; 0 until a process
+    has accepted it (sk_diag_dump_peer(), net/unix/diag.c). None as for `unix_state`."""
+    reply = _ask(inode, _SHOW_PEER)
+    try:
+        found = {} if reply is None else _attributes(reply)
+    except (OSError, struct.error):
+        return None
+    return _ONE.unpack(found[_ATTR_PEER])[0] if len(found.get(_ATTR_PEER, b"")) == 4 else None
+
+
+def _ask(inode: int, show: int) -> bytes | None:
+    """The reply of the kernel about one UNIX socket; None where it says nothing."""
     if sys.platform != "linux":
         return None
     body = _REQUEST.pack(
-        socket.AF_UNIX,
-        0,
-        0,
-        _ANY_STATE,
-        inode & 0xFFFFFFFF,
-        _SHOW_VFS | _SHOW_RQLEN,
-        _NO_COOKIE,
-        _NO_COOKIE,
+        socket.AF_UNIX, 0, 0, _ANY_STATE, inode & 0xFFFFFFFF, show, _NO_COOKIE, _NO_COOKIE
     )
     head = _NLMSGHDR.pack(_NLMSGHDR.size + len(body), _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST, 1, 0)
     try:
         with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG) as netlink:
             netlink.settimeout(None)
             netlink.send(head + body)
-            return _parse(netlink.recv(8192, socket.MSG_DONTWAIT))
-    except (OSError, struct.error):
+            return netlink.recv(8192, socket.MSG_DONTWAIT)
+    except OSError:
         return None
 
 
 def _parse(reply: bytes) -> UnixState:
+    """The state in a unix_diag_msg. Raises: OSError for NLMSG_ERROR; struct.error."""
+    found = _attributes(reply)
+    queue = backlog = bound = None
+    if _ATTR_RQLEN in found:
+        queue, backlog = _TWO.unpack_from(found[_ATTR_RQLEN])
+    if _ATTR_VFS in found:
+        bound, _device = _TWO.unpack_from(found[_ATTR_VFS])
+    return UnixState(queue, backlog, bound)
+
+
+def _attributes(reply: bytes) -> dict[int, bytes]:
     """The attributes of a unix_diag_msg. Raises: OSError for NLMSG_ERROR; struct.error."""
     length, kind, *_ = _NLMSGHDR.unpack_from(reply)
     if kind != _SOCK_DIAG_BY_FAMILY:
@@ -105,9 +132,4 @@ def _parse(reply: bytes) -> UnixState:
             break
         found[name] = reply[at + _NLATTR.size : at + size]
         at += (size + 3) & ~3  # NLA_ALIGN
-    queue = backlog = bound = None
-    if _ATTR_RQLEN in found:
-        queue, backlog = _TWO.unpack_from(found[_ATTR_RQLEN])
-    if _ATTR_VFS in found:
-        bound, _device = _TWO.unpack_from(found[_ATTR_VFS])
-    return UnixState(queue, backlog, bound)
+    return found

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fdshare.kernel import sock_diag as sockdiag
-from fdshare.kernel.sock_diag import TCP_CLOSE_WAIT, TCP_LISTEN, tcp_state, unix_state
+from fdshare.kernel.sock_diag import TCP_CLOSE_WAIT, TCP_LISTEN, tcp_state, unix_peer, unix_state
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="sock_diag is Linux's")
 
@@ -32,6 +32,21 @@ def test_a_unix_listener_tells_its_queue_backlog_and_inode(folder: Path) -> None
         assert state.inode == (folder / "s").stat().st_ino & 0xFFFFFFFF
         listener.accept()[0].close()
         assert unix_state(inode_of(listener)) == (0, 7, state.inode)
+
+
+def test_the_peer_of_a_unix_socket_is_known_once_it_is_accepted(folder: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as client:
+        listener.bind(str(folder / "s"))
+        listener.listen()
+        assert unix_peer(inode_of(client)) is None
+        client.connect(str(folder / "s"))
+        before = unix_peer(inode_of(client))
+        if before is None:
+            pytest.skip("this kernel has no unix_diag")
+        assert before == 0
+        with listener.accept()[0] as accepted:
+            assert unix_peer(inode_of(client)) == inode_of(accepted) & 0xFFFFFFFF
+            assert unix_peer(inode_of(accepted)) == inode_of(client) & 0xFFFFFFFF
 
 
 def test_an_unbound_unix_socket_has_no_inode() -> None:

@@ -38,10 +38,8 @@ if TYPE_CHECKING:
 
 __all__ = ["deploy", "deployments"]
 
-# gunicorn says READY=1 before its workers have loaded the application: one of them must accept; or,
-# where that is not known, it must live so long.
+# It says READY=1 before its workers have loaded the application: one of them must accept.
 _GUNICORN: Final = "gunicorn"
-_SETTLE: Final = 3.0  # seconds
 _FIRST_WORDS: Final = 4  # of a command: among them is the program
 
 
@@ -63,7 +61,11 @@ _FIRST_WORDS: Final = 4  # of a command: among them is the program
     help="Wait so long until it is ready.",
 )
 @click.option(
-    "--settle", type=Seconds(), metavar="SECONDS", help="It must live so long when it is ready."
+    "--settle",
+    type=Seconds(),
+    default=0.0,
+    metavar="SECONDS",
+    help="It must live so long when it is ready.",
 )
 @click.option(
     "--drain-signal", type=SignalName(), metavar="SIGNAL", help="Sent to the old one first."
@@ -224,14 +226,16 @@ def _wait(
     progress: Progress,
 ) -> None:
     """Returns when *new* is ready. Raises: NotReady."""
-    probe, text, settle = _probe(new, plan, listeners, options)
-    if options["settle"] is not None:
-        settle = options["settle"]
+    probe, text = _probe(new, plan, listeners, options)
     look = _look(progress, f"pid {new.pid} is started: {text}")
     look()
     new.wait(options["ready_timeout"], interruptions, probe, look)
-    if settle:
-        new.settle(settle, interruptions, _look(progress, f"pid {new.pid} must go on for a while"))
+    if options["settle"]:
+        new.settle(
+            options["settle"],
+            interruptions,
+            _look(progress, f"pid {new.pid} must go on for a while"),
+        )
     new.go_on(interruptions)
 
 
@@ -242,21 +246,16 @@ def _look(progress: Progress, text: str) -> Callable[[], None]:
 
 def _probe(
     new: Detached, plan: Plan, listeners: Sequence[Descriptor], options: dict[str, Any]
-) -> tuple[Probe | None, str, float]:
-    """What tells that it is ready, what that waits for, and how long it must live then."""
+) -> tuple[Probe | None, str]:
+    """What tells that it is ready, and what that waits for."""
     from fdshare.cli.support.health import CheckCommand, HealthProbe
 
     if options["check"]:
-        return CheckCommand(options["check"], new.pid), f"waits for {options['check']}", 0.0
-    target = options["health"]
-    if target is None and known_program(plan.command, {_GUNICORN}):
-        probe = HealthProbe("tcp", listeners[0], new.pid)
-        if not probe.tells_versions:
-            return None, "waits for READY=1", _SETTLE
-        target = "tcp"
+        return CheckCommand(options["check"], new.pid), f"waits for {options['check']}"
+    target = options["health"] or ("tcp" if known_program(plan.command, {_GUNICORN}) else None)
     if target is None:
-        return None, "waits for READY=1", 0.0
-    return HealthProbe(target, listeners[0], new.pid), f"waits for an answer ({target})", 0.0
+        return None, "waits for READY=1"
+    return HealthProbe(target, listeners[0], new.pid), f"waits for an answer ({target})"
 
 
 def _launch(client: Client, plan: Plan, options: dict[str, Any], stack: ExitStack) -> Launch:

@@ -101,20 +101,25 @@ class Detached:
         launch.environment["NOTIFY_SOCKET"] = sock.address
         speaks = speaks_for_others()
         said, says = (Descriptor(end.detach()) for end in socket.socketpair())
+        waits, goes = map(Descriptor, os.pipe())
         pid = os.fork()
         if pid == 0:
-            _become(launch, output)
+            goes.close()
+            _become(launch, output, waits)
+        waits.close()
         program = Descriptor(os.pidfd_open(pid))
         stderr = 2 if output is None else output.descriptor.fileno()
         if 2 in launch.standard:
             stderr = launch.standard[2].fileno()
         try:
             Helper(client, service, sock, program, pid, speaks, says, ready_fd, stderr).fork()
+            os.write(goes.fileno(), b"G")
         except BaseException:  # nobody would wait for it
             end_group(program, pid, GRACE, own=True)
             raise
         finally:
             says.close()
+            goes.close()
             close_all(descriptor for _, descriptor in kept)
         return cls(pid, program, said, output)
 
@@ -210,11 +215,16 @@ class Detached:
         self.close()
 
 
-def _become(launch: Launch, output: OutputFile | None) -> NoReturn:
-    """Replaces the forked child with the program."""
+def _become(launch: Launch, output: OutputFile | None, waits: Descriptor) -> NoReturn:
+    """Replaces the forked child with the program, once *waits* tells that the helper is there.
+
+    Without it nobody would end the program of a process that is killed now.
+    """
     status = NOT_FOUND
     try:
         os.setsid()
+        if not os.read(waits.fileno(), 1):
+            os._exit(status)
         if launch.folder is not None:
             os.chdir(launch.folder)
         nothing = os.open(os.devnull, os.O_RDONLY)

@@ -1,7 +1,7 @@
 """Whether a new version answers, beside an old one that accepts from the same socket.
 
-The kernel gives a connection to whichever process accepts it. So /proc is asked who has the other
-end, and what the old version answers does not count. That is known of TCP alone.
+The kernel gives a connection to whichever process accepts it. So the kernel is asked who has the
+other end, and what the old version answers does not count.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from fdshare.kernel.descriptor import Descriptor
+from fdshare.kernel.sock_diag import unix_peer
 
 __all__ = ["CheckCommand", "HealthProbe"]
 
@@ -72,11 +73,6 @@ class HealthProbe:
         elif self._family == socket.AF_INET6 and self._address[0] == "::":
             self._address = ("::1", self._address[1])
 
-    @property
-    def tells_versions(self) -> bool:
-        """Whether it knows an answer of the new version from one of the old."""
-        return self._family != socket.AF_UNIX
-
     def __call__(self) -> str:
         """Empty if the new version answered; else why not."""
         for _ in range(_ATTEMPTS):
@@ -93,7 +89,7 @@ class HealthProbe:
         with socket.socket(self._family) as sock:
             sock.settimeout(_TIMEOUT)
             sock.connect(self._address)
-            if self.tells_versions and not self._is_accepted_by_new(sock):
+            if not self._is_accepted_by_new(sock):
                 return False
             self._last = self._ask(sock) if self._http else ""
             return True
@@ -118,7 +114,10 @@ class HealthProbe:
 
 
 def _inode_of_other_end(sock: socket.socket) -> int:
-    """The number of the accepted socket; 0 until it is accepted (proc_pid_net(5))."""
+    """The number of the accepted socket; 0 until it is accepted, or if that is not known."""
+    if sock.family == socket.AF_UNIX:
+        return unix_peer(os.fstat(sock.fileno()).st_ino) or 0
+    # proc_pid_net(5)
     wanted = [_hex(*sock.getpeername()[:2]), _hex(*sock.getsockname()[:2])]
     table = "tcp6" if sock.family == socket.AF_INET6 else "tcp"
     with open(f"/proc/net/{table}") as file:

@@ -379,9 +379,10 @@ def test_deploys_under_load_refuse_nobody_and_fail_nothing(site: Site, kind: str
 
 @pytest.mark.skipif(importlib.util.find_spec("gunicorn") is None, reason="no gunicorn")
 def test_gunicorn_that_is_ready_before_it_is_loaded(site: Site, folder: Path) -> None:
-    """At a UNIX socket nobody can tell which version accepts: it must go on for a while."""
-    gunicorn = ["gunicorn", "--log-level", "warning", "nosuch:wsgi"]
-    report = site.deploy(f"web=unix://{folder}/web.sock", "--", *gunicorn, status=1)
+    name = f"web=unix://{folder}/web.sock"
+    gunicorn = ["gunicorn", "--log-level", "warning"]
+    site.deploy(name, "--", *gunicorn, "app:wsgi")
+    report = site.deploy(name, "--", *gunicorn, "nosuch:wsgi", status=1)
     assert "ended with status 3 before it was ready" in report["error"]
     assert "No module named 'nosuch'" in report["said"]
 

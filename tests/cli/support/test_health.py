@@ -78,15 +78,15 @@ def test_nobody_accepts_and_nobody_listens() -> None:
     assert "refused" in probe()
 
 
-def test_a_unix_socket_answers_for_any_version(folder: Path) -> None:
+def test_a_unix_socket(folder: Path) -> None:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(folder / "s"))
         listener.listen()
         descriptor = Descriptor.dup_of(listener)
         with descriptor, version(listener, "HTTP/1.1 302 Found") as pid:
-            probe = HealthProbe("/", descriptor, pid)
-            assert not probe.tells_versions
-            assert probe() == ""
+            assert HealthProbe("/", descriptor, pid)() == ""
+            wrong = HealthProbe("/", descriptor, os.getpid())()
+            assert wrong == "no process of it accepted a connection"
 
 
 def test_a_command() -> None:
