@@ -4,6 +4,7 @@ descriptor left."""
 from __future__ import annotations
 
 import os
+import select
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -161,6 +162,7 @@ def test_nobody_to_send_away(serve: Serve, null: int) -> None:
         one.ask(m.Register("x", KIND), [null])
         for busy in (one, two):
             busy.write(b"".join(busy.frame(m.Fetch("x")) for _ in range(5)))
+            assert select.select([busy.sock], [], [], 20)[0]  # so the server has read that
         with Client(manager.address, reconnect=0.1) as client:
             with pytest.raises((QuotaExceeded, ServerGone)) as caught:
                 client.ping()
@@ -206,6 +208,7 @@ def test_the_server_cannot_accept_and_nobody_is_idle(
         client.ping()
         for peer in (one, *fill_gaps(manager, stack)):
             peer.send(m.Fetch("x", wait=60))
+            assert type(peer.ask(m.Ping())) is m.Done
         with limited(server_pid(manager), 0):
             late = socket.socket(socket.AF_UNIX)
             late.connect(manager.address)
