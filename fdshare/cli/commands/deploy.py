@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack
@@ -208,10 +207,11 @@ def _deploy(
         new.commit()
         with paths_kept(listeners):
             for old in olds:
-                warning = _ending(old, options).end(old, progress.step)
-                progress.over()
-                if warning:
-                    print(f"fdshare: {warning}", file=sys.stderr)
+                if warning := _ending(old, options).end(old, progress.step):
+                    progress.note(warning)
+        progress.over()
+        if number := interruptions.received():
+            progress.note(f"{number.name} came too late: the old version was stopping")
         if new.has_ended():
             new.end("the old version has stopped, and then the new one ended")
     return {"ok": True, "pid": new.pid, "stopped": [old.pid for old in olds]}

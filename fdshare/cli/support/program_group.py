@@ -15,6 +15,7 @@ __all__ = ["GRACE", "end_group"]
 GRACE: Final = 10.0  # seconds to end at SIGTERM
 
 _LOOK: Final = 0.02  # seconds between looks whether the group is empty
+_LONGEST_POLL: Final = 86400.0  # seconds; poll(2) takes an int of milliseconds
 
 
 def end_group(leader: Descriptor, pid: int, grace: float, *, own: bool) -> None:
@@ -39,7 +40,7 @@ def end_group(leader: Descriptor, pid: int, grace: float, *, own: bool) -> None:
 def _ended(leader: Descriptor, seconds: float) -> bool:
     waiting = select.poll()
     waiting.register(leader.fileno(), select.POLLIN)
-    return bool(waiting.poll(seconds * 1000))
+    return bool(waiting.poll(min(seconds, _LONGEST_POLL) * 1000))
 
 
 def _is_there(group: int) -> bool:

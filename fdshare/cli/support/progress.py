@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import suppress
 
 from fdshare.printable import printable
 
@@ -11,7 +12,10 @@ __all__ = ["Progress"]
 
 
 class Progress:
-    """Tells on standard error; nothing if *quiet*."""
+    """Tells on standard error; of steps nothing if *quiet*.
+
+    It never raises: a terminal that is gone ends no deploy in the middle.
+    """
 
     def __init__(self, *, quiet: bool) -> None:
         self._quiet = quiet
@@ -26,14 +30,23 @@ class Progress:
         if text != self._step:
             self._step, self._since = text, time.monotonic()
             if not self._terminal:
-                print(f"fdshare: {printable(text)}", file=sys.stderr, flush=True)
+                _print(f"fdshare: {printable(text)}\n")
         if self._terminal:
             seconds = time.monotonic() - self._since
-            line = f"\r\33[Kfdshare: {printable(text)}, {seconds:.0f} s"
-            print(line, end="", file=sys.stderr, flush=True)
+            _print(f"\r\33[Kfdshare: {printable(text)}, {seconds:.0f} s")
+
+    def note(self, text: str) -> None:
+        """A line that stays."""
+        self.over()
+        _print(f"fdshare: {printable(text)}\n")
 
     def over(self) -> None:
         """Nothing is waited for: other lines may be printed."""
         if self._terminal and self._step:
-            print("\r\33[K", end="", file=sys.stderr, flush=True)
+            _print("\r\33[K")
         self._step = ""
+
+
+def _print(text: str) -> None:
+    with suppress(OSError):
+        print(text, end="", file=sys.stderr, flush=True)

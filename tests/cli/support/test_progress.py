@@ -39,6 +39,22 @@ def test_nothing_where_it_is_quiet(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == ""
 
 
+def test_a_note_stays_where_it_is_quiet_too(capsys: pytest.CaptureFixture[str]) -> None:
+    Progress(quiet=True).note("it is killed")
+    assert capsys.readouterr().err == "fdshare: it is killed\n"
+
+
+def test_it_does_not_raise_where_nobody_reads() -> None:
+    reads, writes = os.pipe()
+    os.close(reads)
+    try:
+        code = CODE + "progress.note('three')"
+        done = subprocess.run([sys.executable, "-c", code], stderr=writes, timeout=60)
+    finally:
+        os.close(writes)
+    assert done.returncode == 0
+
+
 def test_a_terminal_has_one_line_with_the_time() -> None:
     ours, theirs = pty.openpty()
     try:
