@@ -34,6 +34,7 @@ SAMPLES: tuple[tuple[Any, ...], ...] = (
     *(tuple(pair) for pair in itertools.product(("text", 3, b"data"), repeat=2)),
     ("a", "b", "c"),
     ("a", "b", 3),
+    ("a", 2, "c"),
     ("a", 2, "c", {}),
 )
 HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE
@@ -64,6 +65,9 @@ def constructors() -> dict[str, Callable[[], BaseException]]:
     except ImportError:  # numpy 1
         from numpy.core import _exceptions as ufuncs
 
+    # From 3.12 on the exception by itself.
+    wrong: Any = ValueError("wrong")
+    wrong = wrong if sys.version_info >= (3, 12) else (ValueError, wrong, None)
     double, whole = numpy.dtype("f8"), numpy.dtype("i8")
     made: list[Callable[[], BaseException]] = [
         lambda: UnicodeDecodeError("utf-8", b"a\xff", 1, 2, "invalid start byte"),
@@ -85,7 +89,7 @@ def constructors() -> dict[str, Callable[[], BaseException]]:
         lambda: subprocess.CalledProcessError(1, ["false"], b"out", b"err"),
         lambda: PackageNotFoundError("package"),
         lambda: PyCompileError(ValueError, ValueError("wrong"), "file"),
-        lambda: ErrorDuringImport("file", (ValueError, ValueError("wrong"), None)),  # type: ignore[arg-type]
+        lambda: ErrorDuringImport("file", wrong),
         lambda: HTTPError("http://localhost", 404, "none", Message(), io.BytesIO(b"body")),
         lambda: SAXParseException("wrong", None, Locator()),
         lambda: tarfile.LinkOutsideDestinationError(tarfile.TarInfo("name"), "path"),
