@@ -51,6 +51,7 @@ _cause: Final = BaseException.__dict__["__cause__"]
 _context: Final = BaseException.__dict__["__context__"]
 _suppress: Final = BaseException.__dict__["__suppress_context__"]
 _traceback: Final = BaseException.__dict__["__traceback__"]
+_MEMBERS: Final = frozenset({MemberDescriptorType, GetSetDescriptorType})
 _HEAP_TYPE: Final = 1 << 9  # Py_TPFLAGS_HEAPTYPE: not a class that C defines once and for all
 
 
@@ -108,8 +109,7 @@ def _descriptors(cls: type) -> Iterator[tuple[str, Any]]:
     """The names and descriptors of members in C structures and of slots."""
     for base in cls.__mro__:
         for name, found in vars(base).items():
-            is_special = name.startswith("__") and name.endswith("__")
-            if isinstance(found, MemberDescriptorType | GetSetDescriptorType) and not is_special:
+            if type(found) in _MEMBERS and not (name[:2] == "__" and name[-2:] == "__"):
                 yield name, found
 
 
@@ -128,7 +128,8 @@ def _members(error: BaseException) -> dict[str, Any]:
 
 def _new(cls: type[BaseException], *args: Any) -> BaseException:
     """An object of *cls*, by its nearest class in C: no code of the program's runs."""
-    base: Any = next(base for base in cls.__mro__ if not base.__flags__ & _HEAP_TYPE)
+    static: Any = (base for base in cls.__mro__ if not base.__flags__ & _HEAP_TYPE)
+    base = next(base for base in static if issubclass(base, BaseException))
     made: BaseException = base.__new__(cls, *args)
     return made
 

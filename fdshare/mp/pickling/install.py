@@ -19,7 +19,7 @@ import pickle
 import socket
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, Final, cast
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         """A ForkingPickler with our methods."""
 
         registered: ClassVar[Reducers]
+        dispatched: ClassVar[Mapping[type, object] | None]
         parked: Parked | None
 
 
@@ -142,6 +143,7 @@ def _patch(reduction: ReductionModule) -> None:
         "dump": _make_dump(package, reduction),
         "reducer_override": _make_override(package, reduction),
         "registered": pickler._extra_reducers,
+        "dispatched": getattr(pickler, "dispatch", None),
         "parked": None,
     }
     _patched[pickler] = {name: vars(pickler).get(name, _ABSENT) for name in new}

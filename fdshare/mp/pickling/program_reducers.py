@@ -8,7 +8,7 @@ derives from one. The packages register reducers for the same classes: those giv
 from __future__ import annotations
 
 import copyreg
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Final, Protocol, TypeAlias
 
 from fdshare.kinds import base_with_kind
@@ -31,9 +31,10 @@ _METHODS: Final = ("__reduce_ex__", "__reduce__", "__getstate__")
 
 
 class HasReducers(Protocol):
-    """A pickler. That of dill has a table called `dispatch`, too."""
+    """A pickler."""
 
     registered: ClassVar[Reducers]  # with ForkingPickler.register
+    dispatched: ClassVar[Mapping[type, object] | None]  # the `dispatch` of dill's
 
 
 def reducer_of_program(pickler: HasReducers | type[HasReducers], cls: type) -> Reducer | None:
@@ -41,8 +42,8 @@ def reducer_of_program(pickler: HasReducers | type[HasReducers], cls: type) -> R
 
     The order is that of the standard pickler, and of dill's.
     """
-    dispatch = getattr(pickler, "dispatch", None)
-    if dispatch is not None and cls in dispatch and _is_programs(dispatch[cls]):
+    dispatched = pickler.dispatched
+    if dispatched is not None and cls in dispatched and _is_programs(dispatched[cls]):
         return _left_to_pickler
     reducer = pickler.registered.get(cls)
     if reducer is not None:

@@ -15,6 +15,7 @@ import copyreg
 import io
 import pickle
 import selectors
+from collections.abc import Mapping
 from types import BuiltinFunctionType, CodeType, FunctionType, TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol, TypeAlias
 
@@ -68,6 +69,7 @@ class TransitPickler(_Pickler):
 
     transit: Inline
     registered: ClassVar[Reducers]
+    dispatched: ClassVar[Mapping[type, object] | None]
     bare_exceptions = False  # pickle them as the package does it
 
     # exceptions.py has what these are.
@@ -148,6 +150,7 @@ def make_pickler(forking_pickler: type[StockForkingPickler]) -> type[TransitPick
     base = pickle.Pickler if issubclass(forking_pickler, pickle.Pickler) else forking_pickler
     attributes = {
         "registered": forking_pickler._extra_reducers,
+        "dispatched": getattr(forking_pickler, "dispatch", None),
         "loads": staticmethod(forking_pickler.loads),
     }
     return type("Pickler", (TransitPickler, base), attributes)
@@ -262,7 +265,7 @@ def _reduce_array(transit: Transit, pickler: HasReducers, obj: Any, cls: type) -
 def _reduce_with_fileno(transit: Transit, pickler: HasReducers, obj: Any, cls: type) -> Override:
     if is_shareable(cls):
         return _reduce_with_kind(transit, pickler, obj, cls)
-    if cls in copyreg.dispatch_table or cls in getattr(pickler, "dispatch", ()):
+    if cls in copyreg.dispatch_table or cls in (pickler.dispatched or ()):
         return NotImplemented
     if issubclass(cls, selectors.BaseSelector) and not differs(cls, selectors.BaseSelector):
         # As without us. What it waits with would arrive as a descriptor, its files as others.
