@@ -183,8 +183,9 @@ def _add_beside(error: BaseException, beside: _Beside) -> None:
 
 # The chain
 
-# (name of its class, why it is not there) of an exception that is left out.
-_Lost: TypeAlias = tuple[str, str]
+# The name of its class; its pickle, or why there is none.
+_Part: TypeAlias = tuple[str, bytes | str]
+_Lost: TypeAlias = tuple[str, str]  # one of which there is none
 # The positions of cause and context, and whether the context is suppressed.
 _Edge: TypeAlias = tuple[int | None, int | None, bool]
 
@@ -224,9 +225,9 @@ def reduce_links(pickler: ChainPickler, links: Links) -> Any:
     return _open_links, (pickler.loads, members, edges)
 
 
-def _part(pickler: ChainPickler, error: BaseException, unlinked: frozenset[int]) -> bytes | _Lost:
+def _part(pickler: ChainPickler, error: BaseException, unlinked: frozenset[int]) -> _Part:
     try:
-        return pickler.part(error, unlinked)
+        return type(error).__qualname__, pickler.part(error, unlinked)
     except Exception as reason:
         return type(error).__qualname__, f"it cannot be pickled: {_text(reason)}"
 
@@ -239,7 +240,7 @@ def _text(error: BaseException) -> str:
 
 
 def _open_links(
-    loads: Loads, members: list[BaseException | bytes | _Lost], edges: list[_Edge | None]
+    loads: Loads, members: list[BaseException | _Part], edges: list[_Edge | None]
 ) -> Callable[[], None]:
     """A function that links what has arrived. Pickles name this function."""
     chain = [_open(loads, member) for member in members]
@@ -252,16 +253,17 @@ def _open_links(
     return link
 
 
-def _open(loads: Loads, member: BaseException | bytes | _Lost) -> BaseException | _Lost:
-    if not isinstance(member, bytes):
+def _open(loads: Loads, member: BaseException | _Part) -> BaseException | _Lost:
+    if isinstance(member, BaseException):
         return member
+    name, data = member
+    if isinstance(data, str):
+        return name, data
     try:
-        error = load_part(loads, member)
+        error = load_part(loads, data)
     except Exception as reason:
-        return "an exception", f"it cannot be unpickled: {_text(reason)}"
-    return (
-        error if isinstance(error, BaseException) else ("an exception", "it became another object")
-    )
+        return name, f"it cannot be unpickled: {_text(reason)}"
+    return error if isinstance(error, BaseException) else (name, "it became another object")
 
 
 def _link(error: BaseException, edge: _Edge, chain: list[BaseException | _Lost]) -> None:

@@ -249,7 +249,7 @@ def _reduce_with_kind(transit: Transit, pickler: HasReducers, obj: Any, cls: typ
     reducer = reducer_of_program(pickler, cls)
     if reducer is not None:
         return reducer(obj)
-    if pickles_itself(cls):
+    if cls not in describers and pickles_itself(cls):
         return obj.__reduce_ex__(pickle.DEFAULT_PROTOCOL)
     return transit.carry(obj, *describe(obj))
 

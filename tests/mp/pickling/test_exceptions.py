@@ -321,8 +321,7 @@ def test_what_an_error_was_raised_from_does_not_cost_the_error(
     assert error.__suppress_context__ == (how != "context")
     role = "cause" if how == "cause" else "context"
     (note,) = error.__notes__
-    assert note.startswith(f"The {role} of this exception (")
-    assert note.endswith(f") is left out: {reason}")
+    assert note == f"The {role} of this exception ({lost.__name__}) is left out: {reason}"
     assert open_now() == before
 
 
