@@ -20,6 +20,7 @@ __all__ = [
     "SignalName",
     "authkey_from_environment",
     "client_at",
+    "complete_user",
     "for_server",
     "json_option",
     "name_argument",
@@ -139,6 +140,16 @@ def authkey_from_environment() -> bytes | None:
     if not key:
         raise click.UsageError(f"the authkey file {file} is empty")
     return key
+
+
+def complete_user(
+    context: click.Context, parameter: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """The users whose name starts with *incomplete*."""
+    import pwd
+
+    names = {entry.pw_name for entry in pwd.getpwall()}
+    return [CompletionItem(name) for name in sorted(names) if name.startswith(incomplete)]
 
 
 def _complete_name(

@@ -8,9 +8,10 @@ import time
 from typing import TYPE_CHECKING
 
 import click
+from click.shell_completion import CompletionItem
 
 from fdshare.cli.format import age, print_facts, print_json
-from fdshare.cli.options import for_server, json_option, name_argument, uid_of
+from fdshare.cli.options import complete_user, for_server, json_option, name_argument, uid_of
 from fdshare.printable import printable
 
 if TYPE_CHECKING:
@@ -81,10 +82,25 @@ def ping(client: Client) -> None:
     print(f"{client.address} answered in {milliseconds:.1f} ms")
 
 
+def _complete_verb(
+    context: click.Context, parameter: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    from fdshare.server.core.policy import VERBS
+
+    return [CompletionItem(verb) for verb in VERBS if verb.startswith(incomplete)]
+
+
 @click.command(short_help="Show what the policy allows a user, and by which rule.")
-@click.argument("verb")
+@click.argument("verb", shell_complete=_complete_verb)
 @name_argument(default="")
-@click.option("--uid", "--user", "user", metavar="USER", help="The user. [default: yourself]")
+@click.option(
+    "--uid",
+    "--user",
+    "user",
+    metavar="USER",
+    shell_complete=complete_user,
+    help="The user. [default: yourself]",
+)
 @click.option("--gid", type=int, help="The group. [default: the user's own]")
 @json_option
 @for_server

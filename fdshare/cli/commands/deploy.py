@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from fdshare.cli.format import Column, print_json, print_table
-from fdshare.cli.options import Seconds, SignalName, client_at, for_server, json_option
+from fdshare.cli.options import (
+    Seconds,
+    SignalName,
+    client_at,
+    for_server,
+    json_option,
+    name_argument,
+)
 from fdshare.cli.support.deployment import (
     DEPLOYED,
     KIND,
@@ -86,7 +93,7 @@ _FIRST_WORDS: Final = 4  # of a command: among them is the program
 @click.option("--keep", is_flag=True, help="Go on with what NAME has, if it is not ADDRESS.")
 @click.option("--rebind", is_flag=True, help="Replace what NAME has by ADDRESS, if it is another.")
 @json_option
-@click.argument("words", nargs=-1, metavar="NAME[=ADDRESS]... -- CMD...")
+@name_argument("words", nargs=-1, metavar="NAME[=ADDRESS]... -- CMD...")
 def deploy(path: str | None, trust: tuple[str, ...], words: Sequence[str], **options: Any) -> int:
     """Start CMD beside the version that runs, wait until it is ready, then stop the old one.
 

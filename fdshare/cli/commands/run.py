@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fdshare.cli.options import Seconds, client_at, or_never
+from fdshare.cli.options import Seconds, client_at, name_argument, or_never
 from fdshare.cli.support.exec import Launch, check_fdnames, find_program, with_own_offset
 from fdshare.cli.support.program_words import Wanted, WithCommand, split_words
 from fdshare.cli.support.wrappers import starts_a_child
@@ -73,7 +73,7 @@ __all__ = ["get_wanted", "run"]
     metavar="SECONDS",
     help="With --detach: wait so long for READY=1.",
 )
-@click.argument("words", nargs=-1, metavar="NAME[=ADDRESS]... [--] CMD...")
+@name_argument("words", nargs=-1, metavar="NAME[=ADDRESS]... [--] CMD...")
 def run(path: str | None, trust: tuple[str, ...], words: Sequence[str], **options: Any) -> int:
     """Run CMD with descriptors from 3 on, as LISTEN_FDS, LISTEN_FDNAMES and LISTEN_PID say.
 

@@ -55,6 +55,7 @@ _FORWARDED: Final = ("READY=", "RELOADING=", "STOPPING=", "STATUS=", "WATCHDOG="
 # What is said on the socket between the helper and who waits for the program.
 READY: Final = b"R"
 COMMITTED: Final = b"C"
+_PREFIX: Final = "fdshare-notify-"  # of the folder of the socket
 _LONGEST_ADDRESS: Final = 100  # bytes: sun_path is 108, less than that on some systems
 _MOST_ANCESTORS: Final = 100
 
@@ -86,14 +87,33 @@ def notify_socket() -> NotifySocket:
     The helper looks at the sender's credentials, and ignores strangers. The caller owns the result.
     """
     for parent in _folders():
+        _remove_stale(parent)
         folder = ""
         with suppress(OSError):
-            folder = tempfile.mkdtemp(prefix="fdshare-notify-", dir=parent)
+            folder = tempfile.mkdtemp(prefix=_PREFIX, dir=parent)
             os.chmod(folder, 0o711)
             return NotifySocket(os.path.join(folder, "notify"), mode=0o666)
         if folder:
             shutil.rmtree(folder, ignore_errors=True)
-    return NotifySocket(f"@fdshare-notify-{secrets.token_hex(8)}")
+    return NotifySocket(f"@{_PREFIX}{secrets.token_hex(8)}")
+
+
+def _remove_stale(parent: str) -> None:
+    """Removes the folders of this user whose socket nobody owns: of what was killed meanwhile."""
+    with suppress(OSError), os.scandir(parent) as entries:
+        for entry in entries:
+            if not entry.name.startswith(_PREFIX):
+                continue
+            # Others can write /tmp, and make a link of that name.
+            if entry.stat(follow_symlinks=False).st_uid != os.geteuid():
+                continue
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+                try:
+                    sock.connect(os.path.join(entry.path, "notify"))
+                except ConnectionRefusedError:
+                    shutil.rmtree(entry.path, ignore_errors=True)
+                except OSError:  # one that is being made has no socket yet
+                    pass
 
 
 def _folders() -> list[str]:

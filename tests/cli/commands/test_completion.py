@@ -51,5 +51,14 @@ def test_names(fdshare: Shell) -> None:
     assert complete(fdshare, "rm", "") == ["log", "web/http"]
 
 
+def test_programs_to_run_verbs_and_users(fdshare: Shell) -> None:
+    fdshare("register", "web/http", "--memory", "/dev/null")
+    for command in ("run", "deploy"):
+        assert complete(fdshare, command, "we") == ["web/http"]
+    assert complete(fdshare, "explain", "fe") == ["fetch"]
+    assert complete(fdshare, "explain", "fetch", "we") == ["web/http"]
+    assert "root" in complete(fdshare, "explain", "--uid", "ro")
+
+
 def test_no_server_is_no_trouble(shell: Shell) -> None:
     assert complete(shell, "info", "we") == []

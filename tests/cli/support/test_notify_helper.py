@@ -13,6 +13,7 @@ import pytest
 from commandline import FDSHARE, Shell
 
 from fdshare.activation import NotifySocket
+from fdshare.cli.support.notify_helper import notify_socket
 
 SERVICE = """
 import json, os, sys
@@ -164,6 +165,19 @@ def test_every_program_can_reach_the_socket_whatever_tmpdir_is(
         said = fdshare(*words, env={"TMPDIR": str(place)})
         assert len(said.splitlines()[-1]) < 100
     assert list(long.iterdir()) == []
+
+
+def test_the_folder_of_one_that_was_killed_is_removed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fdshare.cli.support.notify_helper._folders", lambda: [str(folder)])
+    with notify_socket() as kept, notify_socket() as killed:
+        other = Path(killed.address).parent
+        killed.abandon()  # closed, and its path stays
+        with notify_socket() as new:
+            places = [Path(sock.address).parent for sock in (kept, new)]
+            assert sorted(folder.iterdir()) == sorted(places)
+            assert other not in places
 
 
 READ_ONLY = """
