@@ -267,7 +267,7 @@ def _probe(
 
 def _launch(client: Client, plan: Plan, options: dict[str, Any], stack: ExitStack) -> Launch:
     """The program with all its descriptors; *stack* closes them."""
-    from fdshare.cli.commands.run import get_wanted
+    from fdshare.cli.commands.run import get_wanted, warn_of_wrapper
 
     start = plan.start
     launch = Launch(plan.command, folder=os.fsdecode(start.folder))
@@ -277,6 +277,7 @@ def _launch(client: Client, plan: Plan, options: dict[str, Any], stack: ExitStac
     for want in parse_wanted(plan.words):
         for descriptor in get_wanted(client, want, how):
             launch.passed.append((want.name, stack.enter_context(descriptor)))
+    warn_of_wrapper(launch)
     return launch
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from fdshare.client.blocking.client import Client
     from fdshare.kernel.descriptor import Descriptor
 
-__all__ = ["get_wanted", "run"]
+__all__ = ["get_wanted", "run", "warn_of_wrapper"]
 
 
 @click.command(
@@ -99,7 +99,7 @@ def run(path: str | None, trust: tuple[str, ...], words: Sequence[str], **option
 
             start_unless_there(client)
         launch = _fill(Launch(command, pid=not options["no_pid"]), client, wanted, options, stack)
-        _warn_of_wrapper(launch)
+        warn_of_wrapper(launch)
         if path is not None:
             # If the program uses a server, it uses this one.
             launch.environment["FDSHARE_PATH"] = absolute(client.address)
@@ -112,14 +112,15 @@ def run(path: str | None, trust: tuple[str, ...], words: Sequence[str], **option
         run_notified(client, launch, wanted[0].name, options["ready_fd"])
 
 
-def _warn_of_wrapper(launch: Launch) -> None:
+def warn_of_wrapper(launch: Launch) -> None:
     """A program that ignores the descriptors binds another address, and clients wait at ours."""
     if not launch.passed or not launch.pid or launch.arguments() != list(launch.command):
         return
     if starts_a_child(launch.command):
         print(
             f"fdshare: {launch.command[0]} starts the program as its child, but LISTEN_PID is the "
-            "pid of its parent then: the program may ignore what it is passed; see --no-pid",
+            "pid of its parent then: the program may ignore what it is passed; let it exec the "
+            "program, or see fdshare run --no-pid",
             file=sys.stderr,
             flush=True,
         )

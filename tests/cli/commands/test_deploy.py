@@ -155,6 +155,13 @@ def test_a_release_that_is_ready_and_ends(served: Site) -> None:
     assert served.ask() == "version 1"
 
 
+def test_a_wrapper_is_told(served: Site) -> None:
+    """A program that ignored its socket could be ready, and nobody would accept."""
+    report = served.deploy("web", "--", "timeout", "60", *SERVER, status=1)
+    assert "fdshare: timeout starts the program as its child" in report["said"]
+    assert served.ask() == "version 1"
+
+
 def test_a_release_that_never_gets_ready_is_ended(served: Site) -> None:
     report = served.deploy("--ready-timeout", "0.5", "web", "--", *NEVER, status=1)
     assert "was not ready within 0.5 s, and is ended" in report["error"]
