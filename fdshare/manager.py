@@ -24,7 +24,7 @@ from fdshare.kernel.endpoint import Listener, listen
 from fdshare.kernel.plain_socket import stream_pair
 from fdshare.protocol import messages as m
 from fdshare.protocol.auth import checked_authkey
-from fdshare.server.child import read_message, send_message
+from fdshare.server.child import read_message, remove_folder, send_message
 from fdshare.server.interpreter import fresh_interpreter
 from fdshare.server.loop.server import Server
 from fdshare.server.settings import Settings
@@ -73,6 +73,7 @@ class Manager(Client):
             authkey=self._authkey,
             log_level="WARNING",
             policy=None if policy is None else os.fspath(policy),
+            private=self._folder is not None,
         )
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
@@ -252,15 +253,7 @@ def _end(
     if control is not None and process is not None:
         _wait_for_the_end(control, process)
     if folder is not None:
-        for name in ("fdshare.sock.lock", "fdshare.sock"):
-            try:
-                os.unlink(os.path.join(folder, name))
-            except FileNotFoundError:
-                pass
-        try:
-            os.rmdir(folder)
-        except OSError:
-            pass
+        remove_folder(folder)
 
 
 def _wait_for_the_end(control: socket.socket, process: subprocess.Popen[bytes]) -> None:

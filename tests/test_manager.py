@@ -417,6 +417,29 @@ def test_it_ends_with_its_owner(child: Any, until: Callable[..., Any], end: str)
     assert not os.path.exists(address)
 
 
+PRIVATE = """
+import fdshare, select
+manager = fdshare.Manager(keeper=%s).start()
+print(manager.address, flush=True)
+select.select([], [], [])
+"""
+
+
+@pytest.mark.parametrize("keeper", [False, True])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_its_folder_goes_with_an_owner_that_is_killed(
+    until: Callable[..., Any], keeper: bool, number: signal.Signals
+) -> None:
+    package = Path(fdshare.__file__).parent.parent
+    command = [sys.executable, "-c", PRIVATE % keeper]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=package) as process:
+        assert process.stdout is not None
+        folder = os.path.dirname(process.stdout.readline().strip())
+        assert os.listdir(folder)
+        process.send_signal(number)
+    until(lambda: not os.path.exists(folder), "the server ends and removes its folder")
+
+
 def test_it_ends_with_an_owner_that_is_killed(child: Any, until: Callable[..., Any]) -> None:
     process = child(OWNER.format(prelude="pass", end="pass"))
     address, pid = process.stdout.readline().split()

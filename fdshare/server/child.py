@@ -19,7 +19,7 @@ from fdshare.server import logs
 from fdshare.server.serve import serve
 from fdshare.server.settings import Settings
 
-__all__ = ["main", "read_message", "send_message"]
+__all__ = ["main", "read_message", "remove_folder", "send_message"]
 
 _LENGTH = struct.Struct(">I")
 
@@ -63,4 +63,19 @@ def _serve(control: socket.socket) -> int:
     except FdshareError as error:
         send_message(control, m.refusal(error))
         return 1
+    if settings.private:  # its owner may have been killed, and remove nothing
+        remove_folder(os.path.dirname(settings.path))
     return 0
+
+
+def remove_folder(folder: str) -> None:
+    """Removes the private folder of a server that has ended."""
+    for name in ("fdshare.sock.lock", "fdshare.sock"):
+        try:
+            os.unlink(os.path.join(folder, name))
+        except FileNotFoundError:
+            pass
+    try:
+        os.rmdir(folder)
+    except OSError:
+        pass

@@ -34,6 +34,7 @@ class Settings(msgspec.Struct, kw_only=True):
     audit_strict: bool = False  # refuse what the audit log has no room for
     metrics: str | None = None  # HOST:PORT for Prometheus text over HTTP
     closed: str = ""  # why nobody is served
+    private: bool = False  # the folder of the path is the server's alone, and goes with it
 
 
 def read_policy(settings: Settings) -> tuple[Policy, bytes | None]:
