@@ -7,7 +7,8 @@ A message is never read that would bring more descriptors than there are numbers
 drops those that find none (unix(7)), and would do so in this thread: the last copy of a socket with
 SO_LINGER, among them, would stop the loop. So where few numbers are left, the loop peeks, and makes
 copies of no more than half of them: one message does not use up what the next one needs. A user who
-has some of the numbers already gets no more than a share: what is not received costs little time.
+has some of the numbers already gets no more than a share, and none of the last ones. What is not
+received costs little time.
 """
 
 from __future__ import annotations
@@ -84,8 +85,10 @@ class Intake:
         if self._closer.given:
             used += self._closer.all_left()
             closing = self._closer.left(user.uid)
-        half = max((self._numbers - used) // 2, 1)
-        most = half if user.trusted else min(half, self._more(user, closing))
+        half = (self._numbers - used) // 2
+        most = max(half, 1)
+        if not user.trusted and user.received + closing:
+            most = max(min(half, self._share(user) - user.received - closing), 0)
         if most >= MAX_DESCRIPTORS:
             return receive_handles(sock, buffer, user.uid)
         count, handles, lost = receive_handles(sock, buffer, user.uid, _PEEK, most)
@@ -101,18 +104,12 @@ class Intake:
             if not user.trusted:
                 if closing and not self._closer.hanging(user.uid):
                     raise NotNow
-                raise lost if most == half else self._too_many(user)
+                raise lost if most >= half else self._too_many(user)
         if count:
             # Without room for descriptors: the kernel drops its copies. They are not the last, ours
             # are there; or it is a trusted user's loss.
             sock.recv_into(buffer, count)
         return count, handles, lost
-
-    def _more(self, user: User, closing: int) -> int:
-        """How many descriptors *user* may send now; any number, if none of its are in no entry, or
-        in none any more."""
-        on_the_way = user.received + closing
-        return max(self._share(user) - on_the_way, 0) if on_the_way else MAX_DESCRIPTORS
 
     def recount(self, connection: Connection) -> None:
         """Counts what *connection* has received and not settled."""

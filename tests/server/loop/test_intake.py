@@ -158,6 +158,20 @@ def test_who_has_numbers_gets_no_more_than_a_share(shared: Receiving) -> None:
     shared.closer.close(first[0].receiver.drain())
 
 
+def test_the_last_numbers_are_for_who_has_none(shared: Receiving) -> None:
+    user = User(1, False)
+    first, (connection, client) = shared.connect(user), shared.connect(user)
+    half_frame(shared, *first, 1)
+    send_message(client, (b"x",), [0])
+    with pytest.raises(DescriptorLimit):
+        shared.intake.receive(connection, shared.buffer, 20)
+    connection, client = shared.connect(User(2, False))
+    send_message(client, (b"x",), [0])
+    _, handles, lost = shared.intake.receive(connection, shared.buffer, 20)
+    assert (len(handles), lost) == (1, None)
+    shared.closer.close([*handles, *first[0].receiver.drain()])
+
+
 def test_numbers_that_are_about_to_be_free_are_waited_for(shared: Receiving) -> None:
     user, other = User(1, False), User(2, False)
     connection, client = shared.connect(user)
