@@ -141,7 +141,8 @@ class Closer:
         self._closed_of: dict[int, int] = {}
         self._last = 0
         self._try_at = 0.0  # when to try to start a thread, where none could be
-        self._pinned: dict[Handle, None] = {}  # to be closed, but still to be sent
+        self._pinned: dict[Handle, None] = {}  # to be closed, but still in use
+        self._pinned_of: dict[int, int] = {}  # how many of a uid
         self._done: deque[tuple[_Batch, int]] = deque()  # so many of it are closed
         self.waiting: dict[_Batch, None] = {}  # in the order of `until`
 
@@ -166,8 +167,7 @@ class Closer:
                 handle.batch = batch
                 batch.left += 1
             if handle.pins:
-                handle.closing = True
-                self._pinned[handle] = None
+                self._pin(handle)
             else:
                 self._let_go(handle, others)
         for (uid, waits), fds in others.items():
@@ -197,11 +197,16 @@ class Closer:
         left = given - self._closed_of.get(uid, 0)
         if given and not left:
             del self.given[uid], self._closed_of[uid]
-        return left
+        return left + self._pinned_of.get(uid, 0)
 
     def all_left(self) -> int:
         """How many of all users."""
-        return sum(map(self.left, list(self.given)))
+        return sum(map(self.left, {*self.given, *self._pinned_of}))
+
+    @property
+    def is_done(self) -> bool:
+        """True if there is nothing that is not closed yet, as far as is known."""
+        return not self.given and not self._pinned
 
     def unfinished(self) -> list[tuple[int, int]]:
         """(number, owner) of what is still to be closed: a forked child has copies of it, which it
@@ -237,9 +242,23 @@ class Closer:
 
     # One of them.
 
+    def _pin(self, handle: Handle) -> None:
+        """It is closed when it is not in use any more."""
+        handle.closing = True
+        if handle not in self._pinned:
+            self._pinned[handle] = None
+            self._pinned_of[handle.uid] = self._pinned_of.get(handle.uid, 0) + 1
+
+    def _unpin(self, handle: Handle) -> None:
+        if handle in self._pinned:
+            del self._pinned[handle]
+            self._pinned_of[handle.uid] -= 1
+            if not self._pinned_of[handle.uid]:
+                del self._pinned_of[handle.uid]
+
     def _let_go(self, handle: Handle, others: dict[tuple[int, _Batch | None], list[int]]) -> None:
         """Closes it, or adds it to *others*, which are to be closed in lanes."""
-        self._pinned.pop(handle, None)
+        self._unpin(handle)
         fd, handle.fd = handle.fd, -1
         batch, handle.batch = handle.batch, None
         if fd < 0:

@@ -82,7 +82,7 @@ class Intake:
         sock, user = connection.sock, connection.session.user
         used = self._table.descriptors + connections + self.received
         closing = 0
-        if self._closer.given:
+        if not self._closer.is_done:
             used += self._closer.all_left()
             closing = self._closer.left(user.uid)
         half = (self._numbers - used) // 2

@@ -150,6 +150,24 @@ def test_many_are_closed_in_their_order(closing: Closing, gate: threading.Event)
     assert closing.closer.all_left() == 0
 
 
+def test_what_is_in_use_is_not_closed_yet(closing: Closing) -> None:
+    """... and counts against its owner: whoever replaces it has more than the table says."""
+    handle = null(OTHER)
+    fd, handle.pins = handle.fd, 1
+    for _ in range(2):
+        closing.closer.close([handle])
+        assert closing.closer.left(OTHER) == closing.closer.all_left() == 1
+        assert not closing.closer.is_done
+    assert fd in census()
+    handle.pins = 0
+    closing.close(handle)
+    while not closing.called:
+        closing.wait()
+    assert fd not in census()
+    assert closing.closer.left(OTHER) == closing.closer.all_left() == 0
+    assert closing.closer.is_done
+
+
 def test_a_wait_has_an_end(closing: Closing, gate: threading.Event) -> None:
     """For one that begins to hang."""
     closing.lanes.put(OTHER, gate.wait)
