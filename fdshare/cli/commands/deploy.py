@@ -300,6 +300,8 @@ def _old_versions(
             raise click.BadParameter(f"there is no process {pid}", param_hint="--old") from None
         if pid not in [old.pid for old in olds]:
             olds.append(Version(pid, program, _start_of(pid, plan), ""))
+    for old in olds:
+        old.check_may_stop()
     return olds, next(iter([*olds, *known]), None)
 
 

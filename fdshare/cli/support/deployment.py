@@ -11,6 +11,7 @@ import datetime
 import os
 import select
 import shlex
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -111,6 +112,19 @@ class Version:
         waiting = select.poll()
         waiting.register(self.program.fileno(), select.POLLIN)
         return bool(waiting.poll(0))
+
+    def check_may_stop(self) -> None:
+        """Raises: click.ClickException: this user may not signal it; to be told before a new one
+        runs."""
+        try:
+            signal.pidfd_send_signal(self.program.fileno(), 0)
+        except ProcessLookupError:
+            pass
+        except PermissionError:
+            raise click.ClickException(
+                f"the old version, pid {self.pid}, belongs to another user, who may stop it: "
+                "deploy as that user, or as root"
+            ) from None
 
     def close(self) -> None:
         """Closes its descriptor; the program goes on."""

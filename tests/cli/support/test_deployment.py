@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 import pytest
-from commandline import Shell
+from commandline import ROOT, Shell
 
 from fdshare import Client, connect
 from fdshare.cli.support.deployment import ProgramStart, Version, deploying, now
@@ -74,6 +74,24 @@ def test_a_version_of_another_user_is_not_believed(shell: Shell, folder: Path) -
     subprocess.run([sys.executable, "-c", code], env=shell.environment, check=True, timeout=60)
     line = shell.fails("deploy", "--rollback", "web")
     assert "registered by uid 65534" in line
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
+def test_a_version_of_another_user_cannot_be_stopped() -> None:
+    """Which is told before a new version runs beside it."""
+    code = (
+        "import os, fdshare.cli.support.deployment as d\n"
+        "from fdshare.kernel.descriptor import Descriptor\n"
+        "with Descriptor(os.pidfd_open(os.getppid())) as theirs:\n"
+        "    old = d.Version(os.getppid(), theirs, d.ProgramStart([], [], b'', {}), '')\n"
+        "    old.check_may_stop()\n"
+        "    os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
+        "    old.check_may_stop()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert "belongs to another user" in done.stderr
 
 
 def test_one_deploys_at_a_time(client: Client, fdshare: Shell) -> None:
