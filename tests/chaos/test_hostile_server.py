@@ -159,9 +159,11 @@ class HostileServer(threading.Thread):
             data, fds, _, _ = socket.recv_fds(sock, 65536, 253)
             if not data:
                 return
-            for frame in receiver.feed(data, fds):
-                for fd in frame.descriptors:
-                    os.close(fd)
+            frames = receiver.feed(data, fds)
+            # Before any answer, at which the client may be gone.
+            for fd in (*receiver.drain(), *(fd for frame in frames for fd in frame.descriptors)):
+                os.close(fd)
+            for frame in frames:
                 if frame.id == 0:
                     body = m.encode(WELCOME)
                     sock.sendall(header(len(body), 0, 0) + body)
