@@ -262,6 +262,8 @@ def _settle_text(text: io.TextIOWrapper, buffer: Any) -> TextSpec:
 # and characters to skip, from there on.
 _STATE_AT: Final = 64
 _MORE_AT: Final = 96
+_SKIPPED_AT: Final = 128
+_32_BITS: Final = 2**32 - 1
 _MOST_STATE: Final = 2**31 - 1  # it is a C int
 
 
@@ -276,6 +278,11 @@ def _rewind_text(text: io.TextIOWrapper) -> int | None:
         raise UnsupportedKind(
             "TextIOWrapper", f"its position is not known ({error}): read it with readline()"
         ) from None
+    if cookie >> _STATE_AT & 1 and cookie >> _SKIPPED_AT & _32_BITS == 1:
+        # Behind a carriage return whose line feed the decoder of newlines had waited for, in vain:
+        # what it waits with is that character, which was read. (A line feed would have been fed,
+        # and the position would be behind it.)
+        cookie = cookie & ((1 << _MORE_AT) - 1) ^ (1 << _STATE_AT)
     if cookie >> _MORE_AT:
         raise UnsupportedKind(
             "TextIOWrapper",

@@ -140,6 +140,21 @@ def test_any_text_is_continued_where_it_was_left(
         file.detach()
 
 
+@pytest.mark.parametrize("newline", [None, ""])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+@pytest.mark.parametrize("rest", ["", "c", "\xe9", "\r\n", "\rc"])
+def test_a_position_behind_a_carriage_return(
+    path: Path, rest: str, encoding: str, newline: str | None
+) -> None:
+    path.write_bytes(f"ab\r{rest}".encode(encoding))
+    with open(path, encoding=encoding, newline=newline) as file:
+        expected = file.read()[3:]
+        file.seek(0)
+        file.read(3)
+        with through(file) as other:
+            assert other.read() == expected
+
+
 def test_iterating_leaves_no_known_position(path: Path) -> None:
     with open(path) as file:
         next(file)
