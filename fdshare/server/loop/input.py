@@ -73,7 +73,10 @@ class Input(Output):
             self._pause(connection)
             return
         except (DescriptorLimit, QuotaExceeded) as error:
-            self.expel(connection, error)
+            if isinstance(error, DescriptorLimit) and self._make_numbers(connection):
+                self._pause(connection)
+            else:
+                self.expel(connection, error)
             return
         except OSError:
             self.drop(connection)
@@ -81,6 +84,8 @@ class Input(Output):
         if not count:
             self.drop(connection)
             return
+        if self.intake.is_short:
+            self._make_numbers(connection)
         if (
             not handles
             and lost is None
@@ -120,6 +125,17 @@ class Input(Output):
             self._take_stock(connection, now)
             if connection.pending or not receiver.idle:
                 self._check_buffers(connection)
+
+    def _make_numbers(self, reader: Connection) -> bool:
+        """Drops a connection that has sent more than the share of its user, so that others get
+        numbers. False if there is none but *reader*."""
+        connection = self.intake.over_share()
+        if connection is None or connection is reader:
+            return False
+        if (refusal := self.intake.refusal(connection.session.user)) is not None:
+            self.expel(connection, refusal)
+        self.drop(connection)
+        return True
 
     def _pause(self, connection: Connection) -> None:
         """Reads nothing from the connection for a moment."""

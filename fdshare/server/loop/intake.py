@@ -27,6 +27,7 @@ from fdshare.server.loop.connection import Connection
 
 __all__ = ["Intake", "NotNow"]
 
+_FEW: Final = 16  # numbers, of which half are for one message
 _PEEK: Final = int(socket.MSG_PEEK)
 
 
@@ -41,6 +42,8 @@ class Intake:
     def __init__(self, table: Table, limits: Limits, nofile: int, closer: Closer) -> None:
         """*nofile* is the limit of numbers that this process may have."""
         self.received = 0
+        self.is_short = False  # few numbers were left at the last read
+        self._holding: dict[Connection, None] = {}  # those with something unsettled
         self._table = table
         self._limits = limits
         self._numbers = nofile - RESERVE
@@ -86,6 +89,7 @@ class Intake:
             used += self._closer.all_left()
             closing = self._closer.left(user.uid)
         half = (self._numbers - used) // 2
+        self.is_short = half < _FEW
         most = max(half, 1)
         if not user.trusted and user.received + closing:
             most = max(min(half, self._share(user) - user.received - closing), 0)
@@ -125,8 +129,18 @@ class Intake:
         """Nothing of *connection* is unsettled any more."""
         self._add(connection, -connection.received)
 
+    def over_share(self) -> Connection | None:
+        """The connection that has most unsettled, of those whose users have more than their
+        shares: one message may be of any size only where nobody needs the numbers."""
+        over = [c for c in self._holding if self.refusal(c.session.user) is not None]
+        return max(over, key=lambda connection: connection.received, default=None)
+
     def _add(self, connection: Connection, count: int) -> None:
         connection.received += count
+        if connection.received:
+            self._holding[connection] = None
+        else:
+            self._holding.pop(connection, None)
         connection.session.user.received += count
         self.received += count
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import select
 import socket
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -164,3 +164,30 @@ def test_many_requests_of_one_keep_nobody_else_waiting(
     peer.sock.settimeout(30)
     assert [peer.receive()[1].names for _ in range(1500)] == [[]] * 1500
     assert answered < 1500 * len(header(0, 0, 0) + m.encode(m.NameList([])))
+
+
+@needs_root
+def test_a_half_request_gives_way_to_those_who_need_its_numbers(
+    folder: Path, small: Callable[..., Client]
+) -> None:
+    folder.chmod(0o755)
+    (folder / "policy").write_text(ANYBODY)
+    root = small(512, "--policy", str(folder / "policy"), "--mode", "0666")
+
+    def attack(say: Say) -> Any:
+        wire = Wire(root.address)
+        send_message(wire.sock, (header(1000, 110, 1) + b"x",), [0] * 110)
+        say("sent")
+        return wire
+
+    def register(say: Say) -> None:
+        with Wire(root.address) as wire:
+            for id in range(1, 8):
+                wire.ask(id, m.Register(str(id), KIND), [0] * 20)
+        say("registered")
+
+    with ExitStack() as others:
+        for uid in (1501, 1502, 1503):
+            assert others.enter_context(AsUser(uid, attack)).hear() == "sent"
+        with AsUser(1504, register) as good:
+            assert good.hear() == "registered"

@@ -172,6 +172,20 @@ def test_the_last_numbers_are_for_who_has_none(shared: Receiving) -> None:
     shared.closer.close([*handles, *first[0].receiver.drain()])
 
 
+def test_who_has_more_than_a_share_is_found_where_numbers_are_few(shared: Receiving) -> None:
+    """One message may be of any size, but not at the cost of others."""
+    user, other = User(1, False), User(2, False)
+    half_frame(shared, *(small := shared.connect(other)), 3)
+    assert shared.intake.is_short
+    assert shared.intake.over_share() is None
+    half_frame(shared, *(large := shared.connect(user)), 8)
+    assert shared.intake.over_share() is large[0]
+    for connection, _ in (small, large):
+        shared.closer.close(connection.receiver.drain())
+        shared.intake.forget(connection)
+    assert shared.intake.over_share() is None
+
+
 def test_numbers_that_are_about_to_be_free_are_waited_for(shared: Receiving) -> None:
     user, other = User(1, False), User(2, False)
     connection, client = shared.connect(user)
