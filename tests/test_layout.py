@@ -32,6 +32,7 @@ ACROSS = {
     "mp/test_facts.py": "what the stock classes do, which ours answer",
     "mp/test_failures.py": "every channel at its limits, and with peers that die",
     "mp/test_howto_pools.py": "runs what docs/howto/pools.md says",
+    "mp/test_interrupts.py": "a handler between any two instructions of every channel",
     "mp/test_matrix.py": "every channel with every start method, of both packages",
     "server/test_audit.py": "the audit log, from the verb to the line",
     "server/test_boundaries.py": "no descriptor left: the server, the client, the kernel",

@@ -16,6 +16,12 @@ net/unix/af_unix.c, net/core/scm.c; measured on Linux 6.18):
 7.  With SO_PASSCRED on, credentials come first and take room: leave it.
 8.  A peek that fills its buffer looks on, and brings descriptors of a later message. `recv_fds`
     peeks with one byte more than it wants, so that it knows.
+
+A handler of the signal module may raise after any call, and what the call returned is lost then:
+how much was sent, the number of a descriptor that came. `send_into` and `look_into` store it in the
+instruction that makes the call, or the next: no handler runs inside map(), nor between unpacking
+(`x, = map(f, ...)`, where f is called) and storing. `for x in iter(f, None): break` is the same
+where f is always called alike: the iterator is kept, which takes half the time.
 """
 
 from __future__ import annotations
@@ -27,9 +33,11 @@ import os
 import select
 import socket
 import struct
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Final, TypeAlias
+from functools import partial
+from typing import Any, Final, TypeAlias
 
 from fdshare.errors import (
     AccessDenied,
@@ -49,9 +57,14 @@ from fdshare.kernel.descriptor_limit import descriptor_limit
 __all__ = [
     "MAX_DESCRIPTORS",
     "NOSIGNAL",
+    "Look",
     "Received",
     "Rights",
     "close_all",
+    "close_looks",
+    "look_into",
+    "looking",
+    "numbers_in",
     "own",
     "peek",
     "peek_descriptors",
@@ -59,13 +72,18 @@ __all__ = [
     "receive_numbers",
     "recv_fds",
     "rights",
+    "send_all_into",
     "send_fds",
+    "send_into",
     "send_message",
     "send_rights",
+    "truncation",
 ]
 
 Bytes: TypeAlias = bytes | bytearray | memoryview
 Control: TypeAlias = Sequence[tuple[int, int, bytes]]
+# What recvmsg(2) gave: data, control messages, flags, address.
+Look: TypeAlias = tuple[bytes, list[tuple[int, int, bytes]], int, object]
 Rights: TypeAlias = tuple[()] | tuple[tuple[int, int, "bytes | array.array[int]"]]
 
 MAX_DESCRIPTORS: Final = 253  # SCM_MAX_FD, include/net/scm.h
@@ -80,6 +98,7 @@ _ROOM: Final = (
     + 256
 )
 # As plain ints: an operation on the enum's members costs as much as the system call.
+_ROOMS: Final = (_ROOM,)
 _SOCKET: Final = int(socket.SOL_SOCKET)
 _RIGHTS: Final = int(socket.SCM_RIGHTS)
 _CTRUNC: Final = int(socket.MSG_CTRUNC)
@@ -140,6 +159,36 @@ def send_rights(
         raise
 
 
+def send_into(
+    cell: list[Any], sock: socket.socket, buffers: Sequence[Bytes], control: Rights, flags: int = 0
+) -> None:
+    """As `send_rights`, with the number of bytes in ``cell[0]``, whatever is raised: where there is
+    none, none was sent."""
+    try:
+        (cell[0],) = map(sock.sendmsg, (buffers,), (control,), (flags | NOSIGNAL,))
+    except OSError as error:
+        if error.errno == errno.ETOOMANYREFS:
+            raise descriptor_limit(error.errno, "sender") from None
+        raise
+
+
+def send_all_into(
+    counts: list[int],
+    sock: socket.socket,
+    messages: Sequence[Sequence[Bytes]],
+    controls: Sequence[Rights],
+    flags: Sequence[int],
+) -> None:
+    """As `send_into` for each of *messages*, with no handler in between; what each took is appended
+    to *counts*."""
+    try:
+        counts.extend(map(sock.sendmsg, messages, controls, flags))
+    except OSError as error:
+        if error.errno == errno.ETOOMANYREFS:
+            raise descriptor_limit(error.errno, "sender") from None
+        raise
+
+
 def receive_into(
     sock: socket.socket, buffer: bytearray | memoryview, flags: int = 0
 ) -> tuple[int, list[Descriptor], FdshareError | None]:
@@ -194,6 +243,50 @@ def peek(sock: socket.socket, size: int, flags: int = 0) -> tuple[bytes, list[in
         close_all(descriptors)
         raise _why_dropped(len(descriptors), control, _ROOM)
     return data, _numbers(control) if control else []
+
+
+def look_into(
+    looks: list[Look], sock: socket.socket, size: int, flags: int = 0
+) -> FdshareError | None:
+    """As `peek`, with what was seen appended to *looks*, whatever is raised. What it returns is the
+    error to raise where descriptors are missing: DescriptorLimit (EMFILE).
+
+    The descriptors in it (`numbers_in`) are the caller's, also where some are missing.
+    """
+    (look,) = map(sock.recvmsg, (size,), _ROOMS, (flags | _LOOK,))
+    looks.append(look)  # no handler runs before
+    return truncation(look)
+
+
+def looking(sock: socket.socket, size: int) -> Iterator[Look]:
+    """Each step looks as `look_into`: `for look in looking(...)` stores what it saw at once."""
+    return iter(partial(sock.recvmsg, size, _ROOM, _LOOK), None)
+
+
+def truncation(look: Look) -> FdshareError | None:
+    """The error to raise where descriptors are missing in *look*: DescriptorLimit (EMFILE)."""
+    if look[2] & _CTRUNC:
+        return _why_dropped(len(_numbers(look[1])), look[1], _ROOM)
+    return None
+
+
+def numbers_in(look: Look) -> list[int]:
+    """The descriptors that came with *look*."""
+    control = look[1]
+    if len(control) == 1 and len(control[0][2]) == _INT and _CLOEXEC:
+        level, kind, data = control[0]
+        if kind == _RIGHTS and level == _SOCKET:
+            return [*_ONE.unpack(data)]
+    return _numbers(control) if control else []
+
+
+def close_looks(looks: list[Look]) -> None:
+    """Closes the descriptors of each of *looks*, and empties it; to be called again if a handler
+    raises."""
+    if looks:
+        closing = map(os.close, [number for look in looks for number in numbers_in(look)])
+        del looks[:]
+        deque(closing, 0)  # one call, and none since they were forgotten
 
 
 def peek_descriptors(sock: socket.socket, count: int) -> list[Descriptor]:

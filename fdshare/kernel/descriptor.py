@@ -13,16 +13,22 @@ import io
 import os
 import socket
 import warnings
-from typing import IO, Any, Final, Protocol, runtime_checkable
+from collections.abc import Callable
+from typing import IO, Any, Final, Protocol, Self, TypeVar, runtime_checkable
 
 from fdshare.errors import ClosedDescriptor, UnsupportedKind
 from fdshare.kernel.plain_socket import socket_of
 
-__all__ = ["Descriptor", "HasFileno", "borrow"]
+__all__ = ["Descriptor", "HasFileno", "Spare", "borrow"]
+
+T = TypeVar("T")
 
 # States of Descriptor._fd that are not a descriptor number.
 _CLOSED: Final = -1
 _DETACHED: Final = -2
+
+_DUPLICATE: Final = (fcntl.F_DUPFD_CLOEXEC,)
+_LOWEST: Final = (0,)
 
 
 @runtime_checkable
@@ -73,18 +79,29 @@ class Descriptor:
         self._fd = fd
 
     @classmethod
-    def dup_of(cls, obj: HasFileno | int) -> Descriptor:
+    def dup_of(cls, obj: HasFileno | int) -> Self:
         """A new, close-on-exec descriptor for the open file description of *obj*.
 
         It is safe to close *obj* after this call. The caller owns the result.
         Raises: ClosedDescriptor, UnsupportedKind (see `borrow`), OSError (EMFILE).
         """
+        fd = borrow(obj)
+        numbers: list[int] = []
+        made: list[Self] = []
         try:
-            return cls(fcntl.fcntl(borrow(obj), fcntl.F_DUPFD_CLOEXEC, 0))
-        except OSError as error:
-            if error.errno == errno.EBADF:
-                raise ClosedDescriptor(f"descriptor {borrow(obj)} is not open") from None
+            # Into lists at once: a signal's handler may raise after any call, and what that has
+            # returned is lost.
+            numbers.extend(map(fcntl.fcntl, (fd,), _DUPLICATE, _LOWEST))
+            made.extend(map(cls, numbers))
+        except BaseException as error:
+            if made:
+                made[0].close()
+            elif numbers:
+                os.close(numbers[0])
+            if isinstance(error, OSError) and error.errno == errno.EBADF:
+                raise ClosedDescriptor(f"descriptor {fd} is not open") from None
             raise
+        return made[0]
 
     def fileno(self) -> int:
         """The descriptor number; still owned by this object."""
@@ -114,6 +131,19 @@ class Descriptor:
         self._fd = _DETACHED
         return fd
 
+    def hand_to(self, make: Callable[[int], T]) -> T:
+        """What *make* makes of the number, which is that object's then. The caller owns the result.
+
+        If *make* raises, the number must still be open, and stays this object's.
+        """
+        made: list[T] = []
+        try:
+            made.extend(map(make, (self.fileno(),)))
+        finally:
+            if made:
+                self._fd = _DETACHED
+        return made[0]
+
     def dup(self) -> Descriptor:
         """A second descriptor of the same open file description. The caller owns the result."""
         return Descriptor.dup_of(self)
@@ -140,9 +170,7 @@ class Descriptor:
         The caller owns the result; this object is detached. Raises: OSError ENOTSOCK: it is not a
         socket, and is still this object's.
         """
-        sock = socket_of(self.fileno())
-        self._fd = _DETACHED
-        return sock
+        return self.hand_to(socket_of)
 
     def __enter__(self) -> Descriptor:
         return self
@@ -170,3 +198,17 @@ class Descriptor:
         if fd >= 0:
             self.close()
             warnings.warn(f"descriptor {fd} was never closed", ResourceWarning, stacklevel=2)
+
+
+class Spare(Descriptor):
+    """A Descriptor that closes without a warning when it is dropped.
+
+    For an owner that promises to close what it holds when it is dropped itself: of the two, the
+    collector may finalise either first.
+    """
+
+    __slots__ = ()
+
+    def __del__(self) -> None:
+        if getattr(self, "_fd", _CLOSED) >= 0:
+            self.close()

@@ -30,7 +30,10 @@ def descriptor_limit(
     code = code or errno.EMFILE
     what = "fs.file-max" if code == errno.ENFILE else "RLIMIT_NOFILE"
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return DescriptorLimit(code, what, limit, None, whose, _ADVICE.get(whose, ""))
+    advice = _ADVICE.get(whose, "")
+    if whose == "sender" and code != errno.ETOOMANYREFS:
+        advice = ""  # it has none free for a duplicate
+    return DescriptorLimit(code, what, limit, None, whose, advice)
 
 
 def raise_descriptor_limit() -> int:

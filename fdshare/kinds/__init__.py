@@ -97,7 +97,7 @@ def rebuild(kind: Kind, descriptors: list[Descriptor]) -> Any:
     one of *descriptors* is closed. The caller owns the result.
     """
     if kind.tag == "descriptor" and len(descriptors) == 1:
-        return descriptors[0]
+        return descriptors[0].hand_to(Descriptor)  # the caller's: it may be a Spare
     try:
         rebuild_it = _rebuilders.get(kind.tag)
         if rebuild_it is None:
@@ -124,17 +124,16 @@ def _nothing() -> None:
     pass
 
 
-def rebuilder(kind: Kind) -> Callable[[int], Any]:
-    """`rebuild` for *kind* and one descriptor's number, to be called many times.
+def rebuilder(kind: Kind) -> Callable[[int], Any] | None:
+    """As `rebuild` for *kind*, of one descriptor's number, to be called many times; None for a kind
+    whose objects take more than that.
 
-    It believes *kind* about the type of a socket, and checks that it is one, and its family.
-    Whatever is raised, the descriptor is closed.
+    It believes *kind* about the type of a socket, and checks that it is one, and its family. If it
+    raises, the number is still open, and its caller's.
     """
     if kind.tag == "socket":
         return socket_maker(kind.spec)
-    if kind.tag == "descriptor":
-        return Descriptor
-    return lambda fd: rebuild(kind, [Descriptor(fd)])
+    return Descriptor if kind.tag == "descriptor" else None
 
 
 def is_shareable(cls: type) -> bool:
@@ -179,6 +178,7 @@ def register_kind(cls: type, tag: str, describe: UserDescribe, rebuild: UserRebu
         return kind_of(tag, spec), [borrow(holder) for holder in holders]
 
     def rebuild_user(spec: msgspec.Raw, descriptors: list[Descriptor]) -> Any:
+        descriptors[:] = [descriptor.hand_to(Descriptor) for descriptor in descriptors]
         return rebuild(_decode_any(spec), descriptors)
 
     _registered.pop(tag, None)  # the last of a class's tags is the one that describes it

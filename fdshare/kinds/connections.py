@@ -65,4 +65,4 @@ def rebuild_connection(raw: msgspec.Raw, descriptors: list[Descriptor]) -> Any:
         raise KindMismatch("connection", "it is neither a socket nor a pipe")
     module, name = CONNECTIONS[spec.family]
     cls = getattr(sys.modules.get(module) or importlib.import_module(module), name)
-    return cls(descriptor.detach(), spec.readable, spec.writable)
+    return descriptor.hand_to(lambda fd: cls(fd, spec.readable, spec.writable))

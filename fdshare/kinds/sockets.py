@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 from _socket import socket as _Socket
 from collections.abc import Callable
@@ -13,7 +12,7 @@ import msgspec
 
 from fdshare.errors import ClosedDescriptor, KindMismatch, UnsupportedKind
 from fdshare.kernel.descriptor import Descriptor, borrow
-from fdshare.kernel.plain_socket import view_of
+from fdshare.kernel.plain_socket import WITHOUT_TIMEOUT
 from fdshare.kinds.described import Described, kind_of, only
 from fdshare.protocol.kind import Kind
 
@@ -80,13 +79,14 @@ def rebuild_socket(raw: msgspec.Raw, descriptors: list[Descriptor]) -> socket.so
         make = _maker(_decode_socket(key), -1)  # without a type the kernel is asked for it
         if len(_socket_makers) < _REMEMBERED:
             _socket_makers[key] = make
-    return make(only("socket", descriptors).detach())
+    return only("socket", descriptors).hand_to(make)
 
 
 def socket_maker(raw: msgspec.Raw) -> Callable[[int], socket.socket]:
     """A function that makes a socket of a descriptor's number, to be called many times.
 
-    It believes *raw* about the type of the socket, and checks that it is one, and its family.
+    It believes *raw* about the type of the socket, and checks that it is one, and its family. If
+    it raises, the number is still open, and its caller's.
     """
     spec = _decode_socket(raw)
     return _maker(spec, spec.type)
@@ -96,31 +96,47 @@ def _maker(spec: SocketSpec, type: int) -> Callable[[int], socket.socket]:
     """A function that makes a socket of a descriptor's number. It checks the number against *spec*;
     with a *type* other than -1 it believes that, and does not ask the kernel."""
     family, proto, timeout = spec.family, spec.proto, spec.timeout
-    new, default_timeout = socket.socket, socket.getdefaulttimeout
-    family_of, type_of = _family, _type
-    if not issubclass(new, _Socket):  # gevent or eventlet has put its own there
-        family_of, type_of = attrgetter("family"), attrgetter("type")
+    cls, default_timeout = socket.socket, socket.getdefaulttimeout
+    new, init = cls.__new__, cls.__init__
+    # gevent and eventlet put their own classes there.
+    is_foreign = not issubclass(cls, _Socket)
+    family_of: Callable[[Any], int] = attrgetter("family") if is_foreign else _family
+    type_of: Callable[[Any], int] = attrgetter("type") if is_foreign else _type
 
     def make(fd: int) -> socket.socket:
+        # In two steps: a signal's handler may raise after any call, and we must know who owns *fd*.
+        sock = new(cls)
+        owns = False
         try:
             # Without a family the kernel is asked for it: that is our check that it is a socket.
-            sock = new(-1, type, proto, fd) if default_timeout() is None else view_of(fd)
-        except (OSError, OverflowError) as error:
-            os.close(fd)
-            raise KindMismatch("socket", f"{getattr(error, 'strerror', error)}") from None
-        if family_of(sock) != family or (type < 0 and type_of(sock) != spec.type):
-            found = f"family {family_of(sock)}, type {type_of(sock)}"
-            sock.close()
-            raise KindMismatch("socket", f"{found}; the kind says {family} and {spec.type}")
-        if sock.gettimeout() != timeout:
-            try:
+            if default_timeout() is None:
+                init(sock, -1, type, proto, fd)
+                owns, found = True, type_of(sock) if type < 0 else type
+            else:
+                init(sock, -1, spec.type | WITHOUT_TIMEOUT, proto, fd)
+                owns, found = True, sock.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE)
+            if family_of(sock) != family or found != spec.type:
+                said = f"the kind says {family} and {spec.type}"
+                raise KindMismatch("socket", f"family {family_of(sock)}, type {found}; {said}")
+            if sock.gettimeout() != timeout:
                 sock.settimeout(timeout)
-            except (ValueError, OverflowError) as error:
-                sock.close()
-                raise KindMismatch("socket", f"a timeout of {timeout}: {error}") from None
+        except BaseException as error:
+            if owns or not is_foreign:
+                sock.detach()
+            if isinstance(error, OSError | OverflowError | ValueError):
+                raise _mismatch(error, timeout) from None
+            raise
         return sock
 
     return make
+
+
+def _mismatch(error: Exception, timeout: float | None) -> KindMismatch:
+    if isinstance(error, KindMismatch):
+        return error
+    if isinstance(error, OSError):
+        return KindMismatch("socket", str(error.strerror))
+    return KindMismatch("socket", f"a timeout of {timeout}: {error}")
 
 
 def refuse_tls(sock: Any) -> Described:

@@ -137,13 +137,22 @@ class QueuesModule(Protocol):
 class RawSemLock(Protocol):
     """What is under every lock and semaphore: _multiprocessing.SemLock."""
 
+    def acquire(self, block: bool = True, timeout: float | None = None, /) -> bool: ...
+    def release(self) -> None: ...
+    def __enter__(self) -> bool: ...
+    def __exit__(self, *exc: object) -> None: ...
     def _get_value(self) -> int: ...
+    def _is_mine(self) -> bool: ...
     def _is_zero(self) -> bool: ...
 
 
-def raw(lock: SemLock) -> RawSemLock:
-    """The RawSemLock under *lock*."""
-    return lock._semlock  # type: ignore[attr-defined, no-any-return]
+def raw(lock: SemLock | Condition) -> RawSemLock:
+    """The RawSemLock under *lock*, or under the lock of a condition.
+
+    It is written in C: no signal's handler runs between its `with` and the block.
+    """
+    below: Any = getattr(lock, "_lock", lock)
+    return below._semlock  # type: ignore[no-any-return]
 
 
 class SynchronizeModule(Protocol):

@@ -41,11 +41,18 @@ from fdshare.kernel import (
     send_fds,
 )
 from fdshare.kernel.ancillary import (
+    MAX_DESCRIPTORS,
+    Look,
+    look_into,
+    numbers_in,
     own,
     peek_descriptors,
     receive,
     receive_into,
     receive_numbers,
+    rights,
+    send_all_into,
+    send_into,
     send_message,
 )
 
@@ -347,6 +354,41 @@ def test_peek_leaves_the_message(pair: Pair) -> None:
         peek_descriptors(pair[1], 1)
     # Taken without a control buffer, the descriptors are dropped by the kernel.
     assert pair[1].recv(10) == b"xy"
+
+
+def test_what_was_sent_is_known_whatever_is_raised(pair: Pair, file: Descriptor) -> None:
+    left, right = pair
+    cell = [0]
+    send_into(cell, left, (b"one", b"two"), rights([file.fileno()]))
+    assert cell == [6]
+    counts: list[int] = []
+    big = b"x" * (1 << 20)
+    left.settimeout(None)  # with one, Python waits for room by itself
+    with pytest.raises(BlockingIOError):
+        send_all_into(
+            counts, left, ((b"three",), (big,), (b"four",)), ((), (), ()), [socket.MSG_DONTWAIT] * 3
+        )
+    assert counts[0] == 5
+    assert 0 < counts[1] < len(big)
+    assert len(counts) == 2
+    assert right.recv(6) == b"onetwo"
+    assert right.recv(5) == b"three"
+
+
+@pytest.mark.parametrize("count", [1, 2, MAX_DESCRIPTORS])
+def test_a_look_has_the_descriptors(pair: Pair, file: Descriptor, count: int) -> None:
+    left, right = pair
+    looks: list[Look] = []
+    left.send(b"before")
+    assert look_into(looks, right, 3) is None
+    send_message(left, (b"x",), [file.fileno()] * count)
+    right.recv(6)
+    assert look_into(looks, right, 1) is None
+    assert [look[0] for look in looks] == [b"bef", b"x"]
+    assert numbers_in(looks[0]) == []
+    numbers = numbers_in(looks[1])
+    assert len(numbers) == count
+    close_all(map(Descriptor, numbers))
 
 
 def test_receive_into_reports_instead_of_raising(pair: Pair) -> None:

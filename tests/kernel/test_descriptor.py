@@ -17,6 +17,7 @@ import pytest
 
 from fdshare.errors import ClosedDescriptor, UnsupportedKind
 from fdshare.kernel import Descriptor, borrow
+from fdshare.kernel.descriptor import Spare
 
 
 def is_open(fd: int) -> bool:
@@ -215,3 +216,32 @@ def test_the_number_0_is_one_like_any_other() -> None:
         finally:
             os._exit(2)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def test_it_is_handed_to_what_is_made_of_it(null: int) -> None:
+    descriptor = Descriptor(null)
+    with descriptor.hand_to(lambda fd: open(fd, "rb")) as file:
+        assert file.fileno() == null
+        assert descriptor.closed
+
+
+def test_it_stays_the_owner_where_nothing_could_be_made(null: int) -> None:
+    def refuse(fd: int) -> None:
+        raise KeyboardInterrupt
+
+    with Descriptor(null) as descriptor:
+        with pytest.raises(KeyboardInterrupt):
+            descriptor.hand_to(refuse)
+        assert descriptor.fileno() == null
+    assert not is_open(null)
+
+
+def test_a_spare_one_is_closed_without_a_warning(null: int) -> None:
+    spare = Spare.dup_of(null)
+    number = spare.fileno()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        del spare
+        gc.collect()
+    assert not is_open(number)
+    os.close(null)

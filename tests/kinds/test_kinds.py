@@ -107,13 +107,11 @@ def test_another_number_of_descriptors_is_refused(path: Path, count: int) -> Non
 def test_who_believes_what_a_socket_is_still_looks(path: Path) -> None:
     for case, (kind, fd) in wrong_descriptors(path).items():
         if kind.tag == "socket" and case != "stream is a datagram socket":
+            make = rebuilder(kind)
+            assert make is not None
             with pytest.raises(KindMismatch):
-                rebuilder(kind)(fd)
-            with pytest.raises(OSError, match="Bad file descriptor"):
-                os.fstat(fd)
-                pytest.fail(f"{case}: left open")
-        else:
-            os.close(fd)
+                make(fd)
+        os.close(fd)  # it is still its caller's
 
 
 @given(st.binary(max_size=40), st.sampled_from(["socket", "file", "connection", "descriptor"]))

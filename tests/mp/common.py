@@ -16,11 +16,12 @@ from typing import Any, Final, TypeAlias
 
 import pytest
 
-from fdshare.mp.channels.receiving import read_expected, read_message
-from fdshare.mp.pickling.bundle import Bundle
+from fdshare.mp.channels.receiving import MessageReceiver
+from fdshare.mp.channels.sending import Outgoing
+from fdshare.mp.pickling.bundle import Arrived, Bundle, Encoded
 
 Pair: TypeAlias = tuple[socket.socket, socket.socket]
-Read: TypeAlias = Callable[[socket.socket, bool], bytes | Bundle]
+Read: TypeAlias = Callable[[socket.socket], bytes | Bundle]
 
 PACKAGES = ("multiprocessing", "multiprocess")
 METHODS = ("fork", "spawn", "forkserver")
@@ -46,9 +47,28 @@ def open_now() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
-def read_expecting(sock: socket.socket, announced: bool) -> bytes | Bundle:
+def take(receiver: MessageReceiver) -> Any:
+    """The next message."""
+    receiver.fetch()
+    message, receiver.message = receiver.message, None
+    return message
+
+
+def read_message(sock: socket.socket) -> Any:
+    """As the first message of a process that got *sock*."""
+    return take(MessageReceiver(sock, False, None))
+
+
+def read_expecting(sock: socket.socket) -> Any:
     """As a connection does after messages with descriptors."""
-    return read_expected(sock) or read_message(sock, announced)
+    receiver = MessageReceiver(sock, False, None)
+    receiver._in_a_row = 2
+    return take(receiver)
+
+
+def send(sock: socket.socket, message: Encoded) -> None:
+    """Sends all of it, without waiting."""
+    Outgoing(message).push(sock, socket.MSG_DONTWAIT)
 
 
 READERS: Final[list[Read]] = [read_message, read_expecting]
@@ -56,10 +76,11 @@ READERS: Final[list[Read]] = [read_message, read_expecting]
 expecting_or_not = pytest.mark.parametrize("read", READERS)
 
 
-def received(message: bytes | Bundle) -> tuple[bytes, int]:
+def received(message: Arrived) -> tuple[bytes, int]:
     """The data, and how many descriptors came; closes them."""
     if isinstance(message, bytes):
         return message, 0
+    assert isinstance(message, Bundle)
     count = len(message.owned or ())
     data = bytes(message.data)
     message.close()

@@ -11,30 +11,27 @@ stock.py has the private names that are used.
 
 from __future__ import annotations
 
+import errno
 import io
 import math
 import os
 import select
 import socket
-from collections.abc import Callable
-from typing import Any, ClassVar, Protocol, TypeVar
+import time
+from collections.abc import Callable, Iterator
+from queue import Empty
+from typing import Any, ClassVar, Final, Protocol, TypeVar
 
-from fdshare.errors import DescriptorLimit, InvalidArgument, NoTransit
+from fdshare.errors import NoTransit
 from fdshare.kernel.plain_socket import WITHOUT_TIMEOUT, stream_pair
-from fdshare.mp.channels.peek_level import AT_ONCE, PeekLevel
-from fdshare.mp.channels.receiving import (
-    marked,
-    read_bytes,
-    read_expected,
-    read_message,
-    read_without,
-)
-from fdshare.mp.channels.sending import send_now
+from fdshare.mp.channels.peek_level import PeekLevel
+from fdshare.mp.channels.receiving import MessageReceiver
+from fdshare.mp.channels.sender import Sender
 from fdshare.mp.family import Family
-from fdshare.mp.pickling.bundle import Arrived, Bundle, Encoded, Reduced, open_arrived
+from fdshare.mp.pickling.bundle import Arrived, Bundle, Reduced, open_arrived
 from fdshare.mp.pickling.bundle import loads as loads_envelope
 from fdshare.mp.pickling.reducers import encode
-from fdshare.mp.stock import Address, Duplicate, StockConnection, StockListener
+from fdshare.mp.stock import Address, Duplicate, RawSemLock, StockConnection, StockListener
 
 __all__ = [
     "ClientFunction",
@@ -48,63 +45,139 @@ __all__ = [
 
 
 C = TypeVar("C", bound="ConnectionMixin")
+_NOTHING: Final = object()
 
 
-class _Channel(socket.socket):
-    """The socket of a connection, which owns the descriptor from then on.
-
-    When both are garbage, the socket may be collected first: it closes without a warning, and the
-    connection finds it closed.
-    """
+class _View(socket.socket):
+    """A socket object on the descriptor of a connection, which stays the connection's."""
 
     __slots__ = ()
 
     def __del__(self) -> None:
-        if self.fileno() >= 0:
-            self.close()
+        pass  # the class above would close
 
 
 class ConnectionMixin(StockConnection):
     """A Connection that carries descriptors beside the bytes."""
 
     _family: ClassVar[Family]
-    _socket: socket.socket | None = None
-    _tried = False
+    _socket: _View | None = None
+    _is_foreign = False  # a pipe, or TCP
     # True where several processes read from this socket, each under a lock: that a body was left
     # is then marked on the socket alone.
     _shared = False
-    _announced = False
-    # How many messages with descriptors came last, one after the other.
-    _in_a_row = 0
     # Of a queue: it is shared with the other readers.
     _peek_level: PeekLevel | None = None
+    _sender: Sender | None = None
+    _receiver: MessageReceiver | None = None
+    _locking: Iterator[bool] | None = None  # each step acquires the lock that `take` is given
 
     def send(self, obj: Any) -> None:
         """Sends *obj* with its descriptors. It is safe to close *obj* after this call.
 
         Raises: what pickling raises; DescriptorLimit (ETOOMANYREFS): too many descriptors were in
-        flight for 10 seconds.
+        flight for 10 seconds; BlockingIOError: the program has made the connection non-blocking.
+        Whatever is raised, none of *obj* is sent; or all of it, and what is missing with the next
+        send(), or close() if that takes no time.
         """
         self._check_closed()
         self._check_writable()
-        sock = self._socket or self._open()
-        if sock is None:
+        if self._socket is None and self._open() is None:
             super().send(obj)
             return
-        _send(sock, encode(self._family, obj))
+        (self._sender or self._open_sender()).send(encode(self._family, obj))
 
     def recv(self) -> Any:
         """The next object. The caller owns the result.
 
         Raises: EOFError; DescriptorLimit: at this process's limit; the object is still there, and
-        comes with the next recv() once descriptors are free.
+        comes with the next recv() once descriptors are free. If a signal's handler raises, the
+        object comes with the next recv(), unless it was being unpickled by code in Python.
         """
         self._check_closed()
         self._check_readable()
-        sock = self._socket or self._open()
-        if sock is None:
+        if self._socket is None and self._open() is None:
             return super().recv()
-        return self.decode(self.receive())
+        return self.take()
+
+    def take(
+        self,
+        lock: RawSemLock | None = None,
+        block: bool = True,
+        timeout: float | None = None,
+        received: Callable[[], object] | None = None,
+    ) -> Any:
+        """The next object, received under *lock*; *received* is called once for each message, under
+        it too. *block* and *timeout* are those of `Queue.get`. The caller owns the result.
+
+        Raises: as `recv`; Empty.
+        """
+        receiver = self._receiver or self._open_receiver()
+        message: Arrived | None = None
+        loaded: bytes | None = None
+        made: Any = _NOTHING
+        try:
+            if receiver.given_back:
+                message = receiver.given_back[0]
+                del receiver.given_back[0]
+            elif lock is None:
+                receiver.fetch()
+                message, receiver.message = receiver.message, None
+            else:
+                locked = False
+                waits = block and timeout is None
+                deadline = 0.0 if waits else time.monotonic() + (timeout or 0.0)
+                try:
+                    if receiver.holds_lock:
+                        locked, receiver.holds_lock = True, False
+                    else:
+                        # Stored at once, as in kernel/ancillary.py.
+                        if waits:
+                            for locked in self._locking or self._open_locking(lock):  # noqa: B007
+                                break
+                        else:
+                            (locked,) = map(lock.acquire, (block,), (timeout,))
+                        if not locked:
+                            raise Empty
+                    while receiver.message is None:
+                        if not waits and not self._poll(
+                            deadline - time.monotonic() if block else 0.0
+                        ):
+                            raise Empty
+                        receiver.fetch(once=True)
+                    message, receiver.message = receiver.message, None
+                    if received is not None:
+                        received()
+                finally:
+                    # A handler may raise in any function in Python: none is called before the lock
+                    # is free.
+                    if locked:
+                        if receiver.parts:
+                            receiver.holds_lock = True
+                        else:
+                            lock.release()
+            if type(message) is tuple:
+                made, message = message[0], None
+            else:
+                loads = self._family.loads
+                if isinstance(message, Bundle):
+                    loading = map(message.load, (loads,))
+                else:
+                    assert type(message) is bytes
+                    loaded = message
+                    loading = map(loads, (message,))
+                message = None  # if unpickling fails, it is gone
+                (made,) = loading
+        except BaseException as error:
+            if made is not _NOTHING:
+                receiver.given_back.append((made,))
+            elif loaded is not None and not isinstance(error, Exception):
+                # Such as Ctrl-C, and no error of unpickling.
+                receiver.given_back.append(loaded)
+            elif message is not None:
+                receiver.given_back.append(message)
+            raise
+        return made
 
     def poll(self, timeout: float | None = 0.0) -> bool:
         """True if something can be read within *timeout* seconds; None: no limit."""
@@ -119,45 +192,21 @@ class ConnectionMixin(StockConnection):
             raise NoTransit("a descriptor")
         return sock
 
-    def send_message(self, message: Encoded) -> None:
-        """Sends *message*, which is pickled already. Raises: as `send`."""
-        self._check_closed()
-        _send(self.carrier(), message)
+    def sender(self) -> Sender:
+        """What sends on `carrier`. Raises: as that."""
+        return self._sender or self._open_sender()
 
     def receive(self) -> Arrived:
         """The next message, for `open_arrived`. Raises: as `recv`."""
         if self._handle is None:
             self._check_closed()
-        sock = self._socket or self.carrier()
-        shared = self._peek_level
-        level = self._in_a_row > 1 if shared is None else shared.level()
-        if level:
-            expected = read_expected(sock)
-            if expected is not None:
-                if level != AT_ONCE:
-                    self._count()
-                return expected
-        announced = marked(sock) if self._shared else self._announced
-        try:
-            message = read_message(sock, announced)
-        except DescriptorLimit:
-            self._announced = True
-            raise
-        if announced:
-            self._announced = False
-        if type(message) is not bytes:
-            self._count()
-        else:
-            self._in_a_row = 0
-            if level and shared is not None:
-                shared.plain(sock)
+        receiver = self._receiver or self._open_receiver()
+        if receiver.given_back:
+            return receiver.given_back.pop(0)
+        receiver.fetch()
+        message, receiver.message = receiver.message, None
+        assert message is not None
         return message
-
-    def _count(self) -> None:
-        """One more message with descriptors came: after two, the next one is peeked at."""
-        self._in_a_row += 1
-        if self._in_a_row > 1 and self._peek_level is not None:
-            self._peek_level.begin()
 
     def decode(self, message: Arrived) -> Any:
         """What is in a received message. The caller owns the result."""
@@ -168,61 +217,68 @@ class ConnectionMixin(StockConnection):
 
         Bundles in it raise *reason* when they are opened.
         """
-        data = self._without()
+        data = self._open_receiver().receive_without()
         if data is None:
             return self.decode(self.receive())
         return loads_envelope(self._family.loads, data, [], reason)
 
     def discard(self) -> None:
         """Drops the message that was left at the limit."""
-        self._without()
+        self._open_receiver().receive_without()
 
-    def _without(self) -> bytes | None:
-        sock = self.carrier()
-        announced = marked(sock) if self._shared else self._announced
-        self._announced = False
-        return read_without(sock, announced)
+    def forget(self) -> None:
+        """In a forked child: what was begun to send or to receive is the parent's."""
+        vars(self).pop("_sender", None)
+        vars(self).pop("_receiver", None)
+        vars(self).pop("_locking", None)
 
     def _open(self) -> socket.socket | None:
         """The socket below, if it carries descriptors."""
-        if self._tried:
+        if self._is_foreign:
             return None
         try:
             # Without a family the kernel is asked for it: that is how a pipe is found out. It may
             # be non-blocking, as any other Connection: a send or a recv raises BlockingIOError.
-            sock = _Channel(-1, socket.SOCK_STREAM | WITHOUT_TIMEOUT, 0, self._handle)
-        except OSError:  # a pipe
-            self._tried = True
+            view = _View(-1, socket.SOCK_STREAM | WITHOUT_TIMEOUT, 0, self.fileno())
+        except OSError as error:
+            if error.errno != errno.ENOTSOCK:
+                raise
+            self._is_foreign = True
             return None
-        self._tried = True
-        if sock.family != socket.AF_UNIX:
-            sock.detach()
+        if not WITHOUT_TIMEOUT and view.gettimeout() is not None:
+            view.settimeout(None)
+        if view.family != socket.AF_UNIX:
+            self._is_foreign = True
             return None
-        if not WITHOUT_TIMEOUT and sock.gettimeout() is not None:
-            sock.settimeout(None)
-        if not self._shared:
-            self._announced = marked(sock)
-        self._socket = sock
-        return sock
+        # In one step: there must not be two, whatever comes in between.
+        opened: _View = vars(self).setdefault("_socket", view)
+        return opened
+
+    def _open_locking(self, lock: RawSemLock) -> Iterator[bool]:
+        self._locking = locking = iter(lock.acquire, None)
+        return locking
+
+    def _open_sender(self) -> Sender:
+        sender: Sender = vars(self).setdefault("_sender", Sender(self.carrier()))
+        return sender
+
+    def _open_receiver(self) -> MessageReceiver:
+        if self._receiver is not None:
+            return self._receiver
+        new = MessageReceiver(self.carrier(), self._shared, self._peek_level)
+        receiver: MessageReceiver = vars(self).setdefault("_receiver", new)
+        return receiver
 
     def _send_bytes(self, buf: bytes | memoryview) -> None:
-        sock = self._socket or self._open()
-        if sock is None:
+        if self._socket is None and self._open() is None:
             super()._send_bytes(buf)
         else:
-            _send(sock, Bundle(buf))
+            self.sender().send(Bundle(buf))
 
     def _recv_bytes(self, maxsize: int | None = None) -> io.BytesIO | None:
-        sock = self._socket or self._open()
-        if sock is None:
+        if self._socket is None and self._open() is None:
             return super()._recv_bytes(maxsize)
-        announced = marked(sock) if self._shared else self._announced
-        peeks = self._peek_level is not None and self._peek_level.level() > 0
-        try:
-            data = read_bytes(sock, announced, maxsize, peeks)
-        except InvalidArgument:
-            self._announced = not peeks
-            raise
+        data = self._open_receiver().receive_bytes(maxsize)
         if data is None:
             return None
         buffer = io.BytesIO(data)  # shares *data*, until one of them is changed
@@ -230,6 +286,9 @@ class ConnectionMixin(StockConnection):
         return buffer
 
     def _poll(self, timeout: float | None) -> bool:
+        receiver = self._receiver
+        if receiver is not None and (receiver.given_back or receiver.message is not None):
+            return True
         # wait([self]) makes a selector for it, which takes three times as long.
         poller = select.poll()
         poller.register(self.fileno(), select.POLLIN)
@@ -238,10 +297,14 @@ class ConnectionMixin(StockConnection):
         return bool(poller.poll(limit))
 
     def _close(self, _close: Callable[[int], None] = os.close) -> None:
-        if self._socket is not None:
-            self._socket.close()
-        elif self._handle is not None:
+        if self._sender is not None:
+            self._sender.close()
+        if self._receiver is not None:
+            self._receiver.close()
+        if self._handle is not None:
             _close(self._handle)
+        if self._socket is not None:
+            self._socket.detach()  # its number may soon be that of another descriptor
 
     def __reduce__(self) -> Reduced:
         # Called only by a pickler that is neither ours nor patched by install().
@@ -249,12 +312,6 @@ class ConnectionMixin(StockConnection):
             raise NoTransit("Connection")
         copy = self._family.reduction.DupFd(self.fileno())
         return _inherited, (type(self), copy, self.readable, self.writable)
-
-
-def _send(sock: socket.socket, message: Encoded) -> None:
-    rest = send_now(sock, message, 0)
-    if rest is not None:
-        rest.push_patiently(sock)
 
 
 def _inherited(

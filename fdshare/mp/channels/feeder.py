@@ -4,21 +4,32 @@ After multiprocessing/queues.py of CPython 3.11 to 3.13 (`Queue.put`, `_feed`, `
 What changes: it is given pickles. The thread that calls `put` sends, without waiting, if the pipe
 has room, no other process writes and nothing is waiting: what it has sent survives even kill -9 of
 its process. Only what does not fit is left to the feeder thread, with duplicated descriptors.
+
+`put` may be called during a `put` of the same thread, at any instruction: by a finaliser that the
+collector runs, or by a handler of the signal module, to log through the queue for instance. So the
+lock is reentrant, and an inner call leaves its message to the outer one. A handler may also raise
+at any instruction; sending.py has what is needed then.
 """
 
 from __future__ import annotations
 
+import _thread
 import errno
+import queue
 import select
 import socket
 import threading
+import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
+from fdshare.errors import DescriptorLimit
 from fdshare.kernel.ancillary import NOSIGNAL
-from fdshare.mp.channels.framing import JOINED, headed
-from fdshare.mp.channels.sending import Outgoing, send_now
+from fdshare.mp.channels.framing import JOINED, WHOLE, headed
+from fdshare.mp.channels.peek_level import AT_ONCE
+from fdshare.mp.channels.sending import Outgoing, push_short, short
 from fdshare.mp.pickling.bundle import Encoded
 
 if TYPE_CHECKING:
@@ -27,13 +38,20 @@ if TYPE_CHECKING:
 __all__ = ["READER_GONE", "Feeder"]
 
 _DONTWAIT: Final = int(socket.MSG_DONTWAIT)  # an operation on an IntFlag takes a microsecond
+_NOW: Final = (_DONTWAIT | NOSIGNAL,)
+_WITHOUT_WAITING: Final = (False,)
 _MOMENT: Final = 5  # milliseconds
+_PAUSE: Final = 0.005  # seconds between two attempts
 # ECONNRESET where a socket's reader left something unread (unix_release_sock, net/unix/af_unix.c).
 READER_GONE: Final = frozenset({errno.EPIPE, errno.ECONNRESET})
 
 
-# A message, what `failed` is told of it, and whether the write lock goes on with it; None: stop.
-Item: TypeAlias = tuple[bytes | Outgoing, Any, bool]
+# A message, and what `failed` is told of it; None: stop.
+Item: TypeAlias = tuple[bytes | Outgoing, Any]
+
+
+def _nothing() -> None:
+    """Refers to nothing, as a weak reference that is dead."""
 
 
 class Feeder:
@@ -50,68 +68,180 @@ class Feeder:
         ended: Callable[[], None],
         failed: Callable[[BaseException, Any], None],
         level: Callable[[], int] | None = None,
+        starting: Callable[[], Callable[[], None] | None] = _nothing,
     ) -> None:
         """`stop` calls *closing* at once, and *ended* when all is sent. *failed* is called with the
-        error and the object of a message that was not sent. *level* is that of peek_level.py."""
+        error and the object of a message that was not sent. *level* is that of peek_level.py.
+        *starting* is a weak reference to what is called before the thread is started."""
         self._sock = sock
+        self._send = sock.send
         self._acquire = write_lock.acquire
+        # Each step tries to acquire it (kernel/ancillary.py).
+        self._locking: Iterator[bool] = iter(partial(write_lock.acquire, False), None)
         self._release = write_lock.release
         self._closing = closing
         self._ended = ended
         self._stopping = False
         self._failed = failed
         self._level = level
+        self._start_hook = starting
+        self._lock = threading.RLock()
         self._waiting: deque[Item | None] = deque()
-        self._lock = threading.Lock()
-        self._changed = threading.Condition(self._lock)
-        # True while a message that is no longer in _waiting is being sent.
-        self._busy = False
-        self.thread: threading.Thread | None = None
+        self._putting = False  # true while a put() sends
+        self._delivering = False  # true while the thread sends what is no longer in _waiting
+        # Wakes the thread. A SimpleQueue may be put into at any instruction.
+        self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._thread: list[int] = []
+        self._starting = threading.Lock()  # whoever has it starts the thread; nobody waits for it
+        self.thread_ended = threading.Lock()  # free if there is no thread
         self._room = select.poll()
         self._room.register(sock, select.POLLOUT)
         # False after a full pipe did not drain in a moment, until nothing is waiting any more.
         self._drains = True
-        self.begun = False  # whether the last put() had begun to send when it raised
 
-    def put(self, message: Encoded, obj: Any = None) -> bool:
-        """Sends *message*, or keeps it for the thread. True if the thread was started for it.
+    @property
+    def has_thread(self) -> bool:
+        """True once the thread was started."""
+        return bool(self._thread)
 
-        It is safe to close what was pickled after this call. *obj* is for `failed`.
-        Raises: DescriptorLimit, or any OSError of sendmsg(2): then it was not accepted.
+    def put(
+        self,
+        message: Encoded,
+        accepted: list[Any],
+        obj: Any = None,
+        patience: float | None = None,
+    ) -> None:
+        """Sends *message*, or keeps it for the thread.
+
+        It is safe to close what was pickled after this call. *obj* is for `failed`. *patience*: the
+        seconds that it may take if no descriptor is free for a duplicate, or the kernel refuses
+        more in flight; None: until there is room, and 10 seconds.
+
+        Raises: DescriptorLimit, or any OSError of sendmsg(2). Whatever is raised, there is
+        false in ``accepted[0]`` if the message will not arrive.
         """
-        self.begun = False
-        with self._lock:
-            if self._waiting or self._busy or not self._acquire(False):
-                self.begun = True
-                return self._enqueue(_independent(message), obj, False)
-            # From here this thread has the write lock, until it releases it or hands it over with
-            # the message; a signal handler may raise on any line.
-            goes_on = False
-            try:
-                self.begun = True
-                rest = send_now(self._sock, message, _DONTWAIT, self._level)
-                if rest is not None and self._drains and rest.parts[-1][1]:
-                    rest = self._wait_a_moment(rest)
-                if rest is None:
-                    return False
-                goes_on = True
-                if _can_wait(rest):
-                    return self._enqueue(rest, obj, True)
-                self._busy = True
-            finally:
-                if not goes_on:
+        mine = False
+        locked = False
+        rest: Outgoing | None = None
+        why: OSError | None = None
+        try:
+            with self._lock:
+                if self._waiting or self._delivering or self._putting:
+                    self._keep(_independent(message), accepted, obj)
+                else:
+                    mine = self._putting = True
+                    # Stored at once, as in kernel/ancillary.py.
+                    for locked in self._locking:  # noqa: B007
+                        break
+                    if not locked:
+                        self._keep(_independent(message), accepted, obj)
+                    elif type(message) is bytes and len(message) <= WHOLE:
+                        try:
+                            (accepted[0],) = map(self._send, (headed(message),), _NOW)
+                        except BlockingIOError:
+                            self._keep(message, accepted, obj)
+                    elif not self._send_short(message, accepted):
+                        rest = Outgoing(message)
+                        why = self._begin(rest, accepted, obj)
+            if rest is not None and not accepted[0]:
+                self._send_here(rest, patience, why)
+                accepted[0] = True
+            if self._waiting:
+                self._wake(accepted)
+        except BaseException:
+            if rest is not None and not rest.given:
+                rest.settle(self._sock)
+                if not rest.unsent:
+                    self._hand_over(rest, accepted, obj)
+            if self._waiting and accepted[0]:
+                self._wake(accepted)
+            raise
+        finally:
+            if mine:
+                self._putting = False
+                if locked and (rest is None or not rest.holds_lock):
                     self._release()
-        self._finish(rest)
-        return False
 
-    def _wait_a_moment(self, rest: Outgoing) -> Outgoing | None:
-        """What is left of *rest* after a moment in which a reader may make room: keeping it for the
-        thread would need a duplicate of each descriptor."""
-        self._room.poll(_MOMENT)
-        if not rest.refused and rest.push_now(self._sock, _DONTWAIT):
-            return None
-        self._drains = False
-        return rest
+    def _send_short(self, message: Encoded, accepted: list[Any]) -> bool:
+        """Sends a short *message* with descriptors; False if it is another, or has to wait."""
+        try:
+            parts = short(message, self._level is not None and self._level() == AT_ONCE)
+            if parts is not None:
+                push_short(accepted, self._sock, parts, _DONTWAIT)
+        except (BlockingIOError, DescriptorLimit):
+            pass
+        return bool(accepted[0])
+
+    def _begin(self, rest: Outgoing, accepted: list[Any], obj: Any) -> OSError | None:
+        """Sends what the socket takes of *rest*, and keeps what is left for the thread; or returns
+        why that cannot be."""
+        if self._drains and rest.has_descriptors:
+            # A reader may make room: to keep it would need a duplicate of each descriptor.
+            self._room.poll(_MOMENT)
+        try:
+            rest.push(self._sock, _DONTWAIT)
+            accepted[0] = True
+        except BlockingIOError:
+            if rest.begun:
+                self._hand_over(rest, accepted, obj)
+                return None
+            self._drains = False
+            try:
+                rest.own()
+            except OSError as error:  # EMFILE
+                return error
+            self._keep(rest, accepted, obj)
+        except DescriptorLimit as error:
+            return error
+        return None
+
+    def _send_here(self, rest: Outgoing, patience: float | None, why: OSError | None) -> None:
+        """Sends *rest* in this thread: it cannot be kept, or its error is the caller's.
+
+        Raises: *why*, after *patience* seconds.
+        """
+        if patience is None:
+            self._push(rest)
+            return
+        deadline = time.monotonic() + patience
+        while not rest.push_now(self._sock):
+            if rest.begun:
+                self._push(rest)
+                return
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise why or DescriptorLimit
+            time.sleep(min(left, _PAUSE))
+
+    def _push(self, message: Outgoing) -> None:
+        while True:
+            try:
+                message.push_patiently(self._sock)
+                return
+            except BlockingIOError:  # the program has made the socket non-blocking
+                room = select.poll()
+                room.register(self._sock, select.POLLOUT)
+                room.poll()
+
+    def _keep(self, message: bytes | Outgoing, accepted: list[Any], obj: Any) -> None:
+        item = message, obj
+        if isinstance(message, Outgoing):
+            message.given = True
+        accepted[0] = True
+        self._waiting.append(item)  # no handler comes in between
+
+    def _hand_over(self, rest: Outgoing, accepted: list[Any], obj: Any) -> None:
+        """Has the thread send the rest of what has begun, with the write lock."""
+        accepted[0] = True
+        if not rest.begun:
+            return
+        with self._lock:
+            if self._delivering:  # it waits for the write lock, for what came after this
+                self._push(rest)
+            elif not rest.given:
+                item = rest, obj
+                rest.given = rest.holds_lock = True
+                self._waiting.appendleft(item)  # no handler comes in between
 
     def stop(self) -> None:
         """Calls `ended` when all that was accepted is sent: at once if there is no thread.
@@ -121,56 +251,78 @@ class Feeder:
         self._stopping = True
         self._closing()
         with self._lock:
-            if self.thread is not None:
+            if self._thread:
                 self._waiting.append(None)
-                self._changed.notify()
+                self._bell.put(None)
                 return
         self._ended()
 
-    def _finish(self, message: Outgoing) -> None:
-        """Sends the rest in this thread: it cannot be kept, or its error is the caller's."""
-        try:
-            message.push_patiently(self._sock)
-        finally:
-            self._release()
-            message.close()
-            with self._lock:
-                self._busy = False
-                self._changed.notify()
+    # The thread.
 
-    def _enqueue(self, message: bytes | Outgoing, obj: Any, holds_lock: bool) -> bool:
-        item = (message, obj, holds_lock)
-        self._waiting.append(item)
-        if self.thread is not None:
-            self._changed.notify()
-            return False
-        self.thread = threading.Thread(target=self._run, name="QueueFeederThread", daemon=True)
+    def _wake(self, accepted: list[Any]) -> None:
+        if not self._thread:
+            try:
+                self._start()
+            except RuntimeError:  # too many, or (3.12 and later) the interpreter ends
+                if not self._send_without_thread():
+                    accepted[0] = False
+                    raise
+        self._bell.put(None)
+
+    def _start(self) -> None:
+        mine: list[bool] = []
         try:
-            self.thread.start()
-        except BaseException:  # 3.12 and later start none while the interpreter ends
-            self.thread = None
-            self._waiting.remove(item)
-            if type(message) is Outgoing:
-                if holds_lock:
-                    message.push_patiently(self._sock)
-                    self._release()
-                    return False
-                message.close()
-            raise
-        return True
+            mine.extend(map(self._starting.acquire, _WITHOUT_WAITING))
+            if not mine[0]:
+                return
+            starting = self._start_hook()
+            if starting is not None:
+                starting()
+            self.thread_ended.acquire(False)
+            # Not threading.Thread: if its start() is interrupted nobody knows whether it runs.
+            self._thread.extend(map(_thread.start_new_thread, (self._run,), ((),)))
+        finally:
+            if mine and mine[0] and not self._thread:
+                if self.thread_ended.locked():
+                    self.thread_ended.release()
+                self._starting.release()
+
+    def _send_without_thread(self) -> bool:
+        """Sends what has begun, in this thread, and drops the rest: False if there was any."""
+        dropped = False
+        with self._lock:
+            while self._waiting:
+                item = self._waiting.popleft()
+                if item is None or not isinstance(item[0], Outgoing):
+                    dropped = True
+                elif item[0].holds_lock:
+                    self._deliver([item])
+                else:
+                    item[0].close()
+                    dropped = True
+        return not dropped
 
     def _run(self) -> None:
+        try:
+            while True:
+                self._bell.get()
+                if not self._deliver_all():
+                    self._ended()
+                    return
+        finally:
+            self.thread_ended.release()
+
+    def _deliver_all(self) -> bool:
+        """Sends all that waits. False: stop."""
         while True:
             with self._lock:
-                self._busy = False
-                while not self._waiting:
+                self._delivering = bool(self._waiting)
+                if not self._waiting:
                     self._drains = True
-                    self._changed.wait()
+                    return True
                 batch = self._next_batch()
-                self._busy = True
             if not batch:
-                self._ended()
-                return
+                return False
             self._deliver(batch)
             del batch
 
@@ -193,42 +345,30 @@ class Feeder:
         return batch
 
     def _deliver(self, batch: list[Item]) -> None:
-        first, _, holds_lock = batch[0]
+        first, _ = batch[0]
+        message = first
+        if isinstance(message, bytes):
+            small = [headed(data) for data, _ in batch if isinstance(data, bytes)]
+            message = Outgoing.joined(small)
         try:
-            if not holds_lock:
+            if not message.holds_lock:
                 self._acquire()
             try:
-                if isinstance(first, bytes):
-                    small = [headed(data) for data, _, _ in batch if isinstance(data, bytes)]
-                    self._sock.sendall(b"".join(small), NOSIGNAL)
-                else:
-                    first.push_patiently(self._sock)
+                self._push(message)
             finally:
                 self._release()
         except Exception as error:
             unwanted = self._stopping and getattr(error, "errno", 0) in READER_GONE
-            for _, obj, _ in () if unwanted else batch:
+            for _, obj in () if unwanted else batch:
                 self._failed(error, obj)
         finally:
-            if type(first) is Outgoing:
-                first.close()
+            message.close()
 
 
 def _independent(message: Encoded) -> bytes | Outgoing:
-    """*message*, with duplicates: what was pickled may be closed. Raises: OSError (EMFILE)."""
+    """*message*, with duplicates: what was pickled may be closed. Raises: DescriptorLimit."""
     if type(message) is bytes and len(message) <= JOINED:
         return message
-    outgoing = Outgoing.of(message)
+    outgoing = Outgoing(message)
     outgoing.own()
     return outgoing
-
-
-def _can_wait(message: Outgoing) -> bool:
-    """True if *message* now has duplicates, and may be sent after what was pickled is closed."""
-    if message.refused:
-        return False
-    try:
-        message.own()
-    except OSError:  # EMFILE
-        return False
-    return True

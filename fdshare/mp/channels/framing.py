@@ -4,7 +4,7 @@ A message without descriptors is what multiprocessing sends: its length in 4 byt
 length in 8, then the data. A message with descriptors is two sends:
 
     announcement    4 bytes: -3 - (length of the body), or -2 where that does not say it all
-    body            status, count, length of the data; the data. The descriptors are on its first
+    body            form, count, length of the data; the data. The descriptors are on its first
                     byte
 
 They are two sends because a reader that reads the length with read(2) would lose the descriptors on
@@ -21,15 +21,19 @@ mark knows that a body is next.
 More than 253 descriptors are sent in boxes: sockets with up to 253 in the queue of each. One peek
 at one message then finds all of them, and either all or none are received.
 
-A sender that has announced a body and may not send it (ETOOMANYREFS) waits; after PATIENCE seconds
-it sends a body that says "cancelled", and the reader goes on to the next message.
+An announcement is void if another message follows it, and not a body: its sender was refused
+(ETOOMANYREFS), or a signal's handler raised between the two sends. A reader sees that at the next
+byte: the first byte of a body is its form, which no length and no announcement begins with. So a
+message is sent as a whole or not at all, wherever its sender stops; but what is larger than JOINED
+takes several sends, and who has begun it must go on.
 
-sending.py sends messages, receiving.py receives them.
+sending.py has the sends of a message, sender.py and feeder.py send, receiving.py receives.
 """
 
 from __future__ import annotations
 
 import struct
+import sys
 from typing import Final
 
 from fdshare.kernel.ancillary import Bytes
@@ -38,14 +42,15 @@ __all__ = [
     "BODY",
     "BODY_FOLLOWS",
     "BOXED",
-    "CANCELLED",
     "JOINED",
     "LARGEST",
+    "LARGEST_SHORT",
     "LENGTH",
     "LONG",
     "LONG_FOLLOWS",
     "PLAIN",
     "SHORT_BODY",
+    "WHOLE",
     "framed",
     "headed",
 ]
@@ -58,13 +63,17 @@ LONG_FOLLOWS: Final = -1
 BODY_FOLLOWS: Final = -2
 SHORT_BODY: Final = -3
 LARGEST: Final = 0x7FFFFFFF
+# The largest body that its announcement tells: so all announcements begin with 0xFF.
+LARGEST_SHORT: Final = (1 << 24) + SHORT_BODY
 
-# The status of a body.
-CANCELLED: Final = 0
-PLAIN: Final = 1
-BOXED: Final = 2
+# The form of a body. No length begins with one of these (0x00 to 0x7F), and no announcement.
+PLAIN: Final = 0x81
+BOXED: Final = 0x82
 
 JOINED: Final = 16384  # below, one copy is cheaper than a second buffer (connection.py, 3.11)
+# Up to this, a send takes all of a message or nothing (unix_stream_sendmsg of Linux: one skb up to
+# 32 KiB). Another system promises that for nothing.
+WHOLE: Final = JOINED if sys.platform == "linux" else -1
 
 
 def framed(data: Bytes, count: int) -> tuple[bytes, bytes]:
@@ -74,8 +83,5 @@ def framed(data: Bytes, count: int) -> tuple[bytes, bytes]:
 
 
 def headed(data: Bytes) -> bytes:
-    """*data*, at most JOINED bytes, as a message without descriptors.
-
-    Linux takes or refuses so little as a whole (unix_stream_sendmsg: one skb up to 32 KiB).
-    """
+    """*data*, at most JOINED bytes, as a message without descriptors."""
     return LENGTH.pack(len(data)) + data

@@ -20,9 +20,7 @@ import socket
 import sys
 from typing import TYPE_CHECKING, Final
 
-from fdshare.errors import DescriptorLimit
-from fdshare.kernel.ancillary import close_all, peek
-from fdshare.kernel.descriptor import Descriptor
+from fdshare.kernel.ancillary import Look, close_looks, look_into
 from fdshare.mp.stock import raw
 
 if TYPE_CHECKING:
@@ -65,11 +63,14 @@ class PeekLevel:
 
 
 def _brings_descriptors(sock: socket.socket) -> bool:
+    looks: list[Look] = []
     try:
-        _, copies = peek(sock, 1, socket.MSG_DONTWAIT)
+        missing = look_into(looks, sock, 1, socket.MSG_DONTWAIT)
+        found = missing is not None or bool(looks[0][1])
+        close_looks(looks)
     except BlockingIOError:
         return False
-    except DescriptorLimit:
-        return True
-    close_all(map(Descriptor, copies))
-    return bool(copies)
+    except BaseException:
+        close_looks(looks)
+        raise
+    return found

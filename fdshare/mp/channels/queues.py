@@ -12,19 +12,20 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 import weakref
-from collections.abc import Callable
-from queue import Empty, Full
+from collections.abc import Callable, Iterator
+from queue import Full
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 from fdshare.mp.channels.connection import ConnectionMixin, PipeFunction
 from fdshare.mp.channels.feeder import READER_GONE, Feeder
 from fdshare.mp.channels.peek_level import POSSIBLE, PeekLevel
+from fdshare.mp.channels.sender import Sender
 from fdshare.mp.family import Family
-from fdshare.mp.pickling.bundle import Arrived, Encoded, open_arrived
+from fdshare.mp.pickling.bundle import Encoded
 from fdshare.mp.pickling.reducers import encode
 from fdshare.mp.stock import (
+    RawSemLock,
     StockContext,
     StockJoinableQueue,
     StockQueue,
@@ -50,6 +51,7 @@ class QueueMixin(StockQueue):
     _writer: ConnectionMixin
     _peek_semaphore: Semaphore | None = None  # of peek_level.py
     _peek_level: PeekLevel | None = None
+    _feeder: Feeder | None = None
 
     def __init__(self, maxsize: int = 0, *, ctx: StockContext) -> None:
         if maxsize <= 0:
@@ -95,81 +97,71 @@ class QueueMixin(StockQueue):
 
     def _reset(self, after_fork: bool = False) -> None:
         self._closed = False
-        self._feeder: Feeder | None = None
-        self._opening = threading.Lock()
+        vars(self).pop("_feeder", None)
         self._close = None
         self._jointhread = None
         self._joincancelled = False
         if self._peek_semaphore is not None:
             self._peek_level = PeekLevel(self._peek_semaphore, self._wlock)
+        # The stock handler only prints the error: the object need not be kept for it.
+        stock = self._family.queues.Queue
+        self._tells_object = type(self)._on_queue_feeder_error is not stock._on_queue_feeder_error
         self._reader._shared = True
         self._reader._peek_level = self._peek_level
+        self._reader.forget()
         self._poll = self._reader.poll
+        self._read_lock = raw(self._rlock)
+        self._placing: Iterator[bool] = iter(self._sem.acquire, None)
 
     def put(self, obj: Any, block: bool = True, timeout: float | None = None) -> None:
         """Puts *obj*. It is safe to close *obj* and what is in it after this call.
 
         Raises: Full; ValueError: the queue is closed; whatever pickling raises; DescriptorLimit: no
-        descriptor is free for a duplicate, or too many were in flight for 10 seconds.
+        descriptor is free for a duplicate while the pipe is full, or too many were in flight for 10
+        seconds; for *timeout*, or at once, if that is less. If a signal's handler raises, *obj* is
+        put as a whole or not at all.
         """
         if self._closed:
             raise ValueError(f"Queue {self!r} is closed")
         message = encode(self._family, obj)
-        if not self._sem.acquire(block, timeout):
-            raise Full
-        self._dispatch(message, obj)
-
-    def _dispatch(self, message: Encoded, obj: Any) -> None:
-        feeder = self._feeder or self._open_feeder()
+        accepted: list[Any] = [False]
+        place = False
         try:
-            if feeder.put(message, obj if self._tells_object else None):
-                self._started(feeder)
-        except OSError as error:
-            self._sem.release()
-            # No reader is left: as the stock queue, report it and return.
-            if error.errno not in READER_GONE:
+            # Stored at once, as in kernel/ancillary.py.
+            if block and timeout is None:
+                for place in self._placing:  # noqa: B007
+                    break
+            else:
+                (place,) = map(self._sem.acquire, (block,), (timeout,))
+            if not place:
+                raise Full
+            self._dispatch(message, obj, accepted, timeout if block else 0.0)
+        except BaseException as error:
+            if place and not accepted[0]:
+                self._sem.release()
+            if getattr(error, "errno", 0) not in READER_GONE:
                 raise
+            # No reader is left: as the stock queue, report it and return.
             if not self._ignore_epipe:
                 self._on_queue_feeder_error(error, obj)
-        except BaseException:
-            # Ctrl-C, or what another signal's handler raised. Once sending has begun the object may
-            # have been sent, and then its reader releases the semaphore: a second release would
-            # fail there, a missing one costs one place.
-            if not feeder.begun:
-                self._sem.release()
-            raise
+
+    def _dispatch(
+        self, message: Encoded, obj: Any, accepted: list[Any], patience: float | None
+    ) -> None:
+        feeder = self._feeder or self._open_feeder()
+        told = obj if self._tells_object else None
+        feeder.put(message, accepted, told, patience)
 
     def get(self, block: bool = True, timeout: float | None = None) -> Any:
         """The next object. The caller owns the result.
 
         Raises: Empty; ValueError: the queue is closed; DescriptorLimit: at this process's limit,
-        and the object stays in the queue; whatever unpickling raises, and that object is gone.
+        and the object stays in the queue; whatever unpickling raises, and that object is gone. If a
+        signal's handler raises, as `Connection.recv`.
         """
         if self._closed:
             raise ValueError(f"Queue {self!r} is closed")
-        if not block or timeout is not None:
-            message = self._take_within(block, timeout)
-        else:
-            self._rlock.acquire()
-            try:
-                message = self._reader.receive()
-            finally:
-                self._rlock.release()
-            self._sem.release()
-        return open_arrived(message, self._family.loads)
-
-    def _take_within(self, block: bool, timeout: float | None) -> Arrived:
-        deadline = time.monotonic() + (timeout or 0)
-        if not self._rlock.acquire(block, timeout):
-            raise Empty
-        try:
-            if not self._poll(deadline - time.monotonic() if block else 0):
-                raise Empty
-            message = self._reader.receive()
-            self._sem.release()
-        finally:
-            self._rlock.release()
-        return message
+        return self._reader.take(self._read_lock, block, timeout, self._sem.release)
 
     def close(self) -> None:
         """Ends put and get in this process; what was put is still sent.
@@ -195,32 +187,25 @@ class QueueMixin(StockQueue):
             self._jointhread.cancel()
 
     def _open_feeder(self) -> Feeder:
-        with self._opening:
-            if self._feeder is None:
-                reader, writer = self._reader, self._writer
+        reader, writer = self._reader, self._writer
+        failed = _reporter(self._family, self._sem, self._ignore_epipe, self._on_queue_feeder_error)
+        level = None if self._peek_level is None else self._peek_level.level
+        starting = weakref.WeakMethod(self._starting)
+        new = Feeder(
+            writer.carrier(), self._wlock, reader.close, writer.close, failed, level, starting
+        )
+        # In one step: there must not be two, whatever comes in between.
+        feeder: Feeder = vars(self).setdefault("_feeder", new)
+        self._close = feeder.stop
+        return feeder
 
-                failed = _reporter(
-                    self._family, self._sem, self._ignore_epipe, self._on_queue_feeder_error
-                )
-                # The stock handler only prints the error: the object need not be kept for it.
-                stock = self._family.queues.Queue
-                self._tells_object = (
-                    type(self)._on_queue_feeder_error is not stock._on_queue_feeder_error
-                )
-                level = None if self._peek_level is None else self._peek_level.level
-                self._feeder = Feeder(
-                    writer.carrier(), self._wlock, reader.close, writer.close, failed, level
-                )
-                self._close = self._feeder.stop
-            return self._feeder
-
-    def _started(self, feeder: Feeder) -> None:
-        """The thread runs: at exit it is stopped and joined, as the stock queue's."""
-        finalize = self._family.util.Finalize
+    def _starting(self) -> None:
+        """The thread is about to start: at exit it is stopped and waited for, as the stock
+        queue's."""
+        finalize, feeder = self._family.util.Finalize, self._feeder
+        assert feeder is not None
         if not self._joincancelled:
-            self._jointhread = finalize(
-                feeder.thread, _join, [weakref.ref(feeder.thread)], exitpriority=-5
-            )
+            self._jointhread = finalize(feeder, _join, [feeder.thread_ended], exitpriority=-5)
         self._close = finalize(self, feeder.stop, [], exitpriority=10)
 
 
@@ -233,10 +218,9 @@ def _after_fork(queue: QueueMixin) -> None:
     queue._reset(after_fork=True)
 
 
-def _join(reference: weakref.ref[threading.Thread]) -> None:
-    thread = reference()
-    if thread is not None:
-        thread.join()
+def _join(thread_ended: threading.Lock) -> None:
+    with thread_ended:
+        pass
 
 
 def _reporter(
@@ -284,17 +268,22 @@ class JoinableQueueMixin(QueueMixin, StockJoinableQueue):
         QueueMixin.__setstate__(self, state[:-2])
         self._cond, self._unfinished_tasks = state[-2:]
 
-    def _dispatch(self, message: Encoded, obj: Any) -> None:
+    def _dispatch(
+        self, message: Encoded, obj: Any, accepted: list[Any], patience: float | None
+    ) -> None:
         # Counted before it can be received: task_done() may follow at once.
-        with self._cond:
-            self._unfinished_tasks.release()
+        counted = False
         try:
-            QueueMixin._dispatch(self, message, obj)
+            with raw(self._cond):
+                counted = True
+                self._unfinished_tasks.release()
+            QueueMixin._dispatch(self, message, obj, accepted, patience)
         except BaseException:
-            with self._cond:
-                self._unfinished_tasks.acquire(False)
-                if raw(self._unfinished_tasks)._is_zero():
-                    self._cond.notify_all()
+            if counted and not accepted[0]:
+                with self._cond:
+                    self._unfinished_tasks.acquire(False)
+                    if raw(self._unfinished_tasks)._is_zero():
+                        self._cond.notify_all()
             raise
 
 
@@ -305,6 +294,9 @@ class SimpleQueueMixin(StockSimpleQueue):
     _pipe: ClassVar[PipeFunction]
     _reader: ConnectionMixin
     _writer: ConnectionMixin
+    # Free when a thread has sent the rest of what put() has begun. Not Thread.join: interrupted, it
+    # takes the thread for ended (CPython 3.11).
+    _finished: threading.Lock | None = None
 
     def __init__(self, *, ctx: StockContext) -> None:
         self._reader, self._writer = self._pipe(duplex=False)
@@ -326,12 +318,51 @@ class SimpleQueueMixin(StockSimpleQueue):
 
     def get(self) -> Any:
         """The next object. The caller owns the result. Raises: as `Queue.get`."""
-        with self._rlock:
-            message = self._reader.receive()
-        return open_arrived(message, self._family.loads)
+        return self._reader.take(raw(self._rlock))
 
     def put(self, obj: Any) -> None:
-        """Sends *obj*. It is safe to close *obj* after this call. Raises: as `Connection.send`."""
+        """Sends *obj*. It is safe to close *obj* after this call. Raises: as `Connection.send`.
+
+        A put() during a put() of the same thread, by a finaliser or a signal's handler, leaves
+        *obj* to the outer one.
+        """
         message = encode(self._family, obj)
-        with self._wlock:
-            self._writer.send_message(message)
+        sender, lock = self._writer.sender(), raw(self._wlock)
+        finished = self._finished
+        if finished is not None:
+            with finished:
+                self._finished = None
+        elif lock._is_mine():
+            sender.leave(message)
+            return
+        self._send(sender, lock, lambda: sender.send(message))
+        while sender.waiting:  # left to this call at its last moment
+            self._send(sender, lock, sender.send_waiting)
+
+    def _send(self, sender: Sender, lock: RawSemLock, send: Callable[[], None]) -> None:
+        locked = False
+        try:
+            (locked,) = map(lock.acquire, (True,))  # as in kernel/ancillary.py
+            send()
+        finally:
+            # A handler may raise in any function in Python: none is called before the lock is free.
+            if locked:
+                if sender.waiting and sender.begun:
+                    self._finish_later(sender, lock)
+                else:
+                    lock.release()
+
+    def _finish_later(self, sender: Sender, lock: RawSemLock) -> None:
+        """Has a thread send what has begun, and release *lock*: until then nobody else may send."""
+
+        def finish() -> None:
+            try:
+                sender.send_waiting()
+            finally:
+                lock.release()
+                finished.release()
+
+        finished = threading.Lock()
+        finished.acquire()
+        threading.Thread(target=finish, name="QueueFinisherThread").start()
+        self._finished = finished

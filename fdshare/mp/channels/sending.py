@@ -1,114 +1,130 @@
-"""Sends messages: at once if the socket takes all of it; an Outgoing is what is left otherwise.
+"""The sends of a message, and how it is gone on with after one of them.
 
-framing.py has the form of a message.
+framing.py has the form of a message. A message of one or two short sends is `Short`: Linux takes or
+refuses each as a whole. Any other is an Outgoing, which knows at any moment what is left of it: a
+handler of the signal module may raise after any call (kernel/ancillary.py).
 """
 
 from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import lru_cache
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from fdshare.errors import DescriptorLimit
 from fdshare.kernel.ancillary import (
     MAX_DESCRIPTORS,
     NOSIGNAL,
     Bytes,
+    Rights,
     close_all,
     rights,
+    send_all_into,
+    send_into,
     send_message,
-    send_rights,
 )
-from fdshare.kernel.descriptor import Descriptor
+from fdshare.kernel.descriptor import Descriptor, Spare
 from fdshare.kernel.plain_socket import stream_pair
 from fdshare.mp.channels.framing import (
     BODY,
     BODY_FOLLOWS,
     BOXED,
-    CANCELLED,
     JOINED,
     LARGEST,
+    LARGEST_SHORT,
     LENGTH,
     LONG,
     LONG_FOLLOWS,
     PLAIN,
     SHORT_BODY,
+    WHOLE,
     framed,
     headed,
 )
-from fdshare.mp.channels.peek_level import AT_ONCE
 from fdshare.mp.pickling.bundle import Bundle, Encoded
 
-__all__ = ["Outgoing", "send_now"]
+__all__ = ["PATIENCE", "Outgoing", "Short", "patiently", "push_short", "short"]
 
 # Seconds that a sender waits for receivers when its user has too many descriptors in flight.
 PATIENCE: Final = 10.0
 _FIRST_PAUSE: Final = 0.0005
 _LONGEST_PAUSE: Final = 0.02
+_DONTWAIT: Final = int(socket.MSG_DONTWAIT)
+_SOCKET: Final = int(socket.SOL_SOCKET)
+_SNDBUF: Final = int(socket.SO_SNDBUF)
 
 # (buffers, descriptors on their first byte), one for each sendmsg(2).
-Parts: TypeAlias = list[tuple[list[Bytes], list[int]]]
+Part: TypeAlias = tuple[Sequence[Bytes], Sequence[int]]
+# The buffers and the control messages of one or two sends; the first of two is an announcement.
+Short: TypeAlias = tuple[Sequence[Sequence[Bytes]], Sequence[Rights]]
 
 
-def send_now(
-    sock: socket.socket, message: Encoded, flags: int, level: Callable[[], int] | None = None
-) -> Outgoing | None:
-    """Sends *message* if the socket takes it; what is left of it, or None.
+def short(message: Encoded, at_once: bool) -> Short | None:
+    """*message* in one or two short sends, with borrowed descriptors; None if it takes others.
 
-    If None, it is safe to close what was pickled. *level* is that of peek_level.py.
+    *at_once*: announcement and body may be one (peek_level.py).
     """
-    if type(message) is bytes and len(message) <= JOINED:
-        data = headed(message)
-        try:
-            sent = sock.send(data, flags | NOSIGNAL)
-        except BlockingIOError:
-            sent = 0
-        if sent == len(data):
-            return None
-        return Outgoing(Bundle(message), [([memoryview(data)[sent:]], [])])
-    bundle = None
     if isinstance(message, tuple):
         data, fds = message
-        announcement, body = _framed_single(data)
-    else:
-        bundle = Bundle(message) if isinstance(message, bytes) else message
-        fds = bundle.numbers
-        if not 0 < len(fds) <= MAX_DESCRIPTORS or len(bundle.data) > JOINED:
-            outgoing = Outgoing(bundle)
-            return None if outgoing.push_now(sock, flags) else outgoing
-        announcement, body = framed(bundle.data, len(fds))
-    # The common case of `Outgoing.push_now`, without one.
-    control = rights(fds)  # before the announcement: after it a reader waits for the body
-    buffers: list[Bytes] = [body]
-    size = len(body)
-    rest: Parts = [([announcement], []), ([body], fds)]
-    if level is not None and level() == AT_ONCE:
-        buffers = [announcement, body]
-        size += len(announcement)
-    else:
-        try:
-            sent = sock.send(announcement, flags | NOSIGNAL)
-        except BlockingIOError:
-            sent = 0
-        if sent < len(announcement):
-            rest[0] = ([announcement[sent:]], [])
-            return Outgoing(bundle or Bundle(b"", fds), rest)
-        del rest[0]
-    refused = False
-    try:
-        sent = send_rights(sock, buffers, control, flags)
-        if sent == size:
+        if len(data) > WHOLE:
             return None
-        rest = [(_after(buffers, sent), [])]
-    except BlockingIOError:
-        pass
-    except DescriptorLimit:
-        refused = True
-    outgoing = Outgoing(bundle or Bundle(b"", fds), rest)
-    outgoing.refused = refused
-    return outgoing
+        if at_once:
+            return _joined_single(data), (rights(fds),)
+        announcement, body = _framed_single(data)
+    elif isinstance(message, bytes):
+        return (((headed(message),),), ((),)) if len(message) <= WHOLE else None
+    else:
+        fds = message.numbers
+        if len(message.data) > WHOLE or len(fds) > MAX_DESCRIPTORS:
+            return None
+        if not fds:
+            return ((headed(message.data),),), ((),)
+        announcement, body = framed(message.data, len(fds))
+    if at_once:
+        return ((announcement + body,),), (rights(fds),)
+    return ((announcement,), (body,)), ((), rights(fds))
+
+
+def push_short(cell: list[Any], sock: socket.socket, parts: Short, flags: int = 0) -> None:
+    """Sends what `short` has returned; ``cell[0]`` is true if it was sent, whatever is raised.
+
+    Raises: BlockingIOError; DescriptorLimit (ETOOMANYREFS); any other OSError of sendmsg(2).
+    """
+    messages, controls = parts
+    if len(messages) == 1:
+        send_into(cell, sock, messages[0], controls[0], flags)
+        return
+    counts: list[int] = []
+    try:
+        # Only the first may wait: then a reader waits for the second.
+        both = flags | NOSIGNAL, _DONTWAIT | NOSIGNAL
+        send_all_into(counts, sock, messages, controls, both)
+        cell[0] = True
+    except BaseException as error:
+        if len(counts) == 1 and isinstance(error, BlockingIOError):
+            _send_beyond(cell, sock, messages[1], controls[1])
+            return
+        cell[0] = len(counts) == 2
+        raise
+
+
+def _send_beyond(
+    cell: list[Any], sock: socket.socket, buffers: Sequence[Bytes], control: Rights
+) -> None:
+    """Sends the beginning of a body on a socket that is full. Raises: BlockingIOError.
+
+    Linux takes a buffer if less than SO_SNDBUF is queued (sock_alloc_send_pskb), and lets us double
+    that, up to net.core.wmem_max.
+    """
+    usual = sock.getsockopt(_SOCKET, _SNDBUF)
+    try:
+        sock.setsockopt(_SOCKET, _SNDBUF, usual)  # the kernel doubles the value: socket(7)
+        send_into(cell, sock, buffers, control, _DONTWAIT)
+    finally:
+        sock.setsockopt(_SOCKET, _SNDBUF, usual // 2)
 
 
 @lru_cache(maxsize=256)
@@ -117,120 +133,167 @@ def _framed_single(pickled: bytes) -> tuple[bytes, bytes]:
     return framed(pickled, 1)
 
 
+@lru_cache(maxsize=256)
+def _joined_single(pickled: bytes) -> tuple[tuple[bytes]]:
+    return ((b"".join(_framed_single(pickled)),),)
+
+
 class Outgoing:
-    """What is left of a message to send; another thread may send it."""
+    """What is left to send of a message; another thread may send it."""
 
-    __slots__ = ("boxes", "bundle", "parts", "refused")
+    __slots__ = (
+        "_body",
+        "_cell",
+        "_head",
+        "_parts",
+        "boxes",
+        "bundle",
+        "given",
+        "holds_lock",
+        "independent",
+    )
 
-    def __init__(self, bundle: Bundle, parts: Parts | None = None) -> None:
-        """*parts*: what is to be sent of *bundle*; None: all."""
-        self.bundle = bundle
-        self.boxes: list[Descriptor] = []
-        # True after the kernel refused its descriptors (ETOOMANYREFS).
-        self.refused = False
-        self.parts: Parts = self._parts() if parts is None else parts
-
-    @classmethod
-    def of(cls, message: Encoded) -> Outgoing:
-        """All of *message*."""
+    def __init__(self, message: Encoded) -> None:
         if isinstance(message, tuple):
-            return cls(Bundle(*message))
-        return cls(Bundle(message) if isinstance(message, bytes) else message)
+            message = Bundle(*message)
+        self.bundle = Bundle(message) if isinstance(message, bytes) else message
+        self.boxes: list[Descriptor] = []
+        # True if it needs nothing of what was pickled.
+        self.independent = False
+        # True if another thread may send it, and if that releases the write lock of the queue.
+        self.given = self.holds_lock = False
+        # How many bytes were sent of the first part, if any. Both are changed together, with no
+        # call in between.
+        self._cell: list[int | None] = [None]
+        self._parts: tuple[Part, ...] = self._all_parts()
+        *self._head, self._body = self._parts
 
-    def _parts(self) -> Parts:
+    def _all_parts(self) -> tuple[Part, ...]:
         data, fds = self.bundle.data, self.bundle.numbers
         size = len(data)
         if fds:
             return self._with_descriptors(fds, data, size)
         if size <= JOINED:
-            return [([headed(data)], [])]
-        if size <= LARGEST:
-            return [([LENGTH.pack(size), data], [])]
-        return [([LENGTH.pack(LONG_FOLLOWS) + LONG.pack(size), data], [])]
+            return (((headed(data),), ()),)
+        head = LENGTH.pack(size) if size <= LARGEST else LENGTH.pack(LONG_FOLLOWS) + LONG.pack(size)
+        return (((head, data), ()),)
 
-    def _with_descriptors(self, fds: list[int], data: Bytes, size: int) -> Parts:
+    def _with_descriptors(self, fds: list[int], data: Bytes, size: int) -> tuple[Part, ...]:
         if size <= JOINED and len(fds) <= MAX_DESCRIPTORS:
             announcement, body = framed(data, len(fds))
-            return [([announcement], []), ([body], fds)]
-        count, status = len(fds), PLAIN
+            return ((announcement,), ()), ((body,), fds)
+        count, form = len(fds), PLAIN
         if count > MAX_DESCRIPTORS:
-            fds, status = self._box(fds), BOXED
-        head = BODY.pack(status, count, size)
+            fds, form = self._box(fds), BOXED
+        head = BODY.pack(form, count, size)
         announcement = LENGTH.pack(BODY_FOLLOWS)
-        if status == PLAIN and len(head) + size <= LARGEST + SHORT_BODY:
+        if form == PLAIN and len(head) + size <= LARGEST_SHORT:
             announcement = LENGTH.pack(SHORT_BODY - len(head) - size)
-        return [([announcement], []), ([head, data], fds)]
+        return ((announcement,), ()), ((head, data), fds)
 
     def _box(self, fds: list[int]) -> list[int]:
         try:
             for start in range(0, len(fds), MAX_DESCRIPTORS):
                 inner, outer = stream_pair()
                 with inner:
-                    self.boxes.append(Descriptor(outer.detach()))
+                    self.boxes.append(Spare(outer.detach()))
                     some = fds[start : start + MAX_DESCRIPTORS]
-                    _patiently(lambda: send_message(inner, (b"\0",), some))  # noqa: B023
+                    patiently(lambda: send_message(inner, (b"\0",), some))  # noqa: B023
         except BaseException:
             close_all(self.boxes)
             raise
         return [box.fileno() for box in self.boxes]
 
-    def push(self, sock: socket.socket, flags: int = 0) -> bool:
-        """Sends what the socket takes; True when all of it is sent.
+    @classmethod
+    def joined(cls, messages: Sequence[Bytes]) -> Outgoing:
+        """One of several messages that `framing.headed` has made."""
+        self = cls(b"")
+        self._head, self._body = [], ((b"".join(messages),), ())
+        self._parts = (self._body,)
+        return self
 
-        With MSG_DONTWAIT it is False if the socket is full. Raises: DescriptorLimit
-        (ETOOMANYREFS): call again later, or `cancel`; any other OSError of sendmsg(2).
+    @property
+    def has_descriptors(self) -> bool:
+        """True if there are descriptors in what is left."""
+        return bool(self._parts) and bool(self._parts[-1][1])
+
+    @property
+    def unsent(self) -> bool:
+        """True if nothing was sent that a reader takes for a message."""
+        parts = self._parts
+        return bool(parts) and parts[-1] is self._body and (len(parts) > 1 or not self._cell[0])
+
+    @property
+    def begun(self) -> bool:
+        """True if a reader waits for the rest."""
+        return bool(self._parts) and not self.unsent
+
+    def push(self, sock: socket.socket, flags: int = 0) -> None:
+        """Sends what is left. Whatever is raised, it can be called again.
+
+        Raises: BlockingIOError; DescriptorLimit (ETOOMANYREFS); any other OSError of sendmsg(2).
         """
-        parts = self.parts
-        while parts:
-            buffers, fds = parts[0]
-            try:
-                sent = send_message(sock, buffers, fds, flags)
-            except BlockingIOError:
-                return False
-            except DescriptorLimit:
-                self.refused = True
-                raise
-            rest = _after(buffers, sent)
-            if rest:
-                parts[0] = (rest, [])
-            else:
-                del parts[0]
+        while self._parts:
+            buffers, fds = self._parts[0]
+            if self._cell[0] is None:
+                control = rights(fds)
+                try:
+                    # Nobody waits when a reader waits for the beginning of the body.
+                    send_into(self._cell, sock, buffers, control, _DONTWAIT if fds else flags)
+                except BlockingIOError:
+                    if not fds:
+                        raise
+                    _send_beyond(self._cell, sock, buffers, control)
+            self._record()
         self.close()
+
+    def _record(self) -> None:
+        """Takes what was sent from what is left."""
+        sent = self._cell[0]
+        if sent is not None:
+            left = _after(self._parts, sent)
+            self._parts, self._cell = left, [None]
+
+    def push_now(self, sock: socket.socket) -> bool:
+        """As `push`, without waiting: False if it would have to."""
+        try:
+            self.push(sock, _DONTWAIT)
+        except (BlockingIOError, DescriptorLimit):
+            return False
         return True
 
-    def push_now(self, sock: socket.socket, flags: int) -> bool:
-        """As `push`, but False also if the kernel refuses the descriptors for now."""
-        try:
-            return self.push(sock, flags)
-        except DescriptorLimit:
-            return False
-
     def push_patiently(self, sock: socket.socket) -> None:
-        """Sends all of it, waiting up to PATIENCE seconds for descriptors in flight to be received.
+        """As `push`, but waits up to PATIENCE seconds for descriptors in flight to be received.
 
-        Raises: DescriptorLimit (ETOOMANYREFS) after that; the message is cancelled.
+        Raises: DescriptorLimit (ETOOMANYREFS) after that.
         """
-        try:
-            _patiently(lambda: self.push(sock))
-        except DescriptorLimit:
-            self.cancel(sock)
-            raise
+        patiently(lambda: self.push(sock))
 
-    def cancel(self, sock: socket.socket) -> None:
-        """Sends a body without descriptors in the place of the one announced."""
-        (buffers, _), *_ = self.parts
-        size = sum(map(len, buffers)) - BODY.size
-        self.parts = [([BODY.pack(CANCELLED, 0, size), bytes(size)], [])]
-        self.push(sock)
+    def settle(self, sock: socket.socket) -> bool:
+        """After an exception: True if the rest has to be sent, which needs nothing of what was
+        pickled then."""
+        self._record()
+        if self.unsent and len(self._parts) == 1 and self.has_descriptors:  # it is announced
+            with suppress(OSError):
+                self.push_now(sock)
+        if self.begun:
+            self.own()
+        return self.begun
 
     def own(self) -> None:
-        """Duplicates the descriptors that are left: what was pickled may be closed. Raises: as
-        `Bundle.own`."""
-        if self.boxes:
-            return  # the kernel has those in boxes
-        self.bundle.own()
-        if self.parts and self.parts[-1][1]:
-            self.parts[-1] = (self.parts[-1][0], self.bundle.numbers)
+        """Makes it independent: what was pickled may be closed. Raises: as `Bundle.own`."""
+        self._record()
+        parts = self._parts
+        # The kernel has those in boxes, and those of a body that has begun.
+        if parts and parts[-1][1] and not self.boxes and not self.independent:
+            self.bundle.own()
+            body = parts[-1][0], self.bundle.numbers
+            # Announced once more: another message may be sent before.
+            self._parts, self._body = (*self._head, body), body
+        elif self.begun:
+            # A buffer that was given to send_bytes() is its caller's.
+            self._parts = tuple((list(map(_constant, buffers)), fds) for buffers, fds in parts)
+        self.independent = True
 
     def close(self) -> None:
         """Closes what it owns, sent or not."""
@@ -238,29 +301,31 @@ class Outgoing:
         close_all(boxes)
         self.bundle.close()
 
-    def __del__(self) -> None:
-        if getattr(self, "boxes", None):
-            self.close()
+
+def _constant(buffer: Bytes) -> Bytes:
+    return buffer if memoryview(buffer).readonly else bytes(buffer)
 
 
-def _after(buffers: list[Bytes], sent: int) -> list[Bytes]:
+def _after(parts: tuple[Part, ...], sent: int) -> tuple[Part, ...]:
+    """What is left of *parts* when *sent* bytes of the first were sent."""
+    (buffers, _), *others = parts
     for index, buffer in enumerate(buffers):
         if sent < len(buffer):
-            return [memoryview(buffer)[sent:], *buffers[index + 1 :]]
+            return ([memoryview(buffer)[sent:], *buffers[index + 1 :]], ()), *others
         sent -= len(buffer)
-    return []
+    return tuple(others)
 
 
-def _patiently(send: Callable[[], object]) -> None:
-    """Calls *send* until the kernel does not refuse it; after PATIENCE seconds, it raises."""
+def patiently(send: Callable[[], object], patience: float = PATIENCE) -> None:
+    """Calls *send* until the kernel does not refuse it; after *patience* seconds, it raises."""
     pause = _FIRST_PAUSE
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + patience
     while True:
         try:
             send()
             return
         except DescriptorLimit:
-            if time.monotonic() > deadline:
+            if time.monotonic() >= deadline:
                 raise
         time.sleep(pause)
         pause = min(2 * pause, _LONGEST_PAUSE)

@@ -21,7 +21,8 @@ from msgspec import Raw
 
 from fdshare.errors import AlreadyTaken
 from fdshare.kernel.ancillary import close_all
-from fdshare.kernel.descriptor import Descriptor
+from fdshare.kernel.descriptor import Descriptor, Spare
+from fdshare.kernel.descriptor_limit import descriptor_limit, is_descriptor_limit
 from fdshare.kinds import Kind, discard, rebuild, rebuilder
 
 __all__ = [
@@ -90,7 +91,7 @@ class Bundle:
     """A pickle and its descriptors, which are borrowed from the objects pickled, or owned.
 
     Borrowed ones are valid while the objects are open, so for the length of one call; `own()`
-    duplicates them. When it is collected, it closes what it owns.
+    duplicates them. What it owns is closed when it is collected: Spare descriptors.
     """
 
     __slots__ = ("__weakref__", "data", "fds", "holders", "missing", "owned")
@@ -120,14 +121,16 @@ class Bundle:
     def own(self) -> Bundle:
         """This bundle, with duplicates. It is safe to close what was pickled after this call.
 
-        Raises: DescriptorLimit or OSError (EMFILE); ClosedDescriptor. The bundle stays borrowed.
+        Raises: DescriptorLimit (EMFILE); ClosedDescriptor. The bundle stays borrowed.
         """
         if self.fds:
             copies: list[Descriptor] = []
             try:
-                copies.extend(map(Descriptor.dup_of, self.fds))
-            except BaseException:
+                copies.extend(map(Spare.dup_of, self.fds))
+            except BaseException as error:
                 close_all(copies)
+                if isinstance(error, OSError) and is_descriptor_limit(error):
+                    raise descriptor_limit(error.errno, "sender") from None
                 raise
             self.owned = copies
         self.fds = self.holders = None
@@ -141,9 +144,16 @@ class Bundle:
         owned, self.owned = self.owned or [], None
         data = self.data
         if len(owned) == 1 and type(data) is bytes:
-            build = _bare_pickles.get(data)
-            if build is not None:
-                return build(owned[0].detach())
+            make = made_at_once.get(data)
+            if make is not None:
+                try:
+                    return owned[0].hand_to(make)
+                except BaseException:
+                    owned[0].close()
+                    raise
+            kind = _bare_pickles.get(data)
+            if kind is not None:
+                return rebuild(kind, owned)
         if self.missing is not None:
             close_all(owned)
             raise self.missing
@@ -155,10 +165,6 @@ class Bundle:
         self.fds = self.holders = None
         if owned:
             close_all(owned)
-
-    def __del__(self) -> None:
-        if self.owned:
-            close_all(self.owned)
 
     def __reduce__(self) -> Reduced:
         # A bundle inside another pickle: the tasks and results of pools. The receiver loads the
@@ -198,7 +204,7 @@ def _rebundle(data: bytes, descriptors: list[Descriptor | _Missing]) -> Bundle:
         if isinstance(descriptor, _Missing):
             bundle.missing = descriptor.reason
         else:
-            owned.append(descriptor)
+            owned.append(descriptor.hand_to(Spare))
     return bundle
 
 
@@ -291,9 +297,9 @@ def bare_pickle(kind: Kind) -> bytes:
 
 # The pickles that are one object with one descriptor, as reducers.py makes them for sockets: the
 # same few bytes each time. Those seen before are not unpickled.
-_bare_pickles: Final[dict[bytes, Callable[[int], Any]]] = {}
-# Those of them that a channel may build while it holds its lock: that runs no code of the program,
-# and does not block.
+_bare_pickles: Final[dict[bytes, Kind]] = {}
+# Those of them that a channel may build while it holds its lock, since that runs no code of the
+# program and does not block, and what builds the object of a descriptor's number.
 made_at_once: Final[dict[bytes, Callable[[int], Any]]] = {}
 _REMEMBERED: Final = 256
 _LONGEST: Final = 256  # bytes
@@ -305,9 +311,10 @@ def _remember(data: bytes, kind: Kind) -> None:
         # time: only the bytes tell that there is nothing but the object.
         if data != bare_pickle(kind):
             return
-        _bare_pickles[data] = build = rebuilder(kind)
-        if kind.tag in ("socket", "descriptor"):
-            made_at_once[data] = build
+        _bare_pickles[data] = kind
+        make = rebuilder(kind)
+        if make is not None:
+            made_at_once[data] = make
 
 
 def _arrive(tag: str, spec: bytes, first: int, count: int = 1) -> Any:
@@ -328,6 +335,6 @@ def _arrive(tag: str, spec: bytes, first: int, count: int = 1) -> Any:
         frame.descriptors[index] = None
         mine.append(descriptor)
     frame.bare = kind = Kind(tag, Raw(spec))
-    obj = rebuild(kind, mine)
-    frame.built.append(obj)
-    return obj
+    # Into the list at once, where it is closed: a signal's handler may raise after any call.
+    frame.built.extend(map(rebuild, (kind,), (mine,)))
+    return frame.built[-1]

@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import sys
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from fdshare.errors import DescriptorLimit
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.kernel.plain_socket import stream_pair
 from fdshare.mp.channels.connection import ConnectionMixin
@@ -42,7 +40,7 @@ class PopenMixin(StockPopen):
             with Descriptor(far.detach()) as inherited:
                 message = self._pack(process_obj)
                 try:
-                    sent = _push_what_fits(message, near)
+                    sent = message.push_now(near)
                     stand_in = _StandIn(self._connection, process_obj._name, inherited)
                     super()._launch(stand_in)  # type: ignore[arg-type]
                 except BaseException:
@@ -70,13 +68,6 @@ class PopenMixin(StockPopen):
             return Outgoing(dumps(self._family, process))
         finally:
             context.set_spawning_popen(None)
-
-
-def _push_what_fits(message: Outgoing, sock: socket.socket) -> bool:
-    try:
-        return message.push(sock, socket.MSG_DONTWAIT)
-    except DescriptorLimit:  # too many in flight: the child will receive them
-        return False
 
 
 class _StandIn:

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
+from fdshare.errors import DescriptorLimit
 from fdshare.mp.channels.feeder import Feeder
-from fdshare.mp.channels.receiving import read_message
-from fdshare.mp.pickling.bundle import Bundle
-from mp.common import descriptor_limit_reached, identity, open_now
+from fdshare.mp.pickling.bundle import Bundle, Encoded
+from mp.common import descriptor_limit_reached, identity, open_now, read_message
 
 
 class Harness:
@@ -24,9 +24,15 @@ class Harness:
         self.lock = threading.Lock()
         self.called: list[str] = []
         self.ended = threading.Event()
-        self.outbox = Feeder(
+        self.feeder = Feeder(
             self.near, self, lambda: self.called.append("closing"), self.end, self.fail
         )
+
+    def put(self, message: Encoded, obj: Any = None, patience: float | None = None) -> bool:
+        """False if it will not arrive."""
+        accepted = [False]
+        self.feeder.put(message, accepted, obj, patience)
+        return accepted[0]
 
     # The write lock, as multiprocessing's: acquire(block).
 
@@ -44,7 +50,7 @@ class Harness:
         self.called.append(f"{type(error).__name__} {obj}")
 
     def read(self) -> tuple[bytes, int]:
-        message = read_message(self.far, False)
+        message = read_message(self.far)
         if isinstance(message, bytes):
             return message, 0
         data, count = bytes(message.data), len(message.owned or ())
@@ -56,28 +62,28 @@ class Harness:
 def harness() -> Iterator[Harness]:
     harness = Harness()
     yield harness
-    harness.outbox.stop()
+    harness.feeder.stop()
     harness.far.close()
-    thread = harness.outbox.thread
-    if thread is not None:
-        thread.join()
+    with harness.feeder.thread_ended:
+        pass
     harness.near.close()
 
 
 def test_with_room_it_is_sent_at_once_without_a_thread(harness: Harness, null: int) -> None:
     before = open_now()
-    assert not harness.outbox.put(b"bytes")
-    assert not harness.outbox.put(Bundle(b"data", [null]))
+    assert harness.put(b"bytes")
+    assert harness.put(Bundle(b"data", [null]))
     assert open_now() == before  # no duplicate was made
-    assert harness.outbox.thread is None
+    assert not harness.feeder.has_thread
     assert harness.read() == (b"bytes", 0)
     assert harness.read() == (b"data", 1)
 
 
 def test_while_somebody_writes_it_waits(harness: Harness, null: int) -> None:
     harness.acquire()
-    assert harness.outbox.put(Bundle(b"data", [null]))  # the thread was started
-    assert not harness.outbox.put(b"after")
+    assert harness.put(Bundle(b"data", [null]))
+    assert harness.feeder.has_thread
+    assert harness.put(b"after")
     harness.release()
     assert harness.read() == (b"data", 1)
     assert harness.read() == (b"after", 0)
@@ -85,15 +91,15 @@ def test_while_somebody_writes_it_waits(harness: Harness, null: int) -> None:
 
 def test_when_full_it_waits_in_order(harness: Harness, null: int) -> None:
     for number in range(600):
-        harness.outbox.put(Bundle(b"%d" % number, [null]) if number % 2 else b"%d" % number)
+        harness.put(Bundle(b"%d" % number, [null]) if number % 2 else b"%d" % number)
     for number in range(600):
         assert harness.read() == (b"%d" % number, number % 2)
 
 
 def test_a_message_larger_than_the_pipe(harness: Harness, null: int) -> None:
     data = os.urandom(1 << 20)
-    harness.outbox.put(Bundle(data, [null]))
-    harness.outbox.put(data[:10])
+    harness.put(Bundle(data, [null]))
+    harness.put(data[:10])
     assert harness.read() == (data, 1)
     assert harness.read() == (data[:10], 0)
 
@@ -102,9 +108,9 @@ def test_what_was_put_may_be_closed(harness: Harness) -> None:
     harness.acquire()
     with socket.socket() as sock:
         expected = identity(sock)
-        harness.outbox.put(Bundle(b"data", [sock.fileno()], sock))
+        harness.put(Bundle(b"data", [sock.fileno()], sock))
     harness.release()
-    message = read_message(harness.far, False)
+    message = read_message(harness.far)
     assert isinstance(message, Bundle)
     assert identity((message.owned or [])[0]) == expected
     message.close()
@@ -112,17 +118,56 @@ def test_what_was_put_may_be_closed(harness: Harness) -> None:
 
 def test_no_descriptor_to_keep_it_with(harness: Harness, null: int) -> None:
     harness.acquire()
-    with descriptor_limit_reached(), pytest.raises(OSError, match="Too many open files"):
-        harness.outbox.put(Bundle(b"data", [null]))
+    with descriptor_limit_reached(), pytest.raises(DescriptorLimit, match="RLIMIT_NOFILE"):
+        harness.put(Bundle(b"data", [null]))
     harness.release()
-    harness.outbox.put(b"next")
+    harness.put(b"next")
     assert harness.read() == (b"next", 0)
+
+
+@pytest.mark.parametrize("patience", [0.0, 0.05])
+def test_a_full_pipe_and_no_descriptor_to_keep_it_with(
+    harness: Harness, null: int, patience: float
+) -> None:
+    harness.feeder._drains = False  # no reader will make room
+    count = 0
+    with descriptor_limit_reached(), pytest.raises(DescriptorLimit, match="RLIMIT_NOFILE"):
+        while True:
+            assert harness.put(Bundle(b"data", [null]), patience=patience)
+            count += 1
+    assert harness.lock.acquire(False)
+    harness.lock.release()
+    harness.put(b"next")
+    for _ in range(count):
+        assert harness.read() == (b"data", 1)
+    assert harness.read() == (b"next", 0)
+
+
+def test_without_patience_it_waits_for_room(harness: Harness, null: int) -> None:
+    harness.feeder._drains = False
+    sent = threading.Event()
+    with descriptor_limit_reached():
+        with pytest.raises(DescriptorLimit):
+            while True:
+                harness.put(Bundle(b"data", [null]), patience=0.0)
+        thread = threading.Thread(
+            target=lambda: harness.put(Bundle(b"last", [null])) and sent.set()
+        )
+        thread.start()
+        while harness.lock.acquire(False):  # until it has begun
+            harness.lock.release()
+        harness.put(b"meanwhile")
+    while harness.read() != (b"last", 1):
+        pass
+    thread.join()
+    assert sent.is_set()
+    assert harness.read() == (b"meanwhile", 0)
 
 
 def test_stop_waits_for_what_was_accepted(harness: Harness) -> None:
     for _ in range(20):
-        harness.outbox.put(Bundle(b"x" * 50_000))
-    harness.outbox.stop()
+        harness.put(Bundle(b"x" * 50_000))
+    harness.feeder.stop()
     assert harness.called == ["closing"]
     for _ in range(20):
         assert harness.read() == (b"x" * 50_000, 0)
@@ -131,16 +176,16 @@ def test_stop_waits_for_what_was_accepted(harness: Harness) -> None:
 
 
 def test_stop_without_a_thread_is_at_once(harness: Harness) -> None:
-    harness.outbox.put(b"1")
-    harness.outbox.stop()
+    harness.put(b"1")
+    harness.feeder.stop()
     assert harness.called == ["closing", "ended"]
 
 
 def test_a_reader_that_is_gone(harness: Harness) -> None:
     for _ in range(20):
-        harness.outbox.put(Bundle(b"x" * 50_000), "obj")
+        harness.put(Bundle(b"x" * 50_000), "obj")
     harness.far.close()
-    harness.outbox.stop()
+    harness.feeder.stop()
     assert harness.ended.wait(30)
     reported = [word for word in harness.called if word.endswith("obj")]
     assert all(word.split()[0] in ("BrokenPipeError", "ConnectionResetError") for word in reported)

@@ -10,11 +10,30 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fdshare.mp.channels.framing import JOINED, headed
-from fdshare.mp.channels.receiving import read_bytes, read_message
-from fdshare.mp.channels.sending import Outgoing, send_now
+from fdshare.mp.channels.framing import (
+    BODY_FOLLOWS,
+    BOXED,
+    JOINED,
+    LARGEST,
+    LARGEST_SHORT,
+    LENGTH,
+    LONG_FOLLOWS,
+    PLAIN,
+    SHORT_BODY,
+    headed,
+)
+from fdshare.mp.channels.receiving import MessageReceiver
 from fdshare.mp.pickling.bundle import Bundle
-from mp.common import READERS, Pair, Read, expecting_or_not, open_now, received
+from mp.common import (
+    READERS,
+    Pair,
+    Read,
+    expecting_or_not,
+    open_now,
+    read_message,
+    received,
+    send,
+)
 
 
 def test_without_descriptors_it_is_what_multiprocessing_sends(pair: Pair) -> None:
@@ -24,8 +43,8 @@ def test_without_descriptors_it_is_what_multiprocessing_sends(pair: Pair) -> Non
     with Connection(os.dup(left.fileno())) as stock:
         for data in (b"", b"x", b"y" * JOINED, b"z" * 50000):
             stock.send_bytes(data)
-            assert read_message(right, False) == data
-            assert send_now(right, Bundle(data), 0) is None
+            assert read_message(right) == data
+            send(right, Bundle(data))
             assert stock.recv_bytes() == data
     assert headed(b"abc") == b"\0\0\0\3abc"
 
@@ -37,9 +56,8 @@ def test_any_size_with_any_number(pair: Pair, null: int, count: int, size: int, 
     left, right = pair
     data = os.urandom(size)
     before = open_now()
-    message = Outgoing(Bundle(data, [null] * count))
-    assert message.push(left, socket.MSG_DONTWAIT)
-    assert received(read(right, False)) == (data, count)
+    send(left, Bundle(data, [null] * count))
+    assert received(read(right)) == (data, count)
     assert open_now() == before
 
 
@@ -52,15 +70,22 @@ def test_any_sequence_arrives_in_order(messages: list[tuple[bytes, int]], read: 
     with left, right, open(os.devnull) as null:
         for data, count in messages:
             bundle = Bundle(data, [null.fileno()] * count)
-            assert send_now(left, bundle, socket.MSG_DONTWAIT) is None
+            send(left, bundle)
         for expected in messages:
-            assert received(read(right, False)) == expected
+            assert received(read(right)) == expected
 
 
 @expecting_or_not
 def test_lengths_above_two_gigabytes_have_eight_bytes(pair: Pair, read: Read) -> None:
     left, right = pair
     left.send(struct.pack("!iQ", -1, 5) + b"large")
-    assert read(right, False) == b"large"
+    assert read(right) == b"large"
     left.send(struct.pack("!iQ", -1, 5) + b"large")
-    assert read_bytes(right, False, None) == b"large"
+    assert MessageReceiver(right, False, None).receive_bytes(None) == b"large"
+
+
+def test_no_length_and_no_announcement_begins_as_a_body() -> None:
+    heads = [headed(b"")[0], LENGTH.pack(LARGEST)[0], LENGTH.pack(LONG_FOLLOWS)[0]]
+    heads += [LENGTH.pack(BODY_FOLLOWS)[0], LENGTH.pack(SHORT_BODY - LARGEST_SHORT)[0]]
+    assert not {PLAIN, BOXED} & {*heads, *range(0x80), 0xFF}
+    assert heads[2:] == [0xFF] * 3

@@ -119,9 +119,9 @@ def test_what_is_not_the_socket_it_is_said_to_be(ctx: Any, name: str) -> None:
         for fd in [left.fileno()] * 4 + [file.fileno()] * 2 + [left.fileno()] * 2:
             if name == "Queue":
                 queue._sem.acquire()
-                queue._dispatch((data, [fd]), None)
+                queue._dispatch((data, [fd]), None, [False], None)
             else:
-                queue._writer.send_message((data, [fd]))
+                queue._writer.sender().send((data, [fd]))
             if fd == file.fileno():
                 with pytest.raises(KindMismatch, match=r"non-socket"):
                     queue.get()
@@ -186,11 +186,11 @@ def test_a_dropped_queue_is_collected(ctx: Any) -> None:
         with open(os.devnull) as file:
             for _ in range(300):
                 queue.put([file])
-        thread = queue._feeder.thread
+        ended = queue._feeder.thread_ended
         del queue
         gc.collect()
-        if thread is not None:
-            thread.join(30)
+        with ended:
+            pass
     gc.collect()
     assert (open_now(), threading.active_count()) == before
 
@@ -242,3 +242,45 @@ def test_stock_pickle_says_which_line_to_change(ctx: Any) -> None:
         pickle.dumps(left)
     assert "fdshare.install()" in str(refusal.value)
     assert "fdshare.get_context()" in str(refusal.value)
+
+
+class Loud:
+    """Puts into a queue when the collector finds it."""
+
+    def __init__(self, queue: Any) -> None:
+        self.me = self
+        self.queue = queue
+
+    def __del__(self) -> None:
+        self.queue.put("deleted")
+
+
+@pytest.mark.parametrize("name", ["Queue", "JoinableQueue", "SimpleQueue"])
+def test_a_finaliser_may_put_during_a_put(ctx: Any, name: str) -> None:
+    queue = getattr(ctx, name)()
+    got: list[Any] = []
+
+    def read() -> None:
+        # Finalisers may run in this thread, too: the order of theirs is not known.
+        while len(got) < 400:
+            obj = queue.get()
+            got.append(obj[0] if isinstance(obj, list) else obj)
+            if isinstance(obj, list):
+                obj[1].close()
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    thresholds = gc.get_threshold()
+    gc.set_threshold(1)  # the collector runs wherever it can
+    try:
+        with socket.socket() as sock:
+            for number in range(200):
+                Loud(queue)
+                queue.put([number, sock])
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.collect()
+        reader.join()
+    assert [obj for obj in got if obj != "deleted"] == list(range(200))
+    assert got.count("deleted") == 200
+    finish(queue)

@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import os
 import socket
+from itertools import pairwise
 
 import pytest
 
 from fdshare.errors import DescriptorLimit, InvalidArgument, ProtocolError
 from fdshare.kernel.ancillary import MAX_DESCRIPTORS, send_message
-from fdshare.mp.channels.framing import framed
-from fdshare.mp.channels.receiving import (
-    marked,
-    read_bytes,
-    read_expected,
-    read_message,
-    read_without,
-)
-from fdshare.mp.channels.sending import Outgoing, send_now
+from fdshare.mp.channels.framing import LENGTH, framed, headed
+from fdshare.mp.channels.receiving import MessageReceiver, _is_marked
+from fdshare.mp.channels.sending import Outgoing
 from fdshare.mp.pickling.bundle import Bundle
 from mp.common import (
     Pair,
@@ -26,7 +21,10 @@ from mp.common import (
     expecting_or_not,
     open_now,
     read_expecting,
+    read_message,
     received,
+    send,
+    take,
 )
 
 
@@ -42,7 +40,7 @@ def test_a_body_that_comes_in_pieces(pair: Pair, null: int, read: Read) -> None:
         for byte in body[1:]:
             left.send(bytes([byte]))
         os._exit(0)
-    assert received(read(right, False)) == (b"data" * 10, 1)
+    assert received(read(right)) == (b"data" * 10, 1)
     os.waitpid(pid, 0)
 
 
@@ -50,62 +48,133 @@ def test_a_body_that_comes_in_pieces(pair: Pair, null: int, read: Read) -> None:
 @pytest.mark.parametrize("count", [1, 300])
 def test_at_the_limit_nothing_is_lost(pair: Pair, null: int, count: int, read: Read) -> None:
     left, right = pair
-    Outgoing(Bundle(b"data", [null] * count)).push(left)
-    send_now(left, b"next", 0)
+    send(left, Bundle(b"data", [null] * count))
+    send(left, b"next")
     with descriptor_limit_reached():
         for _ in range(2):
             with pytest.raises(DescriptorLimit):
-                read(right, marked(right))
+                read(right)
     # Where the announcement could not be looked at beside the body, the socket remembers it.
-    assert marked(right) == (read is read_message or count > MAX_DESCRIPTORS)
-    assert received(read(right, marked(right))) == (b"data", count)
-    assert not marked(right)
-    assert read(right, False) == b"next"
+    assert _is_marked(right) == (read is read_message or count > MAX_DESCRIPTORS)
+    assert received(read(right)) == (b"data", count)
+    assert not _is_marked(right)
+    assert read(right) == b"next"
 
 
 def test_what_a_plain_message_is_before_stays(pair: Pair, null: int) -> None:
     left, right = pair
-    send_now(left, b"plain", 0)
-    send_now(left, Bundle(b"data", [null]), 0)
+    send(left, b"plain")
+    send(left, Bundle(b"data", [null]))
     before = open_now()
-    assert read_expected(right) is None
+    assert read_expecting(right) == b"plain"
     assert open_now() == before
-    assert read_message(right, False) == b"plain"
-    assert received(read_expecting(right, False)) == (b"data", 1)
+    assert received(read_expecting(right)) == (b"data", 1)
 
 
-def test_what_another_left_is_not_taken_for_a_message(pair: Pair, null: int) -> None:
+@expecting_or_not
+def test_what_another_left_is_not_taken_for_a_message(pair: Pair, null: int, read: Read) -> None:
     left, right = pair
-    send_now(left, Bundle(b"data", [null]), 0)
-    assert right.recv(4)[0] == 0xFF  # another reader's, which met the limit then
-    assert read_expected(right) is None
-    assert received(read_message(right, True)) == (b"data", 1)
+    send(left, Bundle(b"data", [null]))
+    other = MessageReceiver(right, True, None)
+    with descriptor_limit_reached(), pytest.raises(DescriptorLimit):
+        other.fetch()
+    assert received(read(right)) == (b"data", 1)
+    send(left, b"next")
+    assert take(other) == b"next"
+
+
+@expecting_or_not
+@pytest.mark.parametrize("following", [0, 1])
+def test_an_announcement_that_no_body_follows_is_void(
+    pair: Pair, null: int, following: int, read: Read
+) -> None:
+    left, right = pair
+    announcement, _ = framed(b"never", 1)
+    for _ in range(2):
+        left.send(announcement)
+    send(left, Bundle(b"plain"))
+    left.send(announcement)
+    send(left, Bundle(b"data", [null] * following))
+    before = open_now()
+    assert read(right) == b"plain"
+    assert open_now() == before
+    assert received(read(right)) == (b"data", following)
+    left.send(announcement)
+    left.close()
+    with pytest.raises(EOFError):
+        read(right)
+
+
+def test_who_waits_for_a_time_is_told_of_a_void_announcement(pair: Pair) -> None:
+    left, right = pair
+    left.send(framed(b"never", 1)[0])
+    receiver = MessageReceiver(right, False, None)
+    right.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        receiver.fetch(once=True)
+    left.send(headed(b"next"))
+    receiver.fetch(once=True)
+    assert receiver.message is None
+    assert take(receiver) == b"next"
 
 
 @expecting_or_not
 def test_without_its_descriptors(pair: Pair, null: int, read: Read) -> None:
     left, right = pair
-    send_now(left, Bundle(b"data", [null]), 0)
-    send_now(left, b"next", 0)
+    send(left, Bundle(b"data", [null]))
+    send(left, b"next")
     with descriptor_limit_reached(), pytest.raises(DescriptorLimit):
-        read(right, False)
-    assert read_without(right, marked(right)) == b"data"
-    assert read(right, marked(right)) == b"next"
+        read(right)
+    assert MessageReceiver(right, False, None).receive_without() == b"data"
+    receiver = MessageReceiver(right, False, None)
+    assert receiver.receive_without() is None
+    assert take(receiver) == b"next"
 
 
 @expecting_or_not
 def test_bytes_only(pair: Pair, null: int, read: Read) -> None:
     left, right = pair
-    send_now(left, b"12345", 0)
-    assert read_bytes(right, False, 5) == b"12345"
-    send_now(left, b"123456", 0)
-    assert read_bytes(right, False, 5) is None
-    assert right.recv(99) == b"123456"
-    send_now(left, Bundle(b"data", [null]), 0)
-    for announced in (False, True):
+    receiver = MessageReceiver(right, False, None)
+    send(left, b"12345")
+    assert receiver.receive_bytes(5) == b"12345"
+    send(left, Bundle(b"data", [null]))
+    for _ in range(2):
         with pytest.raises(InvalidArgument):
-            read_bytes(right, announced, None)
-    assert received(read(right, True)) == (b"data", 1)
+            receiver.receive_bytes(None)
+    assert received(read(right)) == (b"data", 1)
+    send(left, b"123456")
+    assert MessageReceiver(right, False, None).receive_bytes(5) is None
+    assert right.recv(99) == b"123456"
+
+
+@pytest.mark.parametrize("data", [b"x", b"x" * 10, b"y" * 100_000])
+def test_what_was_read_of_a_message_is_kept(pair: Pair, data: bytes) -> None:
+    left, right = pair
+    left.setblocking(False)
+    right.setblocking(False)
+    receiver = MessageReceiver(right, False, None)
+    stream = LENGTH.pack(len(data)) + data
+    cuts = sorted({0, 1, 3, 4, len(stream) // 2, len(stream)})
+    for start, end in pairwise(cuts):
+        with pytest.raises(BlockingIOError):
+            receiver.fetch()
+        left.send(stream[start:end])
+    assert take(receiver) == data
+    assert not receiver.parts
+
+
+@pytest.mark.parametrize("count", [1, 300])
+def test_what_was_read_of_a_body_is_kept(pair: Pair, null: int, count: int) -> None:
+    left, right = pair
+    right.setblocking(False)
+    message = Outgoing(Bundle(b"x" * 1_000_000, [null] * count))
+    receiver = MessageReceiver(right, False, None)
+    before = open_now()
+    while not message.push_now(left):
+        with pytest.raises(BlockingIOError):
+            receiver.fetch()
+    assert received(take(receiver)) == (b"x" * 1_000_000, count)
+    assert open_now() <= before  # less the boxes
 
 
 @expecting_or_not
@@ -118,7 +187,7 @@ def test_another_number_than_announced(pair: Pair, null: int, arriving: int, rea
     left.close()
     before = open_now()
     with pytest.raises(ProtocolError):
-        read(right, False)
+        read(right)
     assert open_now() == before
 
 
@@ -136,7 +205,7 @@ def test_an_end_anywhere(null: int, cut: int, read: Read) -> None:
         whole = len(announcement) + len(body)
         if cut < whole:
             with pytest.raises((EOFError, OSError)):
-                read(right, False)
+                read(right)
         else:
-            assert received(read(right, False)) == (b"data", 1)
+            assert received(read(right)) == (b"data", 1)
         assert open_now() == before

@@ -1,0 +1,129 @@
+"""Sends the messages of one socket of this process, one after the other, each as a whole.
+
+`send` may be called during a `send` of the same thread, at any instruction: by a finaliser that the
+collector runs, or by a handler of the signal module. It leaves its message to the outer one then. A
+handler may also raise at any instruction: what has begun is gone on with by the next `send`.
+"""
+
+from __future__ import annotations
+
+import socket
+from _thread import get_ident
+from collections import deque
+from contextlib import suppress
+
+from fdshare.errors import DescriptorLimit
+from fdshare.kernel.ancillary import NOSIGNAL
+from fdshare.mp.channels.framing import WHOLE, headed
+from fdshare.mp.channels.sending import Outgoing, push_short, short
+from fdshare.mp.pickling.bundle import Encoded
+
+__all__ = ["Sender"]
+
+
+class Sender:
+    """Sends messages on a socket, which stays the connection's."""
+
+    __slots__ = ("__weakref__", "_inside", "_sock", "waiting")
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._inside = 0  # the thread that is in the middle of a message
+        # What the next `send` sends first: what has begun and was not ended, and what inner calls
+        # have left.
+        self.waiting: deque[Outgoing] = deque()
+
+    @property
+    def begun(self) -> bool:
+        """True if a message has begun that nobody is sending: the next `send` goes on with it."""
+        return bool(self.waiting) and self.waiting[0].begun
+
+    def send(self, message: Encoded) -> None:
+        """Sends *message*, after what waits.
+
+        Raises: DescriptorLimit (ETOOMANYREFS), after 10 seconds; BlockingIOError, if the program
+        has made the socket non-blocking; any other OSError of sendmsg(2). Whatever is raised, none
+        of *message* was sent, or the next call sends the rest.
+        """
+        if not self._inside and not self.waiting:
+            if type(message) is bytes and len(message) <= WHOLE:
+                self._sock.send(headed(message), NOSIGNAL)
+                return
+            parts = short(message, at_once=False)
+            if parts is not None:
+                sent = [False]
+                self._inside = get_ident()
+                try:
+                    push_short(sent, self._sock, parts)
+                except DescriptorLimit:
+                    pass  # to be tried again
+                except BaseException:
+                    self._try_waiting()
+                    raise
+                finally:
+                    self._inside = 0
+                if sent[0]:
+                    if self.waiting:
+                        self.send_waiting()
+                    return
+        self._send_in_turn(message)
+
+    def send_waiting(self) -> None:
+        """Sends what waits. Raises: as `send`."""
+        while self.waiting:
+            self._inside = get_ident()
+            try:
+                self._push_waiting()
+            finally:
+                self._inside = 0
+
+    def leave(self, message: Encoded) -> None:
+        """Leaves *message* to the `send` that is going on, or to the next one. It is safe to close
+        what was pickled after this call. Raises: as `Bundle.own`."""
+        outgoing = Outgoing(message)
+        outgoing.own()
+        self.waiting.append(outgoing)
+
+    def close(self) -> None:
+        """Sends what waits, if that takes no time, and drops the rest."""
+        self._try_waiting()
+        self.waiting.clear()
+
+    def _send_in_turn(self, message: Encoded) -> None:
+        if self._inside == get_ident():
+            self.leave(message)
+            return
+        outgoing = Outgoing(message)
+        self._inside = get_ident()
+        try:
+            self._push_waiting()
+            self.waiting.appendleft(outgoing)  # before what was left in the meantime
+            outgoing.push_patiently(self._sock)
+            self.waiting.popleft()
+        except BaseException:
+            if not outgoing.settle(self._sock) and outgoing in self.waiting:
+                self.waiting.remove(outgoing)
+            self._try_waiting()
+            raise
+        finally:
+            self._inside = 0
+        if self.waiting:
+            self.send_waiting()
+
+    def _try_waiting(self) -> None:
+        with suppress(OSError):
+            while self.waiting and self.waiting[0].push_now(self._sock):
+                self.waiting.popleft()
+
+    def _push_waiting(self) -> None:
+        waiting = self.waiting
+        while waiting:
+            first = waiting[0]
+            # Else a second exception came before it was removed.
+            if first.begun or first.independent:
+                try:
+                    first.push_patiently(self._sock)
+                except DescriptorLimit:
+                    waiting.popleft()
+                    raise
+            waiting.popleft()

@@ -1,0 +1,180 @@
+"""A signal's handler that runs between any two instructions of a channel: it raises, or sends.
+
+An interrupt comes before every STEP-th instruction of a call, or before each
+(FDSHARE_CHAOS=long), until the call is over before it comes.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import Any
+
+import pytest
+
+from fdshare import get_context
+from mp.common import finish, identity, open_now, trackers  # noqa: F401
+from mp.interrupts import (  # noqa: F401
+    Interrupt,
+    Interrupter,
+    handled_by,
+    interrupt,
+    make_interrupter,
+)
+
+# Python's own way with an exception in a finaliser: it is dropped, and said to be.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+STEP = 1 if os.environ.get("FDSHARE_CHAOS") == "long" else 13
+CTX = get_context("fork")
+
+
+class Channel:
+    """A queue or a pipe, with the same words for both."""
+
+    def __init__(self, name: str) -> None:
+        self.queue = None if name == "Pipe" else getattr(CTX, name)()
+        if self.queue is None:
+            self.reader, self.writer = CTX.Pipe(duplex=False)
+            self.put, self.get = self.writer.send, self.reader.recv
+        else:
+            self.put, self.get = self.queue.put, self.queue.get
+        self.put("first")
+        self.get()
+
+    def close(self) -> None:
+        if self.queue is None:
+            self.reader.close()
+            self.writer.close()
+        else:
+            finish(self.queue)
+
+    def settle(self) -> None:
+        """Fails if a bounded queue has not all its places, or counts what is not there."""
+        if hasattr(self.queue, "_sem"):
+            assert self.queue._sem._semlock._get_value() == self.queue._maxsize
+        if hasattr(self.queue, "task_done"):
+            while self.queue._unfinished_tasks._semlock._get_value():
+                self.queue.task_done()
+
+
+@pytest.fixture(params=["Queue", "JoinableQueue", "SimpleQueue", "Pipe"])
+def channel(request: pytest.FixtureRequest) -> Iterator[Channel]:
+    channel = Channel(request.param)
+    yield channel
+    channel.close()
+
+
+@pytest.fixture(params=["number", "socket", "list", "large", "large with a socket"])
+def item(request: pytest.FixtureRequest) -> Iterator[Any]:
+    with socket.socket() as sock, socket.socket() as other:
+        yield {
+            "number": 5,
+            "socket": sock,
+            "list": [sock, other],
+            "large": b"x" * 100_000,
+            "large with a socket": [sock, b"x" * 50_000],
+        }[request.param]
+
+
+def sockets(item: Any) -> list[socket.socket]:
+    found = item if isinstance(item, list) else [item]
+    return [one for one in found if isinstance(one, socket.socket)]
+
+
+def check(arrived: Any, item: Any) -> None:
+    """Fails unless *arrived* is *item*, and closes it."""
+    assert type(arrived) is type(item)
+    assert list(map(identity, sockets(arrived))) == list(map(identity, sockets(item)))
+    if not sockets(item):
+        assert arrived == item
+    for sock in sockets(arrived):
+        sock.close()
+
+
+def until(get: Callable[[], Any], end: Any) -> list[Any]:
+    """What comes before *end*."""
+    found: list[Any] = []
+    while (one := get()) != end:
+        found.append(one)
+    return found
+
+
+def test_put_is_done_or_not_done(channel: Channel, item: Any, interrupter: Interrupter) -> None:
+    before, instructions, over = open_now(), 1, False
+    while not over:
+        with handled_by(interrupt) as came, suppress(Interrupt):
+            over = not interrupter.arrives(instructions, lambda: channel.put(item))
+        channel.put(("end", instructions))
+        arrived = until(channel.get, ("end", instructions))
+        assert len(arrived) <= 1 if came else len(arrived) == 1
+        for one in arrived:
+            check(one, item)
+        channel.settle()
+        gc.collect(0)
+        assert open_now() == before
+        instructions += STEP
+
+
+@pytest.mark.parametrize("expecting", [False, True], ids=["", "expecting"])
+def test_get_leaves_the_next_message_whole(
+    channel: Channel, item: Any, expecting: bool, interrupter: Interrupter
+) -> None:
+    before, instructions, over, lost = open_now(), 1, False, 0
+    while not over:
+        for _ in range(3 * expecting):  # messages with descriptors are peeked at then
+            channel.put(item)
+            check(channel.get(), item)
+        channel.put(item)
+        channel.put(("end", instructions))
+        got: list[Any] = []
+        with handled_by(interrupt) as came, suppress(Interrupt):
+            # What it returns is in the list before anything can come in between.
+            get = lambda: got.extend(map(CALL, (channel.get,)))  # noqa: E731, B023
+            over = not interrupter.arrives(instructions, get)
+        got += until(channel.get, ("end", instructions))
+        lost += not got
+        assert len(got) == 1 or (came and not got)
+        for one in got:
+            check(one, item)
+        got.clear()
+        channel.settle()
+        gc.collect(0)
+        assert open_now() == before
+        instructions += STEP
+    # An object is lost while it is unpickled by Python code, and then its descriptors are closed.
+    assert not lost or isinstance(item, list)
+
+
+def CALL(function: Callable[[], Any]) -> Any:
+    return function()
+
+
+@pytest.mark.parametrize("nested", ["number", "socket"])
+def test_put_may_be_called_during_put(
+    channel: Channel, item: Any, nested: str, interrupter: Interrupter
+) -> None:
+    with socket.socket() as sock:
+        inner = ("inner", 5 if nested == "number" else sock)
+        before, instructions, over = open_now(), 1, False
+        while not over:
+            came: list[int] = []
+
+            def put() -> None:
+                came.append(1)  # noqa: B023
+                channel.put(inner)
+
+            with handled_by(put):
+                over = not interrupter.arrives(instructions, lambda: channel.put(item))
+            arrived = [channel.get() for _ in range(1 + len(came))]
+            inners = [one for one in arrived if isinstance(one, tuple)]
+            assert len(inners) == len(came)
+            for one in arrived:
+                check(one[1] if one in inners else one, inner[1] if one in inners else item)
+            channel.settle()
+            instructions += STEP
+    gc.collect()
+    assert open_now() <= before
