@@ -348,6 +348,7 @@ class MessageReceiver:
         if self.parts:
             with suppress(Exception):
                 self._go_on(_DONTWAIT)
+        if self.parts:
             return
         close_looks(self._looks)
         if self._start:  # the announcement was peeked at

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 from itertools import pairwise
 
@@ -175,6 +176,32 @@ def test_what_was_read_of_a_body_is_kept(pair: Pair, null: int, count: int) -> N
             receiver.fetch()
     assert received(take(receiver)) == (b"x" * 1_000_000, count)
     assert open_now() <= before  # less the boxes
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_an_announcement_whose_rest_is_read_after_an_exception(
+    pair: Pair, null: int, same: bool
+) -> None:
+    """Of a socket that several read: whoever is next knows that a body follows."""
+    left, right = pair
+    announcement, body = framed(b"data", 1)
+
+    def handle(*_: object) -> None:
+        left.send(announcement[2:])
+        raise KeyboardInterrupt
+
+    receiver = MessageReceiver(right, True, None)
+    former = signal.signal(signal.SIGALRM, handle)
+    try:
+        left.send(announcement[:2])
+        signal.setitimer(signal.ITIMER_REAL, 0.02)
+        with pytest.raises(KeyboardInterrupt):
+            receiver.fetch()
+    finally:
+        signal.signal(signal.SIGALRM, former)
+    send_message(left, [body], [null])
+    following = receiver if same else MessageReceiver(right, True, None)
+    assert received(take(following)) == (b"data", 1)
 
 
 @expecting_or_not
