@@ -6,6 +6,7 @@ import signal
 import subprocess
 import time
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 
@@ -25,6 +26,14 @@ def terminated(process: subprocess.Popen[str], seconds: float = 60) -> tuple[str
         except subprocess.TimeoutExpired:
             if time.monotonic() > deadline:
                 raise
+
+
+def is_running(pid: int) -> bool:
+    """False for one that has ended, also if nobody has waited for it."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def let_end(process: subprocess.Popen[Any], seconds: float = 20) -> None:

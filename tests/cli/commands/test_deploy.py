@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from commandline import ROOT, Shell
+from ending import is_running
 
 EXAMPLE = ROOT / "examples" / "zero_downtime"
 DEPLOYS = int(os.environ.get("FDSHARE_DEPLOYS", "3"))
@@ -94,13 +95,6 @@ def outcome(load: subprocess.Popen[str]) -> dict[str, Any]:
     load.send_signal(signal.SIGTERM)
     said, _ = load.communicate(timeout=60)
     return json.loads(said)
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 @pytest.fixture

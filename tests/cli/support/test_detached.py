@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from commandline import FDSHARE, Shell
+from ending import is_running
 
 READY = """
 import os, select, sys, fdshare
@@ -30,13 +31,6 @@ WORDS = ["run", "--notify", "--detach", "web=tcp://127.0.0.1:0"]
 def links(pid: int) -> dict[str, str]:
     folder = f"/proc/{pid}/fd"
     return {number: os.readlink(f"{folder}/{number}") for number in os.listdir(folder)}
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -12,29 +11,9 @@ from pathlib import Path
 import pytest
 from commandline import FDSHARE, Shell
 
+from cli.support.conftest import SERVICE
 from fdshare.activation import NotifySocket
 from fdshare.cli.support.notify_helper import notify_socket
-
-SERVICE = """
-import json, os, sys
-import fdshare.activation as a
-passed = a.listen_fds()
-print(json.dumps({k: [os.fstat(d.fileno()).st_ino for d in v] for k, v in passed.items()}),
-      flush=True)
-[d.detach() for v in passed.values() for d in v]
-"""
-
-
-@pytest.fixture
-def service(fdshare: Shell):
-    """Runs a service: SERVICE, then *code*; what it was passed."""
-
-    def run(code: str = "", *options: str) -> dict[str, list[int]]:
-        command = [sys.executable, "-c", SERVICE + code]
-        said = fdshare("run", "--notify", "web=tcp://127.0.0.1:0", *options, "--", *command)
-        return json.loads(said.splitlines()[0])
-
-    return run
 
 
 def test_the_socket_is_gone_with_the_program(fdshare: Shell, service, until) -> None:
