@@ -5,39 +5,18 @@ from __future__ import annotations
 import copyreg
 import io
 import os
-import pickle
 import socket
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-import fdshare
-from fdshare.mp.backends import backend_of, get_context
+from fdshare.mp.backends import get_context
 from fdshare.mp.family import Family
-from fdshare.mp.pickling.reducers import dumps
 from fdshare.mp.workers.tasks import hold_initializer
-from mp.common import PACKAGES, identity, trackers  # noqa: F401
-
-Through = Callable[[Any], Any]
-
-
-@pytest.fixture(params=PACKAGES)
-def family(request: pytest.FixtureRequest) -> Family:
-    return backend_of(request.param).FAMILY
-
-
-@pytest.fixture(params=["ours", "installed"])
-def through(request: pytest.FixtureRequest, family: Family) -> Iterator[Through]:
-    """What arrives of an object."""
-    if request.param == "ours":
-        yield lambda obj: dumps(family, obj).own().load(family.loads)
-        return
-    fdshare.install()
-    yield lambda obj: pickle.loads(family.ForkingPickler.dumps(obj))
-    fdshare.uninstall()
-
+from mp.common import identity, trackers  # noqa: F401
+from mp.pickling.conftest import Through
 
 adopted: list[tuple[int, int]] = []
 

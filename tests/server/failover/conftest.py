@@ -22,7 +22,7 @@ from fdshare.errors import (
     NoServer,
     ServerGone,
 )
-from fdshare.kernel.endpoint import connect
+from server.conftest import answers
 
 
 @pytest.fixture
@@ -62,11 +62,3 @@ def served(folder: Path) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
             client.shutdown()
     for process in started:
         let_end(process)
-
-
-def answers(path: Path) -> bool:
-    try:
-        connect(path).close()
-    except NoServer:
-        return False
-    return True
