@@ -15,7 +15,6 @@ from fdshare.cli.format import Column, print_json, print_table
 from fdshare.cli.options import (
     Seconds,
     SignalName,
-    client_at,
     for_server,
     json_option,
     name_argument,
@@ -54,8 +53,7 @@ _FIRST_WORDS: Final = 4  # of a command: among them is the program
     cls=WithCommand,
     context_settings={"allow_interspersed_args": False},
 )
-@click.option("--path", metavar="PATH", help="The path of the server. [env: FDSHARE_PATH]")
-@click.option("--trust", metavar="USER", multiple=True, help="Trust a server of this user, too.")
+@for_server
 @click.option("--health", metavar="TARGET", help="Ready when it answers: tcp, /PATH, http://...")
 @click.option("--check", metavar="CMD", help="Ready when CMD, of the shell, succeeds.")
 @click.option(
@@ -94,7 +92,7 @@ _FIRST_WORDS: Final = 4  # of a command: among them is the program
 @click.option("--rebind", is_flag=True, help="Replace what NAME has by ADDRESS, if it is another.")
 @json_option
 @name_argument("words", nargs=-1, metavar="NAME[=ADDRESS]... -- CMD...")
-def deploy(path: str | None, trust: tuple[str, ...], words: Sequence[str], **options: Any) -> int:
+def deploy(client: Client, words: Sequence[str], **options: Any) -> int:
     """Start CMD beside the version that runs, wait until it is ready, then stop the old one.
 
     If it does not get ready, or this command is interrupted or killed before, CMD is ended and the
@@ -110,24 +108,23 @@ def deploy(path: str | None, trust: tuple[str, ...], words: Sequence[str], **opt
     """
     from fdshare.cli.support.detached import NotReady
 
-    with client_at(path, trust) as client:
-        progress = Progress(quiet=options["as_json"])
-        plan = _rolled_back(client, words) if options["rollback"] else _planned(words)
-        _check(plan, options)
-        started = time.monotonic()
-        report: dict[str, Any] = {"name": plan.name, "ok": False}
-        try:
-            report |= _deploy(client, plan, options, progress)
-        except NotReady as error:
-            progress.over()
-            report |= {"error": str(error), "status": error.status}
-            error.tell()
-        if options["as_json"]:
-            print_json({**report, "seconds": round(time.monotonic() - started, 3)})
-        elif report["ok"]:
-            ended = ", ".join(map(str, report["stopped"]))
-            print(f"{plan.name}: pid {report['pid']} serves" + (f", {ended} stopped" * bool(ended)))
-        return int(report.get("status", 0))
+    progress = Progress(quiet=options["as_json"])
+    plan = _rolled_back(client, words) if options["rollback"] else _planned(words)
+    _check(plan, options)
+    started = time.monotonic()
+    report: dict[str, Any] = {"name": plan.name, "ok": False}
+    try:
+        report |= _deploy(client, plan, options, progress)
+    except NotReady as error:
+        progress.over()
+        report |= {"error": str(error), "status": error.status}
+        error.tell()
+    if options["as_json"]:
+        print_json({**report, "seconds": round(time.monotonic() - started, 3)})
+    elif report["ok"]:
+        ended = ", ".join(map(str, report["stopped"]))
+        print(f"{plan.name}: pid {report['pid']} serves" + (f", {ended} stopped" * bool(ended)))
+    return int(report.get("status", 0))
 
 
 @dataclass(frozen=True, slots=True)
