@@ -4,6 +4,9 @@
 
 static long left;
 static int number;
+/* The tracer that is replaced meanwhile: that of coverage, for instance. */
+static Py_tracefunc former;
+static PyObject *former_of;
 
 static int trace(PyObject *unused, PyFrameObject *frame, int what, PyObject *arg) {
     (void)unused;
@@ -18,11 +21,14 @@ static int trace(PyObject *unused, PyFrameObject *frame, int what, PyObject *arg
 void start(long instructions, int signal) {
     left = instructions;
     number = signal;
+    former = PyThreadState_Get()->c_tracefunc;
+    former_of = Py_XNewRef(PyThreadState_Get()->c_traceobj);
     PyEval_SetTrace(trace, NULL);
 }
 
 /* How many instructions are left before it arrives; 0: it has. */
 long stop(void) {
-    PyEval_SetTrace(NULL, NULL);
+    PyEval_SetTrace(former, former_of);
+    Py_CLEAR(former_of);
     return left;
 }

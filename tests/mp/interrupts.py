@@ -6,7 +6,6 @@ import ctypes
 import shutil
 import signal
 import subprocess
-import sys
 import sysconfig
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,13 +34,11 @@ class Interrupter:
 
         Raises: what *function* raises, or the handler.
         """
-        former = sys.gettrace()  # that of coverage, for instance
         self._library.start(instructions, SIGNAL)
         try:
             function()
         finally:
             left = self._library.stop()
-            sys.settrace(former)
         return bool(left == 0)
 
 
