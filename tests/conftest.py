@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import compileall
+import faulthandler
 import gc
 import os
 import shutil
@@ -26,6 +27,8 @@ from fdshare.client.blocking.client import Client
 
 T = TypeVar("T")
 
+STDERR = pytest.StashKey[int]()
+
 # No test measures time: not even how long one example takes.
 settings.register_profile("fdshare", deadline=None)
 settings.load_profile("fdshare")
@@ -34,6 +37,7 @@ settings.load_profile("fdshare")
 def pytest_configure(config: pytest.Config) -> None:
     """Compiles the package, once: hundreds of processes import it, and where there is no bytecode
     and none may be written (PYTHONDONTWRITEBYTECODE), each would compile it for itself."""
+    config.stash[STDERR] = os.dup(2)  # later it is captured
     if not hasattr(config, "workerinput"):
         compileall.compile_dir(Path(__file__).parent.parent / "fdshare", quiet=2)
 
@@ -42,6 +46,20 @@ def pytest_collection_finish() -> None:
     """What has been imported by now stays: the collector need not look at it again and again, nor
     make copies of its pages in every process that a test forks."""
     gc.freeze()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Ends the process, after a traceback of each thread, if a test goes on long after its timeout:
+    pytest-timeout raises once, and a thread that is joined in a `finally` may never end. xdist
+    reports the test as failed and goes on with another process."""
+    marker = item.get_closest_marker("timeout")
+    seconds = float(marker.args[0] if marker else item.config.getini("timeout"))
+    faulthandler.dump_traceback_later(seconds + 60, exit=True, file=item.config.stash[STDERR])
+    try:
+        return (yield)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 @pytest.hookimpl(optionalhook=True)

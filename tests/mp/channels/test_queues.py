@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from conftest import wait_until
 
 from fdshare import get_context
 from fdshare.errors import KindMismatch, NoTransit
@@ -268,7 +269,11 @@ def test_a_finaliser_may_put_during_a_put(ctx: Any, name: str) -> None:
             if isinstance(obj, list):
                 obj[1].close()
 
-    reader = threading.Thread(target=read)
+    def collect() -> bool:
+        gc.collect()  # does nothing while the other thread collects
+        return len(got) == 2 * (number + 1)
+
+    reader = threading.Thread(target=read, daemon=True)
     reader.start()
     thresholds = gc.get_threshold()
     gc.set_threshold(1)  # the collector runs wherever it can
@@ -277,10 +282,12 @@ def test_a_finaliser_may_put_during_a_put(ctx: Any, name: str) -> None:
             for number in range(200):
                 Loud(queue)
                 queue.put([number, sock])
+                # A put() of a finaliser in the thread that reads must not find a SimpleQueue full.
+                if number % 50 == 49:
+                    wait_until(collect)
     finally:
         gc.set_threshold(*thresholds)
-        gc.collect()
-        reader.join()
+    reader.join()
     assert [obj for obj in got if obj != "deleted"] == list(range(200))
     assert got.count("deleted") == 200
     finish(queue)
