@@ -37,6 +37,7 @@ from fdshare.parking.protocol import (
     UNKNOWN,
     USAGE,
 )
+from fdshare.server.imports import import_all
 from fdshare.server.loop import closing
 from fdshare.server.loop.closing import Closer, Handle, receive_handles
 from fdshare.server.loop.lanes import Lanes
@@ -369,6 +370,7 @@ class _Server:
 def serve(fds: Sequence[int], address: str, inode: Inode | None = None) -> None:
     """Serves on the listeners *fds*, which it takes over, until nobody needs it; then removes the
     path *address* if that is *inode*."""
+    import_all()
     _leave_starter()
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -21,6 +21,7 @@ from fdshare.server.failover.halves import run_keeper
 from fdshare.server.failover.holdings import Holdings
 from fdshare.server.failover.labels import MOST
 from fdshare.server.failover.service_manager import Watchdog, report
+from fdshare.server.imports import import_all
 from fdshare.server.limits import Limits
 from fdshare.server.loop.poller import READ
 from fdshare.server.loop.server import Server
@@ -48,6 +49,7 @@ def serve(
     to start.
     Raises: AddressInUse, EndpointError, PolicyError, InvalidArgument.
     """
+    import_all()
     limits = Limits.for_rlimit(raise_descriptor_limit(), **settings.limits)
     if fdstore is not None:
         # What a registration is told, in time: more than that would never be in the store.

@@ -40,18 +40,20 @@ A, B = b"a" * KEY_SIZE, b"b" * KEY_SIZE
 class Server:
     """A private server in a process of its own; its clients are bare sockets."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, first: str = "", fds: tuple[int, ...] = ()) -> None:
+        """*first* is code that it runs first, with *fds*."""
         self.name = ADDRESS + os.urandom(8).hex()
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
             listener.bind(self.name)
             listener.listen(100)
             code = (
+                f"{first}\n"
                 f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, ({limit}, {limit}))\n"
                 f"from fdshare.parking.server import serve; serve([{listener.fileno()}], '@test')"
             )
             self.clients = [self.client()]  # before it looks whether anybody is there
             self.process = subprocess.Popen(
-                [sys.executable, "-c", code], pass_fds=[listener.fileno()]
+                [sys.executable, "-c", code], pass_fds=[listener.fileno(), *fds]
             )
 
     def client(self) -> socket.socket:
@@ -124,6 +126,33 @@ def taken(client: socket.socket, key: bytes) -> int:
     for fd in fds:
         os.close(fd)
     return len(fds)
+
+
+@pytest.mark.parametrize("mode", ["normal", "all"])
+def test_it_imports_nothing_while_it_serves(
+    monkeypatch: pytest.MonkeyPatch, pair: Pair, mode: str
+) -> None:
+    """Without a free descriptor it could not, whatever Python 3.15 puts off."""
+    monkeypatch.setenv("PYTHON_LAZY_IMPORTS", mode)
+    reading, writing = os.pipe()
+    trace = (
+        "import os, sys; sys.addaudithook(lambda event, args, write=os.write: "
+        f"event == 'import' and write({writing}, args[0].encode() + b' '))"
+    )
+    server = Server(1024, trace, (writing,))
+    os.close(writing)
+    client = server.clients[0]
+    assert taken(client, A) == 0  # it serves
+    assert b"fdshare.parking.server " in os.read(reading, 1 << 16)
+    assert put(client, A, pair[0].fileno()) == PUT
+    with open_one_way(client) as one_way:
+        put_one_way(one_way, B, pair[0].fileno())
+        assert [taken(client, key) for key in (A, B)] == [1, 1]
+    client.close()
+    assert server.process.wait(20) == 0
+    # What the interpreter imports at its end is none of ours.
+    assert os.read(reading, 1 << 16).split() in ([], [b"threading"])
+    os.close(reading)
 
 
 def test_put_and_take(client: socket.socket, pair: Pair) -> None:

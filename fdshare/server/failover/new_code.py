@@ -12,6 +12,7 @@ from fdshare.server.core.records import Record
 from fdshare.server.failover.fd_store import FdStore
 from fdshare.server.failover.halves import resume_keeper
 from fdshare.server.failover.upgrade import adopt, read_handover
+from fdshare.server.imports import import_all
 from fdshare.server.settings import policy_of
 
 __all__ = ["resume", "try_table"]
@@ -21,6 +22,7 @@ def try_table(fd: int) -> int:
     """The trial, in a child of the old keeper: exit status 0 if this code can read the handover in
     *fd*. It has imported by now everything that a server needs."""
     try:
+        import_all()
         handover = read_handover(fd)
         handover.table()
         if handover.fdstore is not None:
@@ -34,6 +36,7 @@ def try_table(fd: int) -> int:
 
 def resume(fd: int) -> int:
     """After the exec, in the process of the old keeper: runs a keeper; exit status 0."""
+    import_all()
     handover = read_handover(fd)
     logs.configure(handover.settings)
     journal, server = socket.socket(fileno=handover.journal), Descriptor(handover.server)

@@ -1,0 +1,32 @@
+"""Imports before a server serves what would be imported while it does."""
+
+from __future__ import annotations
+
+import sys
+import types
+from typing import Final
+
+__all__ = ["import_all"]
+
+_LAZY: Final[type | None] = getattr(types, "LazyImportType", None)
+
+
+def import_all() -> None:
+    """Imports what the modules of fdshare, of msgspec and of the standard library have put off.
+
+    From Python 3.15 a module may be imported when its name is first used (PEP 810): by the keyword
+    `lazy`, and all of them with -X lazy_imports=all or PYTHON_LAZY_IMPORTS=all. A process without a
+    free descriptor cannot open the file of a module. The modules of the program around are its own.
+    """
+    if _LAZY is None:
+        return
+    known = {"fdshare", "msgspec", *sys.stdlib_module_names}
+    done: set[str] = set()
+    while new := [name for name in sys.modules if name not in done]:  # each may import others
+        done.update(new)
+        for name in new:
+            module = sys.modules[name]
+            if name.partition(".")[0] in known and isinstance(module, types.ModuleType):
+                for attribute, value in list(vars(module).items()):
+                    if isinstance(value, _LAZY):
+                        getattr(module, attribute)
