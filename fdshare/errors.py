@@ -343,16 +343,20 @@ class EndpointError(FdshareError, OSError, code="endpoint_error"):
 class NoServer(EndpointError, FileNotFoundError, code="no_server"):
     """Nobody listens at *address*.
 
-    Start a server there: `fdshare serve ADDRESS`.
+    Start the server that is to listen there; of fdshare itself: `fdshare serve ADDRESS`.
     """
 
-    def __init__(self, address: str, reason: str, errno: int | None = None) -> None:
+    def __init__(
+        self, address: str, reason: str, errno: int | None = None, advice: str = ""
+    ) -> None:
+        message = f"no server at {address}: {reason}"
         FdshareError.__init__(
             self,
-            f"no server at {address}: {reason}; start one with: fdshare serve {address}",
+            f"{message}; {advice}" if advice else message,
             address=address,
             reason=reason,
             errno=errno,
+            advice=advice,
         )
 
 
@@ -616,7 +620,7 @@ class MagicMismatch(FdshareError, ValueError, code="magic_mismatch"):
 class RemoteError(FdshareError, OSError, code="remote_error"):
     """The peer of `recv_fd` sent a status and a text in place of a descriptor.
 
-    *status* is 1 to 255, as its `send_err` gave it; often an errno, and set as one.
+    *status* is 1 to 255, the byte that its `send_err` sent; often an errno, and set as one.
     """
 
     status: int

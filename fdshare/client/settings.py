@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fdshare.client.default_path import default_path
-from fdshare.errors import FdshareError, InvalidArgument, UntrustedServer
+from fdshare.errors import FdshareError, InvalidArgument, NoServer, UntrustedServer
 from fdshare.kernel.credentials import is_overflow_uid, peer_credentials
 from fdshare.kernel.descriptor_limit import descriptor_limit, is_descriptor_limit
 from fdshare.kernel.endpoint import connect as connect_socket
@@ -86,6 +86,10 @@ class Dialer:
         """
         try:
             sock = connect_socket(self.address, timeout=timeout)
+        except NoServer as error:
+            # Only here is it known which program has to listen there.
+            advice = f"start one with: fdshare serve {self.address}"
+            raise NoServer(error.address, error.reason, error.errno, advice) from None
         except OSError as error:
             if isinstance(error, FdshareError) or not is_descriptor_limit(error):
                 raise
