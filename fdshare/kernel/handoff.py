@@ -5,9 +5,10 @@ so that either end may be that program::
 
     any bytes, for people | NUL | status
 
-Status 0: a descriptor rides along. 1 to 255: refused, and the bytes before the NUL say why. The
-bytes of a refusal have no NUL. Nothing follows the status until the other side has answered, or the
-reader reads exactly up to the status, as `recv_fd` does.
+Status 0: a descriptor rides along. 1 to 255: refused, and the bytes before the NUL say why; they
+have no NUL themselves. The textbook's calls take and return these numbers as -1 to -255. Nothing
+follows the status until the other side has answered, or the reader reads exactly up to the status,
+as `recv_fd` does.
 """
 
 from __future__ import annotations
@@ -38,16 +39,19 @@ def send_fd(conn: socket.socket, fd: HasFileno | int) -> None:
 def send_err(conn: socket.socket, status: int, message: str | BaseException) -> None:
     """Send a refusal: *message*, NUL, *status* (1 to 255, an errno for example).
 
-    An exception is sent as its type and text: `FileNotFoundError: ...`. A NUL in the text becomes a
-    question mark. Raises: InvalidArgument: status; OSError of send(2).
+    -1 to -255, as the textbook has it, is sent as the same byte as 1 to 255. An exception is sent
+    as its type and text: `FileNotFoundError: ...`. A NUL in the text becomes a question mark.
+    Raises: InvalidArgument: status; OSError of send(2).
     """
-    if not 1 <= status <= 255:
-        raise InvalidArgument("status", f"{status} is not within 1 to 255; 0 means a descriptor")
+    if not 1 <= abs(status) <= 255:
+        raise InvalidArgument(
+            "status", f"{status} is not within 1 to 255 or -1 to -255; 0 means a descriptor"
+        )
     if isinstance(message, BaseException):
         kind, reason = type(message).__name__, str(message)
         message = f"{kind}: {reason}" if reason else kind
     text = message.encode(errors="replace").replace(b"\0", b"?")
-    send_fds(conn, (), text + bytes((0, status)))
+    send_fds(conn, (), text + bytes((0, abs(status))))
 
 
 def recv_fd(conn: socket.socket, on_data: Callable[[bytes], object] | None = None) -> Descriptor:

@@ -186,7 +186,17 @@ def test_on_data_that_raises(pair: Pair) -> None:
         recv_fd(pair[1], complain)
 
 
-@pytest.mark.parametrize("status", [0, -1, 256])
+@pytest.mark.parametrize("status", [1, 5, 255])
+def test_the_status_of_the_textbook_is_negative(pair: Pair, status: int) -> None:
+    send_err(pair[0], -status, "no")
+    assert recv_fds(pair[1], 100, 1).data == b"no\0" + bytes([status])
+    send_err(pair[0], -status, "no")
+    with pytest.raises(RemoteError) as caught:
+        recv_fd(pair[1])
+    assert caught.value.status == status
+
+
+@pytest.mark.parametrize("status", [0, -256, 256])
 def test_a_status_that_is_none(pair: Pair, status: int) -> None:
     with pytest.raises(InvalidArgument, match="status"):
         send_err(pair[0], status, "text")
