@@ -27,7 +27,6 @@ ACROSS = {
     "client/test_processes.py": "clients in threads, over fork, in pickles",
     "client/test_strangers.py": "both clients against servers that break every rule",
     "kinds/test_hostile.py": "every kind, described by a peer that lies",
-    "kernel/test_foreign_peer.py": "the textbook's programs in C as the other side",
     "mp/test_default_timeout.py": "every channel in a program with a default timeout",
     "mp/test_facts.py": "what the stock classes do, which ours answer",
     "mp/test_failures.py": "every channel at its limits, and with peers that die",

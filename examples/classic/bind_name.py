@@ -5,9 +5,9 @@
     $ ls -l foo.socket
     srw------- 1 you you 0 Nov 22 10:30 foo.socket
     $ python bind_name.py
-    bind_name.py: address already in use: foo.socket
+    bind failed: Address already in use
     A stale socket: the process that bound it is gone.
-    Remove the file (rm foo.socket), or take the name over: python bind_name.py --reclaim
+    Remove the file (rm foo.socket), or take the name over: python bind_name.py --reclaim foo.socket
     $ python bind_name.py --reclaim
     UNIX domain socket bound to foo.socket
 
@@ -17,6 +17,9 @@ as the last argument.
 """
 
 import argparse
+import errno
+import os
+import shlex
 import sys
 
 from fdshare.errors import AddressInUse, EndpointError
@@ -31,12 +34,13 @@ def main() -> int:
     try:
         listener = listen(options.path, reclaim=options.reclaim)
     except AddressInUse as error:
-        print(f"bind_name.py: address already in use: {options.path}", file=sys.stderr)
+        print(f"bind failed: {os.strerror(errno.EADDRINUSE)}", file=sys.stderr)
         if error.reason.startswith("a stale socket"):
+            name = shlex.quote(options.path)
             print("A stale socket: the process that bound it is gone.", file=sys.stderr)
             print(
-                f"Remove the file (rm {options.path}), or take the name over: "
-                "python bind_name.py --reclaim",
+                f"Remove the file (rm {name}), or take the name over: "
+                f"python bind_name.py --reclaim {name}",
                 file=sys.stderr,
             )
         else:

@@ -9,6 +9,7 @@ The name is in the server's folder, and the client removes it when it ends (Ctrl
 datagram_server.py shows the other side.
 """
 
+import argparse
 import os
 import sys
 
@@ -16,7 +17,10 @@ from fdshare.kernel import datagram, recv_fds, send_fds
 
 
 def main() -> None:
-    server = os.path.abspath(sys.argv[1])
+    parser = argparse.ArgumentParser(description="Send each line as a datagram.")
+    parser.add_argument("path")
+    path = parser.parse_args().path
+    server = os.path.abspath(path)
     name = os.path.join(os.path.dirname(server), f"client.{os.getpid()}")
     with datagram(name) as client:
         print(f"bound to {os.path.basename(name)}", flush=True)
@@ -24,7 +28,7 @@ def main() -> None:
             try:
                 send_fds(client.socket, [], line.rstrip("\n").encode() or b" ", address=server)
             except (FileNotFoundError, ConnectionRefusedError):
-                sys.exit(f"datagram_client.py: nobody reads {sys.argv[1]}")
+                sys.exit(f"datagram_client.py: nobody reads {path}")
             with recv_fds(client.socket, 65536, 0) as answer:
                 print(answer.data.decode(), flush=True)
 

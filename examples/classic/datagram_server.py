@@ -15,10 +15,10 @@ gets no answer:
 Ctrl-C ends the server.
 """
 
+import argparse
 import os
 import signal
 import socket
-import sys
 
 from fdshare.kernel import listen, recv_fds, send_fds
 
@@ -26,9 +26,12 @@ LONGEST = 65536
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description="Answer datagrams in capitals.")
+    parser.add_argument("path")
+    path = parser.parse_args().path
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with listen(sys.argv[1], kind=socket.SOCK_DGRAM) as server:
-        print(f"bound to {sys.argv[1]}", flush=True)
+    with listen(path, kind=socket.SOCK_DGRAM) as server:
+        print(f"bound to {path}", flush=True)
         try:
             while True:
                 answer_one(server.socket)

@@ -12,6 +12,9 @@ and in another what open_client.py shows. A rule is UID:FOLDER:MODES, UID a numb
 letters out of r (read), w (write) and a (append). Only regular files that exist are opened. The
 request is the text `open MODE PATH` and a NUL; MODE is one of the letters. A client that writes
 `trace-open` gets the traceback of an error as its text. Ctrl-C ends the server.
+
+Other users may connect only where the mode of the socket lets them, which is 600 at first. A server
+that runs as root for others therefore needs --mode 666; the rules decide then.
 """
 
 import argparse
@@ -147,7 +150,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Open files for others.")
     parser.add_argument("path")
     parser.add_argument("--allow", metavar="UID:FOLDER:MODES", type=Rule.parse, action="append")
-    parser.add_argument("--mode", type=lambda text: int(text, 8), default=0o600)
+    parser.add_argument(
+        "--mode",
+        type=lambda text: int(text, 8),
+        default=0o600,
+        help="of the socket: 600 lets this user connect, 666 everybody",
+    )
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with listen(options.path, mode=options.mode) as listener:

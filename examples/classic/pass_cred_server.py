@@ -16,6 +16,7 @@ and the line still appears at the server, because it goes through the server's o
 ends the server.
 """
 
+import argparse
 import signal
 import socket
 import sys
@@ -26,9 +27,12 @@ MAGIC = b"\xab"
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description="Send standard output and the own credentials.")
+    parser.add_argument("path")
+    path = parser.parse_args().path
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with serv_listen(sys.argv[1]) as listener:
-        print(f"listening on {sys.argv[1]}", flush=True)
+    with serv_listen(path) as listener:
+        print(f"listening on {path}", flush=True)
         try:
             while True:
                 conn, _ = serv_accept(listener)

@@ -11,6 +11,7 @@ and in another what pass_fd_client.py shows. Lines that are typed there appear h
 program does not handle them: the client writes to the same open file. Ctrl-C ends the server.
 """
 
+import argparse
 import signal
 import sys
 
@@ -20,9 +21,12 @@ MAGIC = b"\xab"
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description="Send standard output to each client.")
+    parser.add_argument("path")
+    path = parser.parse_args().path
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with serv_listen(sys.argv[1]) as listener:
-        print(f"listening on {sys.argv[1]}", flush=True)
+    with serv_listen(path) as listener:
+        print(f"listening on {path}", flush=True)
         try:
             while True:
                 conn, _ = serv_accept(listener)

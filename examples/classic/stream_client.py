@@ -7,6 +7,7 @@
 End it with Ctrl-D. stream_server.py shows the other side.
 """
 
+import argparse
 import sys
 
 from fdshare.errors import EndpointError
@@ -14,8 +15,11 @@ from fdshare.kernel import cli_conn
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description="Send each line over a connection.")
+    parser.add_argument("path")
+    path = parser.parse_args().path
     try:
-        conn = cli_conn(sys.argv[1])
+        conn = cli_conn(path)
     except EndpointError as error:
         sys.exit(f"stream_client.py: {error}")
     with conn, conn.makefile("rw") as lines:

@@ -15,6 +15,7 @@ and in two others, at the same time, what stream_client.py shows. Ctrl-C ends th
 removes the name.
 """
 
+import argparse
 import signal
 import socket
 import sys
@@ -42,9 +43,12 @@ def serve(conn: socket.socket, who: Credentials) -> None:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description="Answer each line in capitals.")
+    parser.add_argument("path")
+    path = parser.parse_args().path
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with serv_listen(sys.argv[1]) as listener:
-        print(f"listening on {sys.argv[1]}", flush=True)
+    with serv_listen(path) as listener:
+        print(f"listening on {path}", flush=True)
         try:
             while True:
                 conn, who = serv_accept(listener)

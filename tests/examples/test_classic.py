@@ -1,4 +1,7 @@
-"""Every program of examples/classic runs as a real process and shows what its docstring shows."""
+"""Every program of examples/classic runs as a real process and shows what its docstring shows.
+
+Those in C are the other side of those in Python: each pair runs in all four combinations.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import ast
 import errno
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -16,11 +20,14 @@ from xml.etree import ElementTree
 import pytest
 from ending import terminated
 
-from fdshare.errors import RemoteError
-from fdshare.kernel import cli_conn, recv_fd
+from fdshare.errors import MagicMismatch, RemoteError
+from fdshare.kernel import cli_conn, listen, recv_fd, recv_fds, send_err, send_fds
 
 PROGRAMS = Path(__file__).parents[2] / "examples" / "classic"
 ALL = sorted(path.name for path in PROGRAMS.glob("*.py"))
+IN_C = sorted(path.name for path in (PROGRAMS / "c").glob("*_*.c"))
+ENDINGS = [(".py", ".py"), (".py", ".c"), (".c", ".py"), (".c", ".c")]
+BOTH = pytest.mark.parametrize(("server_is", "client_is"), ENDINGS)
 AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become somebody else")
 
 # Runs a program as uid 65534. What it imports is loaded before: that user may not read Python.
@@ -73,15 +80,30 @@ class Running:
 Start = Callable[..., Running]
 
 
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with the programs that `make` has made, without a warning."""
+    if shutil.which("make") is None or shutil.which("cc") is None:
+        pytest.skip("no make, or no C compiler")
+    built = tmp_path_factory.mktemp("classic") / "c"
+    shutil.copytree(PROGRAMS / "c", built)
+    flags = "CFLAGS=-O2 -Wall -Wextra -Werror -pedantic"
+    subprocess.run(["make", "--silent", "--always-make", flags], cwd=built, check=True)
+    return built
+
+
 @pytest.fixture
-def start(folder: Path) -> Iterator[Start]:
-    """Starts a program of examples/classic in *folder*."""
+def start(folder: Path, request: pytest.FixtureRequest) -> Iterator[Start]:
+    """Starts a program of examples/classic, NAME.py or NAME.c, in *folder*."""
     started: list[subprocess.Popen[str]] = []
 
     def start(name: str, *arguments: object, nobody: bool = False, **options: object) -> Running:
         wrapper = ["-c", AS_NOBODY] if nobody else []
+        command: list[object] = [sys.executable, "-W", "error", *wrapper, PROGRAMS / name]
+        if name.endswith(".c"):
+            command = [request.getfixturevalue("compiled") / name.removesuffix(".c")]
         process = subprocess.Popen(
-            [sys.executable, "-W", "error", *wrapper, PROGRAMS / name, *map(str, arguments)],
+            [*map(str, command), *map(str, arguments)],
             **{  # type: ignore[call-overload]
                 "cwd": folder,
                 "stdin": subprocess.PIPE,
@@ -123,8 +145,9 @@ def test_each_has_its_transcript(name: str) -> None:
     assert f"$ python {name}" in docstring
 
 
-def test_hello_pipe(start: Start) -> None:
-    program = start("hello_pipe.py")
+@pytest.mark.parametrize("name", ["hello_pipe.py", "hello_pipe.c"])
+def test_hello_pipe(start: Start, name: str) -> None:
+    program = start(name)
     out, err = program.finish()
     assert (out.splitlines()[-1], err) == ("hello, world!", "")
     assert f"parent {program.pid} received 'world!'" in out
@@ -141,13 +164,30 @@ def test_bind_name(start: Start, folder: Path) -> None:
     second = start("bind_name.py")
     out, err = second.finish()
     assert (second.process.returncode, out) == (1, "")
-    assert "address already in use" in err
-    assert "--reclaim" in err
+    assert err.startswith("bind failed: Address already in use\n")
     assert_documented("bind_name.py", err.splitlines())
 
     inode = (folder / "foo.socket").stat().st_ctime_ns
     assert start("bind_name.py", "--reclaim").finish()[1] == ""
     assert (folder / "foo.socket").stat().st_ctime_ns != inode
+
+
+def test_bind_name_says_how_to_reclaim_the_name_that_was_given(start: Start, folder: Path) -> None:
+    name = "my socket"
+    assert start("bind_name.py", name).finish()[1] == ""
+    advice = start("bind_name.py", name).finish()[1].splitlines()[-1]
+    assert advice.endswith("python bind_name.py --reclaim 'my socket'")
+    assert "(rm 'my socket')" in advice
+
+
+def test_bind_name_in_c(start: Start, folder: Path) -> None:
+    assert start("bind_name.c").finish() == ("UNIX domain socket bound to foo.socket\n", "")
+    assert oct((folder / "foo.socket").stat().st_mode) == "0o140700"
+    second = start("bind_name.c")
+    assert second.finish() == ("", "bind failed: Address already in use\n")
+    assert second.process.returncode == 1
+    # What the one leaves, the other takes over.
+    assert start("bind_name.py", "--reclaim").finish()[1] == ""
 
 
 def test_bind_name_never_takes_what_is_alive_or_no_socket(start: Start, folder: Path) -> None:
@@ -157,7 +197,7 @@ def test_bind_name_never_takes_what_is_alive_or_no_socket(start: Start, folder: 
         alive = start("bind_name.py", "--reclaim")
         err = alive.finish()[1]
         assert alive.process.returncode == 1
-        assert "address already in use" in err
+        assert "Address already in use" in err
         assert f"pid {os.getpid()}" in err
     (folder / "file").write_text("precious")
     assert "a regular file, not a socket" in start("bind_name.py", "--reclaim", "file").finish()[1]
@@ -165,10 +205,11 @@ def test_bind_name_never_takes_what_is_alive_or_no_socket(start: Start, folder: 
     assert "mkdir -p" in start("bind_name.py", "no/socket").finish()[1]
 
 
-def test_stream(start: Start, folder: Path) -> None:
-    server = start("stream_server.py", "demo.socket")
+@BOTH
+def test_stream(start: Start, folder: Path, server_is: str, client_is: str) -> None:
+    server = start("stream_server" + server_is, "demo.socket")
     assert server.line() == "listening on demo.socket"
-    clients = [start("stream_client.py", "demo.socket") for _ in range(3)]
+    clients = [start("stream_client" + client_is, "demo.socket") for _ in range(3)]
     said = {server.line() for _ in clients}
     who = f"uid {os.geteuid()}, gid {os.getegid()}"
     assert said == {f"connected: pid {client.pid}, {who}" for client in clients}
@@ -186,16 +227,37 @@ def test_stream(start: Start, folder: Path) -> None:
     assert not (folder / "demo.socket").exists()
 
 
-def test_stream_client_without_a_server(start: Start) -> None:
-    client = start("stream_client.py", "demo.socket")
-    assert "no server at" in client.finish()[1]
-    assert client.process.returncode == 1
+CLIENTS = ["stream_client", "pass_fd_client", "pass_cred_client"]
 
 
-def test_datagram(start: Start, folder: Path) -> None:
-    server = start("datagram_server.py", "demo.socket")
+@pytest.mark.parametrize("client", CLIENTS)
+def test_a_client_without_a_server(start: Start, client: str) -> None:
+    program = start(client + ".py", "demo.socket")
+    said = program.finish()[1]
+    assert "no server at" in said
+    assert "fdshare serve" not in said, "its server is another program"
+    assert program.process.returncode == 1
+    program = start(client + ".c", "demo.socket")
+    assert program.finish()[1] == "connect failed: No such file or directory\n"
+    assert program.process.returncode == 1
+
+
+@pytest.mark.parametrize("name", sorted({*ALL, *IN_C} - {"fd_to_many.py"}))
+def test_without_an_argument(start: Start, name: str) -> None:
+    program = start(name)
+    out, err = program.finish()
+    if name.startswith(("hello_", "bind_")):
+        assert err == ""
+    else:
+        assert (program.process.returncode, out) == (2, "")
+        assert err.startswith("usage: ")
+
+
+@BOTH
+def test_datagram(start: Start, folder: Path, server_is: str, client_is: str) -> None:
+    server = start("datagram_server" + server_is, "demo.socket")
     assert server.line() == "bound to demo.socket"
-    clients = [start("datagram_client.py", "demo.socket") for _ in range(2)]
+    clients = [start("datagram_client" + client_is, "demo.socket") for _ in range(2)]
     for client in clients:
         assert client.line() == f"bound to client.{client.pid}"
     for client in clients:
@@ -213,14 +275,15 @@ def test_datagram(start: Start, folder: Path) -> None:
         assert client.finish() == ("", "")
     server.stop()
     assert_documented("datagram_server.py", server.seen)
-    assert os.listdir(folder) == ["demo.socket.lock"]
+    assert os.listdir(folder) == (["demo.socket.lock"] if server_is == ".py" else [])
 
 
-def test_pass_fd(start: Start, folder: Path) -> None:
-    server = start("pass_fd_server.py", "demo.socket")
+@BOTH
+def test_pass_fd(start: Start, folder: Path, server_is: str, client_is: str) -> None:
+    server = start("pass_fd_server" + server_is, "demo.socket")
     assert server.line() == "listening on demo.socket"
-    client = start("pass_fd_client.py", "demo.socket")
-    assert re.fullmatch(r"descriptor \d+ received", client.line())
+    client = start("pass_fd_client" + client_is, "demo.socket")
+    assert client.line() == "client: descriptor 4 received."  # the lowest that is free
     assert server.line() == "descriptor sent"
     assert_documented("pass_fd_client.py", client.seen)
     client.type("this was typed at the client\n")
@@ -230,29 +293,57 @@ def test_pass_fd(start: Start, folder: Path) -> None:
     assert_documented("pass_fd_server.py", server.seen)
 
 
-def test_pass_fd_client_checks_the_magic(start: Start, folder: Path) -> None:
-    with socket.socket(socket.AF_UNIX) as sock:
-        sock.bind(str(folder / "demo.socket"))
-        sock.listen()
-        client = start("pass_fd_client.py", "demo.socket")
-        conn, _ = sock.accept()
+@pytest.mark.parametrize("name", ["pass_fd_client", "pass_cred_client"])
+def test_a_client_checks_the_magic(start: Start, folder: Path, name: str) -> None:
+    for ending, said in ((".py", "expected the data"), (".c", "the peer is another program")):
+        with listen(folder / "demo.socket") as listener:
+            client = start(name + ending, "demo.socket")
+            conn, _ = listener.accept()
+            with conn:
+                send_fds(conn, [1], b"\xcd", credentials=True)
+            assert said in client.finish()[1]
+            assert client.process.returncode == 1
+
+
+@pytest.mark.parametrize("name", ["pass_fd_server", "pass_cred_server"])
+def test_the_magic_of_a_server_is_checked(start: Start, folder: Path, name: str) -> None:
+    server = start(name + ".c", "demo.socket")
+    assert server.line() == "listening on demo.socket"
+    with cli_conn(folder / "demo.socket") as conn:
+        conn.settimeout(20)
+        with pytest.raises(MagicMismatch, match="xab"):
+            recv_fds(conn, 1, 1, expect=b"\xcd")
+    server.line()
+    server.stop()
+
+
+def test_a_client_in_c_takes_no_second_descriptor(start: Start, folder: Path) -> None:
+    """CMSG_SPACE of one has room for two; CMSG_LEN has not, and the kernel says MSG_CTRUNC."""
+    with listen(folder / "demo.socket") as listener:
+        client = start("pass_fd_client.c", "demo.socket")
+        conn, _ = listener.accept()
         with conn:
-            socket.send_fds(conn, [b"\xcd"], [1])
-        assert "expected the data" in client.finish()[1]
-        assert client.process.returncode == 1
+            send_fds(conn, [1, 2], b"\xab")
+        assert client.finish()[1] == "recvmsg failed: Message too long\n"
 
 
-@pytest.mark.parametrize("nobody", [False, pytest.param(True, marks=AS_ROOT)])
-def test_pass_cred(start: Start, folder: Path, nobody: bool) -> None:
+@pytest.mark.parametrize(
+    ("nobody", "server_is", "client_is"),
+    [(False, *pair) for pair in ENDINGS]
+    + [pytest.param(True, ".py", client_is, marks=AS_ROOT) for client_is in (".py", ".c")],
+)
+def test_pass_cred(
+    start: Start, folder: Path, nobody: bool, server_is: str, client_is: str
+) -> None:
     if nobody:
         os.chown(folder, 65534, 65534)
-    server = start("pass_cred_server.py", "demo.socket", nobody=nobody)
+    server = start("pass_cred_server" + server_is, "demo.socket", nobody=nobody)
     assert server.line() == "listening on demo.socket"
-    client = start("pass_cred_client.py", "demo.socket")
+    client = start("pass_cred_client" + client_is, "demo.socket")
     uid, gid = (65534, 65534) if nobody else (os.geteuid(), os.getegid())
     assert server.line() == f"descriptor sent, pid {server.pid}, uid {uid}, gid {gid}"
-    assert client.line() == f"received from pid {server.pid}, uid {uid}, gid {gid}"
-    assert re.fullmatch(r"descriptor \d+ received\.", client.line())
+    assert client.line() == f"client: received from pid {server.pid}, uid {uid}, gid {gid}"
+    assert client.line() == "client: descriptor 4 received."
     assert_documented("pass_cred_client.py", client.seen)
     client.type("this was typed at the client\n")
     assert server.line() == "this was typed at the client"
@@ -319,6 +410,73 @@ def test_open_server(start: Start, reports: Path) -> None:
     assert_documented("open_client.py", err.splitlines())
     assert_documented("open_server.py", [refused, server.seen[0]])
     server.stop()
+
+
+@pytest.mark.parametrize(("server_is", "client_is"), ENDINGS[1:])
+def test_open_server_in_c(start: Start, reports: Path, server_is: str, client_is: str) -> None:
+    uid = os.geteuid()
+    if server_is == ".py":
+        server = open_server(start, f"{uid}:{reports}:rwa")
+    else:
+        server = start("open_server.c", "demo.socket", reports, uid)
+        assert server.line() == "listening on demo.socket"
+    client = "open_client" + client_is
+    asked = f"uid {uid}: open"
+    assert start(client, "demo.socket", "r", reports / "may.txt").finish() == (
+        "Nothing happened in May.\n",
+        "",
+    )
+    assert server.line().endswith(f"{asked} r {reports}/may.txt: opened")
+    for mode, text in (("a", "Nor in June.\n"), ("w", "July")):
+        writer = start(client, "demo.socket", mode, reports / "may.txt")
+        writer.type(text)
+        assert writer.finish() == ("", "")
+        assert server.line().endswith(f"{asked} {mode} {reports}/may.txt: opened")
+    assert (reports / "may.txt").read_text() == "Julying happened in May.\nNor in June.\n"
+    cases = {
+        reports / "link": errno.EACCES,  # what counts is what the link leads to
+        reports / ".." / "secret.txt": errno.EACCES,
+        reports / "fifo": errno.EINVAL,
+        reports / "no such": errno.ENOENT,
+        Path("relative"): errno.EINVAL,
+    }
+    for path, status in cases.items():
+        refused = start(client, "demo.socket", "r", path)
+        out, err = refused.finish()
+        assert (refused.process.returncode, out) == (1, "")
+        assert f"({errno.errorcode[status]})" in err or f" (status {status})\n" in err
+        assert "opened" not in server.line()
+    server.stop()
+
+
+def test_an_open_client_in_c_reads_an_answer_in_any_parts(start: Start, folder: Path) -> None:
+    """And the status of the textbook, -5, is the same byte as 5."""
+    (folder / "file").write_text("content\n")
+    words = b"working on it\n"
+    with listen(folder / "demo.socket") as listener, open(folder / "file") as file:
+        for cut in range(1, len(words) + 2):
+            client = start("open_client.c", "demo.socket", "r", "/any")
+            conn, _ = listener.accept()
+            with conn:
+                assert conn.recv(100) == b"open r /any\0"
+                whole = words + b"\0\0"
+                file.seek(0)
+                send_fds(conn, [file], whole[:cut])
+                send_fds(conn, [], whole[cut:])
+                assert client.finish() == ("content\n", words.decode())
+        client = start("open_client.c", "demo.socket", "r", "/any")
+        conn, _ = listener.accept()
+        with conn:
+            send_err(conn, -5, PermissionError("not yours"))
+            assert client.finish() == ("", "PermissionError: not yours (status 5)\n")
+        for broken in (b"", b"half\0", b"\0\0", b"\0\5more"):
+            client = start("open_client.c", "demo.socket", "r", "/any")
+            conn, _ = listener.accept()
+            with conn:
+                conn.sendall(broken)
+                conn.shutdown(socket.SHUT_WR)
+                assert client.finish()[1].endswith("open_client: no answer\n")
+                assert client.process.returncode == 1
 
 
 def test_open_server_gives_an_error_for_everything_else(start: Start, reports: Path) -> None:
@@ -403,6 +561,30 @@ def test_open_server_asks_the_kernel_who_asks(start: Start, reports: Path) -> No
     assert "no rule allows uid 0" in mine.finish()[1]
     theirs = start("open_client.py", "demo.socket", "r", reports / "may.txt", nobody=True)
     # A file that this user could not open by itself.
+    assert theirs.finish() == ("Nothing happened in May.\n", "")
+    server.line()
+    assert server.line().startswith(f"pid {theirs.pid}, uid 65534: open r")
+    server.stop()
+
+
+@AS_ROOT
+def test_open_server_without_the_mode_for_others(start: Start, reports: Path) -> None:
+    reports.parent.chmod(0o711)
+    server = open_server(start, f"65534:{reports}:r")
+    theirs = start("open_client.py", "demo.socket", "r", reports / "may.txt", nobody=True)
+    assert "uid 65534 may not connect" in theirs.finish()[1]
+    server.stop()
+
+
+@AS_ROOT
+def test_open_server_in_c_asks_the_kernel_who_asks(start: Start, reports: Path) -> None:
+    reports.parent.chmod(0o711)
+    (reports / "may.txt").chmod(0o600)
+    server = start("open_server.c", "demo.socket", reports, 65534)
+    assert server.line() == "listening on demo.socket"
+    mine = start("open_client.py", "demo.socket", "r", reports / "may.txt")
+    assert "does not serve your uid (EACCES)" in mine.finish()[1]
+    theirs = start("open_client.py", "demo.socket", "r", reports / "may.txt", nobody=True)
     assert theirs.finish() == ("Nothing happened in May.\n", "")
     server.line()
     assert server.line().startswith(f"pid {theirs.pid}, uid 65534: open r")
