@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import sys
+from contextlib import nullcontext
 
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.protocol import messages as m
@@ -44,5 +45,6 @@ def resume(fd: int) -> int:
     if handover.session:
         done = Record([], handover.session, handover.id, m.encode(m.Done()))
         holdings.table.apply(done, [])
-    resume_keeper(holdings, journal, server)
+    with nullcontext() if holdings.control is None else holdings.control:
+        resume_keeper(holdings, journal, server)
     return 0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -77,3 +79,11 @@ def test_a_policy_that_it_cannot_read(
 def test_what_is_no_handover(capsys: pytest.CaptureFixture[str], data: bytes) -> None:
     assert try_table(memfd(data)) == 1
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_it_ends_without_a_warning() -> None:
+    """What it was given, the control socket among it, is closed at its end."""
+    code = "import fdshare\nwith fdshare.Manager() as manager:\n    manager.upgrade()\n"
+    command = [sys.executable, "-X", "dev", "-c", code]
+    done = subprocess.run(command, stderr=subprocess.PIPE, check=True, timeout=60)
+    assert done.stderr == b""
