@@ -50,8 +50,8 @@ C = TypeVar("C", bound=type)
 
 
 def _description(cls: C) -> C:
-    """At run time an empty class, whose `description` is *cls*."""
-    members = {"__doc__": cls.__doc__, "description": cls}
+    """At run time an empty class, whose `_description` is *cls*."""
+    members = {"__doc__": cls.__doc__, "_description": cls}
     return type(cls.__name__, (), members)  # type: ignore[return-value]
 
 

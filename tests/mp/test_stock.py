@@ -28,7 +28,7 @@ def description_of(module: str) -> type:
 
 def descriptions() -> set[type]:
     """All of classes."""
-    found = [getattr(value, "description", None) for value in vars(stock).values()]
+    found = [getattr(value, "_description", None) for value in vars(stock).values()]
     return {one for one in found if one is not None}
 
 
@@ -51,7 +51,7 @@ def classes_in(description: type) -> Iterator[tuple[str, type]]:
     """The classes that a module's description names, each with its description."""
     for name, hint in typing.get_type_hints(description).items():
         if typing.get_origin(hint) is type:
-            yield name, typing.get_args(hint)[0].description
+            yield name, typing.get_args(hint)[0]._description
 
 
 # Parameters
@@ -178,12 +178,12 @@ def objects(package: str) -> Iterator[tuple[type, Any]]:
 def test_every_attribute_is_there(package: str) -> None:
     seen = set()
     for cls, obj in objects(package):
-        description = cls.description  # type: ignore[attr-defined]
+        description = cls._description  # type: ignore[attr-defined]
         seen.add(description)
         for name in vars(description).get("__annotations__", ()):
             assert hasattr(obj, name), f"{type(obj)} has no {name}"
     described = {
-        value.description
+        value._description
         for value in vars(stock).values()
         if isinstance(value, type)
         and vars(getattr(value, "description", int)).get("__annotations__")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import os
 import queue
+import signal
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -245,6 +246,84 @@ EXECUTORS: dict[str, Callable[[Column], Any]] = {
 }
 
 
+# What Python 3.14 has brought: an older one says the same in every column.
+
+
+def drawn(executor: Any) -> Any:
+    taken: list[int] = []
+    numbers = (taken.append(number) or number for number in range(9))  # type: ignore[func-returns-value]
+    results = executor.map(square, numbers, buffersize=3)
+    return len(taken), list(results)
+
+
+def with_all_ended(end: str) -> Callable[[Column], Any]:
+    """Ends the workers of an executor in the middle of a task."""
+
+    def run(column: Column) -> Any:
+        reader, writer = column.context.Pipe(False)
+        with reader, writer:
+            executor = column.make_executor(1, initializer=begin_and_say, initargs=(writer,))
+            future = executor.submit(time.sleep, 60)
+            reader.recv()
+            (worker,) = executor._processes.values()
+            try:
+                getattr(executor, end)()
+            except AttributeError:
+                worker.kill()
+                raise
+            worker.join()
+            said = outcome(future.result), outcome(lambda: executor.submit(square, 2))
+            return worker.exitcode, *said
+
+    return run
+
+
+def begin_and_say(writer: Any) -> None:
+    writer.send("it has begun")
+
+
+def interrupted(column: Column) -> Any:
+    reader, writer = column.context.Pipe(False)
+    with reader, writer:
+        process = column.context.Process(target=say_interrupt, args=(writer,))
+        process.start()
+        reader.recv()
+        try:
+            process.interrupt()
+        except AttributeError:
+            process.kill()
+            raise
+        finally:
+            process.join()
+        return reader.recv(), process.exitcode
+
+
+def say_interrupt(writer: Any) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        writer.send("ready")
+        time.sleep(60)
+    except KeyboardInterrupt:
+        writer.send("interrupted")
+
+
+def managed_set(column: Column) -> Any:
+    with column.context.Manager() as manager:
+        made = manager.set([1, 2])
+        made.add(3)
+        made |= {4}
+        return sorted(made), 2 in made, len(made)
+
+
+NEW: dict[str, Callable[[Column], Any]] = {
+    "map with a buffer": with_executor(drawn),
+    "terminate_workers": with_all_ended("terminate_workers"),
+    "kill_workers": with_all_ended("kill_workers"),
+    "interrupt": interrupted,
+    "a managed set": managed_set,
+}
+
+
 # Queues and pipes
 
 
@@ -376,6 +455,11 @@ CHANNELS: dict[str, Callable[[Column], Any]] = {
 
 
 def cases(column: Column) -> Iterator[tuple[str, str]]:
-    for kind, table in (("pool", POOLS), ("executor", EXECUTORS), ("channel", CHANNELS)):
+    for kind, table in (
+        ("pool", POOLS),
+        ("executor", EXECUTORS),
+        ("new", NEW),
+        ("channel", CHANNELS),
+    ):
         for name, run in table.items():
             yield f"{kind}, {name}", outcome(lambda run=run: run(column))
