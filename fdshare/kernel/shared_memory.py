@@ -42,7 +42,8 @@ class SharedMemory:
 
     The memory exists as long as anything refers to it: this object, a view of it, an array in it,
     in any process, or a name it is registered under. `close()` only closes this object's descriptor
-    early; views stay valid. The caller owns the result. Raises: UnsupportedPlatform;
+    early; views stay valid. docs/compat.md says what to write for each line of a program that uses
+    `multiprocessing.shared_memory`. The caller owns the result. Raises: UnsupportedPlatform;
     InvalidArgument; OSError of memfd_create(2) and ftruncate(2).
     """
 
