@@ -1,0 +1,441 @@
+"""How each code block of each page is run, in the order of the page."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from pages.runs import NUMBERS, NotRun, Run
+
+# An application that answers, for the servers that the pages name.
+APP: Final = r"""
+printf 'def app(environ, start):\n    start("200 OK", [])\n    return [b"hello\\n"]\n' >app.py
+"""
+HELLO: Final = "$ ask 8080\nhello\n"
+INSTALLS: Final = "needs a package index; .ci/run does the same"
+SYSTEMD: Final = "tests/systemd does this, in a container that boots"
+DOCKER: Final = "needs Docker; the other commands are what it would run"
+EXAMPLE: Final = "cp -r $EXAMPLES/classic . && cd classic"
+
+README: Final = [
+    Run(),
+    Run(file="listener.py", command="python listener.py"),
+    Run(file="worker.py", command="python worker.py", forever=("python",), then=HELLO),
+    Run(forever=("python",), then="$ ask 8081 ''\nhello\n"),
+    Run(apart={"python3 -m venv": INSTALLS, ". .venv": INSTALLS, "pip": INSTALLS}),
+    NotRun("it is this"),
+    Run(
+        given="mkdir -p /run/user/1000",
+        around="""
+            import socket, subprocess
+            import fdshare
+
+            connection, other = socket.socketpair()
+            job = "soon fdshare register jobs/17 --path /run/user/1000/app.sock --open /dev/null"
+            subprocess.Popen(job.split())
+            BLOCK
+        """,
+        forever=("python",),
+        then="$ soon grep -o Snapshot .job0\nSnapshot\n",
+        says="Snapshot(entries={'db/primary': 1}, serial=4, reason='start')",
+    ),
+    Run(given=f"fdshare rm web\n{APP}", needs=("gunicorn",), then=HELLO),
+]
+
+AUDIT: Final = [
+    Run(
+        forever=("fdshare serve",),
+        each=True,
+        then="$ soon fdshare ls\n...\n$ fdshare ls -q\n",
+    )
+]
+
+CLASSIC: Final = [
+    Run(given=EXAMPLE, varies=(NUMBERS,)),
+    Run(varies=(r"\w+ \w+ +0 \w+ +\d+ [\d:]+",)),
+    Run(
+        forever=("python",),
+        varies=(NUMBERS,),
+        then="""
+$ soon test -S demo.socket
+$ echo good morning | python stream_client.py demo.socket
+GOOD MORNING
+""",
+    ),
+    Run(
+        given="""
+python datagram_server.py demo.socket >/dev/null & server=$!
+soon test -S demo.socket
+""",
+        typed=("good morning",),
+        varies=(NUMBERS,),
+        then="$ kill $server; wait $server\n",
+    ),
+    Run(
+        around="""
+            import os, socket, sys
+            from fdshare.kernel import recv_fds, send_fds
+            server, client = socket.socketpair()
+            conn = server if os.fork() else client
+            if conn is client:
+                send_fds = lambda *other: None
+            else:
+                recv_fds = lambda *other, **options: None
+            BLOCK
+            if got:
+                os.write(got.descriptors[0].fileno(), b"from the client")
+            else:
+                os.wait()
+        """,
+        command="python $OLDPWD/program.py",
+        says="from the client",
+    ),
+    Run(
+        forever=("python",),
+        varies=(NUMBERS,),
+        then="$ soon test -S demo.socket\n$ python pass_cred_client.py demo.socket\n...\n",
+    ),
+    Run(
+        given="""
+python pass_cred_server.py demo.socket >/dev/null & server=$!
+soon test -S demo.socket
+""",
+        varies=(NUMBERS,),
+        then="$ kill $server; wait $server\n",
+    ),
+    Run(
+        needs=("root",),
+        given="""
+mkdir /srv/reports /srv/inbox
+echo Nothing happened in May. >/srv/reports/may.txt
+nobody="setpriv --reuid=1000 --clear-groups python open_client.py demo.socket"
+""",
+        forever=("python",),
+        varies=(r"pid \d+",),
+        then="""
+$ soon test -S demo.socket
+$ chmod 0666 demo.socket
+$ $nobody r /srv/reports/may.txt
+Nothing happened in May.
+$ $nobody r /etc/shadow  # status 1
+...
+""",
+    ),
+    Run(
+        around="""
+            import errno, socket, tempfile
+            from fdshare.errors import RemoteError
+            from fdshare.kernel import recv_fd, send_err, send_fd
+            conn, far = socket.socketpair()
+            file = tempfile.TemporaryFile()
+            BLOCK
+            recv_fd(far).close()
+            try:
+                recv_fd(far)
+            except RemoteError as error:
+                print(error.status, error)
+        """,
+        says="13 reason",
+        command="python $OLDPWD/program.py",
+    ),
+    Run(varies=(NUMBERS,)),
+]
+
+COMPAT: Final = [NotRun("takes minutes; tests/compat/test_suites.py runs a part")]
+
+POLICY: Final = [
+    Run(
+        given="groupadd deploy\nuseradd -G deploy bob\nuseradd --uid 1000 --non-unique alice",
+        needs=("root",),
+    ),
+    Run(),
+    Run(),
+    Run(
+        around="import fdshare\nBLOCK\nprint(listener.getsockname())",
+        says="('0.0.0.0', 80)",
+        command="sudo -u alice python program.py",
+    ),
+    Run(
+        then="""
+$ fdshare reload --path /run/fdshare.sock
+...
+$ fdshare explain fetch web/http --uid bob --path /run/fdshare.sock
+...
+$ fdshare explain fetch web/private/key --uid bob --path /run/fdshare.sock  # status 1
+...
+$ fdshare explain take web/http --uid bob --path /run/fdshare.sock  # status 1
+...
+$ sudo -u bob fdshare ls -q --path /run/fdshare.sock
+web/http
+"""
+    ),
+    Run(
+        around="import fdshare\nclient = fdshare.connect('/run/fdshare.sock')\nBLOCK",
+        says="Explained(allowed=True, rule='rule 1 (alice serves the web)')",
+    ),
+    NotRun("tests/server/core/test_policy_file.py has this message"),
+]
+
+# A program that has what the parts of docs/howto/asyncio.md use; they print nothing by themselves.
+PART: Final = """
+import asyncio
+import fdshare.aio
+
+def serve_exactly(held):
+    if "web/2" in held:
+        print(held)
+        raise SystemExit
+
+async def main():
+    async with fdshare.aio.connect() as rendezvous:
+        PART
+
+asyncio.run(main())
+"""
+
+ASYNCIO: Final = [
+    Run(
+        given="fdshare serve --detach",
+        forever=("python",),
+        then="$ ask 8080 hello\nhello\n",
+    ),
+    Run(
+        around="""
+            import asyncio
+            import fdshare.aio
+
+            BLOCK
+
+            async def main():
+                global rendezvous, name
+                name = "passed"
+                async with fdshare.aio.connect() as rendezvous:
+                    server = await asyncio.start_server(pass_on, "127.0.0.1", 8082)
+                    reader, writer = await asyncio.open_connection("127.0.0.1", 8082)
+                    writer.write(b"sixteen bytes...")
+                    with await rendezvous.take(name, timeout=20) as connection:
+                        writer.write(b"the rest")
+                        print(connection.recv(99))
+                        connection.sendall(b"from the next owner")
+                    print(await reader.read())
+                    writer.close()
+                    server.close()
+
+            asyncio.run(main())
+        """,
+        says="b'the rest'\nb'from the next owner'",
+    ),
+    Run(
+        around=PART.replace("PART", "BLOCK\n        print(sock.family.name, entry)"),
+        says="AF_INET Registered(...)",
+    ),
+    Run(
+        given="echo >watched",
+        around=PART.replace("PART", "BLOCK"),
+        forever=("python",),
+        then="""
+$ soon grep snapshot .job0
+snapshot {}
+$ fdshare register web/1 --open watched
+...
+$ soon grep web/1 .job0
+registered {'web/1': ...}
+""",
+    ),
+    Run(
+        around=PART.replace(
+            "PART",
+            """async with rendezvous.watch() as watch:
+            await rendezvous.register("web/2", open("watched"))
+            BLOCK""",
+        ),
+        says="...'web/2'...",
+    ),
+]
+
+# A part of a program with a name that is held, and a function that gets its descriptor.
+SHARED: Final = """
+import os, tempfile
+import fdshare
+
+if __name__ == "__main__":
+    with tempfile.TemporaryFile() as file:
+        file.write(b"data")
+        fdshare.connect().register("dataset", file, replace=True)
+BLOCK
+"""
+
+CLUSTER: Final = [
+    Run(
+        given="fdshare serve --detach",
+        around="""
+            import os, tempfile
+            import fdshare
+
+            with tempfile.TemporaryFile() as file:
+                file.write(b"data")
+                fdshare.connect().register("dataset", file)
+            BLOCK
+            task(reference)
+        """,
+    ),
+    Run(
+        around="""
+            import os, socket
+            import fdshare
+
+            def serve(listener):
+                return listener.getsockname()[0]
+
+            if __name__ == "__main__":
+                fdshare.connect().bind("web", "tcp://127.0.0.1:0")
+                with fdshare.ProcessPoolExecutor(1) as pool:
+                    future = \\
+                    BLOCK
+                    print(future.result())
+        """,
+        says="127.0.0.1",
+    ),
+    NotRun("tests/examples/test_async_examples.py runs the program"),
+    Run(
+        around="""
+            import tempfile
+            from types import SimpleNamespace
+            import fdshare
+
+            WorkerPlugin = SimpleNamespace if False else object
+
+            def download(source):
+                file = tempfile.TemporaryFile()
+                file.write(source)
+                return file
+
+            BLOCK
+            fdshare.connect().unregister("dataset")
+            first, second = Dataset(b"of the first"), Dataset(b"of the second")
+            for worker in (first, second):
+                worker.setup(None)
+                worker.file.seek(0)
+                print(worker.file.read())
+                worker.teardown(None)
+        """,
+        says="b'of the first'\nb'of the first'",
+    ),
+]
+
+CONTAINERS: Final = [
+    NotRun(DOCKER),
+    Run(given="groupadd -f docker", apart={"docker run": DOCKER}, needs=("root",)),
+    Run(
+        given="fdshare stop --path /run/fdshare/fdshare.sock\nfdshare serve --detach",
+        around="""
+            import tempfile
+            connection = tempfile.TemporaryFile()
+            BLOCK
+            print(sorted(passed))
+        """,
+        file="app.py",
+        command="",
+    ),
+    Run(
+        then="""
+$ fdshare run --notify web=tcp://0.0.0.0:8080 -- python app.py
+['session', 'web']
+$ fdshare ls -q
+web
+web/session
+web/session:2
+""",
+    ),
+    Run(apart={"python -m pytest": "it is this"}),
+]
+
+DEBUGGING: Final = [
+    Run(
+        given=f"""{APP}
+fdshare serve --detach
+fdshare run web=tcp://127.0.0.1:8080 -- gunicorn app:app 2>/dev/null &
+ask 8080
+""",
+        varies=(r"\d+[smh]\b", NUMBERS, r"\S*bin/python\S* \S*bin/"),
+        needs=("gunicorn",),
+    ),
+    Run(),
+    Run(
+        forever=("fdshare watch",),
+        apart={"fdshare top": "needs a terminal; tests/cli/commands/test_top.py has one"},
+    ),
+]
+
+DEPLOY: Final = [
+    Run(given=APP, needs=("gunicorn",), then=HELLO),
+    Run(
+        given="over web",
+        forever=("fdshare run",),
+        ended=(0,),
+        before={"kill": "ask 8080; pid_of_version_1=$job0"},
+        then=HELLO,
+    ),
+    Run(forever=("fdshare run",), given="over web\nfdshare serve --detach", then=HELLO),
+    Run(
+        given="""
+over web
+fdshare serve --detach
+old=$(fdshare run --notify --detach web=tcp://127.0.0.1:8080 -- gunicorn app:app)
+""",
+        then=HELLO,
+    ),
+]
+
+POOLS: Final = [
+    Run(says="27 characters"),
+    Run(says="from a worker"),
+    Run(says="127.0.0.1"),
+    Run(says="loky alone leaks 9 of 9\nheld leaks 0 of 9", needs=("loky",)),
+    Run(says="leaks 0 of 5", needs=("loky",)),
+    Run(says="abc def ghi", needs=("joblib",)),
+]
+
+PORTS: Final = [
+    Run(),
+    Run(),
+    Run(given=APP, forever=("sudo",), then="$ ask 80\nhello\n", needs=("gunicorn", "root")),
+    Run(),
+]
+
+UNITS: Final = [
+    NotRun(SYSTEMD),
+    NotRun(SYSTEMD),
+    NotRun(SYSTEMD),
+    Run(
+        given="fdshare serve --detach",
+        around="BLOCK\nprint(sorted(passed), web.getsockname())",
+        command="fdshare run web=tcp://127.0.0.1:8080 -- python program.py",
+        says="['web'] ('127.0.0.1', 8080)",
+    ),
+    Run(
+        given="mkdir -p /run/user/$UID",
+        forever=("systemd-socket-activate",),
+        then="$ fdshare ls --path /run/user/$UID/fdshare.sock\n...",
+        apart={"systemd-analyze": "tests/examples/test_contrib.py does it for each unit"},
+    ),
+]
+
+PAGES: Final[dict[str, list[Run | NotRun]]] = {
+    "README.md": README,
+    "CONTRIBUTING.md": [NotRun(INSTALLS)],
+    "docs/audit.md": AUDIT,
+    "docs/classic.md": CLASSIC,
+    "docs/compat.md": COMPAT,
+    "docs/design.md": [NotRun("a list of files")],
+    "docs/performance.md": [NotRun("takes five minutes; tests/test_benchmarks.py has it quicker")],
+    "docs/policy.md": POLICY,
+    "docs/reliability.md": [NotRun("the other suites of tests")],
+    "docs/howto/asyncio.md": ASYNCIO,
+    "docs/howto/cluster.md": CLUSTER,
+    "docs/howto/containers.md": CONTAINERS,
+    "docs/howto/debugging.md": DEBUGGING,
+    "docs/howto/deploy.md": DEPLOY,
+    "docs/howto/pools.md": POOLS,
+    "docs/howto/privileged-ports.md": PORTS,
+    "docs/howto/systemd.md": UNITS,
+}

@@ -1,0 +1,66 @@
+"""Each code block of README and docs runs as it is pasted, in the order of its page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from commandline import ROOT
+
+from pages.blocks import agree, blocks_of, commands_of
+from pages.runs import NotRun, run_block
+from pages.sandbox import Machine, needs
+from pages.table import PAGES
+
+DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
+
+
+@pytest.fixture
+def machine(folder: Path) -> Iterator[Machine]:
+    needs()
+    machine = Machine(folder)
+    yield machine
+    machine.close()
+
+
+def test_each_block_is_known() -> None:
+    blocks = {str(path.relative_to(ROOT)): len(blocks_of(path)) for path in DOCUMENTS}
+    known = {page: len(rows) for page, rows in PAGES.items()}
+    assert {page: count for page, count in blocks.items() if count} == known
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if any(not isinstance(how, NotRun) for how in PAGES[page])]
+)
+def test_a_page_is_true(page: str, machine: Machine) -> None:
+    for block, how in zip(blocks_of(ROOT / page), PAGES[page], strict=True):
+        if isinstance(how, NotRun):
+            continue
+        if missing := how.missing():
+            pytest.skip(f"{missing}: for what is from line {block.line} on")
+        try:
+            run_block(block, how, machine)
+        except AssertionError as error:
+            raise AssertionError(f"{page}:{block.line}: {error}") from None
+
+
+def test_commands_go_on_in_the_next_line() -> None:
+    first, second = commands_of("one \\\n    more  # status 3\n\n# a remark\ntwo\n")
+    assert (first.text, first.status, first.said) == ("one \\\n    more  # status 3", 3, None)
+    assert (second.text, second.status) == ("two", 0)
+
+
+def test_commands_with_their_output() -> None:
+    first, second = commands_of("$ one\nsaid\n$ two\n")
+    assert (first.text, first.said) == ("one", "said\n")
+    assert (second.text, second.said) == ("two", "")
+
+
+def test_what_agrees() -> None:
+    assert agree("a  b\n", "a b")
+    assert not agree("a b", "a c")
+    assert agree("a ...\nz", "a b\nc\nz")
+    assert not agree("pid 1", "pid 2")
+    assert agree("pid 1", "pid 2", varies=(r"\d+",))
+    assert not agree("pid x", "pid 2", varies=(r"\d+",))
