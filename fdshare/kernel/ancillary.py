@@ -68,6 +68,7 @@ __all__ = [
     "own",
     "peek",
     "peek_descriptors",
+    "read_to_descriptors",
     "receive_into",
     "receive_numbers",
     "recv_fds",
@@ -103,6 +104,7 @@ _SOCKET: Final = int(socket.SOL_SOCKET)
 _RIGHTS: Final = int(socket.SCM_RIGHTS)
 _CTRUNC: Final = int(socket.MSG_CTRUNC)
 _PEEK: Final = int(socket.MSG_PEEK)
+_DONTWAIT: Final = int(socket.MSG_DONTWAIT)
 _CLOEXEC: Final = int(getattr(socket, "MSG_CMSG_CLOEXEC", 0))  # macOS has none
 _LOOK: Final = _PEEK | _CLOEXEC
 # A reader that has gone is an error (EPIPE), also where the program has SIGPIPE end it.
@@ -300,6 +302,24 @@ def peek_descriptors(sock: socket.socket, count: int) -> list[Descriptor]:
         close_all(descriptors)
         raise TooManyDescriptors(len(descriptors), count)
     return descriptors
+
+
+def read_to_descriptors(sock: socket.socket, buffer: bytearray) -> bool:
+    """True if all was read that is unread in a UNIX socket, False where descriptors come next.
+
+    The bytes are lost. Nothing is waited for, and no number is used: a peek without a control
+    buffer says that there are descriptors (MSG_CTRUNC), and leaves them. Raises: OSError.
+    """
+    while True:
+        try:
+            count, _, flags, _ = sock.recvmsg_into((buffer,), 0, _PEEK | _DONTWAIT)
+        except (BlockingIOError, ConnectionResetError):  # reported when there is nothing to read
+            return True
+        if flags & _CTRUNC:
+            return False
+        if not count:
+            return True
+        sock.recv_into(buffer, count)
 
 
 def own(control: Control) -> list[Descriptor]:

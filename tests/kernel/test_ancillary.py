@@ -47,6 +47,7 @@ from fdshare.kernel.ancillary import (
     numbers_in,
     own,
     peek_descriptors,
+    read_to_descriptors,
     receive,
     receive_into,
     receive_numbers,
@@ -341,6 +342,31 @@ def test_credentials_are_seen_even_when_the_sender_gave_none(pair: Pair) -> None
     enable_credentials(pair[1], False)
     pair[0].sendall(b"x")
     assert recv_fds(pair[1], 1, 0).credentials is None
+
+
+def test_reading_stops_before_descriptors() -> None:
+    """Also where they are behind more than one buffer has room for, and no number is needed."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        buffer = bytearray(1000)
+        assert read_to_descriptors(ours, buffer)
+        theirs.sendall(bytes(2500))
+        assert read_to_descriptors(ours, buffer)
+        with pytest.raises(BlockingIOError):
+            ours.recv(1, socket.MSG_DONTWAIT)
+        theirs.sendall(bytes(2500))
+        send_message(theirs, (b"with",), [0, 1])
+        theirs.sendall(b"after")
+        before = census()
+        assert not read_to_descriptors(ours, buffer)
+        assert not read_to_descriptors(ours, buffer)
+        assert census() == before
+        descriptors: list[Descriptor] = []
+        while not descriptors:
+            _, descriptors, lost = receive_into(ours, buffer)
+            assert lost is None
+        assert len(descriptors) == 2
+        close_all(descriptors)
 
 
 def test_peek_leaves_the_message(pair: Pair) -> None:

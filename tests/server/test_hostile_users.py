@@ -236,6 +236,36 @@ def test_a_file_system_that_hangs(root: Client, kept: bool) -> None:
     census.check()
 
 
+@needs_fuse
+@pytest.mark.parametrize("count", [0, 3])
+def test_who_connects_again_while_a_close_hangs(root: Client, count: int) -> None:
+    """More connections than the server has numbers, each closed with something unread in it: of
+    a client that tries again and again, or with descriptors. They wait for the user's closes."""
+    census = Census(root)
+    files = HangingFileSystem(HOSTILE)
+
+    def attack(say: Say) -> object:
+        file = files.open()
+        wire = Wire(root.address, "hostile")
+        files.hang(FLUSH)
+        wire.refused(2, m.Register("not mine", KIND), [file])
+        hello = m.encode(m.Hello(m.MAGIC, m.VERSION, ""))
+        for _ in range(1500):
+            with connect(root.address, timeout=10) as sock, suppress(OSError):
+                send_message(sock, (header(len(hello), count, 0) + hello,), [0] * count)
+                sock.sendall(bytes(100))
+        say("connected")
+        return wire, file
+
+    with AsUser(HOSTILE, attack, file_system=files) as hostile:
+        assert hostile.hear(60) == "connected"
+        check(root)
+        most = root.stats().limits["max_unsettled_per_uid"]
+        wait_until(lambda: census.excess()[0] <= census.before[0] + most + 20)
+        assert "hangs" in root.stats().notes[f"uid {HOSTILE}"]
+    census.check()
+
+
 @pytest.fixture
 def hanging(root: Client) -> Iterator[HangingFileSystem]:
     """A hostile user's file system that answers no close(2) any more; `root`'s server holds a file

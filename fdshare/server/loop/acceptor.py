@@ -111,7 +111,7 @@ class Acceptor:
                 self._admit(sock, who, now)
             except OSError as error:  # the client has gone already, or there is no room for it
                 log.info("a connection was lost while it was accepted: %s", error)
-                self._output.hang_up(sock, uid)
+                self._output.disconnector.disconnect(sock, uid)
 
     def _pause(self, now: float) -> None:
         """Stops accepting for a moment, and closes an idle connection, if there is one."""
@@ -137,7 +137,7 @@ class Acceptor:
         if refusal is not None:
             self._output.service.refused(session, None, refusal)
             self._turn_away(sock, refusal)
-            self._output.hang_up(sock, who.uid)
+            self._output.disconnector.disconnect(sock, who.uid)
             return
         connection = session.route = Connection(sock, session, now)
         self.accepted += 1

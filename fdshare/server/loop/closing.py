@@ -42,7 +42,6 @@ __all__ = [
     "close_in_order",
     "close_quietly",
     "close_within",
-    "is_drained",
     "receive_handles",
 ]
 
@@ -344,7 +343,7 @@ def _closes_quickly(fd: int) -> bool:
         if on and seconds:
             return False
         if sock.family == socket.AF_UNIX:
-            return is_drained(sock)
+            return _is_drained(sock)
         return sock.family in (socket.AF_INET, socket.AF_INET6)
     except OSError:
         return False
@@ -352,7 +351,7 @@ def _closes_quickly(fd: int) -> bool:
         sock.detach()
 
 
-def is_drained(sock: socket.socket) -> bool:
+def _is_drained(sock: socket.socket) -> bool:
     """True if nothing is unread in a UNIX socket; False of a listener, whose connections may have
     something. Raises: OSError."""
     unread = array.array("i", [0])

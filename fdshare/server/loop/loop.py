@@ -144,6 +144,7 @@ class Loop(Input):
         self.poller.close()
         for connection in self.connections:
             connection.sock.detach()
+        self.disconnector.abandon()
         self._wake.detach()
         self._waker.detach()
 
@@ -157,6 +158,7 @@ class Loop(Input):
         return found
 
     def close(self) -> None:
+        self.disconnector.close()
         close_quietly(self.poller, self._wake, self._waker)
 
     def _wake_up(self) -> None:

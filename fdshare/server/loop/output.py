@@ -9,7 +9,6 @@ missing.
 from __future__ import annotations
 
 import logging
-import socket
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
@@ -24,8 +23,9 @@ from fdshare.server.core.ports import Session
 from fdshare.server.core.service import Service
 from fdshare.server.core.users import User
 from fdshare.server.loop.buffers import Buffers
-from fdshare.server.loop.closing import Closer, Handle, close_quietly, is_drained
+from fdshare.server.loop.closing import Closer, Handle
 from fdshare.server.loop.connection import NO_MEMORY, Connection
+from fdshare.server.loop.disconnecting import Disconnector
 from fdshare.server.loop.idle import Idle
 from fdshare.server.loop.in_flight import InFlight
 from fdshare.server.loop.intake import Intake
@@ -55,6 +55,7 @@ class Output:
         self.closer = closer
         self.intake = Intake(service.table, service.limits, nofile, closer)
         self.poller = Poller()
+        self.disconnector = Disconnector(closer, self.poller, nofile // 4)
         self.connections: dict[Connection, None] = {}
         self.users: dict[int, User] = {}  # those who have connections
         self.idle: dict[User, Idle] = {}
@@ -90,7 +91,7 @@ class Output:
         self._stalled.pop(connection, None)
         self._postponed.pop(connection, None)
         self.poller.unregister(connection.fileno())
-        self.hang_up(connection.sock, connection.session.user.uid)
+        self.disconnector.disconnect(connection.sock, connection.session.user.uid)
         self.in_flight.forget(connection)
         self.intake.forget(connection)
         self.buffers.forget(connection)
@@ -111,19 +112,6 @@ class Output:
         user.connections -= 1
         if not user.connections:
             del self.users[user.uid], self.idle[user]
-
-    def hang_up(self, sock: socket.socket, uid: int) -> None:
-        """Closes *sock*, of *uid*; in that one's lane if it has unread bytes, for with them may be
-        a descriptor whose close blocks."""
-        try:
-            sock.shutdown(socket.SHUT_RD)  # after this nothing more arrives
-            drained = is_drained(sock)
-        except OSError:  # the peer is gone; something may be unread
-            drained = False
-        if drained:
-            close_quietly(sock)
-        else:
-            self.closer.close((Handle(sock.detach(), uid),))
 
     # Sending.
 
