@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Generator, Iterable, Mapping
-from typing import Any, TypeAlias, TypeVar, get_args
+from typing import Any, Final, TypeAlias, TypeVar, get_args
 
 from fdshare.client.conversation import Exchange, LeaseEnd, WholeAnswer, check_seconds
+from fdshare.client.reachable import why_unreachable
 from fdshare.errors import (
+    AccessDenied,
+    EndpointError,
     InvalidArgument,
     KindMismatch,
     NameNotFound,
@@ -22,11 +25,14 @@ from fdshare.kernel.ancillary import close_all
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.kinds import describe, discard, rebuild
 from fdshare.protocol import messages as m
+from fdshare.protocol.bind_address import parse_address
 from fdshare.protocol.names import MAX_ENTRY_DESCRIPTORS, MAX_NAMES, literal
 
 T = TypeVar("T")
 R = TypeVar("R", bound=m.Reply)
 Steps: TypeAlias = Generator[Exchange | LeaseEnd, WholeAnswer, T]
+
+_BINDS: Final = 5  # of one call: others may replace the entry, or remove its path, meanwhile
 
 
 def register(
@@ -239,8 +245,32 @@ def rename(old: str, new: str) -> Steps[m.Registered]:
 
 
 def bind(name: str, address: str, backlog: int, reuse_port: bool) -> Steps[socket.socket]:
-    parts = yield Exchange(m.Bind(name, address, backlog, reuse_port))
-    kind, descriptors = _answer(parts, m.Given).kind, parts.descriptors
+    replaces, wrong = None, ""
+    for _ in range(_BINDS):
+        try:
+            parts = yield Exchange(m.Bind(name, address, backlog, reuse_port, replaces))
+        except AccessDenied:
+            if replaces is None:
+                raise
+            break  # may use what is held, and not bind it anew
+        given = _answer(parts, m.Given)
+        bound = _bound_socket(name, given.kind, parts.descriptors)
+        try:
+            wrong, is_gone = why_unreachable(bound.fileno(), parse_address(address))
+            if not wrong:
+                return bound
+        except BaseException:
+            bound.close()
+            raise
+        bound.close()
+        if not is_gone:
+            break
+        replaces = given.generation
+    raise EndpointError(address, f"{name!r} is held, but {wrong}; unregister it, and bind again")
+
+
+def _bound_socket(name: str, kind: m.Kind, descriptors: list[Descriptor]) -> socket.socket:
+    """What `bind` was given. The caller owns the result. Raises: KindMismatch."""
     if kind.tag == "socket":
         bound: socket.socket = rebuild(kind, descriptors)
         return bound

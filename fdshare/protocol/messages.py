@@ -248,11 +248,15 @@ class Rename(Request):
 
 
 class Bind(_NameRequest):
-    """Answered as a Fetch. *address*: tcp://HOST:PORT, udp://HOST:PORT or unix:///PATH."""
+    """Answered as a Fetch. *address*: tcp://HOST:PORT, udp://HOST:PORT or unix:///PATH.
+
+    With *replaces*, a new socket takes the place of an entry that still has that generation.
+    """
 
     address: Text
     backlog: int = 4096
     reuse_port: bool = False
+    replaces: int | None = None
 
     def check(self) -> None:
         check_name(self.name)

@@ -23,6 +23,7 @@ from fdshare.client.blocking.watch import Watcher
 from fdshare.errors import (
     AuthenticationFailed,
     ClosedDescriptor,
+    EndpointError,
     FetchTimeout,
     GenerationMismatch,
     InvalidArgument,
@@ -390,6 +391,40 @@ def test_bind_returns_a_socket_or_refuses(run: Runner, sock: socket.socket, null
             await client.register("file", file)
         with pytest.raises(KindMismatch, match="registered as a file"):
             await client.bind("file", "tcp://127.0.0.1:0")
+
+    run(body)
+
+
+def test_bind_binds_a_path_that_is_gone_anew(run: Runner, folder: Path) -> None:
+    async def body(client: Any) -> None:
+        path = folder / "bound"
+        address = f"unix://{path}"
+        (await client.bind("app", address)).close()
+        first = await client.info("app")
+        path.unlink()
+        with await client.bind("app", address) as found:
+            with socket.socket(socket.AF_UNIX) as near:
+                near.connect(str(path))
+                found.accept()[0].close()
+            second = await client.info("app")
+            assert second.generation > first.generation
+            with await client.bind("app", address) as again:
+                assert same(found, again)
+        assert (await client.info("app")).generation == second.generation
+
+    run(body)
+
+
+def test_bind_refuses_what_nobody_can_connect_to(run: Runner, folder: Path) -> None:
+    async def body(client: Any) -> None:
+        path = folder / "bound"
+        for name, address in (("web", "tcp://127.0.0.1:0"), ("app", f"unix://{path}")):
+            with await client.bind(name, address) as sock:
+                sock.shutdown(socket.SHUT_RDWR)
+            with pytest.raises(EndpointError, match="unregister it, and bind again"):
+                await client.bind(name, address)
+            await client.unregister(name)
+            (await client.bind(name, address)).close()
 
     run(body)
 

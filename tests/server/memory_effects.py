@@ -168,7 +168,7 @@ class MemoryEffects:
         raise NotImplementedError
 
     def bind(self, address: str, backlog: int, reuse_port: bool) -> tuple[m.Kind, int]:
-        raise NotImplementedError
+        return KIND, self.new_handles(1)[0]
 
     def stats(self) -> m.ServerStats:
         raise NotImplementedError

@@ -8,17 +8,15 @@ connection is refused; who has the old one keeps it.
 from __future__ import annotations
 
 import os
-import secrets
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 
 import click
 
 from fdshare.client.conversation import Exchange
-from fdshare.errors import AccessDenied, GenerationMismatch, NameNotFound
+from fdshare.client.reachable import is_at
+from fdshare.errors import AccessDenied, GenerationMismatch
 from fdshare.kernel.ancillary import close_all
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.printable import printable
@@ -28,8 +26,6 @@ from fdshare.server.loop.binding import bind_address
 from fdshare.server.loop.inspect import describe_descriptor
 
 if TYPE_CHECKING:
-    import socket
-
     from fdshare.client.blocking.client import Client
     from fdshare.client.verbs import Steps
 
@@ -61,11 +57,21 @@ def held_socket(client: Client, wanted: WantedAddress) -> Descriptor:
     Raises: Difference; and as Client.bind.
     """
     address = parse_address(wanted.address)
+    replaces: int | None = None
     for _ in range(_ATTEMPTS):
-        given, descriptors = client._do(_bind(wanted.name, wanted))
+        try:
+            given, descriptors = client._do(_bind(wanted, replaces))
+        except AccessDenied:
+            if replaces is None:
+                raise
+            # The server may not bind it for this user.
+            given, descriptors = _bound_here(client, wanted, replaces)
         try:
             difference, gone = _difference(address, descriptors, given.kind.tag)
             if not difference or (wanted.mismatch == "keep" and len(descriptors) == 1):
+                if replaces is not None:
+                    said = printable(f"{wanted.name} is bound anew, at {address}")
+                    print(f"fdshare: {said}", file=sys.stderr, flush=True)
                 return descriptors.pop(0)
         finally:
             close_all(descriptors)
@@ -76,11 +82,8 @@ def held_socket(client: Client, wanted: WantedAddress) -> Descriptor:
             )
         if difference == _wrong_mode(address):
             os.chmod(address.path, address.mode or 0)
-            continue
-        try:
-            return _rebound(client, wanted, address, given.generation)
-        except GenerationMismatch:
-            continue
+        else:
+            replaces = given.generation
     raise Difference(f"{wanted.name} is replaced again and again by somebody else")
 
 
@@ -103,7 +106,7 @@ def _difference(address: BindAddress, descriptors: list[Descriptor], tag: str) -
         return f"it is a socket {found.family}/{found.socket_type}, not {address}", False
     if kind == "stream" and not found.listening:
         return "it does not listen: it is a connection, or somebody has shut it down", False
-    if not _is_at(address, found.local):
+    if not is_at(address, found.local):
         return f"it is at {found.local or 'no address'}, not at {address}", False
     if "nobody can connect" in found.health:
         return found.health, found.health.startswith("nothing is at")
@@ -115,20 +118,6 @@ def _sort_of(address: BindAddress) -> tuple[str, str]:
     if address.scheme == "unix":
         return "unix", "stream"
     return "inet6" if address.is_ipv6 else "inet", "stream" if address.scheme == "tcp" else "dgram"
-
-
-def _is_at(address: BindAddress, local: str) -> bool:
-    if address.scheme == "unix":
-        # A long path is bound through a descriptor of its folder.
-        is_long = local.startswith("/proc/self/fd/")
-        return local == address.path or (
-            is_long and os.path.basename(local) == os.path.basename(address.path)
-        )
-    host, _, port = local.rpartition(":")
-    wanted = f"[{address.host}]" if address.is_ipv6 else address.host
-    if host.partition("%")[0].rstrip("]") != wanted.partition("%")[0].rstrip("]"):
-        return False
-    return address.port in (0, int(port))
 
 
 def _wrong_mode(address: BindAddress) -> str:
@@ -145,48 +134,25 @@ def _wrong_mode(address: BindAddress) -> str:
 # To replace it.
 
 
-def _rebound(
-    client: Client, wanted: WantedAddress, address: BindAddress, generation: int
-) -> Descriptor:
-    """A new socket, registered in place of *generation*. Raises: GenerationMismatch, and as bind.
-
-    The caller owns the result.
-    """
-    with _new_socket(client, wanted) as sock:
-        client.register(wanted.name, sock, if_generation=generation)
-        said = printable(f"{wanted.name} is bound anew, at {address}")
-        print(f"fdshare: {said}", file=sys.stderr, flush=True)
-        return Descriptor.dup_of(sock)
-
-
-@contextmanager
-def _new_socket(client: Client, wanted: WantedAddress) -> Iterator[socket.socket]:
-    """A socket that the server has bound, or this process where the server may not for this user:
-    its rights, and the owner of a socket's file, are those of the first bind."""
-    temporary = f"{wanted.name[:200]}.rebind-{secrets.token_hex(4)}"
-    try:
-        sock = client.bind(
-            temporary, wanted.address, backlog=wanted.backlog, reuse_port=wanted.reuse_port
-        )
-    except AccessDenied:
-        with bind_address(
-            wanted.address, backlog=wanted.backlog, reuse_port=wanted.reuse_port
-        ) as sock:
-            yield sock
-        return
-    try:
-        with sock:
-            yield sock
-    finally:
+def _bound_here(
+    client: Client, wanted: WantedAddress, replaces: int
+) -> tuple[m.Given, list[Descriptor]]:
+    """What is held after this process has bound the address, and replaced the entry if it still had
+    that generation. Raises: as bind_address and Client.register."""
+    with bind_address(wanted.address, backlog=wanted.backlog, reuse_port=wanted.reuse_port) as sock:
         try:
-            client.unregister(temporary)
-        except NameNotFound:
+            client.register(wanted.name, sock, if_generation=replaces)
+        except GenerationMismatch:
             pass
+    return client._do(_bind(wanted))
 
 
-def _bind(name: str, wanted: WantedAddress) -> Steps[tuple[m.Given, list[Descriptor]]]:
+def _bind(
+    wanted: WantedAddress, replaces: int | None = None
+) -> Steps[tuple[m.Given, list[Descriptor]]]:
     """What is held, whatever it is; `Client.bind` refuses what is no socket."""
-    asked = m.Bind(name, wanted.address, wanted.backlog, wanted.reuse_port)
-    parts = yield Exchange(asked)
+    parts = yield Exchange(
+        m.Bind(wanted.name, wanted.address, wanted.backlog, wanted.reuse_port, replaces)
+    )
     given: m.Given = parts.replies[0]
     return given, parts.descriptors

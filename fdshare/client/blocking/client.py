@@ -172,8 +172,9 @@ class Client(BaseClient):
         """The socket under *name*; if there is none, the server binds *address* and registers it.
 
         *address*: tcp://HOST:PORT, udp://HOST:PORT, unix:///PATH. Two callers at once get the same
-        socket. The caller owns the result. Raises: AddressInUse, InvalidArgument, AccessDenied;
-        KindMismatch: what is registered under *name* is not a socket.
+        socket. One whose path is gone is bound anew. The caller owns the result. Raises:
+        AddressInUse, InvalidArgument, AccessDenied; KindMismatch: what is registered under *name*
+        is not a socket; EndpointError: nobody can connect to it.
         """
         return self._do(verbs.bind(name, address, backlog, reuse_port))
 

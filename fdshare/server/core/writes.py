@@ -168,20 +168,23 @@ class Writes(Waiters):
     ) -> bool:
         self._permit("fetch", request.name, session)
         entry = self._present(request.name, now)
-        if entry is None:
-            entry = self._bind_new(session, request, now)
+        if entry is None or entry.generation == request.replaces:
+            entry = self._bind_new(session, request, entry, now)
         self._give(session, id, entry)
         return False
 
-    def _bind_new(self, session: Session, request: m.Bind, now: float) -> Entry:
+    def _bind_new(
+        self, session: Session, request: m.Bind, former: Entry | None, now: float
+    ) -> Entry:
         self._permit("bind", request.address, session)
         self._permit("register", request.name, session)
-        clash = self.table.entries.get(request.name)
-        if clash is not None:  # it is leased
+        if former is not None:
+            self._permit_removal("register", former, session)
+        elif clash := self.table.entries.get(request.name):  # it is leased
             raise NameTaken(request.name, clash.generation)
         if self.table.leases:
             self._settle_if_crowded(session, 1, now)
-        self._check_quota(session, 1, None)
+        self._check_quota(session, 1, former)
         kind, handle = self.effects.bind(request.address, request.backlog, request.reuse_port)
         generation = self.table.generation + 1
         put = Put(request.name, generation, kind, 1, self._registrant(session), now)

@@ -10,7 +10,7 @@ from fdshare.errors import (
     NameNotFound,
 )
 from fdshare.protocol import messages as m
-from fdshare.server.core.ports import LeaseState
+from fdshare.server.core.ports import LeaseState, Session
 from fdshare.server.core.table import ANSWERS_KEPT
 from server.memory_effects import Everybody, MemoryEffects, register
 
@@ -31,6 +31,24 @@ def test_only_the_registrant_replaces_and_removes(effects: MemoryEffects) -> Non
     register(effects, root, replace=True)
     with pytest.raises(AccessDenied):
         register(effects, mine, replace=True)
+
+
+def test_a_bind_replaces_one_generation_of_its_registrant(effects: MemoryEffects) -> None:
+    effects.service.policy = Everybody(1)
+    mine, theirs = effects.session(2), effects.session(3)
+    first = register(effects, mine)
+
+    def bind(session: Session, replaces: int | None) -> int:
+        asked = m.Bind("x", "tcp://127.0.0.1:0", replaces=replaces)
+        effects.service.handle(session, 1, asked, [], 0.0)
+        return effects.table.entries["x"].generation
+
+    assert bind(mine, None) == first.generation
+    assert bind(mine, first.generation + 1) == first.generation
+    with pytest.raises(AccessDenied):
+        bind(theirs, first.generation)
+    assert bind(mine, first.generation) > first.generation
+    assert len(effects.open) == 1
 
 
 def test_a_repeat_is_answered_from_memory(effects: MemoryEffects) -> None:

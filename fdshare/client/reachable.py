@@ -1,0 +1,45 @@
+"""Whether a client reaches the socket that `bind` found under its name."""
+
+from __future__ import annotations
+
+import os
+
+from fdshare.protocol.bind_address import BindAddress
+
+__all__ = ["is_at", "why_unreachable"]
+
+
+def why_unreachable(fd: int, address: BindAddress) -> tuple[str, bool]:
+    """(why nobody can connect to a socket; whether only its path is gone); empty where nothing is
+    known to be wrong with it.
+
+    A path is looked up if it is that of *address*, which the caller has chosen: another may be on a
+    file system that never answers. *fd* is borrowed for the call.
+    """
+    from fdshare.server.loop.inspect import describe_descriptor
+
+    found = describe_descriptor(fd, look_up_path=False)
+    if found.type != "socket" or found.socket_type != "stream" or found.peer:
+        return "", False
+    if not found.listening:
+        # One that was never bound may be what somebody has registered.
+        return ("it does not listen, or somebody has shut it down" if found.local else ""), False
+    if address.scheme == "unix" and is_at(address, found.local):
+        found = describe_descriptor(fd)
+    wrong = found.health if "nobody can connect" in found.health else ""
+    return wrong, wrong.startswith("nothing is at")
+
+
+def is_at(address: BindAddress, local: str) -> bool:
+    """Whether a socket that the kernel says is bound to *local* is at *address*."""
+    if address.scheme == "unix":
+        # A long path is bound through a descriptor of its folder.
+        is_long = local.startswith("/proc/self/fd/")
+        return local == address.path or (
+            is_long and os.path.basename(local) == os.path.basename(address.path)
+        )
+    host, _, port = local.rpartition(":")
+    wanted = f"[{address.host}]" if address.is_ipv6 else address.host
+    if host.partition("%")[0].rstrip("]") != wanted.partition("%")[0].rstrip("]"):
+        return False
+    return address.port in (0, int(port))
