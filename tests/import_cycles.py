@@ -32,8 +32,9 @@ def imports_by_name() -> dict[str, set[str]]:
 
 
 # These import no module of fdshare that they depend on by its name: they import other packages, or
-# look up a class whose name is in a pickle or a kind.
+# look up a class whose name is in a pickle or a kind, or read a file that comes with them.
 OTHERS = {
+    "fdshare.cli.commands.systemd_units",
     "fdshare.kinds.connections",
     "fdshare.mp.family",
     "fdshare.mp.pickling.install",

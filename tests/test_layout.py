@@ -45,6 +45,7 @@ ACROSS = {
     "test_class_names.py": "that one word is one class, in all modules",
     "test_documents.py": "what the documents name",
     "test_layout.py": "this",
+    "test_odd_places.py": "no /proc, no docstrings, a zip file, and the like",
     "test_public.py": "the public surface, of all modules",
 }
 

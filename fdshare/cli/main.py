@@ -119,18 +119,18 @@ class Commands(click.Group):
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 88},
     epilog="The server is at --path, $FDSHARE_PATH, $XDG_RUNTIME_DIR/fdshare.sock, or "
     "/run/fdshare.sock for root. fdshare COMMAND --help has an example of each.",
-)
-@click.version_option(__version__, prog_name="fdshare")
-@click.option("--path", metavar="PATH", help="The path of the server; for every command.")
-@click.pass_context
-def commands(context: click.Context, path: str | None) -> None:
-    """Share open descriptors between processes: a server holds a socket, a file or a block of
+    help="""Share open descriptors between processes: a server holds a socket, a file or a block of
     memory under a name, and gives it to every process that may have it.
 
     \b
     Example, a port that stays open across deploys:
       fdshare deploy web=tcp://127.0.0.1:8080 -- gunicorn app:app
-    """
+    """,
+)
+@click.version_option(__version__, prog_name="fdshare")
+@click.option("--path", metavar="PATH", help="The path of the server; for every command.")
+@click.pass_context
+def commands(context: click.Context, path: str | None) -> None:
     if path is not None:
         os.environ["FDSHARE_PATH"] = path
     if context.invoked_subcommand is None:

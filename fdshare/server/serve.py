@@ -12,7 +12,7 @@ import socket
 import time
 from collections.abc import Callable
 
-from fdshare.errors import PolicyError
+from fdshare.errors import PolicyError, UnsupportedPlatform
 from fdshare.kernel.descriptor_limit import raise_descriptor_limit
 from fdshare.kernel.endpoint import Listener, listen
 from fdshare.server.core.table import Table
@@ -47,8 +47,14 @@ def serve(
     `settings.path`. *control* is borrowed. With a keeper, *fdstore* keeps the table in the service
     manager's store, and *table* is what was restored from it: then a faulty policy is no reason not
     to start.
-    Raises: AddressInUse, EndpointError, PolicyError, InvalidArgument.
+    Raises: AddressInUse, EndpointError, PolicyError, InvalidArgument; UnsupportedPlatform: there is
+    no /proc for a keeper.
     """
+    if settings.keeper and not os.path.exists("/proc/self/fdinfo"):
+        # What lists its descriptors for a process that is to have few, and names a pidfd's process.
+        raise UnsupportedPlatform(
+            "a keeper", "no /proc: mount it, or ask for a server alone (--no-keeper, keeper=False)"
+        )
     import_all()
     limits = Limits.for_rlimit(raise_descriptor_limit(), **settings.limits)
     if fdstore is not None:

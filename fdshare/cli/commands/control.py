@@ -21,17 +21,19 @@ if TYPE_CHECKING:
 __all__ = ["explain", "ping", "reload", "stats", "stop", "upgrade"]
 
 
-@click.command(short_help="Show the state of the server.")
-@json_option
-@click.option("--prometheus", is_flag=True, help="Print Prometheus text.")
-@for_server
-def stats(client: Client, as_json: bool, prometheus: bool) -> None:
-    """Show the state of the server: processes, counts, limits.
+@click.command(
+    short_help="Show the state of the server.",
+    help="""Show the state of the server: processes, counts, limits.
 
     \b
     Example:
       fdshare stats --json | jq .redundant
-    """
+    """,
+)
+@json_option
+@click.option("--prometheus", is_flag=True, help="Print Prometheus text.")
+@for_server
+def stats(client: Client, as_json: bool, prometheus: bool) -> None:
     found = client.stats()
     if as_json:
         print_json(found)
@@ -67,15 +69,17 @@ def _store(store: StoreStats) -> str:
     return f"{store.descriptors} descriptors of {limit}{missing}"
 
 
-@click.command(short_help="Check that the server answers.")
-@for_server
-def ping(client: Client) -> None:
-    """Check that the server answers; status 69 if there is none.
+@click.command(
+    short_help="Check that the server answers.",
+    help="""Check that the server answers; status 69 if there is none.
 
     \b
     Example:
       fdshare ping && fdshare ls
-    """
+    """,
+)
+@for_server
+def ping(client: Client) -> None:
     start = time.perf_counter()
     client.ping()
     milliseconds = (time.perf_counter() - start) * 1e3
@@ -90,7 +94,19 @@ def _complete_verb(
     return [CompletionItem(verb) for verb in VERBS if verb.startswith(incomplete)]
 
 
-@click.command(short_help="Show what the policy allows a user, and by which rule.")
+@click.command(
+    short_help="Show what the policy allows a user, and by which rule.",
+    help="""Show whether the policy allows VERB to a user, and the rule that decides. Status 1 if
+    not.
+
+    VERB is one of register, fetch, take, unregister, bind, list, info, watch, stats, ping, explain,
+    reload, upgrade, shutdown.
+
+    \b
+    Example:
+      fdshare explain fetch web --uid www-data
+    """,
+)
 @click.argument("verb", shell_complete=_complete_verb)
 @name_argument(default="")
 @click.option(
@@ -107,15 +123,6 @@ def _complete_verb(
 def explain(
     client: Client, verb: str, name: str, user: str | None, gid: int | None, as_json: bool
 ) -> int:
-    """Show whether the policy allows VERB to a user, and the rule that decides. Status 1 if not.
-
-    VERB is one of register, fetch, take, unregister, bind, list, info, watch, stats, ping, explain,
-    reload, upgrade, shutdown.
-
-    \b
-    Example:
-      fdshare explain fetch web --uid www-data
-    """
     uid = os.geteuid() if user is None else uid_of(user)
     main, groups = _groups_of(uid)
     found = client.explain(verb, name, uid, main if gid is None else gid, groups)
@@ -141,17 +148,19 @@ def _groups_of(uid: int) -> tuple[int, list[int]]:
     return entry.pw_gid, os.getgrouplist(entry.pw_name, entry.pw_gid)
 
 
-@click.command(short_help="Make the server read its policy file again.")
-@for_server
-def reload(client: Client) -> None:
-    """Make the server read its policy file again. If the new one is wrong, the old one stays.
+@click.command(
+    short_help="Make the server read its policy file again.",
+    help="""Make the server read its policy file again. If the new one is wrong, the old one stays.
 
     Users and groups that the file names and nobody knows are told.
 
     \b
     Example:
       $EDITOR /etc/fdshare.toml && fdshare reload
-    """
+    """,
+)
+@for_server
+def reload(client: Client) -> None:
     client.reload()
     try:
         warning = client.stats().notes.get("policy")
@@ -161,31 +170,34 @@ def reload(client: Client) -> None:
         print(f"fdshare: {printable(warning)}", file=sys.stderr)
 
 
-@click.command(short_help="Make the server run the code that is installed now.")
-@for_server
-def upgrade(client: Client) -> None:
-    """Make the server run the code that is installed now, with all that it holds.
+@click.command(
+    short_help="Make the server run the code that is installed now.",
+    help="""Make the server run the code that is installed now, with all that it holds.
 
     The new code is tried first. If it fails, the old code goes on, and this command says why.
 
     \b
     Example:
       pip install --upgrade fdshare && fdshare upgrade
-    """
+    """,
+)
+@for_server
+def upgrade(client: Client) -> None:
     client.upgrade()
 
 
-@click.command()
-@for_server
-def stop(client: Client) -> None:
-    """End the server, which closes all that it holds.
+@click.command(
+    help="""End the server, which closes all that it holds.
 
     What a service manager holds for it (serve --fdstore) stays there, for the next start.
 
     \b
     Example:
       fdshare stop
-    """
+    """,
+)
+@for_server
+def stop(client: Client) -> None:
     try:
         store = client.stats().store
     except PermissionError:

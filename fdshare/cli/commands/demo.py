@@ -9,14 +9,16 @@ import click
 __all__ = ["demo"]
 
 
-@click.command(short_help="Show what fdshare does, with real processes.")
-def demo() -> int:
-    """Show what fdshare does, in half a minute, with real processes. Changes nothing.
+@click.command(
+    short_help="Show what fdshare does, with real processes.",
+    help="""Show what fdshare does, in half a minute, with real processes. Changes nothing.
 
     \b
     Example:
       fdshare demo
-    """
+    """,
+)
+def demo() -> int:
     from fdshare.cli.support.demonstration import run
 
     status: int = run(sys.stdout)

@@ -52,6 +52,19 @@ _FIRST_WORDS: Final = 4  # of a command: among them is the program
     short_help="Replace a running program by its next version.",
     cls=WithCommand,
     context_settings={"allow_interspersed_args": False},
+    help="""Start CMD beside the version that runs, wait until it is ready, then stop the old one.
+
+    If it does not get ready, or this command is interrupted or killed before, CMD is ended and the
+    old version goes on; the status is not 0 then. CMD is ready when it says READY=1, or as --health
+    or --check tell. The descriptors are as those of `fdshare run`; a server is started if there is
+    none.
+
+    \b
+    Examples:
+      fdshare deploy web=tcp://127.0.0.1:8080 -- gunicorn app:app
+      fdshare deploy --health /healthz web -- uvicorn --fd {web} app:app
+      fdshare deploy --rollback web
+    """,
 )
 @for_server
 @click.option("--health", metavar="TARGET", help="Ready when it answers: tcp, /PATH, http://...")
@@ -93,19 +106,6 @@ _FIRST_WORDS: Final = 4  # of a command: among them is the program
 @json_option
 @name_argument("words", nargs=-1, metavar="NAME[=ADDRESS]... -- CMD...")
 def deploy(client: Client, words: Sequence[str], **options: Any) -> int:
-    """Start CMD beside the version that runs, wait until it is ready, then stop the old one.
-
-    If it does not get ready, or this command is interrupted or killed before, CMD is ended and the
-    old version goes on; the status is not 0 then. CMD is ready when it says READY=1, or as --health
-    or --check tell. The descriptors are as those of `fdshare run`; a server is started if there is
-    none.
-
-    \b
-    Examples:
-      fdshare deploy web=tcp://127.0.0.1:8080 -- gunicorn app:app
-      fdshare deploy --health /healthz web -- uvicorn --fd {web} app:app
-      fdshare deploy --rollback web
-    """
     from fdshare.cli.support.detached import NotReady
 
     progress = Progress(quiet=options["as_json"])
@@ -340,18 +340,20 @@ _COLUMNS: Final = (
 )
 
 
-@click.command(short_help="List the versions of deployed programs.")
-@json_option
-@for_server
-def deployments(client: Client, as_json: bool) -> None:
-    """List what `fdshare deploy` has started: the version that serves, and the one before it.
+@click.command(
+    short_help="List the versions of deployed programs.",
+    help="""List what `fdshare deploy` has started: the version that serves, and the one before it.
 
     WAITING is how many connections nobody has accepted yet.
 
     \b
     Example:
       fdshare deployments
-    """
+    """,
+)
+@json_option
+@for_server
+def deployments(client: Client, as_json: bool) -> None:
     found = list(_deployments(client))
     if as_json:
         print_json(found)

@@ -38,17 +38,19 @@ class Finding(NamedTuple):
     advice: str = ""
 
 
-@click.command(short_help="Find problems, and say what to do about them.")
-@click.option("--path", metavar="PATH", help="The path of the server. [env: FDSHARE_PATH]")
-@json_option
-def doctor(path: str | None, as_json: bool) -> int:
-    """Check path, permissions, socket, server, limits and kernel; status 1 if something must be
-    fixed.
+@click.command(
+    short_help="Find problems, and say what to do about them.",
+    help="""Check path, permissions, socket, server, limits and kernel; status 1 if something
+    must be fixed.
 
     \b
     Example:
       fdshare doctor
-    """
+    """,
+)
+@click.option("--path", metavar="PATH", help="The path of the server. [env: FDSHARE_PATH]")
+@json_option
+def doctor(path: str | None, as_json: bool) -> int:
     findings = list(_examine(path))
     if as_json:
         print_json([finding._asdict() for finding in findings])

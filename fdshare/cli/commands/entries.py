@@ -26,7 +26,18 @@ __all__ = ["fetch", "mv", "register", "rm", "take"]
 _PATIENCE: Final = 10.0  # seconds that `take --cat` waits for a stream before it removes the name
 
 
-@click.command()
+@click.command(
+    help="""Register something under NAME.
+
+    ADDRESS is tcp://HOST:PORT, udp://HOST:PORT or unix:///PATH.
+
+    \b
+    Examples:
+      fdshare register log --open /var/log/app.log --mode a
+      fdshare register web --listen tcp://127.0.0.1:8080
+      fdshare register input --fd 5  5< data.csv
+    """,
+)
 @click.argument("name")
 @click.option(
     "--fd", type=click.IntRange(0), metavar="N", help="Register descriptor N, which was inherited."
@@ -60,16 +71,6 @@ _PATIENCE: Final = 10.0  # seconds that `take --cat` waits for a stream before i
 def register(
     client: Client, name: str, meta: Sequence[str], hold: bool, as_json: bool, **options: Any
 ) -> None:
-    """Register something under NAME.
-
-    ADDRESS is tcp://HOST:PORT, udp://HOST:PORT or unix:///PATH.
-
-    \b
-    Examples:
-      fdshare register log --open /var/log/app.log --mode a
-      fdshare register web --listen tcp://127.0.0.1:8080
-      fdshare register input --fd 5  5< data.csv
-    """
     given = [o for o in ("fd", "address", "file", "memory") if options[o] is not None]
     if len(given) != 1:
         raise click.UsageError("give one of --fd, --listen, --open and --memory")
@@ -176,14 +177,9 @@ def _fetch_options(command: Any) -> Any:
     return command
 
 
-@click.command(short_help="Give what is registered to a program, or print its content.")
-@_fetch_options
-@click.option("--check", is_flag=True, help="Fail if the kernel says that something is wrong.")
-@for_server
-def fetch(
-    client: Client, name: str, command: Sequence[str], cat: bool, wait: float, check: bool
-) -> None:
-    """Run CMD with what is registered under NAME, as `fdshare run` does, or print its content.
+@click.command(
+    short_help="Give what is registered to a program, or print its content.",
+    help="""Run CMD with what is registered under NAME, as `fdshare run` does, or print its content.
 
     --check looks for what `ls` says in brackets: a path that is gone, a peer that is gone, a queue
     that is full. Alone it does nothing else.
@@ -193,7 +189,14 @@ def fetch(
       fdshare fetch config --cat
       fdshare fetch web -- ./server --fd {web}
       fdshare fetch web --check && echo clients can connect
-    """
+    """,
+)
+@_fetch_options
+@click.option("--check", is_flag=True, help="Fail if the kernel says that something is wrong.")
+@for_server
+def fetch(
+    client: Client, name: str, command: Sequence[str], cat: bool, wait: float, check: bool
+) -> None:
     if not check or command or cat:
         _check_use(name, command, cat)
     with ExitStack() as stack:
@@ -213,11 +216,9 @@ def _check_health(name: str, descriptors: Sequence[Descriptor]) -> None:
             raise click.ClickException(f"{name}: {wrong}")
 
 
-@click.command(short_help="As fetch, and remove the name.")
-@_fetch_options
-@for_server
-def take(client: Client, name: str, command: Sequence[str], cat: bool, wait: float) -> None:
-    """As fetch, and NAME is removed: no other process gets it.
+@click.command(
+    short_help="As fetch, and remove the name.",
+    help="""As fetch, and NAME is removed: no other process gets it.
 
     It is removed when CMD runs, or when its content was written; if that fails, it stays. A stream,
     which cannot be read twice, is removed when its first bytes were written.
@@ -225,7 +226,11 @@ def take(client: Client, name: str, command: Sequence[str], cat: bool, wait: flo
     \b
     Example:
       fdshare take job -- ./work --input {job}
-    """
+    """,
+)
+@_fetch_options
+@for_server
+def take(client: Client, name: str, command: Sequence[str], cat: bool, wait: float) -> None:
     from fdshare.cli.support import claim as claims
 
     _check_use(name, command, cat)
@@ -298,15 +303,8 @@ def _readable(fd: int) -> bool:
     return bool(waiting.poll(_PATIENCE * 1000))
 
 
-@click.command()
-@name_argument("names", nargs=-1)
-@click.option(
-    "--if-generation", type=click.IntRange(1), metavar="N", help="Remove this generation only."
-)
-@click.option("--pattern", metavar="PATTERN", help="Remove what matches, too; * matches / as well.")
-@for_server
-def rm(client: Client, names: Sequence[str], if_generation: int | None, pattern: str | None) -> int:
-    """Remove NAMES from the server. A process that fetched them keeps its own.
+@click.command(
+    help="""Remove NAMES from the server. A process that fetched them keeps its own.
 
     If one cannot be removed, the others are; the status is 1 then.
 
@@ -314,7 +312,15 @@ def rm(client: Client, names: Sequence[str], if_generation: int | None, pattern:
     Examples:
       fdshare rm web
       fdshare rm --pattern 'web/*'
-    """
+    """,
+)
+@name_argument("names", nargs=-1)
+@click.option(
+    "--if-generation", type=click.IntRange(1), metavar="N", help="Remove this generation only."
+)
+@click.option("--pattern", metavar="PATTERN", help="Remove what matches, too; * matches / as well.")
+@for_server
+def rm(client: Client, names: Sequence[str], if_generation: int | None, pattern: str | None) -> int:
     if not names and pattern is None:
         raise click.UsageError("give NAMES, or --pattern")
     matching = [] if pattern is None else client.names(pattern)
@@ -328,20 +334,21 @@ def rm(client: Client, names: Sequence[str], if_generation: int | None, pattern:
     return status
 
 
-@click.command()
-@name_argument("old")
-@click.argument("new")
-@click.option("--replace", is_flag=True, help="Replace what NEW is.")
-@for_server
-def mv(client: Client, old: str, new: str, replace: bool) -> None:
-    """Rename OLD to NEW, in one step.
+@click.command(
+    help="""Rename OLD to NEW, in one step.
 
     With --replace there are two: NEW is replaced, then OLD is removed.
 
     \b
     Example:
       fdshare mv web web-old
-    """
+    """,
+)
+@name_argument("old")
+@click.argument("new")
+@click.option("--replace", is_flag=True, help="Replace what NEW is.")
+@for_server
+def mv(client: Client, old: str, new: str, replace: bool) -> None:
     from fdshare.cli.commands.transfer import move_over
 
     if not replace:

@@ -55,20 +55,21 @@ def _what(entry: EntryInfo) -> str:
     return f"{text} (not stored)" if entry.stored is False else text
 
 
-@click.command()
-@click.argument("pattern", default="*")
-@click.option("-q", "--quiet", is_flag=True, help="Print the names alone, one a line.")
-@json_option
-@for_server
-def ls(client: Client, pattern: str, quiet: bool, as_json: bool) -> None:
-    """List what is registered, as the kernel sees it now.
+@click.command(
+    help="""List what is registered, as the kernel sees it now.
 
     PATTERN is a shell pattern for names; * matches / too.
 
     \b
     Example:
       fdshare ls 'web/*'
-    """
+    """,
+)
+@click.argument("pattern", default="*")
+@click.option("-q", "--quiet", is_flag=True, help="Print the names alone, one a line.")
+@json_option
+@for_server
+def ls(client: Client, pattern: str, quiet: bool, as_json: bool) -> None:
     if quiet:
         for name in client.names(pattern):
             print(printable(name))
@@ -80,17 +81,18 @@ def ls(client: Client, pattern: str, quiet: bool, as_json: bool) -> None:
         print_table(COLUMNS, [row(entry) for entry in entries])
 
 
-@click.command()
-@name_argument("names", nargs=-1, required=True)
-@json_option
-@for_server
-def info(client: Client, names: Sequence[str], as_json: bool) -> None:
-    """Show all that the server and the kernel know of NAMES. JSON is one line for each.
+@click.command(
+    help="""Show all that the server and the kernel know of NAMES. JSON is one line for each.
 
     \b
     Example:
       fdshare info web
-    """
+    """,
+)
+@name_argument("names", nargs=-1, required=True)
+@json_option
+@for_server
+def info(client: Client, names: Sequence[str], as_json: bool) -> None:
     for number, entry in enumerate([client.info(name) for name in names]):
         if as_json:
             print_json(entry)

@@ -11,14 +11,16 @@ from fdshare.version import __version__
 __all__ = ["manual"]
 
 
-@click.command(short_help="Print the manual page, for man(1).")
-def manual() -> None:
-    """Print a manual page of all commands.
+@click.command(
+    short_help="Print the manual page, for man(1).",
+    help="""Print a manual page of all commands.
 
     \b
     Example:
       fdshare manual | man -l -
-    """
+    """,
+)
+def manual() -> None:
     commands = click.get_current_context().find_root().command
     assert isinstance(commands, click.Group)
     print(f'.TH FDSHARE 1 "" "fdshare {__version__}" "User Commands"')

@@ -30,6 +30,19 @@ __all__ = ["get_wanted", "run", "warn_of_wrapper"]
     short_help="Run a program with descriptors that outlive it.",
     cls=WithCommand,
     context_settings={"allow_interspersed_args": False},
+    help="""Run CMD with descriptors from 3 on, as LISTEN_FDS, LISTEN_FDNAMES and LISTEN_PID say.
+
+    NAME is registered already; the server binds NAME=ADDRESS if it is not: tcp://HOST:PORT,
+    udp://HOST:PORT, unix:///PATH. If something else is registered, it is an error; see --keep and
+    --rebind. A UNIX socket whose path is gone is bound anew. {NAME} in CMD becomes the number of
+    the descriptor. CMD replaces this process and keeps its pid.
+
+    \b
+    Examples:
+      fdshare run web=tcp://127.0.0.1:8080 -- gunicorn app:app
+      fdshare run web -- uvicorn app:app --fd {web}
+      fdshare run --stdout log -- ./report
+    """,
 )
 @click.option("--path", metavar="PATH", help="The path of the server. [env: FDSHARE_PATH]")
 @click.option("--trust", metavar="USER", multiple=True, help="Trust a server of this user, too.")
@@ -75,19 +88,6 @@ __all__ = ["get_wanted", "run", "warn_of_wrapper"]
 )
 @name_argument("words", nargs=-1, metavar="NAME[=ADDRESS]... [--] CMD...")
 def run(path: str | None, trust: tuple[str, ...], words: Sequence[str], **options: Any) -> int:
-    """Run CMD with descriptors from 3 on, as LISTEN_FDS, LISTEN_FDNAMES and LISTEN_PID say.
-
-    NAME is registered already; the server binds NAME=ADDRESS if it is not: tcp://HOST:PORT,
-    udp://HOST:PORT, unix:///PATH. If something else is registered, it is an error; see --keep and
-    --rebind. A UNIX socket whose path is gone is bound anew. {NAME} in CMD becomes the number of
-    the descriptor. CMD replaces this process and keeps its pid.
-
-    \b
-    Examples:
-      fdshare run web=tcp://127.0.0.1:8080 -- gunicorn app:app
-      fdshare run web -- uvicorn app:app --fd {web}
-      fdshare run --stdout log -- ./report
-    """
     wanted, command = split_words(words)
     _check(wanted, options)
     check_fdnames(want.name for want in wanted)

@@ -59,7 +59,22 @@ def _metrics(context: click.Context, parameter: click.Parameter, value: str | No
     return value
 
 
-@click.command(short_help="Run a server in the foreground.")
+@click.command(
+    short_help="Run a server in the foreground.",
+    help="""Run a server in the foreground, at PATH, until SIGTERM, SIGINT or `fdshare stop`.
+
+    With --detach it runs in the background, and its log is PATH.log: this command prints the path
+    and the pid when clients can connect.
+
+    SIGHUP reads the policy again, SIGUSR2 upgrades to the code that is installed now. Under a
+    service manager it takes its socket from LISTEN_FDS, and reports to NOTIFY_SOCKET.
+
+    \b
+    Examples:
+      fdshare serve --detach
+      fdshare serve --mode 0660 --group www-data --policy /etc/fdshare.toml
+    """,
+)
 @click.argument("address", metavar="[PATH]", required=False)
 @click.option("--path", metavar="PATH", help="The same as PATH.")
 @click.option(
@@ -102,19 +117,6 @@ def _metrics(context: click.Context, parameter: click.Parameter, value: str | No
     "--authkey-file", type=click.Path(), metavar="FILE", help="A key that clients need, too."
 )
 def serve(address: str | None, path: str | None, **options: Any) -> int:
-    """Run a server in the foreground, at PATH, until SIGTERM, SIGINT or `fdshare stop`.
-
-    With --detach it runs in the background, and its log is PATH.log: this command prints the path
-    and the pid when clients can connect.
-
-    SIGHUP reads the policy again, SIGUSR2 upgrades to the code that is installed now. Under a
-    service manager it takes its socket from LISTEN_FDS, and reports to NOTIFY_SOCKET.
-
-    \b
-    Examples:
-      fdshare serve --detach
-      fdshare serve --mode 0660 --group www-data --policy /etc/fdshare.toml
-    """
     from fdshare.cli.support.passed import Passed
     from fdshare.server.logs import configure
     from fdshare.server.serve import serve as serve_settings

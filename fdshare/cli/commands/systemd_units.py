@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+import zipfile
+from importlib.resources import files
 from pathlib import Path
 from typing import Final
 
@@ -12,17 +14,14 @@ import click
 __all__ = ["systemd_units"]
 
 _UNITS: Final = ("fdshare.service", "fdshare.socket")
-_SHIPPED: Final = Path(__file__).parents[1] / "units"
 _PROGRAM: Final = "/usr/bin/fdshare"  # in the units as they come
 _SYSTEM_ONLY: Final = "# Not in a unit of a user"  # before lines up to the next empty one
 
 
-@click.command(name="systemd-units", short_help="Write the units for systemd.")
-@click.option("--user", is_flag=True, help="For systemctl --user.")
-@click.option("--dir", "folder", type=click.Path(path_type=Path), metavar="DIR", help="Where to.")
-@click.option("--force", is_flag=True, help="Replace units that are there.")
-def systemd_units(user: bool, folder: Path | None, force: bool) -> None:
-    """Write fdshare.service and fdshare.socket, with the path of this fdshare.
+@click.command(
+    name="systemd-units",
+    short_help="Write the units for systemd.",
+    help="""Write fdshare.service and fdshare.socket, with the path of this fdshare.
 
     Without --dir they go to /etc/systemd/system, with --user to ~/.config/systemd/user. Change them
     in drop-ins: systemctl edit fdshare.service.
@@ -30,7 +29,12 @@ def systemd_units(user: bool, folder: Path | None, force: bool) -> None:
     \b
     Example:
       fdshare systemd-units && systemctl enable --now fdshare.socket
-    """
+    """,
+)
+@click.option("--user", is_flag=True, help="For systemctl --user.")
+@click.option("--dir", "folder", type=click.Path(path_type=Path), metavar="DIR", help="Where to.")
+@click.option("--force", is_flag=True, help="Replace units that are there.")
+def systemd_units(user: bool, folder: Path | None, force: bool) -> None:
     folder = folder or _default_folder(user)
     texts = {name: _text(name, user) for name in _UNITS}
     changed = [name for name in _UNITS if _differs(folder / name, texts[name])]
@@ -62,7 +66,7 @@ def _differs(path: Path, text: str) -> bool:
 
 def _text(name: str, user: bool) -> str:
     """The unit *name*, as it comes, with the path of this fdshare."""
-    text = (_SHIPPED / name).read_text()
+    text = (files("fdshare.cli") / "units" / name).read_text()  # fdshare may lie in a zip file
     if user:
         before, _, after = text.partition(_SYSTEM_ONLY)
         text = before + after.partition("\n\n")[1] + after.partition("\n\n")[2]
@@ -76,6 +80,8 @@ def _program() -> str:
     script = os.path.abspath(sys.argv[0])
     if os.path.basename(script) == "fdshare" and os.path.isfile(script):
         return _quoted(script)
+    if zipfile.is_zipfile(script):
+        return f"{_quoted(sys.executable)} {_quoted(script)}"
     return f"{_quoted(sys.executable)} -m fdshare"
 
 

@@ -164,20 +164,21 @@ class View:
         )
 
 
-@click.command()
-@click.option(
-    "--interval", type=click.FloatRange(0.1), default=1.0, show_default=True, metavar="SECONDS"
-)
-@for_server
-def top(client: Client, interval: float) -> None:
-    """Show what is registered and what happens, live, in the terminal.
+@click.command(
+    help="""Show what is registered and what happens, live, in the terminal.
 
     Keys: n name, a age, u uses, o owner, k kind sort, again reverses; / filters; q quits.
 
     \b
     Example:
       fdshare top --interval 0.5
-    """
+    """,
+)
+@click.option(
+    "--interval", type=click.FloatRange(0.1), default=1.0, show_default=True, metavar="SECONDS"
+)
+@for_server
+def top(client: Client, interval: float) -> None:
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise click.UsageError("top needs a terminal; fdshare ls and fdshare watch do not")
     from rich.console import Console

@@ -47,18 +47,20 @@ class Copy(msgspec.Struct):
     descriptors: list[Descriptor]
 
 
-@click.command(short_help="Write what is registered to a file, as JSON.")
-@click.argument("file", type=click.File("w", lazy=False), default="-")
-@click.option("--pattern", default="*", show_default=True, help="Which names.")
-@for_server
-def dump(client: Client, file: IO[str], pattern: str) -> None:
-    """Write what is registered to FILE, as JSON: names, kinds, lifetimes, metadata, and what each
-    descriptor is. The descriptors themselves stay in the server; see load.
+@click.command(
+    short_help="Write what is registered to a file, as JSON.",
+    help="""Write what is registered to FILE, as JSON: names, kinds, lifetimes, metadata, and what
+    each descriptor is. The descriptors themselves stay in the server; see load.
 
     \b
     Example:
       fdshare dump held.json
-    """
+    """,
+)
+@click.argument("file", type=click.File("w", lazy=False), default="-")
+@click.option("--pattern", default="*", show_default=True, help="Which names.")
+@for_server
+def dump(client: Client, file: IO[str], pattern: str) -> None:
     from fdshare.cli.format import plain
 
     made = Dump(_FORMAT, _absolute(client.address), client.infos(pattern))
@@ -66,7 +68,17 @@ def dump(client: Client, file: IO[str], pattern: str) -> None:
     file.write("".join(f"{printable_json(line)}\n" for line in text.split("\n")))
 
 
-@click.command(short_help="Register what a dump of another server lists.")
+@click.command(
+    short_help="Register what a dump of another server lists.",
+    help="""Register what FILE, a dump of another server, lists; all of it or nothing.
+
+    The descriptors come from the server that was dumped, which keeps them too.
+
+    \b
+    Example:
+      fdshare load held.json --path /run/new.sock
+    """,
+)
 @click.argument("file", type=click.File("rb"))
 @click.option(
     "--from", "source", metavar="PATH", help="Fetch from this server, not from the dumped one."
@@ -75,14 +87,6 @@ def dump(client: Client, file: IO[str], pattern: str) -> None:
 @json_option
 @for_server
 def load(client: Client, file: IO[bytes], source: str | None, replace: bool, as_json: bool) -> None:
-    """Register what FILE, a dump of another server, lists; all of it or nothing.
-
-    The descriptors come from the server that was dumped, which keeps them too.
-
-    \b
-    Example:
-      fdshare load held.json --path /run/new.sock
-    """
     try:
         wanted = msgspec.json.decode(file.read(), type=Dump)
     except msgspec.MsgspecError as error:
@@ -94,7 +98,15 @@ def load(client: Client, file: IO[bytes], source: str | None, replace: bool, as_
         _report(_transfer(origin, client, wanted.entries, replace), as_json)
 
 
-@click.command(short_help="Copy or move entries to another server.")
+@click.command(
+    short_help="Copy or move entries to another server.",
+    help="""Register at the server TO what the server FROM has; all of it or nothing.
+
+    \b
+    Example:
+      fdshare transfer /run/old.sock /run/new.sock --pattern 'web/*'
+    """,
+)
 @click.argument("source", metavar="FROM")
 @click.argument("target", metavar="TO")
 @click.option("--pattern", default="*", show_default=True, help="Which names.")
@@ -111,12 +123,6 @@ def transfer(
     trust: Sequence[str],
     as_json: bool,
 ) -> None:
-    """Register at the server TO what the server FROM has; all of it or nothing.
-
-    \b
-    Example:
-      fdshare transfer /run/old.sock /run/new.sock --pattern 'web/*'
-    """
     with client_at(source, trust) as origin, client_at(target, trust) as client:
         entries = origin.infos(pattern)
         made = _transfer(origin, client, entries, replace)

@@ -22,19 +22,21 @@ if TYPE_CHECKING:
 __all__ = ["wait", "watch"]
 
 
-@click.command(short_help="Return when names are registered.")
+@click.command(
+    short_help="Return when names are registered.",
+    help="""Return when all of NAMES are registered; status 1 if that takes too long.
+
+    \b
+    Example:
+      fdshare wait web --timeout 30 && ./smoke-test
+    """,
+)
 @name_argument("names", nargs=-1, required=True)
 @click.option(
     "--timeout", type=Seconds(), metavar="SECONDS", help="Wait at most so long. [default: for ever]"
 )
 @for_server
 def wait(client: Client, names: tuple[str, ...], timeout: float | None) -> None:
-    """Return when all of NAMES are registered; status 1 if that takes too long.
-
-    \b
-    Example:
-      fdshare wait web --timeout 30 && ./smoke-test
-    """
     import time
 
     deadline = None if timeout is None else time.monotonic() + timeout
@@ -43,17 +45,19 @@ def wait(client: Client, names: tuple[str, ...], timeout: float | None) -> None:
         client.wait(name, timeout=None if left is None else or_never(left))
 
 
-@click.command(short_help="Print each change as it happens.")
-@click.argument("pattern", default="*")
-@json_option
-@for_server
-def watch(client: Client, pattern: str, as_json: bool) -> None:
-    """Print what is registered, and then each change as it happens, until interrupted.
+@click.command(
+    short_help="Print each change as it happens.",
+    help="""Print what is registered, and then each change as it happens, until interrupted.
 
     \b
     Example:
       fdshare watch 'web/*' --json
-    """
+    """,
+)
+@click.argument("pattern", default="*")
+@json_option
+@for_server
+def watch(client: Client, pattern: str, as_json: bool) -> None:
     _leave_with_reader()
     with client.watch(pattern) as changes:
         for change in changes:

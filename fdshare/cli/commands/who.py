@@ -27,12 +27,9 @@ _COLUMNS: Final = (
 )
 
 
-@click.command(short_help="List the processes that have it open now.")
-@name_argument()
-@json_option
-@for_server
-def who(client: Client, name: str, as_json: bool) -> None:
-    """List the processes that have open what is registered under NAME, now.
+@click.command(
+    short_help="List the processes that have it open now.",
+    help="""List the processes that have open what is registered under NAME, now.
 
     HOW is kcmp if the kernel says that it is the same open file description, and inode if only the
     file or socket is known to be the same. The server and its keeper are among them. A user sees
@@ -41,7 +38,12 @@ def who(client: Client, name: str, as_json: bool) -> None:
     \b
     Example:
       fdshare who web
-    """
+    """,
+)
+@name_argument()
+@json_option
+@for_server
+def who(client: Client, name: str, as_json: bool) -> None:
     if sys.platform != "linux":
         from fdshare.errors import UnsupportedPlatform
 

@@ -32,6 +32,7 @@ _ACCESS: Final = {os.O_RDONLY: "r", os.O_WRONLY: "w", os.O_RDWR: "rw"}
 _O_PATH: Final = getattr(os, "O_PATH", 0)
 # <linux/fcntl.h>; Python names the first five from 3.8 to 3.13, not all on every C library.
 _F_GET_SEALS: Final = 1024 + 10
+_F_GETPIPE_SZ: Final = 1024 + 8
 _SEALS: Final = {
     0x01: "seal",
     0x02: "shrink",
@@ -119,6 +120,8 @@ def _path(fd: int, link: str, access: str) -> _Facts:
     facts: _Facts = {"type": "file", "path": link}
     if _TERMINAL.match(link):
         return {**facts, "type": "tty"}
+    if _is_pipe(fd):
+        return {**facts, "type": "pipe", "health": _pipe_health(fd, access)}
     if link and not _is_local(fd):
         return {**facts, "offset": _offset(fd)}
     try:
@@ -246,6 +249,15 @@ def _link(fd: int) -> str:
         return _text(os.readlink(b"/proc/self/fd/%d" % fd))
     except OSError:
         return ""
+
+
+def _is_pipe(fd: int) -> bool:
+    """True for a FIFO. Its file system may be one that is not asked: in a chroot whose root is no
+    mount, mountinfo does not have that."""
+    try:
+        return fcntl.fcntl(fd, _F_GETPIPE_SZ) > 0  # pipe_fcntl() in fs/pipe.c: EBADF for others
+    except OSError:
+        return False
 
 
 def _fdinfo(fd: int) -> dict[str, str]:

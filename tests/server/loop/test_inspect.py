@@ -273,14 +273,38 @@ with open(sys.argv[1] + "/f", "wb", buffering=0) as file:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a file system")
 def test_a_file_system_we_do_not_know_is_not_asked(folder: Path) -> None:
-    command = ["unshare", "--mount", sys.executable, "-c", DETACHED, str(folder)]
+    assert in_a_namespace(DETACHED, folder) == "5\nNone file 5\n"
+
+
+def in_a_namespace(code: str, folder: Path) -> str:
+    """What *code* prints in a mount namespace of its own."""
+    command = ["unshare", "--mount", sys.executable, "-c", code, str(folder)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30)
     except FileNotFoundError:
         pytest.skip("no unshare(1)")
     if "mount" in done.stderr or "unshare" in done.stderr:
         pytest.skip(done.stderr.strip().splitlines()[-1])
-    assert done.stdout == "5\nNone file 5\n", done.stderr
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+CHROOT = """
+import os, subprocess, sys
+from fdshare.server.loop.inspect import describe_descriptor
+os.mkdir(sys.argv[1] + "/proc")
+subprocess.run(["mount", "-t", "proc", "none", sys.argv[1] + "/proc"], check=True)
+os.mkfifo(sys.argv[1] + "/p")
+os.chroot(sys.argv[1])
+info = describe_descriptor(os.open("/p", os.O_RDONLY | os.O_NONBLOCK))
+print(info.type, info.path)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a file system")
+def test_a_fifo_in_a_chroot_whose_root_is_no_mount(folder: Path) -> None:
+    """mountinfo has no mount that it would be on."""
+    assert in_a_namespace(CHROOT, folder) == "pipe /p\n"
 
 
 def test_pipes(owned: ExitStack) -> None:
