@@ -49,97 +49,6 @@ AUDIT: Final = [
     )
 ]
 
-CLASSIC: Final = [
-    Run(given=EXAMPLE, varies=(NUMBERS,)),
-    Run(varies=(r"\w+ \w+ +0 \w+ +\d+ [\d:]+",)),
-    Run(
-        forever=("python",),
-        varies=(NUMBERS,),
-        then="""
-$ soon test -S demo.socket
-$ echo good morning | python stream_client.py demo.socket
-GOOD MORNING
-""",
-    ),
-    Run(
-        given="""
-python datagram_server.py demo.socket >/dev/null & server=$!
-soon test -S demo.socket
-""",
-        typed=("good morning",),
-        varies=(NUMBERS,),
-        then="$ kill $server; wait $server\n",
-    ),
-    Run(
-        around="""
-            import os, socket, sys
-            from fdshare.kernel import recv_fds, send_fds
-            server, client = socket.socketpair()
-            conn = server if os.fork() else client
-            if conn is client:
-                send_fds = lambda *other: None
-            else:
-                recv_fds = lambda *other, **options: None
-            BLOCK
-            if got:
-                os.write(got.descriptors[0].fileno(), b"from the client")
-            else:
-                os.wait()
-        """,
-        command="python $OLDPWD/program.py",
-        says="from the client",
-    ),
-    Run(
-        forever=("python",),
-        varies=(NUMBERS,),
-        then="$ soon test -S demo.socket\n$ python pass_cred_client.py demo.socket\n...\n",
-    ),
-    Run(
-        given="""
-python pass_cred_server.py demo.socket >/dev/null & server=$!
-soon test -S demo.socket
-""",
-        varies=(NUMBERS,),
-        then="$ kill $server; wait $server\n",
-    ),
-    Run(
-        needs=("root",),
-        given="""
-mkdir /srv/reports /srv/inbox
-echo Nothing happened in May. >/srv/reports/may.txt
-nobody="setpriv --reuid=1000 --clear-groups python open_client.py demo.socket"
-""",
-        forever=("python",),
-        varies=(r"pid \d+",),
-        then="""
-$ soon test -S demo.socket
-$ chmod 0666 demo.socket
-$ $nobody r /srv/reports/may.txt
-Nothing happened in May.
-$ $nobody r /etc/shadow  # status 1
-...
-""",
-    ),
-    Run(
-        around="""
-            import errno, socket, tempfile
-            from fdshare.errors import RemoteError
-            from fdshare.kernel import recv_fd, send_err, send_fd
-            conn, far = socket.socketpair()
-            file = tempfile.TemporaryFile()
-            BLOCK
-            recv_fd(far).close()
-            try:
-                recv_fd(far)
-            except RemoteError as error:
-                print(error.status, error)
-        """,
-        says="13 reason",
-        command="python $OLDPWD/program.py",
-    ),
-    Run(varies=(NUMBERS,)),
-]
-
 COMPAT: Final = [NotRun("takes minutes; tests/compat/test_suites.py runs a part")]
 
 POLICY: Final = [
@@ -424,7 +333,6 @@ PAGES: Final[dict[str, list[Run | NotRun]]] = {
     "README.md": README,
     "CONTRIBUTING.md": [NotRun(INSTALLS)],
     "docs/audit.md": AUDIT,
-    "docs/classic.md": CLASSIC,
     "docs/compat.md": COMPAT,
     "docs/design.md": [NotRun("a list of files")],
     "docs/performance.md": [NotRun("takes five minutes; tests/test_benchmarks.py has it quicker")],
