@@ -1,7 +1,7 @@
 """Who is at the other end: asked of this kernel, and read from the structures of the others.
 
-The bytes for FreeBSD and macOS are laid out as their headers say for 64-bit little-endian machines;
-a C compiler, where there is one, confirms the offsets.
+The bytes for FreeBSD and macOS are laid out as their headers say, in the byte order and with the
+pointers of this machine; a C compiler, where there is one, confirms the offsets.
 """
 
 from __future__ import annotations
@@ -36,25 +36,16 @@ from fdshare.kernel.credentials import (
     platform,
 )
 
-NO_GROUPS = bytes(4)
-
-# pid 4242, uid 1001, gid 1002
-UCRED = bytes.fromhex("92100000 e9030000 ea030000")
-# version 0, uid 1001, 3 groups and 2 bytes of padding, 1002 (effective), 20, 0, 13 unused,
-# padding to 8, pid 4242 in a union of 8
-XUCRED_FREEBSD = bytes.fromhex("00000000 e9030000 0300 0000 ea030000 14000000 00000000") + (
-    NO_GROUPS * 13 + bytes(4) + bytes.fromhex("92100000 00000000")
-)
-# the same without the union
-XUCRED_MACOS = XUCRED_FREEBSD[:76]
-# pid 4242, uid 1001, euid 1003, gid 1002, 2 groups and padding, 1002, 20, 14 unused
-CMSGCRED = bytes.fromhex("92100000 e9030000 eb030000 ea030000 0200 0000 ea030000 14000000") + (
-    NO_GROUPS * 14
-)
-# version 0, pid 4242, uid 1001, euid 1003, gid 1002, egid 1004, 2 groups: 1004, 20
-SOCKCRED2 = bytes.fromhex(
-    "00000000 92100000 e9030000 eb030000 ea030000 ec030000 02000000 ec030000 14000000"
-)
+POINTER = struct.calcsize("P")
+UCRED = struct.pack("=iII", 4242, 1001, 1002)
+# version, uid, 3 groups and 2 bytes of padding, the effective one first; 13 unused
+XUCRED_MACOS = struct.pack("=IIh2x16I", 0, 1001, 3, 1002, 20, 0, *[0] * 13)
+# and the pid in a union with a pointer, aligned as that
+XUCRED_FREEBSD = XUCRED_MACOS + bytes(-76 % POINTER) + struct.pack("=i", 4242) + bytes(POINTER - 4)
+# pid, uid, euid, gid, 2 groups and padding, 14 unused
+CMSGCRED = struct.pack("=iIIIh2x16I", 4242, 1001, 1003, 1002, 2, 1002, 20, *[0] * 14)
+# version, pid, uid, euid, gid, egid, 2 groups
+SOCKCRED2 = struct.pack("=iiIIIIi2I", 0, 4242, 1001, 1003, 1002, 1004, 2, 1004, 20)
 
 
 @pytest.mark.parametrize(
@@ -92,15 +83,15 @@ def test_truncated_structures(parse: Parser, data: bytes, least: int) -> None:
 
 def test_a_structure_of_another_version() -> None:
     with pytest.raises(ProtocolError, match="version 7"):
-        parse_xucred(b"\x07" + XUCRED_MACOS[1:])
+        parse_xucred(struct.pack("=I", 7) + XUCRED_MACOS[4:])
 
 
 @pytest.mark.parametrize("count", [-1, 0, 16, 17, 32767])
 def test_counts_of_groups_that_lie(count: int) -> None:
-    short = struct.pack("<h", count)
+    short = struct.pack("=h", count)
     assert len(parse_xucred(XUCRED_MACOS[:8] + short + XUCRED_MACOS[10:]).groups) <= 15
     assert len(parse_cmsgcred(CMSGCRED[:16] + short + CMSGCRED[18:]).groups) <= 15
-    integer = struct.pack("<i", count)
+    integer = struct.pack("=i", count)
     assert len(parse_sockcred2(SOCKCRED2[:24] + integer + SOCKCRED2[28:]).groups) <= 1
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 
 import msgspec
@@ -107,8 +108,8 @@ def test_it_does_not_grow_for_ever(memfd: Descriptor, file: TableFile) -> None:
     ("at", "data", "why"),
     [
         (0, b"another\0", "fdshare did not write it"),
-        (8, (7).to_bytes(8, "little"), "it has version 7"),
-        (16, (1 << 40).to_bytes(8, "little"), "it is damaged"),
+        (8, (7).to_bytes(8, sys.byteorder), "it has version 7"),
+        (16, (1 << 40).to_bytes(8, sys.byteorder), "it is damaged"),
         (40, b"\xff" * 8, "it is damaged"),
     ],
 )
