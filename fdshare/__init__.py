@@ -141,7 +141,16 @@ if not TYPE_CHECKING:  # a checker is to refuse a name that is not above
             raise AttributeError(f"module 'fdshare' has no attribute {name!r}")
         from importlib import import_module
 
-        found = import_module(module)
+        try:
+            found = import_module(module)
+        except ImportError as error:
+            if "subinterpreters" not in str(error):
+                raise
+            raise ImportError(
+                f"fdshare.{name} is not available in a sub-interpreter: it needs msgspec, and "
+                f"{error}; fdshare.kernel is",
+                name=module,
+            ) from error
         value = found if module == f"fdshare.{name}" else getattr(found, name)
         globals()[name] = value
         return value
