@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import concurrent.futures
 import threading
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from fdshare.errors import InvalidArgument
@@ -19,11 +21,12 @@ from fdshare.mp.context import Context
 from fdshare.mp.family import Family
 from fdshare.mp.stock import Function, executor_module
 from fdshare.mp.workers.executor_queues import Call, ResultQueueMixin, adopt
-from fdshare.mp.workers.tasks import hold_initializer
+from fdshare.mp.workers.tasks import hold_initializer, release_initializer
 
 if TYPE_CHECKING:
     from multiprocessing.context import BaseContext
 
+    from fdshare.mp.pickling.bundle import Bundle
     from fdshare.mp.stock import StockSafeQueue
 
 __all__ = ["ProcessPoolExecutor"]
@@ -48,6 +51,7 @@ class ProcessPoolExecutor(concurrent.futures.ProcessPoolExecutor):
     _initargs: tuple[Any, ...]
     _max_tasks_per_child: int | None
     _executor_manager_thread: Any
+    _shutdown_thread: bool
 
     def __init__(
         self,
@@ -73,13 +77,25 @@ class ProcessPoolExecutor(concurrent.futures.ProcessPoolExecutor):
 
         Raises: whatever pickling raises; DescriptorLimit; as the standard one.
         """
-        return super().submit(Call.of(self._family, fn, args, kwargs))
+        call = Call.of(self._family, fn, args, kwargs)
+        holds = bool(call.bundle.numbers)
+        future: Future[T] = super().submit(call)
+        if holds:
+            # It is cancelled, or the pool is broken: the standard one keeps the call until a worker
+            # is free, or the executor is dropped.
+            future.add_done_callback(partial(_close, weakref.ref(call.bundle)))
+        return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """As the standard one's."""
+        """As the standard one's; what it holds of *initargs* is closed after the last worker."""
         manager = self._executor_manager_thread
+        held = self._initializer, self._initargs
         if manager is not None:
             manager.executor = self  # which it asks for new workers until all is done
+            weakref.finalize(manager, release_initializer, *held).atexit = False
+            del manager
+        elif not self._shutdown_thread:  # it never had a worker
+            release_initializer(*held)
         super().shutdown(wait, cancel_futures=cancel_futures)
 
     def _adjust_process_count(self) -> None:
@@ -104,6 +120,12 @@ class ProcessPoolExecutor(concurrent.futures.ProcessPoolExecutor):
 
     def __repr__(self) -> str:
         return f"<ProcessPoolExecutor of {self._mp_context!r}>"
+
+
+def _close(bundle: weakref.ref[Bundle], _: Future[Any]) -> None:
+    held = bundle()
+    if held is not None:
+        held.close()
 
 
 def _as_ours(context: BaseContext | None, replaces_workers: bool) -> Context:

@@ -285,6 +285,8 @@ class StockPool(_Pool):
     _taskqueue: SimpleQueue[Any]
     _pool: list[StockProcess]
     _ctx: StockContext
+    _initializer: Function | None
+    _initargs: Iterable[Any]
 
     def _setup_queues(self) -> None: ...
     def _check_running(self) -> None: ...
@@ -425,6 +427,7 @@ class StockExecutor:
     _initargs: tuple[Any, ...]
     _max_tasks_per_child: int | None
     _executor_manager_thread: StockExecutorManager | None
+    _shutdown_thread: bool
 
     def _adjust_process_count(self) -> None: ...
 

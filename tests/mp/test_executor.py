@@ -60,21 +60,64 @@ def test_what_a_call_raises(package: str) -> None:
         assert executor.submit(children.same, 1).result() == 1
 
 
-def test_cancelled_calls_let_go_of_their_descriptors() -> None:
-    reader, writer = os.pipe()
+@pytest.mark.parametrize("how", ["cancel", "shutdown", "break"])
+@pytest.mark.parametrize("package", PACKAGES)
+def test_peers_of_calls_that_will_not_run_see_the_end_at_once(package: str, how: str) -> None:
     started, go = os.pipe()
-    with ProcessPoolExecutor(1, get_context("fork")) as executor:
-        blocker = executor.submit(os.read, started, 1)
-        with os.fdopen(writer, "wb") as file:
-            futures = [executor.submit(children.identity, file) for _ in range(20)]
-        cancelled = [future.cancel() for future in futures]
-        assert any(cancelled)
-        os.write(go, b"x")
-        assert blocker.result() == b"x"
-    del futures, executor
-    assert os.read(reader, 1) == b""
-    for fd in (reader, started, go):
-        os.close(fd)
+    executor = ProcessPoolExecutor(1, get_context("fork", backend=package))
+    blockers = [executor.submit(os.read, started, 1) for _ in range(9)]
+    pairs = [socket.socketpair() for _ in range(5)]
+    futures = [executor.submit(children.identity, far) for _, far in pairs]
+    for _, far in pairs:
+        far.close()
+    if how == "cancel":
+        assert all(future.cancel() for future in futures)
+    elif how == "shutdown":
+        executor.shutdown(wait=False, cancel_futures=True)
+    else:
+        next(iter(executor._processes.values())).kill()
+    try:
+        # The executor, the futures and a call that runs are still there.
+        for near, _ in pairs:
+            near.settimeout(10)
+            assert near.recv(1) == b""
+    finally:
+        os.write(go, b"x" * len(blockers))
+        executor.shutdown()
+        for near, _ in pairs:
+            near.close()
+        os.close(started)
+        os.close(go)
+
+
+@pytest.mark.parametrize("wait", [True, False])
+@pytest.mark.parametrize("calls", [0, 1])
+def test_arguments_of_the_initializer_are_closed_after_the_last_worker(
+    calls: int, wait: bool
+) -> None:
+    near, far = socket.socketpair()
+    executor = ProcessPoolExecutor(1, get_context("fork"), children.keep, (far, {"file": far}))
+    far.close()
+    futures = [executor.submit(children.same, number) for number in range(calls)]
+    executor.shutdown(wait)
+    executor.shutdown(wait)
+    near.settimeout(10)
+    assert near.recv(1) == b""
+    assert [future.result() for future in futures] == list(range(calls))
+    near.close()
+
+
+def test_replaced_workers_have_the_arguments_of_the_initializer_after_shutdown() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as sock, open(os.devnull) as file:
+        executor = ProcessPoolExecutor(
+            1, get_context("spawn"), children.keep, (sock, {"file": file}), max_tasks_per_child=1
+        )
+    futures = [executor.submit(children.read_kept) for _ in range(3)]
+    manager = executor._executor_manager_thread
+    executor.shutdown(wait=False)
+    executor.shutdown(wait=False)
+    assert [future.result(60) for future in futures] == [""] * 3
+    manager.join()
 
 
 def test_a_worker_that_dies_breaks_the_pool_and_leaks_nothing() -> None:

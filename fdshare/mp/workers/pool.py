@@ -34,7 +34,14 @@ from fdshare.mp.stock import (
     StockProcess,
     StockSimpleQueue,
 )
-from fdshare.mp.workers.tasks import Outcome, Raised, Task, hold_initializer, receive_patiently
+from fdshare.mp.workers.tasks import (
+    Outcome,
+    Raised,
+    Task,
+    hold_initializer,
+    receive_patiently,
+    release_initializer,
+)
 
 if TYPE_CHECKING:
     import queue
@@ -134,6 +141,17 @@ class PoolMixin(StockPool):
         ]
         self._taskqueue.put((numbered, None))
         return result
+
+    def terminate(self) -> None:
+        """As the standard one's. What was submitted and not sent, and what is held of *initargs*,
+        is closed when it returns."""
+        super().terminate()
+        release_initializer(self._initializer, self._initargs)
+
+    def join(self) -> None:
+        """As the standard one's. What is held of *initargs* is closed when it returns."""
+        super().join()
+        release_initializer(self._initializer, self._initargs)
 
     @classmethod
     def _terminate_pool(

@@ -25,7 +25,14 @@ from fdshare.mp.stock import Function
 if TYPE_CHECKING:
     from typing import Self
 
-__all__ = ["Outcome", "Raised", "Task", "hold_initializer", "receive_patiently"]
+__all__ = [
+    "Outcome",
+    "Raised",
+    "Task",
+    "hold_initializer",
+    "receive_patiently",
+    "release_initializer",
+]
 
 # Seconds that a reader of many jobs' messages waits at its descriptor limit before one job fails.
 PATIENCE: Final = 5.0
@@ -161,6 +168,12 @@ def hold_initializer(
     return (initializer, initargs) if held is None else (_initialize, (initializer, held))
 
 
+def release_initializer(initializer: Function | None, initargs: Iterable[Any]) -> None:
+    """Closes what `hold_initializer` has duplicated: no worker will start any more."""
+    if initializer is _initialize:
+        _release(tuple(initargs))
+
+
 def _hold(family: Family, value: Any) -> Any:
     """*value* with an _Argument for each shareable object in it; None if there is none."""
     cls = type(value)
@@ -191,3 +204,12 @@ def _open(value: Any) -> Any:
     if cls is dict:
         return {key: _open(item) for key, item in value.items()}
     return value.open() if cls is _Argument else value
+
+
+def _release(value: Any) -> None:
+    cls = type(value)
+    if cls is _Argument:
+        value.bundle.close()
+    elif cls is tuple or cls is list or cls is dict:
+        for item in value.values() if cls is dict else value:
+            _release(item)

@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 import tempfile
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -119,17 +120,44 @@ def test_an_iterable_that_fails(package: str) -> None:
         pool.join()
 
 
-def test_terminate_lets_go_of_what_was_submitted(package: str) -> None:
+@pytest.mark.parametrize("ask", ["apply_async", "map_async", "imap", "initargs"])
+def test_peers_see_the_end_when_a_pool_is_terminated(package: str, ask: str) -> None:
     ctx = get_context("fork", backend=package)
-    reader, writer = os.pipe()
-    with ctx.Pool(1) as pool, os.fdopen(writer, "wb") as file:
-        for _ in range(200):
-            pool.apply_async(children.identity, (file,))
-    del pool
-    gc.collect()  # a pool and the results that it never got are a cycle
-    # Workers, queues and results are gone, and with them the last writer.
-    assert os.read(reader, 1) == b""
-    os.close(reader)
+    pairs = [socket.socketpair() for _ in range(200)]
+    fars = [far for _, far in pairs]
+    initargs = (tuple(fars), {}) if ask == "initargs" else ()
+    pool = ctx.Pool(1, children.keep if initargs else None, initargs)
+    never, go = os.pipe()
+    results = [pool.apply_async(os.read, (never, 1))]
+    if ask == "apply_async":
+        results += [pool.apply_async(children.identity, (far,)) for far in fars]
+    elif ask == "map_async":
+        results += [pool.map_async(children.identity, fars, 1)]
+    elif ask == "imap":
+        results += [pool.imap(children.identity, fars)]
+    pool.terminate()
+    for far in fars:
+        far.close()
+    # The pool and its results are still there.
+    for near, _ in pairs:
+        near.setblocking(False)
+        with suppress(ConnectionResetError):  # the worker has left a task unread
+            assert near.recv(1) == b""
+        near.close()
+    pool.join()
+    os.close(never)
+    os.close(go)
+
+
+def test_arguments_of_the_initializer_are_closed_after_join(package: str) -> None:
+    near, far = socket.socketpair()
+    pool = get_context("fork", backend=package).Pool(1, children.keep, ([far], {}))
+    far.close()
+    pool.close()
+    pool.join()
+    near.setblocking(False)
+    assert near.recv(1) == b""
+    near.close()
 
 
 @pytest.mark.parametrize("method", METHODS)
