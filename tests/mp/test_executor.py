@@ -120,6 +120,32 @@ def test_replaced_workers_have_the_arguments_of_the_initializer_after_shutdown()
     manager.join()
 
 
+def named_semaphores(package: str) -> int:
+    """How many this process will remove at its end."""
+    cleanup = importlib.import_module(f"{package}.synchronize").SemLock._cleanup
+    registry = importlib.import_module(f"{package}.util")._finalizer_registry
+    return sum(finalizer._callback is cleanup for finalizer in list(registry.values()))
+
+
+@pytest.mark.parametrize("cls", [ProcessPoolExecutor, concurrent.futures.ProcessPoolExecutor])
+@pytest.mark.parametrize("package", PACKAGES)
+def test_named_semaphores_go_with_the_executor(package: str, cls: type) -> None:
+    ctx = get_context("forkserver", backend=package)
+    gc.collect()
+    before = named_semaphores(package)
+    gc.disable()  # what is a cycle stays
+    try:
+        executor = cls(1, ctx)
+        assert executor.submit(children.same, 1).result() == 1
+        assert named_semaphores(package) > before
+        manager = executor._executor_manager_thread
+        executor.shutdown()
+        del executor, manager
+        assert named_semaphores(package) == before
+    finally:
+        gc.enable()
+
+
 def test_a_worker_that_dies_breaks_the_pool_and_leaks_nothing() -> None:
     gc.collect()
     before = open_now()

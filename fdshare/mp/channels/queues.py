@@ -40,6 +40,8 @@ __all__ = ["JoinableQueueMixin", "QueueMixin", "SimpleQueueMixin", "register_aft
 
 
 State: TypeAlias = tuple[Any, ...]
+# What is told of a message that was not sent, and the object.
+Report: TypeAlias = tuple[Callable[[BaseException, Any], None], Any]
 
 
 class QueueMixin(StockQueue):
@@ -149,8 +151,8 @@ class QueueMixin(StockQueue):
         self, message: Encoded, obj: Any, accepted: list[Any], patience: float | None
     ) -> None:
         feeder = self._feeder or self._open_feeder()
-        told = obj if self._tells_object else None
-        feeder.put(message, accepted, told, patience)
+        report = (self._on_queue_feeder_error, obj) if self._tells_object else None
+        feeder.put(message, accepted, report, patience)
 
     def get(self, block: bool = True, timeout: float | None = None) -> Any:
         """The next object. The caller owns the result.
@@ -188,7 +190,7 @@ class QueueMixin(StockQueue):
 
     def _open_feeder(self) -> Feeder:
         reader, writer = self._reader, self._writer
-        failed = _reporter(self._family, self._sem, self._ignore_epipe, self._on_queue_feeder_error)
+        failed = _reporter(self._family, self._sem, self._ignore_epipe)
         level = None if self._peek_level is None else self._peek_level.level
         starting = weakref.WeakMethod(self._starting)
         new = Feeder(
@@ -224,22 +226,24 @@ def _join(thread_ended: threading.Lock) -> None:
 
 
 def _reporter(
-    family: Family,
-    semaphore: BoundedSemaphore,
-    ignore_epipe: bool,
-    report: Callable[[BaseException, Any], None],
-) -> Callable[[BaseException, Any], None]:
-    """What handles an error in the thread: it does as `Queue._feed` of the standard library."""
-    util = family.util
+    family: Family, semaphore: BoundedSemaphore, ignore_epipe: bool
+) -> Callable[[BaseException, Report | None], None]:
+    """What handles an error in the thread: it does as `Queue._feed` of the standard library.
 
-    def failed(error: BaseException, obj: Any) -> None:
+    It has no reference to the queue, which a message has that waits and may have to be reported.
+    """
+    util = family.util
+    stock = family.queues.Queue._on_queue_feeder_error
+
+    def failed(error: BaseException, report: Report | None) -> None:
         if ignore_epipe and getattr(error, "errno", 0) in READER_GONE:
             return
         if util.is_exiting():
             util.info("error in queue thread: %s", error)
             return
         semaphore.release()
-        report(error, obj)
+        tell, obj = report or (stock, None)
+        tell(error, obj)
 
     return failed
 
