@@ -18,6 +18,7 @@ FAMILIES = (
     "fetch",
     "names",
     "queues",
+    "arrays",
     "parked",
     "pool",
     "startup",

@@ -22,6 +22,7 @@ from fdshare.errors import (
     UnsupportedPlatform,
 )
 from fdshare.kernel.descriptor import Descriptor
+from fdshare.kernel.memfd import create_memfd
 
 if TYPE_CHECKING:
     import numpy
@@ -30,8 +31,6 @@ __all__ = ["ArrayPlace", "SharedMemory", "array_place", "is_sealed", "shared_cop
 
 # <linux/fcntl.h>; Python names F_SEAL_FUTURE_WRITE (Linux 5.1) from 3.14 on.
 _FUTURE_WRITE: Final = 0x10
-# <linux/memfd.h>, Linux 6.3: never executable, which vm.memfd_noexec may require.
-_NOEXEC_SEAL: Final = 0x8
 
 
 class SharedMemory:
@@ -321,13 +320,7 @@ class _Map(mmap.mmap):
 def _create(name: str) -> _QuietDescriptor:
     """A new memfd. Raises: UnsupportedPlatform; OSError."""
     _platform()
-    flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
-    try:
-        return _QuietDescriptor(os.memfd_create(name, flags | _NOEXEC_SEAL))
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # of a Linux before 6.3
-            raise
-    return _QuietDescriptor(os.memfd_create(name, flags))
+    return _QuietDescriptor(create_memfd(name))
 
 
 def _platform() -> None:

@@ -220,7 +220,7 @@ class ProcessModule(Protocol):
 @_description
 class StockForkingPickler(_Pickler):
     # Called on the class; multiprocess has a function there.
-    loads: ClassVar[Callable[[bytes | memoryview], Any]]
+    loads: ClassVar[Callable[..., Any]]
     _extra_reducers: ClassVar[dict[type, Callable[[Any], tuple[Any, ...] | str]]]
 
     @classmethod

@@ -326,13 +326,6 @@ def test_a_system_without_memfd(monkeypatch: pytest.MonkeyPatch) -> None:
             adopt(memory)
 
 
-def test_a_kernel_that_knows_no_noexec(monkeypatch: pytest.MonkeyPatch) -> None:
-    # A flag that no kernel knows yet, so that this one refuses it as an older one refuses ours.
-    monkeypatch.setattr("fdshare.kernel.shared_memory._NOEXEC_SEAL", 1 << 24)
-    with SharedMemory(1) as memory:
-        assert memory.buf[0] == 0
-
-
 # Arrays.
 
 

@@ -295,6 +295,15 @@ old=$(fdshare run --notify --detach web=tcp://127.0.0.1:8080 -- gunicorn app:app
     ),
 ]
 
+ARRAYS: Final = [
+    Run(says="1999998.0", needs=("numpy",)),
+    Run(says="[   0. 1000. 2000. 3000.]", needs=("numpy",)),
+    Run(says="[249.5, 749.5]", needs=("numpy",)),
+    Run(file="publish.py", command="", needs=("numpy",)),
+    Run(file="read.py", command="", needs=("numpy",)),
+    Run(needs=("numpy",), varies=(r"\S+data.sock", r"pid \d+")),
+]
+
 POOLS: Final = [
     Run(says="27 characters"),
     Run(says="from a worker"),
@@ -338,6 +347,7 @@ PAGES: Final[dict[str, list[Run | NotRun]]] = {
     "docs/performance.md": [NotRun("takes five minutes; tests/test_benchmarks.py has it quicker")],
     "docs/policy.md": POLICY,
     "docs/reliability.md": [NotRun("the other suites of tests")],
+    "docs/howto/arrays.md": ARRAYS,
     "docs/howto/asyncio.md": ASYNCIO,
     "docs/howto/cluster.md": CLUSTER,
     "docs/howto/containers.md": CONTAINERS,

@@ -63,6 +63,7 @@ class ConnectionMixin(StockConnection):
     _family: ClassVar[Family]
     _socket: _View | None = None
     _is_foreign = False  # a pipe, or TCP
+    _is_pair = False  # made by Pipe: the other end is one of ours
     # True where several processes read from this socket, each under a lock: that a body was left
     # is then marked on the socket alone.
     _shared = False
@@ -85,7 +86,7 @@ class ConnectionMixin(StockConnection):
         if self._socket is None and self._open() is None:
             super().send(obj)
             return
-        (self._sender or self._open_sender()).send(encode(self._family, obj))
+        (self._sender or self._open_sender()).send(encode(self._family, obj, self._is_pair))
 
     def recv(self) -> Any:
         """The next object. The caller owns the result.
@@ -250,6 +251,7 @@ class ConnectionMixin(StockConnection):
         if view.family != socket.AF_UNIX:
             self._is_foreign = True
             return None
+        self._is_pair = _has_no_name(view)
         # In one step: there must not be two, whatever comes in between.
         opened: _View = vars(self).setdefault("_socket", view)
         return opened
@@ -312,6 +314,14 @@ class ConnectionMixin(StockConnection):
             raise NoTransit("Connection")
         copy = self._family.reduction.DupFd(self.fileno())
         return _inherited, (type(self), copy, self.readable, self.writable)
+
+
+def _has_no_name(sock: socket.socket) -> bool:
+    """True if *sock* is of socketpair(2), and not one that was connected to a Listener's."""
+    try:
+        return not sock.getsockname() and not sock.getpeername()
+    except OSError:  # the other end is closed
+        return False
 
 
 def _inherited(

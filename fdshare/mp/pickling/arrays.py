@@ -12,7 +12,7 @@ from typing import Any, Final
 from fdshare.kinds import describe
 from fdshare.mp.pickling.bundle import Reduced, Transit
 
-__all__ = ["reduce_array"]
+__all__ = ["is_array", "reduce_array"]
 
 _METHODS: Final = ("__reduce_ex__", "__reduce__", "__getstate__", "__setstate__")
 
@@ -28,6 +28,11 @@ def reduce_array(transit: Transit, array: Any, cls: type) -> Reduced | None:
     if not issubclass(cls, numpy.ndarray) or _pickles_itself(cls):
         return None
     return _view, (numpy.ndarray.view(array, numpy.ndarray), cls, object.__getstate__(array))
+
+
+def is_array(cls: type) -> bool:
+    """True if *cls* is numpy's array itself. It does not import numpy."""
+    return cls.__name__ == "ndarray" and cls.__module__ == "numpy"
 
 
 def _pickles_itself(cls: type) -> bool:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import pickle
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final, Protocol, TypeAlias
 
 from msgspec import Raw
@@ -24,6 +24,7 @@ from fdshare.kernel.ancillary import close_all
 from fdshare.kernel.descriptor import Descriptor, Spare
 from fdshare.kernel.descriptor_limit import descriptor_limit, is_descriptor_limit
 from fdshare.kinds import Kind, discard, rebuild, rebuilder
+from fdshare.mp.pickling.large import BALLAST, MessageMemory, map_parts
 
 __all__ = [
     "Arrived",
@@ -33,16 +34,20 @@ __all__ = [
     "Loads",
     "Made",
     "Reduced",
+    "Reducing",
     "Transit",
     "bare_pickle",
     "load_part",
     "loads",
     "made_at_once",
     "open_arrived",
+    "with_memory",
 ]
 
 Reduced: TypeAlias = tuple[Callable[..., Any], tuple[Any, ...]]
-Loads: TypeAlias = Callable[[bytes | memoryview], Any]
+
+# A package's: the object of a pickle, and of *buffers*, a keyword, that were taken out of it.
+Loads: TypeAlias = Callable[..., Any]
 
 
 class Transit(Protocol):
@@ -94,7 +99,7 @@ class Bundle:
     duplicates them. What it owns is closed when it is collected: Spare descriptors.
     """
 
-    __slots__ = ("__weakref__", "data", "fds", "holders", "missing", "owned")
+    __slots__ = ("__weakref__", "data", "fds", "holders", "memory", "missing", "owned")
 
     def __init__(
         self,
@@ -102,12 +107,15 @@ class Bundle:
         fds: list[int] | None = None,
         holders: object = None,
         owned: list[Descriptor] | None = None,
+        memory: Descriptor | None = None,
     ) -> None:
-        """*fds* are borrowed from *holders*; or it owns the descriptors *owned*."""
+        """*fds* are borrowed from *holders*, but the last one from *memory*, if that is given,
+        which is taken over; or it owns the descriptors *owned*."""
         self.data = data
         self.fds = fds
         self.holders = holders
         self.owned = owned
+        self.memory = memory
         # Why descriptors that belong to it did not arrive.
         self.missing: BaseException | None = None
 
@@ -125,15 +133,18 @@ class Bundle:
         """
         if self.fds:
             copies: list[Descriptor] = []
+            borrowed = self.fds if self.memory is None else self.fds[:-1]
             try:
-                copies.extend(map(Spare.dup_of, self.fds))
+                copies.extend(map(Spare.dup_of, borrowed))
             except BaseException as error:
                 close_all(copies)
                 if isinstance(error, OSError) and is_descriptor_limit(error):
                     raise descriptor_limit(error.errno, "sender") from None
                 raise
+            if self.memory is not None:
+                copies.append(self.memory)
             self.owned = copies
-        self.fds = self.holders = None
+        self.fds = self.holders = self.memory = None
         return self
 
     def load(self, load: Loads) -> Any:
@@ -162,7 +173,7 @@ class Bundle:
     def close(self) -> None:
         """Close what it owns."""
         owned, self.owned = self.owned, None
-        self.fds = self.holders = None
+        self.fds = self.holders = self.memory = None
         if owned:
             close_all(owned)
 
@@ -170,6 +181,20 @@ class Bundle:
         # A bundle inside another pickle: the tasks and results of pools. The receiver loads the
         # outer pickle, the envelope, and each bundle later, where an error is that item's alone.
         return _rebundle, (bytes(self.data), self.own().owned or [])
+
+
+def with_memory(
+    data: bytes, large: Sequence[memoryview], transit: Inline, holders: object
+) -> Bundle | None:
+    """The bundle of the pickle *data*, whose *large* buffers are copied into a memfd. *transit* and
+    *holders* are those of the pickle. None: as `MessageMemory.of`."""
+    memory = MessageMemory.of(large)
+    if memory is None:
+        return None
+    sizes = [len(buffer) for buffer in large]
+    reduced = _arrive_large, (len(transit.fds), sizes, data, BALLAST)
+    transit.fds.append(memory.fileno())
+    return Bundle(pickle.dumps(Reducing(reduced)), transit.fds, holders, memory=memory)
 
 
 # What a channel is given: a pickle without descriptors; one with; or, of an object by itself that
@@ -214,9 +239,12 @@ def _rebundle(data: bytes, descriptors: list[Descriptor | _Missing]) -> Bundle:
 class _Frame:
     """The descriptors of the message that this thread is decoding."""
 
-    __slots__ = ("bare", "built", "descriptors", "missing")
+    __slots__ = ("bare", "built", "descriptors", "load", "missing")
 
-    def __init__(self, descriptors: list[Descriptor], missing: BaseException | None) -> None:
+    def __init__(
+        self, load: Loads, descriptors: list[Descriptor], missing: BaseException | None
+    ) -> None:
+        self.load = load
         self.descriptors: list[Descriptor | None] = list(descriptors)
         self.missing = missing
         self.built: list[Any] = []
@@ -249,7 +277,7 @@ def loads(
     envelope is loaded all the same, and a bundle that needs one raises it when it is loaded.
     """
     outer = _local.frame
-    frame = _local.frame = _Frame(descriptors, missing)
+    frame = _local.frame = _Frame(load, descriptors, missing)
     try:
         obj = load(data)
     except BaseException:
@@ -280,7 +308,7 @@ def load_part(load: Loads, data: bytes) -> Any:
         raise
 
 
-class _Bare:
+class Reducing:
     """Pickles as *reduced*."""
 
     def __init__(self, reduced: Reduced) -> None:
@@ -292,7 +320,7 @@ class _Bare:
 
 def bare_pickle(kind: Kind) -> bytes:
     """The pickle of an object of *kind* by itself, with one descriptor."""
-    return pickle.dumps(_Bare(Inline().carry(None, kind, [0])))
+    return pickle.dumps(Reducing(Inline().carry(None, kind, [0])))
 
 
 # The pickles that are one object with one descriptor, as reducers.py makes them for sockets: the
@@ -315,6 +343,20 @@ def _remember(data: bytes, kind: Kind) -> None:
         make = rebuilder(kind)
         if make is not None:
             made_at_once[data] = make
+
+
+def _arrive_large(index: int, sizes: list[int], data: bytes, ballast: bytes) -> Any:
+    """The object of the pickle *data*, whose buffers, of these *sizes* in bytes, are in a memfd.
+    Pickles name it: do not move or rename."""
+    frame = _local.frame
+    if frame is not None and frame.missing is not None:
+        raise frame.missing
+    if frame is None or (memory := frame.descriptors[index]) is None:
+        raise AlreadyTaken("memory")
+    frame.descriptors[index] = None
+    with memory:
+        parts = map_parts(memory.fileno(), sizes)
+    return frame.load(data, buffers=parts)
 
 
 def _arrive(tag: str, spec: bytes, first: int, count: int = 1) -> Any:

@@ -16,14 +16,23 @@ import io
 import pickle
 import selectors
 from collections.abc import Mapping
+from functools import partial
 from types import BuiltinFunctionType, CodeType, FunctionType, TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol, TypeAlias
 
 from fdshare.kinds import Kind, describe, describers, in_shared_memory, is_shareable, user_kinds
-from fdshare.mp.pickling.arrays import reduce_array
-from fdshare.mp.pickling.bundle import Bundle, Encoded, Inline, Transit, bare_pickle
+from fdshare.mp.pickling.arrays import is_array, reduce_array
+from fdshare.mp.pickling.bundle import (
+    Bundle,
+    Encoded,
+    Inline,
+    Transit,
+    bare_pickle,
+    with_memory,
+)
 from fdshare.mp.pickling.dill_code import check_code
 from fdshare.mp.pickling.exceptions import Links, reduce_exception, reduce_links
+from fdshare.mp.pickling.large import POSSIBLE, take_large
 from fdshare.mp.pickling.program_reducers import (
     HasReducers,
     Reducers,
@@ -61,6 +70,7 @@ PLAIN: Final = frozenset(
 )
 _NUMBERS_AND_TEXT: Final = frozenset({int, str, bytes, float, bool, type(None)})
 
+PROTOCOL: Final = 5  # has buffers beside the pickle
 _plain_dumps: Final = pickle.dumps
 
 
@@ -90,7 +100,12 @@ class TransitPickler(_Pickler):
         reducer = self.registered.get(cls)
         if reducer is not None and not is_shareable(cls):
             return reducer(obj)
-        return reduce_with(self.transit, self, obj, cls)
+        reduced = reduce_with(self.transit, self, obj, cls)
+        if reduced is not NotImplemented or self.dispatched is None or not is_array(cls):
+            return reduced
+        # dill's own way of pickling it copies the numbers.
+        own = reducer_of_program(self, cls) is None
+        return obj.__reduce_ex__(PROTOCOL) if own else NotImplemented
 
     @staticmethod
     def loads(data: bytes | memoryview, /) -> Any:
@@ -119,7 +134,7 @@ class TransitPickler(_Pickler):
         return buffer.getvalue()
 
     def _dump_part(self, buffer: io.BytesIO, obj: object, unlinked: frozenset[int]) -> None:
-        inner = type(self)(buffer, None)
+        inner = type(self)(buffer, PROTOCOL)
         inner.transit, inner.met, inner.unlinked = self.transit, set(), unlinked
         first = len(self.transit.fds)
         try:
@@ -163,8 +178,9 @@ class HasPickler(Protocol):
     def Pickler(self) -> type[TransitPickler]: ...
 
 
-def encode(family: HasPickler, obj: Any) -> Encoded:
-    """*obj* pickled. Its descriptors are borrowed from *obj*.
+def encode(family: HasPickler, obj: Any, in_memory: bool = True) -> Encoded:
+    """*obj* pickled. Its descriptors are borrowed from *obj*. Without *in_memory*, its receiver may
+    be the package itself, which takes all of it from the socket (large.py).
 
     Raises: whatever pickling raises; nothing was duplicated then.
     """
@@ -179,7 +195,7 @@ def encode(family: HasPickler, obj: Any) -> Encoded:
             known = _bare_pickle(kind)
         if known is not None:
             return known[1], fds
-    return _dump(family, obj, False)
+    return _dump(family, obj, in_memory)
 
 
 def dumps(family: HasPickler, obj: Any) -> Bundle:
@@ -193,9 +209,13 @@ def dumps(family: HasPickler, obj: Any) -> Bundle:
     return message
 
 
-def _dump(family: HasPickler, obj: Any, bare_exceptions: bool) -> Bundle:
+def _dump(family: HasPickler, obj: Any, in_memory: bool, bare_exceptions: bool = False) -> Bundle:
     buffer = io.BytesIO()
-    pickler = family.Pickler(buffer, None)
+    large: list[memoryview] = []
+    if in_memory and POSSIBLE:
+        pickler = family.Pickler(buffer, PROTOCOL, buffer_callback=partial(take_large, large))
+    else:
+        pickler = family.Pickler(buffer, PROTOCOL)
     pickler.transit = transit = Inline()
     pickler.met = set()
     if bare_exceptions:
@@ -205,9 +225,13 @@ def _dump(family: HasPickler, obj: Any, bare_exceptions: bool) -> Bundle:
     except Exception:
         # It may be a slot of an exception that cannot be pickled; without us pickle leaves it out.
         if pickler.met and not bare_exceptions:
-            return _dump(family, obj, True)
+            return _dump(family, obj, in_memory, bare_exceptions=True)
         raise
-    return Bundle(buffer.getvalue(), transit.fds, pickler)
+    data = buffer.getvalue()
+    if not large:
+        return Bundle(data, transit.fds, pickler)
+    bundle = with_memory(data, large, transit, pickler)
+    return bundle or _dump(family, obj, False, bare_exceptions)
 
 
 # Most of what is sent is a socket by itself. Its pickle is the same for all of a kind, for which

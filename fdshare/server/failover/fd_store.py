@@ -27,6 +27,7 @@ from typing import Any, Final
 from fdshare.activation import store, unstore
 from fdshare.errors import FdshareError
 from fdshare.kernel.descriptor import Descriptor
+from fdshare.kernel.memfd import create_memfd
 from fdshare.kernel.open_file import Descriptions
 from fdshare.protocol.messages import StoreStats
 from fdshare.server.core.image import Image, image_of, table_of
@@ -82,7 +83,7 @@ class FdStore:
     @classmethod
     def new(cls, epoch: str, limit: int | None = None) -> FdStore:
         """An empty store, whose memfd the service manager holds. The caller owns the result."""
-        made = cls(Descriptor(os.memfd_create(TABLE, os.MFD_CLOEXEC)), limit)
+        made = cls(Descriptor(create_memfd(TABLE)), limit)
         made.epoch = epoch
         made._rewrite()
         if limit == 0:

@@ -18,6 +18,7 @@ import msgspec
 
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.kernel.endpoint import Listener
+from fdshare.kernel.memfd import create_memfd
 from fdshare.server import logs
 from fdshare.server.core.image import Image, image_of, table_of
 from fdshare.server.core.table import Table
@@ -82,7 +83,7 @@ class Trial:
         code runs, and a close that does not return would keep this process waiting, too.
         Raises: OSError."""
         file = _memfd(handover)
-        self._output: IO[bytes] = open(os.memfd_create("fdshare-trial"), "w+b")
+        self._output: IO[bytes] = open(create_memfd("fdshare-trial"), "w+b")
         try:
             command = fresh_interpreter(_NEW_CODE, f"try_table({file.fileno()})")
             passed = [fd for fd in (file.fileno(), handover.fdstore) if fd is not None]
@@ -212,7 +213,7 @@ class _Version(msgspec.Struct):
 
 
 def _memfd(handover: Handover) -> IO[bytes]:
-    file = open(os.memfd_create("fdshare-handover"), "w+b")
+    file = open(create_memfd("fdshare-handover"), "w+b")
     file.write(msgspec.msgpack.encode(handover))
     file.flush()
     file.seek(0)

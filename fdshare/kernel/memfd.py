@@ -1,0 +1,73 @@
+"""memfd_create(2), and maps of a file that are memory of this process alone."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import sys
+from collections.abc import Callable
+from functools import cache
+from typing import Any, Final
+
+__all__ = ["create_memfd", "private_map"]
+
+# <linux/memfd.h>, Linux 6.3: never executable, which vm.memfd_noexec may require.
+_NOEXEC_SEAL: Final = 0x8
+_MAP_FIXED: Final = 0x10  # <asm-generic/mman-common.h>; mmap does not name it
+_READ_WRITE: Final = mmap.PROT_READ | mmap.PROT_WRITE
+
+
+def create_memfd(name: str) -> int:
+    """The number of a new, empty memfd that can be sealed. The caller owns the result.
+
+    Raises: OSError.
+    """
+    flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+    try:
+        return os.memfd_create(name, flags | _NOEXEC_SEAL)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # of a Linux before 6.3
+            raise
+    return os.memfd_create(name, flags)
+
+
+def private_map(fd: int, offset: int, size: int) -> mmap.mmap:
+    """*size* bytes of the file *fd* from *offset*, a multiple of the page size: writable, and what
+    is written stays in this process.
+
+    *fd* is borrowed for the call, and the map keeps no duplicate, as a map of Python's does: who
+    keeps a thousand maps does not need a thousand descriptors. It is unmapped when nothing refers
+    to it or to a view of it; the file must not shrink before. Raises: OSError of mmap(2).
+    """
+    if sys.version_info >= (3, 13):
+        flags = mmap.MAP_PRIVATE
+        return mmap.mmap(fd, size, flags, _READ_WRITE, offset=offset, trackfd=False)
+    mapping = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, _READ_WRITE)
+    map_over, errno_of = _libc_mmap()
+    if not map_over(mapping, size, fd, offset):
+        _broken.append(mapping)
+        error = errno_of()
+        raise OSError(error, os.strerror(error))
+    return mapping
+
+
+# What mmap(2) may have unmapped before it failed: to unmap it again could hit another's map.
+_broken: Final[list[mmap.mmap]] = []
+
+
+@cache
+def _libc_mmap() -> tuple[Callable[[mmap.mmap, int, int, int], bool], Callable[[], int]]:
+    """What maps a file in the place of a map of Python's, which unmaps it in the end; and errno."""
+    import ctypes  # not at import: libffi has a descriptor of its own
+
+    call: Any = ctypes.CDLL(None, use_errno=True).mmap
+    call.restype = ctypes.c_void_p
+    call.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+
+    def map_over(mapping: mmap.mmap, size: int, fd: int, offset: int) -> bool:
+        place = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
+        found = call(place, size, _READ_WRITE, mmap.MAP_PRIVATE | _MAP_FIXED, fd, offset)
+        return bool(found == place)
+
+    return map_over, ctypes.get_errno

@@ -1,0 +1,111 @@
+"""Large buffers of a pickle: they lie in a memfd, whose descriptor travels beside the pickle.
+
+They are what pickle protocol 5 can take out of a pickle, such as the numbers of an array. A socket
+takes 200 KB at a time, copies them twice, and wakes both processes for each piece. In a memfd they
+are written once, and the receiver maps them. Its map is private, as all that a pickle brings: it
+may be written to, and nobody else sees that.
+
+Each buffer has pages and a map of its own, which are freed with the last view of it. The memfd has
+no name, so a process that is killed leaves nothing behind. What a pickle copies in any case, such
+as bytes, goes through the socket, which is as fast then (docs/performance.md).
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import queue
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from pickle import PickleBuffer
+from typing import Final
+
+from fdshare.kernel.descriptor import Spare
+from fdshare.kernel.memfd import create_memfd, private_map
+
+__all__ = ["BALLAST", "LARGE", "POSSIBLE", "MessageMemory", "map_parts", "take_large"]
+
+POSSIBLE: Final = hasattr(os, "memfd_create")
+
+# Bytes from which on the memfd takes less time than the socket.
+LARGE: Final = 1 << 20
+# Bytes that are sent beside the descriptor. A socket holds a dozen of such messages, where it would
+# hold a hundred: the kernel limits how many descriptors a user has in flight.
+BALLAST: Final = bytes(14 << 10)
+
+_MOST_AT_ONCE: Final = 1 << 30  # write(2) takes 2 GiB at most
+
+# One for each memory that a process may have before it is sent. Beyond, as at the descriptor limit,
+# messages go through the socket as a whole: descriptors are the program's. It is a SimpleQueue
+# because a finaliser may put into it at any instruction.
+_allowed: Final[queue.SimpleQueue[None]] = queue.SimpleQueue()
+for _ in range(64):
+    _allowed.put(None)
+
+
+class MessageMemory(Spare):
+    """A memfd with the large buffers of one message, until that is sent."""
+
+    __slots__ = ()
+
+    @classmethod
+    def of(cls, buffers: Sequence[memoryview]) -> MessageMemory | None:
+        """A copy of *buffers*, each at the beginning of a page. The caller owns the result.
+
+        None: there is no memory for it, no descriptor, or too many are waiting to be sent.
+        """
+        made: list[MessageMemory] = []
+        try:
+            _allowed.get_nowait()
+        except queue.Empty:
+            return None
+        try:
+            made.extend(map(cls, map(create_memfd, ("fdshare-message",))))
+            for buffer, offset in zip(buffers, _offsets(map(len, buffers)), strict=True):
+                made[0]._write(buffer, offset)
+        except BaseException as error:
+            if made:
+                made[0].close()
+            else:
+                _allowed.put(None)
+            if isinstance(error, OSError):
+                return None
+            raise
+        return made[0]
+
+    def _write(self, view: memoryview, offset: int) -> None:
+        while view:
+            written = os.pwrite(self._fd, view[:_MOST_AT_ONCE], offset)
+            view, offset = view[written:], offset + written
+
+    def __del__(self) -> None:
+        super().__del__()
+        _allowed.put(None)
+
+
+def take_large(taken: list[memoryview], buffer: PickleBuffer) -> bool:
+    """A buffer_callback of pickle: a large *buffer* is added to *taken*. True: it is not large, and
+    stays in the pickle."""
+    try:
+        view = buffer.raw()
+    except BufferError:  # it has gaps
+        return True
+    if view.nbytes < LARGE:
+        return True
+    taken.append(view)
+    return False
+
+
+def map_parts(fd: int, sizes: Sequence[int]) -> list[mmap.mmap]:
+    """The buffers of these *sizes* in bytes, mapped. *fd* is borrowed for the call.
+
+    Raises: OSError of mmap(2).
+    """
+    return list(map(partial(private_map, fd), _offsets(sizes), sizes))
+
+
+def _offsets(sizes: Iterable[int]) -> Iterator[int]:
+    offset = 0
+    for size in sizes:
+        yield offset
+        offset += -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
