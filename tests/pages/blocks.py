@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-_FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+_FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 _STATUS = re.compile(r"#.*\bstatus (\d+)")
 _NUMBERS = r"\d+"
 
@@ -30,10 +30,12 @@ class Command:
 
 
 def blocks_of(page: Path) -> list[Block]:
+    """Those that a reader sees: not {toctree} and other directives of the site."""
     text = page.read_text()
     return [
         Block(match[1], match[2], text.count("\n", 0, match.start()) + 2)
         for match in _FENCE.finditer(text)
+        if not match[1].startswith("{")
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -45,6 +46,14 @@ def test_the_text_is_prometheus() -> None:
         else:
             assert SAMPLE.fullmatch(line)
             assert re.split("[{ ]", line)[0] in described
+
+
+def test_each_is_on_the_page() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "reference" / "metrics.md").read_text()
+    for line in render(STATS).splitlines():
+        if line.startswith("# HELP"):
+            _, _, name, text = line.split(" ", 3)
+            assert re.search(rf"`{name}[`{{].*\| {re.escape(text)} \|", page), line
 
 
 @pytest.mark.parametrize(
