@@ -37,7 +37,8 @@ class SharedMemory:
     """A block of *size* bytes, all zero, that other processes map when they receive it.
 
     Register it, send it through a queue, or pass its descriptor: what arrives is the same memory,
-    not a copy. Both sides may write until somebody calls `seal()`; there is no lock in it.
+    not a copy. Both sides may write until somebody calls `seal()`; there is no lock in it. Threads
+    may share the object; none may close it while another uses it.
 
     The memory exists as long as anything refers to it: this object, a view of it, an array in it,
     in any process, or a name it is registered under. `close()` only closes this object's descriptor

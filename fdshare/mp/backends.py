@@ -42,7 +42,8 @@ def get_context(
 
     *backend* is "multiprocessing" or "multiprocess", or that module. The context offers everything
     that `backend.get_context(method)` does; sockets, files, connections and every other kind go
-    through its pipes, queues, pools and managers.
+    through its pipes, queues, pools and managers. Threads may share the context, and a queue, pool
+    or executor of it; one end of a pipe is for one sender and one receiver at a time.
 
     Raises: ValueError: no such method or backend.
     """

@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 
 class AsyncClient(BaseClient):
-    """The verbs of one server, to be awaited by the tasks of one event loop.
+    """The verbs of one server, to be awaited by the tasks of one event loop, in its thread alone.
 
     It is entered with `async with`, once, and left in the task that entered it.
 
