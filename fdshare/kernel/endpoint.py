@@ -20,7 +20,16 @@ from typing import Final, TypeAlias
 from fdshare.errors import EndpointError, NoServer, ServerTimeout
 from fdshare.kernel.credentials import Credentials, peer_credentials
 from fdshare.kernel.descriptor import Descriptor
-from fdshare.kernel.path_lock import Inode, clear, live, lock, refuse_other_files, remove, unlock
+from fdshare.kernel.path_lock import (
+    Inode,
+    clear,
+    is_lock,
+    live,
+    lock,
+    refuse_other_files,
+    remove,
+    unlock,
+)
 from fdshare.kernel.unix_address import (
     UnixAddress,
     absolute,
@@ -116,6 +125,40 @@ class Listener:
         """The socket and the lock, which the caller owns now; the path stays."""
         lock, self.lock, self.inode = self.lock, None, None
         return socket.socket(fileno=self.socket.detach()), lock
+
+    def bind_anew(self, *, mode: int, backlog: int, owner: Owner | None = None) -> bool:
+        """Whether a new socket is bound to the path now, because nothing was there any more.
+
+        It takes the place of `socket`; other processes that have the old one keep it. The arguments
+        are those of `listen`. A path that is not ours to remove is not ours to bind either. Raises:
+        as `listen`; nothing has changed then.
+        """
+        if self.inode is None or os.path.lexists(self.address):
+            return False
+        sock = socket.socket(socket.AF_UNIX, self.socket.type)
+        try:
+            # Whoever removed the path may have removed the lock: it excludes nobody any more.
+            held = (
+                None
+                if self.lock is None or is_lock(self.address, self.lock)
+                else lock(self.address)
+            )
+            try:
+                inode = _bind(self.address, sock, mode, owner)
+                _start(sock, backlog)
+            except BaseException:
+                if held is not None:
+                    held.close()
+                raise
+        except BaseException:
+            sock.close()
+            raise
+        self.socket.close()
+        self.socket, self.inode = sock, inode
+        if held is not None and self.lock is not None:
+            self.lock.close()
+            self.lock = held
+        return True
 
     def leave_path(self) -> None:
         """The path stays when this is closed: another process serves it on."""

@@ -21,7 +21,7 @@ from fdshare.kernel.credentials import peer_credentials
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.kernel.unix_address import file_type, sockaddr, trouble
 
-__all__ = ["Inode", "clear", "live", "lock", "refuse_other_files", "remove", "unlock"]
+__all__ = ["Inode", "clear", "is_lock", "live", "lock", "refuse_other_files", "remove", "unlock"]
 
 _STARTING: Final = 1.0  # seconds for the owner of a lock to listen, so that we can say its pid
 _PAUSE: Final = 0.02  # seconds between looks
@@ -56,6 +56,14 @@ def lock(address: str) -> Descriptor:
         held.close()
         raise
     return held
+
+
+def is_lock(address: str, held: Descriptor) -> bool:
+    """Whether PATH.lock is still the file that *held* has locked."""
+    try:
+        return os.path.samestat(os.stat(f"{address}.lock"), os.fstat(held.fileno()))
+    except OSError:
+        return False
 
 
 def unlock(held: Descriptor) -> None:

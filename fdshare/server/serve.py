@@ -18,7 +18,7 @@ from fdshare.kernel.endpoint import Listener, listen
 from fdshare.server.core.table import Table
 from fdshare.server.failover.fd_store import FdStore
 from fdshare.server.failover.halves import run_keeper
-from fdshare.server.failover.holdings import Holdings
+from fdshare.server.failover.holdings import Holdings, bind_anew
 from fdshare.server.failover.labels import MOST
 from fdshare.server.failover.service_manager import Watchdog, report
 from fdshare.server.imports import import_all
@@ -81,7 +81,7 @@ def serve(
         if control is not None:
             server.loop.poller.register(control.fileno(), READ, lambda events, now: server.stop())
         try:
-            with _Signals(server):
+            with _Signals(server, bound):
                 ready()
                 _feed(Watchdog(), server)
                 server.run()
@@ -99,11 +99,12 @@ def _feed(watchdog: Watchdog, server: Server) -> None:
 
 
 class _Signals:
-    """SIGTERM and SIGINT stop the server, SIGHUP reloads; the former handlers are restored at the
-    end."""
+    """SIGTERM and SIGINT stop the server, SIGHUP reloads the policy and binds a path anew that is
+    gone; the former handlers are restored at the end."""
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: Server, listener: Listener) -> None:
         self._server = server
+        self._listener = listener
         self._former: dict[int, object] = {}
         self._former_wakeup = -1
 
@@ -124,4 +125,10 @@ class _Signals:
         self._server.stop()
 
     def _reload(self, number: int, frame: object) -> None:
-        self._server.loop.post(self._server.try_to_reload)
+        self._server.loop.post(self._reload_now)
+
+    def _reload_now(self) -> None:
+        self._server.try_to_reload()
+        self._server.loop.acceptor.close()
+        bind_anew(self._listener, self._server.settings)
+        self._server.loop.acceptor.accept_at(self._listener.socket)

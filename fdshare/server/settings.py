@@ -23,6 +23,7 @@ class Settings(msgspec.Struct, kw_only=True):
 
     path: str
     mode: int = 0o600
+    owner: tuple[int, int] | None = None  # uid and gid of the socket's file, -1 to keep one
     backlog: int = 4096
     keeper: bool = True
     limits: dict[str, float | int] = {}  # fields of Limits, by name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import socket
 import stat
@@ -246,6 +247,39 @@ def test_a_stale_name_of_a_datagram_client_is_not_taken(folder: Path) -> None:
     leave_stale(folder / "client")
     with pytest.raises(AddressInUse, match="stale"):
         datagram(folder / "client")
+
+
+def test_a_path_that_is_gone_is_bound_anew(folder: Path) -> None:
+    path = folder / "s"
+    with listen(path, mode=0o600) as listener:
+        assert not listener.bind_anew(mode=0o600, backlog=5)
+        path.unlink()
+        (folder / "s.lock").unlink()
+        assert listener.bind_anew(mode=0o640, backlog=5)
+        assert stat.S_IMODE(path.stat().st_mode) == 0o640
+        with cli_conn(path) as near:
+            listener.accept()[0].close()
+            near.recv(1)
+        with pytest.raises(AddressInUse):  # the new lock excludes, as the old one did
+            listen(path)
+    assert not path.exists()
+
+
+def test_a_path_that_cannot_be_bound_anew(folder: Path) -> None:
+    inner = folder / "inner"
+    inner.mkdir()
+    with listen(inner / "s") as listener:
+        shutil.rmtree(inner)
+        with pytest.raises(EndpointError, match="does not exist"):
+            listener.bind_anew(mode=0o600, backlog=5)
+        inner.mkdir()
+        assert listener.bind_anew(mode=0o600, backlog=5)
+    adopted = socket.socket(socket.AF_UNIX)
+    adopted.bind(str(inner / "a"))
+    adopted.listen()
+    (inner / "a").unlink()
+    with Listener.adopt(adopted) as listener:
+        assert not listener.bind_anew(mode=0o600, backlog=5)
 
 
 def test_repr(folder: Path) -> None:

@@ -66,8 +66,9 @@ def _metrics(context: click.Context, parameter: click.Parameter, value: str | No
     With --detach it runs in the background, and its log is PATH.log: this command prints the path
     and the pid when clients can connect.
 
-    SIGHUP reads the policy again, SIGUSR2 upgrades to the code that is installed now. Under a
-    service manager it takes its socket from LISTEN_FDS, and reports to NOTIFY_SOCKET.
+    SIGHUP reads the policy again, and binds PATH again if somebody has removed it; SIGUSR2 upgrades
+    to the code that is installed now. Under a service manager it takes its socket from LISTEN_FDS,
+    and reports to NOTIFY_SOCKET.
 
     \b
     Examples:
@@ -203,8 +204,8 @@ def _listen(settings: Settings, owner: str | None, group: str | None) -> Listene
 
     uid = -1 if owner is None else uid_of(owner)
     gid = -1 if group is None else _gid_of(group)
-    changed = None if (uid, gid) == (-1, -1) else (uid, gid)
-    return listen(settings.path, mode=settings.mode, backlog=settings.backlog, owner=changed)
+    settings.owner = None if (uid, gid) == (-1, -1) else (uid, gid)
+    return listen(settings.path, mode=settings.mode, backlog=settings.backlog, owner=settings.owner)
 
 
 def _gid_of(group: str) -> int:

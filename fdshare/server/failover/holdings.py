@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from dataclasses import dataclass, field
 
+from fdshare.errors import FdshareError
 from fdshare.kernel.credentials import peer_credentials
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.kernel.endpoint import Listener
 from fdshare.server.core.table import Table
 from fdshare.server.settings import Settings
 
-__all__ = ["Holdings"]
+__all__ = ["Holdings", "bind_anew"]
+
+log = logging.getLogger("fdshare.server")
 
 
 @dataclass(slots=True)
@@ -61,3 +65,18 @@ class Holdings:
         self.listener = Listener(address, sock, lock, inode)
         if peer_credentials(sock).uid == os.geteuid():
             sock.listen(self.settings.backlog)
+
+
+def bind_anew(listener: Listener, settings: Settings) -> bool:
+    """Whether the path of a server was gone and *listener* is bound to it again; what goes wrong is
+    in the log."""
+    try:
+        bound = listener.bind_anew(
+            mode=settings.mode, backlog=settings.backlog, owner=settings.owner
+        )
+    except FdshareError as error:
+        log.error("the path is gone and cannot be bound again: %s", error)
+        return False
+    if bound:
+        log.warning("the path was gone and is bound again: %s", listener.address)
+    return bound

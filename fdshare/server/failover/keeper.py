@@ -32,7 +32,7 @@ from fdshare.kernel.descriptor_limit import raise_descriptor_limit
 from fdshare.server import logs
 from fdshare.server.core.records import Record
 from fdshare.server.failover.heartbeat import Heartbeat
-from fdshare.server.failover.holdings import Holdings
+from fdshare.server.failover.holdings import Holdings, bind_anew
 from fdshare.server.failover.journal import (
     MAX_LETTER,
     Note,
@@ -230,10 +230,19 @@ class Keeper:
             if number == signal.SIGUSR2:
                 self._start_upgrade(Note("upgrade"))
             elif number == signal.SIGHUP:
-                self._reloading = True
-                self._tell(Note("reload"))
+                self._reload()
             else:
                 self._stop()
+
+    def _reload(self) -> None:
+        """The policy; and the path, if somebody has removed it."""
+        self._reloading = True
+        if bind_anew(self._holdings.listener, self._holdings.settings) and not self._stopping:
+            # A server accepts at the socket that it was forked with; its successor is told.
+            self._relieved = True
+            self._drain()
+        else:
+            self._tell(Note("reload"))
 
     def _on_owner_gone(self, events: int) -> None:
         assert self._holdings.control is not None

@@ -56,7 +56,6 @@ class Acceptor:
         self, output: Output, listener: socket.socket, epoch: str, authkey: bytes | None
     ) -> None:
         self._output = output
-        self._listener = listener
         self._epoch = epoch
         self._authkey = authkey
         self.accepted = 0
@@ -64,8 +63,14 @@ class Acceptor:
         self.paused_until: float | None = None  # None: it accepts
         self._connections = 0  # how many there were when it paused
         self._crowded = False  # no connection was accepted since the last pause
+        self.accept_at(listener)
+
+    def accept_at(self, listener: socket.socket) -> None:
+        """Accepts at *listener*, after `close`."""
+        self._listener = listener
+        self.paused_until = None
         listener.setblocking(False)
-        output.poller.register(listener.fileno(), READ, self._on_connect)
+        self._output.poller.register(listener.fileno(), READ, self._on_connect)
 
     def close(self) -> None:
         """Accepts no more."""

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from commandline import Shell
 
+import fdshare
 from fdshare.activation import NotifySocket
 
 
@@ -36,6 +37,43 @@ def test_a_background_job_of_a_shell_hears_sigint(shell: Shell) -> None:
     ignored = shell.serve(preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
     ignored.send_signal(signal.SIGINT)
     assert ignored.wait(30) == 0
+
+
+@pytest.mark.parametrize("lock_too", [False, True])
+@pytest.mark.parametrize("keeper", ["--keeper", "--no-keeper"])
+def test_sighup_brings_a_path_back_that_is_gone(
+    shell: Shell, until, keeper: str, lock_too: bool
+) -> None:
+    process = shell.serve(keeper, "--mode", "0640")
+    shell("register", "web", "--listen", "tcp://127.0.0.1:0")
+    with fdshare.connect(shell.path) as client, client.watch() as watch:
+        next(watch)
+        for path in [shell.path, f"{shell.path}.lock"][: 1 + lock_too]:
+            os.unlink(path)
+        process.send_signal(signal.SIGHUP)
+        until(lambda: os.path.exists(shell.path), "the path")
+        assert client.names() == ["web"]  # who was connected stays, or connects again
+        assert watch.held.keys() == {"web"}
+    assert stat.S_IMODE(os.stat(shell.path).st_mode) == 0o640
+    assert [entry["name"] for entry in shell.json("ls")] == ["web"]
+    assert "is in use" in shell.fails("serve", keeper)
+    process.send_signal(signal.SIGHUP)  # nothing is wrong with it
+    shell("ping")
+    process.terminate()
+    assert process.wait(30) == 0
+    assert not os.path.exists(shell.path)
+
+
+def test_sighup_leaves_what_somebody_put_on_the_path(shell: Shell) -> None:
+    process = shell.serve("--no-keeper")
+    os.unlink(shell.path)
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(shell.path)
+        process.send_signal(signal.SIGHUP)
+        process.terminate()
+        assert process.wait(30) == 0
+        assert os.path.exists(shell.path)
+    os.unlink(shell.path)
 
 
 def test_a_second_one_on_the_path_is_refused(fdshare: Shell) -> None:
