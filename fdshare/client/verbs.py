@@ -95,6 +95,11 @@ def fetch_raw(name: str, timeout: float | None) -> Steps[list[Descriptor]]:
     return given_raw((yield asking(name, timeout)))
 
 
+def look_raw(name: str, timeout: float | None = 0) -> Steps[list[Descriptor]]:
+    """As fetch_raw, for a caller that only looks at it: the entry does not count it."""
+    return given_raw((yield Exchange(m.Fetch(name, timeout, look=True), wait=timeout)))
+
+
 def asking(name: str, timeout: float | None) -> Exchange:
     """The only exchange of a fetch; `given` or `given_raw` makes its result of the answer."""
     return Exchange(m.Fetch(name, timeout), wait=timeout)

@@ -206,9 +206,10 @@ class Register(_NameRequest):
 
 
 class Fetch(_NameRequest):
-    """Waits *wait* seconds for the name to appear, None for ever."""
+    """Waits *wait* seconds for the name to appear, None for ever. With *look* it is not counted."""
 
     wait: float | None = 0.0
+    look: bool = False
 
 
 class Take(_NameRequest):

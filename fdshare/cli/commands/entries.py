@@ -197,10 +197,13 @@ def _fetch_options(command: Any) -> Any:
 def fetch(
     client: Client, name: str, command: Sequence[str], cat: bool, wait: float, check: bool
 ) -> None:
+    from fdshare.client import verbs
+
     if not check or command or cat:
         _check_use(name, command, cat)
+    verb = verbs.fetch_raw if command or cat else verbs.look_raw
     with ExitStack() as stack:
-        descriptors = _owned(client.fetch_raw(name, timeout=or_never(wait)), stack)
+        descriptors = _owned(client._do(verb(name, or_never(wait))), stack)
         if check:
             _check_health(name, descriptors)
         if command or cat:

@@ -33,7 +33,7 @@ _COLUMNS: Final = (
 
     HOW is kcmp if the kernel says that it is the same open file description, and inode if only the
     file or socket is known to be the same. The server and its keeper are among them. A user sees
-    his own processes, root sees all. To compare, this fetches NAME once, which `ls` counts.
+    his own processes, root sees all.
 
     \b
     Example:
@@ -49,10 +49,11 @@ def who(client: Client, name: str, as_json: bool) -> None:
 
         raise UnsupportedPlatform("fdshare who", f"{sys.platform} has no /proc/PID/fd")
     from fdshare.cli.support.open_files import holders
+    from fdshare.client import verbs
 
     halves = _halves(client)
     with ExitStack() as stack:
-        descriptors = [stack.enter_context(d) for d in client.fetch_raw(name)]
+        descriptors = [stack.enter_context(d) for d in client._do(verbs.look_raw(name))]
         found = holders([d.fileno() for d in descriptors])
     if as_json:
         print_json([{**holder._asdict(), "half": halves.get(holder.pid)} for holder in found])

@@ -43,7 +43,7 @@ class Reads(Waiters):
         if entry is None:
             self._wait_for(session, id, request, now)
         else:
-            self._give(session, id, entry)
+            self._give(session, id, entry, counts=not request.look)
         return False
 
     def _fetch_many(

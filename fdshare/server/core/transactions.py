@@ -66,13 +66,13 @@ class Transactions:
         if self.effects.audit_is_full():
             raise LogFull
 
-    def _give(self, session: Session, id: int, entry: Entry) -> None:
-        """Answers a fetch. The body of the reply is the same for all clients: it is encoded
-        once."""
+    def _give(self, session: Session, id: int, entry: Entry, *, counts: bool = True) -> None:
+        """Answers a fetch; *counts*: it is one of the entry's. The body of the reply is the same
+        for all clients: it is encoded once."""
         if not entry.reply:
             given = m.Given(entry.name, entry.generation, entry.put.kind, entry.put.metadata)
             entry.reply = m.encode(given)
-        entry.fetches += 1
+        entry.fetches += counts
         self.counters["fetched"] += 1
         self.effects.answer(session, id, entry.reply, entry.handles)
         self.effects.audit("fetch", entry.name, session, "given")

@@ -140,15 +140,16 @@ class Waiters(Transactions):
             # Before the answer: if the client turns out to be gone, its other waits end in there.
             self._stop_waiting(waiter)
             try:
-                if self.effects.strict and type(waiter.request) is not m.Wait:
+                request = waiter.request
+                if self.effects.strict and not isinstance(request, m.Wait):
                     self._check_audit()
-                if type(waiter.request) is m.Take:
+                if isinstance(request, m.Take):
                     self._lease(waiter.session, waiter.id, entry, now)
-                elif type(waiter.request) is m.Wait:
+                elif isinstance(request, m.Wait):
                     there = m.Registered(entry.name, entry.generation)
                     self.effects.answer(waiter.session, waiter.id, m.encode(there))
                 else:
-                    self._give(waiter.session, waiter.id, entry)
+                    self._give(waiter.session, waiter.id, entry, counts=not request.look)
             except JournalBusy:
                 self._keep_waiting(waiter)
                 self._unserved[name] = now + _AGAIN

@@ -42,7 +42,7 @@ class FetchFrames(dict[bytes, str]):
             request = m.decode_request(data[HEADER.size :])
         except BadRequest:
             return None
-        if type(request) is not m.Fetch:
+        if type(request) is not m.Fetch or request.look:
             return None
         if len(self) >= _REMEMBERED:
             self.clear()

@@ -35,6 +35,7 @@ def test_who(fdshare: Shell) -> None:
     assert len(rows) == 2
     assert all(len(row) <= 80 for row in rows)
     assert "fdshare server:" in said
+    assert fdshare.json("info", "web")["fetches"] == 1
 
 
 # As a container does it: kcmp(2) is EPERM. seccomp(2), SECCOMP_MODE_FILTER; struct sock_filter.

@@ -44,6 +44,15 @@ def test_a_renamed_entry_answers_by_its_new_name(effects: MemoryEffects) -> None
     assert (given.name, given.generation) == ("new", renamed.generation)
 
 
+def test_a_look_is_not_counted(effects: MemoryEffects) -> None:
+    session = effects.session()
+    effects.service.handle(session, 1, m.Fetch("x", 5.0, look=True), [], 0.0)
+    register(effects, session)
+    ask(effects, session, m.Fetch("x", look=True))
+    assert effects.table.entries["x"].fetches == 0
+    assert effects.service.counters["fetched"] == 2
+
+
 def test_the_same_fetch_again_is_counted(effects: MemoryEffects) -> None:
     session, stranger = effects.session(), effects.session(uid=2)
     register(effects, session)

@@ -35,6 +35,7 @@ def test_name_of_a_fetch_whatever_its_id() -> None:
         frame(m.Ping()),
         frame(m.Take("web")),
         frame(m.FetchMany(["web"])),
+        frame(m.Fetch("web", look=True)),
         frame(m.Fetch("web"), count=1),
         frame(m.Fetch("web"))[:-1],
         frame(m.Fetch("web")) + b"\0",
