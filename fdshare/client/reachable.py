@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 from fdshare.protocol.bind_address import BindAddress
 
 __all__ = ["is_at", "why_unreachable"]
@@ -16,7 +14,7 @@ def why_unreachable(fd: int, address: BindAddress) -> tuple[str, bool]:
     A path is looked up if it is that of *address*, which the caller has chosen: another may be on a
     file system that never answers. *fd* is borrowed for the call.
     """
-    from fdshare.server.loop.inspect import describe_descriptor
+    from fdshare.server.loop.inspect import THROUGH_FOLDER, describe_descriptor
 
     found = describe_descriptor(fd, look_up_path=False)
     if found.type != "socket" or found.socket_type != "stream" or found.peer:
@@ -24,20 +22,21 @@ def why_unreachable(fd: int, address: BindAddress) -> tuple[str, bool]:
     if not found.listening:
         # One that was never bound may be what somebody has registered.
         return ("it does not listen, or somebody has shut it down" if found.local else ""), False
+    through_folder = found.local.startswith(THROUGH_FOLDER)
     if address.scheme == "unix" and is_at(address, found.local):
-        found = describe_descriptor(fd)
+        found = describe_descriptor(fd, bound_to=address.path)
     wrong = found.health if "nobody can connect" in found.health else ""
-    return wrong, wrong.startswith("nothing is at")
+    # Of a long path only the last part is known: it may be well, and in another folder.
+    return wrong, wrong.startswith("nothing is at") and not through_folder
 
 
 def is_at(address: BindAddress, local: str) -> bool:
-    """Whether a socket that the kernel says is bound to *local* is at *address*."""
+    """Whether a socket that the kernel says is bound to *local* is at *address*; of a long path,
+    whether it may be."""
+    from fdshare.server.loop.inspect import is_last_part
+
     if address.scheme == "unix":
-        # A long path is bound through a descriptor of its folder.
-        is_long = local.startswith("/proc/self/fd/")
-        return local == address.path or (
-            is_long and os.path.basename(local) == os.path.basename(address.path)
-        )
+        return local == address.path or is_last_part(local, address.path)
     host, _, port = local.rpartition(":")
     wanted = f"[{address.host}]" if address.is_ipv6 else address.host
     if host.partition("%")[0].rstrip("]") != wanted.partition("%")[0].rstrip("]"):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 import click
 
 from fdshare.client.conversation import Exchange
-from fdshare.client.reachable import is_at
+from fdshare.client.reachable import is_at, why_unreachable
 from fdshare.errors import AccessDenied, GenerationMismatch
 from fdshare.kernel.ancillary import close_all
 from fdshare.kernel.descriptor import Descriptor
@@ -98,7 +98,7 @@ def _difference(address: BindAddress, descriptors: list[Descriptor], tag: str) -
     """(how they differ from *address*, or empty; whether it is only that the path is gone)."""
     if len(descriptors) != 1:
         return f"it is a {tag} of {len(descriptors)} descriptors, not a socket", False
-    found = describe_descriptor(descriptors[0].fileno())
+    found = describe_descriptor(descriptors[0].fileno(), bound_to=address.path)
     if found.type != "socket":
         return f"it is a {found.type}, not a socket for {address}", False
     family, kind = _sort_of(address)
@@ -108,9 +108,8 @@ def _difference(address: BindAddress, descriptors: list[Descriptor], tag: str) -
         return "it does not listen: it is a connection, or somebody has shut it down", False
     if not is_at(address, found.local):
         return f"it is at {found.local or 'no address'}, not at {address}", False
-    if "nobody can connect" in found.health:
-        return found.health, found.health.startswith("nothing is at")
-    return _wrong_mode(address), False
+    wrong, gone = why_unreachable(descriptors[0].fileno(), address)
+    return (wrong, gone) if wrong else (_wrong_mode(address), False)
 
 
 def _sort_of(address: BindAddress) -> tuple[str, str]:

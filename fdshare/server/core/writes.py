@@ -5,6 +5,8 @@ and answer the client.
 
 from __future__ import annotations
 
+from typing import Final
+
 from fdshare.errors import (
     GenerationMismatch,
     InvalidArgument,
@@ -20,7 +22,10 @@ from fdshare.server.core.table import Entry, Handle
 from fdshare.server.core.transactions import DONE
 from fdshare.server.core.waiters import Waiters
 
-__all__ = ["Writes"]
+__all__ = ["ADDRESS", "Writes"]
+
+# The key in the metadata of what the server has bound: the address, as it was asked for.
+ADDRESS: Final = "address"
 
 
 class Writes(Waiters):
@@ -187,7 +192,15 @@ class Writes(Waiters):
         self._check_quota(session, 1, former)
         kind, handle = self.effects.bind(request.address, request.backlog, request.reuse_port)
         generation = self.table.generation + 1
-        put = Put(request.name, generation, kind, 1, self._registrant(session), now)
+        put = Put(
+            name=request.name,
+            generation=generation,
+            kind=kind,
+            count=1,
+            registrant=self._registrant(session),
+            at=now,
+            metadata={ADDRESS: request.address},
+        )
         try:
             self._commit(Record([put]), [handle], now)
         except BaseException:

@@ -23,7 +23,7 @@ from fdshare.kernel.plain_socket import view_of
 from fdshare.kernel.sock_diag import TCP_CLOSE_WAIT, TcpState, tcp_state, unix_state
 from fdshare.protocol.messages import DescriptorInfo
 
-__all__ = ["describe_descriptor"]
+__all__ = ["THROUGH_FOLDER", "describe_descriptor", "is_last_part"]
 
 # Fields of DescriptorInfo.
 _Facts: TypeAlias = dict[str, Any]
@@ -48,18 +48,23 @@ _LOCAL: Final = """
     mqueue ntfs3 overlay proc ramfs squashfs sysfs tmpfs udf vfat xfs zfs
 """
 _TERMINAL: Final = re.compile(r"/dev/(pts/\d+|tty\w*|console)$")
+# A path longer than sun_path is bound through a descriptor of its folder (unix_address.py).
+THROUGH_FOLDER: Final = "/proc/self/fd/"
 _RDHUP: Final = getattr(select, "POLLRDHUP", 0)
 
 
-def describe_descriptor(fd: int, *, look_up_path: bool = True) -> DescriptorInfo:
+def describe_descriptor(
+    fd: int, *, look_up_path: bool = True, bound_to: str = ""
+) -> DescriptorInfo:
     """Type, access mode and, by type, addresses, queue, path, offset, size, seals and health.
 
     `family` and `socket_type` are the constants' names without their prefix ("inet6", "stream");
     addresses are "127.0.0.1:80", "[::1]:80", "/run/x.sock", "@abstract" or, where the other end is
     a process and has no address, "pid 123". What cannot be known is left at its default; never
     raises. With *look_up_path* the health of a bound UNIX socket says whether its path still leads
-    to it, which asks the file system with the rights of this process. The caller keeps *fd* open
-    meanwhile. *fd* is borrowed for the call.
+    to it, which asks the file system with the rights of this process. *bound_to* is the path of a
+    UNIX socket where that is known: of a long one the kernel knows the last part alone. The caller
+    keeps *fd* open meanwhile. *fd* is borrowed for the call.
     """
     try:
         flags = fcntl.fcntl(fd, fcntl.F_GETFL)
@@ -68,10 +73,18 @@ def describe_descriptor(fd: int, *, look_up_path: bool = True) -> DescriptorInfo
     access = "path" if flags & _O_PATH else _ACCESS.get(flags & os.O_ACCMODE, "")
     link = _link(fd)
     facts = _by_link(fd, link, access) if link else _by_stat(fd, access)
+    if is_last_part(facts.get("local", ""), bound_to):
+        facts["local"] = bound_to
     if look_up_path and facts.get("family") == "unix" and not facts["peer"]:
         wrong = _path_health(fd, facts["local"]), facts["health"]
         facts["health"] = "; ".join(filter(None, wrong))
     return DescriptorInfo(access=access, **facts)
+
+
+def is_last_part(local: str, path: str) -> bool:
+    """Whether *local* may be the address of a socket that was bound to the long *path*."""
+    parted = local.removeprefix(THROUGH_FOLDER).partition("/")[2]
+    return local.startswith(THROUGH_FOLDER) and parted == os.path.basename(path) != ""
 
 
 # One function for each type. It returns the facts that it could find, "type" at least.
@@ -216,8 +229,7 @@ def _socket_inode(fd: int) -> int:
 
 def _path_health(fd: int, path: str) -> str:
     """Whether a UNIX socket can still be reached under the *path* it was bound to."""
-    # A long path is bound through a directory descriptor: its name has /proc in it then.
-    if not path.startswith("/") or path.startswith("/proc/"):
+    if not path.startswith("/") or path.startswith(THROUGH_FOLDER):
         return ""
     try:
         found = os.lstat(path)

@@ -15,11 +15,13 @@ from typing import Final
 
 import msgspec
 
-from fdshare.errors import FdshareError
+from fdshare.errors import FdshareError, InvalidArgument
 from fdshare.protocol import messages as m
+from fdshare.protocol.bind_address import parse_address
 from fdshare.protocol.framing import MAX_FRAME
 from fdshare.server.core.ports import Session
 from fdshare.server.core.table import Entry, Handle
+from fdshare.server.core.writes import ADDRESS
 from fdshare.server.loop.closing import OURS
 from fdshare.server.loop.inspect import describe_descriptor
 from fdshare.server.loop.lanes import Lanes
@@ -69,9 +71,11 @@ class _Inspection:
         for index in indexes:
             if self.session.route is None:  # its client is gone
                 return
-            handles = self.handles[index]
-            described = [describe_descriptor(h.fd, look_up_path=look_up) for h in handles]
-            self.found[index] = described
+            path = _path_of(self.infos[index])
+            self.found[index] = [
+                describe_descriptor(handle.fd, look_up_path=look_up, bound_to=path)
+                for handle in self.handles[index]
+            ]
 
     def is_complete(self) -> bool:
         """Counts a call that has been made. True for the last: the caller has to answer."""
@@ -220,6 +224,14 @@ def _entry_info(entry: Entry, now: float, stored: bool | None) -> m.EntryInfo:
         stored=stored,
         metadata=entry.put.metadata,
     )
+
+
+def _path_of(info: m.EntryInfo) -> str:
+    """The path that the server has bound; empty where that is not known."""
+    try:
+        return parse_address(info.metadata.get(ADDRESS, "")).path
+    except InvalidArgument:  # anybody's metadata
+        return ""
 
 
 def _parts(infos: list[m.EntryInfo]) -> list[list[m.EntryInfo]]:

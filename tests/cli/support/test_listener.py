@@ -164,7 +164,17 @@ def test_another_mode_is_refused_or_set(fdshare: Shell, folder: Path) -> None:
 def test_a_long_path_is_itself(fdshare: Shell, folder: Path) -> None:
     path = folder / ("d" * 60) / ("e" * 60) / "a.sock"
     path.parent.mkdir(parents=True)
-    fdshare("run", f"app=unix://{path}", "--", "true")
+    fdshare("run", f"app=unix://{path}?mode=0660", "--", "true")
     fdshare("run", f"app=unix://{path}", "--", "true")
     line = fdshare.fails("run", f"app=unix://{path.with_name('b.sock')}", "--", "true")
     assert "not at unix://" in line
+    assert f"unix {path} listening" in fdshare("ls")
+    assert fdshare.json("info", "app")["descriptors"][0]["local"] == str(path)
+    path.unlink()
+    assert f"nothing is at {path} any more" in fdshare("ls")
+    # The kernel tells the last part alone: it could be well, in another folder.
+    other = path.parent.parent / "a.sock"
+    assert "--rebind replaces it" in fdshare.fails("run", f"app=unix://{other}", "--", "true")
+    assert "--rebind replaces it" in fdshare.fails("run", f"app=unix://{path}", "--", "true")
+    where(fdshare, "--rebind", f"app=unix://{path}")
+    fdshare("fetch", "--check", "app")
