@@ -320,6 +320,20 @@ PORTS: Final = [
     Run(),
 ]
 
+TUTORIAL: Final = [
+    Run(file="hello.py", command=""),
+    Run(file="ask.py", command=""),
+    Run(),
+    Run(),
+    Run(),
+    Run(),
+    Run(file="pool.py", command=""),
+    Run(),
+    Run(file="write.py", command=""),
+    Run(),
+    Run(),
+]
+
 UNITS: Final = [
     NotRun(SYSTEMD),
     NotRun(SYSTEMD),
@@ -348,6 +362,7 @@ PAGES: Final[dict[str, list[Run | NotRun]]] = {
     "docs/policy.md": POLICY,
     "docs/reliability.md": [NotRun("the other suites of tests")],
     "docs/howto/arrays.md": ARRAYS,
+    "docs/tutorial.md": TUTORIAL,
     "docs/howto/asyncio.md": ASYNCIO,
     "docs/howto/cluster.md": CLUSTER,
     "docs/howto/containers.md": CONTAINERS,
