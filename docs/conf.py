@@ -36,7 +36,10 @@ myst_heading_anchors = 4
 autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True, "show-inheritance": True}
 default_role = "code"  # `name` in a docstring
+smartquotes = False  # --option is two hyphens
 add_module_names = False
 python_use_unqualified_type_names = True
+
+highlight_language = "none"  # of what is indented in a docstring
 
 copybutton_prompt_text = "$ "  # is not copied, nor is output

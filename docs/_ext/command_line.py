@@ -33,7 +33,7 @@ class CommandLine(SphinxDirective):
                 text = paragraph.removeprefix("\b\n")
                 section += nodes.literal_block(text, text, language="text")
             else:
-                section += nodes.paragraph(text=" ".join(paragraph.split()))
+                section += nodes.paragraph("", "", *_inline(" ".join(paragraph.split())))
         options = nodes.definition_list()
         for parameter in command.get_params(context):
             record = parameter.get_help_record(context)
@@ -41,11 +41,17 @@ class CommandLine(SphinxDirective):
                 continue
             item = nodes.definition_list_item()
             item += nodes.term("", "", nodes.literal(text=record[0]))
-            item += nodes.definition("", nodes.paragraph(text=record[1]))
+            item += nodes.definition("", nodes.paragraph("", "", *_inline(record[1])))
             options += item
         if options.children:
             section += options
         return section
+
+
+def _inline(text: str) -> list[nodes.Node]:
+    """*text*, with what stands between backquotes as code."""
+    parts = text.split("`")
+    return [nodes.literal(text=p) if at % 2 else nodes.Text(p) for at, p in enumerate(parts)]
 
 
 def setup(app: Any) -> dict[str, bool]:
