@@ -38,7 +38,7 @@ def is_at(address: BindAddress, local: str) -> bool:
     if address.scheme == "unix":
         return local == address.path or is_last_part(local, address.path)
     host, _, port = local.rpartition(":")
-    wanted = f"[{address.host}]" if address.is_ipv6 else address.host
+    wanted = f"[{address.host}]" if ":" in address.host else address.host
     if host.partition("%")[0].rstrip("]") != wanted.partition("%")[0].rstrip("]"):
         return False
     return address.port in (0, int(port))

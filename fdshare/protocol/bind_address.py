@@ -16,7 +16,8 @@ __all__ = ["BindAddress", "parse_address"]
 
 Scheme: TypeAlias = Literal["tcp", "udp", "unix"]
 
-_MODE: Final = re.compile(r"(.*)\?mode=(0?[0-7]{3})")
+_GROUP: Final = r"group=([\w.-]{1,32})"
+_FILE: Final = re.compile(rf"(.*)\?(?:mode=(0?[0-7]{{3}})(?:&{_GROUP})?|{_GROUP})", re.ASCII)
 _NETWORK: Final = re.compile(r"(?:\[([^\[\]]+)\]|([^\[\]:]+)):(0|[1-9][0-9]{0,4})")
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _LONGEST: Final = 4200  # characters: a path has at most 4096 bytes, PATH_MAX
@@ -27,7 +28,7 @@ _FORMS: Final = "tcp://HOST:PORT, udp://HOST:PORT, unix:///PATH or unix:@NAME"
 class BindAddress(NamedTuple):
     """An address: *host* and *port* of tcp and udp; *path* of unix, where a first `@` is abstract.
 
-    str() is its one spelling.
+    The host `*` is all interfaces, IPv4 and IPv6 in one socket. str() is its one spelling.
     """
 
     scheme: Scheme
@@ -35,25 +36,33 @@ class BindAddress(NamedTuple):
     port: int = 0
     path: str = ""
     mode: int | None = None  # of the socket's file; None is the default
+    group: str = ""  # of the socket's file: a name or a number; empty is the server's
 
     @property
     def is_ipv6(self) -> bool:
-        return ":" in self.host
+        """Whether its socket is one of IPv6."""
+        return ":" in self.host or self.is_dual
+
+    @property
+    def is_dual(self) -> bool:
+        return self.host == "*"
 
     def __str__(self) -> str:
         if self.scheme == "unix":
             text = f"unix:{self.path}" if self.path.startswith("@") else f"unix://{self.path}"
-            return text if self.mode is None else f"{text}?mode={self.mode:04o}"
-        host = f"[{self.host}]" if self.is_ipv6 else self.host
+            of_file = [] if self.mode is None else [f"mode={self.mode:04o}"]
+            of_file += [f"group={self.group}"] if self.group else []
+            return f"{text}?{'&'.join(of_file)}" if of_file else text
+        host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{self.scheme}://{host}:{self.port}"
 
 
 def parse_address(text: str) -> BindAddress:
     """The address that *text* is.
 
-    HOST is an IPv4 address, an IPv6 address in brackets, or `localhost`; other names are not looked
-    up, because that may block for seconds. With PORT 0 the kernel chooses. A path is absolute;
-    `?mode=0660` after it is the mode of the socket's file.
+    HOST is an IPv4 address, an IPv6 address in brackets, `*` or `localhost`; other names are not
+    looked up, because that may block for seconds. With PORT 0 the kernel chooses. A path is
+    absolute; `?mode=0660&group=www-data` after it are of the socket's file.
     Raises: InvalidArgument, which says how to write it.
     """
     if len(text) > _LONGEST:
@@ -79,6 +88,8 @@ def _network(text: str, scheme: Scheme, rest: str) -> BindAddress:
         return BindAddress(scheme, _ipv6(text, v6), int(digits))
     if host == "localhost":
         return BindAddress(scheme, "127.0.0.1", int(digits))
+    if host == "*":
+        return BindAddress(scheme, "*", int(digits))
     try:
         # Four decimal numbers without leading zeros, nothing else that inet_aton(3) would take.
         return BindAddress(scheme, str(ipaddress.IPv4Address(host)), int(digits))
@@ -86,7 +97,7 @@ def _network(text: str, scheme: Scheme, rest: str) -> BindAddress:
         raise _bad(
             text,
             f"{host[:_SHOWN]!r} is not a numeric address; names other than localhost are not "
-            "looked up, and all interfaces are 0.0.0.0 or [::]",
+            "looked up, and all interfaces are 0.0.0.0, [::] or * (both)",
         ) from None
 
 
@@ -105,12 +116,13 @@ def _ipv6(text: str, host: str) -> str:
 
 
 def _unix(text: str, rest: str) -> BindAddress:
-    mode = None
-    if match := _MODE.fullmatch(rest):
-        rest, mode = match[1], int(match[2], 8)
+    mode, group = None, ""
+    if match := _FILE.fullmatch(rest):
+        rest, group = match[1], match[3] or match[4] or ""
+        mode = int(match[2], 8) if match[2] else None
     if rest.startswith("@"):
-        if mode is not None:
-            raise _bad(text, "an abstract name has no mode")
+        if match:
+            raise _bad(text, "an abstract name has no mode and no group")
         if not rest.strip("@"):
             raise _bad(text, "the abstract name is empty")
         return BindAddress("unix", path=rest)
@@ -123,7 +135,7 @@ def _unix(text: str, rest: str) -> BindAddress:
         path.encode()
     except UnicodeEncodeError:
         raise _bad(text, "it cannot be encoded as UTF-8") from None
-    return BindAddress("unix", path=path, mode=mode)
+    return BindAddress("unix", path=path, mode=mode, group=group)
 
 
 def _bad(text: str, reason: str) -> InvalidArgument:

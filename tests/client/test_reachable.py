@@ -76,6 +76,9 @@ def test_a_path_is_looked_up_if_it_was_asked_for(folder: Path) -> None:
         ("tcp://127.0.0.1:0", "127.0.0.1:81", True),
         ("tcp://0.0.0.0:80", "127.0.0.1:80", False),
         ("tcp://[::1]:80", "[::1]:80", True),
+        ("tcp://*:80", "*:80", True),
+        ("tcp://*:80", "[::]:80", False),
+        ("tcp://[::]:80", "*:80", False),
         ("tcp://[fe80::1%eth0]:80", "[fe80::1%2]:80", True),
     ],
 )

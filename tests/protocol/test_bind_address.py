@@ -22,6 +22,10 @@ from fdshare.protocol.bind_address import BindAddress, parse_address
         ("tcp://[fe80::1%eth0]:80", BindAddress("tcp", "fe80::1%eth0", 80)),
         ("unix:///run/a.sock", BindAddress("unix", path="/run/a.sock")),
         ("unix:///run/a.sock?mode=0660", BindAddress("unix", path="/run/a.sock", mode=0o660)),
+        ("unix:///run/a?group=www-data", BindAddress("unix", path="/run/a", group="www-data")),
+        ("unix:///a?mode=0660&group=33", BindAddress("unix", path="/a", mode=0o660, group="33")),
+        ("tcp://*:80", BindAddress("tcp", "*", 80)),
+        ("udp://*:0", BindAddress("udp", "*", 0)),
         ("unix:///run/wha?t", BindAddress("unix", path="/run/wha?t")),
         ("unix:@name", BindAddress("unix", path="@name")),
     ],
@@ -59,7 +63,8 @@ def test_what_has_two_spellings_is_turned_into_one(text: str, canonical: str) ->
         ("tcp://127.0.0.1:65536", "at most 65535"),
         ("tcp://example.org:80", "names other than localhost are not looked up"),
         ("tcp://LOCALHOST:80", "not a numeric address"),
-        ("tcp://*:80", "all interfaces are 0.0.0.0"),
+        ("tcp://eth0:80", "all interfaces are 0.0.0.0, [::] or * (both)"),
+        ("tcp://[*]:80", "not an IPv6 address"),
         ("tcp://127.1:80", "not a numeric address"),
         ("tcp://0x7f.0.0.1:80", "not a numeric address"),
         ("tcp://127.0.0.01:80", "not a numeric address"),
@@ -84,6 +89,7 @@ def test_what_has_two_spellings_is_turned_into_one(text: str, canonical: str) ->
         ("unix:@", "empty"),
         ("unix:@@@", "empty"),
         ("unix:@a?mode=0600", "no mode"),
+        ("unix:@a?group=web", "no group"),
     ],
 )
 def test_what_is_no_address(text: str, says: str) -> None:

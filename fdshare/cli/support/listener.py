@@ -22,7 +22,7 @@ from fdshare.kernel.descriptor import Descriptor
 from fdshare.printable import printable
 from fdshare.protocol import messages as m
 from fdshare.protocol.bind_address import BindAddress, parse_address
-from fdshare.server.loop.binding import bind_address
+from fdshare.server.loop.binding import bind_address, gid_of
 from fdshare.server.loop.inspect import describe_descriptor
 
 if TYPE_CHECKING:
@@ -80,8 +80,11 @@ def held_socket(client: Client, wanted: WantedAddress) -> Descriptor:
                 f"{wanted.name} is held, but {difference}; --keep goes on with what is held, "
                 "--rebind replaces it"
             )
-        if difference == _wrong_mode(address):
-            os.chmod(address.path, address.mode or 0)
+        if difference == _wrong_file(address):
+            if address.group:
+                os.chown(address.path, -1, gid_of(address))
+            if address.mode is not None:
+                os.chmod(address.path, address.mode)
         else:
             replaces = given.generation
     raise Difference(f"{wanted.name} is replaced again and again by somebody else")
@@ -109,7 +112,7 @@ def _difference(address: BindAddress, descriptors: list[Descriptor], tag: str) -
     if not is_at(address, found.local):
         return f"it is at {found.local or 'no address'}, not at {address}", False
     wrong, gone = why_unreachable(descriptors[0].fileno(), address)
-    return (wrong, gone) if wrong else (_wrong_mode(address), False)
+    return (wrong, gone) if wrong else (_wrong_file(address), False)
 
 
 def _sort_of(address: BindAddress) -> tuple[str, str]:
@@ -119,15 +122,20 @@ def _sort_of(address: BindAddress) -> tuple[str, str]:
     return "inet6" if address.is_ipv6 else "inet", "stream" if address.scheme == "tcp" else "dgram"
 
 
-def _wrong_mode(address: BindAddress) -> str:
-    """Whether the socket's file has another mode than *address* says."""
-    if address.mode is None:
+def _wrong_file(address: BindAddress) -> str:
+    """Whether the socket's file has another mode or group than *address* says."""
+    if address.mode is None and not address.group:
         return ""
     try:
-        mode = os.stat(address.path).st_mode & 0o777
+        info = os.stat(address.path)
     except OSError:
         return ""
-    return "" if mode == address.mode else f"the mode of its file is {mode:04o}, not as {address}"
+    mode = info.st_mode & 0o777
+    if address.mode not in (None, mode):
+        return f"the mode of its file is {mode:04o}, not as {address}"
+    if address.group and info.st_gid != gid_of(address):
+        return f"the group of its file is {info.st_gid}, not as {address}"
+    return ""
 
 
 # To replace it.

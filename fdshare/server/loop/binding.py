@@ -7,6 +7,7 @@ socket is live does not wait.
 from __future__ import annotations
 
 import errno
+import grp
 import os
 import socket
 import stat
@@ -25,7 +26,7 @@ from fdshare.kernel.path_lock import live, refuse_other_files
 from fdshare.kernel.port_owner import port_owner
 from fdshare.protocol.bind_address import BindAddress, parse_address
 
-__all__ = ["bind_address", "parse_address"]
+__all__ = ["bind_address", "gid_of", "parse_address"]
 
 _MODE: Final = 0o600
 _MOST: Final = 2**31 - 1  # an int of listen(2)
@@ -35,9 +36,9 @@ def bind_address(address: str, *, backlog: int, reuse_port: bool) -> socket.sock
     """A new socket bound to *address*, listening unless it is udp; blocking, as any new one is.
 
     `parse_address` says what an address is. tcp has SO_REUSEADDR; with *reuse_port* tcp and udp
-    have SO_REUSEPORT; [::] is IPv6 alone. A UNIX socket that a dead process left on the path is
-    replaced; in a folder that others can write, only where that is sticky, as /tmp is, and the
-    socket is this user's. The caller owns the result.
+    have SO_REUSEPORT; [::] is IPv6 alone, * is both. A UNIX socket that a dead process left on the
+    path is replaced; in a folder that others can write, only where that is sticky, as /tmp is, and
+    the socket is this user's. The caller owns the result.
 
     Raises:
         InvalidArgument: not an address, a negative *backlog*, *reuse_port* for unix.
@@ -73,7 +74,7 @@ def _bind_network(address: BindAddress, backlog: int, reuse_port: bool) -> socke
             _share_port(sock)
         if address.is_ipv6:
             # Else [::] would take the port of 0.0.0.0, too, for which the policy was not asked.
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(not address.is_dual))
         _bind(sock, address, backlog)
         return sock
     except BaseException:
@@ -82,7 +83,7 @@ def _bind_network(address: BindAddress, backlog: int, reuse_port: bool) -> socke
 
 
 def _bind(sock: socket.socket, address: BindAddress, backlog: int) -> None:
-    host, _, scope = address.host.partition("%")
+    host, _, scope = ("::" if address.is_dual else address.host).partition("%")
     try:
         if address.is_ipv6:
             sock.bind((host, address.port, 0, _scope(scope)))
@@ -120,12 +121,26 @@ def _bind_unix(address: BindAddress, backlog: int, reuse_port: bool) -> socket.s
         _check_folder(path)
         stale = True  # or its queue is full: listen() checks again, under the lock
     mode = _MODE if address.mode is None else address.mode
-    listener = endpoint.listen(path, mode=mode, backlog=backlog, reclaim=stale, locked=stale)
+    owner = (-1, gid_of(address)) if address.group else None
+    listener = endpoint.listen(
+        path, mode=mode, backlog=backlog, reclaim=stale, locked=stale, owner=owner
+    )
     sock, lock = listener.detach()
     if lock is not None:
         # It was taken to remove the path; from now on the listening socket shows that it is in use.
         lock.close()
     return sock
+
+
+def gid_of(address: BindAddress) -> int:
+    """The number of its group, which is looked up as those of a policy are. Raises:
+    InvalidArgument."""
+    if address.group.isdecimal():
+        return int(address.group)
+    try:
+        return grp.getgrnam(address.group).gr_gid
+    except KeyError:
+        raise InvalidArgument("address", f"there is no group {address.group!r}") from None
 
 
 def _check_folder(path: str) -> None:
@@ -147,7 +162,8 @@ def _check_folder(path: str) -> None:
 def _in_use(address: BindAddress) -> AddressInUse:
     """The error that names the process that has the port, if /proc tells."""
     scheme = address.scheme
-    owner = None if scheme == "unix" else port_owner(scheme, address.host, address.port)
+    host = "::" if address.is_dual else address.host
+    owner = None if scheme == "unix" else port_owner(scheme, host, address.port)
     if owner is None:
         return AddressInUse(str(address), "another socket has it; choose another port")
     if owner.pid == os.getpid():

@@ -171,7 +171,7 @@ def _socket(fd: int) -> _Facts:
     try:
         facts["family"] = _word(sock.family, "AF_")
         facts["socket_type"] = _word(sock.type, "SOCK_")
-        facts["local"] = _try(lambda: _address(sock.family, sock.getsockname()), "")
+        facts["local"] = _try(lambda: _local(sock), "")
         facts["listening"] = _try(lambda: bool(sock.getsockopt(*_ACCEPTCONN)), False)
         facts["peer"] = "" if facts["listening"] else _try(lambda: _peer(sock), "")
         facts.update(_socket_health(sock, facts))
@@ -317,6 +317,14 @@ def _events(fd: int) -> int:
     except OSError:
         return 0
     return found[0][1] if found else 0
+
+
+def _local(sock: socket.socket) -> str:
+    """Its own address; `*` is the host of one for all interfaces, IPv4 and IPv6."""
+    address = _address(sock.family, sock.getsockname())
+    if not address.startswith("[::]:") or sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY):
+        return address
+    return address.replace("[::]", "*")
 
 
 def _peer(sock: socket.socket) -> str:

@@ -161,6 +161,27 @@ def test_another_mode_is_refused_or_set(fdshare: Shell, folder: Path) -> None:
     fdshare("run", f"app=unix://{path}", "--", "true")
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives a file to any group")
+def test_another_group_is_refused_or_set(fdshare: Shell, folder: Path) -> None:
+    path = folder / "a.sock"
+    fdshare("run", f"app=unix://{path}", "--", "true")
+    words = f"app=unix://{path}?mode=0660&group=12345"
+    assert "the mode of its file is 0600" in fdshare.fails("run", words, "--", "true")
+    path.chmod(0o660)
+    assert "the group of its file is 0" in fdshare.fails("run", words, "--", "true")
+    fdshare("run", "--rebind", words, "--", "true")
+    info = path.stat()
+    assert (info.st_mode & 0o777, info.st_gid) == (0o660, 12345)
+
+
+@pytest.mark.skipif(not socket.has_ipv6, reason="no IPv6")
+def test_ipv6_alone_is_not_both(fdshare: Shell) -> None:
+    fdshare("run", "web=tcp://[::]:0", "--", "true")
+    assert "not at tcp://*:0" in fdshare.fails("run", "web=tcp://*:0", "--", "true")
+    assert where(fdshare, "--rebind", "web=tcp://*:0")[0] == "AF_INET6"
+    assert where(fdshare, "web=tcp://*:0")[0] == "AF_INET6"
+
+
 def test_a_long_path_is_itself(fdshare: Shell, folder: Path) -> None:
     path = folder / ("d" * 60) / ("e" * 60) / "a.sock"
     path.parent.mkdir(parents=True)

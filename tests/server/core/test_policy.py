@@ -122,6 +122,7 @@ verbs = ["fetch", "info"]
         ("bind", "udp://127.0.0.1:80", who(ALICE), False, "the default"),
         ("bind", "tcp://[::1]:443", who(ALICE), True, "rule 2"),
         ("bind", "tcp://[::2]:443", who(ALICE), False, "the default"),
+        ("bind", "tcp://*:443", who(ALICE), False, "the default"),
         ("bind", "unix:///run/web/a.sock", who(ALICE), False, "passes for uid"),
         ("bind", "unix:@web", who(ALICE), False, "passes for uid"),
         ("bind", "unix:///run/web/a.sock", who(OWN), True, "the server's own uid"),

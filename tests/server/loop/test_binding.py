@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import grp
 import os
 import resource
 import socket
@@ -20,6 +21,7 @@ from fdshare.errors import (
     InvalidArgument,
 )
 from fdshare.server.loop.binding import bind_address
+from fdshare.server.loop.inspect import describe_descriptor
 
 
 def bind(address: str, backlog: int = 16, reuse_port: bool = False) -> socket.socket:
@@ -51,6 +53,24 @@ def test_tcp_listens_and_blocks(host: str) -> None:
         assert listener.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR)
         with socket.create_connection(("127.0.0.1", listener.getsockname()[1])):
             listener.accept()[0].close()
+
+
+def test_one_socket_for_both() -> None:
+    try:
+        listener = bind("tcp://*:0")
+    except EndpointError as error:
+        pytest.skip(str(error))
+    with listener:
+        port = listener.getsockname()[1]
+        assert describe_descriptor(listener.fileno()).local == f"*:{port}"
+        for host in ("127.0.0.1", "::1"):
+            with socket.create_connection((host, port)):
+                listener.accept()[0].close()
+        with pytest.raises(AddressInUse) as caught:
+            bind(f"tcp://0.0.0.0:{port}")
+        assert caught.value.pid == os.getpid()
+        with pytest.raises(AddressInUse):
+            bind(f"tcp://*:{port}")
 
 
 def test_ipv6_is_ipv6_alone() -> None:
@@ -186,6 +206,26 @@ def test_a_path_with_a_mode(folder: Path, mode: str) -> None:
     finally:
         os.umask(before)
     assert stat.S_IMODE((folder / "s").stat().st_mode) == int(mode, 8)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives a file to any group")
+def test_a_path_with_a_group(folder: Path) -> None:
+    before = os.umask(0o077)
+    try:
+        bind(f"unix://{folder}/s?mode=0660&group=12345").close()
+        bind(f"unix://{folder}/t?group={grp.getgrgid(0).gr_name}").close()
+    finally:
+        os.umask(before)
+    info = (folder / "s").stat()
+    assert (stat.S_IMODE(info.st_mode), info.st_uid, info.st_gid) == (0o660, os.geteuid(), 12345)
+    info = (folder / "t").stat()
+    assert (stat.S_IMODE(info.st_mode), info.st_gid) == (0o600, 0)
+
+
+def test_a_group_that_is_not_there(folder: Path) -> None:
+    with pytest.raises(InvalidArgument, match="no group 'no-such-group'"):
+        bind(f"unix://{folder}/s?group=no-such-group")
+    assert os.listdir(folder) == []
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="abstract names are Linux's")
