@@ -71,6 +71,9 @@ def listen_fds(*, unset_environment: bool = True) -> dict[str, list[Descriptor]]
 
     Raises: InvalidArgument: a count that is no positive number, or not that of the names;
     ClosedDescriptor: one of them is not open. The caller owns the result.
+
+    >>> listen_fds()  # started by hand, without a service manager
+    {}
     """
     passed: dict[str, list[Descriptor]] = {}
     for name, descriptor in listen_fds_in_order(unset_environment=unset_environment):
@@ -79,7 +82,11 @@ def listen_fds(*, unset_environment: bool = True) -> dict[str, list[Descriptor]]
 
 
 def listen_fds_in_order(*, unset_environment: bool = True) -> list[tuple[str, Descriptor]]:
-    """As `listen_fds`, as (name, descriptor) from number 3 upwards. The caller owns the result."""
+    """As `listen_fds`, as (name, descriptor) from number 3 upwards. The caller owns the result.
+
+    >>> listen_fds_in_order()  # started by hand, without a service manager
+    []
+    """
     try:
         names = _passed_names(os.environ)
     finally:
@@ -148,6 +155,9 @@ def own_pidfd_id() -> int | None:
     """The LISTEN_PIDFDID of this process: the inode of its pidfd, unique until the next boot.
 
     None where the kernel has no pidfs (before Linux 6.9).
+
+    >>> own_pidfd_id() == own_pidfd_id()
+    True
     """
     if not hasattr(os, "pidfd_open") or not hasattr(os, "eventfd"):
         return None
@@ -168,6 +178,9 @@ def check_fdname(name: str) -> str:
 
     That is at most 255 printable ASCII characters, no colon. Raises: InvalidName, where systemd
     would ignore the name silently.
+
+    >>> check_fdname("web")
+    'web'
     """
     if len(name) > _MAX_FDNAME:
         raise InvalidName(name[:40] + "...", f"{len(name)} characters, systemd allows 255")
@@ -185,6 +198,9 @@ def child_environment(names: Sequence[str]) -> dict[str, str]:
     One descriptor for each of *names*, in that order, not close-on-exec. LISTEN_PID and, where the
     kernel has it, LISTEN_PIDFDID are this process's: a child must call this itself, between fork
     and exec. Raises: InvalidName.
+
+    >>> child_environment(["web", "admin"])["LISTEN_FDNAMES"]
+    'web:admin'
     """
     variables = {
         "LISTEN_PID": str(os.getpid()),
@@ -215,6 +231,9 @@ def notify(
     manager that does not read. *fds* are borrowed for the call.
     Raises: InvalidArgument: NOTIFY_SOCKET is not a UNIX address; OSError: the manager is not there;
     BlockingIOError or TimeoutError: it does not read; TooManyDescriptors, DescriptorLimit.
+
+    >>> notify("READY=1")  # started by hand, without a service manager
+    False
     """
     address = os.environ.get("NOTIFY_SOCKET")
     if unset_environment:
@@ -258,6 +277,10 @@ def store(
     `listen_fds` returns them at the next start. At most 253. Without *poll* they are kept past a
     hang-up (FDPOLL=0). It is safe to close *fds* after this
     call. Raises: InvalidName, and those of `notify`.
+
+    >>> with open(os.devnull) as file:
+    ...     store("null", [file])  # started by hand, without a service manager
+    False
     """
     polled = "" if poll else "\nFDPOLL=0"
     state = f"FDSTORE=1\nFDNAME={check_fdname(name)}{polled}"
@@ -265,7 +288,11 @@ def store(
 
 
 def unstore(name: str, *, timeout: float | None = None) -> bool:
-    """True when the service manager was told to close all that it keeps under *name*."""
+    """True when the service manager was told to close all that it keeps under *name*.
+
+    >>> unstore("null")  # started by hand, without a service manager
+    False
+    """
     return notify(f"FDSTOREREMOVE=1\nFDNAME={check_fdname(name)}", timeout=timeout)
 
 
@@ -273,6 +300,9 @@ def barrier(timeout: float | None = None) -> bool:
     """True when the service manager has handled all that was sent before (BARRIER=1).
 
     False where there is none. *timeout* in seconds. Raises: ServerTimeout, and those of `notify`.
+
+    >>> barrier(timeout=5)  # started by hand, without a service manager
+    False
     """
     ours, theirs = map(Descriptor, os.pipe())
     with ours:
@@ -291,6 +321,9 @@ def watchdog_seconds() -> float | None:
     """The seconds within which each WATCHDOG=1 must follow the last; None where none is expected.
 
     As sd_watchdog_enabled(3). Raises: InvalidArgument.
+
+    >>> watchdog_seconds() is None  # started by hand, without a service manager
+    True
     """
     text, pid = os.environ.get("WATCHDOG_USEC"), os.environ.get("WATCHDOG_PID")
     if not text or (pid and _number("WATCHDOG_PID", pid) != os.getpid()):

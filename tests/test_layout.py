@@ -43,6 +43,7 @@ ACROSS = {
     "server/test_user_namespace.py": "who is trusted where few users have a number",
     "test_benchmarks.py": "the programs of benchmarks/",
     "test_class_names.py": "that one word is one class, in all modules",
+    "test_doctests.py": "the examples of the docstrings, of all modules",
     "test_documents.py": "what the documents name",
     "test_layout.py": "this",
     "test_odd_places.py": "no /proc, no docstrings, a zip file, and the like",

@@ -82,6 +82,13 @@ def ref(name: str, path: str | os.PathLike[str] | None = None) -> Ref:
 
     *path* as for `connect`; the default is looked up now, and is part of the reference. The server
     is not asked. Raises: InvalidName.
+
+    >>> with fdshare.Manager() as manager, open(os.devnull) as file:
+    ...     _ = manager.register("null", file)
+    ...     there = pickle.loads(pickle.dumps(fdshare.ref("null", manager.address)))
+    ...     with there.fetch() as again:
+    ...         again.name
+    '/dev/null'
     """
     check_name(name)
     address = default_path() if path is None else os.fspath(path)

@@ -112,7 +112,10 @@ NOSIGNAL: Final = int(getattr(socket, "MSG_NOSIGNAL", 0))
 
 
 def close_all(descriptors: Iterable[Descriptor]) -> None:
-    """Close each; the first error is raised after the last was tried."""
+    """Close each; the first error is raised after the last was tried.
+
+    >>> close_all([Descriptor(os.open(os.devnull, os.O_RDONLY)) for _ in range(3)])
+    """
     failure: OSError | None = None
     for descriptor in descriptors:
         try:
@@ -434,6 +437,13 @@ def send_fds(
         DescriptorLimit: ETOOMANYREFS, too many in flight; nothing was sent.
         AccessDenied: credentials that are not the sender's, or a receiver that takes none.
         UnsupportedPlatform: credentials, where the system has none; OSError of sendmsg(2).
+
+    >>> one, other = s_pipe()
+    >>> with one, other, open(os.devnull) as file:
+    ...     send_fds(one, [file, file], b"two")
+    ...     with recv_fds(other, 100, 2) as got:
+    ...         got.data, len(got.descriptors)
+    (b'two', 2)
     """
     numbers = [borrow(fd) for fd in fds]
     if not data:
@@ -515,6 +525,13 @@ def recv_fds(
         ServerGone: the stream ended before *expect*.
         ProtocolError: credentials that cannot be read. OSError of recvmsg(2), TimeoutError,
         BlockingIOError.
+
+    >>> one, other = s_pipe()
+    >>> with one, other:
+    ...     send_fds(one, [0], b"x")
+    ...     recv_fds(other, 1, 1, expect=b"y")
+    Traceback (most recent call last):
+    fdshare.errors.MagicMismatch: expected the data b'y', received b'x'; the descriptors ...
     """
     if max_bytes < 1:
         raise InvalidArgument("max_bytes", "descriptors come with data; at least 1 is needed")

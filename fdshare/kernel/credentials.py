@@ -186,7 +186,11 @@ HERE: Final = platform()
 
 
 def own_credentials() -> Credentials:
-    """The credentials of this process, as a peer sees them: effective uid and gid."""
+    """The credentials of this process, as a peer sees them: effective uid and gid.
+
+    >>> own_credentials().uid == os.geteuid()
+    True
+    """
     return Credentials(os.getpid(), os.geteuid(), os.getegid(), tuple(os.getgroups()))
 
 
@@ -196,6 +200,10 @@ def peer_credentials(sock: socket.socket) -> Credentials:
     SO_PEERCRED and SO_PEERGROUPS on Linux, LOCAL_PEERCRED on FreeBSD and macOS. For the socket of
     a connect(2) they are those of the process that called listen(2).
     Raises: UnsupportedPlatform; OSError where *sock* has no peer (ENOTCONN, FreeBSD and macOS).
+
+    >>> with listen("s") as listener, connect("s") as conn:
+    ...     peer_credentials(conn).pid == os.getpid()
+    True
     """
     if HERE.peer is None:
         raise UnsupportedPlatform("peer credentials", f"fdshare knows no call on {sys.platform}")
@@ -265,6 +273,12 @@ def peer_pidfd(sock: socket.socket) -> Descriptor | None:
     """A pidfd for the peer, safe against pid reuse; None where the kernel offers none.
 
     SO_PEERPIDFD, Linux 6.5. The caller owns the result.
+
+    >>> with listen("s") as listener, connect("s") as conn:
+    ...     process = peer_pidfd(conn)
+    >>> if process is not None:
+    ...     with process:
+    ...         signal.pidfd_send_signal(process.fileno(), 0)  # 0: is it there?
     """
     if HERE.peer_pidfd is None:
         return None
@@ -280,6 +294,13 @@ def enable_credentials(sock: socket.socket, on: bool = True) -> None:
 
     Linux: SO_PASSCRED, also for what is queued already. FreeBSD 13: LOCAL_CREDS_PERSISTENT.
     Raises: UnsupportedPlatform.
+
+    >>> one, other = s_pipe()
+    >>> with one, other:
+    ...     enable_credentials(other)
+    ...     one.sendall(b"who am I?")
+    ...     recv_fds(other, 100, 0).credentials.pid == os.getpid()
+    True
     """
     if HERE.pass_credentials is None:
         raise UnsupportedPlatform(

@@ -45,6 +45,10 @@ def borrow(obj: HasFileno | int) -> int:
     Raises:
         ClosedDescriptor: *obj* is closed, or a negative number.
         UnsupportedKind: *obj* has no `fileno()`.
+
+    >>> with open(os.devnull) as file:
+    ...     borrow(file) == file.fileno()
+    True
     """
     if isinstance(obj, int):
         if isinstance(obj, bool) or obj < 0:

@@ -210,6 +210,10 @@ def listen(
         AddressInUse: a live server (`pid`), a stale socket and no *reclaim*, or another file.
         EndpointError: the folder is missing, not writable or not a directory; another user's lock;
             somebody replaced the file while it was bound; no right to change the owner.
+
+    >>> with listen("s", mode=0o660) as listener:
+    ...     oct(os.stat("s").st_mode)
+    '0o140660'
     """
     address = absolute(path)
     sock = socket.socket(socket.AF_UNIX, kind)
@@ -233,6 +237,12 @@ def datagram(path: UnixAddress | None = None, *, mode: int = 0o600) -> Listener:
     For a client: no lock, and nothing on *path* is ever replaced (a server's well-known name is
     for `listen(path, kind=SOCK_DGRAM)`). Without *path* the kernel chooses an abstract name
     (Linux). The caller owns the result. Raises: AddressInUse, EndpointError.
+
+    >>> with datagram("one") as one, datagram("other") as other:
+    ...     send_fds(one.socket, [], b"hello", address=other.address)
+    ...     got = recv_fds(other.socket, 100, 0)
+    ...     got.data, got.address == one.address
+    (b'hello', True)
     """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     try:
@@ -262,6 +272,10 @@ def connect(
         NoServer: nothing is there, or its server died.
         ServerTimeout: the backlog stayed full.
         EndpointError: not a socket, no permission, a socket of another type.
+
+    >>> with listen("s") as listener, connect("s", timeout=5) as conn:
+    ...     os.path.basename(conn.getpeername())
+    's'
     """
     address = absolute(path)
     sock = socket.socket(socket.AF_UNIX, kind)
@@ -286,6 +300,12 @@ def s_pipe() -> tuple[socket.socket, socket.socket]:
     """A full-duplex pipe: two connected stream sockets that carry descriptors both ways.
 
     The caller owns the result.
+
+    >>> one, other = s_pipe()
+    >>> with one, other:
+    ...     one.sendall(b"hello")
+    ...     other.recv(100)
+    b'hello'
     """
     return socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
 
@@ -294,7 +314,12 @@ def s_pipe() -> tuple[socket.socket, socket.socket]:
 
 
 def serv_listen(path: UnixAddress) -> Listener:
-    """The Listener of `listen(path)`. The caller owns the result."""
+    """The Listener of `listen(path)`. The caller owns the result.
+
+    >>> with serv_listen("s") as listener:
+    ...     os.path.basename(listener.address)
+    's'
+    """
     return listen(path)
 
 
@@ -302,12 +327,23 @@ def serv_accept(listener: Listener) -> tuple[socket.socket, Credentials]:
     """The next connection, and the credentials of who made it, from the kernel.
 
     The caller owns the result.
+
+    >>> with serv_listen("s") as listener, cli_conn("s"):
+    ...     conn, who = serv_accept(listener)
+    ...     conn.close()
+    ...     who.pid == os.getpid()
+    True
     """
     return listener.accept()
 
 
 def cli_conn(path: UnixAddress) -> socket.socket:
-    """A connection to the server at *path*, as `connect` makes it. The caller owns the result."""
+    """A connection to the server at *path*, as `connect` makes it. The caller owns the result.
+
+    >>> with serv_listen("s") as listener, cli_conn("s") as conn:
+    ...     os.path.basename(conn.getpeername())
+    's'
+    """
     return connect(path)
 
 

@@ -32,6 +32,11 @@ def send_fd(conn: socket.socket, fd: HasFileno | int) -> None:
 
     *fd* is borrowed for the call: it is safe to close it after it.
     Raises: as `send_fds`.
+
+    >>> one, other = s_pipe()
+    >>> with one, other, open(os.devnull) as file:
+    ...     send_fd(one, file)
+    ...     recv_fd(other).close()
     """
     send_fds(conn, [fd], b"\0\0")
 
@@ -42,6 +47,12 @@ def send_err(conn: socket.socket, status: int, message: str | BaseException) -> 
     -1 to -255, as the textbook has it, is sent as the same byte as 1 to 255. An exception is sent
     as its type and text: `FileNotFoundError: ...`. A NUL in the text becomes a question mark.
     Raises: InvalidArgument: status; OSError of send(2).
+
+    >>> one, other = s_pipe()
+    >>> with one, other:
+    ...     send_err(one, errno.EACCES, "not you")
+    ...     other.recv(100)
+    b'not you\\x00\\r'
     """
     if not 1 <= abs(status) <= 255:
         raise InvalidArgument(
@@ -66,6 +77,13 @@ def recv_fd(conn: socket.socket, on_data: Callable[[bytes], object] | None = Non
         ProtocolError: status 0 without a descriptor, or with more than one.
         DescriptorLimit: no descriptors free here; call again when there are.
         OSError, TimeoutError, BlockingIOError of recvmsg(2).
+
+    >>> one, other = s_pipe()
+    >>> with one, other:
+    ...     send_err(one, errno.EACCES, "not you")
+    ...     recv_fd(other)
+    Traceback (most recent call last):
+    fdshare.errors.RemoteError: not you
     """
     came: list[Descriptor] = []
     try:

@@ -274,6 +274,11 @@ def shared_copy(array: Any) -> numpy.ndarray[Any, Any]:
     """A read-only copy of a numpy array in sealed memory of its own, to be sent uncopied.
 
     It is safe to change *array* after this call. Raises: as `SharedMemory` and `as_array`.
+
+    >>> numpy = importlib.import_module("numpy")
+    >>> copy = fdshare.shared_copy(numpy.arange(4))
+    >>> copy.sum() == 6 and not copy.flags.writeable
+    True
     """
     import numpy
 

@@ -166,6 +166,23 @@ def register_kind(cls: type, tag: str, describe: UserDescribe, rebuild: UserRebu
     same tag.
 
     Raises: InvalidArgument: the tag is empty, one of fdshare's, or another class's.
+
+    >>> class Log:
+    ...     def __init__(self, file, level):
+    ...         self.file, self.level = file, level
+    >>> def describe(log):
+    ...     return log.level, [log.file]
+    >>> def rebuild(level, descriptors):
+    ...     return Log(descriptors[0].open("a"), level)
+    >>> fdshare.register_kind(Log, "example.log", describe, rebuild)
+    >>> receiver, sender = fdshare.get_context().Pipe()
+    >>> with receiver, sender, open(os.devnull, "a") as file:
+    ...     sender.send(Log(file, 3))
+    ...     again = receiver.recv()
+    >>> with again.file:
+    ...     again.level
+    3
+    >>> fdshare.unregister_kind("example.log")
     """
     if not tag or tag in _BUILT_IN_TAGS:
         raise InvalidArgument("tag", f"{tag!r} belongs to fdshare" if tag else "it is empty")
@@ -188,7 +205,12 @@ def register_kind(cls: type, tag: str, describe: UserDescribe, rebuild: UserRebu
 
 
 def unregister_kind(tag: str) -> None:
-    """The tag is unknown again. Raises: UnknownKind: it was not registered by `register_kind`."""
+    """The tag is unknown again. Raises: UnknownKind: it was not registered by `register_kind`.
+
+    >>> class Log: ...
+    >>> fdshare.register_kind(Log, "example.log", lambda log: (None, []), lambda _, fds: Log())
+    >>> fdshare.unregister_kind("example.log")
+    """
     if tag not in _registered:
         raise UnknownKind(tag)
     cls, _ = _registered.pop(tag)

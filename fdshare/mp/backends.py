@@ -46,6 +46,14 @@ def get_context(
     or executor of it; one end of a pipe is for one sender and one receiver at a time.
 
     Raises: ValueError: no such method or backend.
+
+    >>> receiver, sender = fdshare.get_context().Pipe()
+    >>> with receiver, sender, open(os.devnull) as file:
+    ...     sender.send(["a file", file])
+    ...     _, again = receiver.recv()
+    >>> with again:
+    ...     again.name
+    '/dev/null'
     """
     ours = backend_of(backend if isinstance(backend, str) else backend.__name__)
     if method is None:

@@ -311,5 +311,12 @@ def connect(
     Entering it connects, and waits until the server has answered. The arguments are those of
     `fdshare.connect`. Entering raises: NoServer, UntrustedServer, AuthenticationFailed,
     ProtocolError, VersionMismatch, ServerTimeout, EndpointError.
+
+    >>> async def names(path):
+    ...     async with aio.connect(path) as client:
+    ...         return await client.names()
+    >>> with fdshare.Manager() as manager:
+    ...     asyncio.run(names(manager.address))
+    []
     """
     return AsyncClient(path, authkey=authkey, timeout=timeout, reconnect=reconnect, trust=trust)

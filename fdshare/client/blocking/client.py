@@ -411,6 +411,11 @@ def connect(
     for root and /tmp/fdshare-UID/fdshare.sock for others. *authkey* as the server has it; the
     others as for `Client`. The caller owns the result. Raises: NoServer, UntrustedServer,
     AuthenticationFailed, ProtocolError, VersionMismatch, ServerTimeout, EndpointError.
+
+    >>> with fdshare.Manager() as manager, fdshare.connect(manager.address) as client:
+    ...     with open(os.devnull) as file:
+    ...         client.register("null", file).name
+    'null'
     """
     client = Client(path, authkey=authkey, timeout=timeout, reconnect=reconnect, trust=trust)
     try:

@@ -73,6 +73,12 @@ def hold(obj: T, uses: int = 1, *, newline: str | None = _UNSET) -> T:
 
     It is safe to close *obj* after this call. Raises: UnsupportedKind, UnreadData,
     ClosedDescriptor, InvalidArgument; OSError (EMFILE).
+
+    >>> with open(os.devnull) as file:
+    ...     held = fdshare.hold(file)
+    >>> with pickle.loads(pickle.dumps(held)) as again:
+    ...     again.name
+    '/dev/null'
     """
     if isinstance(uses, bool) or not isinstance(uses, int) or uses < 1:
         raise InvalidArgument("uses", f"{uses!r} is not a number of uses")

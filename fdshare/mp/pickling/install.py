@@ -68,6 +68,16 @@ def install(path: str | os.PathLike[str] | None = None, *, ttl: float = DEFAULT_
     is closed. A second call changes both for what is sent from then on.
 
     Raises: NoServer and the others of `fdshare.connect`, where *path* is given; InvalidArgument.
+
+    >>> fdshare.install()
+    >>> receiver, sender = multiprocessing.Pipe()
+    >>> with receiver, sender, open(os.devnull) as file:
+    ...     sender.send(["a file", file])
+    ...     _, again = receiver.recv()
+    >>> with again:
+    ...     again.name
+    '/dev/null'
+    >>> fdshare.uninstall()
     """
     if not 0 < ttl < float("inf"):
         raise InvalidArgument("ttl", f"{ttl!r} is not a positive number of seconds")
@@ -86,6 +96,13 @@ def uninstall() -> None:
 
     What was sent can still be loaded. Connections to the server are closed: a private one ends when
     it holds nothing any more.
+
+    >>> fdshare.install()
+    >>> fdshare.uninstall()
+    >>> with socket.socket() as sock:
+    ...     pickle.dumps(sock)
+    Traceback (most recent call last):
+    TypeError: cannot pickle 'socket' object
     """
     global _uninstalled
     with _lock:

@@ -1,0 +1,69 @@
+"""Each public function has an example in its docstring, and it runs."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+from types import FunctionType
+
+import pytest
+from commandline import ROOT
+
+MODULES = ["fdshare", "fdshare.kernel", "fdshare.aio", "fdshare.activation"]
+
+# In a process and a folder of its own: examples change what multiprocessing pickles.
+RUN = """
+import asyncio, doctest, errno, importlib, multiprocessing, os, pickle, signal, socket, sys
+import fdshare
+from fdshare import aio
+module = importlib.import_module(sys.argv[1])
+finder = doctest.DocTestFinder(recurse=False)
+runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
+given = {**vars(fdshare.kernel), **{n: getattr(module, n) for n in module.__all__}, **globals()}
+for name in sys.argv[2:]:
+    for test in finder.find(getattr(module, name), name, module=False, globs=dict(given)):
+        runner.run(test)
+print(runner.summarize(verbose=False))
+"""
+
+
+def functions(module: str) -> dict[str, FunctionType]:
+    public = import_module(module)
+    found = {name: getattr(public, name) for name in public.__all__}
+    return {name: value for name, value in found.items() if inspect.isfunction(value)}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_each_function_has_an_example(module: str) -> None:
+    assert [
+        n for n, value in functions(module).items() if ">>> " not in (value.__doc__ or "")
+    ] == []
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_each_example_runs(module: str, folder: Path) -> None:
+    needs = {"shared_copy": "numpy"}
+    names = [n for n in functions(module) if n not in needs or importable(needs[n])]
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", RUN, module, *names],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.stderr == ""
+    assert "TestResults(failed=0" in done.stdout, done.stdout
+
+
+def importable(name: str) -> bool:
+    try:
+        import_module(name)
+    except ImportError:
+        return False
+    return True
