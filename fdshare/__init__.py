@@ -10,6 +10,7 @@
       Registered, EntryInfo, DescriptorInfo, Explained, ServerStats
                           what the verbs of a client return
       Watcher             yields a Snapshot, then each Event
+      Follower            has the object that is registered now
 
     Through the queues, pipes, pools and executors of multiprocessing
       install, uninstall  the stock ones carry descriptors, or no longer
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from fdshare import activation, aio, kernel
     from fdshare.activation import listen_fds, notify
     from fdshare.client.blocking.client import Client, connect
+    from fdshare.client.blocking.follow import Follower
     from fdshare.client.blocking.watch import Watcher
     from fdshare.client.ref import Ref, ref
     from fdshare.client.watch_state import Snapshot
@@ -77,6 +79,7 @@ _LAZY = {
     "EntryInfo": "fdshare.protocol.messages",
     "Event": "fdshare.protocol.messages",
     "Explained": "fdshare.protocol.messages",
+    "Follower": "fdshare.client.blocking.follow",
     "get_context": "fdshare.mp.backends",
     "hold": "fdshare.mp.pickling.hold",
     "install": "fdshare.mp.pickling.install",
@@ -105,6 +108,7 @@ __all__ = [
     "EntryInfo",
     "Event",
     "Explained",
+    "Follower",
     "Manager",
     "ProcessPoolExecutor",
     "Ref",

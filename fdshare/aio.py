@@ -4,6 +4,7 @@ What its verbs return has the names that `fdshare` gives it: Registered, Snapsho
 """
 
 from fdshare.client.asynchronous.client import AsyncClient, connect
+from fdshare.client.asynchronous.follow import AsyncFollower
 from fdshare.client.asynchronous.watch import AsyncWatcher
 
-__all__ = ["AsyncClient", "AsyncWatcher", "connect"]
+__all__ = ["AsyncClient", "AsyncFollower", "AsyncWatcher", "connect"]

@@ -149,9 +149,11 @@ class Manager(Client):
             stderr=subprocess.PIPE,
         )
 
-    def _exchange(self, connection: BlockingConnection, exchange: Exchange) -> WholeAnswer:
+    def _exchange(
+        self, connection: BlockingConnection, exchange: Exchange, reconnect: float | None = None
+    ) -> WholeAnswer:
         try:
-            return super()._exchange(connection, exchange)
+            return super()._exchange(connection, exchange, reconnect)
         except NoServer as error:
             if self._process is not None or self._connected:
                 raise

@@ -25,10 +25,11 @@ from fdshare.protocol.framing import Receiver, header
 Half = Literal["server", "keeper"]
 
 # What either half has open beside the table: 0-2, the listener, its lock, the owner's control
-# socket, the epoll, its two ends of a wake-up pair, the journal and the pidfd of the other half.
-FIXED = 11
+# socket, the epoll, its two ends of a wake-up pair, the journal, the pidfd of the other half, and
+# the page in which followers look. The server has a second description of that, for clients.
+FIXED = 12
 # Of these both have all but the wake-up pair and the journal: a socket has an end in each half.
-SHARED = 8
+SHARED = 9
 
 
 def identity(obj: Any) -> tuple[int, int]:
@@ -120,7 +121,9 @@ class Halves:
     def excess(self, half: Half) -> int:
         """How many more descriptors it has open than it should; negative: fewer."""
         stats, pids = self.admin.stats(), self.pids()
-        own = FIXED + stats.descriptors + (stats.connections if half == "server" else 0)
+        own = FIXED + stats.descriptors
+        if half == "server":
+            own += stats.connections + 1
         return len(census(pids[half])) - own
 
     def alike(self) -> bool:

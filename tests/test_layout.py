@@ -36,6 +36,7 @@ ACROSS = {
     "server/test_audit.py": "the audit log, from the verb to the line",
     "server/test_boundaries.py": "no descriptor left: the server, the client, the kernel",
     "server/test_endings.py": "how entries end, over the death of either half",
+    "server/test_following.py": "what followers see, over the death of either half and more",
     "server/test_hostile_users.py": "what one user does to stop the others",
     "server/test_leases.py": "takes, over the death of the taker and of either half",
     "server/test_revoked_rights.py": "another policy, and the clients that wait meanwhile",

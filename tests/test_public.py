@@ -21,17 +21,17 @@ from fdshare.errors import FdshareError
 # Whoever adds a name here promises to keep it. Every other name is free to change.
 PUBLIC = {
     fdshare: """
-        Client Descriptor DescriptorInfo EntryInfo Event Explained Manager ProcessPoolExecutor Ref
-        Registered ServerStats SharedMemory Snapshot Watcher __version__ activation aio connect
-        errors get_context hold install kernel listen_fds notify ref register_kind shared_copy
-        uninstall unregister_kind
+        Client Descriptor DescriptorInfo EntryInfo Event Explained Follower Manager
+        ProcessPoolExecutor Ref Registered ServerStats SharedMemory Snapshot Watcher __version__
+        activation aio connect errors get_context hold install kernel listen_fds notify ref
+        register_kind shared_copy uninstall unregister_kind
     """,
     kernel: """
         Credentials Descriptor HasFileno Listener MAX_DESCRIPTORS Received borrow cli_conn
         close_all connect datagram enable_credentials listen own_credentials peer_credentials
         peer_pidfd recv_fd recv_fds s_pipe send_err send_fd send_fds serv_accept serv_listen
     """,
-    aio: "AsyncClient AsyncWatcher connect",
+    aio: "AsyncClient AsyncFollower AsyncWatcher connect",
     activation: """
         FIRST Notification NotifySocket STORED barrier check_fdname child_environment listen_fds
         listen_fds_in_order notify own_pidfd_id store unstore watchdog_seconds
@@ -116,12 +116,14 @@ def test_nothing_public_has_the_repr_of_object(folder: Path, server: Any) -> Non
         shown = [
             client,
             stack.enter_context(client.watch()),
+            stack.enter_context(client.follow("x")),
             registered,
             client.info("x"),
             client.stats(),
             managed,
             aio.connect(server.address),
             aio.connect(server.address).watch(),
+            aio.connect(server.address).follow("x"),
             null,
             stack.enter_context(fdshare.SharedMemory(10)),
             fdshare.ref("x", server.address),

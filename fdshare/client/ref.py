@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
 from fdshare.client.blocking.client import Client
+from fdshare.client.blocking.follow import Follower
 from fdshare.client.default_path import default_path
 from fdshare.errors import ForeignHost
 from fdshare.protocol.names import check_name
@@ -50,6 +52,22 @@ class Ref:
         self.check()
         with Client(self.path) as client:
             return client.fetch(self.name, timeout=timeout)
+
+    def follow(
+        self, *, timeout: float | None = 0, on_change: Callable[[Any], object] | None = None
+    ) -> Follower:
+        """A handle on what is registered under the name, here; see `Client.follow`.
+
+        It has a client of its own, which is closed with it. The caller owns the result. Raises:
+        ForeignHost, and what `Client.follow` raises.
+        """
+        self.check()
+        client = Client(self.path)
+        try:
+            return Follower(client, self.name, timeout, on_change, client.close)
+        except BaseException:
+            client.close()
+            raise
 
     def as_object(self) -> Any:
         """An argument for a task on this machine: unpickling it fetches the object.

@@ -35,6 +35,10 @@ Steps: TypeAlias = Generator[Exchange | LeaseEnd, WholeAnswer, T]
 _BINDS: Final = 5  # of one call: others may replace the entry, or remove its path, meanwhile
 
 
+# The answers with which descriptors may come.
+_CARRIERS: Final = (m.Given, m.GivenMany, m.Followed)
+
+
 def register(
     name: str,
     obj: object,
@@ -81,7 +85,7 @@ def _answer(parts: WholeAnswer, cls: type[R]) -> R:
     if type(reply) is not cls:
         close_all(parts.descriptors)
         raise ProtocolError(f"the answer is {type(reply).__name__} instead of {cls.__name__}")
-    if parts.descriptors and cls is not m.Given and cls is not m.GivenMany:
+    if parts.descriptors and cls not in _CARRIERS:
         close_all(parts.descriptors)
         raise ProtocolError(f"{len(parts.descriptors)} descriptors came with {cls.__name__}")
     return reply
@@ -112,6 +116,31 @@ def given(parts: WholeAnswer) -> Any:
 def given_raw(parts: WholeAnswer) -> list[Descriptor]:
     _answer(parts, m.Given)
     return parts.descriptors
+
+
+def following(name: str, timeout: float | None, known: int, epoch: str, page: int) -> Exchange:
+    """The only exchange of a follow; `followed` makes its result of the answer."""
+    return Exchange(m.Follow(name, timeout, known, epoch, page), wait=timeout)
+
+
+def followed(parts: WholeAnswer, known: int) -> tuple[m.Followed, Any, Descriptor | None]:
+    """(the answer, the object, the page): the object is None where *known* is the generation, the
+    page where it was not sent. The caller owns both."""
+    answer, descriptors = _answer(parts, m.Followed), parts.descriptors
+    if answer.mapped and not descriptors:
+        raise ProtocolError("the answer to a follow has no page")
+    page = descriptors.pop() if answer.mapped else None
+    try:
+        if answer.kind is not None:
+            return answer, rebuild(answer.kind, descriptors), page
+        if descriptors or answer.generation != known:
+            close_all(descriptors)
+            raise ProtocolError("the answer to a follow has no kind")
+    except BaseException:
+        if page is not None:
+            page.close()
+        raise
+    return answer, None, page
 
 
 def fetch_many(names: Iterable[str]) -> Steps[dict[str, Any]]:

@@ -44,6 +44,8 @@ __all__ = [
     "Explained",
     "Fetch",
     "FetchMany",
+    "Follow",
+    "Followed",
     "Given",
     "GivenItem",
     "GivenMany",
@@ -225,6 +227,18 @@ class Wait(_NameRequest):
     wait: float | None = None
 
 
+class Follow(_NameRequest):
+    """As Fetch, and says where in the server's page a change of the name is to be seen.
+
+    *known* is the generation that the client has, if it is of *epoch*, as the Welcome has it: then
+    the entry is not sent again. *page* is the number of the page that the client has mapped."""
+
+    wait: float | None = 0.0
+    known: int = 0
+    epoch: Text = ""
+    page: int = 0
+
+
 class FetchMany(Request):
     """Answered for as many of *names*, from the first, as one frame can carry."""
 
@@ -341,6 +355,19 @@ class Given(Reply):
     kind: Kind
     metadata: dict[str, str] = {}
     lease: bool = False
+
+
+class Followed(Reply):
+    """*kind* is None where the client has the entry already; else its descriptors come along. The
+    entry is that of the name as long as *slot* of the page has *stamp*; slot 0: ask each time.
+    With *mapped*, the last descriptor is the page's."""
+
+    generation: int
+    slot: int = 0
+    stamp: int = 0
+    page: int = 0
+    mapped: bool = False
+    kind: Kind | None = None
 
 
 class GivenItem(msgspec.Struct, frozen=True):
@@ -508,6 +535,7 @@ AnyRequest: TypeAlias = (
     | Fetch
     | Take
     | Wait
+    | Follow
     | FetchMany
     | Unregister
     | Rename
@@ -530,6 +558,7 @@ AnyReply: TypeAlias = (
     | Done
     | Registered
     | Given
+    | Followed
     | GivenMany
     | NameList
     | InfoList

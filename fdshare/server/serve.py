@@ -23,6 +23,7 @@ from fdshare.server.failover.labels import MOST
 from fdshare.server.failover.service_manager import Watchdog, report
 from fdshare.server.imports import import_all
 from fdshare.server.limits import Limits
+from fdshare.server.loop.page import new_page
 from fdshare.server.loop.poller import READ
 from fdshare.server.loop.server import Server
 from fdshare.server.settings import Settings, read_policy
@@ -74,6 +75,8 @@ def serve(
             holdings = Holdings(settings, bound, table, os.urandom(8).hex(), control)
         else:
             holdings = Holdings(settings, bound, table, fdstore.epoch, control, fdstore.memfd)
+            holdings.page = fdstore.page
+        holdings.page = holdings.page or new_page()
         run_keeper(holdings, ready)
         return
     with bound:

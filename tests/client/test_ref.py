@@ -8,6 +8,7 @@ import pickle
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -118,3 +119,21 @@ def test_it_can_be_compared_and_read(folder: Path) -> None:
     assert len({one, two}) == 1
     assert pickle.loads(pickle.dumps(one)) == one
     assert str(one) == f"x at {folder}/s on {socket.gethostname()}"
+
+
+def test_a_reference_is_followed(client: Client) -> None:
+    with tempfile.TemporaryFile() as one, tempfile.TemporaryFile() as other:
+        client.register("log", one)
+        with fdshare.ref("log", client.address).follow() as log:
+            file = log.current
+            assert os.fstat(file.fileno()).st_ino == os.fstat(one.fileno()).st_ino
+            client.register("log", other, replace=True)
+            now = os.fstat(log.current.fileno()).st_ino
+            assert now == os.fstat(other.fileno()).st_ino
+        assert file.closed
+        client.unregister("log")
+        with pytest.raises(NameNotFound):
+            fdshare.ref("log", client.address).follow()
+    elsewhere = dataclasses.replace(fdshare.ref("log", client.address), boot_id="another")
+    with pytest.raises(ForeignHost):
+        elsewhere.follow()

@@ -36,12 +36,42 @@ class Inbox:
         return sent
 
 
+class ArrayPage:
+    """A page without a kernel. Its handle is a number that nothing else has."""
+
+    id, handle = 77, -1
+
+    def __init__(self, size: int = 6) -> None:
+        self.size = size
+        self.words = [0] * size
+        self.full = False
+
+    def write(self, slot: int, stamp: int) -> None:
+        if self.full:
+            raise OSError
+        assert stamp > max(self.words)  # so no slot ever has one twice
+        self.words[slot] = stamp
+
+    def write_all(self) -> int:
+        stamp = max(self.words) + 1
+        self.words = [stamp if word else 0 for word in self.words]
+        return stamp
+
+
 class MemoryEffects:
     """Opens, closes and leases; `busy` and `broken` are the keeper's moods, `full` the server's."""
 
     auditing = strict = False
+    epoch = "epoch"
 
-    def __init__(self, *, own_uid: int = 1, limits: Limits | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        own_uid: int = 1,
+        limits: Limits | None = None,
+        page: ArrayPage | None = None,
+    ) -> None:
+        self.page = page
         self.table = Table()
         self.keeper = Table()
         self.service = Service(self.table, Policy(own_uid), limits or Limits.for_rlimit(1000), self)
@@ -86,7 +116,7 @@ class MemoryEffects:
     # The Effects of the service.
 
     def answer(self, session: Session, id: int, body: bytes, handles: Sequence[int] = ()) -> None:
-        assert set(handles) <= self.open
+        assert set(handles) <= self.open | {ArrayPage.handle}
         if session.route.closed:
             for handle in set(handles) & set(self.lease_of):
                 self.say(handle, "dropped")  # nobody has the taker's end

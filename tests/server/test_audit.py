@@ -86,6 +86,9 @@ def test_every_hand_over_is_noted(served: Client, folder: Path) -> None:
     wait_until(lambda: len([line for line in audit(folder) if line["verb"] == "fetch"]) == 3)
     served.fetch_many(["a"])["a"].close()
     wait_until(lambda: len([line for line in audit(folder) if line["verb"] == "fetch"]) == 4)
+    with served.follow("a") as followed:
+        followed.current.fileno()
+    wait_until(lambda: len([line for line in audit(folder) if line["verb"] == "fetch"]) == 5)
     served.rename("a", "b")
     assert said(folder, "rename", "a") == "to b"
     served.take_raw("b")[0].close()
@@ -104,6 +107,7 @@ def test_every_refusal_is_noted(served: Client, folder: Path, timeout: float) ->
     for verb, refuse in {
         "fetch": lambda: served.fetch("missing", timeout=timeout),
         "take": lambda: served.take("missing", timeout=timeout),
+        "follow": lambda: served.follow("missing", timeout=timeout),
         "unregister": lambda: served.unregister("missing"),
         "rename": lambda: served.rename("missing", "other"),
         "info": lambda: served.info("missing"),

@@ -102,4 +102,4 @@ def test_a_burst_of_deaths_loses_nothing(service: Service) -> None:
     expected = {name: content for writer in writers for name, content in writer.held.items()}
     assert contents(service) == expected
     # And nothing is left of what is gone.
-    assert service.stored() == len(set(expected.values())) + 1
+    assert service.stored() == len(set(expected.values())) + 2

@@ -74,7 +74,7 @@ def test_one_open_file_in_several_ways(
     with service.client() as client:
         way(client, web)
     before = service.table()
-    assert service.stored() == 2
+    assert service.stored() == 3
     service.kill_both()
     assert service.table() == before
     service.restart()
@@ -83,7 +83,7 @@ def test_one_open_file_in_several_ways(
     with service.client() as client:
         for name in client.names():
             client.unregister(name)
-    wait_until(lambda: service.stored() == 1, "the table alone")
+    wait_until(lambda: service.stored() == 2, "the table and the page alone")
 
 
 # The limit.
@@ -100,13 +100,13 @@ def missing(service: Service) -> list[str]:
 
 
 def test_what_is_beyond_the_limit_is_told(service: Service) -> None:
-    service.dropin("FileDescriptorStoreMax=4")
+    service.dropin("FileDescriptorStoreMax=5")
     registered(service, 6)
-    assert service.stored() == 4
+    assert service.stored() == 5
     assert missing(service) == ["n3", "n4", "n5"]
     store = service.stats().store
     assert store is not None
-    assert (store.descriptors, store.limit, store.missing) == (4, 4, 3)
+    assert (store.descriptors, store.limit, store.missing) == (5, 5, 3)
     assert "'n3' is not in the store" in service.log()
     assert "FileDescriptorStoreMax" in run("fdshare", "doctor").stdout
     # Room that appears is used, and a replacement has that of what it replaces.
@@ -122,7 +122,7 @@ def test_what_is_beyond_the_limit_is_told(service: Service) -> None:
 
 
 def test_a_higher_limit_is_used_after_a_reload(service: Service) -> None:
-    service.dropin("FileDescriptorStoreMax=2")
+    service.dropin("FileDescriptorStoreMax=3")
     registered(service, 4)
     assert missing(service) == ["n1", "n2", "n3"]
     before = service.table()
@@ -136,7 +136,7 @@ def test_a_higher_limit_is_used_after_a_reload(service: Service) -> None:
 def test_what_a_lower_limit_drops_is_known_after_a_reload(service: Service) -> None:
     registered(service, 6)
     before = service.table()
-    service.dropin("FileDescriptorStoreMax=3")
+    service.dropin("FileDescriptorStoreMax=4")
     systemctl("reload", "fdshare.service")
     wait_until(lambda: len(missing(service)) == 4, "what is dropped is known")
     lost = missing(service)
@@ -154,7 +154,7 @@ def test_a_unit_without_a_store_says_so(service: Service) -> None:
 def test_no_name_comes_back_with_another_ones_descriptor(service: Service) -> None:
     registered(service, 6)
     # systemd drops what is beyond the new limit; what it keeps is not for us to choose.
-    service.dropin("FileDescriptorStoreMax=3")
+    service.dropin("FileDescriptorStoreMax=4")
     service.kill_both()
     left = service.table()
     service.dropin()
@@ -170,7 +170,7 @@ def test_no_name_comes_back_with_another_ones_descriptor(service: Service) -> No
             with descriptor:
                 target = os.readlink(f"/proc/self/fd/{descriptor.fileno()}")
             assert target == f"/memfd:{name} (deleted)"
-    assert service.stored() == 7
+    assert service.stored() == 8
     assert len(left) < 6
 
 
@@ -183,7 +183,7 @@ def test_some_thousands_come_back(service: Service) -> None:
         for number in range(count):
             with open(os.devnull, "rb", buffering=0) as each:
                 client.register(f"n{number}", each)
-    assert service.stored() == count + 1
+    assert service.stored() == count + 2
     service.kill_both()
     assert service.stats().names == count
-    assert service.stored() == count + 1
+    assert service.stored() == count + 2

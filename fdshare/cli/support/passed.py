@@ -18,9 +18,10 @@ from fdshare.kernel.endpoint import Listener
 from fdshare.printable import printable
 from fdshare.server.core.table import Table
 from fdshare.server.failover.fd_store import FdStore, let_go
-from fdshare.server.failover.labels import TABLE, is_label
+from fdshare.server.failover.labels import PAGE, TABLE, is_label
 from fdshare.server.failover.service_manager import store_state
 from fdshare.server.failover.table_file import UnreadableTable
+from fdshare.server.loop.page import is_page
 from fdshare.server.settings import Settings
 
 __all__ = ["Passed"]
@@ -32,10 +33,13 @@ class Passed:
     def __init__(self) -> None:
         self.listener: Listener | None = None
         self._tables: list[Descriptor] = []
+        self._pages: list[Descriptor] = []
         self._held: dict[str, list[Descriptor]] = {}
         for name, descriptor in listen_fds_in_order():
             if name == TABLE:
                 self._tables.append(descriptor)
+            elif name == PAGE:
+                self._pages.append(descriptor)
             elif is_label(name):
                 self._held.setdefault(name, []).append(descriptor)
             else:
@@ -77,7 +81,9 @@ class Passed:
                 )
         if self._tables:
             try:
-                return self._restore()
+                fdstore, table = self._restore()
+                fdstore.page = self._take_page()
+                return fdstore, table
             except UnreadableTable as error:
                 settings.closed = (
                     f"the table in the service manager's store cannot be read: {error}. It stays "
@@ -85,15 +91,26 @@ class Passed:
                 )
                 return None, None
             finally:
-                close_all(self._tables)
+                close_all([*self._tables, *self._pages])
                 close_all(d for each in self._held.values() for d in each)
         for label, descriptors in self._held.items():
             _warn(f"a descriptor came back as {label}, and no table with it")
             close_all(descriptors)
             let_go(label)
+        if self._pages:
+            close_all(self._pages)
+            let_go(PAGE)
         if not options["fdstore"]:
             return None, None
         return FdStore.new(secrets.token_hex(8), store_state().limit), None
+
+    def _take_page(self) -> Descriptor | None:
+        """The page in which the clients of the former start look, if it came back."""
+        if len(self._pages) == 1 and is_page(self._pages[0]):
+            return self._pages.pop()
+        if self._pages:
+            let_go(PAGE)
+        return None
 
     def _restore(self) -> tuple[FdStore, Table]:
         """Raises: UnreadableTable."""

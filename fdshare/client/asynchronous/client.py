@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import socket
 import weakref
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -20,9 +20,11 @@ import anyio.lowlevel
 from anyio.abc import TaskGroup
 
 from fdshare.client import verbs
+from fdshare.client.asynchronous.follow import AsyncFollower
 from fdshare.client.asynchronous.pipeline import Pipeline
 from fdshare.client.asynchronous.watch import AsyncWatcher
 from fdshare.client.conversation import LEASE_END, LeaseEnd, WholeAnswer
+from fdshare.client.follow_state import MappedPage
 from fdshare.client.settings import BaseClient, Lifeline
 from fdshare.errors import ClosedDescriptor, InvalidArgument
 from fdshare.kernel.descriptor import Descriptor
@@ -61,6 +63,8 @@ class AsyncClient(BaseClient):
         self._closed = True  # until it is entered
         self._entered = False
         self._lifeline = Lifeline()
+        self._page = MappedPage()
+        self._followers: weakref.WeakSet[AsyncFollower] = weakref.WeakSet()
         _clients.add(self)
 
     # The verbs.
@@ -135,6 +139,22 @@ class AsyncClient(BaseClient):
         """
         return AsyncWatcher(self, self._open_pipeline, pattern, timeout)
 
+    def follow(
+        self,
+        name: str,
+        *,
+        timeout: float | None = 0,
+        on_change: Callable[[Any], object] | None = None,
+    ) -> AsyncFollower:
+        """A handle on what is registered under *name*, whose `current()` is the object of now.
+
+        To be entered with `async with`, which asks for the object. See `Client.follow` and
+        `AsyncFollower`. The caller owns the result.
+        """
+        follower = AsyncFollower(self._open_pipeline, self._page, name, timeout, on_change)
+        self._followers.add(follower)
+        return follower
+
     async def unregister(self, name: str, *, if_generation: int | None = None) -> None:
         """Removes the entry; the server closes its descriptors.
 
@@ -201,7 +221,8 @@ class AsyncClient(BaseClient):
     async def close(self) -> None:
         """Closes the connection, which ends entries of lifetime "connection". Others stay.
 
-        A call that waits in another task raises ClosedDescriptor.
+        A call that waits in another task raises ClosedDescriptor. What `follow` gave is closed,
+        too.
         """
         self._close()
         await anyio.lowlevel.checkpoint()
@@ -212,6 +233,9 @@ class AsyncClient(BaseClient):
         if not self._closed:
             self._closed = True
             self._pipeline.close()
+        for follower in list(self._followers):
+            follower._close()
+        self._page.close()
         self._lifeline.close()
 
     async def __aenter__(self) -> Self:

@@ -49,6 +49,7 @@ class PendingRequest:
         "parts",
         "search",
         "sent",
+        "server",
     )
 
     def __init__(self, id: int, exchange: Exchange, search: Search) -> None:
@@ -60,6 +61,7 @@ class PendingRequest:
         self.done = anyio.Event()
         self.error: BaseException | None = None
         self.parts = WholeAnswer()
+        self.server: m.Welcome | None = None  # that gave the answer
         self._started = time.monotonic()
 
     def answer(self, answer: Answer) -> bool:

@@ -42,7 +42,7 @@ __all__ = ["Pipeline"]
 # unanswered, one of them could not be repeated safely.
 _MOST_CHANGES: Final = 64
 _CHANGES: Final = frozenset((m.Register, m.Unregister, m.Rename))
-_WAITS: Final = frozenset((m.Fetch, m.Take, m.Wait))
+_WAITS: Final = frozenset((m.Fetch, m.Take, m.Wait, m.Follow))
 _FIRST_PAUSE: Final = 0.005  # seconds between attempts to reconnect, doubled each time ...
 _LONGEST_PAUSE: Final = 0.2  # ... up to this
 
@@ -74,20 +74,35 @@ class Pipeline:
 
     async def exchange(self, exchange: Exchange) -> WholeAnswer:
         """The whole answer. Raises: the refusal, ServerTimeout, ServerGone, NoServer."""
+        return (await self.ask(exchange))[0]
+
+    async def ask(
+        self, exchange: Exchange, *, search: bool = True
+    ) -> tuple[WholeAnswer, m.Welcome | None]:
+        """The whole answer, and the server that gave it. Without *search* a server that is lost is
+        not looked for. Raises: as `exchange`."""
         delay = exchange.deadline(0.0, self._timeout)
         began = time.monotonic()
         with anyio.move_on_after(delay):
             if type(exchange.request) in _CHANGES:
                 await self._changes.acquire()  # released by `_end`
-            return await self._answer(exchange)
+            call = await self._answered(exchange, self._reconnect if search else 0.0)
+            return call.parts.finish(), call.server
         if self._transport is not None and self._transport.heard_at < began:
             # Nobody may ever answer on it, nor close it: a server that was killed can hang in its
             # end. What others ask for, and the watches, are sent again on another one.
             self._transport.hang_up()
         raise ServerTimeout(self._dialer.address, delay or 0.0)
 
-    async def _answer(self, exchange: Exchange) -> WholeAnswer:
-        call = PendingRequest(self._new_id(), exchange, Search(self._reconnect))
+    def reaches(self, server: m.Welcome | None) -> bool:
+        """Whether there is a connection to *server*, as far as was noticed."""
+        welcome = self._conversation.welcome
+        if self._transport is None or welcome is None or server is None:
+            return False
+        return (welcome.pid, welcome.epoch) == (server.pid, server.epoch)
+
+    async def _answered(self, exchange: Exchange, reconnect: float) -> PendingRequest:
+        call = PendingRequest(self._new_id(), exchange, Search(reconnect))
         self._pending[call.id] = call
         try:
             self._send(call)
@@ -97,7 +112,7 @@ class Pipeline:
             raise
         if call.error is not None:
             raise call.error
-        return call.parts.finish()
+        return call
 
     def subscribe(self, state: WatchState) -> Subscription:
         """*state* is fed from now on, with a snapshot first."""
@@ -323,7 +338,10 @@ class Pipeline:
                 pending = self._pending.get(answer.id)
                 if pending is None:
                     discard(answer.descriptors)
-                elif pending.answer(answer):
+                    continue
+                if isinstance(pending, PendingRequest):
+                    pending.server = self._conversation.welcome
+                if pending.answer(answer):
                     self._end(pending)
             else:
                 discard(answer.descriptors)

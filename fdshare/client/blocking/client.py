@@ -10,13 +10,15 @@ import os
 import socket
 import time
 import weakref
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, Final, Self, TypeVar
 
 from fdshare.client import verbs
 from fdshare.client.blocking.connection import BlockingConnection, ConnectionLost
+from fdshare.client.blocking.follow import Follower
 from fdshare.client.blocking.watch import Watcher
 from fdshare.client.conversation import Exchange, LeaseEnd, WholeAnswer
+from fdshare.client.follow_state import MappedPage
 from fdshare.client.settings import BaseClient, Lifeline
 from fdshare.errors import ClosedDescriptor, NameNotFound, ServerTimeout
 from fdshare.kernel.descriptor import Descriptor
@@ -50,6 +52,8 @@ class Client(BaseClient):
     ) -> None:
         super().__init__(path, authkey=authkey, timeout=timeout, reconnect=reconnect, trust=trust)
         self._lifeline = Lifeline()
+        self._page = MappedPage()
+        self._followers: weakref.WeakSet[Follower] = weakref.WeakSet()
         self._reset()
         _clients.add(self)
 
@@ -151,6 +155,24 @@ class Client(BaseClient):
         watcher = Watcher(self, pattern, timeout)
         self._watches.add(watcher)
         return watcher
+
+    def follow(
+        self,
+        name: str,
+        *,
+        timeout: float | None = 0,
+        on_change: Callable[[Any], object] | None = None,
+    ) -> Follower:
+        """A handle on what is registered under *name*, whose `current` is always the object of now.
+
+        To look takes no system call; after a change the object is fetched anew, the old one is
+        closed when nobody has it any more, and *on_change* is called with the new one, by the
+        thread that has found it. Wherever the name is missing, waits up to *timeout* seconds for
+        it, None for ever. See `Follower`. The caller owns the result. Raises: as `fetch`.
+        """
+        follower = Follower(self, name, timeout, on_change)
+        self._followers.add(follower)
+        return follower
 
     def unregister(self, name: str, *, if_generation: int | None = None) -> None:
         """Removes the entry; the server closes its descriptors.
@@ -283,8 +305,14 @@ class Client(BaseClient):
     # Its own life.
 
     def close(self) -> None:
-        """Closes the connections, which ends entries of lifetime "connection". Others stay."""
+        """Closes the connections, which ends entries of lifetime "connection". Others stay.
+
+        What `follow` gave is closed, too.
+        """
         self._closed = True
+        for follower in list(self._followers):
+            follower.close()
+        self._page.close()
         self._close_idle()
         self._lifeline.close()
 
@@ -338,7 +366,33 @@ class Client(BaseClient):
         finally:
             self._give_back(connection)
 
-    def _exchange(self, connection: BlockingConnection, exchange: Exchange) -> WholeAnswer:
+    def _ask(self, exchange: Exchange, *, search: bool) -> tuple[WholeAnswer, m.Welcome]:
+        """For a `Follower`: the answer, and the server that gave it. Without *search* a server that
+        is lost is not looked for."""
+        try:
+            connection = self._idle.pop()
+        except IndexError:
+            connection = self._new_connection()
+        try:
+            parts = self._exchange(connection, exchange, self.reconnect if search else 0.0)
+            return parts, connection.server
+        finally:
+            self._give_back(connection)
+
+    def _reaches(self, server: m.Welcome) -> bool:
+        """For a `Follower`: whether a connection to *server* is open now."""
+        try:
+            connection = self._idle.pop()
+        except IndexError:
+            return False
+        try:
+            return connection.reaches(server)
+        finally:
+            self._give_back(connection)
+
+    def _exchange(
+        self, connection: BlockingConnection, exchange: Exchange, reconnect: float | None = None
+    ) -> WholeAnswer:
         started = time.monotonic()
         deadline = exchange.deadline(started, self.timeout)
         try:
@@ -346,7 +400,8 @@ class Client(BaseClient):
                 return connection.exchange(exchange, deadline)
             except ConnectionLost:  # or not made yet
                 pass  # what the repeat raises is no consequence of this, and is not shown as one
-            return connection.repeat(exchange, started, deadline, self.reconnect)
+            search = self.reconnect if reconnect is None else reconnect
+            return connection.repeat(exchange, started, deadline, search)
         except ServerTimeout:
             assert deadline is not None
             raise ServerTimeout(self.address, deadline - started) from None

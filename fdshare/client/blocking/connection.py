@@ -148,6 +148,29 @@ class BlockingConnection:
             self._end_unless_refused(error)
             raise
 
+    @property
+    def server(self) -> m.Welcome:
+        """Who has answered. Raises: ConnectionLost: nobody has."""
+        welcome = self._conversation.welcome
+        if welcome is None:
+            raise ConnectionLost("it has not answered")
+        return welcome
+
+    def reaches(self, server: m.Welcome) -> bool:
+        """Whether this is a connection to *server* that has not ended; asks the kernel alone."""
+        welcome, sock = self._conversation.welcome, self._sock
+        if sock is None or welcome is None:
+            return False
+        if (welcome.pid, welcome.epoch) != (server.pid, server.epoch):
+            return False
+        try:
+            sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return True
+        except OSError:
+            pass
+        return False  # it is at its end, or the server says why it closes it
+
     def fetch(self, name: str, timeout: float | None) -> WholeAnswer | None:
         """The answer to a fetch that was made before, in the shortest way (see fetch_cache.py).
 

@@ -9,12 +9,13 @@ from typing import Any, Literal, Protocol, TypeAlias
 from fdshare.protocol import messages as m
 from fdshare.server.core.policy import Subject
 from fdshare.server.core.records import Record
+from fdshare.server.core.slots import Page
 from fdshare.server.core.table import Entry, Handle
 from fdshare.server.core.users import User
 
 __all__ = ["Awaiting", "JournalBusy", "LeaseState", "Session", "Waiter", "Effects"]
 
-Awaiting: TypeAlias = m.Fetch | m.Take | m.Wait
+Awaiting: TypeAlias = m.Fetch | m.Take | m.Wait | m.Follow
 LeaseState: TypeAlias = Literal["held", "confirmed", "dropped"]
 
 
@@ -129,6 +130,8 @@ class Effects(Protocol):
         """Carries it out. True: the request is to be answered now. False: it is answered later, by
         this server or its successor."""
 
+    epoch: str  # a different one means that entries are lost
+    page: Page | None  # where followers look
     auditing: bool  # whether `audit` does anything
     strict: bool  # whether nothing is done that the audit log has no room for
 

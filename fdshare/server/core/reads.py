@@ -46,6 +46,17 @@ class Reads(Waiters):
             self._give(session, id, entry, counts=not request.look)
         return False
 
+    def _follow(
+        self, session: Session, id: int, request: m.Follow, handles: list[Handle], now: float
+    ) -> bool:
+        self._permit("fetch", request.name, session)
+        entry = self._present(request.name, now)
+        if entry is None:
+            self._wait_for(session, id, request, now)
+        else:
+            self._give_followed(session, id, request, entry)
+        return False
+
     def _fetch_many(
         self, session: Session, id: int, request: m.FetchMany, handles: list[Handle], now: float
     ) -> bool:

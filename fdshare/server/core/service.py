@@ -33,7 +33,7 @@ __all__ = ["Service"]
 _WHEN_CLOSED: Final = frozenset((m.Ping, m.Stats, m.Explain, m.Cancel, m.Shutdown))
 
 _AUDITED: Final = frozenset(
-    (m.Register, m.Fetch, m.Take, m.FetchMany, m.Unregister, m.Rename, m.Bind)
+    (m.Register, m.Fetch, m.Take, m.Follow, m.FetchMany, m.Unregister, m.Rename, m.Bind)
 )
 
 
@@ -50,6 +50,7 @@ class Service(Reads, Writes):
             m.Fetch: self._fetch,
             m.Take: self._take,
             m.Wait: self._wait,
+            m.Follow: self._follow,
             m.FetchMany: self._fetch_many,
             m.Register: self._register,
             m.Unregister: self._unregister,

@@ -12,6 +12,7 @@ from fdshare.protocol import messages as m
 from fdshare.server.core.policy import Policy
 from fdshare.server.core.ports import Effects, Session
 from fdshare.server.core.records import Change, Grant, Record, Settle
+from fdshare.server.core.slots import Slots
 from fdshare.server.core.table import Entry, Handle, Table, Usage, usage_of
 from fdshare.server.core.users import User, allowance
 from fdshare.server.limits import Limits
@@ -29,6 +30,7 @@ class Transactions:
         self.policy = policy
         self.limits = limits
         self.effects = effects
+        self.slots = Slots(effects.page)
         self.counters = dict.fromkeys(
             ("requests", "refused", "registered", "fetched", "taken", "returned", "expired"), 0
         )
@@ -48,6 +50,7 @@ class Transactions:
         applied = self.table.apply(record, list(handles))
         for entry in applied.changed:
             self.effects.watch(entry)
+        self.slots.changed(applied.events)  # before anybody hears of it
         answer = None
         if session is not None:
             answer = partial(self.effects.answer, session, record.id, record.reply)
@@ -76,6 +79,25 @@ class Transactions:
         self.counters["fetched"] += 1
         self.effects.answer(session, id, entry.reply, entry.handles)
         self.effects.audit("fetch", entry.name, session, "given")
+
+    def _give_followed(self, session: Session, id: int, request: m.Follow, entry: Entry) -> None:
+        """Answers a follow: with the entry, unless the client has it, and with where to look."""
+        place, page = self.slots.place(entry.name), self.slots.page
+        known = request.known == entry.generation and request.epoch == self.effects.epoch
+        followed = m.Followed(entry.generation, *place)
+        handles: list[Handle] = []
+        if not known:
+            followed.kind = entry.put.kind
+            handles += entry.handles
+            entry.fetches += 1
+            self.counters["fetched"] += 1
+            self.effects.audit("fetch", entry.name, session, "given")
+        if page is not None and place.slot:
+            followed.page = page.id
+            if request.page != page.id:
+                followed.mapped = True
+                handles.append(page.handle)
+        self.effects.answer(session, id, m.encode(followed), handles)
 
     def _lease(self, session: Session, id: int, entry: Entry, now: float) -> None:
         """Answers with the entry and the taker's end of a new lease on it, which counts against the

@@ -68,6 +68,7 @@ class Waiters(Transactions):
     def adopt(self, policy: Policy) -> None:
         """Decides by *policy* from now on. The waits and watches that it does not allow end."""
         self.policy = policy
+        self.slots.changed_all()
         for waiter in [each for queue in self._waiting.values() for each in queue]:
             verb = "take" if type(waiter.request) is m.Take else "fetch"
             try:
@@ -148,6 +149,8 @@ class Waiters(Transactions):
                 elif isinstance(request, m.Wait):
                     there = m.Registered(entry.name, entry.generation)
                     self.effects.answer(waiter.session, waiter.id, m.encode(there))
+                elif isinstance(request, m.Follow):
+                    self._give_followed(waiter.session, waiter.id, request, entry)
                 else:
                     self._give(waiter.session, waiter.id, entry, counts=not request.look)
             except JournalBusy:

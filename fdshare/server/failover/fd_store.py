@@ -5,6 +5,7 @@ systemd.service(5) FileDescriptorStoreMax=). It keeps a name beside each descrip
 else, so the table itself is stored, too.
 
     fdshare-table   a memfd (table_file.py)
+    fdshare-page    the memfd in which followers look (loop/page.py)
     .k3F0, .k3F1 ...   one open file description each (labels.py)
 
 A record is in the store before its client hears "ok". A successor compares the memfd with the
@@ -33,7 +34,7 @@ from fdshare.protocol.messages import StoreStats
 from fdshare.server.core.image import Image, image_of, table_of
 from fdshare.server.core.records import Put, Record
 from fdshare.server.core.table import Entry, Table
-from fdshare.server.failover.labels import BUDGET, TABLE, Labels, new_prefix, price
+from fdshare.server.failover.labels import BUDGET, PAGE, TABLE, Labels, new_prefix, price
 from fdshare.server.failover.table_file import Base, Step, Stored, TableFile
 from fdshare.server.loop.closing import UNKNOWN, Handle, close_within
 
@@ -58,11 +59,14 @@ class _Use:
 class FdStore:
     """What the service manager holds: a table of labels, and the memfd that says so."""
 
-    def __init__(self, memfd: Descriptor, limit: int | None = None) -> None:
-        """Takes *memfd* over. *limit*: how many descriptors the service manager holds at most, the
-        memfd included; None where it is not known. Raises: UnreadableTable; *memfd* is still the
-        caller's."""
+    def __init__(
+        self, memfd: Descriptor, limit: int | None = None, page: Descriptor | None = None
+    ) -> None:
+        """Takes *memfd* and *page* over. *limit*: how many descriptors the service manager holds at
+        most, these two included; None where it is not known. Raises: UnreadableTable; both are
+        still the caller's."""
         self.memfd = memfd
+        self.page = page
         self.limit = limit
         self.epoch = ""
         self.held = Table()
@@ -223,9 +227,10 @@ class FdStore:
         return StoreStats(self._count(), self.limit, sum(not self.stored(name) for name in names))
 
     def _count(self) -> int:
-        """How many descriptors the service manager holds; one is the table's."""
+        """How many descriptors the service manager holds; one is the table's, one the page's."""
+        own = 1 if self.page is None else 2
         labels = len(self._uses) - len(self._missing) + len(self._leftover)
-        return labels + (self.limit != 0)
+        return labels + (own if self.limit is None else min(self.limit, own))
 
     # Labels.
 
@@ -311,6 +316,8 @@ class FdStore:
 
     def _keep_table(self) -> None:
         self._tell(f"keep {TABLE}", store, TABLE, [self.memfd.fileno()], poll=False)
+        if self.page is not None:
+            self._tell(f"keep {PAGE}", store, PAGE, [self.page.fileno()], poll=False)
 
     def _keep(self, label: str, fd: int) -> bool:
         # A predecessor may have died before it wrote what it had stored, or had let go of what it

@@ -69,6 +69,7 @@ def _become_server(holdings: Holdings, half: Forked) -> Life | None:
         journal=journal,
         epoch=holdings.epoch,
         dying=holdings.dying,
+        page=holdings.page,
     )
     server.take_over(holdings.unfinished)
     holdings.unfinished = []
@@ -79,6 +80,7 @@ def _become_server(holdings: Holdings, half: Forked) -> Life | None:
         if (other := journal.replace_keeper()) is not None:
             holdings.unfinished = server.abandon()
             return partial(_become_keeper, holdings, other)
+    server.service.slots.changed_all()  # who follows asks a successor, or finds none
     logs.flush()  # the end of the journal is a reason for the keeper to kill this process
     # The end of this process may hang: nobody must wait for what is closed by then.
     journal.close()
@@ -92,7 +94,7 @@ def _store_of(holdings: Holdings) -> FdStore | None:
         return None
     limit = os.environ.get("FDSTORE")  # see store_state
     try:
-        fdstore = FdStore(holdings.fdstore, int(limit) if limit else None)
+        fdstore = FdStore(holdings.fdstore, int(limit) if limit else None, holdings.page)
     except UnreadableTable as error:
         log.error("nothing more goes to the store, whose table cannot be read: %s", error)
         return None

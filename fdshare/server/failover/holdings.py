@@ -22,9 +22,10 @@ log = logging.getLogger("fdshare.server")
 @dataclass(slots=True)
 class Holdings:
     """What outlives either half. *control* is a socket to the owner: its end is the server's end.
-    *fdstore* is the memfd of the table in the service manager's store (fd_store.py). *unfinished*:
-    (number, owner) of what the other half had still to close. *dying*: processes that hang in
-    their end, pid -> what it was: a half, or the trial of new code."""
+    *fdstore* is the memfd of the table in the service manager's store (fd_store.py), and *page* the
+    one in which followers look (loop/page.py). *unfinished*: (number, owner) of what the other half
+    had still to close. *dying*: processes that hang in their end, pid -> what it was: a half, or
+    the trial of new code."""
 
     settings: Settings
     listener: Listener
@@ -32,6 +33,7 @@ class Holdings:
     epoch: str
     control: socket.socket | None = None
     fdstore: Descriptor | None = None
+    page: Descriptor | None = None
     unfinished: list[tuple[int, int]] = field(default_factory=list)
     dying: dict[int, str] = field(default_factory=dict)
 
@@ -45,6 +47,8 @@ class Holdings:
             kept.add(self.control.fileno())
         if self.fdstore is not None:
             kept.add(self.fdstore.fileno())
+        if self.page is not None:
+            kept.add(self.page.fileno())
         return kept
 
     def forget_other_half(self) -> None:

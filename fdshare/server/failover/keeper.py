@@ -188,6 +188,8 @@ class Keeper:
             self._trial.verdict()  # which ends it
             close_quietly(self._trial.pidfd)
         self._holdings.listener.close()
+        if self._holdings.page is not None:
+            close_quietly(self._holdings.page)
         self._closer.close(list(self._holdings.table.handles()))
         self._lanes.stop(timeout=1.0)
         signal.set_wakeup_fd(-1)

@@ -18,16 +18,18 @@ import string
 from collections.abc import Iterable
 from typing import Final
 
-__all__ = ["BUDGET", "MOST", "TABLE", "Labels", "is_label", "new_prefix", "price"]
+__all__ = ["BUDGET", "MOST", "PAGE", "TABLE", "Labels", "is_label", "new_prefix", "price"]
 
 TABLE: Final = "fdshare-table"  # the memfd's
+PAGE: Final = "fdshare-page"  # that of loop/page.py
 _DIGITS: Final = string.digits + string.ascii_letters
 _PREFIX: Final = 3  # characters
 _LABEL: Final = re.compile(r"\.[0-9A-Za-z]{4,}")
 # Bytes of LISTEN_FDNAMES that are for labels: MAX_ARG_STRLEN (<linux/binfmts.h>) without the name
-# of the variable, the table's and the end, and without the names that a socket unit gives.
+# of the variable, our own two and the end, and without the names that a socket unit gives.
 _OTHERS: Final = 1024
-BUDGET: Final = 32 * os.sysconf("SC_PAGESIZE") - len(f"LISTEN_FDNAMES={TABLE}:\0") - _OTHERS
+_OURS: Final = len(f"LISTEN_FDNAMES={TABLE}:{PAGE}:\0")
+BUDGET: Final = 32 * os.sysconf("SC_PAGESIZE") - _OURS - _OTHERS
 
 
 def is_label(name: str) -> bool:

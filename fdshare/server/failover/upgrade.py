@@ -26,6 +26,7 @@ from fdshare.server.failover.holdings import Holdings
 from fdshare.server.interpreter import fresh_interpreter
 from fdshare.server.loop.closing import Handle
 from fdshare.server.loop.dying import has_ended, is_ending
+from fdshare.server.loop.page import new_page
 from fdshare.server.settings import Settings
 
 __all__ = [
@@ -63,11 +64,12 @@ class Handover(msgspec.Struct):
     id: int = 0
     fdstore: int | None = None
     dying: dict[int, str] = {}  # see Holdings
+    page: int | None = None
 
     def numbers(self) -> list[int]:
         """Every descriptor that the new code inherits."""
         single = (self.listener, self.lock, self.control, self.journal, self.server, self.fdstore)
-        return [*self.handles, *(fd for fd in single if fd is not None)]
+        return [*self.handles, *(fd for fd in (*single, self.page) if fd is not None)]
 
     def table(self) -> Table:
         """The table, with handles of the same numbers."""
@@ -185,6 +187,7 @@ def make_handover(
         id=id,
         fdstore=None if holdings.fdstore is None else holdings.fdstore.fileno(),
         dying=holdings.dying,
+        page=None if holdings.page is None else holdings.page.fileno(),
     )
 
 
@@ -205,6 +208,7 @@ def adopt(handover: Handover) -> Holdings:
         control,
         fdstore,
         dying=handover.dying,
+        page=new_page() if handover.page is None else Descriptor(handover.page),
     )
 
 

@@ -22,6 +22,7 @@ from fdshare.errors import (
     UnsupportedPlatform,
 )
 from fdshare.kernel.credentials import peer_pidfd
+from fdshare.kernel.descriptor import Descriptor
 from fdshare.kernel.descriptor_limit import (
     descriptor_limit,
     is_descriptor_limit,
@@ -36,6 +37,7 @@ from fdshare.server.core.policy import Policy
 from fdshare.server.core.ports import LeaseState, Session
 from fdshare.server.core.records import Record
 from fdshare.server.core.service import Service
+from fdshare.server.core.slots import Page
 from fdshare.server.core.table import Entry, Table
 from fdshare.server.limits import Limits
 from fdshare.server.loop.binding import bind_address
@@ -51,6 +53,7 @@ from fdshare.server.loop.inspections import Inspections
 from fdshare.server.loop.lanes import Lanes
 from fdshare.server.loop.loop import Loop
 from fdshare.server.loop.metrics_endpoint import MetricsEndpoint
+from fdshare.server.loop.page import MemoryPage, new_page
 from fdshare.server.loop.refusal_log import RefusalLog
 from fdshare.server.settings import Settings, policy_of, read_policy
 
@@ -104,11 +107,16 @@ class Server:
         journal: JournalWriter | None = None,
         epoch: str | None = None,
         dying: dict[int, str] | None = None,
+        page: Descriptor | None = None,
     ) -> None:
+        """*page* is borrowed (loop/page.py); without one, the server makes its own."""
         nofile = raise_descriptor_limit()
         self.table = table or Table()
         self.notes: dict[str, str] = {}
         limits = Limits.for_rlimit(nofile, **settings.limits)
+        self.epoch = epoch or os.urandom(8).hex()
+        self._own_page = new_page() if page is None else None
+        self.page: Page | None = _page_in(page or self._own_page)
         self.service = Service(self.table, self._remembered_policy(settings), limits, self)
         if settings.closed:
             self.service.closed = self.notes["closed"] = settings.closed
@@ -122,9 +130,8 @@ class Server:
         # Without a policy nobody but root and our own uid puts anything in, or gets it.
         self._closer = Closer(self.lanes, self._on_closed, alone=settings.policy is None)
         self._closed_by_keeper: dict[int, Callable[[], None]] = {}  # serial of a change -> to call
-        epoch = epoch or os.urandom(8).hex()
         authkey = checked_authkey(settings.authkey)
-        self.loop = Loop(self.service, self._closer, listener, epoch, authkey, nofile)
+        self.loop = Loop(self.service, self._closer, listener, self.epoch, authkey, nofile)
         self.dying = Dying(self.loop.poller, {} if dying is None else dying)
         self._hangups = Hangups(self.loop)
         self._inspections = Inspections(self.loop, self.lanes, self._is_stored)
@@ -171,7 +178,12 @@ class Server:
     def shut_down(self) -> None:
         """Closes every handle of the table, and everything else. The server cannot run again."""
         self.loop.acceptor.close()
+        self.service.slots.changed_all()
         self.close(list(self.table.handles()))
+        if self.page is not None:
+            self.close([self.page.handle])
+        if self._own_page is not None:
+            self._own_page.close()
         self.loop.close()
         self.dying.close()
         self.lanes.stop(timeout=1.0)
@@ -375,6 +387,16 @@ class Server:
             log.error("the policy has a fault, %s", note)
             self.notes["policy"] = note
             return Policy(os.geteuid(), file=settings.policy or "", faulty=True)
+
+
+def _page_in(memfd: Descriptor | None) -> MemoryPage | None:
+    """The page in *memfd*, which is borrowed; None where there is none that clients can be given:
+    they ask each time then."""
+    try:
+        return None if memfd is None else MemoryPage(memfd)
+    except OSError as error:
+        log.warning("followers ask for each use: %s", error)
+        return None
 
 
 def _log_notes() -> dict[str, str]:

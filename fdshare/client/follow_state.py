@@ -1,0 +1,151 @@
+"""FollowState: what a follower knows, without the waiting. Answers in, the object out.
+
+Theory of operation. An answer brings the object, and a stamp that stands in a slot of the server's
+page. As long as it stands there, the object is what a fetch would give (server/core/slots.py), and
+to look takes no system call. With another stamp there the follower asks again::
+
+    nothing ──(answer)──> fresh ──(another stamp)──> asks ──(answer)──> fresh ...
+                            ^                         │
+                            └── stale <──(no server)──┘
+
+An object is closed when nobody refers to it any more: the state, a thread that it was given to, and
+who has leased it each refer to the `FollowedObject`.
+"""
+
+from __future__ import annotations
+
+import array
+from collections.abc import Sequence
+from typing import Any, Final, NamedTuple
+
+from fdshare.client import verbs
+from fdshare.client.conversation import Exchange, WholeAnswer
+from fdshare.errors import (
+    AccessDenied,
+    FdshareError,
+    FetchTimeout,
+    NameNotFound,
+    NoServer,
+    ProtocolError,
+    ServerGone,
+    ServerTimeout,
+)
+from fdshare.kernel.descriptor import Descriptor
+from fdshare.kernel.shared_memory import SharedMemory
+from fdshare.kinds import discard
+from fdshare.protocol import messages as m
+
+__all__ = ["FollowState", "MappedPage", "Seen", "FollowedObject"]
+
+# Where nothing is written: for a server without a page, and for slot 0.
+_BLANK: Final = array.array("Q", [0])
+_NEVER: Final = 1  # a stamp that does not stand there
+
+
+class FollowedObject:
+    """One object of a name, which is closed when nothing refers to this any more."""
+
+    __slots__ = ("generation", "obj")
+
+    def __init__(self, obj: Any, generation: int) -> None:
+        self.obj = obj
+        self.generation = generation
+
+    def __del__(self) -> None:
+        discard(self.obj)
+
+
+class Seen(NamedTuple):
+    """A version, and where it is to be seen whether it is the current one: it is as long as *words*
+    has *stamp* in *slot*. *obj* is the version's, with a step less to it."""
+
+    obj: Any
+    words: Sequence[int]
+    slot: int
+    stamp: int
+    version: FollowedObject
+
+    def is_current(self) -> bool:
+        """Whether no change of the name has been acknowledged since the server was asked."""
+        return self.words[self.slot] == self.stamp
+
+
+class MappedPage:
+    """The page of a client's server, as it is mapped here: read-only."""
+
+    def __init__(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Forgets it; it is unmapped when nobody looks any more."""
+        self.id = 0
+        self.words: Sequence[int] = _BLANK
+
+    def map(self, id: int, descriptor: Descriptor) -> None:
+        """Maps another page, and closes its *descriptor*. Raises: ProtocolError: it is none."""
+        try:
+            with descriptor, SharedMemory.adopt(descriptor) as memory:
+                words = memory.buf.toreadonly().cast("Q")
+        except (FdshareError, OSError, TypeError) as error:
+            raise ProtocolError(f"the server's page is none: {error}") from None
+        self.id, self.words = id, words
+
+
+class FollowState:
+    """One name that is followed. The clients ask, under a lock, and differ in how they wait."""
+
+    def __init__(self, name: str, timeout: float | None, page: MappedPage) -> None:
+        """*page* is that of the client, whose followers share it."""
+        self.name = name
+        self.timeout = timeout
+        self.seen: Seen | None = None
+        self.server: m.Welcome | None = None  # that has answered last
+        self.stale = False
+        self._page = page
+
+    def question(self) -> tuple[Exchange, int]:
+        """What is to be asked, and the generation that is known, for `answered`."""
+        known = 0 if self.seen is None else self.seen.version.generation
+        epoch = "" if self.server is None else self.server.epoch
+        return verbs.following(self.name, self.timeout, known, epoch, self._page.id), known
+
+    def answered(self, parts: WholeAnswer, server: m.Welcome | None, known: int) -> bool:
+        """Takes the answer over. True if it brought another object than there was.
+
+        A signal's handler may have asked since, and taken over a later answer: it is at least as
+        new. Raises: ProtocolError, and as `rebuild`.
+        """
+        answer, obj, descriptor = verbs.followed(parts, known)
+        version = None if answer.kind is None else FollowedObject(obj, answer.generation)
+        words, slot, stamp = self._where(answer, descriptor)
+        before = self.seen
+        if version is None:
+            if before is None or before.version.generation != known:
+                return False
+            version = before.version
+        self.seen = Seen(version.obj, words, slot, stamp, version)
+        self.server, self.stale = server, False
+        return before is not None and before.version is not version
+
+    def _where(
+        self, answer: m.Followed, descriptor: Descriptor | None
+    ) -> tuple[Sequence[int], int, int]:
+        if descriptor is not None:
+            self._page.map(answer.page, descriptor)
+        if not answer.slot:
+            return _BLANK, 0, _NEVER
+        words = self._page.words
+        if answer.page != self._page.id or not 0 < answer.slot < len(words):
+            raise ProtocolError(f"there is no slot {answer.slot} in page {answer.page}")
+        return words, answer.slot, answer.stamp
+
+    def refused(self, error: FdshareError) -> None:
+        """Returns if there is an object for a server that cannot be asked: it is stale. Raises
+        *error* else; after a refusal there is no object any more."""
+        if isinstance(error, NoServer | ServerGone | ServerTimeout):
+            if self.seen is not None:
+                self.stale = True
+                return
+        elif isinstance(error, NameNotFound | FetchTimeout | AccessDenied):
+            self.seen, self.stale = None, False
+        raise error
