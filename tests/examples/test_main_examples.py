@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from conftest import wait_until
 from ending import terminated
 from nursery import Manager
 
@@ -149,3 +150,57 @@ def test_handover(start: Start, rendezvous: Manager) -> None:
     assert get(port) == "version 2\n"
     with fdshare.connect(rendezvous.address) as client:
         assert client.names() == ["handover/listener", "handover/turn"]
+
+
+LINE = re.compile(r"pid (\d+) line (\d+)")
+
+
+def test_log_rotation(start: Start, rendezvous: Manager, folder: Path) -> None:
+    log = folder / "app.log"
+
+    def rotate() -> str:
+        process = start("log_rotation.py", rendezvous.address, "rotate", log)
+        out, _ = process.communicate(timeout=60)
+        assert process.returncode == 0, out
+        return out
+
+    assert rotate() == f"generation 1 is {log}\n"
+    writers = [start("log_rotation.py", rendezvous.address, "write") for _ in range(2)]
+    assert [line(writer) for writer in writers] == [f"pid {w.pid} writes" for w in writers]
+    pids = {str(writer.pid) for writer in writers}
+
+    def writes_here() -> bool:
+        return {pid for pid, _ in LINE.findall(log.read_text())} == pids
+
+    finished = []
+    for number in (1, 2, 3):
+        wait_until(writes_here, "lines of both")
+        assert rotate() == f"generation {number + 1} is {log}, the one before is {log}.{number}\n"
+        wait_until(writes_here, "lines of both in the new file")
+        finished.append((folder / f"app.log.{number}").read_text())
+    said = [stop(writer) for writer in writers]
+    # No line went into a file after its writer had begun the next one.
+    assert finished == [(folder / f"app.log.{number}").read_text() for number in (1, 2, 3)]
+    written = LINE.findall("".join([*finished, log.read_text()]))
+    for writer, last in zip(writers, said, strict=True):
+        lines = [int(number) for pid, number in written if pid == str(writer.pid)]
+        assert lines == list(range(1, len(lines) + 1))
+        assert last == f"pid {writer.pid} wrote {len(lines)} lines to 4 files\n"
+
+
+def test_hot_dataset(start: Start, rendezvous: Manager) -> None:
+    pytest.importorskip("numpy")
+
+    def publish(version: int) -> None:
+        process = start("hot_dataset.py", rendezvous.address, "publish", version)
+        out, _ = process.communicate(timeout=60)
+        assert out == f"version {version}: 1000000 numbers\n"
+
+    publish(1)
+    readers = [start("hot_dataset.py", rendezvous.address, "read") for _ in range(2)]
+    assert [line(reader) for reader in readers] == ["version 1"] * 2
+    for version in (2, 3):
+        publish(version)
+        assert [line(reader) for reader in readers] == [f"version {version}"] * 2
+    for reader in readers:
+        assert re.fullmatch(r"\d+ reads of 3 versions, 0 torn\n", stop(reader))

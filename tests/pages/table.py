@@ -352,6 +352,19 @@ UNITS: Final = [
     ),
 ]
 
+FOLLOW: Final = [
+    Run(
+        given="fdshare serve --detach\nfdshare register log --open app.log --mode ab",
+        around="import os\nBLOCK\nprint(open('app.log').read())",
+        says="a line",
+    ),
+    Run(says="1 False"),
+    Run(
+        around=PART.replace("PART", "BLOCK"),
+        then="$ cat app.log\na line\nbegun here, and ended here\na line\n",
+    ),
+]
+
 PAGES: Final[dict[str, list[Run | NotRun]]] = {
     "README.md": README,
     "CONTRIBUTING.md": [NotRun(INSTALLS)],
@@ -368,6 +381,7 @@ PAGES: Final[dict[str, list[Run | NotRun]]] = {
     "docs/howto/containers.md": CONTAINERS,
     "docs/howto/debugging.md": DEBUGGING,
     "docs/howto/deploy.md": DEPLOY,
+    "docs/howto/follow.md": FOLLOW,
     "docs/howto/pools.md": POOLS,
     "docs/howto/privileged-ports.md": PORTS,
     "docs/howto/systemd.md": UNITS,
