@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,21 +26,23 @@ from fdshare.manager import Manager
 pytestmark = pytest.mark.usefixtures("fresh")
 
 LOAD = Path(__file__).with_name("load.py")
-WORKERS = 4
+WORKERS = ("w0", "w1", "w2", "w3")
 
 
 class Load:
-    """The workers. What each says when it ends is its ledger."""
+    """The workers, which run *program*. What each says when it ends is its ledger."""
 
-    def __init__(self, address: str, seed: int) -> None:
+    def __init__(
+        self, address: str, seed: int, program: Path = LOAD, words: Sequence[str] = WORKERS
+    ) -> None:
         self.processes = [
             subprocess.Popen(
-                [sys.executable, str(LOAD), address, f"w{index}", str(seed)],
+                [sys.executable, str(program), address, word, str(seed)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
             )
-            for index in range(WORKERS)
+            for word in words
         ]
         self.done = 0
 
