@@ -36,6 +36,7 @@ GOOD: list[m.Request] = [
     m.Fetch("good", 0.001),
     m.Take("fuzz/1", 0.001),
     m.Wait("fuzz/2", 0.001),
+    m.Follow("good", 0.001, 1, "epoch", 5),
     m.FetchMany(["good", "fuzz/1"]),
     m.Unregister("fuzz/1"),
     m.Rename("fuzz/1", "fuzz/2"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import random
 import socket
@@ -19,6 +20,7 @@ import pytest
 
 import fdshare
 from chaos.test_bad_peers import ODD, Fuzzer
+from fdshare.aio import AsyncFollower
 from fdshare.client.blocking.client import Client
 from fdshare.errors import AccessDenied, BadRequest, FdshareError, NameNotFound
 from fdshare.kernel.endpoint import listen
@@ -52,6 +54,9 @@ GOOD: list[Any] = [
     *(m.Given("a", 1, each, {}) for each in KINDS),
     m.Given("a", 1, KINDS[0], {}, lease=True),
     m.GivenMany([m.GivenItem("a", 1, KINDS[0], 1), m.GivenItem("b", 2, KINDS[1], 1)]),
+    m.Followed(1, kind=KINDS[0]),
+    m.Followed(1, slot=3, stamp=1, page=5),
+    m.Followed(2, slot=3, page=5, mapped=True, kind=KINDS[0]),
     m.Done(),
     m.NameList(["a", "b"]),
     m.NameList(["a"], more=True),
@@ -75,6 +80,7 @@ FITTING: dict[type, list[Any]] = {
     m.Info: [m.InfoList([])],
     m.Infos: [m.InfoList([])],
     m.Explain: [m.Explained(True, "rule 1")],
+    m.Follow: [reply for reply in GOOD if type(reply) is m.Followed],
     m.FetchMany: [reply for reply in GOOD if type(reply) is m.GivenMany],
     **{key: [r for r in GOOD if type(r) is m.Given] for key in (m.Fetch, m.Take, m.Bind)},
 }
@@ -90,8 +96,11 @@ class Answers:
         pipe = os.pipe()
         memory = os.memfd_create("hostile", os.MFD_ALLOW_SEALING)
         os.ftruncate(memory, 4096)
+        page = os.memfd_create("hostile", os.MFD_ALLOW_SEALING)
+        os.ftruncate(page, 4096)
+        fcntl.fcntl(page, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
         files = [os.open(path, os.O_RDWR) for path in (os.devnull, "/dev/zero")]
-        self.fds = [*(sock.detach() for sock in pair), *pipe, memory, *files]
+        self.fds = [*(sock.detach() for sock in pair), *pipe, memory, page, *files]
 
     def close(self) -> None:
         self.fuzzer.close()
@@ -194,7 +203,13 @@ def let_go(found: Any) -> None:
         discard(obj)
 
 
+def follow(client: Any) -> Any:
+    follower = client.follow("a")
+    return follower.current() if isinstance(follower, AsyncFollower) else follower
+
+
 VERBS: dict[str, Callable[[Any], Any]] = {
+    "follow": follow,
     "register": lambda client: client.register("a", 0),
     "fetch": lambda client: client.fetch("a"),
     "fetch_raw": lambda client: client.fetch_raw("a"),

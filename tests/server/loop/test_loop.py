@@ -162,6 +162,7 @@ VERBS: dict[str, Any] = {
     "Fetch": m.Fetch("x"),
     "Take": m.Take("x"),
     "Wait": m.Wait("x"),
+    "Follow": m.Follow("x"),
     "FetchMany": m.FetchMany(["x"]),
     "Unregister": m.Unregister("x"),
     "Rename": m.Rename("x", "y"),
