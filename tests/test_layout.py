@@ -50,6 +50,7 @@ ACROSS = {
     "test_odd_places.py": "no /proc, no docstrings, a zip file, and the like",
     "test_threads.py": "what threads may share, in many threads at once",
     "test_sub_interpreters.py": "what of fdshare can be imported in one",
+    "test_platforms.py": "the table of docs/platforms.md",
     "test_public.py": "the public surface, of all modules",
 }
 
