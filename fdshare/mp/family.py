@@ -58,11 +58,11 @@ class Family:
 
     def derive(self, name: str, mixin: type[T], base: type, **attributes: object) -> type[T]:
         """The class *name*: *mixin* before *base*, put into our module of this family, where
-        pickles find it."""
+        pickles find it. There is one: of those that several threads make, the first to be there."""
         namespace = {"__module__": self.home, "__qualname__": name, "__doc__": mixin.__doc__}
         cls = type(name, (mixin, base), namespace | {"_family": self} | attributes)
-        setattr(sys.modules[self.home], name, cls)
-        return cls
+        made: type[T] = vars(sys.modules[self.home]).setdefault(name, cls)
+        return made
 
     def __reduce__(self) -> str:
         return "FAMILY"

@@ -73,6 +73,21 @@ def exchange(method: str) -> None:
     suite.multiprocessing = Ours(context)
 
 
+def keep(method: str) -> None:
+    """Sets the start method again after a test that takes it back: from 3.14 on the tests after it
+    would run with another one, the new default."""
+    run = unittest.TestCase.run
+
+    def kept(self: unittest.TestCase, result: unittest.TestResult | None = None) -> Any:
+        try:
+            return run(self, result)
+        finally:
+            if multiprocessing.get_start_method(allow_none=True) is None:
+                multiprocessing.set_start_method(method, force=True)
+
+    unittest.TestCase.run = kept  # type: ignore[method-assign]
+
+
 def skip(namespace: dict[str, Any]) -> None:
     """Mark what is in SKIPPED."""
     for cls in [value for value in namespace.values() if isinstance(value, type)]:
@@ -85,6 +100,7 @@ def skip(namespace: dict[str, Any]) -> None:
 if METHOD not in os.environ:
     os.environ[METHOD] = sys.argv.pop(1)
 exchange(os.environ[METHOD])
+keep(os.environ[METHOD])
 for kind in ("processes", "manager"):  # its third kind is threads, where nothing is ours
     suite.install_tests_in_module_dict(globals(), os.environ[METHOD], only_type=kind)
 suite.install_tests_in_module_dict(globals(), os.environ[METHOD], exclude_types=True)
