@@ -6,8 +6,6 @@ end a line and forge the next, be obeyed by a terminal, or change the direction 
 
 from __future__ import annotations
 
-import json
-
 __all__ = ["printable", "printable_json"]
 
 
@@ -26,4 +24,6 @@ def printable_json(text: str) -> str:
 
 
 def _escaped(char: str) -> str:
-    return "\\u007f" if char == "\x7f" else json.dumps(char)[1:-1]
+    # Not with json: every program that imports fdshare would import that, too.
+    units = char.encode("utf-16-be", "surrogatepass").hex()
+    return "".join(f"\\u{units[at : at + 4]}" for at in range(0, len(units), 4))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import os
 import pydoc
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from importlib import import_module
@@ -141,6 +143,19 @@ def test_nothing_public_has_the_repr_of_object(folder: Path, server: Any) -> Non
         for thing in shown:
             assert f"{type(thing).__name__} object at 0x" not in repr(thing)
             assert type(thing).__repr__ is not object.__repr__
+
+
+def test_an_import_imports_little() -> None:
+    """Everything else when it is first used."""
+    code = (
+        "import sys; before = set(sys.modules); import fdshare\n"
+        "new = set(sys.modules) - before\n"
+        "print(*sorted(name for name in new if name.startswith('fdshare')))\n"
+        "print(*new & {'asyncio', 'json', 'logging', 'multiprocessing', 'pickle', 'socket'})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    ours = "fdshare fdshare.errors fdshare.printable fdshare.version"
+    assert (done.stdout, done.stderr) == (f"{ours}\n\n", "")
 
 
 def test_what_is_public_is_imported_by_its_first_use() -> None:
