@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import socket
 import subprocess
 import tempfile
@@ -18,7 +19,7 @@ from typing import Final, Self
 from fdshare.client.blocking.client import Client
 from fdshare.client.blocking.connection import BlockingConnection
 from fdshare.client.conversation import Exchange, WholeAnswer
-from fdshare.errors import ClosedDescriptor, InvalidArgument, NoServer, ServerGone
+from fdshare.errors import ClosedDescriptor, EndpointError, InvalidArgument, NoServer, ServerGone
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.kernel.endpoint import Listener, listen
 from fdshare.kernel.plain_socket import stream_pair
@@ -62,7 +63,9 @@ class Manager(Client):
         self._folder: str | None = None
         checked_authkey(authkey)  # before there is a folder
         if path is None:
-            self._folder = tempfile.mkdtemp(prefix="fdshare-")
+            # Made when the server starts: who is killed before leaves none.
+            name = f"fdshare-{secrets.token_hex(4)}"
+            self._folder = os.path.join(tempfile.gettempdir(), name)
             path = os.path.join(self._folder, "fdshare.sock")
         super().__init__(path, authkey=authkey, timeout=timeout, reconnect=reconnect, trust=trust)
         self._settings = Settings(
@@ -79,20 +82,15 @@ class Manager(Client):
         self._control: socket.socket | None = None
         self._connected = False
         self._finalizer: weakref.finalize[..., Manager] | None = None
-        if self._folder is not None:
-            self._finalizer = weakref.finalize(self, _end, os.getpid(), None, None, self._folder)
 
     def start(self) -> Self:
         """Itself, when the server has started in a process of its own, which ends with this one.
 
         Raises: AddressInUse, EndpointError, PolicyError; InvalidArgument: started already.
-
-        >>> manager = fdshare.Manager().start()
-        >>> manager.ping()
-        >>> manager.shutdown()
         """
         if self._process is not None:
             raise InvalidArgument("start", "this manager's server has been started")
+        self._make_folder()
         process, control = _spawn(self._settings, self._launch)
         if self._finalizer is not None:
             self._finalizer.detach()
@@ -100,15 +98,20 @@ class Manager(Client):
         self._finalizer = weakref.finalize(self, _end, os.getpid(), process, control, self._folder)
         return self
 
+    def _make_folder(self) -> None:
+        """Makes the private folder, which goes with this object. Raises: EndpointError."""
+        if self._folder is None or self._finalizer is not None:
+            return
+        try:
+            os.mkdir(self._folder, 0o700)
+        except OSError as error:
+            raise EndpointError(self._folder, str(error.strerror), error.errno) from None
+        self._finalizer = weakref.finalize(self, _end, os.getpid(), None, None, self._folder)
+
     def connect(self) -> Self:
         """Itself, when a server has answered at the address.
 
         Raises: NoServer and the others of `fdshare.connect`.
-
-        >>> with fdshare.Manager() as manager:
-        ...     with fdshare.Manager(manager.address).connect() as other:
-        ...         other.names()
-        []
         """
         self.ping()
         self._connected = True
@@ -116,6 +119,7 @@ class Manager(Client):
 
     def get_server(self) -> ManagedServer:
         """A server to run in this process, listening from now on. The caller owns the result."""
+        self._make_folder()
         return ManagedServer(self._settings)
 
     def shutdown(self) -> None:
@@ -145,6 +149,11 @@ class Manager(Client):
             self.close()
         else:
             self.shutdown()
+
+    def _state(self) -> str:
+        if self._closed or self._connected:
+            return super()._state()
+        return " not started" if self._process is None else f" pid {self._process.pid}"
 
     def _launch(self, control: int, stderr: int) -> subprocess.Popen[bytes]:
         """A process that begins to serve, told how over its copy of the socket *control*.

@@ -15,6 +15,7 @@ import socket
 import stat
 import subprocess
 import sys
+import textwrap
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -192,6 +193,35 @@ def test_what_it_held_is_closed_at_the_end() -> None:
         os.close(writing)
         manager.shutdown()
         assert reader.read() == ""
+
+
+def test_one_that_is_never_started_leaves_no_folder(folder: Path) -> None:
+    code = """
+        import os, signal, fdshare
+        manager = fdshare.Manager()
+        print(repr(manager), flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env={**os.environ, "TMPDIR": str(folder)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.stdout.startswith(f"<Manager of {folder}/fdshare-")
+    assert done.stdout.endswith("/fdshare.sock not started>\n")
+    assert os.listdir(folder) == []
+
+
+def test_its_private_folder_is_nobody_elses(folder: Path) -> None:
+    manager = Manager(keeper=False)
+    os.mkdir(os.path.dirname(manager.address))
+    with pytest.raises(EndpointError, match="File exists"):
+        manager.start()
+    os.rmdir(os.path.dirname(manager.address))
+    with manager:
+        assert repr(manager) == f"<Manager of {manager.address} pid {manager._process.pid}>"
 
 
 def test_connect(serve: Callable[..., Manager], folder: Path, sock: socket.socket) -> None:

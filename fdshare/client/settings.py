@@ -18,6 +18,7 @@ from fdshare.kernel.credentials import is_overflow_uid, peer_credentials
 from fdshare.kernel.descriptor_limit import descriptor_limit, is_descriptor_limit
 from fdshare.kernel.endpoint import connect as connect_socket
 from fdshare.kernel.plain_socket import stream_pair
+from fdshare.printable import printable
 from fdshare.protocol.auth import checked_authkey
 
 __all__ = ["BaseClient", "Dialer", "Lifeline", "Search"]
@@ -51,7 +52,11 @@ class BaseClient:
         return True  # an empty server is still one
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} of {self.address}{' closed' if self._closed else ''}>"
+        return printable(f"<{type(self).__name__} of {self.address}{self._state()}>")
+
+    def _state(self) -> str:
+        """What is not as usual, for repr()."""
+        return " closed" if self._closed else ""
 
     def __getstate__(self) -> dict[str, Any]:
         if self._authkey is not None and not _spawning():

@@ -18,6 +18,7 @@ from typing import IO, Any, Final, Protocol, Self, TypeVar, runtime_checkable
 
 from fdshare.errors import ClosedDescriptor, UnsupportedKind
 from fdshare.kernel.plain_socket import socket_of
+from fdshare.printable import printable
 
 __all__ = ["Descriptor", "HasFileno", "Spare", "borrow"]
 
@@ -183,8 +184,15 @@ class Descriptor:
         self.close()
 
     def __repr__(self) -> str:
-        state = {_CLOSED: "closed", _DETACHED: "detached"}.get(self._fd, f"fd={self._fd}")
-        return f"<Descriptor {state}>"
+        state = {_CLOSED: "closed", _DETACHED: "detached"}.get(self._fd)
+        return f"<Descriptor {state or self._what()}>"
+
+    def _what(self) -> str:
+        """Its number, and what the kernel says that it is, where there is /proc."""
+        try:
+            return printable(f"fd={self._fd} {os.readlink(f'/proc/self/fd/{self._fd}')}")
+        except OSError:
+            return f"fd={self._fd}"
 
     def __reduce__(self) -> str:
         # The number means nothing in another process; the reducers of fdshare.mp send a copy.

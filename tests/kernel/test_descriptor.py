@@ -157,7 +157,7 @@ def test_it_is_not_pickled_as_a_number(null: int) -> None:
 
 def test_repr_tells_the_state(null: int) -> None:
     descriptor = Descriptor(null)
-    assert repr(descriptor) == f"<Descriptor fd={null}>"
+    assert repr(descriptor) == f"<Descriptor fd={null} /dev/null>"
     descriptor.close()
     assert repr(descriptor) == "<Descriptor closed>"
     other = Descriptor(os.open(os.devnull, os.O_RDONLY))

@@ -238,6 +238,9 @@ class AsyncClient(BaseClient):
         self._page.close()
         self._lifeline.close()
 
+    def _state(self) -> str:
+        return super()._state() if self._entered else " not entered"
+
     async def __aenter__(self) -> Self:
         if self._entered:
             raise InvalidArgument("client", "it was entered before; make another one")
