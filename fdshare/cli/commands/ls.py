@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from fdshare.client.blocking.client import Client
     from fdshare.protocol.messages import EntryInfo
 
-__all__ = ["COLUMNS", "info", "ls", "row"]
+__all__ = ["COLUMNS", "formatted", "info", "ls", "row"]
 
 COLUMNS: Final = (
     Column("NAME", give=1, colour="cyan"),
@@ -50,6 +51,46 @@ def row(entry: EntryInfo) -> list[str]:
     ]
 
 
+def formatted(template: str, entry: EntryInfo) -> str:
+    """*template* with the facts of *entry*. Raises: click.BadParameter: it has no such field."""
+    from fdshare.protocol.messages import DescriptorInfo
+
+    first = entry.descriptors[0] if entry.descriptors else DescriptorInfo("unknown")
+    name, kind, what, owner, since, uses, ttl = row(entry)
+    facts: dict[str, Any] = {
+        "name": name,
+        "kind": kind,
+        "generation": entry.generation,
+        "what": what,
+        "local": first.local,
+        "peer": first.peer,
+        "path": first.path,
+        "health": first.health,
+        "owner": owner,
+        "uid": entry.registrant.uid,
+        "pid": entry.registrant.pid,
+        "command": entry.registrant.command,
+        "age": since,
+        "uses": uses,
+        "ttl": ttl,
+        "lifetime": entry.lifetime,
+    }
+    facts = {key: printable(str(value)) for key, value in facts.items()}
+    metadata = {key: printable(value) for key, value in entry.metadata.items()}
+    facts["metadata"] = defaultdict(str, metadata)
+    try:
+        return template.format_map(facts)
+    except KeyError as error:
+        known = ", ".join([*facts][:-1])
+        raise _bad_format(f"there is no field {error}; the fields are {known}, metadata[KEY]")
+    except (ValueError, IndexError, AttributeError, TypeError) as error:
+        raise _bad_format(str(error)) from None
+
+
+def _bad_format(why: str) -> click.BadParameter:
+    return click.BadParameter(why, param_hint="--format")
+
+
 def _what(entry: EntryInfo) -> str:
     text = entry_text(entry)
     return f"{text} (not stored)" if entry.stored is False else text
@@ -60,16 +101,24 @@ def _what(entry: EntryInfo) -> str:
 
     PATTERN is a shell pattern for names; * matches / too.
 
+    A --format has fields in braces, as Python's format strings: name, kind, generation, what,
+    local, peer, path, health, owner, uid, pid, command, age, uses, ttl, lifetime, metadata[KEY].
+    local, peer, path and health are of the first descriptor.
+
     \b
-    Example:
+    Examples:
       fdshare ls 'web/*'
+      fdshare ls --format '{name:20} {local} {uses}'
     """,
 )
 @click.argument("pattern", default="*")
 @click.option("-q", "--quiet", is_flag=True, help="Print the names alone, one a line.")
+@click.option("--format", "template", metavar="TEXT", help="Print this for each, one a line.")
 @json_option
 @for_server
-def ls(client: Client, pattern: str, quiet: bool, as_json: bool) -> None:
+def ls(client: Client, pattern: str, quiet: bool, template: str | None, as_json: bool) -> None:
+    if quiet + as_json + (template is not None) > 1:
+        raise click.UsageError("give one of --quiet, --format and --json")
     if quiet:
         for name in client.names(pattern):
             print(printable(name))
@@ -77,6 +126,9 @@ def ls(client: Client, pattern: str, quiet: bool, as_json: bool) -> None:
     entries = client.infos(pattern)
     if as_json:
         print_json(entries)
+    elif template is not None:
+        for entry in entries:
+            print(formatted(template, entry))
     else:
         print_table(COLUMNS, [row(entry) for entry in entries])
 

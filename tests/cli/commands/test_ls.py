@@ -46,6 +46,32 @@ def test_names_alone_and_several_at_once(fdshare: Shell, folder: Path) -> None:
     assert "nothing is held" in fdshare.fails("info", "log", "nope")
 
 
+def test_a_format_of_ones_own(fdshare: Shell, folder: Path) -> None:
+    port = hold_some(fdshare, folder)
+    said = fdshare("ls", "--format", "{name}|{local}|{uses}|{metadata[a]}|{lifetime}")
+    assert said.splitlines() == [
+        "config||0||server",
+        "log||0|b|server",
+        f"web/http|127.0.0.1:{port}|0||server",
+    ]
+    assert fdshare("ls", "--format", "{path:.4}\t{generation}", "log") == f"{folder!s:.4}\t2\n"
+    fdshare("register", "odd", "--memory", folder / "app.log", "--meta", "a=\x1b[31m")
+    assert "\x1b" not in fdshare("ls", "--format", "{metadata[a]}", "odd")
+
+
+def test_a_format_that_is_wrong(fdshare: Shell, folder: Path) -> None:
+    hold_some(fdshare, folder)
+    for text, why in {
+        "{nmae}": "there is no field 'nmae'; the fields are name, kind,",
+        "{name": "expected '}'",
+        "{}": "Format string contains positional",
+        "{name.nope}": "no attribute",
+    }.items():
+        assert why in fdshare.run("ls", "--format", text).stderr
+        assert fdshare.run("ls", "--format", text).returncode == 2
+    assert "give one of" in fdshare.run("ls", "-q", "--json").stderr
+
+
 def test_ls_shortens_what_does_not_fit_and_nothing_in_a_pipe(fdshare: Shell, folder: Path) -> None:
     deep = folder / ("d" * 100)
     deep.mkdir()
