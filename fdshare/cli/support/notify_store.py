@@ -32,11 +32,13 @@ _FDNAME: Final = "fdname"  # ... and its name there
 def stored(client: Client, service: str) -> list[tuple[str, Descriptor]]:
     """(fdname, descriptor) of all that is stored for *service*, in the order of storing.
 
-    Nothing where the policy lets this user list no names. The caller owns the result.
+    Nothing, and a line that says so, where the policy lets this user list no names. The caller owns
+    the result.
     """
     try:
         return _stored(client, service)
-    except AccessDenied:
+    except AccessDenied as error:
+        _warn(f"{service} gets nothing of what it may have stored: {error}")
         return []
 
 
