@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -243,6 +244,7 @@ def _ready(number: int | None, settings: Settings, detached: bool) -> Callable[[
         from fdshare.server.failover.service_manager import report
 
         report(f"READY=1\nMAINPID={os.getpid()}\nSTATUS=Serving at {settings.path}")
+        logging.getLogger("fdshare.server").info("serving at %s", settings.path)
         if number is not None:
             try:
                 os.write(number, line)

@@ -39,6 +39,16 @@ def test_a_background_job_of_a_shell_hears_sigint(shell: Shell) -> None:
     assert ignored.wait(30) == 0
 
 
+@pytest.mark.parametrize("keeper", ["--keeper", "--no-keeper"])
+def test_it_says_once_where_it_serves(shell: Shell, keeper: str) -> None:
+    process = shell.serve(keeper, "--log-level", "info", stderr=subprocess.PIPE)
+    process.terminate()
+    _, said = process.communicate(timeout=30)
+    assert [line for line in said.splitlines() if "serving" in line] == [
+        f"fdshare[{process.pid}] INFO: serving at {shell.path}"
+    ]
+
+
 @pytest.mark.parametrize("lock_too", [False, True])
 @pytest.mark.parametrize("keeper", ["--keeper", "--no-keeper"])
 def test_sighup_brings_a_path_back_that_is_gone(
@@ -135,6 +145,7 @@ def test_the_log_as_json(shell: Shell) -> None:
     )
     shell("register", "web", "--memory", "/dev/null")
     assert process.stderr is not None
+    assert json.loads(process.stderr.readline())["message"] == f"serving at {shell.path}"
     line = json.loads(process.stderr.readline())
     assert line["level"] == "info"
     assert line["verb"] == "register"
