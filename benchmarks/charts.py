@@ -163,7 +163,7 @@ def figure(value: float) -> str:
 
 # The goals: which share of each is used.
 
-ROW, LABELS = 34, 400
+ROW, LABELS, FIGURES = 34, 400, 600  # x of the bars, and of the numbers: no line crosses those
 
 
 def draw_goals(rows: Sequence[Row]) -> str:
@@ -171,7 +171,7 @@ def draw_goals(rows: Sequence[Row]) -> str:
     shown = [row for row in rows if row.goal is not None and row.value is not None]
     height = TOP + ROW * len(shown) + 24
     title, note = "Goals", "measured as a share of the goal: left of the line is met"
-    across = Scale(0, 2, LABELS, WIDTH - RIGHT)
+    across = Scale(0, 2, LABELS, FIGURES - 10)
     parts = head(title, note, height)
     for index, row in enumerate(shown):
         parts += goal_bar(row, TOP + ROW * index, across)
@@ -188,7 +188,6 @@ def goal_bar(row: Row, y: float, across: Scale) -> list[str]:
     unit = "" if row.unit == "x" else f" {row.unit}"
     said = f"{row.value.median:.3g} of {row.goal:g}{unit}"
     below = f"/ {row.against}" if row.against else ""
-    inside = end - LABELS > 110
     return [
         text(20, y + 8, shortened(row.what), size=12),
         text(20, y + 22, shortened(below), size=11, fill=PALE),
@@ -196,14 +195,7 @@ def goal_bar(row: Row, y: float, across: Scale) -> list[str]:
             f"<rect x='{LABELS}' y='{y}' width='{max(end - LABELS, 1):.1f}' height='{ROW - 14}' "
             f"rx='2' fill='{colour}'/>"
         ),
-        text(
-            end - 6 if inside else end + 6,
-            y + 14,
-            said,
-            size=11,
-            anchor="end" if inside else "start",
-            fill="#ffffff" if inside else INK,
-        ),
+        text(FIGURES, y + 14, said, size=11),
     ]
 
 

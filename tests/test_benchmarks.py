@@ -104,6 +104,22 @@ def test_chart_is_xml_with_a_line_for_each_point(log_y: bool) -> None:
     assert "a < b" in [text.text for text in root.iter(f"{space}text")]
 
 
+def test_no_bar_and_no_line_crosses_a_number() -> None:
+    bench = Bench(Plan(rounds=4, slice=0.001))
+    with bench.of("test"):
+        bench.value("well below", [0.5], "ms", goal=2)
+        bench.value("far beyond", [9.0], "ms", goal=2)
+    root = ElementTree.fromstring(charts.draw_goals(bench.rows))
+    space = "{http://www.w3.org/2000/svg}"
+    numbers = [t for t in root.iter(f"{space}text") if " of 2 ms" in (t.text or "")]
+    assert len(numbers) == 2
+    line = [p for part in root.iter(f"{space}polyline") for p in part.attrib["points"].split()]
+    bars = list(root.iter(f"{space}rect"))[1:]  # the first is the background
+    right = [float(point.split(",")[0]) for point in line]
+    right += [float(bar.attrib["x"]) + float(bar.attrib["width"]) for bar in bars]
+    assert max(right) < min(float(number.attrib["x"]) for number in numbers)
+
+
 def test_numbers_have_three_digits() -> None:
     assert [report.number(value) for value in (0.0123, 0.5, 1.234, 12.34, 1234.5)] == [
         "0.0123",
