@@ -7,8 +7,10 @@ import socket
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -70,6 +72,29 @@ def test_fdshare_leaves_the_gil_off() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "False\n", done.stderr
+
+
+def test_one_follower() -> None:
+    """Each thread replaces the object, and sees no older one than its own from then on."""
+    numbers: dict[int, int] = {}  # inode -> generation
+
+    with Manager() as manager, ExitStack() as files:
+        held = [files.enter_context(tempfile.TemporaryFile()) for _ in range(THREADS * TURNS)]
+        manager.register("log", held[0])
+        log = files.enter_context(manager.follow("log"))
+
+        def work(number: int) -> None:
+            with log.lease() as leased:
+                mine = held.pop()
+                generation = manager.register("log", mine, replace=True).generation
+                numbers[inode(mine)] = generation
+                current = log.current
+                assert not current.closed
+                assert not leased.closed
+                assert numbers.get(inode(current), generation) >= generation
+            files.callback(mine.close)
+
+        in_threads(work)
 
 
 def test_one_client(sock: socket.socket) -> None:

@@ -169,6 +169,13 @@ class Client(BaseClient):
         closed when nobody has it any more, and *on_change* is called with the new one, by the
         thread that has found it. Wherever the name is missing, waits up to *timeout* seconds for
         it, None for ever. See `Follower`. The caller owns the result. Raises: as `fetch`.
+
+        >>> _ = client.register("null", file)
+        >>> with client.follow("null") as followed, open("/dev/zero") as other:
+        ...     before = followed.current.name
+        ...     _ = client.register("null", other, replace=True)
+        ...     before, followed.current.name
+        ('/dev/null', '/dev/zero')
         """
         follower = Follower(self, name, timeout, on_change)
         self._followers.add(follower)
