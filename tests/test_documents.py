@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from fnmatch import fnmatch
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -28,6 +29,25 @@ def test_what_a_document_names_exists(document: Path) -> None:
         if tests:
             defined = re.findall(r"^def (test_\w+)", found[0].read_text(), re.MULTILINE)
             assert any(fnmatch(test, tests) for test in defined), f"{name}::{tests}"
+
+
+def test_each_page_has_its_place_on_the_site() -> None:
+    placed = []
+    for index in ROOT.glob("docs/**/index.md"):
+        for tree in re.findall(r"^```{toctree}\n(.*?)^```", index.read_text(), re.M | re.S):
+            placed += [index.parent / f"{line}.md" for line in tree.splitlines() if line[:1] != ":"]
+    for page in ROOT.glob("docs/**/*.md"):
+        there = any(fnmatch(str(page), str(pattern)) for pattern in placed)
+        assert there or page == ROOT / "docs/index.md", "no toctree of an index.md has it"
+
+
+@pytest.mark.parametrize("picture", sorted(ROOT.glob("docs/**/*.svg")), ids=lambda path: path.name)
+def test_a_picture_has_all_that_it_shows(picture: Path) -> None:
+    """No font from elsewhere; and no two columns in one run of text, which other fonts move."""
+    root = ElementTree.parse(picture).getroot()
+    assert "url(http" not in picture.read_text().replace('"', "")
+    for text in root.iter("{http://www.w3.org/2000/svg}text"):
+        assert "\xa0\xa0" not in (text.text or ""), text.text
 
 
 def test_each_word_is_said_once_and_its_class_is_there() -> None:

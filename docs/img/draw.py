@@ -6,7 +6,9 @@ what is then on the screen.
 
 from __future__ import annotations
 
+import html
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -21,6 +23,7 @@ from rich.text import Text
 HERE = Path(__file__).parent
 FDSHARE = [sys.executable, "-m", "fdshare"]
 COLUMNS = 80
+CELL = 12.2  # width of a character, as rich draws it
 
 
 class Studio:
@@ -76,7 +79,7 @@ class Studio:
         console = Console(record=True, width=COLUMNS, file=open(os.devnull, "w"))
         console.print(Text.from_ansi(text))
         title = f"fdshare {' '.join(words)}"
-        console.save_svg(str(HERE / f"{name}.svg"), title=title)
+        (HERE / f"{name}.svg").write_text(self_contained(console.export_svg(title=title)))
 
     def _tmux(self, *words: str) -> str:
         done = subprocess.run(
@@ -86,6 +89,28 @@ class Studio:
 
     def close(self) -> None:
         self.fdshare("stop")
+
+
+def self_contained(svg: str) -> str:
+    """*svg* without the fonts that rich would load from elsewhere, each column at its own place: a
+    font that is wider does not push the next column away."""
+    svg = re.sub(r"\n *@font-face \{.*?\n    \}", "", svg, flags=re.DOTALL)
+    svg = svg.replace("font-family: Fira Code, monospace", "font-family: ui-monospace, monospace")
+    return re.sub(r'(<text [^>]*?)x="([\d.]+)" (y="[^"]*") textLength="[^"]*"([^>]*>)([^<]*)</text>',
+                  _columns, svg)
+
+
+def _columns(match: re.Match[str]) -> str:
+    before, x, y, after, run = match.groups()
+    text = html.unescape(run)
+    if not text.strip():
+        return ""
+    pieces = re.finditer(r"\S+(?:\xa0\S+)*", text)
+    return "".join(
+        f'{before}x="{float(x) + CELL * piece.start():.1f}" {y} '
+        f'textLength="{CELL * len(piece[0]):.1f}"{after}{html.escape(piece[0])}</text>'
+        for piece in pieces
+    )
 
 
 def main() -> None:
