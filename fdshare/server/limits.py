@@ -8,11 +8,16 @@ import msgspec
 
 from fdshare.errors import InvalidArgument
 
-__all__ = ["Limits"]
+__all__ = ["RESERVE", "Limits", "usable"]
 
 # Descriptors that no limit counts on: the listener, epoll, the journal, the log, files that are
 # open for a moment, one connection for an administrator, and what the interpreter has open.
 RESERVE: Final = 32
+
+
+def usable(nofile: int) -> int:
+    """How many of *nofile* descriptors the limits count on."""
+    return max(nofile - RESERVE, 16)
 
 
 class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -25,8 +30,7 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_names_per_uid: int
     max_descriptors_per_uid: int
     max_connections_per_uid: int
-    max_unsettled: int  # descriptors of half-sent or waiting requests, or whose close(2) hangs
-    max_unsettled_per_uid: int
+    max_open_per_uid: int  # descriptors that are open because of it, its connections among them
     in_flight_per_connection: int
     in_flight_per_uid: int
     in_flight: int
@@ -45,7 +49,7 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @classmethod
     def for_rlimit(cls, nofile: int, **changed: float | int) -> Limits:
         """What fits into *nofile* descriptors: a quarter for connections, an eighth for what is in
-        no entry yet, the rest for entries.
+        no entry, the rest for entries.
 
         *changed* replaces single limits. Half of *nofile* at most is ever in flight: the kernel
         counts what was sent and not yet read against the whole user (unix(7), ETOOMANYREFS).
@@ -58,10 +62,9 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 raise InvalidArgument("limits", f"{name} is {value!r}, not a number above zero")
             if not name.endswith("_timeout") and value != int(value):
                 raise InvalidArgument("limits", f"{name} is {value!r}, a count has no fraction")
-        usable = max(nofile - RESERVE, 16)
-        connections = max(usable // 4, 4)
-        unsettled = max(usable // 8, 2)
-        descriptors = usable - connections - unsettled
+        numbers = usable(nofile)
+        connections = max(numbers // 4, 4)
+        descriptors = numbers - connections - max(numbers // 8, 2)
         defaults: dict[str, float | int] = {
             "max_descriptors": descriptors,
             "max_names": descriptors,
@@ -69,8 +72,7 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             "max_names_per_uid": descriptors // 2,
             "max_descriptors_per_uid": descriptors // 2,
             "max_connections_per_uid": max(connections // 2, 2),
-            "max_unsettled": unsettled,
-            "max_unsettled_per_uid": max(unsettled // 2, 1),
+            "max_open_per_uid": numbers // 2,
             "in_flight": max(nofile // 2 - 1, 8),
             "in_flight_per_uid": max(nofile // 4, 8),
             "in_flight_per_connection": max(min(nofile // 4, 1012), 8),

@@ -137,9 +137,8 @@ def spin(attacker: Attacker, seconds: float) -> Counter[str]:
     return Counter()
 
 
-# With 1,024 descriptors they get others refused: docs/reliability.md, what is not promised.
 @pytest.mark.timeout(3 * SECONDS + 300)
-@pytest.mark.parametrize("nofile", [20_000])
+@pytest.mark.parametrize("nofile", [1024, 20_000])
 def test_hostile_users(
     small: Callable[..., Client],  # noqa: F811
     folder: Path,

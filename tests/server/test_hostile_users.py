@@ -8,7 +8,8 @@ import resource
 import signal
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import pytest
 from breaking import Half, Halves, Wire, ended, kill, lingering_pair
 from conftest import census, wait_until
 from hanging import FLUSH, LOOKUP, HangingFileSystem, needs_fuse
-from users import AsUser, Say, as_user, needs_root
+from users import ANYBODY, AsUser, Say, as_user, needs_root
 
 from fdshare.client.blocking.client import Client
 from fdshare.errors import FdshareError
@@ -122,8 +123,7 @@ def test_half_frames(root: Client) -> None:
     with AsUser(HOSTILE, attack) as hostile:
         assert hostile.hear() == "sent"
         check(root)
-        # One message of any size, or a share.
-        most = census.before[0] + max(limits["max_unsettled_per_uid"], 253)
+        most = census.before[0] + limits["max_open_per_uid"]
         wait_until(lambda: census.excess()[0] <= most)
     census.check()
 
@@ -229,7 +229,7 @@ def test_a_file_system_that_hangs(root: Client, kept: bool) -> None:
     with AsUser(HOSTILE, attack, file_system=files) as hostile:
         assert hostile.hear() == "hangs"
         check(root)
-        assert "max_unsettled_per_uid" in hostile.hear()
+        assert "max_open_per_uid" in hostile.hear()
         check(root)
         for pid in census.halves.pids().values():
             assert len(os.listdir(f"/proc/{pid}/task")) < 8
@@ -260,9 +260,46 @@ def test_who_connects_again_while_a_close_hangs(root: Client, count: int) -> Non
     with AsUser(HOSTILE, attack, file_system=files) as hostile:
         assert hostile.hear(60) == "connected"
         check(root)
-        most = root.stats().limits["max_unsettled_per_uid"]
+        most = root.stats().limits["max_open_per_uid"] if count else 0
         wait_until(lambda: census.excess()[0] <= census.before[0] + most + 20)
         assert "hangs" in root.stats().notes[f"uid {HOSTILE}"]
+    census.check()
+
+
+@needs_fuse
+def test_users_whose_closes_hang(folder: Path, small: Callable[..., Client]) -> None:
+    """What each of them removes stays open: it counts against them as if it was not removed."""
+    folder.chmod(0o755)
+    (folder / "policy").write_text(ANYBODY)
+    root = small(1024, "--policy", str(folder / "policy"), "--mode", "0666")
+    root.register("root's", 0)
+    census = Census(root)
+    systems = {uid: HangingFileSystem(uid) for uid in (1501, 1503, 1504, 1505)}
+
+    def attack(uid: int, say: Say) -> object:
+        files = systems[uid]
+        file = files.open()
+        wire = Wire(root.address, str(uid))
+        wire.ask(1, m.Register(f"{uid}/file", KIND), [file])
+        held = []
+        with suppress(FdshareError, AssertionError):  # refused, or told that it is not heard
+            for id in range(2, 400):
+                wire.ask(id, m.Register(f"{uid}/{id}", KIND), [0] * 5)
+                held.append(f"{uid}/{id}")
+        files.hang(FLUSH)
+        wire = Wire(root.address, f"{uid} again")
+        for id, name in enumerate([f"{uid}/file", *held], 1):
+            wire.ask(id, m.Unregister(name))
+        say(len(held))
+        return wire, file
+
+    with ExitStack() as others:
+        for uid, files in systems.items():
+            hostile = AsUser(uid, partial(attack, uid), file_system=files)
+            assert int(others.enter_context(hostile).hear()) > 10
+        check(root)
+        with Wire(root.address, "many") as wire:
+            wire.ask(1, m.Register("many", KIND), [0] * 20)
     census.check()
 
 

@@ -138,7 +138,7 @@ class Acceptor:
         trusted = self._output.service.policy.trusts(subject)
         user = self._output.users.get(who.uid) or User(who.uid, trusted)
         session = Session(subject, who.pid, user)
-        refusal = self._output.intake.refusal(user) or self._make_room(user)
+        refusal = self._make_room(user)
         if refusal is not None:
             self._output.service.refused(session, None, refusal)
             self._turn_away(sock, refusal)
@@ -148,26 +148,33 @@ class Acceptor:
         self.accepted += 1
         self._output.add(connection)
 
-    def _make_room(self, user: User) -> QuotaExceeded | None:
-        """Closes an idle connection where the limit is reached; the refusal where none is idle."""
+    def _refusal(self, user: User) -> QuotaExceeded | None:
+        """Why *user* may have no connection more."""
         limits = self._output.service.limits
         used, most = len(self._output.connections), limits.max_connections
         # The last place is the administrator's, who can still ask a full server for its state.
-        if used < most - (not user.trusted):
-            others = used - user.connections
-            share = allowance(limits.max_connections_per_uid, most - 1, others)
-            if user.trusted or user.connections < share:
-                return None
-            what, most, used = "max_connections_per_uid", share, user.connections
-        else:
-            what = "max_connections"
+        if used >= most - (not user.trusted):
+            return QuotaExceeded("max_connections", most, used)
+        if user.trusted or not user.connections:  # with one it can remove what it has
+            return None
+        share = allowance(limits.max_connections_per_uid, most - 1, used - user.connections)
+        if user.connections >= share:
+            return QuotaExceeded("max_connections_per_uid", share, user.connections)
+        return self._output.intake.refusal(user)
+
+    def _make_room(self, user: User) -> QuotaExceeded | None:
+        """Closes an idle connection where *user* may have none more; the refusal where none is
+        idle."""
+        refusal = self._refusal(user)
+        if refusal is None:
+            return None
         idle = None
         if (mine := self._output.idle.get(user)) is not None:
             idle = mine.longest() or mine.longest_engaged()
         if idle is None and user.trusted:
             idle = self._longest_idle()
         if idle is None:
-            return QuotaExceeded(what, most, used)
+            return refusal
         self._evict(idle)
         return None
 

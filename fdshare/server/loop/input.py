@@ -65,15 +65,15 @@ class Input(Output):
 
     def _read(self, connection: Connection, now: float) -> None:
         try:
-            received = self.intake.receive(connection, self._buffer, len(self.connections))
-            count, handles, lost = received
+            count, handles, lost = self.intake.receive(connection, self._buffer)
         except BlockingIOError:
             return
         except NotNow:
             self._pause(connection)
             return
         except (DescriptorLimit, QuotaExceeded) as error:
-            if isinstance(error, DescriptorLimit) and self._make_numbers(connection):
+            mine = self.intake.open_of(connection.session.user)
+            if self._make_numbers(connection, mine):
                 self._pause(connection)
             else:
                 self.expel(connection, error)
@@ -102,19 +102,16 @@ class Input(Output):
                 lost = descriptor_limit(lost.errno, "server")
         receiver = connection.receiver
         frames = receiver.feed(self._view[:count], handles, lost)
-        user = connection.session.user
         if frames:
             if connection.slow_since is not None:
                 self._end_slow(connection)  # a whole request has come: its time starts anew
             if not connection.aside:
-                self.idle[user].move_to_end(connection)
+                self.idle[connection.session.user].move_to_end(connection)
             self._serve(connection, frames, now)
         if receiver.failure is not None and not connection.closed:
             self.expel(connection, receiver.failure)
         if connection.received or connection.pending or not receiver.idle or receiver.failure:
             self.intake.recount(connection)
-        if handles and not user.trusted:
-            self._check_share(connection)
         if (
             connection.output
             or not receiver.idle
@@ -126,10 +123,10 @@ class Input(Output):
             if connection.pending or not receiver.idle:
                 self._check_buffers(connection)
 
-    def _make_numbers(self, reader: Connection) -> bool:
-        """Drops a connection that has sent more than the share of its user, so that others get
-        numbers. False if there is none but *reader*."""
-        connection = self.intake.over_share()
+    def _make_numbers(self, reader: Connection, least: int | None = None) -> bool:
+        """Drops the connection that `gives_way`, so that others get numbers. False if there is
+        none but *reader*."""
+        connection = self.intake.gives_way(least)
         if connection is None or connection is reader:
             return False
         if (refusal := self.intake.refusal(connection.session.user)) is not None:
@@ -146,12 +143,6 @@ class Input(Output):
     def later(self, delay: float, change: Callable[[float], None]) -> None:
         """Attempts *change* in *delay* seconds."""
         raise NotImplementedError
-
-    def _check_share(self, connection: Connection) -> None:
-        """Hears the connection no more if its user has too many descriptors that are unsettled."""
-        refusal = self.intake.refusal(connection.session.user, connection)
-        if refusal is not None and not connection.closed and not connection.draining:
-            self.expel(connection, refusal)
 
     def _check_buffers(self, connection: Connection) -> None:
         """Hears the connection no more if too much is kept for its user, some of it for this

@@ -1,34 +1,37 @@
-"""Intake: receives from the clients, and counts the descriptors that are in no entry.
+"""Intake: receives from the clients, and counts the descriptors that are open because of a user.
 
-They are *unsettled*: of half a frame, of a request that waits, or in a close(2) that hangs. They
-count against the user who sent them, who is heard no more if they are too many.
+They are those of its entries and leases, its connections, what came with half a frame or with a
+request that waits, and what is let go of and not closed yet. A user may have half of the numbers
+that others leave: so there are some for the next one, however many take all they can.
 
-A message is never read that would bring more descriptors than there are numbers for. The kernel
-drops those that find none (unix(7)), and would do so in this thread: the last copy of a socket with
-SO_LINGER, among them, would stop the loop. So where few numbers are left, the loop peeks, and makes
-copies of no more than half of them: one message does not use up what the next one needs. A user who
-has some of the numbers already gets no more than a share, and none of the last ones. What is not
-received costs little time.
+A message is never read that would bring more descriptors than its user may have. The kernel drops
+those that find no number (unix(7)), and would do so in this thread: the last copy of a socket with
+SO_LINGER, among them, would stop the loop. So where there may be too many, the loop peeks, and
+makes copies of as many as the user may have. What is not received costs little time.
 """
 
 from __future__ import annotations
 
 import errno
 import socket
+from collections.abc import Collection
 from typing import Final
 
 from fdshare.errors import DescriptorLimit, FdshareError, QuotaExceeded
 from fdshare.kernel.ancillary import MAX_DESCRIPTORS
 from fdshare.server.core.table import Table
 from fdshare.server.core.users import User, allowance
-from fdshare.server.limits import RESERVE, Limits
+from fdshare.server.limits import Limits, usable
 from fdshare.server.loop.closing import Closer, Handle, receive_handles
 from fdshare.server.loop.connection import Connection
 
 __all__ = ["Intake", "NotNow"]
 
-_FEW: Final = 16  # numbers, of which half are for one message
 _PEEK: Final = int(socket.MSG_PEEK)
+_FEW: Final = 32  # numbers: where no more are left, half requests give way
+_PART: Final = (
+    16  # of those that are left, whoever has its share already may receive one in so many
+)
 
 
 class NotNow(Exception):
@@ -39,60 +42,68 @@ class Intake:
     """What the connections receive. *received*: how many descriptors came with half frames and with
     requests that wait."""
 
-    def __init__(self, table: Table, limits: Limits, nofile: int, closer: Closer) -> None:
-        """*nofile* is the limit of numbers that this process may have."""
+    def __init__(
+        self,
+        table: Table,
+        limits: Limits,
+        nofile: int,
+        closer: Closer,
+        connections: Collection[Connection],
+    ) -> None:
+        """*nofile* is the limit of numbers that this process may have; *connections* are all."""
         self.received = 0
         self.is_short = False  # few numbers were left at the last read
-        self._holding: dict[Connection, None] = {}  # those with something unsettled
+        self._holding: dict[Connection, None] = {}  # those that have received something
         self._table = table
         self._limits = limits
-        self._numbers = nofile - RESERVE
+        self._nofile = nofile
+        self._numbers = usable(nofile)
         self._closer = closer
+        self._connections = connections
 
-    def unsettled(self, user: User) -> int:
-        """How many descriptors of *user* are unsettled."""
-        return user.received + self._closer.hanging(user.uid)
+    def open_of(self, user: User) -> int:
+        """How many descriptors are open because of *user*."""
+        entries = self._table.usage(user.uid).descriptors
+        return entries + user.connections + user.received + self._closer.left(user.uid)
 
-    def refusal(self, user: User, connection: Connection | None = None) -> QuotaExceeded | None:
-        """The error if *user* has too many descriptors that are unsettled, beside those that are
-        received on *connection*: one message may be of any size."""
-        unsettled = self.unsettled(user)
-        if user.trusted or not unsettled:
+    def refusal(self, user: User) -> QuotaExceeded | None:
+        """The error if *user* may have no descriptor more."""
+        if user.trusted:
             return None
-        one_message = connection is not None and unsettled == connection.received
-        if one_message or unsettled <= self._share(user):
-            return None
-        return self._too_many(user)
+        mine = self.open_of(user)
+        share = self._share(self._used() - mine)
+        return None if mine < share else QuotaExceeded("max_open_per_uid", share, mine)
 
-    def _too_many(self, user: User) -> QuotaExceeded:
-        return QuotaExceeded("max_unsettled_per_uid", self._share(user), self.unsettled(user))
+    def _used(self) -> int:
+        used = self._table.descriptors + len(self._connections) + self.received
+        return used if self._closer.is_done else used + self._closer.all_left()
 
-    def _share(self, user: User) -> int:
-        others = self.received + self._closer.all_hanging() - self.unsettled(user)
-        limits = self._limits
-        return allowance(limits.max_unsettled_per_uid, limits.max_unsettled, others)
+    def _share(self, others: int) -> int:
+        most = min(self._limits.max_open_per_uid, self._numbers)
+        return allowance(most, self._numbers, others)
 
     def receive(
-        self, connection: Connection, buffer: bytearray, connections: int
+        self, connection: Connection, buffer: bytearray
     ) -> tuple[int, list[Handle], FdshareError | None]:
-        """(bytes, handles, why there are none although some came) of one read. *connections*: how
-        many there are.
+        """(bytes, handles, why there are none although some came) of one read.
 
         Raises: BlockingIOError; NotNow; QuotaExceeded, DescriptorLimit: the client has sent more
         than its share of the numbers, or than there are, and nothing was read; OSError: the
         connection is gone.
         """
         sock, user = connection.sock, connection.session.user
-        used = self._table.descriptors + connections + self.received
-        closing = 0
-        if not self._closer.is_done:
-            used += self._closer.all_left()
+        used = self._used()
+        free = self._numbers - used
+        self.is_short = free < _FEW
+        if user.trusted:
+            most = max(free // 2, 1)
+        else:
+            mine = self.open_of(user)
+            share = self._share(used - mine)
+            most = max(share - mine, 0)
             closing = self._closer.left(user.uid)
-        half = (self._numbers - used) // 2
-        self.is_short = half < _FEW
-        most = max(half, 1)
-        if not user.trusted and user.received + closing:
-            most = max(min(half, self._share(user) - user.received - closing), 0)
+            if not most and not user.received and not closing:
+                most = max(free // _PART, 0)  # to replace some of what it has
         if most >= MAX_DESCRIPTORS:
             return receive_handles(sock, buffer, user.uid)
         count, handles, lost = receive_handles(sock, buffer, user.uid, _PEEK, most)
@@ -108,7 +119,7 @@ class Intake:
             if not user.trusted:
                 if closing and not self._closer.hanging(user.uid):
                     raise NotNow
-                raise lost if most >= half else self._too_many(user)
+                raise lost if self.is_short else QuotaExceeded("max_open_per_uid", share, mine)
         if count:
             # Without room for descriptors: the kernel drops its copies. They are not the last, ours
             # are there; or it is a trusted user's loss.
@@ -129,11 +140,15 @@ class Intake:
         """Nothing of *connection* is unsettled any more."""
         self._add(connection, -connection.received)
 
-    def over_share(self) -> Connection | None:
-        """The connection that has most unsettled, of those whose users have more than their
-        shares: one message may be of any size only where nobody needs the numbers."""
-        over = [c for c in self._holding if self.refusal(c.session.user) is not None]
-        return max(over, key=lambda connection: connection.received, default=None)
+    def gives_way(self, least: int | None = None) -> Connection | None:
+        """The connection that has received most of those whose users have received more than
+        *least*, or than all that is left."""
+        if least is None:
+            least = self._numbers - self._used()
+        users = {c.session.user for c in self._holding}
+        over = {user for user in users if user.received > least and not user.trusted}
+        theirs = (c for c in self._holding if c.session.user in over)
+        return max(theirs, key=lambda connection: connection.received, default=None)
 
     def _add(self, connection: Connection, count: int) -> None:
         connection.received += count
@@ -146,5 +161,4 @@ class Intake:
 
     def _no_numbers(self) -> DescriptorLimit:
         advice = "unregister some or raise it"
-        limit = self._numbers + RESERVE
-        return DescriptorLimit(errno.EMFILE, "RLIMIT_NOFILE", limit, None, "server", advice)
+        return DescriptorLimit(errno.EMFILE, "RLIMIT_NOFILE", self._nofile, None, "server", advice)

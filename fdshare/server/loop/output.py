@@ -53,10 +53,10 @@ class Output:
     def __init__(self, service: Service, closer: Closer, nofile: int) -> None:
         self.service = service
         self.closer = closer
-        self.intake = Intake(service.table, service.limits, nofile, closer)
         self.poller = Poller()
         self.disconnector = Disconnector(closer, self.poller, nofile // 4)
         self.connections: dict[Connection, None] = {}
+        self.intake = Intake(service.table, service.limits, nofile, closer, self.connections)
         self.users: dict[int, User] = {}  # those who have connections
         self.idle: dict[User, Idle] = {}
         self.buffers = Buffers(service.limits)

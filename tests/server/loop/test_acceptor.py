@@ -16,6 +16,7 @@ import pytest
 from barepeer import Peer
 from breaking import Wire
 from nursery import Manager
+from users import ANYBODY
 
 from fdshare.client.blocking.client import Client
 from fdshare.errors import (
@@ -63,6 +64,24 @@ def test_the_last_place_is_for_an_administrator(folder: Path) -> None:
         assert manager.stats().connections == 4
         for wire in (*crowd, refused):
             wire.close()
+
+
+@needs_root
+def test_who_has_all_that_it_may_have_open_gets_a_connection_for_an_idle_one(
+    folder: Path, null: int
+) -> None:
+    """Its first one it gets in any case: with that it can remove something."""
+    folder.chmod(0o755)
+    (folder / "policy").write_text(ANYBODY)
+    options = {"mode": 0o666, "policy": folder / "policy", "limits": {"max_open_per_uid": 6}}
+    with Manager(folder / "s", **options) as manager:
+        manager.ping()
+        with user(1501), Client(manager.address) as first:
+            for number in range(5):
+                first.register(f"{number}", null)
+            with Client(manager.address) as second:
+                assert second.stats().connections == 2  # the manager's, and one of this user's
+                assert first.names() == second.names()
 
 
 def refused(reply: Any, code: str) -> m.Refused:

@@ -1,10 +1,11 @@
-"""Intake: no message uses up the numbers, and what is in no entry counts against its sender."""
+"""Intake: no message uses up the numbers, and what is open counts against whose it is."""
 
 from __future__ import annotations
 
 import os
 import socket
 from collections.abc import Iterator
+from typing import Any
 
 import msgspec
 import pytest
@@ -12,31 +13,35 @@ from conftest import census, wait_until
 
 from fdshare.errors import DescriptorLimit, QuotaExceeded
 from fdshare.kernel.ancillary import send_message
+from fdshare.protocol import messages as m
 from fdshare.protocol.framing import header
 from fdshare.server.core.policy import Subject
 from fdshare.server.core.ports import Session
+from fdshare.server.core.records import Put, Record
 from fdshare.server.core.table import Table
 from fdshare.server.core.users import User
 from fdshare.server.limits import RESERVE, Limits
-from fdshare.server.loop.closing import Closer
+from fdshare.server.loop.closing import Closer, Handle
 from fdshare.server.loop.connection import Connection
 from fdshare.server.loop.intake import Intake, NotNow
 from fdshare.server.loop.lanes import Lanes
 
-LIMITS = msgspec.structs.replace(
-    Limits.for_rlimit(1000), max_unsettled=100, max_unsettled_per_uid=50
-)
-FEW = RESERVE + 20  # of 20 numbers that are free, a message may have ten
+KIND = m.Kind("fd", msgspec.Raw(m.encode({})))
 MANY = 10_000
+FEW = RESERVE + 24  # of 22 numbers that two connections leave, a message may have ten
 
 
 class Receiving:
     """An intake, a connection of each of two users, and their clients' ends."""
 
-    def __init__(self, nofile: int, limits: Limits = LIMITS) -> None:
+    def __init__(self, nofile: int, limits: Limits | None = None) -> None:
         self.lanes = Lanes()
         self.closer = Closer(self.lanes, lambda: None, alone=False)
-        self.intake = Intake(Table(), limits, nofile, self.closer)
+        self.table = Table()
+        self.connections: list[Any] = [None]  # one of another user
+        self.intake = Intake(
+            self.table, limits or Limits.for_rlimit(nofile), nofile, self.closer, self.connections
+        )
         self.buffer = bytearray(1 << 12)
         self.socks: list[socket.socket] = []
 
@@ -45,7 +50,15 @@ class Receiving:
         near.setblocking(False)
         self.socks += [near, far]
         session = Session(Subject(user.uid, user.uid), 1, user)
-        return Connection(near, session, 0.0), far
+        connection = Connection(near, session, 0.0)
+        self.connections.append(connection)
+        user.connections += 1
+        return connection, far
+
+    def put(self, user: User, count: int) -> None:
+        """Has the table hold so many descriptors of *user*; their numbers are not of files."""
+        put = Put("name", 1, KIND, count, m.Registrant(1, user.uid, 1, ""), 0.0)
+        self.table.apply(Record([put]), [None] * count)
 
     def close(self) -> None:
         self.lanes.stop(5)
@@ -71,13 +84,13 @@ def test_a_message_that_fits_is_received_once(few: Receiving) -> None:
     connection, client = few.connect(User(1, False))
     for word in (b"one", b"two"):
         send_message(client, (word,), [0] * 10)
-        count, handles, lost = few.intake.receive(connection, few.buffer, 0)
+        count, handles, lost = few.intake.receive(connection, few.buffer)
         assert (bytes(few.buffer[:count]), len(handles), lost) == (word, 10, None)
         assert {os.fstat(h.fd).st_ino for h in handles} == {os.fstat(0).st_ino}
         for handle in handles:
             os.close(handle.fd)
     with pytest.raises(BlockingIOError):
-        few.intake.receive(connection, few.buffer, 0)
+        few.intake.receive(connection, few.buffer)
 
 
 def test_a_message_that_does_not_fit_is_not_read(few: Receiving) -> None:
@@ -86,7 +99,7 @@ def test_a_message_that_does_not_fit_is_not_read(few: Receiving) -> None:
     before = census()
     send_message(client, (b"much",), [0] * 50)
     with pytest.raises(DescriptorLimit):
-        few.intake.receive(connection, few.buffer, 0)
+        few.intake.receive(connection, few.buffer)
     assert socket.recv_fds(connection.sock, 10, 0, socket.MSG_PEEK)[0] == b"much"
     wait_until(lambda: census() == before, "those that had fitted are closed")
 
@@ -95,11 +108,11 @@ def test_trusted_users_hear_of_it_and_stay(few: Receiving) -> None:
     connection, client = few.connect(User(0, True))
     send_message(client, (b"much",), [0] * 50)
     send_message(client, (b"more",), [0])
-    count, handles, lost = few.intake.receive(connection, few.buffer, 0)
+    count, handles, lost = few.intake.receive(connection, few.buffer)
     assert (bytes(few.buffer[:count]), handles) == (b"much", [])
     assert isinstance(lost, DescriptorLimit)
     assert lost.whose == "server"
-    count, handles, lost = few.intake.receive(connection, few.buffer, 0)
+    count, handles, lost = few.intake.receive(connection, few.buffer)
     assert (bytes(few.buffer[:count]), len(handles), lost) == (b"more", 1, None)
     os.close(handles[0].fd)
 
@@ -112,7 +125,7 @@ def test_descriptors_behind_a_full_buffer_come_once(few: Receiving) -> None:
     received = b""
     found = 0
     while not received.endswith(b"next"):
-        count, handles, lost = few.intake.receive(connection, few.buffer, 0)
+        count, handles, lost = few.intake.receive(connection, few.buffer)
         assert lost is None
         received += few.buffer[:count]
         found += len(handles)
@@ -123,93 +136,135 @@ def test_descriptors_behind_a_full_buffer_come_once(few: Receiving) -> None:
 
 def test_what_is_in_use_leaves_less(few: Receiving) -> None:
     connection, client = few.connect(User(1, False))
+    few.connections += [None] * 18
     send_message(client, (b"x",), [0] * 5)
     with pytest.raises(DescriptorLimit):  # of four numbers that are free, two
-        few.intake.receive(connection, few.buffer, 16)
+        few.intake.receive(connection, few.buffer)
+
+
+# Users have shares.
 
 
 @pytest.fixture
 def shared() -> Iterator[Receiving]:
-    """Few numbers, of which a user who has some gets no more than five."""
-    receiving = Receiving(
-        FEW, msgspec.structs.replace(LIMITS, max_unsettled=10, max_unsettled_per_uid=5)
-    )
+    """Of 100 numbers a user may have half of what the others leave."""
+    receiving = Receiving(RESERVE + 101, Limits.for_rlimit(RESERVE + 100))
     yield receiving
     receiving.close()
 
 
-def test_who_has_numbers_gets_no_more_than_a_share(shared: Receiving) -> None:
-    user = User(1, False)
-    first, second = shared.connect(user), shared.connect(user)
-    half_frame(shared, *first, 4)
-    connection, client = second
-    for count in (1, 0):
-        send_message(client, (b"x",), [0] * count)
-        assert len(received(shared, connection)) == count
-    send_message(client, (b"much",), [0] * 3)  # where there is room for one, two fit
+def test_a_user_may_have_half_of_what_others_leave(shared: Receiving) -> None:
+    """However it is in use: by connections, half requests, entries, and closes."""
+    user, other = User(1, False), User(2, False)
+    first, (connection, client) = shared.connect(user), shared.connect(user)
+    half_frame(shared, *first, 40)
+    assert shared.intake.open_of(user) == 42
+    send_message(client, (b"much",), [0] * 10)  # where there is room for eight, nine fit
     with pytest.raises(QuotaExceeded) as caught:
-        shared.intake.receive(connection, shared.buffer, 0)
-    assert caught.value.fields == {"what": "max_unsettled_per_uid", "limit": 5, "used": 4}
+        shared.intake.receive(connection, shared.buffer)
+    assert caught.value.fields == {"what": "max_open_per_uid", "limit": 50, "used": 42}
     assert socket.recv_fds(connection.sock, 10, 0, socket.MSG_PEEK)[0] == b"much"
-    # Others have half of what is left of the numbers.
-    connection, client = shared.connect(User(2, False))
-    send_message(client, (b"x",), [0] * 8)
-    assert len(received(shared, connection)) == 8
+    wait_until(lambda: not shared.closer.left(user.uid), "what the peek brought to be closed")
+    theirs, client = shared.connect(other)
+    send_message(client, (b"much",), [0] * 31)  # of 58 that others leave, beside a connection
+    with pytest.raises(QuotaExceeded) as caught:
+        shared.intake.receive(theirs, shared.buffer)
+    assert caught.value.fields == {"what": "max_open_per_uid", "limit": 29, "used": 1}
+    wait_until(lambda: not shared.closer.left(other.uid), "what the peek brought to be closed")
+    theirs, client = shared.connect(other)
+    send_message(client, (b"fits",), [0] * 27)
+    assert len(received(shared, theirs)) == 27
     shared.closer.close(first[0].receiver.drain())
 
 
-def test_the_last_numbers_are_for_who_has_none(shared: Receiving) -> None:
+def test_entries_and_closes_count_like_what_was_received(shared: Receiving) -> None:
     user = User(1, False)
-    first, (connection, client) = shared.connect(user), shared.connect(user)
-    half_frame(shared, *first, 1)
-    send_message(client, (b"x",), [0])
+    shared.connect(user)
+    assert shared.intake.refusal(user) is None
+    shared.put(user, 30)
+    shared.lanes.rest()  # as before a fork: they are closed later
+    shared.closer.close([Handle(os.dup(0), user.uid) for _ in range(18)])
+    assert shared.intake.open_of(user) == 49
+    assert shared.intake.refusal(user) is None
+    shared.connect(user)
+    refusal = shared.intake.refusal(user)
+    assert refusal is not None
+    assert refusal.fields == {"what": "max_open_per_uid", "limit": 50, "used": 50}
+    assert shared.intake.refusal(User(0, True)) is None
+    shared.lanes.resume()
+    wait_until(lambda: shared.intake.refusal(user) is None, "their close")
+
+
+def test_who_has_its_share_can_still_replace_some_of_it(shared: Receiving) -> None:
+    user = User(1, False)
+    connection, client = shared.connect(user)
+    shared.put(user, 50)
+    send_message(client, (b"x",), [0] * 3)  # of 49 that are left, a sixteenth
+    assert len(received(shared, connection)) == 3
+    half_frame(shared, connection, client, 1)
+    send_message(client, (b"x",), [0] * 2)
+    with pytest.raises(QuotaExceeded):
+        shared.intake.receive(connection, shared.buffer)
+    shared.closer.close(connection.receiver.drain())
+
+
+def test_the_last_numbers_are_for_who_has_none(shared: Receiving) -> None:
+    user, (connection, client) = (other := User(2, False)), shared.connect(User(1, False))
+    shared.put(connection.session.user, 40)
+    shared.connections += [None] * 45
+    send_message(client, (b"x",), [0] * 2)
     with pytest.raises(DescriptorLimit):
-        shared.intake.receive(connection, shared.buffer, 20)
-    connection, client = shared.connect(User(2, False))
-    send_message(client, (b"x",), [0])
-    _, handles, lost = shared.intake.receive(connection, shared.buffer, 20)
-    assert (len(handles), lost) == (1, None)
-    shared.closer.close([*handles, *first[0].receiver.drain()])
+        shared.intake.receive(connection, shared.buffer)
+    wait_until(lambda: not shared.closer.left(1), "what the peek brought to be closed")
+    connection, client = shared.connect(user)
+    send_message(client, (b"x",), [0] * 2)
+    assert len(received(shared, connection)) == 2
+    assert shared.intake.refusal(other) is None
 
 
-def test_who_has_more_than_a_share_is_found_where_numbers_are_few(shared: Receiving) -> None:
-    """One message may be of any size, but not at the cost of others."""
+def test_the_largest_half_request_gives_way(shared: Receiving) -> None:
+    """Where few numbers are left, and its user has received more than those."""
     user, other = User(1, False), User(2, False)
-    half_frame(shared, *(small := shared.connect(other)), 3)
+    small, large = shared.connect(user), shared.connect(user)
+    half_frame(shared, *small, 10)
+    half_frame(shared, *large, 15)
+    assert not shared.intake.is_short
+    shared.connections += [None] * 45
+    theirs, client = shared.connect(other)
+    half_frame(shared, theirs, client, 5)
     assert shared.intake.is_short
-    assert shared.intake.over_share() is None
-    half_frame(shared, *(large := shared.connect(user)), 8)
-    assert shared.intake.over_share() is large[0]
-    for connection, _ in (small, large):
+    assert shared.intake.gives_way() is large[0]
+    assert shared.intake.gives_way(25) is None
+    assert shared.intake.gives_way(24) is large[0]
+    for connection, _ in (large, small):
         shared.closer.close(connection.receiver.drain())
         shared.intake.forget(connection)
-    assert shared.intake.over_share() is None
+    assert shared.intake.gives_way() is None
+    shared.closer.close(theirs.receiver.drain())
 
 
 def test_numbers_that_are_about_to_be_free_are_waited_for(shared: Receiving) -> None:
     user, other = User(1, False), User(2, False)
     connection, client = shared.connect(user)
-    send_message(client, (b"x",), [0] * 5)
-    _, handles, _ = shared.intake.receive(connection, shared.buffer, 0)
     shared.lanes.rest()  # as before a fork: they are closed later
-    shared.closer.close(handles)
-    send_message(client, (b"x",), [0])
+    shared.closer.close([Handle(os.dup(0), user.uid) for _ in range(48)])
+    send_message(client, (b"x",), [0] * 4)
     with pytest.raises(NotNow):
-        shared.intake.receive(connection, shared.buffer, 0)
+        shared.intake.receive(connection, shared.buffer)
     theirs, client = shared.connect(other)
     send_message(client, (b"x",), [0])
     assert len(received(shared, theirs)) == 1
     shared.lanes.resume()
     wait_until(lambda: not shared.closer.left(user.uid), "their close")
-    assert len(received(shared, connection)) == 1
+    assert len(received(shared, connection)) == 4
 
 
-# What is unsettled.
+# What is received.
 
 
 def received(receiving: Receiving, connection: Connection) -> list[int]:
     """The numbers that a read brings, which are closed again."""
-    _, handles, lost = receiving.intake.receive(connection, receiving.buffer, 0)
+    _, handles, lost = receiving.intake.receive(connection, receiving.buffer)
     assert lost is None
     numbers = [handle.fd for handle in handles]
     for number in numbers:
@@ -219,43 +274,18 @@ def received(receiving: Receiving, connection: Connection) -> list[int]:
 
 def half_frame(receiving: Receiving, connection: Connection, client: socket.socket, n: int) -> None:
     send_message(client, (header(1000, n, 1) + b"x",), [0] * n)
-    count, handles, _ = receiving.intake.receive(connection, receiving.buffer, 0)
+    count, handles, _ = receiving.intake.receive(connection, receiving.buffer)
     connection.receiver.feed(memoryview(receiving.buffer)[:count], handles)
     receiving.intake.recount(connection)
-
-
-def test_half_frames_have_a_share_for_each_uid(many: Receiving) -> None:
-    user, other = User(1, False), User(2, False)
-    connections = [many.connect(user) for _ in range(4)]
-    for connection, client in connections[:2]:
-        half_frame(many, connection, client, 25)
-        assert many.intake.refusal(user, connection) is None
-    with pytest.raises(QuotaExceeded) as caught:
-        half_frame(many, *connections[2], 1)
-    assert caught.value.fields == {"what": "max_unsettled_per_uid", "limit": 50, "used": 50}
-    assert many.intake.refusal(user) is None
-    mine, client = many.connect(other)
-    half_frame(many, mine, client, 200)  # one message may be of any size
-    assert many.intake.refusal(other, mine) is None
-    refusal = many.intake.refusal(other)  # not even a connection more
-    assert refusal is not None
-    assert refusal.fields == {"what": "max_unsettled_per_uid", "limit": 25, "used": 200}
-    client.sendall(b"x")
-    assert received(many, mine) == []  # the rest of that message is read
-    for connection, _ in (*connections, (mine, client)):
-        many.closer.close(connection.receiver.drain())
-        many.intake.forget(connection)
-    assert (user.received, other.received, many.intake.received) == (0, 0, 0)
-    assert many.intake.refusal(user) is None
 
 
 def test_what_is_settled_counts_no_more(many: Receiving) -> None:
     user = User(1, False)
     connection, client = many.connect(user)
     half_frame(many, connection, client, 20)
-    assert many.intake.unsettled(user) == 20
+    assert many.intake.open_of(user) == 21
     many.intake.take(connection, 20)
-    assert many.intake.unsettled(user) == 0
+    assert many.intake.open_of(user) == 1
     many.closer.close(connection.receiver.drain())
     many.intake.recount(connection)
-    assert many.intake.unsettled(user) == 0
+    wait_until(lambda: many.intake.open_of(user) == 1, "their close")
