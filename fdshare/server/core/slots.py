@@ -69,6 +69,8 @@ class Slots:
         if self.page is None:
             return NOWHERE
         slot = self._take()
+        if slot == SHARED and self._shared.slot:
+            return self._shared
         try:
             # Here the kernel may have no memory for it; later it has.
             place = self._write(slot)
