@@ -28,7 +28,6 @@ from fdshare.errors import (
     NoServer,
     ProtocolError,
     ServerGone,
-    ServerTimeout,
 )
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.kernel.shared_memory import SharedMemory
@@ -101,6 +100,7 @@ class FollowState:
         self.seen: Seen | None = None
         self.server: m.Welcome | None = None  # that has answered last
         self.stale = False
+        self._answered = False
         self._page = page
 
     def question(self) -> tuple[Exchange, int]:
@@ -110,7 +110,7 @@ class FollowState:
         return verbs.following(self.name, self.timeout, known, epoch, self._page.id), known
 
     def answered(self, parts: WholeAnswer, server: m.Welcome | None, known: int) -> bool:
-        """Takes the answer over. True if it brought another object than there was.
+        """Takes the answer over. True if it brought another object than there was before it.
 
         A signal's handler may have asked since, and taken over a later answer: it is at least as
         new. Raises: ProtocolError, and as `rebuild`.
@@ -125,7 +125,8 @@ class FollowState:
             version = before.version
         self.seen = Seen(version.obj, words, slot, stamp, version)
         self.server, self.stale = server, False
-        return before is not None and before.version is not version
+        first, self._answered = not self._answered, True
+        return not first and (before is None or before.version is not version)
 
     def _where(
         self, answer: m.Followed, descriptor: Descriptor | None
@@ -140,9 +141,9 @@ class FollowState:
         return words, answer.slot, answer.stamp
 
     def refused(self, error: FdshareError) -> None:
-        """Returns if there is an object for a server that cannot be asked: it is stale. Raises
-        *error* else; after a refusal there is no object any more."""
-        if isinstance(error, NoServer | ServerGone | ServerTimeout):
+        """Returns if there is an object, and no server that could be asked: it is stale. Raises
+        *error* else; where the name is missing or not for us, there is no object any more."""
+        if isinstance(error, NoServer | ServerGone):
             if self.seen is not None:
                 self.stale = True
                 return

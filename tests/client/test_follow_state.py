@@ -17,6 +17,8 @@ from fdshare.errors import (
     NameNotFound,
     NoServer,
     ProtocolError,
+    QuotaExceeded,
+    ServerGone,
     ServerTimeout,
 )
 from fdshare.kernel.descriptor import Descriptor
@@ -109,7 +111,7 @@ def test_a_version_is_closed_with_its_last_user(state: FollowState, page: Memory
     assert obj.closed
 
 
-@pytest.mark.parametrize("error", [NoServer("/a", "gone"), ServerTimeout("/a", 1.0)])
+@pytest.mark.parametrize("error", [NoServer("/a", "none"), ServerGone("/a", "it ended")])
 def test_without_a_server_the_last_object_stays(
     state: FollowState, page: MemoryPage, error: Any
 ) -> None:
@@ -121,6 +123,17 @@ def test_without_a_server_the_last_object_stays(
     assert state.seen is not None
     answer(state, followed(1))
     assert not state.stale
+
+
+@pytest.mark.parametrize("error", [ServerTimeout("/a", 1.0), QuotaExceeded("max_waiting", 1, 1)])
+def test_an_error_is_no_reason_to_believe_the_last_object(
+    state: FollowState, page: MemoryPage, error: Any
+) -> None:
+    first(state, page)
+    with pytest.raises(type(error)):
+        state.refused(error)
+    assert not state.stale
+    assert state.seen is not None
 
 
 @pytest.mark.parametrize(

@@ -165,6 +165,9 @@ def test_on_change_is_called_with_the_new_object(client: Client, files: list[Any
         with pytest.raises(NameNotFound):
             look(log)
         assert seen == [inode(files[1])]
+        client.register("log", files[1])
+        look(log)
+        assert seen == [inode(files[1])] * 2
 
 
 def test_a_handler_may_look_while_the_handle_asks(client: Client, files: list[Any]) -> None:
