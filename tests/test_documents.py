@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import runpy
+import sys
 from fnmatch import fnmatch
 from pathlib import Path
 from xml.etree import ElementTree
@@ -39,6 +41,13 @@ def test_each_page_has_its_place_on_the_site() -> None:
     for page in ROOT.glob("docs/**/*.md"):
         there = any(fnmatch(str(page), str(pattern)) for pattern in placed)
         assert there or page == ROOT / "docs/index.md", "no toctree of an index.md has it"
+
+
+@pytest.mark.parametrize("script", ["docs/classic/draw.py", "docs/img/overview.py"])
+def test_a_picture_is_what_its_script_draws(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))  # it adds the folder of what scripts share
+    for name, draw in runpy.run_path(str(ROOT / script))["PICTURES"].items():
+        assert (ROOT / script).with_name(name).read_text() == draw()
 
 
 @pytest.mark.parametrize("picture", sorted(ROOT.glob("docs/**/*.svg")), ids=lambda path: path.name)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import runpy
 import select
 import shutil
 import signal
@@ -203,12 +202,8 @@ def test_the_table_has_every_program_and_every_page() -> None:
         assert page.stem == "index" or f"({page.name}" in table
 
 
-def test_the_pictures_are_those_that_the_script_draws() -> None:
-    pictures = runpy.run_path(str(DOCS / "draw.py"))["PICTURES"]
-    for name, draw in pictures.items():
-        assert (DOCS / name).read_text() == draw()
-    for name in (*pictures, "descriptor-tables.svg"):
-        assert any(f"({name})" in page.read_text() for page in PAGES)
-        root = ElementTree.parse(DOCS / name).getroot()
-        assert root.tag == "{http://www.w3.org/2000/svg}svg"
-        assert root[1].tag.endswith("desc")
+def test_each_picture_is_on_a_page_and_says_in_words_what_it_shows() -> None:
+    for picture in DOCS.glob("*.svg"):
+        assert any(f"({picture.name})" in page.read_text() for page in PAGES)
+        root = ElementTree.parse(picture).getroot()
+        assert root[1].tag == "{http://www.w3.org/2000/svg}desc"
