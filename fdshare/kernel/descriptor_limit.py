@@ -8,7 +8,7 @@ from typing import Final, Literal
 
 from fdshare.errors import DescriptorLimit
 
-__all__ = ["descriptor_limit", "is_descriptor_limit", "raise_descriptor_limit"]
+__all__ = ["as_limit", "descriptor_limit", "is_descriptor_limit", "raise_descriptor_limit"]
 
 _ADVICE: Final = {
     "server": "unregister some or raise it",
@@ -34,6 +34,14 @@ def descriptor_limit(
     if whose == "sender" and code != errno.ETOOMANYREFS:
         advice = ""  # it has none free for a duplicate
     return DescriptorLimit(code, what, limit, None, whose, advice)
+
+
+def as_limit(error: BaseException) -> BaseException:
+    """*error* of a sender that needed a descriptor, to be raised: a DescriptorLimit where it had
+    none free."""
+    if isinstance(error, OSError) and is_descriptor_limit(error):
+        return descriptor_limit(error.errno, "sender")
+    return error
 
 
 def raise_descriptor_limit() -> int:

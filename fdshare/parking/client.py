@@ -33,6 +33,7 @@ from fdshare.errors import (
 )
 from fdshare.kernel.ancillary import MAX_DESCRIPTORS, peek_descriptors, send_message
 from fdshare.kernel.descriptor import Descriptor
+from fdshare.kernel.descriptor_limit import as_limit, is_descriptor_limit
 from fdshare.kernel.plain_socket import stream_pair
 from fdshare.parking.private_address import connect_private, leave, listen_private
 from fdshare.parking.protocol import (
@@ -233,14 +234,20 @@ class PrivateServer:
         if isinstance(error, BlockingIOError):  # the kernel's timeout
             raise ServerTimeout(self.address, _TIMEOUT) from None
         if not isinstance(error, BrokenPipeError | ConnectionResetError):
-            raise error
+            raise as_limit(error)
         return b""
 
     def _borrow(self, start: bool) -> _Connection:
         try:
             return self._idle.pop()
         except IndexError:
+            pass
+        try:
             return _Connection(self._connect(start))
+        except OSError as error:
+            if is_descriptor_limit(error):
+                raise as_limit(error) from None
+            raise
 
     def _give_back(self, connection: _Connection) -> None:
         if len(self._idle) < _IDLE:

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from fdshare.kernel.open_file import Descriptions, compare_open_files, same_open_file
+from fdshare.kernel import open_file
+from fdshare.kernel.open_file import Descriptions, compare_open_files, same_here, same_open_file
 
 HERE = os.getpid()
 
@@ -34,6 +35,21 @@ def test_the_same_open_file_is_told_from_the_same_file(files: list[int]) -> None
     assert same_open_file(HERE, one, HERE, copy) is False
     with pytest.raises(OSError):
         compare_open_files(HERE, one, HERE, copy)
+
+
+@pytest.mark.parametrize("has_query", [True, False])
+def test_in_this_process(
+    files: list[int], has_query: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not has_query:  # an older kernel refuses a command that it does not know
+        monkeypatch.setattr(open_file, "_F_DUPFD_QUERY", 1024 + 999)
+    one, other = files[:2]
+    copy = os.dup(one)
+    assert same_here(one, copy) is True
+    assert same_here(one, other) is False
+    os.close(copy)
+    assert same_here(one, copy) is False
+    assert same_here(copy, one) is False
 
 
 def test_each_is_found_by_its_copies_alone(files: list[int]) -> None:

@@ -10,11 +10,12 @@ import signal
 import socket
 import subprocess
 import sys
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import pytest
 
-from fdshare import ProcessPoolExecutor, get_context
+from fdshare import ProcessPoolExecutor, get_context, hold, install, uninstall
 from fdshare.errors import DescriptorLimit, InvalidArgument, NoTransit
 from mp import children
 from mp.common import (  # noqa: F401
@@ -90,6 +91,69 @@ def test_at_the_receivers_limit_the_message_stays(ctx: Any, channel: str) -> Non
         finish(queue)
 
 
+class Server:
+    """Its method is a task that has the listener."""
+
+    def __init__(self) -> None:
+        self.listener = socket.create_server(("127.0.0.1", 0))
+
+    def work(self, number: int) -> tuple[int, Any]:
+        here = identity(self.listener)
+        self.listener.close()
+        return number, here
+
+
+@pytest.mark.parametrize("kind", ["Pool", "executor", "map"])
+@pytest.mark.parametrize("package", PACKAGES)
+def test_tasks_with_one_listener_keep_one_duplicate(package: str, kind: str) -> None:
+    ctx = get_context("fork", backend=package)
+    server = Server()
+    expected = [(number, identity(server.listener)) for number in range(200)]
+    started, go = os.pipe()
+    with ctx.Pool(1) if kind == "Pool" else ProcessPoolExecutor(1, ctx) as workers:
+        submit = (
+            workers.submit
+            if kind != "Pool"
+            else lambda *call: workers.apply_async(call[0], call[1:])
+        )
+        submit(os.read, started, 1)
+        before = open_now()
+        if kind == "map":
+            found: Any = workers.map(server.work, range(200))
+        else:
+            # Objects of their own, with numbers of their own.
+            found = [submit(server.work, number) for number in range(200)]
+        server.listener.close()
+        assert open_now() <= before  # one more, and the program's own is closed
+        os.write(go, b"x")
+        if kind == "executor":
+            found = [future.result() for future in found]
+        elif kind == "Pool":
+            found = [result.get() for result in found]
+        assert list(found) == expected
+    os.close(started)
+    os.close(go)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_queue_that_waits_keeps_one_duplicate_of_a_description(package: str) -> None:
+    queue = get_context("fork", backend=package).Queue()
+    with open(os.devnull) as null, socket.socket() as sock:
+        before = open_now()
+        for number in range(500):
+            with sock.dup() as copy, open(null.fileno(), closefd=False) as file:
+                queue.put([number, copy, file])
+        assert queue._feeder.has_thread
+        assert open_now() <= before + 2
+        for number in range(500):
+            arrived, copy, file = queue.get()
+            with copy, file:
+                assert arrived == number
+                assert (identity(copy), identity(file)) == (identity(sock), identity(null))
+        assert open_now() == before
+    finish(queue)
+
+
 def test_what_one_process_had_to_leave_another_takes(ctx: Any) -> None:
     queue, answers = ctx.Queue(), ctx.SimpleQueue()
     with socket.socket() as sock:
@@ -121,6 +185,43 @@ def test_at_the_senders_limit_the_caller_hears_of_it(ctx: Any) -> None:
     assert queue.get() == "still works"
     assert queue._sem._semlock._get_value() == queue._maxsize
     finish(queue)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_at_the_limit_every_sender_names_it(package: str) -> None:
+    ctx = get_context("fork", backend=package)
+    near, far = ctx.Pipe()
+    with ctx.Pool(1) as pool, ProcessPoolExecutor(1, ctx) as executor, open(os.devnull) as null:
+        executor.submit(abs, 1).result()
+        many = [os.fdopen(os.dup(null.fileno())) for _ in range(300)]
+        ways: dict[str, Any] = {
+            "apply_async": lambda: pool.apply_async(len, (null,)),
+            "map_async": lambda: pool.map_async(len, [null]),
+            "submit": lambda: executor.submit(len, null),
+            "send": lambda: near.send(many),
+            "hold": lambda: hold(null),
+            "initializer": lambda: ctx.Pool(1, print, (null,)),
+        }
+        for name, way in ways.items():
+            with descriptor_limit_reached(), pytest.raises(DescriptorLimit) as caught:
+                way()
+            assert "RLIMIT_NOFILE of the sender is" in str(caught.value), name
+        children.close_all(many)
+    near.close()
+    far.close()
+
+
+def test_at_the_limit_patched_channels_name_it() -> None:
+    install()
+    try:
+        with (
+            open(os.devnull) as null,
+            descriptor_limit_reached(),
+            pytest.raises(DescriptorLimit, match="RLIMIT_NOFILE of the sender is"),
+        ):
+            ForkingPickler.dumps(null)
+    finally:
+        uninstall()
 
 
 IN_FLIGHT = """

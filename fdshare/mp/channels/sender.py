@@ -79,7 +79,7 @@ class Sender:
 
     def leave(self, message: Encoded) -> None:
         """Leaves *message* to the `send` that is going on, or to the next one. It is safe to close
-        what was pickled after this call. Raises: as `Bundle.own`."""
+        what was pickled after this call. Raises: as `Bundle.share`."""
         outgoing = Outgoing(message)
         outgoing.own()
         self.waiting.append(outgoing)

@@ -27,6 +27,7 @@ from fdshare.kernel.ancillary import (
     send_message,
 )
 from fdshare.kernel.descriptor import Descriptor, Spare
+from fdshare.kernel.descriptor_limit import as_limit
 from fdshare.kernel.plain_socket import stream_pair
 from fdshare.mp.channels.framing import (
     BODY,
@@ -199,9 +200,9 @@ class Outgoing:
                     self.boxes.append(Spare(outer.detach()))
                     some = fds[start : start + MAX_DESCRIPTORS]
                     patiently(lambda: send_message(inner, (b"\0",), some))  # noqa: B023
-        except BaseException:
+        except BaseException as error:
             close_all(self.boxes)
-            raise
+            raise as_limit(error) from None
         return [box.fileno() for box in self.boxes]
 
     @classmethod
@@ -281,12 +282,12 @@ class Outgoing:
         return self.begun
 
     def own(self) -> None:
-        """Makes it independent: what was pickled may be closed. Raises: as `Bundle.own`."""
+        """Makes it independent: what was pickled may be closed. Raises: as `Bundle.share`."""
         self._record()
         parts = self._parts
         # The kernel has those in boxes, and those of a body that has begun.
         if parts and parts[-1][1] and not self.boxes and not self.independent:
-            self.bundle.own()
+            self.bundle.share()
             body = parts[-1][0], self.bundle.numbers
             # Announced once more: another message may be sent before.
             self._parts, self._body = (*self._head, body), body

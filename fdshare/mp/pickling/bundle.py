@@ -19,10 +19,11 @@ from typing import Any, Final, Protocol, TypeAlias
 
 from msgspec import Raw
 
-from fdshare.errors import AlreadyTaken
+from fdshare.errors import AlreadyTaken, NoTransit
 from fdshare.kernel.ancillary import close_all
 from fdshare.kernel.descriptor import Descriptor, Spare
-from fdshare.kernel.descriptor_limit import descriptor_limit, is_descriptor_limit
+from fdshare.kernel.descriptor_limit import as_limit
+from fdshare.kernel.shared_duplicate import SharedDuplicate, share
 from fdshare.kinds import Kind, discard, rebuild, rebuilder
 from fdshare.mp.pickling.large import BALLAST, MessageMemory, map_parts
 
@@ -85,6 +86,13 @@ class Inline:
             return _arrive, (kind.tag, bytes(kind.spec), first)
         return _arrive, (kind.tag, bytes(kind.spec), first, len(fds))
 
+    def carry_bundle(self, bundle: Bundle) -> Reduced:
+        """The same for *bundle*, which its receiver loads later, where an error is its own alone:
+        the tasks and results of pools, in an envelope."""
+        first, fds = len(self.fds), bundle.numbers
+        self.fds += fds
+        return _rebundle, (bytes(bundle.data), first, len(fds))
+
     def commit(self) -> None:
         pass
 
@@ -95,8 +103,9 @@ class Inline:
 class Bundle:
     """A pickle and its descriptors, which are borrowed from the objects pickled, or owned.
 
-    Borrowed ones are valid while the objects are open, so for the length of one call; `own()`
-    duplicates them. What it owns is closed when it is collected: Spare descriptors.
+    Borrowed ones are valid while the objects are open, so for the length of one call. `share()`
+    duplicates them, to be sent later; `own()`, to be loaded here. What it has then is closed when
+    it is collected.
     """
 
     __slots__ = ("__weakref__", "data", "fds", "holders", "memory", "missing", "owned")
@@ -138,13 +147,29 @@ class Bundle:
                 copies.extend(map(Spare.dup_of, borrowed))
             except BaseException as error:
                 close_all(copies)
-                if isinstance(error, OSError) and is_descriptor_limit(error):
-                    raise descriptor_limit(error.errno, "sender") from None
-                raise
+                raise as_limit(error) from None
             if self.memory is not None:
                 copies.append(self.memory)
             self.owned = copies
         self.fds = self.holders = self.memory = None
+        return self
+
+    def share(self) -> Bundle:
+        """This bundle, with duplicates that it shares with every other one that has some of the
+        same descriptions. It is safe to close what was pickled after this call.
+
+        Raises: as `own`.
+        """
+        shared: list[SharedDuplicate] = []
+        fds = self.fds or []
+        others = len(fds) if self.memory is None else len(fds) - 1  # that is nobody else's
+        try:
+            shared.extend(map(share, fds[:others]))
+        except BaseException as error:
+            shared.clear()  # a traceback has this frame
+            raise as_limit(error) from None
+        fds = [duplicate.fileno() for duplicate in shared] + fds[others:]
+        self.fds, self.holders = fds, shared  # together, with no call in between
         return self
 
     def load(self, load: Loads) -> Any:
@@ -171,16 +196,14 @@ class Bundle:
         return loads(load, data, owned)
 
     def close(self) -> None:
-        """Close what it owns."""
+        """Closes what it owns, and drops what it shares."""
         owned, self.owned = self.owned, None
         self.fds = self.holders = self.memory = None
         if owned:
             close_all(owned)
 
     def __reduce__(self) -> Reduced:
-        # A bundle inside another pickle: the tasks and results of pools. The receiver loads the
-        # outer pickle, the envelope, and each bundle later, where an error is that item's alone.
-        return _rebundle, (bytes(self.data), self.own().owned or [])
+        raise NoTransit("Bundle")  # our picklers have a transit, which carries it
 
 
 def with_memory(
@@ -222,17 +245,6 @@ class _Missing:
         self.reason = reason
 
 
-def _rebundle(data: bytes, descriptors: list[Descriptor | _Missing]) -> Bundle:
-    owned: list[Descriptor] = []
-    bundle = Bundle(data, owned=owned)
-    for descriptor in descriptors:
-        if isinstance(descriptor, _Missing):
-            bundle.missing = descriptor.reason
-        else:
-            owned.append(descriptor.hand_to(Spare))
-    return bundle
-
-
 # Loading
 
 
@@ -249,6 +261,18 @@ class _Frame:
         self.missing = missing
         self.built: list[Any] = []
         self.bare: Kind | None = None  # of the last object built
+
+    def take(self, tag: str, first: int, count: int) -> list[Descriptor]:
+        """The caller owns the result. Raises: AlreadyTaken: it is not all there."""
+        mine: list[Descriptor] = []
+        for index in range(first, first + count):
+            descriptor = self.descriptors[index] if index < len(self.descriptors) else None
+            if descriptor is None:
+                close_all(mine)
+                raise AlreadyTaken(tag)
+            self.descriptors[index] = None
+            mine.append(descriptor)
+        return mine
 
     def close(self, built: bool) -> None:
         close_all(descriptor for descriptor in self.descriptors if descriptor is not None)
@@ -351,9 +375,9 @@ def _arrive_large(index: int, sizes: list[int], data: bytes, ballast: bytes) -> 
     frame = _local.frame
     if frame is not None and frame.missing is not None:
         raise frame.missing
-    if frame is None or (memory := frame.descriptors[index]) is None:
+    if frame is None:
         raise AlreadyTaken("memory")
-    frame.descriptors[index] = None
+    (memory,) = frame.take("memory", index, 1)
     with memory:
         parts = map_parts(memory.fileno(), sizes)
     return frame.load(data, buffers=parts)
@@ -368,15 +392,23 @@ def _arrive(tag: str, spec: bytes, first: int, count: int = 1) -> Any:
         raise AlreadyTaken(tag)
     if frame.missing is not None:
         return _Missing(frame.missing)
-    mine: list[Descriptor] = []
-    for index in range(first, first + count):
-        descriptor = frame.descriptors[index] if index < len(frame.descriptors) else None
-        if descriptor is None:
-            close_all(mine)
-            raise AlreadyTaken(tag)
-        frame.descriptors[index] = None
-        mine.append(descriptor)
+    mine = frame.take(tag, first, count)
     frame.bare = kind = Kind(tag, Raw(spec))
     # Into the list at once, where it is closed: a signal's handler may raise after any call.
     frame.built.extend(map(rebuild, (kind,), (mine,)))
     return frame.built[-1]
+
+
+def _rebundle(data: bytes, first: int, count: int) -> Bundle:
+    """A bundle in the envelope that is being loaded. Pickles name it: do not move or rename."""
+    frame = _local.frame
+    if not count:
+        return Bundle(data)
+    if frame is None:
+        raise AlreadyTaken("bundle")
+    bundle = Bundle(data)
+    if frame.missing is not None:
+        bundle.missing = frame.missing
+    else:
+        bundle.owned = frame.take("bundle", first, count)
+    return bundle

@@ -13,6 +13,7 @@ from msgspec import Raw, msgpack, structs
 from fdshare.errors import ClosedDescriptor, InvalidArgument
 from fdshare.kernel.ancillary import close_all
 from fdshare.kernel.descriptor import Descriptor
+from fdshare.kernel.descriptor_limit import as_limit
 from fdshare.kinds import Kind, describe, describers
 from fdshare.kinds.files import FileSpec
 from fdshare.mp.pickling.bundle import Reduced
@@ -72,7 +73,7 @@ def hold(obj: T, uses: int = 1, *, newline: str | None = _UNSET) -> T:
     processes. *newline*: as in `open()`, for a text file whose own is not known to CPython.
 
     It is safe to close *obj* after this call. Raises: UnsupportedKind, UnreadData,
-    ClosedDescriptor, InvalidArgument; OSError (EMFILE).
+    ClosedDescriptor, InvalidArgument, DescriptorLimit (EMFILE).
 
     >>> with open(os.devnull) as file:
     ...     held = fdshare.hold(file)
@@ -88,9 +89,9 @@ def hold(obj: T, uses: int = 1, *, newline: str | None = _UNSET) -> T:
     copies: list[Descriptor] = []
     try:
         copies.extend(map(Descriptor.dup_of, fds))  # in place, for the except
-    except BaseException:
+    except BaseException as error:
         close_all(copies)
-        raise
+        raise as_limit(error) from None
     # What arrives is the object: for a checker it may stand wherever that may.
     return cast("T", Held(kind, copies, uses))
 

@@ -91,6 +91,8 @@ class TransitPickler(_Pickler):
         cls = type(obj)
         if cls in PLAIN:
             return NotImplemented
+        if cls is Bundle:
+            return self.transit.carry_bundle(obj)
         if issubclass(cls, BaseException) and cls not in describers:
             return NotImplemented if self.bare_exceptions else reduce_exception(self, obj)
         if cls is TracebackType and not self.bare_exceptions:

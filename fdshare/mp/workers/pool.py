@@ -69,6 +69,7 @@ class PoolMixin(StockPool):
     _outcome_queue: ClassVar[type[OutcomeQueueMixin]]
     _apply_result: ClassVar[type[StockApplyResult]]
     _map_result: ClassVar[type[StockMapResult]]
+    _state = "INIT"  # for __del__, where __init__ raises
 
     def __init__(
         self,

@@ -54,9 +54,9 @@ class Task:
     ) -> Self:
         """The call, with duplicates. It is safe to close what is in it after this call.
 
-        Raises: whatever pickling raises; DescriptorLimit or OSError (EMFILE).
+        Raises: whatever pickling raises; DescriptorLimit (EMFILE).
         """
-        return cls(family, dumps(family, (function, args, kwargs)).own())
+        return cls(family, dumps(family, (function, args, kwargs)).share())
 
     def __call__(self) -> Any:
         function, args, kwargs = self.bundle.load(self.family.loads)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fdshare.errors import AlreadyTaken, DescriptorLimit
+from fdshare.errors import AlreadyTaken, DescriptorLimit, NoTransit
 from fdshare.mp.backends import backend_of
 from fdshare.mp.pickling.bundle import Bundle, Inline, Transit, loads
 from fdshare.mp.pickling.reducers import dumps
@@ -54,6 +54,42 @@ def test_a_bundle_that_nobody_loads_closes(family: Any, how: str) -> None:
         del bundle
         gc.collect()
         assert open_now() == before
+
+
+@pytest.mark.parametrize("how", ["drop", "close"])
+def test_bundles_of_one_description_share_a_duplicate(family: Any, how: str) -> None:
+    with socket.socket() as sock, sock.dup() as again:
+        before = open_now()
+        bundles = [dumps(family, [sock, again, number]).share() for number in range(9)]
+        assert open_now() == before + 1
+        assert {number for bundle in bundles for number in bundle.numbers} == {
+            bundles[0].numbers[0]
+        }
+        envelope = dumps(family, ("job", bundles[:2]))
+        while bundles:
+            assert open_now() == before + 1
+            bundle = bundles.pop()
+            if how == "close":
+                bundle.close()
+                bundle.share()  # it has nothing more
+            del bundle
+        if how == "close":
+            assert open_now() == before
+            return
+        # The envelope keeps its two.
+        _, (one, other) = envelope.own().load(family.loads)
+        for arrived in one, other:
+            first, second, _ = arrived.load(family.loads)
+            with first, second:
+                assert identity(first) == identity(second) == identity(sock)
+                assert first.fileno() != second.fileno()
+        del envelope, one, other, arrived, first, second
+        assert open_now() == before
+
+
+def test_no_pickler_but_ours_takes_a_bundle(family: Any) -> None:
+    with pytest.raises(NoTransit):
+        pickle.dumps(dumps(family, "nothing"))
 
 
 def test_what_the_pickle_does_not_claim_is_closed() -> None:
