@@ -5,12 +5,15 @@
     generation 1 is /tmp/demo.log
 
     $ python log_rotation.py /tmp/demo.sock write &
+    pid 4022 writes
     $ python log_rotation.py /tmp/demo.sock write &
+    pid 4023 writes
     $ python log_rotation.py /tmp/demo.sock rotate /tmp/demo.log
     generation 2 is /tmp/demo.log, the one before is /tmp/demo.log.1
 
     $ kill %2 %3
     pid 4022 wrote 5120 lines to 2 files
+    pid 4023 wrote 5042 lines to 2 files
 
 A writer opens no file and knows no path: it may be in a container, or have no right to open one.
 `log.current` is the file of now, for the price of a comparison. Once `rotate` has ended, no line

@@ -8,6 +8,7 @@ is a write. At the end of standard input the history goes to standard error, as 
 
     writes: [number, generation, begun, acknowledged]
     reads:  [number, first begun, first ended, last begun, last ended], one for each run of the same
+    looks:  how many reads that were
 
 Times are of CLOCK_MONOTONIC, in ns: the same for all processes.
 """
@@ -53,8 +54,9 @@ def write(client: Client, word: str, chance: random.Random) -> list[list[int]]:
     raise AssertionError
 
 
-def read(client: Client) -> list[list[int]]:
+def read(client: Client) -> tuple[list[list[int]], int]:
     runs: list[list[int]] = []
+    looks: list[int] = []
     stop = threading.Event()
     failures: list[BaseException] = []
 
@@ -62,7 +64,9 @@ def read(client: Client) -> list[list[int]]:
         try:
             last: Any = None
             mine: list[list[int]] = []
+            number = 0
             while True:
+                number += 1
                 begun = time.monotonic_ns()
                 obj = log.current
                 ended = time.monotonic_ns()
@@ -75,6 +79,7 @@ def read(client: Client) -> list[list[int]]:
                 if stop.is_set():
                     break
             runs.extend(mine)
+            looks.append(number)
         except BaseException as error:
             failures.append(error)
 
@@ -89,7 +94,7 @@ def read(client: Client) -> list[list[int]]:
             thread.join()
     if failures:
         raise failures[0]
-    return runs
+    return runs, sum(looks)
 
 
 # The checker.
@@ -132,7 +137,7 @@ def main(address: str, word: str, seed: str) -> int:
             if word.startswith("w"):
                 result["writes"] = write(client, word, random.Random(f"{seed}{word}"))
             else:
-                result["reads"] = read(client)
+                result["reads"], result["looks"] = read(client)
     except BaseException as error:
         result["wrong"] = f"{word}: {type(error).__name__}: {error}"
     print(json.dumps(result), file=sys.stderr)

@@ -73,7 +73,8 @@ def test_every_history_has_an_order(
     assert [ledger["wrong"] for ledger in ledgers if "wrong" in ledger] == []
     writes = [write for ledger in ledgers for write in ledger.get("writes", ())]
     reads = [run for ledger in ledgers for run in ledger.get("reads", ())]
-    counted.update(done, writes=len(writes), runs=len(reads))
+    looks = sum(ledger.get("looks", 0) for ledger in ledgers)
+    counted.update(done, writes=len(writes), runs=len(reads), looks=looks)
     assert writes
     assert reads
     first = [-1, 1, 0, 0]  # registered before the history begins

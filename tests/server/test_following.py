@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,9 @@ from fdshare.client.blocking.client import Client
 from fdshare.client.blocking.follow import Follower
 from fdshare.errors import AccessDenied
 from fdshare.protocol import messages as m
+from fdshare.server.core.slots import FIRST
 from fdshare.server.failover.labels import PAGE
+from fdshare.server.loop import page as page_module
 from server.orders import SOME, deaths
 
 USER = 1501
@@ -222,3 +226,35 @@ def test_a_client_that_asks_for_the_page_gets_it_once(manager: Manager, files: l
         assert not again.reply.mapped
         again.descriptors[0].close()
     manager.unregister("log")
+
+
+def test_more_names_than_slots(
+    folder: Path, files: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two have their own; the others see each change of any name, and miss none of theirs."""
+    monkeypatch.setattr(page_module, "_WORDS", FIRST + 2)
+    server = fdshare.Manager(folder / "s").get_server()
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        with Client(folder / "s") as client, ExitStack() as stack:
+            names = [f"name {number}" for number in range(6)]
+            for name in names:
+                client.register(name, files[0])
+            followers = {name: stack.enter_context(client.follow(name)) for name in names}
+            assert all(is_fresh(follower) for follower in followers.values())
+            for fd, name in zip(files[1:], names, strict=False):
+                client.register(name, fd, replace=True)
+                assert not is_fresh(followers[name])
+                for follower in followers.values():
+                    wanted = fd if follower.name == name else None
+                    before = follower.generation
+                    obj = follower.current
+                    assert is_fresh(follower)
+                    assert wanted is None or identity(obj) == identity(wanted)
+                    assert (follower.generation != before) == (follower.name == name)
+            assert max(entry.fetches for entry in client.infos()) == 1
+    finally:
+        server.stop()
+        thread.join(20)
+        server.close()
