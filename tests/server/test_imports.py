@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -61,6 +62,20 @@ def test_a_server_that_serves(imported: Callable[[], list[str]], keeper: bool) -
             assert "fdshare.server.failover.new_code" in imported()
             use(manager, near)
             assert imported() == []
+
+
+def test_garbage_collections_do_not_look_at_what_was_imported() -> None:
+    code = """
+import gc
+import fdshare.server.serve
+from fdshare.server.imports import import_all
+before = len(gc.get_objects())
+import_all()
+print(before, len(gc.get_objects()))
+"""
+    said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    before, after = map(int, said.stdout.split())
+    assert after < before / 10
 
 
 def use(manager: fdshare.Manager, sock: socket.socket) -> None:
