@@ -33,6 +33,7 @@ class Run:
     command: str = "python program.py"  # what runs a program; empty: a later block does
     says: str | None = None  # what a program prints; None: nothing, or anything while it goes on
     forever: tuple[str, ...] = ()  # beginnings of commands that go on until they are told to end
+    stays: bool = False  # they go on to the end of the page
     ended: tuple[int, ...] = ()  # which of them the page itself ends
     before: dict[str, str] = field(default_factory=dict)  # beginning of a command -> one before it
     each: bool = False  # those are alternatives
@@ -82,7 +83,7 @@ def run_block(block: Block, how: Run, machine: Machine) -> None:
     if not how.each:
         _check(how.then, how, machine)
     for number, job in enumerate(jobs):
-        if number not in how.ended:
+        if number not in how.ended and not how.stays:
             _end(job, how, machine)
 
 

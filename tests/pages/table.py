@@ -365,6 +365,48 @@ FOLLOW: Final = [
     ),
 ]
 
+FRAMEWORKS: Final = [
+    Run(file="main.py", command="", needs=("fastapi", "uvicorn")),
+    Run(then='$ ask 8080\n"hello"\n'),
+    Run(file="app.py", command="", given="over web; rm main.py", needs=("flask", "gunicorn")),
+    Run(then=HELLO),
+    Run(given="over web", then="$ ask 8080\n...</html>\n", needs=("django", "gunicorn")),
+    Run(file="serve.py", command="", given="over web", needs=("aiohttp",)),
+    Run(then=HELLO),
+    Run(file="tasks.py", command="", given="over web", needs=("celery",)),
+    Run(forever=("celery",), stays=True),
+    Run(file="ask.py", command="python ask.py", says="one open file for all workers"),
+]
+
+OPERATIONS: Final = [
+    NotRun("needs Ansible; tests/examples/test_contrib.py parses the commands of the file"),
+    Run(needs=("supervisor",), given="cp $EXAMPLES/../contrib/supervisord/fdshare.conf ."),
+    Run(
+        given=APP,
+        before={"supervisorctl": "ask 8080"},
+        then=f"{HELLO}$ supervisorctl -c supervisord.conf shutdown\n...\n",
+    ),
+    Run(
+        given="while [ -e /run/supervisor.sock ]; do sleep 0.1; done",
+        forever=("fdshare serve",),
+        then="$ soon sh -c 'curl -sf http://127.0.0.1:9100/metrics | grep -c ^fdshare_names'\n1\n",
+    ),
+    Run(given="fdshare serve --detach\nmkdir -p /var/lib/node_exporter", then="$ fdshare stop\n"),
+    Run(file="writer.py", command=""),
+    Run(),
+    Run(then="$ soon grep -q line /var/log/app.log\n$ zcat /var/log/app.log.1 | head -n 1\na line"),
+    NotRun("needs logrotate, as root, with its own state; the command is the one above"),
+]
+
+COMING: Final = [
+    Run(says="127.0.0.1"),
+    Run(says="127.0.0.1"),
+    Run(says="127.0.0.1"),
+    Run(),
+    Run(given="fdshare rm web", file="server.py", command=""),
+    Run(),
+]
+
 PAGES: Final[dict[str, list[Run | NotRun]]] = {
     "README.md": README,
     "CONTRIBUTING.md": [NotRun(INSTALLS)],
@@ -379,11 +421,15 @@ PAGES: Final[dict[str, list[Run | NotRun]]] = {
     "docs/tutorial.md": TUTORIAL,
     "docs/howto/asyncio.md": ASYNCIO,
     "docs/howto/cluster.md": CLUSTER,
+    "docs/howto/coming-from.md": COMING,
     "docs/howto/containers.md": CONTAINERS,
     "docs/howto/debugging.md": DEBUGGING,
     "docs/howto/deploy.md": DEPLOY,
     "docs/howto/follow.md": FOLLOW,
+    "docs/howto/operations.md": OPERATIONS,
     "docs/howto/pools.md": POOLS,
     "docs/howto/privileged-ports.md": PORTS,
     "docs/howto/systemd.md": UNITS,
+    "docs/howto/web-frameworks.md": FRAMEWORKS,
+    "docs/platforms.md": [NotRun("the suite itself, with other Pythons")],
 }

@@ -39,15 +39,21 @@ def test_each_block_is_known() -> None:
     "page", [page for page in PAGES if any(not isinstance(how, NotRun) for how in PAGES[page])]
 )
 def test_a_page_is_true(page: str, machine: Machine) -> None:
+    missing = ""  # what was needed last; what follows needs it, too, up to the next need
+    skipped = []
     for block, how in zip(blocks_of(ROOT / page), PAGES[page], strict=True):
         if isinstance(how, NotRun):
             continue
-        if missing := how.missing():
-            pytest.skip(f"{missing}: for what is from line {block.line} on")
+        missing = how.missing() if how.needs else missing
+        if missing:
+            skipped.append(f"line {block.line}: {missing}")
+            continue
         try:
             run_block(block, how, machine)
         except AssertionError as error:
             raise AssertionError(f"{page}:{block.line}: {error}") from None
+    if skipped:
+        pytest.skip("; ".join(skipped))
 
 
 def test_commands_go_on_in_the_next_line() -> None:
