@@ -267,8 +267,12 @@ def test_who_connects_again_while_a_close_hangs(root: Client, count: int) -> Non
 
 
 @needs_fuse
-def test_users_whose_closes_hang(folder: Path, small: Callable[..., Client]) -> None:
-    """What each of them removes stays open: it counts against them as if it was not removed."""
+@pytest.mark.parametrize("killed", [None, "server", "keeper"])
+def test_users_whose_closes_hang(
+    folder: Path, small: Callable[..., Client], killed: Half | None
+) -> None:
+    """What each of them removes stays open: it counts against them as if it was not removed, also
+    in a half that was made since."""
     folder.chmod(0o755)
     (folder / "policy").write_text(ANYBODY)
     root = small(1024, "--policy", str(folder / "policy"), "--mode", "0666")
@@ -297,10 +301,19 @@ def test_users_whose_closes_hang(folder: Path, small: Callable[..., Client]) -> 
         for uid, files in systems.items():
             hostile = AsUser(uid, partial(attack, uid), file_system=files)
             assert int(others.enter_context(hostile).hear()) > 10
-        check(root)
-        with Wire(root.address, "many") as wire:
-            wire.ask(1, m.Register("many", KIND), [0] * 20)
-    census.check()
+        if killed is not None:
+            victim = census.halves.pids()[killed]
+            os.kill(victim, signal.SIGKILL)  # it hangs in its end
+            with Client(root.address, timeout=20) as client:
+                halves = Halves(client)
+                wait_until(lambda: halves.pids()[killed] != victim, f"another {killed}")
+                halves.redundant()
+        with Client(root.address) as client:
+            check(client)
+            with Wire(root.address, "many") as wire:
+                wire.ask(1, m.Register("many", KIND), [0] * 20)
+    if killed is None:
+        census.check()
 
 
 @pytest.fixture
