@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from fdshare.errors import FetchTimeout, NameNotFound
 from fdshare.protocol import messages as m
 from fdshare.protocol.framing import MAX_FRAME_DESCRIPTORS
@@ -17,6 +19,9 @@ __all__ = ["Reads"]
 
 class Reads(Waiters):
     """fetch, wait, watch, and what only asks."""
+
+    _listed: Sequence[bytes] = ()  # what answers `names` of all of them ...
+    _listed_at = -1  # ... at that serial
 
     def fetch_again(self, session: Session, name: str) -> Entry | None:
         """The entry to give, counted as fetched, if a trusted client fetches a visible name that
@@ -129,12 +134,22 @@ class Reads(Waiters):
     ) -> bool:
         self._permit("list", "", session)
         self._settle_all(now)
-        matches = matcher(request.pattern)
+        if request.pattern == "*":
+            # Every change of what is visible has a serial of its own.
+            if self._listed_at != self.table.serial:
+                self._listed, self._listed_at = self._name_lists("*"), self.table.serial
+            lists = self._listed
+        else:
+            lists = self._name_lists(request.pattern)
+        self.effects.answer_in_parts(session, id, lists)
+        return False
+
+    def _name_lists(self, pattern: str) -> list[bytes]:
+        """The answer to `names`, in parts."""
+        matches = matcher(pattern)
         names = sorted(n for n, e in self.table.entries.items() if not e.lease and matches(n))
         parts = range(0, max(len(names), 1), PART)
-        lists = [m.NameList(names[i : i + PART], i + PART < len(names)) for i in parts]
-        self.effects.answer_in_parts(session, id, list(map(m.encode, lists)))
-        return False
+        return [m.encode(m.NameList(names[i : i + PART], i + PART < len(names))) for i in parts]
 
     def _info(
         self, session: Session, id: int, request: m.Info, handles: list[Handle], now: float

@@ -44,6 +44,37 @@ def test_a_renamed_entry_answers_by_its_new_name(effects: MemoryEffects) -> None
     assert (given.name, given.generation) == ("new", renamed.generation)
 
 
+def test_names_are_those_of_now(effects: MemoryEffects) -> None:
+    """The list is kept encoded: each change that is seen in it makes another."""
+    session = effects.session()
+
+    def names() -> list[str]:
+        first, again = (ask(effects, session, m.Names("*"))[0].names for _ in range(2))
+        assert first == again == ask(effects, session, m.Names("?"))[0].names
+        return list(first)
+
+    def do(request: m.Request) -> Any:
+        effects.service.handle(session, 5, request, [], 0.0)
+        return session.route.take()[0]
+
+    assert names() == []
+    register(effects, session, "b")
+    assert names() == ["b"]
+    register(effects, session, "a", ttl=10)
+    assert names() == ["a", "b"]
+    do(m.Rename("b", "c"))
+    assert names() == ["a", "c"]
+    _, _, handles = do(m.Take("c"))
+    assert names() == ["a"]
+    effects.say(handles[-1], "dropped")
+    assert names() == ["a", "c"]
+    _, _, handles = do(m.Take("c"))
+    effects.say(handles[-1], "confirmed")
+    assert names() == ["a"]
+    effects.service.tick(10.0)
+    assert names() == []
+
+
 def test_a_look_is_not_counted(effects: MemoryEffects) -> None:
     session = effects.session()
     effects.service.handle(session, 1, m.Fetch("x", 5.0, look=True), [], 0.0)
