@@ -417,7 +417,6 @@ PAGES: Final[dict[str, list[Run | NotRun]]] = {
     "docs/compat.md": COMPAT,
     "docs/design.md": [NotRun("a list of files")],
     "docs/performance.md": [NotRun("takes five minutes; tests/test_benchmarks.py has it quicker")],
-    "docs/platforms.md": [NotRun("the logs of whole runs; tests/test_platforms.py has small ones")],
     "docs/policy.md": POLICY,
     "docs/reliability.md": [NotRun("the other suites of tests")],
     "docs/howto/arrays.md": ARRAYS,
