@@ -85,7 +85,8 @@ class Follower:
                 return obj
             # It may be closed now. No variable of a frame of ours keeps it open: those of frames in
             # the traceback of an error would.
-            del self._threads.seen, seen, obj, version
+            del seen, obj, version
+            vars(self._threads).pop("seen", None)  # if no signal's handler has
         seen = self._threads.seen = self._renew()
         return seen.obj
 
