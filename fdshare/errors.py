@@ -97,6 +97,7 @@ __all__ = [
     "Overflow",
 ]
 
+_HELP: Final = "docs/howto/troubleshooting.md"  # has a section for each
 _LISTED: Final = 4  # names in a message
 _by_code: dict[str, type[FdshareError]] = {}
 
@@ -116,6 +117,8 @@ class FdshareError(Exception):
     def __init_subclass__(cls, *, code: str, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls.code = code
+        if cls.__doc__ is not None:  # python -OO
+            cls.__doc__ += f"\n    See {_HELP}#{cls.__name__.lower()}.\n    "
         _by_code[code] = cls
 
     def __init__(self, message: str = "fdshare failed", **fields: Any) -> None:

@@ -51,6 +51,7 @@ ACROSS = {
     "test_threads.py": "what threads may share, in many threads at once",
     "test_sub_interpreters.py": "what of fdshare can be imported in one",
     "test_platforms.py": "the table of docs/platforms.md",
+    "test_troubleshooting.py": "what the documents say of each error",
     "test_public.py": "the public surface, of all modules",
 }
 
