@@ -45,6 +45,12 @@ class Manager(Client):
     `Limits` by name. *policy*: a TOML file. *authkey* as BaseManager's. As a context manager it
     starts the server and shuts it down, unless it was connected before: then it only closes its
     connections.
+
+    >>> with fdshare.Manager() as manager, open(os.devnull) as file:
+    ...     manager["null"] = file
+    ...     with manager["null"] as again:
+    ...         again.name
+    '/dev/null'
     """
 
     def __init__(

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
-from types import FunctionType
+from typing import Any
 
 import pytest
 from commandline import ROOT
@@ -33,23 +33,32 @@ print(runner.summarize(verbose=False))
 """
 
 
-def functions(module: str) -> dict[str, FunctionType]:
+# Beside the functions. What verbs return is shown where they are.
+CLASSES = {
+    "fdshare": {"Descriptor", "Manager", "ProcessPoolExecutor", "SharedMemory"},
+    "fdshare.kernel": {"Listener", "Received"},
+    "fdshare.aio": {"AsyncClient"},
+    "fdshare.activation": set(),
+}
+
+
+def shown(module: str) -> dict[str, Any]:
+    """What has an example: name -> function or class."""
     public = import_module(module)
     found = {name: getattr(public, name) for name in public.__all__}
-    return {name: value for name, value in found.items() if inspect.isfunction(value)}
+    classes = CLASSES[module]
+    return {n: v for n, v in found.items() if inspect.isfunction(v) or n in classes}
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_each_function_has_an_example(module: str) -> None:
-    assert [
-        n for n, value in functions(module).items() if ">>> " not in (value.__doc__ or "")
-    ] == []
+def test_each_has_an_example(module: str) -> None:
+    assert [n for n, value in shown(module).items() if ">>> " not in (value.__doc__ or "")] == []
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_each_example_runs(module: str, folder: Path) -> None:
     needs = {"shared_copy": "numpy"}
-    names = [n for n in functions(module) if n not in needs or importable(needs[n])]
+    names = [n for n in shown(module) if n not in needs or importable(needs[n])]
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", RUN, module, *names],
         cwd=folder,

@@ -395,6 +395,13 @@ class Received:
     lets a sender attach them unasked; `pidfd` the same (SO_PASSPIDFD). `address` is the sender's,
     of datagrams: give it to `send_fds` to answer. `flags` are recvmsg's (MSG_TRUNC: a datagram was
     longer than `max_bytes`). The caller owns the descriptors; close() or `with` closes them all.
+
+    >>> one, other = s_pipe()
+    >>> with one, other:
+    ...     send_fds(one, [0], b"x")
+    ...     with recv_fds(other, 100, 1) as got:
+    ...         got.data, len(got.descriptors)
+    (b'x', 1)
     """
 
     data: bytes

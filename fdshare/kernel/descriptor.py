@@ -76,6 +76,12 @@ class Descriptor:
     `Descriptor(fd)` takes over *fd*, which must be open; `Descriptor.dup_of(obj)` makes a copy and
     does not touch *obj*. One that is dropped without close() is closed with a ResourceWarning. A
     thread must not close it while another uses it: the number may be another descriptor by then.
+
+    >>> with open(os.devnull) as file:
+    ...     descriptor = Descriptor.dup_of(file)
+    >>> with descriptor.open() as again:  # owns it now
+    ...     again.read()
+    ''
     """
 
     __slots__ = ("__weakref__", "_fd")

@@ -68,6 +68,12 @@ class Listener:
     this object: a forked child that drops its copy leaves the path alone. To hand the endpoint to
     another process pass it `fileno()`, `lock_fileno()`, `address` and `inode`, and build a Listener
     of the four there.
+
+    >>> with listen("s") as listener, connect("s"):
+    ...     conn, who = listener.accept()
+    ...     conn.close()
+    >>> os.path.exists("s")
+    False
     """
 
     def __init__(

@@ -45,6 +45,14 @@ class SharedMemory:
     early; views stay valid. docs/compat.md says what to write for each line of a program that uses
     `multiprocessing.shared_memory`. The caller owns the result. Raises: UnsupportedPlatform;
     InvalidArgument; OSError of memfd_create(2) and ftruncate(2).
+
+    >>> receiver, sender = fdshare.get_context().Pipe()
+    >>> with receiver, sender, fdshare.SharedMemory(4096) as memory:
+    ...     sender.send(memory)
+    ...     with receiver.recv() as again:
+    ...         again.buf[:5] = b"hello"
+    ...         bytes(memory.buf[:5])
+    b'hello'
     """
 
     __slots__ = ("__weakref__", "_descriptor", "_map", "size")

@@ -41,6 +41,10 @@ class ProcessPoolExecutor(concurrent.futures.ProcessPoolExecutor):
 
     *mp_context* may be one of ours, of multiprocessing or of multiprocess; None is ours of the
     default method. All else as the standard one.
+
+    >>> with fdshare.ProcessPoolExecutor(1) as executor, open(os.devnull) as file:
+    ...     executor.submit(getattr, file, "name").result()  # the worker has the open file
+    '/dev/null'
     """
 
     _family: Family

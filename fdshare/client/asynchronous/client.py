@@ -45,6 +45,16 @@ class AsyncClient(BaseClient):
     *reconnect* seconds and repeats the request under its number, so that it happens once.
 
     *trust*: the uids whose server is trusted; None for one's own and root.
+
+    >>> async def register_and_fetch(path):
+    ...     async with aio.connect(path) as client:
+    ...         with open(os.devnull) as file:
+    ...             await client.register("null", file)
+    ...         with await client.fetch("null") as again:
+    ...             return again.name
+    >>> with fdshare.Manager() as manager:
+    ...     asyncio.run(register_and_fetch(manager.address))
+    '/dev/null'
     """
 
     _tasks: TaskGroup
