@@ -43,8 +43,9 @@ class ProcessPoolExecutor(concurrent.futures.ProcessPoolExecutor):
     default method. All else as the standard one.
 
     >>> with fdshare.ProcessPoolExecutor(1) as executor, open(os.devnull) as file:
-    ...     executor.submit(getattr, file, "name").result()  # the worker has the open file
-    '/dev/null'
+    ...     executor.submit(type(file).close, file).result()  # the worker's copy
+    ...     file.closed
+    False
     """
 
     _family: Family
