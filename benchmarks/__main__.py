@@ -16,7 +16,6 @@ from benchmarks.measure import Bench, Plan
 FAMILIES = (
     "floor",
     "fetch",
-    "follow",
     "names",
     "queues",
     "arrays",

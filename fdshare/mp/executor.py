@@ -83,12 +83,12 @@ class ProcessPoolExecutor(concurrent.futures.ProcessPoolExecutor):
         Raises: whatever pickling raises; DescriptorLimit; as the standard one.
         """
         call = Call.of(self._family, fn, args, kwargs)
-        holds = bool(call.bundle.numbers)
+        bundle = call.bundle
         future: Future[T] = super().submit(call)
-        if holds:
+        if bundle is not None:
             # It is cancelled, or the pool is broken: the standard one keeps the call until a worker
             # is free, or the executor is dropped.
-            future.add_done_callback(partial(_close, weakref.ref(call.bundle)))
+            future.add_done_callback(partial(_close, weakref.ref(bundle)))
         return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:

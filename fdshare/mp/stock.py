@@ -283,12 +283,14 @@ class StockPool(_Pool):
     _quick_put: Callable[[Any], None]
     _quick_get: Callable[[], Any]
     _taskqueue: SimpleQueue[Any]
+    _change_notifier: StockSimpleQueue
     _pool: list[StockProcess]
     _ctx: StockContext
     _initializer: Function | None
     _initargs: Iterable[Any]
 
     def _setup_queues(self) -> None: ...
+    def _get_sentinels(self) -> list[StockConnection]: ...
     def _check_running(self) -> None: ...
     @staticmethod
     def _get_tasks(func: Function, it: Iterable[Any], size: int) -> Iterable[tuple[Any, ...]]: ...
@@ -394,7 +396,14 @@ class StockSafeQueue(StockQueue):
 
 @_description
 class StockCallItem:
+    work_id: int
     fn: Function
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def __init__(
+        self, work_id: int, fn: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None: ...
 
 
 @_description

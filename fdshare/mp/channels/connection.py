@@ -29,7 +29,6 @@ from fdshare.mp.channels.receiving import MessageReceiver
 from fdshare.mp.channels.sender import Sender
 from fdshare.mp.family import Family
 from fdshare.mp.pickling.bundle import Arrived, Bundle, Reduced, open_arrived
-from fdshare.mp.pickling.bundle import loads as loads_envelope
 from fdshare.mp.pickling.reducers import encode
 from fdshare.mp.stock import Address, Duplicate, RawSemLock, StockConnection, StockListener
 
@@ -213,15 +212,15 @@ class ConnectionMixin(StockConnection):
         """What is in a received message. The caller owns the result."""
         return open_arrived(message, self._family.loads)
 
-    def receive_without(self, reason: BaseException) -> Any:
-        """The message that was left at the limit, without its descriptors, which are lost.
-
-        Bundles in it raise *reason* when they are opened.
-        """
+    def receive_without(self, reason: BaseException) -> Arrived:
+        """The message that was left at the limit, without its descriptors, which are lost: *reason*
+        is raised when it is opened."""
         data = self._open_receiver().receive_without()
         if data is None:
-            return self.decode(self.receive())
-        return loads_envelope(self._family.loads, data, [], reason)
+            return self.receive()
+        message = Bundle(data)
+        message.missing = reason
+        return message
 
     def discard(self) -> None:
         """Drops the message that was left at the limit."""

@@ -125,7 +125,12 @@ class QueueMixin(StockQueue):
         """
         if self._closed:
             raise ValueError(f"Queue {self!r} is closed")
-        message = encode(self._family, obj)
+        self._put_message(encode(self._family, obj), obj, block, timeout)
+
+    def _put_message(
+        self, message: Encoded, obj: Any, block: bool = True, timeout: float | None = None
+    ) -> None:
+        """As `put`, of *obj* pickled as *message*."""
         accepted: list[Any] = [False]
         place = False
         try:
@@ -330,7 +335,10 @@ class SimpleQueueMixin(StockSimpleQueue):
         A put() during a put() of the same thread, by a finaliser or a signal's handler, leaves
         *obj* to the outer one.
         """
-        message = encode(self._family, obj)
+        self._put_message(encode(self._family, obj))
+
+    def _put_message(self, message: Encoded) -> None:
+        """As `put`, of what is pickled."""
         sender, lock = self._writer.sender(), raw(self._wlock)
         finished = self._finished
         if finished is not None:

@@ -87,8 +87,7 @@ class Inline:
         return _arrive, (kind.tag, bytes(kind.spec), first, len(fds))
 
     def carry_bundle(self, bundle: Bundle) -> Reduced:
-        """The same for *bundle*, which its receiver loads later, where an error is its own alone:
-        the tasks and results of pools, in an envelope."""
+        """The same for *bundle*, which its receiver loads later: what an initializer is given."""
         first, fds = len(self.fds), bundle.numbers
         self.fds += fds
         return _rebundle, (bytes(bundle.data), first, len(fds))
@@ -238,27 +237,17 @@ def open_arrived(message: Arrived, load: Loads) -> Any:
     return message[0] if isinstance(message, tuple) else message.load(load)
 
 
-class _Missing:
-    """Stands in an envelope for a descriptor that could not be received."""
-
-    def __init__(self, reason: BaseException) -> None:
-        self.reason = reason
-
-
 # Loading
 
 
 class _Frame:
     """The descriptors of the message that this thread is decoding."""
 
-    __slots__ = ("bare", "built", "descriptors", "load", "missing")
+    __slots__ = ("bare", "built", "descriptors", "load")
 
-    def __init__(
-        self, load: Loads, descriptors: list[Descriptor], missing: BaseException | None
-    ) -> None:
+    def __init__(self, load: Loads, descriptors: list[Descriptor]) -> None:
         self.load = load
         self.descriptors: list[Descriptor | None] = list(descriptors)
-        self.missing = missing
         self.built: list[Any] = []
         self.bare: Kind | None = None  # of the last object built
 
@@ -288,20 +277,14 @@ class _Local(threading.local):
 _local: Final = _Local()
 
 
-def loads(
-    load: Loads,
-    data: bytes | memoryview,
-    descriptors: list[Descriptor],
-    missing: BaseException | None = None,
-) -> Any:
+def loads(load: Loads, data: bytes | memoryview, descriptors: list[Descriptor]) -> Any:
     """The object that *load* makes of *data*, which holds positions in *descriptors*.
 
     *descriptors* belong to this call: those that no object in the pickle takes are closed, and all
-    of them if loading fails. *missing* is the reason why they did not arrive with an envelope: the
-    envelope is loaded all the same, and a bundle that needs one raises it when it is loaded.
+    of them if loading fails.
     """
     outer = _local.frame
-    frame = _local.frame = _Frame(load, descriptors, missing)
+    frame = _local.frame = _Frame(load, descriptors)
     try:
         obj = load(data)
     except BaseException:
@@ -373,8 +356,6 @@ def _arrive_large(index: int, sizes: list[int], data: bytes, ballast: bytes) -> 
     """The object of the pickle *data*, whose buffers, of these *sizes* in bytes, are in a memfd.
     Pickles name it: do not move or rename."""
     frame = _local.frame
-    if frame is not None and frame.missing is not None:
-        raise frame.missing
     if frame is None:
         raise AlreadyTaken("memory")
     (memory,) = frame.take("memory", index, 1)
@@ -390,8 +371,6 @@ def _arrive(tag: str, spec: bytes, first: int, count: int = 1) -> Any:
         return rebuild(Kind(tag, Raw(spec)), [])
     if frame is None:
         raise AlreadyTaken(tag)
-    if frame.missing is not None:
-        return _Missing(frame.missing)
     mine = frame.take(tag, first, count)
     frame.bare = kind = Kind(tag, Raw(spec))
     # Into the list at once, where it is closed: a signal's handler may raise after any call.
@@ -400,15 +379,10 @@ def _arrive(tag: str, spec: bytes, first: int, count: int = 1) -> Any:
 
 
 def _rebundle(data: bytes, first: int, count: int) -> Bundle:
-    """A bundle in the envelope that is being loaded. Pickles name it: do not move or rename."""
+    """A bundle in the pickle that is being loaded. Pickles name it: do not move or rename."""
     frame = _local.frame
     if not count:
         return Bundle(data)
     if frame is None:
         raise AlreadyTaken("bundle")
-    bundle = Bundle(data)
-    if frame.missing is not None:
-        bundle.missing = frame.missing
-    else:
-        bundle.owned = frame.take("bundle", first, count)
-    return bundle
+    return Bundle(data, owned=frame.take("bundle", first, count))

@@ -78,6 +78,7 @@ class TransitPickler(_Pickler):
     """The pickler of our channels, before the class that pickles for one family."""
 
     transit: Inline
+    is_dill: ClassVar[bool]  # it pickles some functions and classes by value
     registered: ClassVar[Reducers]
     dispatched: ClassVar[Mapping[type, object] | None]
     bare_exceptions = False  # pickle them as the package does it
@@ -164,8 +165,10 @@ def make_pickler(forking_pickler: type[StockForkingPickler]) -> type[TransitPick
     On the standard family it is a pickle.Pickler that asks for the reducers registered with
     *forking_pickler* when it meets a type: ForkingPickler copies the table of them for each pickle.
     """
-    base = pickle.Pickler if issubclass(forking_pickler, pickle.Pickler) else forking_pickler
+    is_dill = not issubclass(forking_pickler, pickle.Pickler)
+    base = forking_pickler if is_dill else pickle.Pickler
     attributes = {
+        "is_dill": is_dill,
         "registered": forking_pickler._extra_reducers,
         "dispatched": getattr(forking_pickler, "dispatch", None),
         "loads": staticmethod(forking_pickler.loads),
@@ -197,7 +200,47 @@ def encode(family: HasPickler, obj: Any, in_memory: bool = True) -> Encoded:
             known = _bare_pickle(kind)
         if known is not None:
             return known[1], fds
+    elif not family.Pickler.is_dill and (data := _dump_plain(obj)) is not None:
+        return data
     return _dump(family, obj, in_memory)
+
+
+class _Refused(Exception):
+    """An object may have something for a reducer in it."""
+
+
+class _NoReducers(dict[type, Any]):
+    """A dispatch table without entries, for objects that need none: any other type is refused."""
+
+    def __missing__(self, cls: type) -> Any:
+        if cls is BuiltinFunctionType:
+            raise KeyError  # as if there were no table
+        raise _Refused
+
+
+class _PlainPickler(pickle.Pickler):
+    """Pickles numbers, text, containers and names, without a call in Python: in a third of the
+    time. (The C pickler asks its table about each type that it does not know itself.)"""
+
+    dispatch_table = _NoReducers()
+
+
+_skipped = 0  # how many objects are not tried, after one that was refused
+
+
+def _dump_plain(obj: Any) -> bytes | None:
+    """None: *obj* is, or may be, more than plain."""
+    global _skipped
+    if _skipped:
+        _skipped -= 1
+        return None
+    buffer = io.BytesIO()
+    try:
+        _PlainPickler(buffer, PROTOCOL).dump(obj)
+    except _Refused:
+        _skipped = 15
+        return None
+    return buffer.getvalue()
 
 
 def dumps(family: HasPickler, obj: Any) -> Bundle:

@@ -16,8 +16,22 @@ from typing import Any, ClassVar, Final
 
 from fdshare.mp.channels.connection import ConnectionMixin, turned_into
 from fdshare.mp.channels.queues import QueueMixin, SimpleQueueMixin, register_after_fork
+from fdshare.mp.pickling.bundle import open_arrived
 from fdshare.mp.stock import StockContext, StockQueue, StockSafeQueue, executor_module
-from fdshare.mp.workers.tasks import Outcome, Raised, Task, receive_patiently
+from fdshare.mp.workers.tasks import (
+    CALL,
+    LOADED_CALL,
+    RAISED,
+    RETURNED,
+    Raised,
+    Task,
+    beheaded,
+    has_head,
+    headed,
+    outcome,
+    pickled,
+    receive_patiently,
+)
 
 __all__ = [
     "Call",
@@ -67,23 +81,38 @@ class CallQueueMixin(QueueMixin, StockSafeQueue):
 
     def put(self, obj: Any, block: bool = True, timeout: float | None = None) -> None:
         """Sends a call. An error of that is its future's: the executor's thread calls this."""
-        try:
+        if not isinstance(obj, _futures._CallItem):
             QueueMixin.put(self, obj, block, timeout)
+            return
+        if self._closed:
+            raise ValueError(f"Queue {self!r} is closed")
+        call, form = obj.fn, CALL
+        try:
+            if type(call) is not Call:
+                form = LOADED_CALL
+                call = Call(self._family, pickled(self._family, (obj.fn, obj.args, obj.kwargs)))
+            message = headed(form, obj.work_id, 0, call.content)
+            self._put_message(message, obj, block, timeout)
+        except Full:
+            raise
         except Exception as error:
-            if not isinstance(obj, _futures._CallItem) or self._closed or isinstance(error, Full):
-                raise
             self._on_queue_feeder_error(error, obj)
-        call = getattr(obj, "fn", None)
         if type(call) is Call:
-            call.bundle.close()  # the kernel has it
+            call.close()  # the kernel has it
 
     def get(self, block: bool = True, timeout: float | None = None) -> Any:
         """The next call; not loaded yet, if it was submitted to an executor of ours."""
         if not block or timeout is not None:
-            return QueueMixin.get(self, block, timeout)
-        call = receive_patiently(self._reader, self._rlock)
+            raise NotImplementedError("workers wait for their calls")
+        message = receive_patiently(self._reader, self._rlock)
         self._sem.release()
-        return call
+        if not has_head(message):
+            return self._reader.decode(message)
+        form, work_id, _, content = beheaded(message)
+        call: Any = (Call(self._family, content), (), {})
+        if form == LOADED_CALL:
+            call = open_arrived(content, self._family.loads)
+        return _futures._CallItem(work_id, *call)
 
 
 # Results
@@ -101,13 +130,13 @@ class ResultQueueMixin(SimpleQueueMixin):
 
     def put(self, obj: Any) -> None:
         """Sends a result. Raises: whatever pickling raises; the worker then sends that."""
-        if isinstance(obj, _futures._ResultItem):
-            if isinstance(obj.result, Raised) or obj.exception is not None:
-                outcome = Outcome.of(self._family, False, obj.exception or obj.result)
-            else:
-                outcome = Outcome.of(self._family, True, obj.result)
-            obj = _futures._ResultItem(obj.work_id, None, outcome, obj.exit_pid)
-        SimpleQueueMixin.put(self, obj)
+        if not isinstance(obj, _futures._ResultItem):
+            SimpleQueueMixin.put(self, obj)
+            return
+        raised = isinstance(obj.result, Raised) or obj.exception is not None
+        form = RAISED if raised else RETURNED
+        content = pickled(self._family, obj.exception or obj.result)
+        self._put_message(headed(form, obj.work_id, obj.exit_pid or 0, content))
 
 
 class ResultReaderMixin(ConnectionMixin):
@@ -115,9 +144,11 @@ class ResultReaderMixin(ConnectionMixin):
 
     def recv(self) -> Any:
         """The next result, loaded; an error of loading it is the result."""
-        item = receive_patiently(self)
-        outcome = getattr(item, "result", None)
-        if isinstance(outcome, Outcome):
-            ok, value = outcome.open(self._family)
-            item.result, item.exception = (value, None) if ok else (None, value)
+        message = receive_patiently(self)
+        if not has_head(message):
+            return self.decode(message)
+        form, work_id, exit_pid, content = beheaded(message)
+        ok, value = outcome(self._family, form, content)
+        item = _futures._ResultItem(work_id, exit_pid=exit_pid or None)
+        item.result, item.exception = (value, None) if ok else (None, value)
         return item

@@ -24,10 +24,11 @@ from fdshare.mp.channels.connection import ConnectionMixin
 from fdshare.mp.channels.feeder import READER_GONE
 from fdshare.mp.channels.queues import SimpleQueueMixin
 from fdshare.mp.family import Family
-from fdshare.mp.pickling.reducers import dumps
+from fdshare.mp.pickling.bundle import open_arrived
 from fdshare.mp.stock import (
     Function,
     StockApplyResult,
+    StockConnection,
     StockContext,
     StockMapResult,
     StockPool,
@@ -35,10 +36,17 @@ from fdshare.mp.stock import (
     StockSimpleQueue,
 )
 from fdshare.mp.workers.tasks import (
-    Outcome,
+    CALL,
+    LOADED_CALL,
+    RAISED,
+    RETURNED,
     Raised,
     Task,
+    beheaded,
+    headed,
     hold_initializer,
+    outcome,
+    pickled,
     receive_patiently,
     release_initializer,
 )
@@ -58,7 +66,7 @@ __all__ = [
 
 T = TypeVar("T")
 # What a pool's thread sends: job, index, function, args, kwds.
-Numbered: TypeAlias = tuple[int, int | None, Function, tuple[Any, ...], dict[str, Any]]
+Numbered: TypeAlias = tuple[int, int, Function, tuple[Any, ...], dict[str, Any]]
 
 
 class PoolMixin(StockPool):
@@ -87,6 +95,11 @@ class PoolMixin(StockPool):
         self._outqueue = outqueue = self._outcome_queue(ctx=self._ctx)
         self._quick_put = inqueue.send_task
         self._quick_get = outqueue.take
+
+    def _get_sentinels(self) -> list[StockConnection]:
+        """What wakes the thread that replaces workers, beside their ends. The stock one's wakes for
+        each result, too, and looks at all workers then."""
+        return [self._change_notifier._reader]
 
     def apply_async(
         self,
@@ -220,7 +233,7 @@ def _let_go(taskqueue: queue.SimpleQueue[Any]) -> None:
             entry = taskqueue.get_nowait()
             tasks = () if entry is None else entry[0]
             for _, _, task, _, _ in tasks if type(tasks) is list else ():
-                task.bundle.close()
+                task.close()
 
 
 class EndingQueueMixin(SimpleQueueMixin):
@@ -280,25 +293,27 @@ class TaskQueueMixin(EndingQueueMixin):
         if task is None:
             self.finish()
             return
+        job, index, function, args, kwds = task
+        form = CALL
+        if type(function) is not Task:
+            # The worker looks at this function itself.
+            form = LOADED_CALL if function is self._family.pool._helper_reraises_exception else CALL
+            function = Task(self._family, pickled(self._family, (function, args, kwds)))
         try:
-            self.put(self._packed(task))
+            self._put_message(headed(form, job, index, function.content))
         except OSError:
             if not self._abandoned.is_set():
                 raise
         finally:
-            if type(task[2]) is Task:
-                task[2].bundle.close()  # the kernel has copies, or it is not sent
+            function.close()  # the kernel has copies, or it is not sent
 
-    def _packed(self, task: Numbered) -> Numbered:
-        job, index, function, args, kwds = task
-        if type(function) is Task or function is self._family.pool._helper_reraises_exception:
-            return task
-        call = Task(self._family, dumps(self._family, (function, args, kwds)))
-        return job, index, call, (), {}
-
-    def get(self) -> Any:
+    def get(self) -> Numbered:
         """The next task; its call is not loaded yet."""
-        return receive_patiently(self._reader, self._rlock)
+        message = receive_patiently(self._reader, self._rlock)
+        form, job, index, content = beheaded(message)
+        if form == CALL:
+            return job, index, Task(self._family, content), (), {}
+        return job, index, *open_arrived(content, self._family.loads)
 
 
 class OutcomeQueueMixin(EndingQueueMixin):
@@ -315,9 +330,9 @@ class OutcomeQueueMixin(EndingQueueMixin):
         job, index, (ok, value) = obj
         if not ok and isinstance(value, self._family.pool.ExceptionWithTraceback):
             value = Raised(value.exc, self._family.pool.RemoteTraceback(value.tb))
-        message = job, index, Outcome.of(self._family, ok, value)
+        message = headed(RETURNED if ok else RAISED, job, index, pickled(self._family, value))
         try:
-            SimpleQueueMixin.put(self, message)
+            self._put_message(message)
         except OSError as error:
             if error.errno in READER_GONE:
                 raise SystemExit(1) from None
@@ -327,5 +342,6 @@ class OutcomeQueueMixin(EndingQueueMixin):
         """The next (job, index, (ok, value)), for the pool's only reader. Raises: EOFError."""
         if self._abandoned.is_set():
             raise EOFError
-        job, index, outcome = receive_patiently(self._reader, wait=self._abandoned.wait)
-        return job, index, outcome.open(self._family)
+        message = receive_patiently(self._reader, wait=self._abandoned.wait)
+        form, job, index, content = beheaded(message)
+        return job, index, outcome(self._family, form, content)

@@ -1,35 +1,46 @@
-"""Tasks and results of pools and executors, as bundles that are loaded for their own job alone.
+"""Tasks and results of pools and executors: a pickle behind a head of three numbers.
 
-What a caller submits is pickled in the call; what a worker returns is pickled in the worker. Both
-are sent as a bundle inside the pool's own message. An error of loading it, such as a class that
-does not exist or a descriptor limit, is then this job's error, and does not end the thread that
-reads for all jobs.
+What a caller submits is pickled in the call; what a worker returns is pickled in the worker. Who
+reads for all jobs reads the head alone. The pickle is loaded for its own job: an error of that,
+such as a class that does not exist or a descriptor limit, is this job's error, and does not end the
+thread that reads.
 """
 
 from __future__ import annotations
 
+import struct
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from fdshare.errors import DescriptorLimit
 from fdshare.kinds import is_shareable
 from fdshare.mp.channels.connection import ConnectionMixin
+from fdshare.mp.channels.framing import JOINED
 from fdshare.mp.family import Family
-from fdshare.mp.pickling.bundle import Bundle, Reduced
+from fdshare.mp.pickling.bundle import Arrived, Bundle, Reduced, open_arrived
 from fdshare.mp.pickling.program_reducers import pickles_itself, reducer_of_program
-from fdshare.mp.pickling.reducers import dumps
+from fdshare.mp.pickling.reducers import dumps, encode
 from fdshare.mp.stock import Function
 
 if TYPE_CHECKING:
     from typing import Self
 
 __all__ = [
-    "Outcome",
+    "CALL",
+    "LOADED_CALL",
+    "RAISED",
+    "RETURNED",
+    "Pickled",
     "Raised",
     "Task",
+    "beheaded",
+    "has_head",
+    "headed",
     "hold_initializer",
+    "outcome",
+    "pickled",
     "receive_patiently",
     "release_initializer",
 ]
@@ -39,14 +50,69 @@ PATIENCE: Final = 5.0
 PAUSE: Final = 0.02  # seconds between two attempts
 
 
+# What is sent: a pickle; with descriptors, a bundle.
+Pickled: TypeAlias = bytes | Bundle
+
+# The form of what follows, and two numbers that the pool or the executor knows it by.
+_HEAD: Final = struct.Struct("=Bqq")
+CALL: Final = 1  # (function, args, kwargs), to be loaded when the call is made
+LOADED_CALL: Final = 2  # the same, to be loaded at once
+RETURNED: Final = 3
+RAISED: Final = 4
+
+
+def pickled(family: Family, obj: Any) -> Pickled:
+    """Its descriptors are borrowed from *obj*. Raises: whatever pickling raises."""
+    message = encode(family, obj)
+    if isinstance(message, tuple):
+        return Bundle(*message, obj)
+    return message if isinstance(message, bytes) or message.numbers else bytes(message.data)
+
+
+def headed(form: int, first: int, second: int, content: Pickled) -> Pickled:
+    """The message of *content*, which keeps its descriptors."""
+    head = _HEAD.pack(form, first, second)
+    if isinstance(content, bytes):
+        return head + content
+    return Bundle(head + content.data, content.numbers, content)
+
+
+def has_head(message: Arrived) -> bool:
+    """True if `headed` has made it: no pickle begins with the number of a form."""
+    if isinstance(message, tuple):
+        return False
+    data = message if isinstance(message, bytes) else message.data
+    return bool(data) and data[0] <= RAISED
+
+
+def beheaded(message: Arrived) -> tuple[int, int, int, Pickled]:
+    """(form, first, second, content) of a *message* that `has_head`."""
+    if isinstance(message, bytes) and len(message) <= JOINED:
+        return *_HEAD.unpack_from(message), message[_HEAD.size :]
+    bundle = Bundle(message) if isinstance(message, bytes) else message
+    assert isinstance(bundle, Bundle)
+    data = bundle.data
+    # A long one is not copied.
+    bundle.data = (memoryview(data) if len(data) > JOINED else data)[_HEAD.size :]
+    return *_HEAD.unpack_from(data), bundle
+
+
+def outcome(family: Family, form: int, content: Pickled) -> tuple[bool, Any]:
+    """(True, what the call returned) or (False, what it or loading that raised)."""
+    try:
+        return form == RETURNED, open_arrived(content, family.loads)
+    except Exception as error:
+        return False, error
+
+
 class Task:
     """A call, pickled: the receiver calls it to make the call."""
 
-    __slots__ = ("bundle", "family")
+    __slots__ = ("content", "family")
 
-    def __init__(self, family: Family, bundle: Bundle) -> None:
+    def __init__(self, family: Family, content: Pickled) -> None:
         self.family = family
-        self.bundle = bundle
+        self.content = content
 
     @classmethod
     def of(
@@ -56,39 +122,22 @@ class Task:
 
         Raises: whatever pickling raises; DescriptorLimit (EMFILE).
         """
-        return cls(family, dumps(family, (function, args, kwargs)).share())
+        content = pickled(family, (function, args, kwargs))
+        return cls(family, content if isinstance(content, bytes) else content.share())
 
     def __call__(self) -> Any:
-        function, args, kwargs = self.bundle.load(self.family.loads)
+        function, args, kwargs = open_arrived(self.content, self.family.loads)
         return function(*args, **kwargs)
 
-    def __reduce__(self) -> Reduced:
-        return type(self), (self.family, self.bundle)
+    @property
+    def bundle(self) -> Bundle | None:
+        """None: it has no descriptors."""
+        return self.content if isinstance(self.content, Bundle) else None
 
-
-class Outcome:
-    """What a call returned or raised, pickled."""
-
-    __slots__ = ("bundle", "ok")
-
-    def __init__(self, ok: bool, bundle: Bundle) -> None:
-        self.ok = ok
-        self.bundle = bundle
-
-    @classmethod
-    def of(cls, family: Family, ok: bool, value: Any) -> Outcome:
-        """Raises: whatever pickling raises."""
-        return cls(ok, dumps(family, value))
-
-    def open(self, family: Family) -> tuple[bool, Any]:
-        """(True, what it returned) or (False, what it or loading it raised)."""
-        try:
-            return self.ok, self.bundle.load(family.loads)
-        except Exception as error:
-            return False, error
-
-    def __reduce__(self) -> Reduced:
-        return Outcome, (self.ok, self.bundle)
+    def close(self) -> None:
+        """Closes what it has duplicated: it is sent, or will not be."""
+        if self.bundle is not None:
+            self.bundle.close()
 
 
 class Raised:
@@ -115,27 +164,25 @@ def receive_patiently(
     connection: ConnectionMixin,
     lock: AbstractContextManager[object] | None = None,
     wait: Callable[[float], object] = time.sleep,
-) -> Any:
-    """The next object of *connection*, an envelope of bundles, read under *lock*.
+) -> Arrived:
+    """The next message of *connection*, read under *lock*.
 
     At the descriptor limit it waits without the lock, for another process may have room. After
-    PATIENCE seconds it returns the envelope without its descriptors, and the bundles that need
-    them raise the DescriptorLimit when they are loaded. *wait* is time.sleep, or returns True when
-    the channel was ended: EOFError is raised then.
+    PATIENCE seconds it returns the message without its descriptors, which raises the
+    DescriptorLimit when it is loaded. *wait* is time.sleep, or returns True when the channel was
+    ended: EOFError is raised then.
     """
     guard = nullcontext() if lock is None else lock
     deadline = time.monotonic() + PATIENCE
     while True:
         with guard:
             try:
-                message = connection.receive()
-                break
+                return connection.receive()
             except DescriptorLimit as limit:
                 if time.monotonic() > deadline:
                     return connection.receive_without(limit)
         if wait(PAUSE):
             raise EOFError
-    return connection.decode(message)
 
 
 # The arguments of initializers

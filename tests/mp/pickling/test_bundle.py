@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from fdshare.errors import AlreadyTaken, DescriptorLimit, NoTransit
+from fdshare.errors import AlreadyTaken, NoTransit
 from fdshare.mp.backends import backend_of
-from fdshare.mp.pickling.bundle import Bundle, Inline, Transit, loads
+from fdshare.mp.pickling.bundle import Bundle, Inline, Transit
 from fdshare.mp.pickling.reducers import dumps
 from mp import children
 from mp.common import identity, open_now
@@ -120,16 +120,6 @@ def test_a_bundle_inside_another_pickle(family: Any) -> None:
         assert word == "job"
         with arrived.load(family.loads)[0] as copy:
             assert identity(copy) == identity(sock)
-
-
-def test_an_envelope_opens_without_the_descriptors() -> None:
-    reason = DescriptorLimit(24, "RLIMIT_NOFILE", 9, None, "receiver")
-    with socket.socket() as sock:
-        outer = dumps(FAMILY, ("job", dumps(FAMILY, [sock]), dumps(FAMILY, "no descriptors")))
-        _, broken, whole = loads(FAMILY.loads, outer.data, [], reason)
-    assert whole.load(FAMILY.loads) == "no descriptors"
-    with pytest.raises(DescriptorLimit):
-        broken.load(FAMILY.loads)
 
 
 def test_apart_from_its_descriptors_a_pickle_says_so() -> None:

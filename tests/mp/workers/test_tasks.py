@@ -9,10 +9,23 @@ from typing import Any
 import pytest
 
 from fdshare import get_context
+from fdshare.errors import DescriptorLimit
 from fdshare.mp.backends import backend_of
 from fdshare.mp.family import Family
-from fdshare.mp.pickling.reducers import dumps
-from fdshare.mp.workers.tasks import Outcome, Task, hold_initializer
+from fdshare.mp.pickling.bundle import Bundle
+from fdshare.mp.workers.tasks import (
+    CALL,
+    RAISED,
+    RETURNED,
+    Pickled,
+    Task,
+    beheaded,
+    has_head,
+    headed,
+    hold_initializer,
+    outcome,
+    pickled,
+)
 from mp import children
 from mp.common import PACKAGES, identity, open_now, trackers  # noqa: F401
 
@@ -22,15 +35,21 @@ def family(request: pytest.FixtureRequest) -> Family:
     return backend_of(request.param).FAMILY
 
 
-def through(family: Family, obj: Any) -> Any:
-    return dumps(family, obj).own().load(family.loads)
+def sent(form: int, content: Pickled) -> tuple[int, int, int, Pickled]:
+    """What arrives of it."""
+    message = headed(form, -1, 2**40, content)
+    arrived = message.own() if isinstance(message, Bundle) else message
+    assert has_head(arrived)
+    return beheaded(arrived)
 
 
 def test_a_task_is_its_call(family: Family) -> None:
     with socket.socket() as sock:
         task = Task.of(family, children.identity, (sock,), {})
         expected = identity(sock)
-    assert through(family, ("job", task))[1]() == expected
+    *head, content = sent(CALL, task.content)
+    assert head == [CALL, -1, 2**40]
+    assert Task(family, content)() == expected
 
 
 def test_a_task_that_nobody_runs_closes(family: Family) -> None:
@@ -40,15 +59,39 @@ def test_a_task_that_nobody_runs_closes(family: Family) -> None:
         assert open_now() == before
 
 
+@pytest.mark.parametrize("value", [5, [], ["a" * 1_000_000], {"a": (1.5, None)}])
+def test_what_has_no_descriptors_is_a_pickle(family: Family, value: Any) -> None:
+    content = pickled(family, value)
+    assert type(content) is bytes
+    assert not has_head(content)
+    assert outcome(family, RETURNED, sent(RETURNED, content)[3]) == (True, value)
+
+
 def test_an_outcome(family: Family) -> None:
     with socket.socket() as sock:
-        outcome = through(family, Outcome.of(family, True, sock))
-        ok, arrived = outcome.open(family)
+        form, *_, content = sent(RETURNED, pickled(family, sock))
+        ok, arrived = outcome(family, form, content)
         with arrived:
             assert ok
             assert identity(arrived) == identity(sock)
-    ok, error = through(family, Outcome.of(family, True, children.Bomb())).open(family)
-    assert (ok, type(error)) == (False, RuntimeError)
+    for form, value in (RETURNED, children.Bomb()), (RAISED, RuntimeError("no")):
+        ok, error = outcome(family, form, sent(form, pickled(family, value))[3])
+        assert (ok, type(error)) == (False, RuntimeError)
+
+
+def test_an_outcome_without_its_descriptors_is_why(family: Family) -> None:
+    reason = DescriptorLimit(24, "RLIMIT_NOFILE", 9, None, "receiver")
+    with socket.socket() as sock:
+        message = headed(RETURNED, 1, 2, pickled(family, [sock]))
+        assert isinstance(message, Bundle)
+        arrived = Bundle(message.data)
+    arrived.missing = reason
+    assert outcome(family, RETURNED, beheaded(arrived)[3]) == (False, reason)
+
+
+def test_what_has_no_head() -> None:
+    assert not has_head(Bundle(b""))
+    assert not has_head((None,))
 
 
 def test_nothing_is_held_where_there_is_nothing_to_hold(family: Family) -> None:
