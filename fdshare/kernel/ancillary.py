@@ -21,7 +21,8 @@ A handler of the signal module may raise after any call, and what the call retur
 how much was sent, the number of a descriptor that came. `send_into` and `look_into` store it in the
 instruction that makes the call, or the next: no handler runs inside map(), nor between unpacking
 (`x, = map(f, ...)`, where f is called) and storing. `for x in iter(f, None): break` is the same
-where f is always called alike: the iterator is kept, which takes half the time.
+where f is always called alike: the iterator is kept, which takes half the time. In the place of
+None is something that f never returns, of the type of what it returns: that is compared sooner.
 """
 
 from __future__ import annotations

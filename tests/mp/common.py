@@ -49,7 +49,8 @@ def open_now() -> int:
 
 def take(receiver: MessageReceiver) -> Any:
     """The next message."""
-    receiver.fetch()
+    while receiver.message is None:
+        receiver.fetch()
     message, receiver.message = receiver.message, None
     return message
 

@@ -121,7 +121,8 @@ class ConnectionMixin(StockConnection):
                 message = receiver.given_back[0]
                 del receiver.given_back[0]
             elif lock is None:
-                receiver.fetch()
+                while receiver.message is None:
+                    receiver.fetch()
                 message, receiver.message = receiver.message, None
             else:
                 locked = False
@@ -144,7 +145,7 @@ class ConnectionMixin(StockConnection):
                             deadline - time.monotonic() if block else 0.0
                         ):
                             raise Empty
-                        receiver.fetch(once=True)
+                        receiver.fetch()
                     message, receiver.message = receiver.message, None
                     if received is not None:
                         received()
@@ -156,17 +157,16 @@ class ConnectionMixin(StockConnection):
                             receiver.holds_lock = True
                         else:
                             lock.release()
-            if type(message) is tuple:
+            # If unpickling fails, it is gone.
+            if type(message) is bytes:
+                loaded, message = message, None
+                (made,) = map(self._family.loads, (loaded,))
+            elif type(message) is tuple:
                 made, message = message[0], None
             else:
-                loads = self._family.loads
-                if isinstance(message, Bundle):
-                    loading = map(message.load, (loads,))
-                else:
-                    assert type(message) is bytes
-                    loaded = message
-                    loading = map(loads, (message,))
-                message = None  # if unpickling fails, it is gone
+                assert isinstance(message, Bundle)
+                loading = map(message.load, (self._family.loads,))
+                message = None
                 (made,) = loading
         except BaseException as error:
             if made is not _NOTHING:
@@ -203,9 +203,9 @@ class ConnectionMixin(StockConnection):
         receiver = self._receiver or self._open_receiver()
         if receiver.given_back:
             return receiver.given_back.pop(0)
-        receiver.fetch()
+        while receiver.message is None:
+            receiver.fetch()
         message, receiver.message = receiver.message, None
-        assert message is not None
         return message
 
     def decode(self, message: Arrived) -> Any:
@@ -256,7 +256,7 @@ class ConnectionMixin(StockConnection):
         return opened
 
     def _open_locking(self, lock: RawSemLock) -> Iterator[bool]:
-        self._locking = locking = iter(lock.acquire, None)
+        self._locking = locking = iter(lock.acquire, 2)
         return locking
 
     def _open_sender(self) -> Sender:

@@ -23,11 +23,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import repeat
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from fdshare.errors import DescriptorLimit
 from fdshare.kernel.ancillary import NOSIGNAL
-from fdshare.mp.channels.framing import JOINED, WHOLE, headed
+from fdshare.mp.channels.framing import JOINED, LENGTH, WHOLE, headed
 from fdshare.mp.channels.peek_level import AT_ONCE
 from fdshare.mp.channels.sending import Outgoing, push_short, short
 from fdshare.mp.pickling.bundle import Encoded
@@ -38,7 +40,8 @@ if TYPE_CHECKING:
 __all__ = ["READER_GONE", "Feeder"]
 
 _DONTWAIT: Final = int(socket.MSG_DONTWAIT)  # an operation on an IntFlag takes a microsecond
-_NOW: Final = (_DONTWAIT | NOSIGNAL,)
+_NOW: Final = _DONTWAIT | NOSIGNAL
+_pack: Final = LENGTH.pack
 _WITHOUT_WAITING: Final = (False,)
 _MOMENT: Final = 5  # milliseconds
 _PAUSE: Final = 0.005  # seconds between two attempts
@@ -74,10 +77,14 @@ class Feeder:
         error and the object of a message that was not sent. *level* is that of peek_level.py.
         *starting* is a weak reference to what is called before the thread is started."""
         self._sock = sock
-        self._send = sock.send
+        # Each step sends what is in _sent: only one put() at a time is there.
+        self._sent: list[bytes] = [b""]
+        self._sending: Iterator[int] = map(
+            sock.send, map(itemgetter(0), repeat(self._sent)), repeat(_NOW)
+        )
         self._acquire = write_lock.acquire
         # Each step tries to acquire it (kernel/ancillary.py).
-        self._locking: Iterator[bool] = iter(partial(write_lock.acquire, False), None)
+        self._locking: Iterator[bool] = iter(partial(write_lock.acquire, False), 2)
         self._release = write_lock.release
         self._closing = closing
         self._ended = ended
@@ -136,8 +143,10 @@ class Feeder:
                     if not locked:
                         self._keep(_independent(message), accepted, obj)
                     elif type(message) is bytes and len(message) <= WHOLE:
+                        self._sent[0] = _pack(len(message)) + message
                         try:
-                            (accepted[0],) = map(self._send, (headed(message),), _NOW)
+                            for accepted[0] in self._sending:
+                                break
                         except BlockingIOError:
                             self._keep(message, accepted, obj)
                     elif not self._send_short(message, accepted):

@@ -113,7 +113,7 @@ class QueueMixin(StockQueue):
         self._reader.forget()
         self._poll = self._reader.poll
         self._read_lock = raw(self._rlock)
-        self._placing: Iterator[bool] = iter(self._sem.acquire, None)
+        self._placing: Iterator[bool] = iter(self._sem.acquire, 2)
 
     def put(self, obj: Any, block: bool = True, timeout: float | None = None) -> None:
         """Puts *obj*. It is safe to close *obj* and what is in it after this call.

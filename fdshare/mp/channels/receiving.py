@@ -52,6 +52,8 @@ _SHORT: Final = 512  # bytes; none of their bodies is longer
 _WAIT: Final = (_WAITALL,)
 _unpack: Final = LENGTH.unpack
 _NOTHING: Final = object()
+# Longer than what is read: of the same type, it is compared sooner than None.
+_NEVER: Final = bytes(_HEAD + 1)
 
 
 class MessageReceiver:
@@ -61,7 +63,6 @@ class MessageReceiver:
     """
 
     __slots__ = (
-        "_ask",
         "_data",
         "_head",
         "_heads",
@@ -69,6 +70,7 @@ class MessageReceiver:
         "_level",
         "_looking",
         "_looks",
+        "_mark_of_all",
         "_marked",
         "_recv",
         "_shared",
@@ -85,11 +87,14 @@ class MessageReceiver:
         """*shared*: several processes read from this socket, each under a lock."""
         self._sock = sock
         self._recv = sock.recv
-        self._ask = sock.getsockopt
         # Each step reads a length, or peeks at announcement and body (kernel/ancillary.py).
-        self._heads: Iterator[bytes] = iter(partial(sock.recv, _HEAD), None)
+        self._heads: Iterator[bytes] = iter(partial(sock.recv, _HEAD), _NEVER)
         self._looking = looking(sock, _HEAD + 1)
         self._shared = shared
+        # What another reader of the socket may have marked it with.
+        self._mark_of_all = (
+            partial(sock.getsockopt, _SOCKET, _MARK) if shared and _MARK is not None else None
+        )
         self._level = level
         # How many messages with descriptors came last, one after the other.
         self._in_a_row = 0
@@ -110,27 +115,19 @@ class MessageReceiver:
         if not shared and _is_marked(sock):
             self._size, self._marked = BODY_FOLLOWS, True
 
-    def fetch(self, once: bool = False) -> None:
-        """The next message is in `message`. Blocks. With *once*, there may be none: it returns
-        after an announcement that was void.
+    def fetch(self) -> None:
+        """The next message is in `message`; unless there was an announcement that was void: then it
+        has to be called again. Blocks.
 
         Raises: EOFError; OSError: the end came in the middle; BlockingIOError, if the program has
         made the socket non-blocking; DescriptorLimit (EMFILE): the message is still there. Whatever
         is raised, the next call goes on with it.
         """
-        while self.message is None:
-            self._fetch()
-            if once:
-                return
-
-    def _fetch(self) -> None:
-        """As `fetch`, *once*."""
         try:
             if not self.parts:
-                if self._shared:
-                    self._size, self._marked = None, False
-                    if _MARK is not None and self._ask(_SOCKET, _MARK):
-                        self._size, self._marked = BODY_FOLLOWS, True
+                if self._mark_of_all is not None:
+                    self._marked = self._mark_of_all() != 0
+                    self._size = BODY_FOLLOWS if self._marked else None
                 if self._size is None:
                     shared = self._level
                     level = self._in_a_row > 1 if shared is None else shared.level()
@@ -139,9 +136,9 @@ class MessageReceiver:
                             self._count()
                         return
                     # A message without descriptors, as in `_go_on`.
-                    for head in self._heads:
-                        self._head = head
+                    for self._head in self._heads:
                         break
+                    head = self._head
                     size = _unpack(head)[0] if len(head) == _HEAD else 0
                     if 0 < size <= WHOLE:
                         # Its sender has sent all of it in one send: no need for MSG_WAITALL.

@@ -112,9 +112,9 @@ def test_who_waits_for_a_time_is_told_of_a_void_announcement(pair: Pair) -> None
     receiver = MessageReceiver(right, False, None)
     right.setblocking(False)
     with pytest.raises(BlockingIOError):
-        receiver.fetch(once=True)
+        receiver.fetch()
     left.send(headed(b"next"))
-    receiver.fetch(once=True)
+    receiver.fetch()
     assert receiver.message is None
     assert take(receiver) == b"next"
 
