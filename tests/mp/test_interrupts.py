@@ -1,7 +1,8 @@
 """A signal's handler that runs between any two instructions of a channel: it raises, or sends.
 
 An interrupt comes before every STEP-th instruction of a call, or before each
-(FDSHARE_CHAOS=long), until the call is over before it comes.
+(FDSHARE_CHAOS=long), until the call is over before it comes. Where locks or pickles are others, by
+the start method or the package, fewer of them do.
 """
 
 from __future__ import annotations
@@ -29,16 +30,27 @@ from mp.interrupts import (  # noqa: F401
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 STEP = 1 if os.environ.get("FDSHARE_CHAOS") == "long" else 13
-CTX = get_context("fork")
+FEWER = 7
+
+NAMES = ("Queue", "JoinableQueue", "SimpleQueue", "Pipe")
+CHANNELS = [("multiprocessing", "fork", name) for name in NAMES]
+OTHERS = [
+    ("multiprocessing", "spawn", "Queue"),
+    ("multiprocessing", "forkserver", "SimpleQueue"),
+    ("multiprocess", "fork", "JoinableQueue"),
+    ("multiprocess", "spawn", "Pipe"),
+]
 
 
 class Channel:
     """A queue or a pipe, with the same words for both."""
 
-    def __init__(self, name: str) -> None:
-        self.queue = None if name == "Pipe" else getattr(CTX, name)()
+    def __init__(self, package: str, method: str, name: str) -> None:
+        ctx = get_context(method, backend=package)
+        self.step = STEP * (FEWER if (package, method, name) in OTHERS else 1)
+        self.queue = None if name == "Pipe" else getattr(ctx, name)()
         if self.queue is None:
-            self.reader, self.writer = CTX.Pipe(duplex=False)
+            self.reader, self.writer = ctx.Pipe(duplex=False)
             self.put, self.get = self.writer.send, self.reader.recv
         else:
             self.put, self.get = self.queue.put, self.queue.get
@@ -61,9 +73,9 @@ class Channel:
                 self.queue.task_done()
 
 
-@pytest.fixture(params=["Queue", "JoinableQueue", "SimpleQueue", "Pipe"])
+@pytest.fixture(params=CHANNELS + OTHERS, ids="-".join)
 def channel(request: pytest.FixtureRequest) -> Iterator[Channel]:
-    channel = Channel(request.param)
+    channel = Channel(*request.param)
     yield channel
     channel.close()
 
@@ -116,7 +128,7 @@ def test_put_is_done_or_not_done(channel: Channel, item: Any, interrupter: Inter
         channel.settle()
         gc.collect(0)
         assert open_now() == before
-        instructions += STEP
+        instructions += channel.step
 
 
 @pytest.mark.parametrize("expecting", [False, True], ids=["", "expecting"])
@@ -144,7 +156,7 @@ def test_get_leaves_the_next_message_whole(
         channel.settle()
         gc.collect(0)
         assert open_now() == before
-        instructions += STEP
+        instructions += channel.step
     # An object is lost while it is unpickled by Python code, and then its descriptors are closed.
     assert not lost or isinstance(item, list)
 
@@ -175,6 +187,6 @@ def test_put_may_be_called_during_put(
             for one in arrived:
                 check(one[1] if one in inners else one, inner[1] if one in inners else item)
             channel.settle()
-            instructions += STEP
+            instructions += channel.step
     gc.collect()
     assert open_now() <= before
