@@ -27,7 +27,8 @@ byte: the first byte of a body is its form, which no length and no announcement 
 message is sent as a whole or not at all, wherever its sender stops; but what is larger than JOINED
 takes several sends, and who has begun it must go on.
 
-sending.py has the sends of a message, sender.py and feeder.py send, receiving.py receives.
+sending.py has the sends of a message, incoming.py what was read of one. sender.py and feeder.py
+send, receiving.py receives.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any, Final
 
 from fdshare.errors import InvalidArgument, ProtocolError
-from fdshare.kernel.ancillary import Look, close_looks, look_into, looking, numbers_in, truncation
+from fdshare.kernel.ancillary import close_looks, look_into, looking, numbers_in, truncation
 from fdshare.kernel.descriptor import Descriptor, Spare
 from fdshare.mp.channels.framing import (
     BODY,
@@ -22,20 +22,18 @@ from fdshare.mp.channels.framing import (
     BOXED,
     JOINED,
     LENGTH,
-    LONG,
     LONG_FOLLOWS,
     PLAIN,
     SHORT_BODY,
     WHOLE,
 )
+from fdshare.mp.channels.incoming import MARK, Incoming
 from fdshare.mp.channels.peek_level import AT_ONCE, PeekLevel
 from fdshare.mp.pickling.bundle import Arrived, Bundle, made_at_once
 
 __all__ = ["MessageReceiver"]
 
 _HEAD: Final = LENGTH.size
-# Any user may set 0 to 6; socket(7). Where there is none, only the connection object has the mark.
-_MARK: Final[int | None] = getattr(socket, "SO_PRIORITY", None)
 _SOCKET: Final = int(socket.SOL_SOCKET)
 _WAITALL: Final = int(socket.MSG_WAITALL)
 _DONTWAIT: Final = int(socket.MSG_DONTWAIT)
@@ -56,64 +54,41 @@ _NOTHING: Final = object()
 _NEVER: Final = bytes(_HEAD + 1)
 
 
-class MessageReceiver:
+class MessageReceiver(Incoming):
     """Receives messages from a socket, which stays the connection's.
 
     A reader calls `fetch`, and takes what is in `message` then, with no call in between.
     """
 
     __slots__ = (
-        "_data",
-        "_head",
         "_heads",
         "_in_a_row",
         "_level",
         "_looking",
-        "_looks",
         "_mark_of_all",
-        "_marked",
         "_recv",
-        "_shared",
-        "_size",
-        "_sock",
-        "_start",
         "given_back",
         "holds_lock",
-        "message",
-        "parts",
     )
 
     def __init__(self, sock: socket.socket, shared: bool, level: PeekLevel | None) -> None:
         """*shared*: several processes read from this socket, each under a lock."""
-        self._sock = sock
+        super().__init__(sock, shared)
         self._recv = sock.recv
         # Each step reads a length, or peeks at announcement and body (kernel/ancillary.py).
         self._heads: Iterator[bytes] = iter(partial(sock.recv, _HEAD), _NEVER)
         self._looking = looking(sock, _HEAD + 1)
-        self._shared = shared
         # What another reader of the socket may have marked it with.
         self._mark_of_all = (
-            partial(sock.getsockopt, _SOCKET, _MARK) if shared and _MARK is not None else None
+            partial(sock.getsockopt, _SOCKET, MARK) if shared and MARK is not None else None
         )
         self._level = level
         # How many messages with descriptors came last, one after the other.
         self._in_a_row = 0
-        self.message: Arrived | None = None
         # True if the lock under which it is read was kept, since a message has begun.
         self.holds_lock = False
         # Messages that were taken and not handed out.
         self.given_back: list[Arrived] = []
-        # What was read of the message. After its announcement, which says *_size*, this is the
-        # body, after *_start* bytes of the announcement. *_looks* has what peeks gave. While there
-        # is something in *parts* nobody else may read.
-        self.parts: list[bytes] = []
-        self._head = self._data = b""  # of `_read_plain`
-        self._looks: list[Look] = []
-        self._size: int | None = None
-        self._start = 0
-        self._marked = False  # whether the socket has the mark; not where it is shared
-        if not shared and _is_marked(sock):
-            self._size, self._marked = BODY_FOLLOWS, True
 
     def fetch(self) -> None:
         """The next message is in `message`; unless there was an announcement that was void: then it
@@ -136,9 +111,9 @@ class MessageReceiver:
                             self._count()
                         return
                     # A message without descriptors, as in `_go_on`.
-                    for self._head in self._heads:
+                    for head in self._heads:
+                        self._head = head
                         break
-                    head = self._head
                     size = _unpack(head)[0] if len(head) == _HEAD else 0
                     if 0 < size <= WHOLE:
                         # Its sender has sent all of it in one send: no need for MSG_WAITALL.
@@ -162,12 +137,6 @@ class MessageReceiver:
         if self._in_a_row > 1 and self._level is not None:
             self._level.begin()
 
-    def _collect(self) -> None:
-        """What was read is in *parts*."""
-        if self._head or self._data:
-            parts = self.parts + [part for part in (self._head, self._data) if part]
-            self.parts, self._head, self._data = parts, b"", b""
-
     def _go_on(self, flags: int) -> None:
         """Reads the rest of the message, from whatever was read. After an announcement that was
         void there is none: the next message may have to be peeked at."""
@@ -176,38 +145,6 @@ class MessageReceiver:
             return
         if self.parts or self._look_at_body(flags):
             self._read_body(flags)
-
-    def _read_head(self, flags: int) -> bool:
-        """Reads an announcement: True. Or a message without descriptors, whole: False."""
-        self._fill(_HEAD, flags)
-        if len(self.parts[0]) < _HEAD:
-            self.parts[:] = (b"".join(self.parts),)
-        size = _unpack(self.parts[0][:_HEAD])[0]
-        start = _HEAD
-        if size < LONG_FOLLOWS:
-            self._size, self.parts = size, []
-            return True
-        if size == LONG_FOLLOWS:
-            start += LONG.size
-            self._fill(start, flags)
-            if len(self.parts[0]) < start:
-                self.parts[:] = (b"".join(self.parts),)
-            size = LONG.unpack_from(self.parts[0], _HEAD)[0]
-        self._fill(start + size, flags)
-        parts = self.parts
-        data = parts[1] if len(parts) == 2 else b"".join(parts[1:])
-        self.message, self.parts = data, []
-        return False
-
-    def _fill(self, size: int, flags: int) -> None:
-        """Reads until *size* bytes of the message are there."""
-        parts = self.parts
-        while (have := sum(map(len, parts))) < size:
-            # One buffer of the final size, which the kernel fills: no copy, whatever the size.
-            parts.extend(map(self._sock.recv, (size - have,), (_WAITALL | flags,)))
-            if not parts[-1]:
-                self._drop()
-                raise OSError("got end of file during message") if have else EOFError
 
     def _look_ahead(self) -> bool:
         """Peeks at announcement and body. False if the next message is another."""
@@ -252,29 +189,6 @@ class MessageReceiver:
         self._read_body(0)
         return True
 
-    def _look_at_body(self, flags: int) -> bool:
-        """Peeks at the body, for its descriptors. False if the announcement was void."""
-        close_looks(self._looks)
-        looks = self._looks
-        missing = look_into(looks, self._sock, 1, flags)
-        head = looks[0][0]
-        if head and head[0] in (PLAIN, BOXED):
-            if missing is not None:
-                raise missing
-            if head[0] == BOXED:
-                for box in numbers_in(looks[0]):
-                    with Descriptor.dup_of(box).socket() as inside:
-                        missing = look_into(looks, inside, 1)
-                    if missing is not None:
-                        raise missing
-            return True
-        close_looks(self._looks)
-        self._unmark()
-        self._size = None
-        if not head:
-            raise EOFError
-        return False
-
     def _read_body(self, flags: int) -> None:
         start, size = self._start, self._size
         assert size is not None
@@ -288,9 +202,9 @@ class MessageReceiver:
         # Without a control buffer: the kernel drops its references, the copies are ours.
         self._fill(start + size, flags)
         self._unmark()
-        parts, looks = self.parts, self._looks
+        parts = self.parts
         body = parts[0] if len(parts) == 1 else b"".join(parts)
-        numbers = numbers_in(looks[0]) if len(looks) == 1 else _in_boxes(looks)
+        numbers = self._numbers()
         if size <= _SHORT and len(numbers) == 1:
             build = _bodies.get(body)
             if build is not None:
@@ -351,22 +265,9 @@ class MessageReceiver:
         if self._start:  # the announcement was peeked at
             self._size, self._start = None, 0
         elif self._size is not None:
-            if not self._marked:
-                _mark(self._sock, True)
-                self._marked = True
+            self._mark()
             if self._shared:
                 self._size = None
-
-    def _unmark(self) -> None:
-        if self._marked:
-            _mark(self._sock, False)
-            self._marked = False
-
-    def _drop(self) -> None:
-        """Forgets what was read of the message."""
-        close_looks(self._looks)
-        self.parts, self._size, self._start = [], None, 0
-        self._head = self._data = b""
 
     def receive_bytes(self, limit: int | None) -> bytes | None:
         """The next message's bytes; None if they are more than *limit*, and then only its head is
@@ -393,8 +294,8 @@ class MessageReceiver:
     def _plain_is_next(self) -> bool:
         """True when the head of a message without descriptors is read. False: the next has some."""
         while True:
-            if self._shared and not self.parts and _is_marked(self._sock):
-                self._size, self._marked = BODY_FOLLOWS, True
+            if self._shared and not self.parts:
+                self._recall()
             if self._size is not None:
                 if self.parts or self._look_at_body(0):
                     return False
@@ -418,8 +319,8 @@ class MessageReceiver:
         if self.message is not None:
             return None
         try:
-            if self._shared and not self.parts and _is_marked(self._sock):
-                self._size, self._marked = BODY_FOLLOWS, True
+            if self._shared and not self.parts:
+                self._recall()
             if self._size is None and not self._read_head(0):
                 return None
             if not self.parts and self._sock.recv(1, _PEEK_ALL)[:1] not in (_PLAIN, _BOXED):
@@ -442,17 +343,3 @@ class MessageReceiver:
         self._drop()
         self.message = None
         self.given_back.clear()
-
-
-def _in_boxes(looks: list[Look]) -> list[int]:
-    return [number for look in looks[1:] for number in numbers_in(look)]
-
-
-def _is_marked(sock: socket.socket) -> bool:
-    """True if a reader of this socket has read an announcement and left the body."""
-    return _MARK is not None and sock.getsockopt(_SOCKET, _MARK) != 0
-
-
-def _mark(sock: socket.socket, value: bool) -> None:
-    if _MARK is not None:
-        sock.setsockopt(_SOCKET, _MARK, value)

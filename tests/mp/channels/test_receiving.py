@@ -12,7 +12,8 @@ import pytest
 from fdshare.errors import DescriptorLimit, InvalidArgument, ProtocolError
 from fdshare.kernel.ancillary import MAX_DESCRIPTORS, send_message
 from fdshare.mp.channels.framing import LENGTH, framed, headed
-from fdshare.mp.channels.receiving import MessageReceiver, _is_marked
+from fdshare.mp.channels.incoming import Incoming
+from fdshare.mp.channels.receiving import MessageReceiver
 from fdshare.mp.channels.sending import Outgoing
 from fdshare.mp.pickling.bundle import Bundle
 from mp.common import (
@@ -56,9 +57,9 @@ def test_at_the_limit_nothing_is_lost(pair: Pair, null: int, count: int, read: R
             with pytest.raises(DescriptorLimit):
                 read(right)
     # Where the announcement could not be looked at beside the body, the socket remembers it.
-    assert _is_marked(right) == (read is read_message or count > MAX_DESCRIPTORS)
+    assert Incoming(right, False)._marked == (read is read_message or count > MAX_DESCRIPTORS)
     assert received(read(right)) == (b"data", count)
-    assert not _is_marked(right)
+    assert not Incoming(right, False)._marked
     assert read(right) == b"next"
 
 
