@@ -266,22 +266,11 @@ def test_who_connects_again_while_a_close_hangs(root: Client, count: int) -> Non
     census.check()
 
 
-@needs_fuse
-@pytest.mark.parametrize("killed", [None, "server", "keeper"])
-def test_users_whose_closes_hang(
-    folder: Path, small: Callable[..., Client], killed: Half | None
-) -> None:
-    """What each of them removes stays open: it counts against them as if it was not removed, also
-    in a half that was made since."""
-    folder.chmod(0o755)
-    (folder / "policy").write_text(ANYBODY)
-    root = small(1024, "--policy", str(folder / "policy"), "--mode", "0666")
-    root.register("root's", 0)
-    census = Census(root)
-    systems = {uid: HangingFileSystem(uid) for uid in (1501, 1503, 1504, 1505)}
+@contextmanager
+def closes_that_hang(root: Client) -> Iterator[None]:
+    """Four users register all they may, and remove it when their file systems do not answer."""
 
-    def attack(uid: int, say: Say) -> object:
-        files = systems[uid]
+    def attack(uid: int, files: HangingFileSystem, say: Say) -> object:
         file = files.open()
         wire = Wire(root.address, str(uid))
         wire.ask(1, m.Register(f"{uid}/file", KIND), [file])
@@ -297,23 +286,59 @@ def test_users_whose_closes_hang(
         say(len(held))
         return wire, file
 
+    systems = {uid: HangingFileSystem(uid) for uid in (1501, 1503, 1504, 1505)}
     with ExitStack() as others:
         for uid, files in systems.items():
-            hostile = AsUser(uid, partial(attack, uid), file_system=files)
+            hostile = AsUser(uid, partial(attack, uid, files), file_system=files)
             assert int(others.enter_context(hostile).hear()) > 10
-        if killed is not None:
-            victim = census.halves.pids()[killed]
-            os.kill(victim, signal.SIGKILL)  # it hangs in its end
-            with Client(root.address, timeout=20) as client:
-                halves = Halves(client)
-                wait_until(lambda: halves.pids()[killed] != victim, f"another {killed}")
-                halves.redundant()
-        with Client(root.address) as client:
-            check(client)
-            with Wire(root.address, "many") as wire:
-                wire.ask(1, m.Register("many", KIND), [0] * 20)
-    if killed is None:
-        census.check()
+        yield
+
+
+def check_room(root: Client) -> None:
+    """As `check`; and there are more than a few numbers."""
+    with Client(root.address) as client, Wire(root.address, "many") as wire:
+        check(client)
+        wire.ask(1, m.Register("many", KIND, replace=True), [0] * 20)
+
+
+@needs_fuse
+@pytest.mark.parametrize("options", [(), ("--no-keeper",)], ids=" ".join)
+def test_users_whose_closes_hang(
+    folder: Path, small: Callable[..., Client], options: tuple[str, ...]
+) -> None:
+    """What each of them removes stays open: it counts against them as if it was not removed."""
+    folder.chmod(0o755)
+    (folder / "policy").write_text(ANYBODY)
+    root = small(1024, "--policy", str(folder / "policy"), "--mode", "0666", *options)
+    root.register("root's", 0)
+    server = root.stats().server_pid
+    before = len(census(server))
+    with closes_that_hang(root):
+        check_room(root)
+    for name in root.names():
+        if name != "root's":
+            root.unregister(name)
+    wait_until(lambda: len(census(server)) == before, "what hung to be closed")
+
+
+@needs_fuse
+@pytest.mark.parametrize("half", ["server", "keeper"])
+def test_a_half_that_is_made_while_closes_hang(
+    folder: Path, small: Callable[..., Client], half: Half
+) -> None:
+    """It has copies of what is still to be closed, and they count as before."""
+    folder.chmod(0o755)
+    (folder / "policy").write_text(ANYBODY)
+    root = small(1024, "--policy", str(folder / "policy"), "--mode", "0666")
+    root.register("root's", 0)
+    victim = Halves(root).pids()[half]
+    with closes_that_hang(root):
+        os.kill(victim, signal.SIGKILL)  # it hangs in its end
+        with Client(root.address, timeout=20) as client:
+            halves = Halves(client)
+            wait_until(lambda: halves.pids()[half] != victim, f"another {half}")
+            halves.redundant()
+        check_room(root)
 
 
 @pytest.fixture
