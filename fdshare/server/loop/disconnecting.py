@@ -94,20 +94,27 @@ class Disconnector:
         if not self._room:
             return False
         pair = self._last.get(uid)
-        taken = pair is not None and pair.take(sock)
-        if not taken:
-            try:
-                end, other = socket.socketpair()
-            except OSError:
-                return False
-            end.setblocking(False)
-            pair = self._last[uid] = _Pair(end)
-            taken = pair.take(sock)
-            self._pairs[pair] = None
-            self._poller.register(end.fileno(), 0, partial(self._on_closed, uid, pair))
-            self._closer.lanes.put(uid, pair.seal)  # before the close, in the same lane
-            self._closer.close((Handle(other.detach(), uid),))
+        taken = (pair is not None and pair.take(sock)) or self._taken_by_new(sock, uid)
         self._room -= taken
+        return taken
+
+    def _taken_by_new(self, sock: socket.socket, uid: int) -> bool:
+        try:
+            end, other = socket.socketpair()
+        except OSError:
+            return False
+        end.setblocking(False)
+        pair = _Pair(end)
+        try:
+            self._poller.register(end.fileno(), 0, partial(self._on_closed, uid, pair))
+        except OSError:  # ENOSPC, epoll_ctl(2)
+            close_quietly(end, other)
+            return False
+        self._pairs[pair] = None
+        self._last[uid] = pair
+        taken = pair.take(sock)
+        self._closer.lanes.put(uid, pair.seal)  # before the close, in the same lane
+        self._closer.close((Handle(other.detach(), uid),))
         return taken
 
     def _on_closed(self, uid: int, pair: _Pair, events: int, now: float) -> None:

@@ -137,7 +137,7 @@ class Intake:
         self._add(connection, -min(count, connection.received))
 
     def forget(self, connection: Connection) -> None:
-        """Nothing of *connection* is unsettled any more."""
+        """Nothing that came on *connection* waits any more."""
         self._add(connection, -connection.received)
 
     def gives_way(self, least: int | None = None) -> Connection | None:
