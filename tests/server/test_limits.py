@@ -6,6 +6,8 @@ import errno
 import os
 import resource
 import socket
+import subprocess
+import sys
 import threading
 import time
 import traceback
@@ -159,6 +161,31 @@ def test_a_keeper_without_numbers_makes_way(fd: int) -> None:
         wait_until(lambda: halves.pids()["keeper"] != keeper)
         halves.kill("server")
         assert manager.names() == ["a", "b"]
+
+
+@pytest.mark.parametrize("nofile", range(9, 16))
+def test_a_server_that_cannot_be_started_says_so(folder: Path, nofile: int) -> None:
+    """Some have numbers for a keeper and none for its server."""
+    ready, writes = os.pipe()
+    serve = [sys.executable, "-m", "fdshare", "serve", str(folder / "s"), "--ready-fd", "5"]
+    command = ["sh", "-c", f'exec 5>&{writes} && ulimit -n {nofile} && exec "$@"', "sh", *serve]
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        pass_fds=[writes],
+        text=True,
+    )
+    os.close(writes)
+    with open(ready, "rb") as said:
+        serves = bool(said.read(1))
+        process.terminate()
+        _, error = process.communicate(timeout=60)
+    assert (
+        serves
+        or "Too many open files" in error
+        or f"RLIMIT_NOFILE of the server is {nofile}" in error
+    )
 
 
 # In flight.

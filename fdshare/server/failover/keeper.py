@@ -28,7 +28,11 @@ from typing import Final
 
 from fdshare.errors import FdshareError
 from fdshare.kernel.descriptor import Descriptor
-from fdshare.kernel.descriptor_limit import raise_descriptor_limit
+from fdshare.kernel.descriptor_limit import (
+    descriptor_limit,
+    is_descriptor_limit,
+    raise_descriptor_limit,
+)
 from fdshare.server import logs
 from fdshare.server.core.records import Record
 from fdshare.server.failover.heartbeat import Heartbeat
@@ -271,6 +275,10 @@ class Keeper:
         try:
             half = fork_half(self._lanes)
         except OSError as error:
+            if self._ready is not None and not self._holdings.table.entries:
+                if is_descriptor_limit(error):
+                    raise descriptor_limit(error.errno, "server") from None
+                raise FdshareError(f"no server can be started: {error}") from None
             log.error("no new server: %s", error)
             self._start_at = time.monotonic() + 1.0
             return None
