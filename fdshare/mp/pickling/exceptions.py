@@ -13,8 +13,9 @@ in the error's own pickle, and is the same object when it arrives.)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from types import GetSetDescriptorType, MemberDescriptorType
 from typing import Any, Final, NamedTuple, Protocol, TypeAlias
 
@@ -96,8 +97,15 @@ def reduce_exception(pickler: ChainPickler, error: BaseException) -> Any:
 
 def _is_programs(cls: type, *names: str) -> bool:
     """True if one of the methods *names* is not one that C defines."""
-    owners = (next((base for base in cls.__mro__ if name in vars(base)), object) for name in names)
-    return any(owner.__flags__ & _HEAP_TYPE for owner in owners)
+    if not cls.__flags__ & _HEAP_TYPE:
+        return False
+    for name in names:
+        for base in cls.__mro__:
+            if name in vars(base):
+                if base.__flags__ & _HEAP_TYPE:
+                    return True
+                break
+    return False
 
 
 def _arguments(error: BaseException) -> tuple[Any, ...]:
@@ -105,19 +113,35 @@ def _arguments(error: BaseException) -> tuple[Any, ...]:
     return (error.message, error.exceptions) if isinstance(error, BaseExceptionGroup) else ()
 
 
-def _descriptors(cls: type) -> Iterator[tuple[str, Any]]:
+def _descriptors(cls: type) -> list[tuple[str, Any]]:
     """The names and descriptors of members in C structures and of slots."""
+    found: list[tuple[str, Any]] = []
     for base in cls.__mro__:
-        for name, found in vars(base).items():
-            if type(found) in _MEMBERS and not (name[:2] == "__" and name[-2:] == "__"):
-                yield name, found
+        found += _own(base) if base.__flags__ & _HEAP_TYPE else _own_for_good(base)
+    return found
+
+
+def _own(cls: type) -> list[tuple[str, Any]]:
+    """Those of *cls* without its bases."""
+    return [
+        (name, found)
+        for name, found in vars(cls).items()
+        if type(found) in _MEMBERS and not (name[:2] == "__" and name[-2:] == "__")
+    ]
+
+
+_own_for_good: Final = cache(_own)  # a class that C defines does not change, and does not go
 
 
 def _members(error: BaseException) -> dict[str, Any]:
     members: dict[str, Any] = {}
     for name, descriptor in _descriptors(type(error)):
-        with suppress(AttributeError):  # it was never set
-            members.setdefault(name, descriptor.__get__(error))
+        if name in members:
+            continue
+        try:
+            members[name] = descriptor.__get__(error)
+        except AttributeError:
+            pass  # it was never set
     for name in ("message", "exceptions") if isinstance(error, BaseExceptionGroup) else ():
         members.pop(name, None)
     return members
@@ -140,9 +164,11 @@ def _restore(error: BaseException, state: tuple[Any, ...]) -> None:
         if name not in members:
             continue
         value = members.pop(name)
-        with suppress(AttributeError, TypeError):  # it can only be read
+        try:
             if value is not None or not _is_none(descriptor, error):
                 descriptor.__set__(error, value)
+        except (AttributeError, TypeError):
+            pass  # it can only be read
     if obj is not None:
         with suppress(Exception):  # it is no part of the error
             error.obj = load_part(*obj)  # type: ignore[attr-defined]

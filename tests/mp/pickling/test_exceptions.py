@@ -141,6 +141,17 @@ class OwnState(OSError):
         self.state = state
 
 
+class WithState:
+    """A base that is looked up after those in C."""
+
+    def __getstate__(self) -> Any:
+        return {"state": "of another base"}
+
+
+class StateOfAnotherBase(ValueError, WithState):
+    pass
+
+
 class Bomb(Exception):
     """Cannot be unpickled."""
 
@@ -353,3 +364,9 @@ def test_from_a_worker(family: Family, how: str, cls: Any) -> None:
 
 def fail_with(cls: Any) -> None:
     raise cls(1, 2) if cls is OwnNew else cls()
+
+
+def test_a_method_of_a_base_behind_those_in_c(family: Family) -> None:
+    error = StateOfAnotherBase("text")
+    error.state = "its own"  # type: ignore[attr-defined]
+    assert vars(through(family, error)) == {"state": "of another base"}
