@@ -16,6 +16,7 @@ from benchmarks.measure import Bench, Plan
 FAMILIES = (
     "floor",
     "fetch",
+    "follow",
     "names",
     "queues",
     "arrays",

@@ -1,6 +1,6 @@
 """Workers of a Dask cluster share one open data set and one listener, by reference.
 
-    $ pip install 'fdshare[cluster]'
+    $ pip install '.[cluster]'
     $ python cluster_dask.py
     4 tasks in 2 processes summed 1000000 numbers of one open file: 499999500000.0
     each of 2 workers has accepted a connection on port 40123

@@ -93,6 +93,10 @@ class Manager(Client):
         """Itself, when the server has started in a process of its own, which ends with this one.
 
         Raises: AddressInUse, EndpointError, PolicyError; InvalidArgument: started already.
+
+        >>> manager = fdshare.Manager().start()
+        >>> manager.ping()
+        >>> manager.shutdown()
         """
         if self._process is not None:
             raise InvalidArgument("start", "this manager's server has been started")
@@ -118,6 +122,11 @@ class Manager(Client):
         """Itself, when a server has answered at the address.
 
         Raises: NoServer and the others of `fdshare.connect`.
+
+        >>> with fdshare.Manager() as manager:
+        ...     with fdshare.Manager(manager.address).connect() as other:
+        ...         other.names()
+        []
         """
         self.ping()
         self._connected = True

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 from commandline import ROOT
 
+import fdshare
+
 MODULES = ["fdshare", "fdshare.kernel", "fdshare.aio", "fdshare.activation"]
 
 # In a process and a folder of its own: examples change what multiprocessing pickles.
@@ -59,6 +61,50 @@ def test_each_example_runs(module: str, folder: Path) -> None:
     names = [n for n in shown(module) if n not in needs or importable(needs[n])]
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", RUN, module, *names],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.stderr == ""
+    assert "TestResults(failed=0" in done.stdout, done.stdout
+
+
+# Each verb with a server of its own, a client of it and an open file.
+VERBS = """
+import doctest, os, sys
+import fdshare
+finder = doctest.DocTestFinder(recurse=False)
+runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
+for name in sys.argv[1:]:
+    with fdshare.Manager() as manager, fdshare.connect(manager.address) as client:
+        with open(os.devnull) as file:
+            given = {"client": client, "file": file, "os": os, "fdshare": fdshare}
+            cls = fdshare.Client if hasattr(fdshare.Client, name) else fdshare.Manager
+            for test in finder.find(getattr(cls, name), name, module=False, globs=given):
+                runner.run(test)
+print(runner.summarize(verbose=False))
+"""
+WITHOUT = {"close", "reload", "get_server", "join"}
+
+
+def verbs() -> list[str]:
+    found = {**vars(fdshare.Manager), **vars(fdshare.Client)}
+    return [n for n, value in found.items() if n[0] != "_" and inspect.isfunction(value)]
+
+
+def test_each_verb_has_an_example() -> None:
+    classes = (fdshare.Client, fdshare.Manager)
+    docs = {n: [getattr(c, n).__doc__ for c in classes if hasattr(c, n)] for n in verbs()}
+    assert {n for n, texts in docs.items() if ">>> " not in "".join(texts)} == WITHOUT
+
+
+def test_each_verb_is_as_its_example_says(folder: Path) -> None:
+    names = [n for n in verbs() if n not in WITHOUT]
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", VERBS, *names],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdin=subprocess.DEVNULL,

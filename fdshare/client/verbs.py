@@ -291,7 +291,9 @@ def bind(name: str, address: str, backlog: int, reuse_port: bool) -> Steps[socke
         bound = _bound_socket(name, given.kind, parts.descriptors)
         try:
             wrong, is_gone = why_unreachable(bound.fileno(), parse_address(address))
-            if not wrong:
+            # The server has kept it if the path leads to it where the server is: in another mount
+            # namespace, perhaps.
+            if not wrong or (is_gone and given.generation == replaces):
                 return bound
         except BaseException:
             bound.close()

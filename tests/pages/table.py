@@ -433,4 +433,5 @@ PAGES: Final[dict[str, list[Run | NotRun]]] = {
     "docs/howto/privileged-ports.md": PORTS,
     "docs/howto/systemd.md": UNITS,
     "docs/howto/web-frameworks.md": FRAMEWORKS,
+    "docs/platforms.md": [NotRun("the suite itself, with other Pythons")],
 }

@@ -76,6 +76,7 @@ class MemoryEffects:
         self.keeper = Table()
         self.service = Service(self.table, Policy(own_uid), limits or Limits.for_rlimit(1000), self)
         self.open: set[int] = set()
+        self.reached: set[int] = set()  # those that clients can connect to
         self.leases: dict[int, LeaseState] = {}  # our end -> what the taker did
         self.lease_of: dict[int, int] = {}  # the taker's end -> ours
         self.revoked: set[int] = set()
@@ -199,6 +200,9 @@ class MemoryEffects:
 
     def bind(self, address: str, backlog: int, reuse_port: bool) -> tuple[m.Kind, int]:
         return KIND, self.new_handles(1)[0]
+
+    def is_reached(self, address: str, handle: int) -> bool:
+        return handle in self.reached
 
     def stats(self) -> m.ServerStats:
         raise NotImplementedError

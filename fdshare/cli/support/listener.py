@@ -68,6 +68,8 @@ def held_socket(client: Client, wanted: WantedAddress) -> Descriptor:
             given, descriptors = _bound_here(client, wanted, replaces)
         try:
             difference, gone = _difference(address, descriptors, given.kind.tag)
+            if gone and given.generation == replaces:  # it is there where the server is
+                difference, replaces = "", None
             if not difference or (wanted.mismatch == "keep" and len(descriptors) == 1):
                 if replaces is not None:
                     said = printable(f"{wanted.name} is bound anew, at {address}")

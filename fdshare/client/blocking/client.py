@@ -89,6 +89,9 @@ class Client(BaseClient):
         It is safe to close *obj* after this call. Raises: InvalidName, NameTaken,
         GenerationMismatch, AccessDenied, QuotaExceeded, TooManyDescriptors, UnsupportedKind,
         UnreadData, ClosedDescriptor, DescriptorLimit.
+
+        >>> client.register("null", file, metadata={"by": "me"})
+        Registered(name='null', generation=...)
         """
         lifeline = self._lifeline.end() if lifetime == "connection" else None
         return self._do(
@@ -114,17 +117,35 @@ class Client(BaseClient):
         seconds for the name to appear, None for ever. The caller owns the result. Raises:
         NameNotFound (no timeout), FetchTimeout, AccessDenied, DescriptorLimit, KindMismatch,
         UnknownKind.
+
+        >>> _ = client.register("null", file)
+        >>> with client.fetch("null") as again:
+        ...     again.name
+        '/dev/null'
         """
         return verbs.given(self._fetch(name, timeout))
 
     def fetch_raw(self, name: str, *, timeout: float | None = 0) -> list[Descriptor]:
-        """The bare descriptors of *name*, whatever their kind. The caller owns the result."""
+        """The bare descriptors of *name*, whatever their kind. The caller owns the result.
+
+        >>> _ = client.register("null", file)
+        >>> [descriptor] = client.fetch_raw("null")
+        >>> with descriptor:
+        ...     descriptor.fileno() == file.fileno()
+        False
+        """
         return verbs.given_raw(self._fetch(name, timeout))
 
     def fetch_many(self, names: Iterable[str]) -> dict[str, Any]:
         """name -> object for all of *names*: one round trip for each 253 descriptors.
 
         All or nothing: NameNotFound names what is missing. The caller owns the results.
+
+        >>> _ = client.register("null", file)
+        >>> for name, again in client.fetch_many(["null"]).items():
+        ...     with again:
+        ...         name, again.name
+        ('null', '/dev/null')
         """
         return self._do(verbs.fetch_many(names))
 
@@ -132,11 +153,23 @@ class Client(BaseClient):
         """As `fetch`, and the entry is removed once this side has the object.
 
         If this process dies before, the entry is back under its name. The caller owns the result.
+
+        >>> _ = client.register("null", file)
+        >>> with client.take("null") as again:
+        ...     client.names()
+        []
         """
         return self._do(verbs.take(name, timeout))
 
     def take_raw(self, name: str, *, timeout: float | None = 0) -> list[Descriptor]:
-        """As `take`, but the bare descriptors, whatever their kind. The caller owns the result."""
+        """As `take`, but the bare descriptors, whatever their kind. The caller owns the result.
+
+        >>> _ = client.register("null", file)
+        >>> [descriptor] = client.take_raw("null")
+        >>> with descriptor:
+        ...     client.names()
+        []
+        """
         return self._do(verbs.take_raw(name, timeout))
 
     def wait(self, name: str, *, timeout: float | None = None) -> m.Registered:
@@ -144,6 +177,10 @@ class Client(BaseClient):
 
         Waits up to *timeout* seconds, None for ever. Raises: FetchTimeout, AccessDenied;
         NameNotFound where *timeout* is 0.
+
+        >>> _ = client.register("null", file)
+        >>> client.wait("null", timeout=5).name
+        'null'
         """
         return self._do(verbs.wait(name, timeout))
 
@@ -151,6 +188,12 @@ class Client(BaseClient):
         """An iterator over what changes: first a Snapshot, then each Event, in order.
 
         *timeout* bounds each wait, in seconds. See `Watcher`. The caller owns the result.
+
+        >>> with client.watch("n*") as watch:
+        ...     first = next(watch)
+        ...     _ = client.register("null", file)
+        ...     first.entries, next(watch).event
+        ({}, 'registered')
         """
         watcher = Watcher(self, pattern, timeout)
         self._watches.add(watcher)
@@ -185,6 +228,11 @@ class Client(BaseClient):
         """Removes the entry; the server closes its descriptors.
 
         Raises: NameNotFound, GenerationMismatch, AccessDenied.
+
+        >>> _ = client.register("null", file)
+        >>> client.unregister("null")
+        >>> client.names()
+        []
         """
         self._do(verbs.unregister(name, if_generation))
 
@@ -192,6 +240,10 @@ class Client(BaseClient):
         """The entry under its new name, with a new generation; in one step.
 
         Raises: NameNotFound, NameTaken, AccessDenied.
+
+        >>> _ = client.register("null", file)
+        >>> client.rename("null", "nothing").name
+        'nothing'
         """
         return self._do(verbs.rename(old, new))
 
@@ -204,36 +256,67 @@ class Client(BaseClient):
         socket. One whose path is gone is bound anew. The caller owns the result. Raises:
         AddressInUse, InvalidArgument, AccessDenied; KindMismatch: what is registered under *name*
         is not a socket; EndpointError: nobody can connect to it.
+
+        >>> with client.bind("web", "tcp://127.0.0.1:0") as web:
+        ...     web.getsockname()[0]
+        '127.0.0.1'
         """
         return self._do(verbs.bind(name, address, backlog, reuse_port))
 
     def names(self, pattern: str = "*") -> list[str]:
-        """The names that match the shell pattern, sorted; `*` crosses `/`."""
+        """The names that match the shell pattern, sorted; `*` crosses `/`.
+
+        >>> _ = client.register("null", file)
+        >>> client.names("n*")
+        ['null']
+        """
         return self._do(verbs.names(pattern))
 
     def info(self, name: str) -> m.EntryInfo:
         """What the server knows of *name*, and the kernel of its descriptors.
 
         Raises: NameNotFound.
+
+        >>> _ = client.register("null", file)
+        >>> info = client.info("null")
+        >>> info.registrant.pid == os.getpid(), info.fetches
+        (True, 0)
         """
         return self._do(verbs.info(name))
 
     def infos(self, pattern: str = "*") -> list[m.EntryInfo]:
-        """`info` of every entry whose name matches the shell pattern, in the order of names."""
+        """`info` of every entry whose name matches the shell pattern, in the order of names.
+
+        >>> _ = client.register("null", file)
+        >>> [info.name for info in client.infos("n*")]
+        ['null']
+        """
         return self._do(verbs.infos(pattern))
 
     def explain(
         self, verb: str, name: str, uid: int, gid: int, groups: Iterable[int] = ()
     ) -> m.Explained:
-        """Whether the policy allows *verb* on *name* to that user, and the rule that decides."""
+        """Whether the policy allows *verb* on *name* to that user, and the rule that decides.
+
+        >>> client.explain("fetch", "null", os.geteuid(), os.getegid()).allowed
+        True
+        """
         return self._do(verbs.explain(verb, name, uid, gid, groups))
 
     def stats(self) -> m.ServerStats:
-        """The state of the server: pids, counts, limits."""
+        """The state of the server: pids, counts, limits.
+
+        >>> _ = client.register("null", file)
+        >>> client.stats().names
+        1
+        """
         return self._do(verbs.stats())
 
     def ping(self) -> None:
-        """Returns when the server has answered."""
+        """Returns when the server has answered.
+
+        >>> client.ping()
+        """
         self._do(verbs.simple(m.Ping()))
 
     def reload(self) -> None:
@@ -244,11 +327,19 @@ class Client(BaseClient):
         """Returns when the server runs the code that is installed now, with all that it holds.
 
         The keeper's pid stays. Raises: FdshareError: why not; nothing has changed then.
+
+        >>> before = client.stats().server_pid
+        >>> client.upgrade()
+        >>> client.stats().server_pid == before
+        False
         """
         self._do(verbs.simple(m.Upgrade()))
 
     def shutdown(self) -> None:
-        """Ends the server; it closes all that it holds."""
+        """Ends the server; it closes all that it holds.
+
+        >>> client.shutdown()
+        """
         self._do(verbs.simple(m.Shutdown()))
 
     # The mapping protocol, on names.
@@ -272,11 +363,20 @@ class Client(BaseClient):
         return len(self.names())
 
     def keys(self) -> list[str]:
-        """The names, sorted: so `dict(client)` fetches everything. The caller owns its values."""
+        """The names, sorted: so `dict(client)` fetches everything. The caller owns its values.
+
+        >>> _ = client.register("null", file)
+        >>> client.keys()
+        ['null']
+        """
         return self.names()
 
     def get(self, name: str, default: Any = None) -> Any:
-        """As `fetch`, or *default* where nothing is held. The caller owns the result."""
+        """As `fetch`, or *default* where nothing is held. The caller owns the result.
+
+        >>> client.get("null", "there is none")
+        'there is none'
+        """
         try:
             return self.fetch(name)
         except NameNotFound:
@@ -286,6 +386,12 @@ class Client(BaseClient):
         """Each name with its object, if it is still there when its turn comes.
 
         The caller owns the objects.
+
+        >>> _ = client.register("null", file)
+        >>> for name, again in client.items():
+        ...     again.close()
+        ...     name
+        'null'
         """
         for name in self.names():
             try:
@@ -294,13 +400,21 @@ class Client(BaseClient):
                 continue
 
     def values(self) -> Iterator[Any]:
-        """The objects of `items`. The caller owns them."""
+        """The objects of `items`. The caller owns them.
+
+        >>> _ = client.register("null", file)
+        >>> for again in client.values():
+        ...     again.close()
+        """
         return (obj for _, obj in self.items())
 
     def pop(self, name: str, *default: Any) -> Any:
         """As `take`, or *default*, if it is given, where nothing is held.
 
         The caller owns the result.
+
+        >>> client.pop("null", None) is None
+        True
         """
         try:
             return self.take(name)

@@ -121,6 +121,9 @@ class Effects(Protocol):
     def bind(self, address: str, backlog: int, reuse_port: bool) -> tuple[m.Kind, Handle]:
         """A new socket bound to *address*. Raises: as `binding.bind_address`."""
 
+    def is_reached(self, address: str, handle: Handle) -> bool:
+        """Whether *handle* is a socket at the path of *address*, and clients can connect to it."""
+
     def stats(self) -> m.ServerStats: ...
 
     def reload_policy(self) -> None:

@@ -185,6 +185,9 @@ class Writes(Waiters):
         self._permit("register", request.name, session)
         if former is not None:
             self._permit_removal("register", former, session)
+            # The client may have a mount namespace of its own, in which the path is not there.
+            if self.effects.is_reached(request.address, former.handles[0]):
+                return former
         elif clash := self.table.entries.get(request.name):  # it is leased
             raise NameTaken(request.name, clash.generation)
         if self.table.leases:

@@ -243,7 +243,8 @@ class Keeper:
     def _reload(self) -> None:
         """The policy; and the path, if somebody has removed it."""
         self._reloading = True
-        if bind_anew(self._holdings.listener, self._holdings.settings) and not self._stopping:
+        bound = bind_anew(self._holdings.listener, self._holdings.settings)
+        if bound and self._server is not None and not self._stopping:
             # A server accepts at the socket that it was forked with; its successor is told.
             self._relieved = True
             self._drain()

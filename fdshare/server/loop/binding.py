@@ -25,8 +25,9 @@ from fdshare.kernel.descriptor_limit import descriptor_limit, is_descriptor_limi
 from fdshare.kernel.path_lock import live, refuse_other_files
 from fdshare.kernel.port_owner import port_owner
 from fdshare.protocol.bind_address import BindAddress, parse_address
+from fdshare.server.loop.inspect import describe_descriptor
 
-__all__ = ["bind_address", "gid_of", "parse_address"]
+__all__ = ["bind_address", "gid_of", "is_reached", "parse_address"]
 
 _MODE: Final = 0o600
 _MOST: Final = 2**31 - 1  # an int of listen(2)
@@ -57,6 +58,18 @@ def bind_address(address: str, *, backlog: int, reuse_port: bool) -> socket.sock
         if is_descriptor_limit(error) and not isinstance(error, FdshareError):
             raise descriptor_limit(error.errno, "server") from None
         raise
+
+
+def is_reached(address: str, fd: int) -> bool:
+    """Whether *fd* is a UNIX socket at the path of *address*, and clients can connect to it.
+
+    *fd* is borrowed for the call.
+    """
+    path = parse_address(address).path
+    if not path:
+        return False
+    found = describe_descriptor(fd, bound_to=path)
+    return found.listening and found.local == path and "nobody can connect" not in found.health
 
 
 def _bind_network(address: BindAddress, backlog: int, reuse_port: bool) -> socket.socket:

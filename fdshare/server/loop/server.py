@@ -40,7 +40,7 @@ from fdshare.server.core.service import Service
 from fdshare.server.core.slots import Page
 from fdshare.server.core.table import Entry, Table
 from fdshare.server.limits import Limits
-from fdshare.server.loop.binding import bind_address
+from fdshare.server.loop.binding import bind_address, is_reached
 from fdshare.server.loop.closing import (
     Closer,
     Handle,
@@ -292,6 +292,9 @@ class Server:
         sock = bind_address(address, backlog=backlog, reuse_port=reuse_port)
         kind, _ = describe(sock)
         return kind, Handle(sock.detach())
+
+    def is_reached(self, address: str, handle: Handle) -> bool:
+        return is_reached(address, handle.fd)
 
     def stats(self) -> m.ServerStats:
         loop, limits = self.loop, self.service.limits

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import socket
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from commandline import Shell
+from commandline import FDSHARE, Shell
 
 from fdshare import Client, Descriptor, connect
 
@@ -159,6 +160,42 @@ def test_another_mode_is_refused_or_set(fdshare: Shell, folder: Path) -> None:
     fdshare("run", "--rebind", f"app=unix://{path}?mode=0666", "--", "true")
     assert path.stat().st_mode & 0o777 == 0o666
     fdshare("run", f"app=unix://{path}", "--", "true")
+
+
+BIND = """
+import fdshare, sys
+with fdshare.connect() as client, client.bind("app", sys.argv[1]) as sock:
+    print(sock.getsockname())
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts")
+def test_a_path_that_is_there_for_the_server_is_not_gone(fdshare: Shell, folder: Path) -> None:
+    """A container has a mount namespace of its own, and sees the path of the rendezvous alone."""
+    inner = folder / "inner"
+    inner.mkdir()
+    address = f"unix://{inner}/a.sock"
+    fdshare("run", f"app={address}", "--", "true")
+    generation = fdshare.json("info", "app")["generation"]
+    hidden = f'mount -t tmpfs tmpfs {inner} && exec "$@"'
+    for words in (
+        [*FDSHARE, "run", f"app={address}", "--", sys.executable, "-c", WHERE],
+        [sys.executable, "-c", BIND, address],
+    ):
+        done = subprocess.run(
+            ["unshare", "--mount", "sh", "-c", hidden, "sh", *words],
+            env=fdshare.environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        if "unshare failed" in done.stderr:
+            pytest.skip("no mount namespace here")
+        assert done.returncode == 0, done.stderr
+        assert f"{inner}/a.sock" in done.stdout
+        assert done.stderr == ""
+    assert fdshare.json("info", "app")["generation"] == generation
+    assert reaches(inner / "a.sock")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root gives a file to any group")

@@ -47,6 +47,9 @@ def test_a_bind_replaces_one_generation_of_its_registrant(effects: MemoryEffects
     assert bind(mine, first.generation + 1) == first.generation
     with pytest.raises(AccessDenied):
         bind(theirs, first.generation)
+    effects.reached = set(effects.open)
+    assert bind(mine, first.generation) == first.generation  # nothing is wrong with it
+    effects.reached = set()
     assert bind(mine, first.generation) > first.generation
     assert len(effects.open) == 1
 

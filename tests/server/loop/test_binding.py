@@ -20,7 +20,7 @@ from fdshare.errors import (
     EndpointError,
     InvalidArgument,
 )
-from fdshare.server.loop.binding import bind_address
+from fdshare.server.loop.binding import bind_address, is_reached
 from fdshare.server.loop.inspect import describe_descriptor
 
 
@@ -220,6 +220,19 @@ def test_a_path_with_a_group(folder: Path) -> None:
     assert (stat.S_IMODE(info.st_mode), info.st_uid, info.st_gid) == (0o660, os.geteuid(), 12345)
     info = (folder / "t").stat()
     assert (stat.S_IMODE(info.st_mode), info.st_gid) == (0o600, 0)
+
+
+def test_whether_clients_reach_what_is_bound(folder: Path) -> None:
+    address = f"unix://{folder}/s"
+    with bind(address) as listener, bind("tcp://127.0.0.1:0") as tcp:
+        assert is_reached(f"{address}?mode=0600", listener.fileno())
+        assert not is_reached(f"unix://{folder}/t", listener.fileno())
+        assert not is_reached(f"tcp://127.0.0.1:{tcp.getsockname()[1]}", tcp.fileno())
+        (folder / "s").rename(folder / "t")
+        assert not is_reached(address, listener.fileno())
+        (folder / "t").rename(folder / "s")
+        listener.shutdown(socket.SHUT_RDWR)
+        assert not is_reached(address, listener.fileno())
 
 
 def test_a_group_that_is_not_there(folder: Path) -> None:
