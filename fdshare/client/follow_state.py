@@ -30,7 +30,6 @@ from fdshare.errors import (
     ServerGone,
 )
 from fdshare.kernel.descriptor import Descriptor
-from fdshare.kernel.shared_memory import SharedMemory
 from fdshare.kinds import discard
 from fdshare.protocol import messages as m
 
@@ -82,6 +81,8 @@ class MappedPage:
 
     def map(self, id: int, descriptor: Descriptor) -> None:
         """Maps another page, and closes its *descriptor*. Raises: ProtocolError: it is none."""
+        from fdshare.kernel.shared_memory import SharedMemory  # for who follows; see kinds/
+
         try:
             with descriptor, SharedMemory.adopt(descriptor) as memory:
                 words = memory.buf.toreadonly().cast("Q")

@@ -398,7 +398,7 @@ def _page_in(memfd: Descriptor | None) -> MemoryPage | None:
     try:
         return None if memfd is None else MemoryPage(memfd)
     except OSError as error:
-        log.warning("followers ask for each use: %s", error)
+        log.info("each use of what a client follows is a question: %s", error)
         return None
 
 
