@@ -27,10 +27,13 @@ def alarm() -> Iterator[Callable[[], None]]:
     """A handler raises a moment after the call of this."""
 
     def handle(*_: object) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, lambda *_: None)  # another may have come by now
         raise GivenUp
 
     former = signal.signal(signal.SIGALRM, handle)
-    yield lambda: signal.setitimer(signal.ITIMER_REAL, 0.02) and None
+    # Again and again: one signal may come just before sendmsg(2) waits.
+    yield lambda: signal.setitimer(signal.ITIMER_REAL, 0.02, 0.02) and None
     signal.setitimer(signal.ITIMER_REAL, 0)
     signal.signal(signal.SIGALRM, former)
 
