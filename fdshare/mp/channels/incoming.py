@@ -154,6 +154,7 @@ class Incoming:
 
     def _drop(self) -> None:
         """Forgets what was read of the message."""
-        close_looks(self._looks)
+        if self._looks:  # at the interpreter's end there may be no close_looks any more
+            close_looks(self._looks)
         self.parts, self._size, self._start = [], None, 0
         self._head = self._data = b""
