@@ -14,7 +14,7 @@ import pytest
 from breaking import Halves, kill
 from conftest import wait_until
 
-from chaos.histories import NAME, wrong
+from chaos.histories import NAME, REMOVED, wrong
 from chaos.test_kill_under_load import Load
 from fdshare.manager import Manager
 
@@ -73,25 +73,26 @@ def test_every_history_has_an_order(
     assert [ledger["wrong"] for ledger in ledgers if "wrong" in ledger] == []
     writes = [write for ledger in ledgers for write in ledger.get("writes", ())]
     reads = [run for ledger in ledgers for run in ledger.get("reads", ())]
+    absent = [read for ledger in ledgers for read in ledger.get("absent", ())]
     looks = sum(ledger.get("looks", 0) for ledger in ledgers)
-    counted.update(done, writes=len(writes), runs=len(reads), looks=looks)
+    counted.update(done, writes=len(writes), runs=len(reads), looks=looks, absent=len(absent))
     assert writes
     assert reads
     first = [-1, 1, 0, 0]  # registered before the history begins
-    assert wrong([first, *writes], reads) == []
+    assert wrong([first, *writes], reads, absent) == []
 
 
 # The checker finds what is wrong.
 
-WRITES = [[10, 1, 0, 10], [20, 2, 100, 110], [30, 3, 200, 210]]
+WRITES = [[10, 1, 0, 10], [20, 2, 100, 110], [REMOVED, 2.5, 150, 160], [30, 3, 200, 210]]
 
 
 @pytest.mark.parametrize(
     "reads",
     [
-        [[10, 5, 6, 105, 106], [20, 104, 105, 150, 151], [30, 215, 216, 300, 301]],
-        [[10, 105, 120, 105, 120], [20, 109, 111, 205, 220]],
-        [[20, 205, 206, 205, 206], [30, 205, 206, 205, 206]],
+        [[10, 5, 6, 105, 106], [20, 104, 105, 155, 156], [30, 215, 216, 300, 301]],
+        [[10, 105, 120, 105, 120], [20, 109, 111, 159, 220]],
+        [[10, 105, 106, 105, 106], [20, 105, 106, 105, 106]],
     ],
 )
 def test_a_history_that_has_an_order(reads: list[list[int]]) -> None:
@@ -105,7 +106,15 @@ def test_a_history_that_has_an_order(reads: list[list[int]]) -> None:
         [[10, 5, 6, 111, 112]],  # after the next was acknowledged
         [[10, 5, 6, 50, 60], [10, 115, 116, 115, 116]],
         [[30, 201, 202, 201, 202], [20, 204, 205, 204, 205]],  # back again
+        [[20, 115, 116, 161, 162]],  # after it was removed
     ],
 )
 def test_a_history_that_has_none(reads: list[list[int]]) -> None:
     assert wrong(WRITES, reads) != []
+
+
+def test_a_name_that_was_missing() -> None:
+    assert wrong(WRITES, [], [[155, 156], [205, 206], [149, 151]]) == []
+    for read in ([120, 130], [211, 212]):
+        assert wrong(WRITES, [], [read]) != []
+    assert wrong(WRITES, [[30, 201, 202, 201, 202]], [[203, 204]]) != []
