@@ -38,9 +38,17 @@ SAMPLES: tuple[tuple[Any, ...], ...] = (
     ("a", 2, "c", {}),
 )
 HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE
-NOT_BUILT = {"xml.dom.DOMException": "it is abstract"}
+NOT_BUILT = {
+    "xml.dom.DOMException": "it is abstract",
+    "concurrent.interpreters.ExecutionFailed": "it has what a sub-interpreter has said",
+}
 # Those that no pickle can name: the module has no class of that name.
-NOT_NAMED = {"dbm.error": "it is _dbm.error", "signal.itimer_error": "it is signal.ItimerError"}
+NOT_NAMED = {
+    "dbm.error": "it is _dbm.error",
+    "signal.itimer_error": "it is signal.ItimerError",
+    "concurrent.interpreters.QueueError": "it is not in that module",
+    "concurrent.interpreters.QueueNotFoundError": "it is not in that module",
+}
 
 
 def constructors() -> dict[str, Callable[[], BaseException]]:
@@ -104,6 +112,8 @@ def constructors() -> dict[str, Callable[[], BaseException]]:
         lambda: ufuncs._UFuncInputCastingError(numpy.add, "safe", double, whole, 0),
         lambda: ufuncs._UFuncOutputCastingError(numpy.add, "safe", double, whole, 0),
     ]
+    if hasattr(tarfile, "LinkFallbackError"):
+        made.append(lambda: tarfile.LinkFallbackError(tarfile.TarInfo("name"), "path"))
     return {name(type(make())): make for make in made}
 
 

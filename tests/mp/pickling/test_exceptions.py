@@ -44,6 +44,9 @@ def chained(error: BaseException, cause: BaseException | None, context: Any = No
     return error
 
 
+# From 3.15 on an HTTPError says so where it is dropped.
+pytestmark = pytest.mark.filterwarnings("ignore:Implicitly cleaning up <HTTPError")
+
 # Every class there is
 
 KNOWN: dict[str, Callable[[], BaseException]] = {}
