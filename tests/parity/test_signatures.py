@@ -50,8 +50,6 @@ def shape(function: Any) -> Shape | None:
 @pytest.mark.parametrize("package", PACKAGES)
 def test_names(package: str) -> None:
     for ours, stock in classes(package):
-        if ours is backend_of(package).CLASSES.Connection:
-            continue  # what our channels call in it
         assert names(ours) == names(stock), ours
 
 

@@ -70,7 +70,7 @@ class ConnectionMixin(StockConnection):
     _peek_level: PeekLevel | None = None
     _sender: Sender | None = None
     _receiver: MessageReceiver | None = None
-    _locking: Iterator[bool] | None = None  # each step acquires the lock that `take` is given
+    _locking: Iterator[bool] | None = None  # each step acquires the lock that `_take` is given
 
     def send(self, obj: Any) -> None:
         """Sends *obj* with its descriptors. It is safe to close *obj* after this call.
@@ -98,9 +98,9 @@ class ConnectionMixin(StockConnection):
         self._check_readable()
         if self._socket is None and self._open() is None:
             return super().recv()
-        return self.take()
+        return self._take()
 
-    def take(
+    def _take(
         self,
         lock: RawSemLock | None = None,
         block: bool = True,
@@ -185,18 +185,18 @@ class ConnectionMixin(StockConnection):
         self._check_readable()
         return self._poll(timeout)
 
-    def carrier(self) -> socket.socket:
+    def _carrier(self) -> socket.socket:
         """The AF_UNIX socket below, borrowed from the connection. Raises: NoTransit: none."""
         sock = self._socket or self._open()
         if sock is None:
             raise NoTransit("a descriptor")
         return sock
 
-    def sender(self) -> Sender:
-        """What sends on `carrier`. Raises: as that."""
+    def _own_sender(self) -> Sender:
+        """What sends on `_carrier`. Raises: as that."""
         return self._sender or self._open_sender()
 
-    def receive(self) -> Arrived:
+    def _receive(self) -> Arrived:
         """The next message, for `open_arrived`. Raises: as `recv`."""
         if self._handle is None:
             self._check_closed()
@@ -208,25 +208,25 @@ class ConnectionMixin(StockConnection):
         message, receiver.message = receiver.message, None
         return message
 
-    def decode(self, message: Arrived) -> Any:
+    def _decode(self, message: Arrived) -> Any:
         """What is in a received message. The caller owns the result."""
         return open_arrived(message, self._family.loads)
 
-    def receive_without(self, reason: BaseException) -> Arrived:
+    def _receive_without(self, reason: BaseException) -> Arrived:
         """The message that was left at the limit, without its descriptors, which are lost: *reason*
         is raised when it is opened."""
         data = self._open_receiver().receive_without()
         if data is None:
-            return self.receive()
+            return self._receive()
         message = Bundle(data)
         message.missing = reason
         return message
 
-    def discard(self) -> None:
+    def _discard(self) -> None:
         """Drops the message that was left at the limit."""
         self._open_receiver().receive_without()
 
-    def forget(self) -> None:
+    def _forget(self) -> None:
         """In a forked child: what was begun to send or to receive is the parent's."""
         vars(self).pop("_sender", None)
         vars(self).pop("_receiver", None)
@@ -260,13 +260,13 @@ class ConnectionMixin(StockConnection):
         return locking
 
     def _open_sender(self) -> Sender:
-        sender: Sender = vars(self).setdefault("_sender", Sender(self.carrier()))
+        sender: Sender = vars(self).setdefault("_sender", Sender(self._carrier()))
         return sender
 
     def _open_receiver(self) -> MessageReceiver:
         if self._receiver is not None:
             return self._receiver
-        new = MessageReceiver(self.carrier(), self._shared, self._peek_level)
+        new = MessageReceiver(self._carrier(), self._shared, self._peek_level)
         receiver: MessageReceiver = vars(self).setdefault("_receiver", new)
         return receiver
 
@@ -274,7 +274,7 @@ class ConnectionMixin(StockConnection):
         if self._socket is None and self._open() is None:
             super()._send_bytes(buf)
         else:
-            self.sender().send(Bundle(buf))
+            self._own_sender().send(Bundle(buf))
 
     def _recv_bytes(self, maxsize: int | None = None) -> io.BytesIO | None:
         if self._socket is None and self._open() is None:

@@ -110,7 +110,7 @@ class QueueMixin(StockQueue):
         self._tells_object = type(self)._on_queue_feeder_error is not stock._on_queue_feeder_error
         self._reader._shared = True
         self._reader._peek_level = self._peek_level
-        self._reader.forget()
+        self._reader._forget()
         self._poll = self._reader.poll
         self._read_lock = raw(self._rlock)
         self._placing: Iterator[bool] = iter(self._sem.acquire, 2)
@@ -168,7 +168,7 @@ class QueueMixin(StockQueue):
         """
         if self._closed:
             raise ValueError(f"Queue {self!r} is closed")
-        return self._reader.take(self._read_lock, block, timeout, self._sem.release)
+        return self._reader._take(self._read_lock, block, timeout, self._sem.release)
 
     def close(self) -> None:
         """Ends put and get in this process; what was put is still sent.
@@ -199,7 +199,7 @@ class QueueMixin(StockQueue):
         level = None if self._peek_level is None else self._peek_level.level
         starting = weakref.WeakMethod(self._starting)
         new = Feeder(
-            writer.carrier(), self._wlock, reader.close, writer.close, failed, level, starting
+            writer._carrier(), self._wlock, reader.close, writer.close, failed, level, starting
         )
         # In one step: there must not be two, whatever comes in between.
         feeder: Feeder = vars(self).setdefault("_feeder", new)
@@ -327,7 +327,7 @@ class SimpleQueueMixin(StockSimpleQueue):
 
     def get(self) -> Any:
         """The next object. The caller owns the result. Raises: as `Queue.get`."""
-        return self._reader.take(raw(self._rlock))
+        return self._reader._take(raw(self._rlock))
 
     def put(self, obj: Any) -> None:
         """Sends *obj*. It is safe to close *obj* after this call. Raises: as `Connection.send`.
@@ -339,7 +339,7 @@ class SimpleQueueMixin(StockSimpleQueue):
 
     def _put_message(self, message: Encoded) -> None:
         """As `put`, of what is pickled."""
-        sender, lock = self._writer.sender(), raw(self._wlock)
+        sender, lock = self._writer._own_sender(), raw(self._wlock)
         finished = self._finished
         if finished is not None:
             with finished:

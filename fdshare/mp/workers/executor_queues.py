@@ -107,7 +107,7 @@ class CallQueueMixin(QueueMixin, StockSafeQueue):
         message = receive_patiently(self._reader, self._rlock)
         self._sem.release()
         if not has_head(message):
-            return self._reader.decode(message)
+            return self._reader._decode(message)
         form, work_id, _, content = beheaded(message)
         call: Any = (Call(self._family, content), (), {})
         if form == LOADED_CALL:
@@ -146,7 +146,7 @@ class ResultReaderMixin(ConnectionMixin):
         """The next result, loaded; an error of loading it is the result."""
         message = receive_patiently(self)
         if not has_head(message):
-            return self.decode(message)
+            return self._decode(message)
         form, work_id, exit_pid, content = beheaded(message)
         ok, value = outcome(self._family, form, content)
         item = _futures._ResultItem(work_id, exit_pid=exit_pid or None)

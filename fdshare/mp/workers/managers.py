@@ -57,7 +57,7 @@ class ManagerConnectionMixin(ConnectionMixin):
                 return ConnectionMixin.recv(self)
             except DescriptorLimit:
                 if time.monotonic() > deadline:
-                    self.discard()
+                    self._discard()
                     raise
             time.sleep(PAUSE)
 

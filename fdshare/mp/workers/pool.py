@@ -245,7 +245,7 @@ class EndingQueueMixin(SimpleQueueMixin):
 
     def finish(self) -> None:
         """Nothing more is sent by any process; what was sent is still received. Never waits."""
-        self._writer.carrier().shutdown(socket.SHUT_WR)
+        self._writer._carrier().shutdown(socket.SHUT_WR)
 
     def abandon(self) -> None:
         """End it in every process: who waits to send fails, who waits to receive is at the end.
@@ -255,7 +255,7 @@ class EndingQueueMixin(SimpleQueueMixin):
         self._abandoned.set()
         for end in (self._reader, self._writer):
             if not end.closed:
-                end.carrier().shutdown(socket.SHUT_RDWR)
+                end._carrier().shutdown(socket.SHUT_RDWR)
 
 
 class _ReaderLock:

@@ -177,10 +177,10 @@ def receive_patiently(
     while True:
         with guard:
             try:
-                return connection.receive()
+                return connection._receive()
             except DescriptorLimit as limit:
                 if time.monotonic() > deadline:
-                    return connection.receive_without(limit)
+                    return connection._receive_without(limit)
         if wait(PAUSE):
             raise EOFError
 

@@ -174,7 +174,7 @@ def test_over_a_pipe_it_does_what_the_package_does(classes: Any) -> None:
         right.send_bytes(b"bytes")
         assert left.recv_bytes() == b"bytes"
         with pytest.raises(NoTransit):
-            right.sender()
+            right._own_sender()
 
 
 @pytest.mark.parametrize("authkey", [None, b"secret"])

@@ -155,7 +155,7 @@ def test_what_was_left_can_be_let_go(queue: Any, sock: socket.socket) -> None:
     queue.put("next")
     with descriptor_limit_reached(), pytest.raises(DescriptorLimit):
         queue.get()
-    queue._reader.discard()
+    queue._reader._discard()
     assert queue._reader.recv() == "next"
 
 

@@ -122,7 +122,7 @@ def test_what_is_not_the_socket_it_is_said_to_be(ctx: Any, name: str) -> None:
                 queue._sem.acquire()
                 queue._dispatch((data, [fd]), None, [False], None)
             else:
-                queue._writer.sender().send((data, [fd]))
+                queue._writer._own_sender().send((data, [fd]))
             if fd == file.fileno():
                 with pytest.raises(KindMismatch, match=r"non-socket"):
                     queue.get()
