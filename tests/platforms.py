@@ -24,10 +24,12 @@ PAGE = ROOT / "docs" / "platforms.md"
 HEAD = "| Python | suite | start method | passed | failed | skipped | run by hand | with |"
 LINE = "|---|---|---|---|---|---|---|---|"
 
+OTHERS = ("kernel", "protocol", "kinds", "client", "server")
 SUITES = {
     "whole": ["-m", "pytest", "-n", "2", "-q"],
+    "mp": ["-m", "pytest", "tests/mp", "tests/parity", "tests/parking", "-n", "2", "-q"],
+    "others": ["-m", "pytest", *map("tests/{}".format, OTHERS), "-n", "2", "-q"],
     "chaos": ["-m", "pytest", "tests/chaos", "-n", "2", "-q"],
-    "threads": ["-m", "pytest", "tests/client/test_processes.py", "tests/test_threads.py", "-q"],
     "multiprocessing": ["tests/compat/stdlib_suite.py"],
     "concurrent.futures": ["tests/compat/futures_suite.py"],
 }
