@@ -26,17 +26,25 @@ def reduce_traceback(traceback: TracebackType) -> tuple[Any, tuple[list[Row]]]:
     return _rebuild_traceback, (rows,)
 
 
-def _rebuild_traceback(rows: list[Row]) -> TracebackType | None:
+def _rebuild_traceback(rows: list[Row]) -> TracebackType:
     """The traceback of *rows*. Pickles name this function.
 
     tblib makes the frames of a traceback by raising in them, and a frame keeps the one it was
     called from: the unpickler's, whose locals have the exception, which has the traceback. CPython
     3.11.0 to 3.11.2 never collect that circle. A generator that waits was called by nobody.
     """
-    return next(_traceback_of(rows))
+    waiting = _made(rows)
+    traceback = next(waiting)
+    # Else it ended here, and on 3.12 a generator that ends was called from here.
+    traceback.tb_frame.f_globals["__fdshare__"] = waiting
+    return traceback
 
 
-def _traceback_of(rows: list[Row]) -> Iterator[TracebackType | None]:
+def _made(rows: list[Row]) -> Iterator[TracebackType]:
+    yield _as_tblib(rows).as_traceback()
+
+
+def _as_tblib(rows: list[Row]) -> Any:
     from tblib import Traceback
 
     first = None
@@ -46,4 +54,4 @@ def _traceback_of(rows: list[Row]) -> Iterator[TracebackType | None]:
         step.tb_frame = SimpleNamespace(f_code=code, f_globals=module, f_locals={})
         step.tb_lineno, step.tb_next = line, first
         first = step
-    yield first.as_traceback() if first is not None else None
+    return first
