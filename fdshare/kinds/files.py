@@ -350,6 +350,8 @@ class _Stash:
 
 
 def _wrap_text(buffer: Any, spec: TextSpec) -> io.TextIOWrapper:
+    if spec.errors is not None:
+        codecs.lookup_error(spec.errors)  # CPython 3.11.2 takes what is before a NUL
     text = io.TextIOWrapper(
         buffer,
         encoding=spec.encoding,

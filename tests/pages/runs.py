@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from pages.blocks import Block, Command, agree, commands_of
-from pages.sandbox import Machine
+from pages.sandbox import Machine, others_may_run
 
 NUMBERS = r"\d+"
 
@@ -47,6 +47,8 @@ class Run:
         """What it needs and is not here; empty if it can be run."""
         if "root" in self.needs and os.geteuid() != 0:
             return "root, to become another user, is needed"
+        if "root" in self.needs and not others_may_run():
+            return "other users may not enter the folder of the interpreter or of the project"
         missing = [n for n in self.needs if n != "root" and find_spec(n) is None]
         return f"{missing[0]} is not installed" if missing else ""
 

@@ -122,12 +122,28 @@ class Machine:
 
 def _closed() -> tuple[str, str]:
     """The folder that keeps others from the interpreter, and what in it they need; or empty."""
-    needed = {Path(place) for place in (sys.base_prefix, sys.prefix, ROOT)}
     for folder in reversed(Path(sys.base_prefix).parents):
-        if not folder.stat().st_mode & stat.S_IXOTH:
-            inside = [str(p.relative_to(folder)) for p in needed if p.is_relative_to(folder)]
+        if not _may_enter(folder):
+            inside = [str(p.relative_to(folder)) for p in _NEEDED if p.is_relative_to(folder)]
             return str(folder), " ".join(inside)
     return "", ""
+
+
+def others_may_run() -> bool:
+    """Whether other users reach the interpreter, its modules and the project in a Machine."""
+    closed, _ = _closed()
+    for place in _NEEDED:
+        inside = closed and place.is_relative_to(closed)
+        if not all(map(_may_enter, [place, *(() if inside else place.parents)])):
+            return False
+    return True
+
+
+def _may_enter(folder: Path) -> bool:
+    return bool(folder.stat().st_mode & stat.S_IXOTH)
+
+
+_NEEDED = {Path(place) for place in (sys.base_prefix, sys.prefix, ROOT)}
 
 
 _MAPPED = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]

@@ -43,7 +43,7 @@ def systemd_units(user: bool, folder: Path | None, force: bool) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
         (folder / name).write_text(text)
-        print(folder / name)
+        print(folder / name, flush=True)
     systemctl = "systemctl --user" if user else "systemctl"
     click.echo(
         f"now: {systemctl} daemon-reload && {systemctl} enable --now fdshare.socket", err=True

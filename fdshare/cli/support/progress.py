@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
-from contextlib import suppress
 
 from fdshare.printable import printable
 
@@ -48,5 +48,8 @@ class Progress:
 
 
 def _print(text: str) -> None:
-    with suppress(OSError):
+    try:
         print(text, end="", file=sys.stderr, flush=True)
+    except OSError:
+        # Nobody reads it. What is kept of it would fail again at the end: status 120.
+        os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), 2)

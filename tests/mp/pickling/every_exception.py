@@ -100,11 +100,6 @@ def constructors() -> dict[str, Callable[[], BaseException]]:
         lambda: ErrorDuringImport("file", wrong),
         lambda: HTTPError("http://localhost", 404, "none", Message(), io.BytesIO(b"body")),
         lambda: SAXParseException("wrong", None, Locator()),
-        lambda: tarfile.LinkOutsideDestinationError(tarfile.TarInfo("name"), "path"),
-        lambda: tarfile.OutsideDestinationError(tarfile.TarInfo("name"), "path"),
-        lambda: tarfile.AbsoluteLinkError(tarfile.TarInfo("name")),
-        lambda: tarfile.AbsolutePathError(tarfile.TarInfo("name")),
-        lambda: tarfile.SpecialFileError(tarfile.TarInfo("name")),
         lambda: numpy.exceptions.AxisError(3, 2, "an axis"),
         lambda: ufuncs._ArrayMemoryError((3, 4), double),
         lambda: ufuncs._UFuncBinaryResolutionError(numpy.add, (double, whole)),
@@ -112,6 +107,14 @@ def constructors() -> dict[str, Callable[[], BaseException]]:
         lambda: ufuncs._UFuncInputCastingError(numpy.add, "safe", double, whole, 0),
         lambda: ufuncs._UFuncOutputCastingError(numpy.add, "safe", double, whole, 0),
     ]
+    if hasattr(tarfile, "FilterError"):  # 3.11.4
+        made += [
+            lambda: tarfile.LinkOutsideDestinationError(tarfile.TarInfo("name"), "path"),
+            lambda: tarfile.OutsideDestinationError(tarfile.TarInfo("name"), "path"),
+            lambda: tarfile.AbsoluteLinkError(tarfile.TarInfo("name")),
+            lambda: tarfile.AbsolutePathError(tarfile.TarInfo("name")),
+            lambda: tarfile.SpecialFileError(tarfile.TarInfo("name")),
+        ]
     if hasattr(tarfile, "LinkFallbackError"):
         made.append(lambda: tarfile.LinkFallbackError(tarfile.TarInfo("name"), "path"))
     return {name(type(make())): make for make in made}
