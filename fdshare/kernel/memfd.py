@@ -41,6 +41,8 @@ def private_map(fd: int, offset: int, size: int) -> mmap.mmap:
     to it or to a view of it; the file must not shrink before. Raises: OSError of mmap(2).
     """
     if sys.version_info >= (3, 13):
+        if fd < 0:  # Python takes it for a map without a file
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         flags = mmap.MAP_PRIVATE
         return mmap.mmap(fd, size, flags, _READ_WRITE, offset=offset, trackfd=False)
     mapping = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, _READ_WRITE)
