@@ -7,6 +7,7 @@ import faulthandler
 import gc
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -38,6 +39,9 @@ def pytest_configure(config: pytest.Config) -> None:
     """Compiles the package, once: hundreds of processes import it, and where there is no bytecode
     and none may be written (PYTHONDONTWRITEBYTECODE), each would compile it for itself."""
     config.stash[STDERR] = os.dup(2)  # later it is captured
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # A shell has started it in the background: programs of tests would ignore it, too.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if not hasattr(config, "workerinput"):
         compileall.compile_dir(Path(__file__).parent.parent / "fdshare", quiet=2)
 
