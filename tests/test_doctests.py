@@ -59,17 +59,7 @@ def test_each_has_an_example(module: str) -> None:
 def test_each_example_runs(module: str, folder: Path) -> None:
     needs = {"shared_copy": "numpy"}
     names = [n for n in shown(module) if n not in needs or importable(needs[n])]
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", RUN, module, *names],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
-    assert done.stderr == ""
-    assert "TestResults(failed=0" in done.stdout, done.stdout
+    assert_passes(folder, RUN, module, *names)
 
 
 # Each verb with a server of its own, a client of it and an open file.
@@ -103,8 +93,12 @@ def test_each_verb_has_an_example() -> None:
 
 def test_each_verb_is_as_its_example_says(folder: Path) -> None:
     names = [n for n in verbs() if n not in WITHOUT]
+    assert_passes(folder, VERBS, *names)
+
+
+def assert_passes(folder: Path, program: str, *words: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", VERBS, *names],
+        [sys.executable, "-W", "error", "-c", program, *words],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdin=subprocess.DEVNULL,

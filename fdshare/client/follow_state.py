@@ -104,9 +104,14 @@ class FollowState:
         self._answered = False
         self._page = page
 
+    @property
+    def generation(self) -> int:
+        """The generation of the object that was there last; 0 if there was none."""
+        return 0 if self.seen is None else self.seen.version.generation
+
     def question(self) -> tuple[Exchange, int]:
         """What is to be asked, and the generation that is known, for `answered`."""
-        known = 0 if self.seen is None else self.seen.version.generation
+        known = self.generation
         epoch = "" if self.server is None else self.server.epoch
         return verbs.following(self.name, self.timeout, known, epoch, self._page.id), known
 

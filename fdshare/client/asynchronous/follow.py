@@ -68,8 +68,7 @@ class AsyncFollower:
     @property
     def generation(self) -> int:
         """The generation of the object that was there last; 0 if there was none."""
-        seen = self._state.seen
-        return 0 if seen is None else seen.version.generation
+        return self._state.generation
 
     @property
     def stale(self) -> bool:

@@ -39,26 +39,29 @@ class Reads(Waiters):
             self.effects.audit("fetch", name, session, "given")
         return entry
 
-    def _fetch(
-        self, session: Session, id: int, request: m.Fetch, handles: list[Handle], now: float
-    ) -> bool:
-        if not session.trusted:
-            self._permit("fetch", request.name, session)
+    def _found(
+        self, session: Session, id: int, request: m.Fetch | m.Follow | m.Wait, now: float
+    ) -> Entry | None:
+        """The entry that *request* asks for; None: it waits for that."""
+        self._permit("fetch", request.name, session)
         entry = self._present(request.name, now)
         if entry is None:
             self._wait_for(session, id, request, now)
-        else:
+        return entry
+
+    def _fetch(
+        self, session: Session, id: int, request: m.Fetch, handles: list[Handle], now: float
+    ) -> bool:
+        entry = self._found(session, id, request, now)
+        if entry is not None:
             self._give(session, id, entry, counts=not request.look)
         return False
 
     def _follow(
         self, session: Session, id: int, request: m.Follow, handles: list[Handle], now: float
     ) -> bool:
-        self._permit("fetch", request.name, session)
-        entry = self._present(request.name, now)
-        if entry is None:
-            self._wait_for(session, id, request, now)
-        else:
+        entry = self._found(session, id, request, now)
+        if entry is not None:
             self._give_followed(session, id, request, entry)
         return False
 
@@ -99,11 +102,8 @@ class Reads(Waiters):
     def _wait(
         self, session: Session, id: int, request: m.Wait, handles: list[Handle], now: float
     ) -> bool:
-        self._permit("fetch", request.name, session)
-        entry = self._present(request.name, now)
-        if entry is None:
-            self._wait_for(session, id, request, now)
-        else:
+        entry = self._found(session, id, request, now)
+        if entry is not None:
             self.effects.answer(session, id, m.encode(m.Registered(entry.name, entry.generation)))
         return False
 

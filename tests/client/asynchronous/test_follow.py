@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import anyio
@@ -13,24 +11,12 @@ from conftest import census
 from nursery import Manager
 
 import fdshare
+from client.conftest import inode
 from fdshare.client.asynchronous import follow as module
 from fdshare.client.blocking.client import Client
 from fdshare.errors import ClosedDescriptor, FetchTimeout, NameNotFound, NoServer
 
 pytestmark = pytest.mark.parametrize("backend", ["asyncio", "trio"])
-
-
-@pytest.fixture
-def files(folder: Path) -> Iterator[list[Any]]:
-    """Files that can be told apart."""
-    files = [open(folder / str(number), "w+") for number in range(4)]
-    yield files
-    for file in files:
-        file.close()
-
-
-def inode(obj: Any) -> int:
-    return os.fstat(obj.fileno()).st_ino
 
 
 def run(address: str, backend: str, body: Callable[[Any], Any], **options: Any) -> None:

@@ -6,7 +6,7 @@ import os
 import pickle
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from conftest import census, wait_until
 from nursery import Manager
 
 import fdshare
+from client.conftest import inode
 from fdshare.client.blocking import follow as module
 from fdshare.client.blocking.client import Client
 from fdshare.client.blocking.follow import Follower
@@ -24,19 +25,6 @@ from fdshare.errors import (
     NameNotFound,
     NoServer,
 )
-
-
-@pytest.fixture
-def files(folder: Path) -> Iterator[list[Any]]:
-    """Files that can be told apart."""
-    files = [open(folder / str(number), "w+") for number in range(4)]
-    yield files
-    for file in files:
-        file.close()
-
-
-def inode(obj: Any) -> int:
-    return os.fstat(obj.fileno()).st_ino
 
 
 def look(log: Follower) -> Any:
