@@ -45,7 +45,7 @@ from fdshare.mp.channels.framing import (
     framed,
     headed,
 )
-from fdshare.mp.pickling.bundle import Bundle, Encoded
+from fdshare.mp.pickling.bundle import Encoded, as_bundle
 
 __all__ = ["PATIENCE", "Outgoing", "Short", "patiently", "push_short", "short"]
 
@@ -155,9 +155,7 @@ class Outgoing:
     )
 
     def __init__(self, message: Encoded) -> None:
-        if isinstance(message, tuple):
-            message = Bundle(*message)
-        self.bundle = Bundle(message) if isinstance(message, bytes) else message
+        self.bundle = as_bundle(message)
         self.boxes: list[Descriptor] = []
         # True if it needs nothing of what was pickled.
         self.independent = False

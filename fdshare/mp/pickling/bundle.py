@@ -37,6 +37,7 @@ __all__ = [
     "Reduced",
     "Reducing",
     "Transit",
+    "as_bundle",
     "bare_pickle",
     "load_part",
     "loads",
@@ -141,9 +142,8 @@ class Bundle:
         """
         if self.fds:
             copies: list[Descriptor] = []
-            borrowed = self.fds if self.memory is None else self.fds[:-1]
             try:
-                copies.extend(map(Spare.dup_of, borrowed))
+                copies.extend(map(Spare.dup_of, self._of_objects()))
             except BaseException as error:
                 close_all(copies)
                 raise as_limit(error) from None
@@ -160,16 +160,21 @@ class Bundle:
         Raises: as `own`.
         """
         shared: list[SharedDuplicate] = []
-        fds = self.fds or []
-        others = len(fds) if self.memory is None else len(fds) - 1  # that is nobody else's
         try:
-            shared.extend(map(share, fds[:others]))
+            shared.extend(map(share, self._of_objects()))
         except BaseException as error:
             shared.clear()  # a traceback has this frame
             raise as_limit(error) from None
-        fds = [duplicate.fileno() for duplicate in shared] + fds[others:]
+        fds = [duplicate.fileno() for duplicate in shared]
+        if self.memory is not None:
+            fds.append(self.memory.fileno())
         self.fds, self.holders = fds, shared  # together, with no call in between
         return self
+
+    def _of_objects(self) -> list[int]:
+        """The borrowed descriptors; that of the memory is this bundle's own."""
+        fds = self.fds or []
+        return fds if self.memory is None else fds[:-1]
 
     def load(self, load: Loads) -> Any:
         """The object; to be called once. The caller owns what is in it.
@@ -222,9 +227,17 @@ def with_memory(
 # What a channel is given: a pickle without descriptors; one with; or, of an object by itself that
 # is sent often, its pickle, the same bytes object each time, and its descriptors, borrowed.
 Encoded: TypeAlias = bytes | Bundle | tuple[bytes, list[int]]
+
 Made: TypeAlias = tuple[Any]  # (an object,) that was made where its message was read
 # What it gives: a pickle without descriptors; one with; or an object.
 Arrived: TypeAlias = bytes | Bundle | Made
+
+
+def as_bundle(message: Encoded, holders: object = None) -> Bundle:
+    """*message* as a bundle. The descriptors of a pair stay borrowed from *holders*."""
+    if isinstance(message, bytes):
+        return Bundle(message)
+    return Bundle(*message, holders) if isinstance(message, tuple) else message
 
 
 def open_arrived(message: Arrived, load: Loads) -> Any:

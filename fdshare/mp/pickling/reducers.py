@@ -27,6 +27,7 @@ from fdshare.mp.pickling.bundle import (
     Encoded,
     Inline,
     Transit,
+    as_bundle,
     bare_pickle,
     with_memory,
 )
@@ -245,13 +246,7 @@ def _dump_plain(obj: Any) -> bytes | None:
 
 def dumps(family: HasPickler, obj: Any) -> Bundle:
     """As `encode`, a Bundle in any case."""
-    message = encode(family, obj)
-    if isinstance(message, bytes):
-        return Bundle(message)
-    if isinstance(message, tuple):
-        data, fds = message
-        return Bundle(data, fds, obj)
-    return message
+    return as_bundle(encode(family, obj), obj)
 
 
 def _dump(family: HasPickler, obj: Any, in_memory: bool, bare_exceptions: bool = False) -> Bundle:

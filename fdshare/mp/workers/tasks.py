@@ -19,7 +19,7 @@ from fdshare.kinds import is_shareable
 from fdshare.mp.channels.connection import ConnectionMixin
 from fdshare.mp.channels.framing import JOINED
 from fdshare.mp.family import Family
-from fdshare.mp.pickling.bundle import Arrived, Bundle, Reduced, open_arrived
+from fdshare.mp.pickling.bundle import Arrived, Bundle, Reduced, as_bundle, open_arrived
 from fdshare.mp.pickling.program_reducers import pickles_itself, reducer_of_program
 from fdshare.mp.pickling.reducers import dumps, encode
 from fdshare.mp.stock import Function
@@ -64,9 +64,10 @@ RAISED: Final = 4
 def pickled(family: Family, obj: Any) -> Pickled:
     """Its descriptors are borrowed from *obj*. Raises: whatever pickling raises."""
     message = encode(family, obj)
-    if isinstance(message, tuple):
-        return Bundle(*message, obj)
-    return message if isinstance(message, bytes) or message.numbers else bytes(message.data)
+    if isinstance(message, bytes):
+        return message
+    bundle = as_bundle(message, obj)
+    return bundle if bundle.numbers else bytes(bundle.data)
 
 
 def headed(form: int, first: int, second: int, content: Pickled) -> Pickled:
