@@ -20,7 +20,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from queue import Empty
-from typing import Any, ClassVar, Final, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from fdshare.errors import NoTransit
 from fdshare.kernel.plain_socket import WITHOUT_TIMEOUT, stream_pair
@@ -44,7 +44,6 @@ __all__ = [
 
 
 C = TypeVar("C", bound="ConnectionMixin")
-_NOTHING: Final = object()
 
 
 class _View(socket.socket):
@@ -113,69 +112,82 @@ class ConnectionMixin(StockConnection):
         Raises: as `recv`; Empty.
         """
         receiver = self._receiver or self._open_receiver()
-        message: Arrived | None = None
-        loaded: bytes | None = None
-        made: Any = _NOTHING
+        taken: list[Arrived | None] = [None]  # what the next call hands out if this one raises
         try:
             if receiver.given_back:
-                message = receiver.given_back[0]
+                taken[0] = receiver.given_back[0]
                 del receiver.given_back[0]
             elif lock is None:
                 while receiver.message is None:
                     receiver.fetch()
-                message, receiver.message = receiver.message, None
+                taken[0], receiver.message = receiver.message, None
             else:
-                locked = False
-                waits = block and timeout is None
-                deadline = 0.0 if waits else time.monotonic() + (timeout or 0.0)
-                try:
-                    if receiver.holds_lock:
-                        locked, receiver.holds_lock = True, False
-                    else:
-                        # Stored at once, as in kernel/ancillary.py.
-                        if waits:
-                            for locked in self._locking or self._open_locking(lock):  # noqa: B007
-                                break
-                        else:
-                            (locked,) = map(lock.acquire, (block,), (timeout,))
-                        if not locked:
-                            raise Empty
-                    while receiver.message is None:
-                        if not waits and not self._poll(
-                            deadline - time.monotonic() if block else 0.0
-                        ):
-                            raise Empty
-                        receiver.fetch()
-                    message, receiver.message = receiver.message, None
-                    if received is not None:
-                        received()
-                finally:
-                    # A handler may raise in any function in Python: none is called before the lock
-                    # is free.
-                    if locked:
-                        if receiver.parts:
-                            receiver.holds_lock = True
-                        else:
-                            lock.release()
-            # If unpickling fails, it is gone.
-            if type(message) is bytes:
-                loaded, message = message, None
-                (made,) = map(self._family.loads, (loaded,))
-            elif type(message) is tuple:
-                made, message = message[0], None
+                self._take_locked(taken, lock, block, timeout, received)
+            return self._load_taken(taken)
+        except BaseException:
+            if taken[0] is not None:
+                receiver.given_back.append(taken[0])
+            raise
+
+    def _take_locked(
+        self,
+        taken: list[Arrived | None],
+        lock: RawSemLock,
+        block: bool,
+        timeout: float | None,
+        received: Callable[[], object] | None,
+    ) -> None:
+        """Stores the next message in ``taken[0]``, without a call after it left the receiver. The
+        rest is as in `_take`.
+
+        Raises: as `MessageReceiver.fetch`; Empty.
+        """
+        receiver = self._receiver or self._open_receiver()
+        locked = False
+        waits = block and timeout is None
+        deadline = 0.0 if waits else time.monotonic() + (timeout or 0.0)
+        try:
+            # Stored at once, as in kernel/ancillary.py.
+            if receiver.holds_lock:
+                locked, receiver.holds_lock = True, False
+            elif waits:
+                for locked in self._locking or self._open_locking(lock):  # noqa: B007
+                    break
             else:
-                assert isinstance(message, Bundle)
-                loading = map(message.load, (self._family.loads,))
-                message = None
-                (made,) = loading
-        except BaseException as error:
-            if made is not _NOTHING:
-                receiver.given_back.append((made,))
-            elif loaded is not None and not isinstance(error, Exception):
-                # Such as Ctrl-C, and no error of unpickling.
-                receiver.given_back.append(loaded)
-            elif message is not None:
-                receiver.given_back.append(message)
+                (locked,) = map(lock.acquire, (block,), (timeout,))
+            if not locked:
+                raise Empty
+            while receiver.message is None:
+                if not waits and not self._poll(deadline - time.monotonic() if block else 0.0):
+                    raise Empty
+                receiver.fetch()
+            taken[0], receiver.message = receiver.message, None
+            if received is not None:
+                received()
+        finally:
+            # A handler may raise in any function in Python: none is called before the lock is free.
+            if locked:
+                if receiver.parts:
+                    receiver.holds_lock = True
+                else:
+                    lock.release()
+
+    def _load_taken(self, taken: list[Arrived | None]) -> Any:
+        """The object in the message ``taken[0]``, which is None as soon as the message is gone:
+        while a bundle is loaded, and after an error of unpickling."""
+        message = taken[0]
+        assert message is not None
+        if type(message) is tuple:
+            return message[0]
+        if isinstance(message, Bundle):
+            loading = map(message.load, (self._family.loads,))
+            message = taken[0] = None  # without a call before it is loaded
+        else:
+            loading = map(self._family.loads, (message,))
+        try:
+            (made,) = loading
+        except Exception:  # not one such as Ctrl-C
+            taken[0] = None
             raise
         return made
 

@@ -73,6 +73,16 @@ def test_poll_and_wait(pipe: tuple[Any, Any]) -> None:
     assert right.recv() == 3
 
 
+def test_what_cannot_be_unpickled_is_gone(pipe: tuple[Any, Any]) -> None:
+    left, right = pipe
+    for bomb in (children.Bomb(), children.Bomb(left)):
+        left.send(bomb)
+        left.send("next")
+        with pytest.raises(RuntimeError, match="exploded"):
+            right.recv()
+        assert right.recv() == "next"
+
+
 def test_the_end(pipe: tuple[Any, Any]) -> None:
     left, right = pipe
     left.send("last")
