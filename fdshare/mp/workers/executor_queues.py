@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Final
 
 from fdshare.mp.channels.connection import ConnectionMixin, turned_into
 from fdshare.mp.channels.queues import QueueMixin, SimpleQueueMixin, register_after_fork
-from fdshare.mp.pickling.bundle import open_arrived
+from fdshare.mp.pickling.bundle import Arrived, open_arrived
 from fdshare.mp.stock import StockContext, StockQueue, StockSafeQueue, executor_module
 from fdshare.mp.workers.tasks import (
     CALL,
@@ -101,11 +101,15 @@ class CallQueueMixin(QueueMixin, StockSafeQueue):
             call.close()  # the kernel has it
 
     def get(self, block: bool = True, timeout: float | None = None) -> Any:
-        """The next call; not loaded yet, if it was submitted to an executor of ours."""
-        if not block or timeout is not None:
-            raise NotImplementedError("workers wait for their calls")
-        message = receive_patiently(self._reader, self._rlock)
-        self._sem.release()
+        """The next call; not loaded yet, if it was submitted to an executor of ours.
+
+        Raises: Empty; ValueError: the queue is closed; DescriptorLimit: at this process's limit,
+        and the call stays in the queue. A worker's get, which waits for as long as it takes, waits
+        at the limit, too: `receive_patiently` says for how long.
+        """
+        if self._closed:
+            raise ValueError(f"Queue {self!r} is closed")
+        message = self._next_call(block, timeout)
         if not has_head(message):
             return self._reader._decode(message)
         form, work_id, _, content = beheaded(message)
@@ -113,6 +117,16 @@ class CallQueueMixin(QueueMixin, StockSafeQueue):
         if form == LOADED_CALL:
             call = open_arrived(content, self._family.loads)
         return _futures._CallItem(work_id, *call)
+
+    def _next_call(self, block: bool, timeout: float | None) -> Arrived:
+        if block and timeout is None:
+            message = receive_patiently(self._reader, self._rlock)
+            self._sem.release()
+            return message
+        taken: list[Arrived | None] = [None]
+        self._reader._take_locked(taken, self._read_lock, block, timeout, self._sem.release)
+        assert taken[0] is not None
+        return taken[0]
 
 
 # Results

@@ -3,21 +3,79 @@
 from __future__ import annotations
 
 import concurrent.futures
+import queue
+import socket
+from collections.abc import Iterator
+from concurrent.futures.process import _CallItem
 from typing import Any
 
+import pytest
+
 from fdshare import get_context
+from fdshare.errors import DescriptorLimit
 from fdshare.mp.backends import backend_of
-from fdshare.mp.workers.executor_queues import adopt
-from mp.common import trackers  # noqa: F401
+from fdshare.mp.workers.executor_queues import Call, adopt
+from mp import children
+from mp.common import descriptor_limit_reached, finish, identity, trackers  # noqa: F401
+
+CLASSES = backend_of("multiprocessing").CLASSES
+# Those that do not wait for as long as it takes.
+HASTY: list[dict[str, Any]] = [{"block": False}, {"timeout": 0}, {"timeout": 20}]
 
 
-def test_a_call_queue_is_adopted_once() -> None:
-    executor = concurrent.futures.ProcessPoolExecutor(1, mp_context=get_context("spawn"))
-    queue: Any = executor._call_queue
-    classes = backend_of("multiprocessing").CLASSES
-    adopt(classes.CallQueue, queue)
-    reader = queue._reader
-    adopt(classes.CallQueue, queue)
-    assert queue._reader is reader
-    assert isinstance(reader, classes.Connection)
+@pytest.fixture
+def calls() -> Iterator[Any]:
+    """The call queue of an executor of one worker: there is room for two calls."""
+    executor: Any = concurrent.futures.ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+    calls, wakeup = executor._call_queue, executor._executor_manager_thread_wakeup
+    adopt(CLASSES.CallQueue, calls)
+    yield calls
     executor.shutdown()
+    finish(calls)
+    wakeup.close()
+
+
+def test_a_call_queue_is_adopted_once(calls: Any) -> None:
+    reader = calls._reader
+    adopt(CLASSES.CallQueue, calls)
+    assert calls._reader is reader
+    assert isinstance(reader, CLASSES.Connection)
+
+
+@pytest.mark.parametrize("limit", [{}, *HASTY], ids=str)
+def test_a_call_is_received_as_from_any_queue(calls: Any, limit: dict[str, Any]) -> None:
+    with socket.socket() as sock:
+        for number in range(3):  # more than there is room for
+            calls.put(_CallItem(number, children.identity, (sock,), {}))
+            calls.put(_CallItem(7, Call.of(CLASSES.family, children.identity, (sock,), {}), (), {}))
+            call, submitted = calls.get(**limit), calls.get(**limit)
+            assert call.work_id == number
+            assert call.fn(*call.args) == submitted.fn() == identity(sock)
+        calls.put("no call")
+        assert calls.get(**limit) == "no call"
+
+
+@pytest.mark.parametrize("limit", [*HASTY[:2], {"timeout": 0.01}, {"timeout": -1}], ids=str)
+def test_an_empty_call_queue_says_so(calls: Any, limit: dict[str, Any]) -> None:
+    for _ in range(3):
+        with pytest.raises(queue.Empty):
+            calls.get(**limit)
+    calls.put(_CallItem(1, len, ("abc",), {}))
+    assert calls.get().work_id == 1
+
+
+@pytest.mark.parametrize("limit", HASTY, ids=str)
+def test_a_call_stays_at_the_limit(calls: Any, limit: dict[str, Any]) -> None:
+    with socket.socket() as sock:
+        calls.put(_CallItem(1, children.identity, (sock,), {}))
+        with descriptor_limit_reached(), pytest.raises(DescriptorLimit):
+            calls.get(**limit)
+        call = calls.get(**limit)
+        assert call.fn(*call.args) == identity(sock)
+
+
+def test_nothing_is_received_from_a_closed_call_queue(calls: Any) -> None:
+    calls.close()
+    for limit in ({}, *HASTY):
+        with pytest.raises(ValueError, match="closed"):
+            calls.get(**limit)
