@@ -26,6 +26,7 @@ from fdshare.errors import (
     ServerTimeout,
     UnsupportedPlatform,
 )
+from fdshare.kernel import system
 from fdshare.kernel.ancillary import MAX_DESCRIPTORS, close_all, recv_fds, send_fds
 from fdshare.kernel.credentials import Credentials, enable_credentials, own_credentials
 from fdshare.kernel.descriptor import Descriptor, HasFileno
@@ -159,7 +160,7 @@ def own_pidfd_id() -> int | None:
     >>> own_pidfd_id() == own_pidfd_id()
     True
     """
-    if not hasattr(os, "pidfd_open") or not hasattr(os, "eventfd"):
+    if not system.HAS_PIDFD_IDS:
         return None
     try:
         with Descriptor(os.pidfd_open(os.getpid())) as pidfd, Descriptor(os.eventfd(0)) as other:

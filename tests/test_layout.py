@@ -27,6 +27,7 @@ ACROSS = {
     "client/test_lifetimes.py": "what a client's end does to its entries",
     "client/test_processes.py": "clients in threads, over fork, in pickles",
     "client/test_strangers.py": "both clients against servers that break every rule",
+    "kernel/test_system.py": "that one module alone asks what the system has",
     "kinds/test_hostile.py": "every kind, described by a peer that lies",
     "mp/test_default_timeout.py": "every channel in a program with a default timeout",
     "mp/test_facts.py": "what the stock classes do, which ours answer",

@@ -51,13 +51,13 @@ from fdshare.errors import (
     TruncatedControl,
 )
 from fdshare.kernel import credentials as creds
+from fdshare.kernel import system
 from fdshare.kernel.credentials import Credentials
 from fdshare.kernel.descriptor import Descriptor, HasFileno, borrow
 from fdshare.kernel.descriptor_limit import descriptor_limit
 
 __all__ = [
     "MAX_DESCRIPTORS",
-    "NOSIGNAL",
     "Look",
     "Received",
     "Rights",
@@ -106,10 +106,8 @@ _RIGHTS: Final = int(socket.SCM_RIGHTS)
 _CTRUNC: Final = int(socket.MSG_CTRUNC)
 _PEEK: Final = int(socket.MSG_PEEK)
 _DONTWAIT: Final = int(socket.MSG_DONTWAIT)
-_CLOEXEC: Final = int(getattr(socket, "MSG_CMSG_CLOEXEC", 0))  # macOS has none
+_CLOEXEC: Final = system.CMSG_CLOEXEC
 _LOOK: Final = _PEEK | _CLOEXEC
-# A reader that has gone is an error (EPIPE), also where the program has SIGPIPE end it.
-NOSIGNAL: Final = int(getattr(socket, "MSG_NOSIGNAL", 0))
 
 
 def close_all(descriptors: Iterable[Descriptor]) -> None:
@@ -158,7 +156,7 @@ def send_rights(
 ) -> int:
     """As `send_message`, with descriptors that `rights` has prepared."""
     try:
-        return sock.sendmsg(buffers, control, flags | NOSIGNAL)
+        return sock.sendmsg(buffers, control, flags | system.NOSIGNAL)
     except OSError as error:
         if error.errno == errno.ETOOMANYREFS:
             raise descriptor_limit(error.errno, "sender") from None
@@ -171,7 +169,7 @@ def send_into(
     """As `send_rights`, with the number of bytes in ``cell[0]``, whatever is raised: where there is
     none, none was sent."""
     try:
-        (cell[0],) = map(sock.sendmsg, (buffers,), (control,), (flags | NOSIGNAL,))
+        (cell[0],) = map(sock.sendmsg, (buffers,), (control,), (flags | system.NOSIGNAL,))
     except OSError as error:
         if error.errno == errno.ETOOMANYREFS:
             raise descriptor_limit(error.errno, "sender") from None

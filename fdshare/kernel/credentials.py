@@ -10,13 +10,13 @@ import errno
 import os
 import socket
 import struct
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Final, TypeAlias
 
 from fdshare.errors import AccessDenied, ProtocolError, UnsupportedPlatform
+from fdshare.kernel import system
 from fdshare.kernel.descriptor import Descriptor
 
 __all__ = [
@@ -177,7 +177,7 @@ PLATFORMS: Final[Mapping[str, Platform]] = {
 }
 
 
-def platform(name: str = sys.platform) -> Platform:
+def platform(name: str = system.NAME) -> Platform:
     """The row of this system ("freebsd14" is "freebsd"); for an unknown one a row without any."""
     return PLATFORMS.get(name.rstrip("0123456789."), Platform(sun_path=104))
 
@@ -206,7 +206,7 @@ def peer_credentials(sock: socket.socket) -> Credentials:
     True
     """
     if HERE.peer is None:
-        raise UnsupportedPlatform("peer credentials", f"fdshare knows no call on {sys.platform}")
+        raise UnsupportedPlatform("peer credentials", f"fdshare knows no call on {system.NAME}")
     level, option, size, parse = HERE.peer
     who = parse(sock.getsockopt(level, option, size))
     if HERE.peer_pid is not None:
@@ -266,7 +266,7 @@ def _all_are_mapped(table: str) -> bool:
         with open(f"/proc/self/{table}") as file:
             return file.read().split() == ["0", "0", "4294967295"]
     except OSError:
-        return not sys.platform.startswith("linux")
+        return not system.LINUX
 
 
 def peer_pidfd(sock: socket.socket) -> Descriptor | None:
@@ -304,7 +304,7 @@ def enable_credentials(sock: socket.socket, on: bool = True) -> None:
     """
     if HERE.pass_credentials is None:
         raise UnsupportedPlatform(
-            "credentials with messages", f"{sys.platform} has them for connections only"
+            "credentials with messages", f"{system.NAME} has them for connections only"
         )
     sock.setsockopt(*HERE.pass_credentials, int(on))
 
@@ -316,12 +316,12 @@ def control_message(credentials: Credentials | None) -> tuple[int, int, bytes]:
     """
     if HERE.attach is None:
         raise UnsupportedPlatform(
-            "credentials with messages", f"{sys.platform} has them for connections only"
+            "credentials with messages", f"{system.NAME} has them for connections only"
         )
     if not HERE.may_name_others:
         if credentials is not None:
             raise UnsupportedPlatform(
-                "naming other credentials", f"the kernel of {sys.platform} fills in your own"
+                "naming other credentials", f"the kernel of {system.NAME} fills in your own"
             )
         return socket.SOL_SOCKET, HERE.attach, bytes(HERE.attach_size)
     who = credentials or own_credentials()

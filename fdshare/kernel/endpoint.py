@@ -11,13 +11,13 @@ import errno
 import os
 import socket
 import stat
-import sys
 import threading
 import time
 from contextlib import nullcontext
 from typing import Final, TypeAlias
 
 from fdshare.errors import EndpointError, NoServer, ServerTimeout
+from fdshare.kernel import system
 from fdshare.kernel.credentials import Credentials, peer_credentials
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.kernel.path_lock import (
@@ -375,7 +375,7 @@ def _bind(address: str, sock: socket.socket, mode: int, owner: Owner | None) -> 
     """The inode of the path that *sock* is bound to, with *mode* from its first moment on."""
     try:
         with sockaddr(address, exists=False) as name:
-            if sys.platform == "linux":
+            if system.LINUX:
                 info = _bind_linux(address, sock, name, mode, owner)
             else:
                 info = _bind_umask(sock, name, mode, owner)

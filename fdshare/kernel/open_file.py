@@ -6,10 +6,11 @@ import errno
 import fcntl
 import os
 import platform
-import sys
 from collections.abc import Callable
 from functools import cache
 from typing import Final
+
+from fdshare.kernel import system
 
 __all__ = ["Descriptions", "compare_open_files", "same_here", "same_open_file"]
 
@@ -76,7 +77,7 @@ def same_open_file(pid: int, fd: int, other_pid: int, other_fd: int) -> bool | N
 
 def same_here(fd: int, other: int) -> bool | None:
     """As `same_open_file`, of two descriptors of this process, in a quarter of the time."""
-    if sys.platform == "linux":
+    if system.LINUX:
         try:
             return fcntl.fcntl(fd, _F_DUPFD_QUERY, other) == 1
         except OSError:

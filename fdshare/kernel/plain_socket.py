@@ -11,12 +11,14 @@ import os
 import socket
 from typing import Final
 
+from fdshare.kernel import system
+
 __all__ = ["WITHOUT_TIMEOUT", "socket_of", "stream_pair", "view_of"]
 
 # A socket object with this in its type has a timeout of 0, whatever the default is, and is made
 # without a system call for it (init_sockobject, Modules/socketmodule.c). It takes the description
 # as it is: what blocks there blocks. macOS has none.
-WITHOUT_TIMEOUT: Final = int(getattr(socket, "SOCK_NONBLOCK", 0))
+WITHOUT_TIMEOUT: Final = system.SOCK_NONBLOCK
 
 
 def view_of(fd: int) -> socket.socket:

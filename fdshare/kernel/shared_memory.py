@@ -21,6 +21,7 @@ from fdshare.errors import (
     MemoryBusy,
     UnsupportedPlatform,
 )
+from fdshare.kernel import system
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.kernel.memfd import create_memfd
 
@@ -338,8 +339,8 @@ def _create(name: str) -> _QuietDescriptor:
 
 
 def _platform() -> None:
-    if not hasattr(os, "memfd_create") or not hasattr(fcntl, "F_ADD_SEALS"):
-        raise UnsupportedPlatform("SharedMemory", f"{sys.platform} has no memfd_create with seals")
+    if not system.HAS_SEALS:
+        raise UnsupportedPlatform("SharedMemory", f"{system.NAME} has no memfd_create with seals")
 
 
 def _seals(descriptor: Descriptor) -> int:

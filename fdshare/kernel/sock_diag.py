@@ -6,8 +6,9 @@ from __future__ import annotations
 import errno
 import socket
 import struct
-import sys
 from typing import Final, NamedTuple
+
+from fdshare.kernel import system
 
 __all__ = ["TCP_CLOSE_WAIT", "TcpState", "UnixState", "tcp_state", "unix_peer", "unix_state"]
 
@@ -56,7 +57,7 @@ class TcpState(NamedTuple):
 
 def tcp_state(sock: socket.socket) -> TcpState | None:
     """The state of a TCP socket by TCP_INFO (tcp(7)); None where the system does not say."""
-    if sys.platform != "linux":
+    if not system.LINUX:
         return None
     try:
         info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_SIZE)
@@ -93,7 +94,7 @@ def unix_peer(inode: int) -> int | None:
 
 def _ask(inode: int, show: int) -> bytes | None:
     """The reply of the kernel about one UNIX socket; None where it says nothing."""
-    if sys.platform != "linux":
+    if not system.LINUX:
         return None
     body = _REQUEST.pack(
         socket.AF_UNIX, 0, 0, _ANY_STATE, inode & 0xFFFFFFFF, show, _NO_COOKIE, _NO_COOKIE

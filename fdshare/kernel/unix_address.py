@@ -10,13 +10,13 @@ from __future__ import annotations
 import errno
 import os
 import stat
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, TypeAlias
 
 from fdshare.errors import EndpointError, UnsupportedPlatform
+from fdshare.kernel import system
 from fdshare.kernel.credentials import platform
 
 __all__ = ["SUN_PATH", "UnixAddress", "absolute", "file_type", "is_abstract", "sockaddr", "trouble"]
@@ -59,8 +59,8 @@ def absolute(address: UnixAddress) -> str:
         )
     if not is_abstract(text):
         return str(Path.cwd() / text) if not os.path.isabs(text) else text
-    if sys.platform != "linux":
-        raise UnsupportedPlatform("an abstract address", f"{sys.platform} has pathnames only")
+    if not system.LINUX:
+        raise UnsupportedPlatform("an abstract address", f"{system.NAME} has pathnames only")
     if len(os.fsencode(text)) > SUN_PATH:
         raise EndpointError(
             text, f"an abstract name has at most {SUN_PATH - 1} bytes", errno.ENAMETOOLONG
@@ -83,7 +83,7 @@ def sockaddr(address: str, *, exists: bool) -> Iterator[bytes]:
     if len(raw) < SUN_PATH:
         yield raw
         return
-    if sys.platform != "linux":
+    if not system.LINUX:
         raise EndpointError(
             address,
             f"{len(raw)} bytes, a socket's path has at most {SUN_PATH - 1} here; "

@@ -22,6 +22,7 @@ from typing import IO, Any, Final
 import msgspec
 
 from fdshare.errors import ClosedDescriptor, KindMismatch, UnreadData, UnsupportedKind
+from fdshare.kernel import system
 from fdshare.kernel.descriptor import Descriptor, borrow
 from fdshare.kinds.described import Described, kind_of, only
 
@@ -41,7 +42,6 @@ _BUFFERS: Final[dict[str, Any]] = {
     "writer": io.BufferedWriter,
     "random": io.BufferedRandom,
 }
-_O_PATH: Final = getattr(os, "O_PATH", 0)
 
 
 class RawSpec(msgspec.Struct, frozen=True, array_like=True):
@@ -166,7 +166,8 @@ def _open_raw(spec: RawSpec, descriptor: Descriptor) -> Any:
     flags = fcntl.fcntl(fd, fcntl.F_GETFL)
     access = flags & os.O_ACCMODE
     reads, writes = "r" in spec.mode or "+" in spec.mode, spec.mode.strip("b") != "r"
-    if flags & _O_PATH or (reads and access == os.O_WRONLY) or (writes and access == os.O_RDONLY):
+    unfit = (reads and access == os.O_WRONLY) or (writes and access == os.O_RDONLY)
+    if unfit or flags & system.O_PATH:
         raise KindMismatch("file", f"it is not open for {spec.mode!r}")
     # FileIO in an appending mode seeks to the end, which would move the sender's position too.
     position = _position(fd) if "a" in spec.mode else None

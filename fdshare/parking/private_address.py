@@ -16,7 +16,6 @@ import fcntl
 import os
 import socket
 import stat
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import islice
@@ -30,6 +29,7 @@ from fdshare.errors import (
     ServerTimeout,
     UntrustedServer,
 )
+from fdshare.kernel import system
 from fdshare.kernel.credentials import Credentials, is_overflow_uid, peer_credentials
 from fdshare.kernel.endpoint import Listener, connect, listen
 from fdshare.kernel.path_lock import Inode, clear, remove
@@ -54,7 +54,7 @@ def new_address() -> str:
     try:
         return os.path.join(tempfile.gettempdir(), name, _SOCKET)
     except FileNotFoundError:
-        if sys.platform != "linux":
+        if not system.LINUX:
             raise
         return f"@{name}"
 
@@ -145,7 +145,7 @@ def remove_dead(address: str) -> None:
 def _names(address: str) -> list[str]:
     if is_abstract(address):
         return [address]
-    if sys.platform != "linux":
+    if not system.LINUX:
         return [address]
     return [address, f"@{os.path.basename(os.path.dirname(address))}"]
 

@@ -22,6 +22,7 @@ from fdshare.errors import (
     MemoryBusy,
     UnsupportedPlatform,
 )
+from fdshare.kernel import system
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.kernel.shared_memory import SharedMemory, array_place, shared_copy
 
@@ -319,7 +320,7 @@ def test_a_failure_leaves_no_descriptor() -> None:
 
 def test_a_system_without_memfd(monkeypatch: pytest.MonkeyPatch) -> None:
     with SharedMemory(1) as memory:
-        monkeypatch.delattr(os, "memfd_create")
+        monkeypatch.setattr(system, "HAS_SEALS", False)  # that of macOS
         with pytest.raises(UnsupportedPlatform, match="memfd_create"):
             SharedMemory(1)
         with pytest.raises(UnsupportedPlatform):

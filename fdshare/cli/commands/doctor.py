@@ -6,7 +6,6 @@ import os
 import platform
 import resource
 import stat
-import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
@@ -15,6 +14,7 @@ import click
 from fdshare.cli.format import print_json, user
 from fdshare.cli.options import client_at, json_option
 from fdshare.errors import EndpointError, FdshareError, NoServer
+from fdshare.kernel import system
 from fdshare.printable import printable
 from fdshare.version import __version__
 
@@ -82,7 +82,7 @@ def _examine(path: str | None) -> Iterator[Finding]:
 
 def _versions() -> Finding:
     text = f"fdshare {__version__}, Python {platform.python_version()}, {platform.platform()}"
-    if sys.platform != "linux":
+    if not system.LINUX:
         return Finding("note", "platform", text, "every promise is tested on Linux only")
     return Finding("ok", "platform", text)
 
@@ -223,9 +223,9 @@ def _kernel() -> Iterator[Finding]:
     from fdshare.activation import own_pidfd_id
     from fdshare.kernel.open_file import same_open_file
 
-    if hasattr(os, "pidfd_open") and own_pidfd_id() is not None:
+    if system.HAS_PIDFD and own_pidfd_id() is not None:
         yield Finding("ok", "pidfd", "yes, with ids")
-    elif hasattr(os, "pidfd_open"):
+    elif system.HAS_PIDFD:
         yield Finding("ok", "pidfd", "yes, without ids (Linux 6.9 has them)")
     else:
         yield Finding("bad", "pidfd", "none", "the keeper and lifetimes of processes need them")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Final
 
@@ -11,6 +10,7 @@ import click
 from fdshare.cli.format import Column, print_json, print_table, user
 from fdshare.cli.options import for_server, json_option, name_argument
 from fdshare.errors import AccessDenied
+from fdshare.kernel import system
 
 if TYPE_CHECKING:
     from fdshare.cli.support.open_files import Holder
@@ -44,10 +44,10 @@ _COLUMNS: Final = (
 @json_option
 @for_server
 def who(client: Client, name: str, as_json: bool) -> None:
-    if sys.platform != "linux":
+    if not system.LINUX:
         from fdshare.errors import UnsupportedPlatform
 
-        raise UnsupportedPlatform("fdshare who", f"{sys.platform} has no /proc/PID/fd")
+        raise UnsupportedPlatform("fdshare who", f"{system.NAME} has no /proc/PID/fd")
     from fdshare.cli.support.open_files import holders
     from fdshare.client import verbs
 

@@ -28,7 +28,7 @@ from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from fdshare.errors import DescriptorLimit
-from fdshare.kernel.ancillary import NOSIGNAL
+from fdshare.kernel import system
 from fdshare.mp.channels.framing import JOINED, LENGTH, WHOLE, headed
 from fdshare.mp.channels.peek_level import AT_ONCE
 from fdshare.mp.channels.sending import Outgoing, push_short, short
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 __all__ = ["READER_GONE", "Feeder"]
 
 _DONTWAIT: Final = int(socket.MSG_DONTWAIT)  # an operation on an IntFlag takes a microsecond
-_NOW: Final = _DONTWAIT | NOSIGNAL
+_NOW: Final = _DONTWAIT | system.NOSIGNAL
 _pack: Final = LENGTH.pack
 _WITHOUT_WAITING: Final = (False,)
 _MOMENT: Final = 5  # milliseconds

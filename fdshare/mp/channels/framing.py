@@ -34,9 +34,9 @@ send, receiving.py receives.
 from __future__ import annotations
 
 import struct
-import sys
 from typing import Final
 
+from fdshare.kernel import system
 from fdshare.kernel.ancillary import Bytes
 
 __all__ = [
@@ -74,7 +74,7 @@ BOXED: Final = 0x82
 JOINED: Final = 16384  # below, one copy is cheaper than a second buffer (connection.py, 3.11)
 # Up to this, a send takes all of a message or nothing (unix_stream_sendmsg of Linux: one skb up to
 # 32 KiB). Another system promises that for nothing.
-WHOLE: Final = JOINED if sys.platform == "linux" else -1
+WHOLE: Final = JOINED if system.LINUX else -1
 
 
 def framed(data: Bytes, count: int) -> tuple[bytes, bytes]:

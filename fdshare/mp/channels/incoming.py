@@ -10,6 +10,7 @@ from __future__ import annotations
 import socket
 from typing import Final
 
+from fdshare.kernel import system
 from fdshare.kernel.ancillary import Look, close_looks, look_into, numbers_in
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.mp.channels.framing import (
@@ -24,8 +25,8 @@ from fdshare.mp.pickling.bundle import Arrived
 
 __all__ = ["MARK", "Incoming"]
 
-# Any user may set 0 to 6; socket(7). Where there is none, only the connection object has the mark.
-MARK: Final[int | None] = getattr(socket, "SO_PRIORITY", None)
+# Where there is none, only the connection object has the mark.
+MARK: Final = system.SO_PRIORITY
 
 _HEAD: Final = LENGTH.size
 _SOCKET: Final = int(socket.SOL_SOCKET)

@@ -17,7 +17,6 @@ that a sender that saw a 2 has sent; and only if a peek over all that is queued 
 from __future__ import annotations
 
 import socket
-import sys
 from typing import TYPE_CHECKING, Final
 
 from fdshare.kernel.ancillary import Look, close_looks, look_into
@@ -26,12 +25,10 @@ from fdshare.mp.stock import raw
 if TYPE_CHECKING:
     from multiprocessing.synchronize import Lock, Semaphore
 
-__all__ = ["AT_ONCE", "POSSIBLE", "PeekLevel"]
+__all__ = ["AT_ONCE", "PeekLevel"]
 
 AT_ONCE: Final = 2
 _PLAIN: Final = 8  # messages without descriptors, after which the level is lowered if it can be
-# Not where sem_getvalue(3) does not work (HAVE_BROKEN_SEM_GETVALUE of multiprocessing).
-POSSIBLE: Final = sys.platform != "darwin"
 
 
 class PeekLevel:

@@ -17,9 +17,10 @@ from collections.abc import Callable, Iterator
 from queue import Full
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
+from fdshare.kernel import system
 from fdshare.mp.channels.connection import ConnectionMixin, PipeFunction
 from fdshare.mp.channels.feeder import READER_GONE, Feeder
-from fdshare.mp.channels.peek_level import POSSIBLE, PeekLevel
+from fdshare.mp.channels.peek_level import PeekLevel
 from fdshare.mp.channels.sender import Sender
 from fdshare.mp.family import Family
 from fdshare.mp.pickling.bundle import Encoded
@@ -63,7 +64,7 @@ class QueueMixin(StockQueue):
         self._rlock = ctx.Lock()
         self._wlock = ctx.Lock()
         self._sem = ctx.BoundedSemaphore(maxsize)
-        self._peek_semaphore = ctx.Semaphore(0) if POSSIBLE else None
+        self._peek_semaphore = ctx.Semaphore(0) if system.HAS_SEM_GETVALUE else None
         self._opid = os.getpid()
         self._ignore_epipe = False  # concurrent.futures sets it
         self._reset()

@@ -13,7 +13,7 @@ from collections import deque
 from contextlib import suppress
 
 from fdshare.errors import DescriptorLimit
-from fdshare.kernel.ancillary import NOSIGNAL
+from fdshare.kernel import system
 from fdshare.mp.channels.framing import WHOLE, headed
 from fdshare.mp.channels.sending import Outgoing, push_short, short
 from fdshare.mp.pickling.bundle import Encoded
@@ -47,7 +47,7 @@ class Sender:
         """
         if not self._inside and not self.waiting:
             if type(message) is bytes and len(message) <= WHOLE:
-                self._sock.send(headed(message), NOSIGNAL)
+                self._sock.send(headed(message), system.NOSIGNAL)
                 return
             parts = short(message, at_once=False)
             if parts is not None:

@@ -15,9 +15,9 @@ from functools import lru_cache
 from typing import Any, Final, TypeAlias
 
 from fdshare.errors import DescriptorLimit
+from fdshare.kernel import system
 from fdshare.kernel.ancillary import (
     MAX_DESCRIPTORS,
-    NOSIGNAL,
     Bytes,
     Rights,
     close_all,
@@ -101,7 +101,7 @@ def push_short(cell: list[Any], sock: socket.socket, parts: Short, flags: int = 
     counts: list[int] = []
     try:
         # Only the first may wait: then a reader waits for the second.
-        both = flags | NOSIGNAL, _DONTWAIT | NOSIGNAL
+        both = flags | system.NOSIGNAL, _DONTWAIT | system.NOSIGNAL
         send_all_into(counts, sock, messages, controls, both)
         cell[0] = True
     except BaseException as error:

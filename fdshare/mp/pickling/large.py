@@ -23,9 +23,7 @@ from typing import Final
 from fdshare.kernel.descriptor import Spare
 from fdshare.kernel.memfd import create_memfd, private_map
 
-__all__ = ["BALLAST", "LARGE", "POSSIBLE", "MessageMemory", "map_parts", "take_large"]
-
-POSSIBLE: Final = hasattr(os, "memfd_create")
+__all__ = ["BALLAST", "LARGE", "MessageMemory", "map_parts", "take_large"]
 
 # Bytes from which on the memfd takes less time than the socket.
 LARGE: Final = 1 << 20

@@ -20,6 +20,7 @@ from functools import partial
 from types import BuiltinFunctionType, CodeType, FunctionType, TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol, TypeAlias
 
+from fdshare.kernel import system
 from fdshare.kinds import Kind, describe, describers, in_shared_memory, is_shareable, user_kinds
 from fdshare.mp.pickling.arrays import is_array, reduce_array
 from fdshare.mp.pickling.bundle import (
@@ -33,7 +34,7 @@ from fdshare.mp.pickling.bundle import (
 )
 from fdshare.mp.pickling.dill_code import check_code
 from fdshare.mp.pickling.exceptions import Links, reduce_exception, reduce_links
-from fdshare.mp.pickling.large import POSSIBLE, take_large
+from fdshare.mp.pickling.large import take_large
 from fdshare.mp.pickling.program_reducers import (
     HasReducers,
     Reducers,
@@ -252,7 +253,7 @@ def dumps(family: HasPickler, obj: Any) -> Bundle:
 def _dump(family: HasPickler, obj: Any, in_memory: bool, bare_exceptions: bool = False) -> Bundle:
     buffer = io.BytesIO()
     large: list[memoryview] = []
-    if in_memory and POSSIBLE:
+    if in_memory and system.HAS_MEMFD:
         pickler = family.Pickler(buffer, PROTOCOL, buffer_callback=partial(take_large, large))
     else:
         pickler = family.Pickler(buffer, PROTOCOL)

@@ -20,7 +20,7 @@ from fdshare.errors import (
     InvalidArgument,
     UnsupportedPlatform,
 )
-from fdshare.kernel import endpoint
+from fdshare.kernel import endpoint, system
 from fdshare.kernel.descriptor_limit import descriptor_limit, is_descriptor_limit
 from fdshare.kernel.path_lock import live, refuse_other_files
 from fdshare.kernel.port_owner import port_owner
@@ -117,7 +117,7 @@ def _scope(scope: str) -> int:
 
 
 def _share_port(sock: socket.socket) -> None:
-    if not hasattr(socket, "SO_REUSEPORT"):
+    if not system.HAS_REUSE_PORT:
         raise UnsupportedPlatform("reuse_port", "there is no SO_REUSEPORT")
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
 

@@ -6,10 +6,10 @@ import array
 import errno
 import fcntl
 import socket
-import sys
 from collections import deque
 from typing import Final
 
+from fdshare.kernel import system
 from fdshare.kernel.ancillary import send_message
 from fdshare.protocol.framing import MAX_GREETING, MAX_REQUEST, Frame, Receiver
 from fdshare.server.core.ports import Session
@@ -19,9 +19,6 @@ __all__ = ["NO_MEMORY", "Connection", "QueuedFrame"]
 
 # The kernel has no memory for a message now; to be tried again.
 NO_MEMORY: Final = (errno.ENOBUFS, errno.ENOMEM)
-
-# Bytes that were sent and the peer has not read: SIOCOUTQ, <linux/sockios.h>; FIONWRITE elsewhere.
-_UNREAD: Final = 0x5411 if sys.platform == "linux" else 0x40046677
 
 
 class QueuedFrame:
@@ -142,7 +139,7 @@ class Connection:
         """How much the peer has not read, in the kernel's measure; 0 if it has read all."""
         count = array.array("i", [0])
         try:
-            fcntl.ioctl(self.sock, _UNREAD, count)
+            fcntl.ioctl(self.sock, system.UNREAD, count)
         except OSError:
             count[0] = 0
         self.unread_size = count[0]

@@ -13,11 +13,11 @@ import re
 import select
 import socket
 import stat
-import sys
 from collections.abc import Callable
 from typing import Any, Final, TypeAlias
 
 from fdshare.errors import FdshareError
+from fdshare.kernel import system
 from fdshare.kernel.credentials import peer_credentials
 from fdshare.kernel.plain_socket import view_of
 from fdshare.kernel.sock_diag import TCP_CLOSE_WAIT, TcpState, tcp_state, unix_state
@@ -29,7 +29,6 @@ __all__ = ["THROUGH_FOLDER", "describe_descriptor", "is_last_part"]
 _Facts: TypeAlias = dict[str, Any]
 
 _ACCESS: Final = {os.O_RDONLY: "r", os.O_WRONLY: "w", os.O_RDWR: "rw"}
-_O_PATH: Final = getattr(os, "O_PATH", 0)
 # <linux/fcntl.h>; Python names the first five from 3.8 to 3.13, not all on every C library.
 _F_GET_SEALS: Final = 1024 + 10
 _F_GETPIPE_SZ: Final = 1024 + 8
@@ -50,7 +49,6 @@ _LOCAL: Final = """
 _TERMINAL: Final = re.compile(r"/dev/(pts/\d+|tty\w*|console)$")
 # A path longer than sun_path is bound through a descriptor of its folder (unix_address.py).
 THROUGH_FOLDER: Final = "/proc/self/fd/"
-_RDHUP: Final = getattr(select, "POLLRDHUP", 0)
 
 
 def describe_descriptor(
@@ -70,7 +68,7 @@ def describe_descriptor(
         flags = fcntl.fcntl(fd, fcntl.F_GETFL)
     except (OSError, ValueError, OverflowError):
         return DescriptorInfo("unknown", health="the descriptor is not open")
-    access = "path" if flags & _O_PATH else _ACCESS.get(flags & os.O_ACCMODE, "")
+    access = "path" if flags & system.O_PATH else _ACCESS.get(flags & os.O_ACCMODE, "")
     link = _link(fd)
     facts = _by_link(fd, link, access) if link else _by_stat(fd, access)
     if is_last_part(facts.get("local", ""), bound_to):
@@ -201,7 +199,8 @@ def _socket_health(sock: socket.socket, facts: _Facts) -> _Facts:
     if not facts["listening"] and sock.type != socket.SOCK_DGRAM:
         wrong.append(_peer_health(_events(sock.fileno()), tcp))
     # unix_stream_connect() refuses then; a TCP socket that is shut down does not listen any more.
-    if facts["listening"] and sock.family == socket.AF_UNIX and _events(sock.fileno()) & _RDHUP:
+    of_unix = sock.family == socket.AF_UNIX
+    if facts["listening"] and of_unix and _events(sock.fileno()) & system.RDHUP:
         wrong.append("it is shut down, nobody can connect")
     return {"queue": queue, "backlog": backlog, "health": "; ".join(filter(None, wrong))}
 
@@ -212,7 +211,7 @@ def _socket_health(sock: socket.socket, facts: _Facts) -> _Facts:
 def _peer_health(events: int, tcp: TcpState | None) -> str:
     """Of a stream: whether the other end can still send."""
     # A socket that was never connected has POLLHUP, but not POLLRDHUP (tcp_poll(), unix_poll()).
-    if not events & (_RDHUP or select.POLLHUP):
+    if not events & (system.RDHUP or select.POLLHUP):
         return ""
     if events & select.POLLHUP:
         return "the peer is gone"
@@ -284,7 +283,7 @@ def _fdinfo(fd: int) -> dict[str, str]:
 
 def _offset(fd: int) -> int | None:
     """The file offset; None for what has none, and for O_PATH."""
-    position = _fdinfo(fd).get("pos") if sys.platform == "linux" else None
+    position = _fdinfo(fd).get("pos") if system.LINUX else None
     if position is not None:
         return int(position)
     try:
@@ -312,7 +311,7 @@ def _events(fd: int) -> int:
     """What poll(2) reports now; 0 if it reports nothing."""
     poller = select.poll()
     try:
-        poller.register(fd, select.POLLIN | select.POLLPRI | _RDHUP)
+        poller.register(fd, select.POLLIN | select.POLLPRI | system.RDHUP)
         found = poller.poll(0)
     except OSError:
         return 0

@@ -11,11 +11,13 @@ from __future__ import annotations
 import select
 from typing import Any, Final
 
+from fdshare.kernel import system
+
 __all__ = ["ERROR", "FEW", "HANGUP", "READ", "WRITE", "Poller"]
 
 READ: Final = select.POLLIN
 WRITE: Final = select.POLLOUT
-HANGUP: Final = select.POLLHUP | getattr(select, "POLLRDHUP", 0)
+HANGUP: Final = select.POLLHUP | system.RDHUP
 ERROR: Final = select.POLLERR
 
 # epoll_wait(2) and poll(2) take an int of milliseconds, at most 24 days.
@@ -29,7 +31,7 @@ class Poller:
     """Level-triggered. HANGUP and ERROR are always reported, RDHUP if it was asked for."""
 
     def __init__(self) -> None:
-        self._epoll = select.epoll() if hasattr(select, "epoll") else None
+        self._epoll = select.epoll() if system.HAS_EPOLL else None
         self._poll: Any = self._epoll or select.poll()
         self._keys: dict[int, object] = {}
 

@@ -21,6 +21,7 @@ from fdshare.errors import (
     PolicyError,
     UnsupportedPlatform,
 )
+from fdshare.kernel import system
 from fdshare.kernel.credentials import peer_pidfd
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.kernel.descriptor_limit import (
@@ -237,7 +238,7 @@ class Server:
         guard = peer_pidfd(session.route.sock)
         if guard is not None:
             return Handle(guard.detach())
-        if not hasattr(os, "pidfd_open"):
+        if not system.HAS_PIDFD:
             raise UnsupportedPlatform('lifetime="process"', "it needs a pidfd")
         try:
             return Handle(os.pidfd_open(session.pid))
