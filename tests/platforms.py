@@ -26,7 +26,7 @@ LINE = "|---|---|---|---|---|---|---|---|"
 
 OTHERS = ("kernel", "protocol", "kinds", "client", "server")
 SUITES = {
-    "whole": ["-m", "pytest", "-n", "2", "-q"],
+    "whole": ["-m", "pytest", "-n", "4", "-q"],
     "mp": ["-m", "pytest", "tests/mp", "tests/parity", "tests/parking", "-n", "2", "-q"],
     "others": ["-m", "pytest", *map("tests/{}".format, OTHERS), "-n", "2", "-q"],
     "chaos": ["-m", "pytest", "tests/chaos", "-n", "2", "-q"],
