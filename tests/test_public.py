@@ -158,6 +158,19 @@ def test_an_import_imports_little() -> None:
     assert (done.stdout, done.stderr) == (f"{ours}\n\n", "")
 
 
+def test_a_client_imports_what_most_use() -> None:
+    """What else it may need takes half as long again: for an authkey, `bind`, `watch`, `follow`."""
+    code = (
+        "import sys; before = set(sys.modules); import fdshare; fdshare.connect\n"
+        "new = set(sys.modules) - before\n"
+        "print(*new & {'dataclasses', 'hmac', 'ipaddress', 'pathlib', 'tempfile', 'threading'})\n"
+        "print(*sorted(name for name in new if name.endswith(('bind_address', 'watch', 'follow'))))"
+    )
+    code = f"import msgspec\n{code}"  # some of its releases import more
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("\n\n", "")
+
+
 def test_what_is_public_is_imported_by_its_first_use() -> None:
     for name in PUBLIC[fdshare].split():
         assert name in dir(fdshare)

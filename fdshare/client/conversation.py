@@ -6,7 +6,6 @@ has one for all its requests.
 
 from __future__ import annotations
 
-import hmac
 import os
 import socket
 import time
@@ -257,6 +256,8 @@ class Conversation:
         if type(answer.reply) is m.Refused:
             raise m.refusal_error(answer.reply)
         expected = prove(self._authkey, "server", self._nonce, self._server_nonce)
+        import hmac  # imported already, by checked_authkey
+
         if type(answer.reply) is not m.Proved or not hmac.compare_digest(
             answer.reply.mac, expected
         ):

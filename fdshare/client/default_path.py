@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import stat
-import tempfile
 
 from fdshare.errors import EndpointError
+from fdshare.kernel.descriptor_limit import first_use
 
 __all__ = ["default_path", "own_folder"]
 
@@ -31,6 +31,9 @@ def own_folder(*, create: bool) -> str:
 
     Anybody can make a folder there first. Raises: EndpointError: it is not this user's alone.
     """
+    with first_use():
+        import tempfile  # takes a tenth of what a client imports; few come here
+
     folder = os.path.join(tempfile.gettempdir(), f"fdshare-{os.geteuid()}")
     if create:
         try:

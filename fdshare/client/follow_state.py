@@ -14,12 +14,12 @@ who has leased it each refer to the `FollowedObject`.
 
 from __future__ import annotations
 
-import array
 from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
 from fdshare.client import verbs
 from fdshare.client.conversation import Exchange, WholeAnswer
+from fdshare.client.mapped_page import BLANK, MappedPage
 from fdshare.errors import (
     AccessDenied,
     FdshareError,
@@ -33,10 +33,8 @@ from fdshare.kernel.descriptor import Descriptor
 from fdshare.kinds import discard
 from fdshare.protocol import messages as m
 
-__all__ = ["FollowState", "MappedPage", "Seen", "FollowedObject"]
+__all__ = ["FollowState", "FollowedObject", "Seen"]
 
-# Where nothing is written: for a server without a page, and for slot 0.
-_BLANK: Final = array.array("Q", [0])
 _NEVER: Final = 1  # a stamp that does not stand there
 
 
@@ -66,29 +64,6 @@ class Seen(NamedTuple):
     def is_current(self) -> bool:
         """Whether no change of the name has been acknowledged since the server was asked."""
         return self.words[self.slot] == self.stamp
-
-
-class MappedPage:
-    """The page of a client's server, as it is mapped here: read-only."""
-
-    def __init__(self) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Forgets it; it is unmapped when nobody looks any more."""
-        self.id = 0
-        self.words: Sequence[int] = _BLANK
-
-    def map(self, id: int, descriptor: Descriptor) -> None:
-        """Maps another page, and closes its *descriptor*. Raises: ProtocolError: it is none."""
-        from fdshare.kernel.shared_memory import SharedMemory  # for who follows; see kinds/
-
-        try:
-            with descriptor, SharedMemory.adopt(descriptor) as memory:
-                words = memory.buf.toreadonly().cast("Q")
-        except (FdshareError, OSError, TypeError) as error:
-            raise ProtocolError(f"the server's page is none: {error}") from None
-        self.id, self.words = id, words
 
 
 class FollowState:
@@ -140,7 +115,7 @@ class FollowState:
         if descriptor is not None:
             self._page.map(answer.page, descriptor)
         if not answer.slot:
-            return _BLANK, 0, _NEVER
+            return BLANK, 0, _NEVER
         words = self._page.words
         if answer.page != self._page.id or not 0 < answer.slot < len(words):
             raise ProtocolError(f"there is no slot {answer.slot} in page {answer.page}")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from fdshare.protocol.bind_address import BindAddress
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fdshare.protocol.bind_address import BindAddress
 
 __all__ = ["is_at", "why_unreachable"]
 

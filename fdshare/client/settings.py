@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 import socket
 import sys
-import threading
 import time
 import weakref
+from _thread import allocate_lock  # threading imports more, and adds nothing to it
 from collections.abc import Collection
-from dataclasses import dataclass
 from typing import Any
 
 from fdshare.client.default_path import default_path
@@ -113,14 +112,16 @@ class Dialer:
         return sock
 
 
-@dataclass(slots=True)
 class Search:
     """How long a server that was lost is looked for: *seconds* from the moment it was missed. If
     it answers in between, the time starts again, however often it dies."""
 
-    seconds: float
-    _until: float | None = None
-    _found_at: float = 0.0
+    __slots__ = ("_found_at", "_until", "seconds")
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self._until: float | None = None
+        self._found_at = 0.0
 
     def found(self) -> None:
         """A connection was made."""
@@ -149,7 +150,7 @@ class Lifeline:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = allocate_lock()
         self._ends: tuple[socket.socket, socket.socket] | None = None
         _lifelines.add(self)
 
@@ -173,7 +174,7 @@ class Lifeline:
             end.close()
 
     def _after_fork(self) -> None:
-        self._lock = threading.Lock()  # another thread of the parent may have held it
+        self._lock = allocate_lock()  # another thread of the parent may have held it
         self.close()
 
 

@@ -23,9 +23,9 @@ from fdshare.errors import (
 )
 from fdshare.kernel.ancillary import close_all
 from fdshare.kernel.descriptor import Descriptor
+from fdshare.kernel.descriptor_limit import first_use
 from fdshare.kinds import describe, discard, rebuild
 from fdshare.protocol import messages as m
-from fdshare.protocol.bind_address import parse_address
 from fdshare.protocol.names import MAX_ENTRY_DESCRIPTORS, MAX_NAMES, literal
 
 T = TypeVar("T")
@@ -279,6 +279,9 @@ def rename(old: str, new: str) -> Steps[m.Registered]:
 
 
 def bind(name: str, address: str, backlog: int, reuse_port: bool) -> Steps[socket.socket]:
+    with first_use():
+        from fdshare.protocol.bind_address import parse_address
+
     replaces, wrong = None, ""
     for _ in range(_BINDS):
         try:

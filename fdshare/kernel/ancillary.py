@@ -36,9 +36,8 @@ import socket
 import struct
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias
 
 from fdshare.errors import (
     AccessDenied,
@@ -386,8 +385,7 @@ def _why_dropped(received: int, control: Control, room: int) -> FdshareError:
     return descriptor_limit(errno.EMFILE, "receiver")
 
 
-@dataclass(frozen=True, slots=True)
-class Received:
+class Received(NamedTuple):
     """What one message brought. `data` is empty at the end of a stream.
 
     `credentials` is None unless the socket asked for them (`enable_credentials`) or the system
@@ -404,7 +402,7 @@ class Received:
     """
 
     data: bytes
-    descriptors: list[Descriptor] = field(default_factory=list)
+    descriptors: list[Descriptor]
     credentials: Credentials | None = None
     flags: int = 0
     address: str | bytes | None = None
@@ -571,7 +569,7 @@ def receive(sock: socket.socket, max_bytes: int, room: int = _ROOM, flags: int =
     except BaseException:
         result.close()
         raise
-    return replace(result, credentials=who)
+    return result._replace(credentials=who)
 
 
 def _receive_looking(sock: socket.socket, max_bytes: int) -> Received:
@@ -591,7 +589,7 @@ def _receive_looking(sock: socket.socket, max_bytes: int) -> Received:
         seen.close()
         raise
     if len(seen.data) > max_bytes:
-        return replace(seen, data=seen.data[:max_bytes], flags=seen.flags | socket.MSG_TRUNC)
+        return seen._replace(data=seen.data[:max_bytes], flags=seen.flags | socket.MSG_TRUNC)
     return seen
 
 

@@ -11,9 +11,9 @@ import os
 import socket
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Final, TypeAlias
+from types import MappingProxyType
+from typing import Final, NamedTuple, TypeAlias
 
 from fdshare.errors import AccessDenied, ProtocolError, UnsupportedPlatform
 from fdshare.kernel import system
@@ -37,8 +37,7 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True, slots=True)
-class Credentials:
+class Credentials(NamedTuple):
     """pid, uid and gid as the receiving side's namespaces see them.
 
     pid is 0 where the peer is in a pid namespace that we cannot see, or where the system does not
@@ -122,8 +121,7 @@ def _whole(data: bytes, size: int, what: str) -> None:
         raise ProtocolError(f"truncated credentials: {len(data)} of the {size} bytes of {what}")
 
 
-@dataclass(frozen=True, slots=True)
-class Platform:
+class Platform(NamedTuple):
     """What one system offers; numbers from its headers, because Python names few of them."""
 
     sun_path: int  # sizeof(sockaddr_un.sun_path), <sys/un.h>
@@ -135,7 +133,7 @@ class Platform:
     peer_pidfd: tuple[int, int] | None = None
     pass_credentials: tuple[int, int] | None = None  # asks for them with every message
     # cmsg_type (of level SOL_SOCKET) -> how to read the credentials in it.
-    control: Mapping[int, Parser] = field(default_factory=dict)
+    control: Mapping[int, Parser] = MappingProxyType({})
     attach: int | None = None  # the cmsg_type with which a sender attaches its own
     attach_size: int = 0  # bytes of that message
     may_name_others: bool = False  # a privileged sender chooses what is attached
@@ -210,10 +208,10 @@ def peer_credentials(sock: socket.socket) -> Credentials:
     level, option, size, parse = HERE.peer
     who = parse(sock.getsockopt(level, option, size))
     if HERE.peer_pid is not None:
-        who = replace(who, pid=sock.getsockopt(*HERE.peer_pid))
+        who = who._replace(pid=sock.getsockopt(*HERE.peer_pid))
     if HERE.peer_groups is not None:
         groups = _peer_groups(sock, *HERE.peer_groups)
-        who = replace(who, groups=groups or (), all_groups=groups is not None)
+        who = who._replace(groups=groups or (), all_groups=groups is not None)
     return who
 
 

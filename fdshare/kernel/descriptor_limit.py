@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import errno
 import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Final, Literal
 
 from fdshare.errors import DescriptorLimit
 
-__all__ = ["as_limit", "descriptor_limit", "is_descriptor_limit", "raise_descriptor_limit"]
+__all__ = [
+    "as_limit",
+    "descriptor_limit",
+    "first_use",
+    "is_descriptor_limit",
+    "raise_descriptor_limit",
+]
 
 _ADVICE: Final = {
     "server": "unregister some or raise it",
@@ -42,6 +50,20 @@ def as_limit(error: BaseException) -> BaseException:
     if isinstance(error, OSError) and is_descriptor_limit(error):
         return descriptor_limit(error.errno, "sender")
     return error
+
+
+@contextmanager
+def first_use() -> Iterator[None]:
+    """For a client's import of what few programs use.
+
+    Raises: DescriptorLimit: none is free to read the module's file with.
+    """
+    try:
+        yield
+    except OSError as error:
+        if not is_descriptor_limit(error):
+            raise
+        raise descriptor_limit(error.errno, "client") from None
 
 
 def raise_descriptor_limit() -> int:

@@ -11,8 +11,8 @@ import errno
 import os
 import socket
 import stat
-import threading
 import time
+from _thread import allocate_lock  # threading imports more, and adds nothing to it
 from contextlib import nullcontext
 from typing import Final, TypeAlias
 
@@ -55,7 +55,7 @@ _FIRST_WAIT: Final = 0.001  # seconds between tries on a full backlog, doubled e
 _LONGEST_WAIT: Final = 0.05  # ... up to this
 
 # The process has one umask(2): of two binds at once, each would restore the other's.
-_umask_lock = threading.Lock()
+_umask_lock = allocate_lock()
 
 Owner: TypeAlias = tuple[int, int]  # uid, gid; -1 leaves one as it is
 _NOBODY_ELSE: Final = 0o600  # the mode of a file that has not its owner yet

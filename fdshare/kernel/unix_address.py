@@ -12,7 +12,6 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Final, TypeAlias
 
 from fdshare.errors import EndpointError, UnsupportedPlatform
@@ -58,7 +57,11 @@ def absolute(address: UnixAddress) -> str:
             errno.EINVAL,
         )
     if not is_abstract(text):
-        return str(Path.cwd() / text) if not os.path.isabs(text) else text
+        if os.path.isabs(text):
+            return text
+        # Not normpath(): after a symbolic link, `..` is another folder.
+        parts = (part for part in text.split("/") if part not in ("", "."))
+        return os.path.join(os.getcwd(), *parts)
     if not system.LINUX:
         raise UnsupportedPlatform("an abstract address", f"{system.NAME} has pathnames only")
     if len(os.fsencode(text)) > SUN_PATH:

@@ -7,7 +7,6 @@ The client proves first, so that nobody without the key gets a proof on which to
 
 from __future__ import annotations
 
-import hmac
 from typing import Final, Literal
 
 from fdshare.errors import InvalidArgument
@@ -27,6 +26,8 @@ def checked_authkey(authkey: object) -> bytes | None:
         raise InvalidArgument("authkey", f"it is {type(authkey).__name__}, not bytes{hint}")
     if not authkey:
         raise InvalidArgument("authkey", "it is empty, so everybody would have it")
+    import hmac  # noqa: F401  # a proof can be made now, also without a free descriptor
+
     return bytes(authkey)
 
 
@@ -34,4 +35,6 @@ def prove(
     authkey: bytes, role: Literal["client", "server"], client_nonce: bytes, server_nonce: bytes
 ) -> bytes:
     """The MAC, 32 bytes. Compare it with hmac.compare_digest."""
+    import hmac
+
     return hmac.digest(authkey, role.encode() + client_nonce + server_nonce, "sha256")

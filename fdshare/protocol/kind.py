@@ -1,7 +1,5 @@
 """Kind: how the receiver rebuilds a Python object around its descriptors. Data, never a pickle."""
 
-from __future__ import annotations
-
 import msgspec
 
 __all__ = ["Kind"]

@@ -9,8 +9,7 @@ Unknown fields are ignored and missing ones have the default, because both sides
 releases. Times are in seconds; ages and time left are relative, because clocks differ.
 """
 
-from __future__ import annotations
-
+from functools import cache
 from typing import Annotated, Any, Final, Literal, TypeAlias
 
 import msgspec
@@ -22,7 +21,6 @@ from fdshare.errors import (
     ProtocolError,
     error_from_wire,
 )
-from fdshare.protocol.bind_address import parse_address
 from fdshare.protocol.kind import Kind
 from fdshare.protocol.names import (
     MAX_KIND,
@@ -275,6 +273,8 @@ class Bind(_NameRequest):
 
     def check(self) -> None:
         check_name(self.name)
+        from fdshare.protocol.bind_address import parse_address  # with ipaddress: for who binds
+
         parse_address(self.address)
 
 
@@ -571,17 +571,21 @@ AnyReply: TypeAlias = (
 )
 
 _encoder: Final = msgspec.msgpack.Encoder()
-_requests: Final = msgspec.msgpack.Decoder(AnyRequest)
 _replies: Final = msgspec.msgpack.Decoder(AnyReply)
 
 encode = _encoder.encode
 
 
+@cache
+def _requests() -> msgspec.msgpack.Decoder[AnyRequest]:
+    """Made by who reads requests: a client does not, and it takes as long as all that is above."""
+    return msgspec.msgpack.Decoder(AnyRequest)
+
+
 def decode_request(body: bytes) -> AnyRequest:
     """The request in *body*. Raises: BadRequest."""
     try:
-        request: AnyRequest = _requests.decode(body)
-        return request
+        return _requests().decode(body)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise BadRequest(str(error)[:_CLIPPED]) from None
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from fdshare.client.conversation import WholeAnswer
-from fdshare.client.follow_state import FollowState, MappedPage
+from fdshare.client.follow_state import FollowState
+from fdshare.client.mapped_page import MappedPage
 from fdshare.errors import (
     AccessDenied,
     FetchTimeout,

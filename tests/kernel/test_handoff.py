@@ -49,7 +49,7 @@ def test_the_bytes_of_a_descriptor(pair: Pair) -> None:
 
 def test_the_bytes_of_a_refusal(pair: Pair) -> None:
     send_err(pair[0], 13, "not you")
-    assert recv_fds(pair[1], 100, 1) == Received(b"not you\0\r")
+    assert recv_fds(pair[1], 100, 1) == Received(b"not you\0\r", [])
 
 
 def test_a_descriptor_arrives_close_on_exec(pair: Pair) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import subprocess
+import sys
 
 import pytest
 
@@ -35,6 +37,15 @@ def test_each_part_makes_another_proof() -> None:
 @pytest.mark.parametrize("key", [b"secret", bytearray(b"secret"), memoryview(b"secret")])
 def test_a_key_is_bytes(key: object) -> None:
     assert checked_authkey(key) == b"secret"
+
+
+def test_who_has_a_key_needs_no_descriptor_for_a_proof() -> None:
+    """hmac is imported by then: it is a file to open."""
+    code = (
+        "import sys; from fdshare.protocol.auth import checked_authkey as check\n"
+        "check(None); print('hmac' in sys.modules); check(b'key'); print('hmac' in sys.modules)"
+    )
+    assert subprocess.check_output([sys.executable, "-c", code]) == b"False\nTrue\n"
 
 
 @pytest.mark.parametrize("key", [b"", bytearray(), "secret", 7])

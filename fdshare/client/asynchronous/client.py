@@ -24,7 +24,7 @@ from fdshare.client.asynchronous.follow import AsyncFollower
 from fdshare.client.asynchronous.pipeline import Pipeline
 from fdshare.client.asynchronous.watch import AsyncWatcher
 from fdshare.client.conversation import LEASE_END, LeaseEnd, WholeAnswer
-from fdshare.client.follow_state import MappedPage
+from fdshare.client.mapped_page import MappedPage
 from fdshare.client.settings import BaseClient, Lifeline
 from fdshare.errors import ClosedDescriptor, InvalidArgument
 from fdshare.kernel.descriptor import Descriptor

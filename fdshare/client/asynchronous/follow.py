@@ -11,7 +11,8 @@ import anyio
 import anyio.lowlevel
 
 from fdshare.client.asynchronous.pipeline import Pipeline
-from fdshare.client.follow_state import FollowState, MappedPage, Seen
+from fdshare.client.follow_state import FollowState, Seen
+from fdshare.client.mapped_page import MappedPage
 from fdshare.errors import ClosedDescriptor, FdshareError
 
 __all__ = ["AsyncFollower"]

@@ -11,18 +11,21 @@ import socket
 import time
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from typing import Any, Final, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 from fdshare.client import verbs
 from fdshare.client.blocking.connection import BlockingConnection, ConnectionLost
-from fdshare.client.blocking.follow import Follower
-from fdshare.client.blocking.watch import Watcher
 from fdshare.client.conversation import Exchange, LeaseEnd, WholeAnswer
-from fdshare.client.follow_state import MappedPage
+from fdshare.client.mapped_page import MappedPage
 from fdshare.client.settings import BaseClient, Lifeline
 from fdshare.errors import ClosedDescriptor, NameNotFound, ServerTimeout
 from fdshare.kernel.descriptor import Descriptor
+from fdshare.kernel.descriptor_limit import first_use
 from fdshare.protocol import messages as m
+
+if TYPE_CHECKING:
+    from fdshare.client.blocking.follow import Follower
+    from fdshare.client.blocking.watch import Watcher
 
 __all__ = ["Client", "connect"]
 
@@ -195,6 +198,9 @@ class Client(BaseClient):
         ...     first.entries, next(watch).event
         ({}, 'registered')
         """
+        with first_use():
+            from fdshare.client.blocking.watch import Watcher
+
         watcher = Watcher(self, pattern, timeout)
         self._watches.add(watcher)
         return watcher
@@ -220,6 +226,9 @@ class Client(BaseClient):
         ...     before, followed.current.name
         ('/dev/null', '/dev/zero')
         """
+        with first_use():
+            from fdshare.client.blocking.follow import Follower
+
         follower = Follower(self, name, timeout, on_change)
         self._followers.add(follower)
         return follower

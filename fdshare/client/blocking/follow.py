@@ -11,7 +11,8 @@ from time import monotonic
 from typing import Any, Final, Protocol, Self
 
 from fdshare.client.conversation import Exchange, WholeAnswer
-from fdshare.client.follow_state import FollowState, MappedPage, Seen
+from fdshare.client.follow_state import FollowState, Seen
+from fdshare.client.mapped_page import MappedPage
 from fdshare.errors import ClosedDescriptor, FdshareError
 from fdshare.protocol import messages as m
 

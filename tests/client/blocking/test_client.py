@@ -8,6 +8,8 @@ import os
 import socket
 import ssl
 import struct
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -676,6 +678,37 @@ def test_250_descriptors_and_251(client: Client, sock: socket.socket, bundles: N
 def test_no_descriptors_at_all(client: Client, bundles: None) -> None:
     with pytest.raises(InvalidArgument):
         client.register("none", Bundle([]))
+
+
+def test_what_is_imported_by_its_first_use_names_the_limit(client: Client) -> None:
+    """A module is a file to open; where no descriptor is free, that is a DescriptorLimit, too."""
+    code = f"""
+import os, resource, fdshare
+client = fdshare.connect({client.address!r})
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+held = []
+try:
+    while True:
+        held.append(os.dup(0))
+except OSError:
+    pass
+said = []
+verbs = (
+    lambda: client.watch("*"),
+    lambda: client.follow("n"),
+    lambda: client.bind("b", "tcp://127.0.0.1:0"),
+)
+for verb in verbs:
+    try:
+        verb()
+    except fdshare.DescriptorLimit as error:
+        said.append(f"{{error.whose}} {{error.limit}}")
+os.closerange(held[0], held[-1] + 1)
+client.watch("*")
+print(*said, sep=", ")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("client 64, client 64, client 64\n", "")
 
 
 @pytest.mark.parametrize(

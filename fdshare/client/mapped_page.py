@@ -1,0 +1,38 @@
+"""MappedPage: the memory that the server writes and followers read, as a client has it mapped."""
+
+from __future__ import annotations
+
+import array
+from collections.abc import Sequence
+from typing import Final
+
+from fdshare.errors import FdshareError, ProtocolError
+from fdshare.kernel.descriptor import Descriptor
+
+__all__ = ["BLANK", "MappedPage"]
+
+# Where nothing is written: for a server without a page, and for slot 0.
+BLANK: Final = array.array("Q", [0])
+
+
+class MappedPage:
+    """The page of a client's server, as it is mapped here: read-only."""
+
+    def __init__(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Forgets it; it is unmapped when nobody looks any more."""
+        self.id = 0
+        self.words: Sequence[int] = BLANK
+
+    def map(self, id: int, descriptor: Descriptor) -> None:
+        """Maps another page, and closes its *descriptor*. Raises: ProtocolError: it is none."""
+        from fdshare.kernel.shared_memory import SharedMemory  # for who follows; see kinds/
+
+        try:
+            with descriptor, SharedMemory.adopt(descriptor) as memory:
+                words = memory.buf.toreadonly().cast("Q")
+        except (FdshareError, OSError, TypeError) as error:
+            raise ProtocolError(f"the server's page is none: {error}") from None
+        self.id, self.words = id, words

@@ -1,0 +1,37 @@
+"""MappedPage: what a server's page is mapped from, and what is none."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from fdshare.client.mapped_page import BLANK, MappedPage
+from fdshare.errors import ProtocolError
+from fdshare.kernel.descriptor import Descriptor
+from fdshare.server.loop.page import MemoryPage, new_page
+
+
+def test_what_the_server_writes_is_seen_and_cannot_be_written() -> None:
+    memfd = new_page()
+    assert memfd is not None
+    page = MemoryPage(memfd)
+    mapped = MappedPage()
+    mapped.map(7, Descriptor.dup_of(page.handle.fd))
+    page.write(1, 5)
+    assert (mapped.id, mapped.words[1]) == (7, 5)
+    with pytest.raises(TypeError):
+        mapped.words[1] = 6  # type: ignore[index]
+    mapped.close()
+    assert mapped.words is BLANK
+    memfd.close()
+    os.close(page.handle.fd)
+
+
+def test_another_descriptor_is_closed_and_refused() -> None:
+    wrong = Descriptor(os.open(os.devnull, os.O_RDONLY))
+    mapped = MappedPage()
+    with pytest.raises(ProtocolError, match="page"):
+        mapped.map(7, wrong)
+    assert wrong.closed
+    assert mapped.words is BLANK
