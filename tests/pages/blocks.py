@@ -63,6 +63,20 @@ def agree(expected: str, actual: str, *, varies: tuple[str, ...] = ()) -> bool:
     return re.fullmatch(regex, _plain(actual, varies), re.DOTALL) is not None
 
 
+def agree_in_any_order(expected: str, actual: str, *, varies: tuple[str, ...] = ()) -> bool:
+    """Whether each line of one has a line of the other with which it agrees; a line `...` is any
+    number of them."""
+    shown, left = expected.splitlines(), list(filter(None, actual.splitlines()))
+    for line in shown:
+        if line == "...":
+            continue
+        fits = next((one for one in left if agree(line, one, varies=varies)), None)
+        if fits is None:
+            return False
+        left.remove(fits)
+    return not left or "..." in shown
+
+
 def _plain(text: str, varies: tuple[str, ...]) -> str:
     for pattern in varies:
         text = re.sub(pattern, "<varies>", text)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import textwrap
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from pages.blocks import Block, Command, agree, commands_of
+from conftest import wait_until
+
+from pages.blocks import Block, Command, agree, agree_in_any_order, commands_of
 from pages.sandbox import Machine, others_may_run
 
 NUMBERS = r"\d+"
@@ -39,9 +42,11 @@ class Run:
     each: bool = False  # those are alternatives
     then: str = ""  # commands after it, while those go on, as the page would show them
     apart: dict[str, str] = field(default_factory=dict)  # beginning -> why it is not run
+    terminal: bool = False  # the page shows one: what goes on prints into what is typed later, too
     typed: tuple[str, ...] = ()  # lines of what the page shows that a person types
     varies: tuple[str, ...] = ()  # patterns of what is another text each time
-    needs: tuple[str, ...] = ()  # modules that may not be installed, or "root", to become others
+    # Modules and programs that may not be installed, or "root", to become others.
+    needs: tuple[str, ...] = ()
 
     def missing(self) -> str:
         """What it needs and is not here; empty if it can be run."""
@@ -49,7 +54,8 @@ class Run:
             return "root, to become another user, is needed"
         if "root" in self.needs and not others_may_run():
             return "other users may not enter the folder of the interpreter or of the project"
-        missing = [n for n in self.needs if n != "root" and find_spec(n) is None]
+        names = [name for name in self.needs if name != "root"]
+        missing = [n for n in names if find_spec(n) is None and shutil.which(n) is None]
         return f"{missing[0]} is not installed" if missing else ""
 
 
@@ -80,6 +86,8 @@ def run_block(block: Block, how: Run, machine: Machine) -> None:
             if how.each:
                 _check(how.then, how, machine)
                 _end(jobs.pop(), how, machine)
+        elif how.terminal:
+            _type(command, how, machine)
         else:
             expect(command, how, machine)
     if not how.each:
@@ -116,6 +124,22 @@ def expect(command: Command, how: Run, machine: Machine) -> None:
     assert command.status in (None, status), f"$ {text}\nstatus {status}\n{printed}"
     if said is not None:
         assert agree(said, printed, varies=how.varies), f"$ {text}\n{printed}"
+
+
+def _type(command: Command, how: Run, machine: Machine) -> None:
+    """As `expect`, but all write to one terminal, so the order of lines is not always the same."""
+    status, _ = machine.run(command.text)
+    said: list[str] = []
+
+    def all_came() -> bool:
+        said.append(machine.news())
+        return agree_in_any_order(command.said or "", "".join(said), varies=how.varies)
+
+    try:
+        wait_until(all_came)
+    except AssertionError:
+        raise AssertionError(f"$ {command.text}\n{''.join(said)}") from None
+    assert status == (command.status or 0), f"$ {command.text}\nstatus {status}"
 
 
 def _check(then: str, how: Run, machine: Machine) -> None:

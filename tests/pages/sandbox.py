@@ -8,6 +8,8 @@ import shutil
 import stat
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -54,6 +56,7 @@ class Machine:
         self._transcripts = folder / ".transcripts"
         self._transcripts.mkdir()
         self._count = 0
+        self._seen: dict[int, int] = {}  # characters of what each command has printed
         folder.chmod(0o755)
         reads, writes = os.pipe()
         script = f"exec 9>&{writes} {writes}>&-\n{_MACHINE}{_LOOP}"
@@ -87,6 +90,15 @@ class Machine:
         said = command.with_name(f"{command.name}.out").read_text()
         assert status, f"not within {seconds} s: {text}\n{said}"
         return int(status), said
+
+    def news(self) -> str:
+        """What all commands have printed since this was called last, with those that go on."""
+        news = []
+        for number in range(1, self._count + 1):
+            text = (self._transcripts / f"{number}.out").read_text()
+            news.append(text[self._seen.get(number, 0) :])
+            self._seen[number] = len(text)
+        return "".join(news)
 
     def close(self) -> None:
         self._shell.kill()  # and with it, its child, and with that, all
@@ -149,8 +161,14 @@ _NEEDED = {Path(place) for place in (sys.base_prefix, sys.prefix, ROOT)}
 _MAPPED = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
 
 
-def needs() -> None:
-    """Skips a test where there are no such machines."""
+@contextmanager
+def machine_in(folder: Path) -> Iterator[Machine]:
+    """A machine whose commands begin in *folder*. Skips a test where there are none."""
     for program in ("unshare", "ip", "bash"):
         if shutil.which(program) is None:
             pytest.skip(f"{program} is not installed (Debian: util-linux, iproute2, bash)")
+    machine = Machine(folder)
+    try:
+        yield machine
+    finally:
+        machine.close()

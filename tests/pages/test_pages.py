@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 from commandline import ROOT
 
-from pages.blocks import agree, blocks_of, commands_of
+from pages.blocks import agree, agree_in_any_order, blocks_of, commands_of
 from pages.runs import NotRun, run_block
-from pages.sandbox import Machine, needs
+from pages.sandbox import Machine, machine_in
 from pages.table import PAGES
 
-# docs/classic needs no table: tests/examples/test_classic_pages.py runs its blocks, each by itself.
+# docs/classic needs no table: tests/examples/test_classic_pages.py has its blocks run, each by
+# itself.
 DOCUMENTS = [
     path
     for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"))
@@ -23,10 +24,8 @@ DOCUMENTS = [
 
 @pytest.fixture
 def machine(folder: Path) -> Iterator[Machine]:
-    needs()
-    machine = Machine(folder)
-    yield machine
-    machine.close()
+    with machine_in(folder) as machine:
+        yield machine
 
 
 def test_each_block_is_known() -> None:
@@ -75,3 +74,11 @@ def test_what_agrees() -> None:
     assert not agree("pid 1", "pid 2")
     assert agree("pid 1", "pid 2", varies=(r"\d+",))
     assert not agree("pid x", "pid 2", varies=(r"\d+",))
+
+
+def test_what_agrees_in_any_order() -> None:
+    assert agree_in_any_order("a\nb 1\n", "b 2\na\n", varies=(r"\d+",))
+    assert not agree_in_any_order("a\nb\n", "a\n")
+    assert not agree_in_any_order("a\n", "a\na\n")
+    assert agree_in_any_order("a\n...\n", "c\nb\na\n")
+    assert not agree_in_any_order("a\n...\n", "c\nb\n")
