@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -168,6 +167,8 @@ def _coloured() -> bool:
 def _width() -> int | None:
     if not sys.stdout.isatty() and not os.environ.get("COLUMNS"):
         return None
+    import shutil  # with all compressions that it knows
+
     return shutil.get_terminal_size().columns
 
 

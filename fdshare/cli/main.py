@@ -11,7 +11,6 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from difflib import get_close_matches
 from importlib import import_module
 from typing import Final
 
@@ -108,6 +107,8 @@ class Commands(click.Group):
         """As a Group's. Raises: UsageError, with what was meant perhaps."""
         if args[0] in _FAMILIES or args[0].startswith("-"):
             return super().resolve_command(context, args)
+        from difflib import get_close_matches
+
         close = _MEANT.get(args[0]) or " or ".join(get_close_matches(args[0], _FAMILIES))
         hint = f"; did you mean {close}?" if close else ""
         raise click.UsageError(f"there is no command {args[0]!r}{hint}", context)

@@ -10,9 +10,10 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import click
-from click.shell_completion import CompletionItem
 
 if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
     from fdshare.client.blocking.client import Client
 
 __all__ = [
@@ -148,6 +149,8 @@ def complete_user(
     """The users whose name starts with *incomplete*."""
     import pwd
 
+    from click.shell_completion import CompletionItem
+
     names = {entry.pw_name for entry in pwd.getpwall()}
     return [CompletionItem(name) for name in sorted(names) if name.startswith(incomplete)]
 
@@ -156,6 +159,8 @@ def _complete_name(
     context: click.Context, parameter: click.Parameter, incomplete: str
 ) -> list[CompletionItem]:
     """The names that start with *incomplete*; none if the server does not answer at once."""
+    from click.shell_completion import CompletionItem
+
     from fdshare.protocol.names import literal
 
     with suppress(Exception), client_at(context.params.get("path"), timeout=1.0) as client:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fdshare.protocol.bind_address import BindAddress
 
-__all__ = ["is_at", "why_unreachable"]
+__all__ = ["is_at", "why_nobody_can_connect", "why_unreachable"]
 
 
 def why_unreachable(fd: int, address: BindAddress) -> tuple[str, bool]:
@@ -31,6 +31,15 @@ def why_unreachable(fd: int, address: BindAddress) -> tuple[str, bool]:
     wrong = found.health if "nobody can connect" in found.health else ""
     # Of a long path only the last part is known: it may be well, and in another folder.
     return wrong, wrong.startswith("nothing is at") and not through_folder
+
+
+def why_nobody_can_connect(fd: int) -> str:
+    """What is wrong with a listening socket, wherever it is; empty where nothing is known to be.
+    *fd* is borrowed for the call."""
+    from fdshare.server.loop.inspect import describe_descriptor
+
+    found = describe_descriptor(fd)
+    return found.health if found.listening and "nobody can connect" in found.health else ""
 
 
 def is_at(address: BindAddress, local: str) -> bool:

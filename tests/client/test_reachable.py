@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fdshare.client.reachable import is_at, why_unreachable
+from fdshare.client.reachable import is_at, why_nobody_can_connect, why_unreachable
 from fdshare.protocol.bind_address import parse_address
 
 TCP = parse_address("tcp://127.0.0.1:0")
@@ -34,6 +34,15 @@ def test_what_is_well(folder: Path) -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
         udp.bind(("127.0.0.1", 0))
         assert why_unreachable(udp.fileno(), TCP) == ("", False)
+
+
+def test_a_listener_whose_path_is_gone(folder: Path) -> None:
+    path = folder / "a"
+    with bound(path) as unix, socket.socket() as fresh:
+        assert why_nobody_can_connect(unix.fileno()) == ""
+        assert why_nobody_can_connect(fresh.fileno()) == ""
+        path.unlink()
+        assert "nobody can connect" in why_nobody_can_connect(unix.fileno())
 
 
 def test_what_is_shut_down(folder: Path) -> None:

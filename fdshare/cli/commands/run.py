@@ -207,9 +207,9 @@ def _fill(
 
 def get_wanted(client: Client, want: Wanted, options: dict[str, Any]) -> list[Descriptor]:
     """The descriptors of one name. The caller owns the result."""
-    from fdshare.cli.support.listener import WantedAddress, held_socket, unreachable
-
     if want.address:
+        from fdshare.cli.support.listener import WantedAddress, held_socket
+
         mismatch: Mismatch = (
             "keep" if options["keep"] else "rebind" if options["rebind"] else "refuse"
         )
@@ -217,8 +217,10 @@ def get_wanted(client: Client, want: Wanted, options: dict[str, Any]) -> list[De
             want.name, want.address, options["backlog"], options["reuse_port"], mismatch
         )
         return [held_socket(client, wanted)]
+    from fdshare.client.reachable import why_nobody_can_connect
+
     fetched = client.fetch_raw(want.name, timeout=or_never(options["wait"]))
     for descriptor in fetched:
-        if wrong := unreachable(descriptor):
+        if wrong := why_nobody_can_connect(descriptor.fileno()):
             print(f"fdshare: {printable(f'{want.name}: {wrong}')}", file=sys.stderr, flush=True)
     return list(map(with_own_offset, fetched))

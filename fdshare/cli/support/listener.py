@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from fdshare.client.blocking.client import Client
     from fdshare.client.verbs import Steps
 
-__all__ = ["Difference", "Mismatch", "WantedAddress", "held_socket", "unreachable"]
+__all__ = ["Difference", "Mismatch", "WantedAddress", "held_socket"]
 
 Mismatch: TypeAlias = Literal["refuse", "keep", "rebind"]
 
@@ -90,13 +90,6 @@ def held_socket(client: Client, wanted: WantedAddress) -> Descriptor:
         else:
             replaces = given.generation
     raise Difference(f"{wanted.name} is replaced again and again by somebody else")
-
-
-def unreachable(descriptor: Descriptor) -> str:
-    """Why nobody can connect to a listening socket; empty if that is not known. *descriptor* is
-    borrowed for the call."""
-    found = describe_descriptor(descriptor.fileno())
-    return found.health if found.listening and "nobody can connect" in found.health else ""
 
 
 def _difference(address: BindAddress, descriptors: list[Descriptor], tag: str) -> tuple[str, bool]:

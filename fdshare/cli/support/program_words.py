@@ -7,8 +7,6 @@ from typing import Final, NamedTuple
 
 import click
 
-from fdshare.protocol.bind_address import parse_address
-
 __all__ = ["Wanted", "WithCommand", "has_command", "parse_wanted", "split_words"]
 
 _COMMAND: Final = "fdshare.command"
@@ -62,6 +60,8 @@ def parse_wanted(words: Sequence[str]) -> list[Wanted]:
     for word in words:
         name, _, address = word.partition("=")
         if address:
+            from fdshare.protocol.bind_address import parse_address
+
             parse_address(address)  # before another address is bound
         wanted.append(Wanted(name, address))
     return wanted
