@@ -14,6 +14,7 @@ import pytest
 from commandline import ROOT
 
 import fdshare
+from fdshare.aio import AsyncClient
 
 MODULES = ["fdshare", "fdshare.kernel", "fdshare.aio", "fdshare.activation"]
 
@@ -96,7 +97,55 @@ def test_each_verb_is_as_its_example_says(folder: Path) -> None:
     assert_passes(folder, VERBS, *names)
 
 
+# The same for the verbs of the asynchronous client, as `python -m asyncio` runs what is typed.
+AWAITED = """
+import ast, asyncio, doctest, inspect, io, os, sys
+from contextlib import redirect_stdout
+from types import FunctionType
+import fdshare
+from fdshare import aio
+sys.path.insert(0, sys.argv[1])
+from awaited import example_of
+
+async def run(verb):
+    with fdshare.Manager() as manager, open(os.devnull) as file:
+        async with aio.connect(manager.address) as client:
+            given = {"client": client, "file": file, "os": os}
+            for example in doctest.DocTestParser().get_examples(example_of(verb)):
+                await check(example, given)
+
+async def check(example, given):
+    flags = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
+    code = compile(example.source, "<typed>", "single", flags)
+    with redirect_stdout(io.StringIO()) as said:
+        done = FunctionType(code, given)()
+        if inspect.iscoroutine(done):
+            await done
+    checker = doctest.OutputChecker()
+    assert checker.check_output(example.want, said.getvalue(), doctest.ELLIPSIS), (
+        example.source, said.getvalue()
+    )
+
+for verb in sys.argv[2:]:
+    if not example_of(verb):
+        print(verb)
+    asyncio.run(run(verb))
+"""
+
+
+def test_each_awaited_verb_is_as_its_example_says(folder: Path) -> None:
+    verbs = {n for n, value in vars(AsyncClient).items() if n[0] != "_"}
+    said = printed(folder, AWAITED, str(ROOT / "docs" / "_ext"), *verbs)
+    assert set(said.split()) == {"close", "aclose", "reload"}
+
+
 def assert_passes(folder: Path, program: str, *words: str) -> None:
+    said = printed(folder, program, *words)
+    assert "TestResults(failed=0" in said, said
+
+
+def printed(folder: Path, program: str, *words: str) -> str:
+    """What *program* prints, which has no error."""
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", program, *words],
         cwd=folder,
@@ -107,7 +156,7 @@ def assert_passes(folder: Path, program: str, *words: str) -> None:
         timeout=100,
     )
     assert done.stderr == ""
-    assert "TestResults(failed=0" in done.stdout, done.stdout
+    return done.stdout
 
 
 def importable(name: str) -> bool:

@@ -146,6 +146,12 @@ class AsyncClient(BaseClient):
         """An asynchronous iterator over what changes: first a Snapshot, then each Event, in order.
 
         *timeout* bounds each wait, in seconds. See `AsyncWatcher`. The caller owns the result.
+
+        >>> async with client.watch("n*") as watch:
+        ...     first = await anext(watch)
+        ...     _ = await client.register("null", file)
+        ...     first.entries, (await anext(watch)).event
+        ({}, 'registered')
         """
         return AsyncWatcher(self, self._open_pipeline, pattern, timeout)
 
@@ -160,6 +166,13 @@ class AsyncClient(BaseClient):
 
         To be entered with `async with`, which asks for the object. See `Client.follow` and
         `AsyncFollower`. The caller owns the result.
+
+        >>> _ = await client.register("null", file)
+        >>> async with client.follow("null") as followed:
+        ...     with open("/dev/zero") as other:
+        ...         _ = await client.register("null", other, replace=True)
+        ...     (await followed.current()).name
+        '/dev/zero'
         """
         follower = AsyncFollower(self._open_pipeline, self._page, name, timeout, on_change)
         self._followers.add(follower)
