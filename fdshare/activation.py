@@ -27,10 +27,11 @@ from fdshare.errors import (
     UnsupportedPlatform,
 )
 from fdshare.kernel import system
-from fdshare.kernel.ancillary import MAX_DESCRIPTORS, close_all, recv_fds, send_fds
+from fdshare.kernel.ancillary import MAX_DESCRIPTORS, close_all
 from fdshare.kernel.credentials import Credentials, enable_credentials, own_credentials
 from fdshare.kernel.descriptor import Descriptor, HasFileno
 from fdshare.kernel.endpoint import Listener, datagram
+from fdshare.kernel.passing import recv_fds, send_fds
 from fdshare.kernel.unix_address import is_abstract, sockaddr
 
 __all__ = [

@@ -258,7 +258,7 @@ def test_a_privileged_sender_speaks_for_another(manager: NotifySocket) -> None:
 
 @pytest.mark.parametrize("datagram", [b"x" * 4097, b"READY=1\0STATUS=", b"STATUS=\xff"])
 def test_what_systemd_refuses_is_refused(manager: NotifySocket, datagram: bytes) -> None:
-    from fdshare.kernel.ancillary import send_fds
+    from fdshare.kernel.passing import send_fds
     from fdshare.kernel.unix_address import sockaddr
 
     with (

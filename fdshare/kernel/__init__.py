@@ -4,7 +4,7 @@ The calls of the textbook, the general pair `send_fds` and `recv_fds` (at most M
 one message), sockets on a path, and the credentials of the other end.
 """
 
-from fdshare.kernel.ancillary import MAX_DESCRIPTORS, Received, close_all, recv_fds, send_fds
+from fdshare.kernel.ancillary import MAX_DESCRIPTORS, Received, close_all
 from fdshare.kernel.credentials import (
     Credentials,
     enable_credentials,
@@ -24,6 +24,7 @@ from fdshare.kernel.endpoint import (
     serv_listen,
 )
 from fdshare.kernel.handoff import recv_fd, send_err, send_fd
+from fdshare.kernel.passing import recv_fds, send_fds
 
 __all__ = [
     # one descriptor, owned

@@ -15,7 +15,7 @@ net/unix/af_unix.c, net/core/scm.c; measured on Linux 6.18):
 6.  Descriptors in flight are counted against the *sender's user* and limit (ETOOMANYREFS).
 7.  With SO_PASSCRED on, credentials come first and take room: leave it.
 8.  A peek that fills its buffer looks on, and brings descriptors of a later message. `recv_fds`
-    peeks with one byte more than it wants, so that it knows.
+    (passing.py) peeks with one byte more than it wants, so that it knows.
 
 A handler of the signal module may raise after any call, and what the call returned is lost then:
 how much was sent, the number of a descriptor that came. `send_into` and `look_into` store it in the
@@ -29,9 +29,7 @@ from __future__ import annotations
 
 import array
 import errno
-import fcntl
 import os
-import select
 import socket
 import struct
 from collections import deque
@@ -40,19 +38,14 @@ from functools import partial
 from typing import Any, Final, NamedTuple, TypeAlias
 
 from fdshare.errors import (
-    AccessDenied,
-    ClosedDescriptor,
     FdshareError,
-    InvalidArgument,
-    MagicMismatch,
-    ServerGone,
     TooManyDescriptors,
     TruncatedControl,
 )
 from fdshare.kernel import credentials as creds
 from fdshare.kernel import system
 from fdshare.kernel.credentials import Credentials
-from fdshare.kernel.descriptor import Descriptor, HasFileno, borrow
+from fdshare.kernel.descriptor import Descriptor
 from fdshare.kernel.descriptor_limit import descriptor_limit
 
 __all__ = [
@@ -69,12 +62,12 @@ __all__ = [
     "peek",
     "peek_descriptors",
     "read_to_descriptors",
+    "receive",
     "receive_into",
     "receive_numbers",
-    "recv_fds",
     "rights",
     "send_all_into",
-    "send_fds",
+    "send_control",
     "send_into",
     "send_message",
     "send_rights",
@@ -160,6 +153,20 @@ def send_rights(
         if error.errno == errno.ETOOMANYREFS:
             raise descriptor_limit(error.errno, "sender") from None
         raise
+
+
+def send_control(
+    sock: socket.socket,
+    data: Bytes,
+    control: Sequence[tuple[int, int, Bytes | array.array[int]]],
+    address: str | bytes | None = None,
+) -> int:
+    """The number of bytes of *data* that one sendmsg(2) took, with any control messages.
+
+    *address* is the destination, on a datagram socket that is not connected. Raises: OSError of
+    sendmsg(2), as it is.
+    """
+    return sock.sendmsg([data], control, 0, *(() if address is None else (address,)))
 
 
 def send_into(
@@ -419,141 +426,7 @@ class Received(NamedTuple):
         self.close()
 
 
-def send_fds(
-    sock: socket.socket,
-    fds: Iterable[HasFileno | int],
-    data: Bytes = b"\0",
-    *,
-    credentials: bool | Credentials | None = None,
-    address: str | bytes | None = None,
-) -> None:
-    """Send *data* whole, with copies of *fds* (at most 253) and the sender's credentials.
-
-    *credentials* may be True (pid, effective uid and gid of this process) or, for privileged
-    senders, those to claim. *address* is the destination, on a datagram socket that is not
-    connected. The descriptors go with the first byte; the rest of a long stream message follows in
-    further writes, for which this waits even on a non-blocking socket. *fds* are borrowed for the
-    call: it is safe to close them after it.
-
-    Raises:
-        InvalidArgument: no data; a claimed pid that does not exist.
-        ClosedDescriptor, UnsupportedKind, TooManyDescriptors: *fds*; nothing was sent.
-        DescriptorLimit: ETOOMANYREFS, too many in flight; nothing was sent.
-        AccessDenied: credentials that are not the sender's, or a receiver that takes none.
-        UnsupportedPlatform: credentials, where the system has none; OSError of sendmsg(2).
-
-    >>> one, other = s_pipe()
-    >>> with one, other, open(os.devnull) as file:
-    ...     send_fds(one, [file, file], b"two")
-    ...     with recv_fds(other, 100, 2) as got:
-    ...         got.data, len(got.descriptors)
-    (b'two', 2)
-    """
-    numbers = [borrow(fd) for fd in fds]
-    if not data:
-        raise InvalidArgument("data", "it is empty; descriptors are delivered with a byte only")
-    if len(numbers) > MAX_DESCRIPTORS:
-        raise TooManyDescriptors(len(numbers), MAX_DESCRIPTORS)
-    control: list[tuple[int, int, Bytes | array.array[int]]] = []
-    claimed = credentials if isinstance(credentials, Credentials) else None
-    if credentials is not None and credentials is not False:
-        control.append(creds.control_message(claimed))
-    if numbers:
-        control.append((socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", numbers)))
-    try:
-        sent = sock.sendmsg([data], control, 0, *(() if address is None else (address,)))
-    except OSError as error:
-        raise _send_failure(error, numbers, claimed) from None
-    _send_rest(sock, memoryview(data).cast("B")[sent:])
-
-
-def _send_rest(sock: socket.socket, rest: memoryview) -> None:
-    """What a short write left over, of a message whose descriptors have gone."""
-    while rest:
-        try:
-            rest = rest[sock.send(rest) :]
-        except BlockingIOError:
-            ready = select.poll()
-            ready.register(sock, select.POLLOUT)
-            ready.poll()
-
-
-def _send_failure(error: OSError, fds: Sequence[int], claimed: Credentials | None) -> OSError:
-    """The error to raise for *error* of sendmsg(2): a FdshareError where one fits."""
-    if error.errno == errno.ETOOMANYREFS:
-        return descriptor_limit(error.errno, "sender")
-    if error.errno == errno.EPERM and claimed is not None:
-        return creds.refused(claimed)
-    if error.errno == errno.EPERM and fds:
-        return AccessDenied(
-            "send", "descriptors", os.geteuid(), "the receiving socket refuses them (SO_PASSRIGHTS)"
-        )
-    if error.errno == errno.ESRCH and claimed is not None:
-        raise InvalidArgument("credentials", f"no process has the pid {claimed.pid}") from None
-    if error.errno == errno.EINVAL and claimed is not None:
-        raise InvalidArgument("credentials", "no such uid or gid in this user namespace") from None
-    if error.errno == errno.EBADF:
-        for fd in fds:
-            if not _is_open(fd):
-                raise ClosedDescriptor(f"descriptor {fd} is not open") from None
-    return error
-
-
-def _is_open(fd: int) -> bool:
-    try:
-        fcntl.fcntl(fd, fcntl.F_GETFD)
-    except OSError:
-        return False
-    return True
-
-
-def recv_fds(
-    sock: socket.socket,
-    max_bytes: int,
-    max_fds: int,
-    *,
-    expect: bytes | None = None,
-    lossless: bool = True,
-) -> Received:
-    """The next at most *max_bytes* of *sock* and the at most *max_fds* descriptors with them.
-
-    With *expect*, the data must begin with it. With *lossless* it peeks before it reads, so that at
-    the limit of open descriptors nothing is lost: that costs one system call more, and no other
-    thread or process may read from the socket. Without it the message is lost when DescriptorLimit
-    is raised. The caller owns the result.
-
-    Raises:
-        DescriptorLimit: this process has no descriptors free; the message is still there.
-        TooManyDescriptors: more than *max_fds* came, and all were closed; `count` says how many.
-        MagicMismatch: the data do not begin with *expect*; the descriptors were closed.
-        ServerGone: the stream ended before *expect*.
-        ProtocolError: credentials that cannot be read. OSError of recvmsg(2), TimeoutError,
-        BlockingIOError.
-
-    >>> one, other = s_pipe()
-    >>> with one, other:
-    ...     send_fds(one, [0], b"x")
-    ...     recv_fds(other, 1, 1, expect=b"y")
-    Traceback (most recent call last):
-    fdshare.errors.MagicMismatch: expected the data b'y', received b'x'; the descriptors ...
-    """
-    if max_bytes < 1:
-        raise InvalidArgument("max_bytes", "descriptors come with data; at least 1 is needed")
-    got = _receive_looking(sock, max_bytes) if lossless else receive(sock, max_bytes)
-    try:
-        if len(got.descriptors) > max_fds:
-            raise TooManyDescriptors(len(got.descriptors), max_fds)
-        if expect is not None and not got.data.startswith(expect):
-            if not got.data and sock.type != socket.SOCK_DGRAM:
-                raise ServerGone(peer_name(sock), f"it closed the connection before {expect!r}")
-            raise MagicMismatch(expect, got.data)
-    except BaseException:
-        got.close()
-        raise
-    return got
-
-
-def receive(sock: socket.socket, max_bytes: int, room: int = _ROOM, flags: int = 0) -> Received:
+def receive(sock: socket.socket, max_bytes: int, flags: int = 0, room: int = _ROOM) -> Received:
     """One recvmsg(2) with *room* bytes for control messages. The caller owns the result.
 
     Raises: DescriptorLimit or TruncatedControl: descriptors were dropped, those that fitted closed.
@@ -572,27 +445,6 @@ def receive(sock: socket.socket, max_bytes: int, room: int = _ROOM, flags: int =
     return result._replace(credentials=who)
 
 
-def _receive_looking(sock: socket.socket, max_bytes: int) -> Received:
-    """As `receive`, but where no descriptor is free the message stays unread."""
-    seen = receive(sock, max_bytes + 1, _ROOM, socket.MSG_PEEK)
-    stream = sock.type == socket.SOCK_STREAM
-    if len(seen.data) > max_bytes and stream:
-        # Descriptors of this peek may belong to the bytes beyond max_bytes. So many were free a
-        # moment ago, so the real read will have enough.
-        seen.close()
-        return receive(sock, max_bytes)
-    try:
-        # Without a control buffer: the kernel drops its references, the copies are ours.
-        if seen.data or not stream:
-            sock.recv(max(1, min(len(seen.data), max_bytes)))
-    except BaseException:
-        seen.close()
-        raise
-    if len(seen.data) > max_bytes:
-        return seen._replace(data=seen.data[:max_bytes], flags=seen.flags | socket.MSG_TRUNC)
-    return seen
-
-
 def _credentials(control: Control) -> Credentials | None:
     """The last credentials in *control*; messages of other kinds are ignored."""
     found = None
@@ -600,13 +452,3 @@ def _credentials(control: Control) -> Credentials | None:
         if level == socket.SOL_SOCKET and kind in creds.HERE.control:
             found = creds.HERE.control[kind](data)
     return found
-
-
-def peer_name(sock: socket.socket) -> str:
-    """The address of the other end, for messages."""
-    try:
-        name = sock.getpeername() or sock.getsockname()
-    except OSError:
-        name = ""
-    text = os.fsdecode(name) if isinstance(name, (str, bytes)) else str(name)
-    return text.replace("\0", "@", 1) or "the other end"

@@ -18,8 +18,9 @@ from collections.abc import Callable
 from typing import Final
 
 from fdshare.errors import InvalidArgument, ProtocolError, RemoteError, ServerGone
-from fdshare.kernel.ancillary import MAX_DESCRIPTORS, close_all, peer_name, recv_fds, send_fds
+from fdshare.kernel.ancillary import MAX_DESCRIPTORS, close_all
 from fdshare.kernel.descriptor import Descriptor, HasFileno
+from fdshare.kernel.passing import peer_name, recv_fds, send_fds
 
 __all__ = ["recv_fd", "send_err", "send_fd"]
 

@@ -27,10 +27,10 @@ from fdshare.activation import Notification, NotifySocket, notify
 from fdshare.cli.support.notify_store import Store, stored
 from fdshare.cli.support.program_group import GRACE, end_group
 from fdshare.errors import FdshareError
-from fdshare.kernel.ancillary import send_fds
 from fdshare.kernel.credentials import Credentials
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.kernel.descriptor_table import close_all_but
+from fdshare.kernel.passing import send_fds
 from fdshare.kernel.unix_address import is_abstract
 from fdshare.printable import printable
 from fdshare.server.failover.service_manager import ask_systemd, is_reported

@@ -17,8 +17,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Final, NamedTuple, TypeAlias
 
-from fdshare.kernel.ancillary import recv_fds, send_message
+from fdshare.kernel.ancillary import send_message
 from fdshare.kernel.descriptor import Descriptor
+from fdshare.kernel.passing import recv_fds
 from fdshare.kernel.plain_socket import stream_pair
 from fdshare.server import logs
 from fdshare.server.loop.closing import close_quietly

@@ -15,7 +15,7 @@ from fdshare.client.asynchronous.transport import Transport
 from fdshare.client.conversation import Conversation, Exchange
 from fdshare.client.settings import Search
 from fdshare.errors import ClosedDescriptor, ProtocolError
-from fdshare.kernel.ancillary import recv_fds
+from fdshare.kernel.passing import recv_fds
 from fdshare.protocol import messages as m
 from fdshare.protocol.framing import header
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from fdshare.kernel.ancillary import recv_fds
+from fdshare.kernel.passing import recv_fds
 from fdshare.server.core.policy import Subject
 from fdshare.server.core.ports import Session
 from fdshare.server.core.users import User
