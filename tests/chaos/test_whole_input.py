@@ -220,7 +220,7 @@ def check_nothing_is_left(server: Server) -> None:
     loop, service = server.loop, server.service
     for kept in (loop.connections, loop.users, loop.idle, loop._slow, loop._throttled):
         assert not kept
-    for waiting in (loop._stalled, loop._postponed, service._waiting, server._inspections._open):
+    for waiting in (loop._stalled, loop.queue, service._waiting, server._inspections._open):
         assert not waiting
     assert not service._watchers.count
     assert loop.intake.received == loop.in_flight.total == loop.buffers.total == 0

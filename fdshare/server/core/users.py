@@ -20,7 +20,6 @@ class User:
     connections: int = 0
     in_flight: int = 0  # descriptors sent and not yet read
     received: int = 0  # descriptors that came, and are in no entry
-    served: float = 0.0  # when one of its connections was last ready, and looked at
     watches: int = 0
     patterns: Counter[str] = field(default_factory=Counter)  # those of its watches with wildcards
     buffered: int = 0  # bytes of half requests, of those that wait, and of answers not read

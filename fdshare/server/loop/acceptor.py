@@ -13,6 +13,8 @@ import hmac
 import logging
 import os
 import socket
+import time
+from itertools import count
 from typing import Final
 
 from fdshare.errors import (
@@ -33,7 +35,7 @@ from fdshare.server.core.ports import Session
 from fdshare.server.core.users import User, allowance
 from fdshare.server.loop.closing import UNKNOWN, Handle
 from fdshare.server.loop.connection import Connection
-from fdshare.server.loop.output import Output
+from fdshare.server.loop.output import SLICE, Output
 from fdshare.server.loop.poller import READ
 
 __all__ = ["Acceptor"]
@@ -41,9 +43,6 @@ __all__ = ["Acceptor"]
 log = logging.getLogger("fdshare.server")
 
 _PAUSE: Final = 0.1  # seconds without accepting, after no descriptor was free for it
-# Connections that are accepted at a time. Each takes some tenths of a millisecond if another one
-# has to be closed for it, and who knocks without end must not slow down the others.
-_BATCH: Final = 16
 # accept(2): errors of the connection that was to be accepted, not of the listener.
 _TRY_NEXT: Final = (errno.ECONNABORTED, errno.EPROTO, errno.EINTR)
 _NO_ROOM: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
@@ -93,7 +92,10 @@ class Acceptor:
     # Accepting.
 
     def _on_connect(self, events: int, now: float) -> None:
-        for number in range(_BATCH):
+        for number in count():
+            # Who knocks without end must not slow down the others.
+            if number and time.monotonic() - now > SLICE:
+                return
             try:
                 sock, _ = self._listener.accept()
             except BlockingIOError:

@@ -48,12 +48,13 @@ class Connection:
         "output",
         "output_bytes",
         "overflowed",
+        "paused",
         "pending",
         "proof",
         "received",
         "receiver",
+        "reported",
         "reserved",
-        "served",
         "session",
         "slow_since",
         "sock",
@@ -87,9 +88,10 @@ class Connection:
         self.overflowed = False  # events were not sent
         self.stale: list[int] = []  # watches that need a fresh snapshot after that
         self.inspecting = 0  # its `info` requests that worker threads answer now
-        self.served = now  # when it was last ready, and looked at
         self.closed = False
+        self.paused = False  # nothing is read of it for a moment
         self.interest = 0
+        self.reported: int | None = None  # events; the poller is not asked for more meanwhile
         self.slow_since: float | None = now  # it owes the Hello
         self.stalled_since: float | None = None  # the first of `pending` waits for the keeper
 

@@ -136,9 +136,13 @@ class Input(Output):
 
     def _pause(self, connection: Connection) -> None:
         """Reads nothing from the connection for a moment."""
-        connection.interest = 0
-        self.poller.modify(connection.fileno(), 0)
-        self.later(_PAUSE, lambda now: self._update(connection))
+        connection.paused = True
+        self._update(connection)
+        self.later(_PAUSE, lambda now: self._go_on(connection))
+
+    def _go_on(self, connection: Connection) -> None:
+        connection.paused = False
+        self._update(connection)
 
     def later(self, delay: float, change: Callable[[float], None]) -> None:
         """Attempts *change* in *delay* seconds."""
@@ -178,14 +182,13 @@ class Input(Output):
                 self.closer.close(frame.descriptors)
             elif busy or not self._handle(connection, frame, now):
                 if late:
-                    self._postponed[connection] = None
+                    self.queue.put(connection)
                 connection.pending.extend(frames[index:])
                 self._update(connection)
                 return
 
     def _resume(self, connection: Connection, now: float) -> None:
         """Handles the frames that had to wait, as far as possible."""
-        self._postponed.pop(connection, None)
         while connection.pending and not connection.closed and not self._busy(connection):
             # Removed first: a drop while it is served must not close its descriptors again.
             frame = connection.pending.popleft()
@@ -194,7 +197,7 @@ class Input(Output):
                 connection.pending.appendleft(frame)
                 break
             if connection.pending and time.monotonic() - now > SLICE:
-                self._postponed[connection] = None
+                self.queue.put(connection)
                 break
         if not connection.closed:
             self.intake.recount(connection)
@@ -270,12 +273,32 @@ class Input(Output):
         connection.draining = True
         self.answer(connection.session, 0, m.encode(m.refusal(error)))
 
-    def _serve_postponed(self, now: float) -> None:
-        """Goes on with requests that would have made an earlier turn too long."""
-        for _ in range(len(self._postponed)):
-            self._resume(next(iter(self._postponed)), now)
-            if time.monotonic() - now > SLICE or not self._postponed:
-                return
+    # What would have made an earlier turn too long.
+
+    def _put_off(self, connection: Connection, events: int) -> None:
+        """Handles *events* when it is the turn of its user; until then no more are reported."""
+        if connection.closed:
+            return
+        if connection.reported is None:
+            self.poller.unregister(connection.fileno())
+        connection.reported = events
+        self.queue.put(connection)
+
+    def _serve_next(self, connection: Connection, now: float) -> None:
+        """Goes on with its requests, and handles what was reported of it."""
+        if connection.pending:
+            self._resume(connection, now)
+        if connection.reported is None:
+            return
+        self._on_connection(connection, connection.reported, now)
+        connection.reported = None
+        if connection.closed:
+            return
+        try:
+            self.poller.register(connection.fileno(), connection.interest, connection)
+        except OSError as error:  # ENOSPC, epoll_ctl(2)
+            log.error("a connection cannot be watched: %s", error)
+            self.drop(connection)
 
     def _retry_stalled(self, now: float) -> None:
         """Repeats the requests that wait for the keeper, until one of them has to wait again: it

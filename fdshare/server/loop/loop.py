@@ -1,8 +1,9 @@
 """Loop: the event loop, in one thread. It reads, serves and writes, and never blocks.
 
 A turn waits once, handles each ready descriptor (a new connection, a request, room for output), or
-as many as there is time for, and then does what is due. A slow client is closed after a while, an
-idle one only where the limit of connections is reached.
+as many as there is time for, and then does what is due. What it has no time for waits in the run
+queue (run_queue.py). A slow client is closed after a while, an idle one only where the limit of
+connections is reached.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import count
 from typing import Final
 
@@ -27,7 +28,6 @@ from fdshare.server.core.service import Service
 from fdshare.server.loop.acceptor import Acceptor
 from fdshare.server.loop.closing import Closer, Handle, close_quietly
 from fdshare.server.loop.connection import Connection
-from fdshare.server.loop.fair_order import fair_order
 from fdshare.server.loop.input import Input
 from fdshare.server.loop.output import SLICE
 from fdshare.server.loop.poller import FEW, READ
@@ -37,7 +37,6 @@ __all__ = ["Loop"]
 log = logging.getLogger("fdshare.server")
 
 _BUFFER: Final = 1 << 16  # bytes that one read takes at most, so that others get their turn, too
-_MANY: Final = 1024  # events that are looked at, where they are too many for one turn
 _RETRY: Final = 0.005  # seconds until a throttled connection is tried again
 
 
@@ -62,7 +61,6 @@ class Loop(Input):
         self._post_lock = threading.Lock()
         self._tick_again = 0.0  # no tick before: the keeper could not take what was due
         self._retry_at = 0.0  # when throttled and stalled connections are tried again; 0: not set
-        self._crowded = False  # one turn was not enough for all that was ready
         self._stopping = False
         self._interrupted = False
         self._wake, self._waker = socket.socketpair()
@@ -97,15 +95,19 @@ class Loop(Input):
         """Waits once, handles what is ready, and does what is due."""
         due = self._next_due()
         timeout = None if due is None else max(due - time.monotonic(), 0.0)
-        crowded = self._crowded
-        ready = self.poller.wait(timeout, _MANY if crowded else FEW)
-        self._crowded = len(ready) >= FEW
-        if crowded:
-            ready = fair_order(ready)
+        ready = self.poller.wait(0.0 if self.queue else timeout)
         now = time.monotonic()
+        if self.queue or len(ready) >= FEW:
+            self._handle_in_turn(ready, now)
+        else:
+            self._handle_all(iter(ready), now)
+        if due is not None and due <= now:
+            self._do_due(now)
+
+    def _handle_all(self, ready: Iterator[tuple[object, int]], now: float) -> None:
+        """As nearly always: there is time for all of it. If not, the rest waits for its turn."""
         for key, events in ready:
             if type(key) is Connection:
-                key.served = key.session.user.served = now
                 if events == READ and not key.closed:
                     self._read(key, now)
                 else:
@@ -113,10 +115,22 @@ class Loop(Input):
             else:
                 key(events, now)  # type: ignore[operator]
             if time.monotonic() - now > SLICE:
-                self._crowded = True  # what is left is reported again
+                for other, its in ready:  # what is no connection is reported again
+                    if type(other) is Connection:
+                        self._put_off(other, its)
+
+    def _handle_in_turn(self, ready: list[tuple[object, int]], now: float) -> None:
+        """First what is no connection; then users in turn, as long as there is time."""
+        for key, events in ready:
+            if type(key) is Connection:
+                self._put_off(key, events)
+            else:
+                key(events, now)  # type: ignore[operator]
+        now = time.monotonic()
+        while (connection := self.queue.next()) is not None:
+            self._serve_next(connection, now)
+            if time.monotonic() - now > SLICE:
                 break
-        if due is not None and due <= now:
-            self._do_due(now)
 
     def stop(self) -> None:
         """Makes `run` return soon. May be called from any thread, and from a signal handler."""
@@ -190,8 +204,6 @@ class Loop(Input):
 
     def _next_due(self) -> float | None:
         """When `_do_due` has something to do; None if nothing is planned."""
-        if self._postponed:
-            return 0.0
         if self._throttled or self._stalled:
             # Set once and not in each turn: a busy loop must not postpone it.
             self._retry_at = self._retry_at or time.monotonic() + _RETRY
@@ -219,7 +231,6 @@ class Loop(Input):
 
     def _do_due(self, now: float) -> None:
         self._retry_at = 0.0
-        self._serve_postponed(now)
         self.closer.collect(now)
         self._retry_throttled(now)
         self._retry_stalled(now)

@@ -30,6 +30,7 @@ from fdshare.server.loop.idle import Idle
 from fdshare.server.loop.in_flight import InFlight
 from fdshare.server.loop.intake import Intake
 from fdshare.server.loop.poller import READ, WRITE, Poller
+from fdshare.server.loop.run_queue import RunQueue
 
 __all__ = ["SLICE", "Output"]
 
@@ -41,9 +42,10 @@ _BACKPRESSURE: Final = 1 << 16  # bytes of unread answers above which a client i
 # megabytes.
 _INSPECTIONS: Final = 4  # `info` requests of one client under way: with so many it is not served
 
-# Seconds of one turn of the loop after which each connection has one request served: many requests
-# in one read, or in those of many, keep nobody else waiting.
-SLICE: Final = 0.005
+# Seconds in which one turn of the loop accepts connections, and then again seconds in which it
+# serves those that are ready. What was begun then is done: one request, or the end of a connection.
+# After that the poller is asked again, so this is how long nobody looks at a request that comes.
+SLICE: Final = 0.001
 _RETRIED: Final = 16  # waiting connections of one user that are sent to in one turn
 
 
@@ -65,7 +67,7 @@ class Output:
         # Who waits until others have read, each user's in their order.
         self._throttled: dict[User, OrderedDict[Connection, None]] = {}
         self._stalled: OrderedDict[Connection, None] = OrderedDict()
-        self._postponed: OrderedDict[Connection, None] = OrderedDict()  # to the next turn
+        self.queue = RunQueue()
 
     def add(self, connection: Connection) -> None:
         """Raises: OSError of epoll_ctl(2): nothing has changed then."""
@@ -89,7 +91,7 @@ class Output:
         self._slow.pop(connection, None)
         self._unthrottle(connection)
         self._stalled.pop(connection, None)
-        self._postponed.pop(connection, None)
+        self.queue.forget(connection)
         self.poller.unregister(connection.fileno())
         self.disconnector.disconnect(connection.sock, connection.session.user.uid)
         self.in_flight.forget(connection)
@@ -275,13 +277,16 @@ class Output:
         if connection.closed:
             return
         interest = 0
-        if not connection.pending and not connection.draining and not self._busy(connection):
+        if not (
+            connection.pending or connection.draining or connection.paused or self._busy(connection)
+        ):
             interest |= READ
         if connection.output and not connection.throttled:
             interest |= WRITE
         if interest != connection.interest:
             connection.interest = interest
-            self.poller.modify(connection.fileno(), interest)
+            if connection.reported is None:
+                self.poller.modify(connection.fileno(), interest)
 
     def _take_stock(self, connection: Connection, now: float) -> None:
         """Counts what is kept for the client, and starts or ends the clock for half-sent requests

@@ -48,14 +48,14 @@ class Poller:
         if self._keys.pop(fd, None) is not None:
             self._poll.unregister(fd)
 
-    def wait(self, timeout: float | None, most: int = FEW) -> list[tuple[object, int]]:
-        """(key, events) of each that is ready within *timeout* seconds, but at most so many; None:
-        without limit. The list may be empty earlier: no wait is longer than a day."""
+    def wait(self, timeout: float | None) -> list[tuple[object, int]]:
+        """(key, events) of each that is ready within *timeout* seconds, or of the FEW that were
+        first; None: without limit. The list may be empty earlier: no wait is longer than a day."""
         if timeout is not None:
             timeout = min(timeout, _LONGEST)
         if self._epoll is not None:
             # epoll counts in milliseconds and Python rounds up: never early, never a busy loop.
-            ready = self._epoll.poll(-1 if timeout is None else timeout, most)
+            ready = self._epoll.poll(-1 if timeout is None else timeout, FEW)
         else:
             ready = self._poll.poll(None if timeout is None else int(timeout * 1000) + 1)
         keys = self._keys

@@ -23,8 +23,12 @@ from fdshare.errors import (
     QuotaExceeded,
     ServerGone,
 )
+from fdshare.kernel.endpoint import connect, listen
 from fdshare.protocol import messages as m
 from fdshare.protocol.framing import header
+from fdshare.server.loop import acceptor
+from fdshare.server.loop.server import Server
+from fdshare.server.settings import Settings
 from server.full import fill_gaps, limited, server_pid
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can be other users")
@@ -238,3 +242,20 @@ def test_the_server_cannot_accept_and_nobody_is_idle(
             other.register("x", null)
         _, _, (descriptor,) = one.receive()
         descriptor.close()
+
+
+def test_many_that_connect_are_accepted_in_many_turns(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(acceptor, "SLICE", 0.0)  # there is time for one in a turn
+    path = str(folder / "s")
+    with listen(path) as listener, ExitStack() as stack:
+        server = Server(listener.socket, Settings(path=path, keeper=False))
+        for _ in range(10):
+            stack.enter_context(connect(path))
+        for count in range(1, 11):
+            server.loop.turn()
+            assert len(server.loop.connections) == count
+        server.stop()
+        assert not server.run()
+        server.shut_down()

@@ -1,0 +1,52 @@
+"""RunQueue: the connections that are ready, or have requests left, and are still to be served.
+
+Where more is ready than one turn of the loop has time for, it is kept here, and the poller is not
+asked for it again: so what the poller reports next is new, however much waits. epoll(7) would
+report first what was ready first. There who has hundreds of connections would be served hundreds
+of times before the one connection of somebody else. So users are served in turn.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from fdshare.server.core.users import User
+from fdshare.server.loop.connection import Connection
+
+__all__ = ["RunQueue"]
+
+
+class RunQueue:
+    """One connection of each user, then another one of each, and so on: each user's in the order in
+    which they came. A user who comes is the last one, so nobody waits for more than one connection
+    of each other user."""
+
+    def __init__(self) -> None:
+        self._of: OrderedDict[User, OrderedDict[Connection, None]] = OrderedDict()
+
+    def __bool__(self) -> bool:
+        return bool(self._of)
+
+    def put(self, connection: Connection) -> None:
+        """Does nothing if it is there already."""
+        self._of.setdefault(connection.session.user, OrderedDict())[connection] = None
+
+    def forget(self, connection: Connection) -> None:
+        """It is closed. Does nothing if it is not there."""
+        mine = self._of.get(connection.session.user)
+        if mine is not None and connection in mine:
+            del mine[connection]
+            if not mine:
+                del self._of[connection.session.user]
+
+    def next(self) -> Connection | None:
+        """Removes and returns the one that is served next; None if there is none."""
+        if not self._of:
+            return None
+        user, mine = next(iter(self._of.items()))
+        connection, _ = mine.popitem(last=False)
+        if mine:
+            self._of.move_to_end(user)
+        else:
+            del self._of[user]
+        return connection
