@@ -24,7 +24,7 @@ from fdshare.errors import (
 from fdshare.kernel.ancillary import close_all
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.kernel.descriptor_limit import first_use
-from fdshare.kinds import describe, discard, rebuild
+from fdshare.kinds import describe, discard, owned, rebuild
 from fdshare.protocol import messages as m
 from fdshare.protocol.names import MAX_ENTRY_DESCRIPTORS, MAX_NAMES, literal
 
@@ -186,6 +186,10 @@ def _rebuild_items(
         counts = [item.count for item in items]
         if not items or [item.name for item in items] != names[: len(items)]:
             raise ProtocolError("the answer has other names than the request")
+        tags = [item.kind.tag for item in items]
+        if counts.count(1) == tags.count("descriptor") == len(items) == len(descriptors):
+            found.update(zip(names, owned(descriptors), strict=False))
+            return
         if sum(counts) != len(descriptors) or min(counts) < 0:
             raise ProtocolError(
                 f"{len(descriptors)} descriptors came, its items have {sum(counts)}"

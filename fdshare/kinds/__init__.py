@@ -63,6 +63,7 @@ __all__ = [
     "discard",
     "in_shared_memory",
     "is_shareable",
+    "owned",
     "rebuild",
     "rebuilder",
     "register_kind",
@@ -97,7 +98,7 @@ def rebuild(kind: Kind, descriptors: list[Descriptor]) -> Any:
     one of *descriptors* is closed. The caller owns the result.
     """
     if kind.tag == "descriptor" and len(descriptors) == 1:
-        return descriptors[0].hand_to(Descriptor)  # the caller's: it may be a Spare
+        return owned(descriptors)[0]
     try:
         rebuild_it = _rebuilders.get(kind.tag)
         if rebuild_it is None:
@@ -109,6 +110,13 @@ def rebuild(kind: Kind, descriptors: list[Descriptor]) -> Any:
         if isinstance(error, msgspec.MsgspecError | UnicodeDecodeError | RecursionError):
             raise KindMismatch(kind.tag, f"its description cannot be read: {error}") from None
         raise
+
+
+def owned(descriptors: list[Descriptor]) -> list[Descriptor]:
+    """*descriptors*, where one is a Spare as a Descriptor; the caller owns the result."""
+    if set(map(type, descriptors)) == {Descriptor}:
+        return descriptors
+    return [descriptor.hand_to(Descriptor) for descriptor in descriptors]
 
 
 def discard(obj: Any) -> None:

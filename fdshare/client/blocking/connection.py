@@ -141,8 +141,7 @@ class BlockingConnection:
             parts = self._conversation.whole(*read, id)
             if parts is None:
                 return self._collect(sock, id, read, deadline)
-            if exchange.wait == 0 and type(exchange.request) is m.Fetch:
-                self._cache.learn(exchange.request.name, frame, read[0], parts)
+            self._cache.learn(exchange, frame, read[0], parts)
             return parts
         except BaseException as error:
             self._end_unless_refused(error)
@@ -171,8 +170,9 @@ class BlockingConnection:
             pass
         return False  # it is at its end, or the server says why it closes it
 
-    def fetch(self, name: str, timeout: float | None) -> WholeAnswer | None:
-        """The answer to a fetch that was made before, in the shortest way (see fetch_cache.py).
+    def fetch(self, name: str | tuple[str, ...], timeout: float | None) -> WholeAnswer | None:
+        """The answer to a fetch of a name, or of some together, that was made before, in the
+        shortest way (see fetch_cache.py).
 
         That is one send, one receive, and an answer that need not be decoded. None: use `exchange`;
         to ask once more does no harm. Raises: as `exchange`, but not ConnectionLost.

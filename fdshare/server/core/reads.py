@@ -2,30 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final
 
 from fdshare.errors import FetchTimeout, NameNotFound
 from fdshare.protocol import messages as m
 from fdshare.protocol.framing import MAX_FRAME_DESCRIPTORS
 from fdshare.protocol.names import matcher
-from fdshare.server.core.policy import Subject
-from fdshare.server.core.ports import Session
-from fdshare.server.core.table import Entry, Handle
+from fdshare.server.core.policy import Policy, Subject
+from fdshare.server.core.ports import Effects, Session
+from fdshare.server.core.table import Entry, Handle, Table
 from fdshare.server.core.transactions import DONE
 from fdshare.server.core.waiters import PART, Waiters
+from fdshare.server.limits import Limits
 
-__all__ = ["Reads"]
+__all__ = ["GivenTogether", "Reads"]
+
+# Of what is kept until the table changes: so many lists of names, of so many bytes each.
+_TOGETHER: Final = 64
+_LONGEST: Final = 1 << 16
+
+
+@dataclass(slots=True)
+class GivenTogether:
+    """What answers a fetch of many names, as an Entry has it of one: *reply* is encoded, *prepared*
+    the same as the event loop sends it."""
+
+    names: tuple[str, ...]
+    entries: list[Entry]
+    handles: tuple[Handle, ...]
+    reply: bytes
+    prepared: object = None
 
 
 class Reads(Waiters):
     """fetch, wait, watch, and what only asks."""
 
+    def __init__(self, table: Table, policy: Policy, limits: Limits, effects: Effects) -> None:
+        super().__init__(table, policy, limits, effects)
+        self._together: dict[tuple[str, ...], GivenTogether] = {}
+        self._together_at = -1  # the serial of the table at which they were made
+
     _listed: Sequence[bytes] = ()  # what answers `names` of all of them ...
     _listed_at = -1  # ... at that serial
 
-    def fetch_again(self, session: Session, name: str) -> Entry | None:
+    def fetch_again(
+        self, session: Session, name: str | tuple[str, ...]
+    ) -> Entry | GivenTogether | None:
         """The entry to give, counted as fetched, if a trusted client fetches a visible name that
-        was fetched before: nine requests of ten are such. None otherwise: call `handle`."""
+        was fetched before: nine requests of ten are such. So for the names of a fetch of many, as
+        long as nothing changes. None otherwise: call `handle`."""
+        if not isinstance(name, str):
+            return self._fetch_many_again(session, name)
         entry = self.table.entries.get(name)
         if entry is None or not entry.reply or entry.lease is not None or not session.trusted:
             return None
@@ -38,6 +67,24 @@ class Reads(Waiters):
         if self.effects.auditing:
             self.effects.audit("fetch", name, session, "given")
         return entry
+
+    def _fetch_many_again(self, session: Session, names: tuple[str, ...]) -> GivenTogether | None:
+        # Every change of what is visible has a serial of its own.
+        if self._together_at != self.table.serial or not session.trusted:
+            return None
+        given = self._together.get(names)
+        if given is None or (self.effects.strict and self.effects.audit_is_full()):
+            return None
+        self.counters["requests"] += 1
+        self._count_together(session, given)
+        return given
+
+    def _count_together(self, session: Session, given: GivenTogether) -> None:
+        for entry in given.entries:
+            entry.fetches += 1
+        self.counters["fetched"] += len(given.entries)
+        if self.effects.auditing:
+            self.effects.audit("fetch", given.names, session, "given")
 
     def _found(
         self, session: Session, id: int, request: m.Fetch | m.Follow | m.Wait, now: float
@@ -82,22 +129,32 @@ class Reads(Waiters):
             self.refused(session, request, NameNotFound(list(missing.values())))
             self.effects.answer(session, id, m.encode(m.GivenMany([], list(missing))))
             return False
-        items: list[m.GivenItem] = []
-        given: list[Handle] = []
-        room = min(MAX_FRAME_DESCRIPTORS, self.limits.in_flight_per_connection)
-        for entry in entries.values():
-            if given and len(given) + len(entry.handles) > room:
-                break
-            items.append(
-                m.GivenItem(entry.name, entry.generation, entry.put.kind, len(entry.handles))
-            )
-            given += entry.handles
-            entry.fetches += 1
-        self.counters["fetched"] += len(items)
-        self.effects.answer(session, id, m.encode(m.GivenMany(items)), given)
-        if self.effects.auditing:
-            self.effects.audit("fetch", tuple(item.name for item in items), session, "given")
+        given = self._give_together(entries.values())
+        self.effects.answer(session, id, given.reply, given.handles)
+        self._count_together(session, given)
+        self._remember_together(tuple(request.names), given)
         return False
+
+    def _give_together(self, entries: Iterable[Entry]) -> GivenTogether:
+        """As many of *entries*, from the first, as one frame can carry."""
+        room = min(MAX_FRAME_DESCRIPTORS, self.limits.in_flight_per_connection)
+        given: list[Entry] = []
+        handles: list[Handle] = []
+        for entry in entries:
+            if handles and len(handles) + len(entry.handles) > room:
+                break
+            given.append(entry)
+            handles += entry.handles
+        items = [m.GivenItem(e.name, e.generation, e.put.kind, len(e.handles)) for e in given]
+        names = tuple(entry.name for entry in given)
+        return GivenTogether(names, given, tuple(handles), m.encode(m.GivenMany(items)))
+
+    def _remember_together(self, names: tuple[str, ...], given: GivenTogether) -> None:
+        if self._together_at != self.table.serial or len(self._together) >= _TOGETHER:
+            self._together.clear()
+            self._together_at = self.table.serial
+        if len(given.reply) <= _LONGEST:
+            self._together[names] = given
 
     def _wait(
         self, session: Session, id: int, request: m.Wait, handles: list[Handle], now: float

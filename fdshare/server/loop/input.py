@@ -159,10 +159,10 @@ class Input(Output):
     def _answered_at_once(self, connection: Connection, data: bytes, now: float) -> bool:
         """The fast path (fast_path.py): True if *data* was one fetch, which is answered now. The
         usual path does all of this, too."""
-        name = self._fetch_frames.name_in(data)
-        if name is None:
+        names = self._fetch_frames.names_in(data)
+        if names is None:
             return False
-        entry = self.service.fetch_again(connection.session, name)
+        entry = self.service.fetch_again(connection.session, names)
         if entry is None:
             return False
         if not connection.aside:

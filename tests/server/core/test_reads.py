@@ -9,6 +9,7 @@ import pytest
 
 from fdshare.protocol import messages as m
 from fdshare.server.core.ports import Session
+from fdshare.server.core.reads import GivenTogether
 from fdshare.server.core.waiters import PART
 from server.memory_effects import Everybody, MemoryEffects, register
 
@@ -100,6 +101,55 @@ def test_the_same_fetch_again_is_counted(effects: MemoryEffects) -> None:
     assert effects.service.counters["fetched"] == 2
 
 
+def test_the_same_fetch_of_many_again_is_counted_until_anything_changes(
+    effects: MemoryEffects,
+) -> None:
+    session, stranger = effects.session(), effects.session(uid=2)
+    for name in ("a", "b", "c"):
+        register(effects, session, name)
+    again = effects.service.fetch_again
+    names = ("b", "a")
+
+    def given() -> tuple[list[str], list[Any]]:
+        once, twice = again(session, names), again(session, names)
+        assert once is twice
+        assert isinstance(once, GivenTogether)
+        reply = m.decode_reply(once.reply)
+        assert isinstance(reply, m.GivenMany)
+        return [item.name for item in reply.items], list(once.handles)
+
+    changes = [
+        lambda: register(effects, session, "a", replace=True),
+        lambda: ask(effects, session, m.Rename("c", "d")),
+        lambda: ask(effects, session, m.Unregister("d")),
+        lambda: register(effects, session, "e"),
+    ]
+    for change in changes:
+        assert again(session, names) is None  # it is not encoded yet, or not any more
+        ask(effects, session, m.FetchMany(list(names)))
+        held = [effects.table.entries[name] for name in names]
+        fetches = [entry.fetches for entry in held]
+        assert given() == (list(names), [handle for entry in held for handle in entry.handles])
+        assert [entry.fetches for entry in held] == [count + 2 for count in fetches]
+        assert again(stranger, names) is None
+        assert again(session, ("a", "b")) is None
+        change()
+    ask(effects, session, m.FetchMany(list(names)))
+    effects.service.handle(session, 1, m.Take("a"), [], 0.0)
+    assert again(session, names) is None  # leased
+
+
+def test_what_is_kept_of_fetches_of_many_is_bounded(effects: MemoryEffects) -> None:
+    session = effects.session()
+    register(effects, session, "a")
+    register(effects, session, "b")
+    for number in range(200):
+        ask(effects, session, m.FetchMany(["a"] * number + ["b"]))
+    kept = [n for n in range(200) if effects.service.fetch_again(session, ("a",) * n + ("b",))]
+    assert 0 < len(kept) <= 64
+    assert kept[-1] == 199
+
+
 def test_fetch_many_names_all_that_is_missing(effects: MemoryEffects) -> None:
     session = effects.session()
     register(effects, session, "b")
@@ -188,6 +238,9 @@ def test_the_same_fetch_again_is_refused_where_the_audit_log_is_full(
     register(effects, session)
     ask(effects, session, m.Fetch("x"))
     effects.strict = True
+    ask(effects, session, m.FetchMany(["x"]))
     assert effects.service.fetch_again(session, "x") is effects.table.entries["x"]
+    assert effects.service.fetch_again(session, ("x",)) is not None
     effects.audit_full = True
     assert effects.service.fetch_again(session, "x") is None
+    assert effects.service.fetch_again(session, ("x",)) is None

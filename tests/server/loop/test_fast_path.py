@@ -22,9 +22,16 @@ def frame(request: Any, id: int = 7, count: int = 0) -> bytes:
 def test_name_of_a_fetch_whatever_its_id() -> None:
     frames = FetchFrames()
     for id in (1, 2, 0xFFFFFFFF):
-        assert frames.name_in(frame(m.Fetch("web"), id)) == "web"
-    assert frames.name_in(frame(m.Fetch("dns"), 3)) == "dns"
-    assert frames.name_in(frame(m.Fetch("x" * 255), 3)) == "x" * 255
+        assert frames.names_in(frame(m.Fetch("web"), id)) == "web"
+    assert frames.names_in(frame(m.Fetch("dns"), 3)) == "dns"
+    assert frames.names_in(frame(m.Fetch("x" * 255), 3)) == "x" * 255
+
+
+def test_names_that_are_fetched_together() -> None:
+    frames = FetchFrames()
+    for id in (1, 2, 0xFFFFFFFF):
+        assert frames.names_in(frame(m.FetchMany(["web", "dns"]), id)) == ("web", "dns")
+    assert frames.names_in(frame(m.FetchMany(["dns", "web"]), 1)) == ("dns", "web")
 
 
 @pytest.mark.parametrize(
@@ -34,30 +41,38 @@ def test_name_of_a_fetch_whatever_its_id() -> None:
         b"short",
         frame(m.Ping()),
         frame(m.Take("web")),
-        frame(m.FetchMany(["web"])),
+        frame(m.FetchMany(["web"]))[:-1],
+        frame(m.FetchMany(["x" * 255] * 253)),
         frame(m.Fetch("web", look=True)),
         frame(m.Fetch("web"), count=1),
         frame(m.Fetch("web"))[:-1],
         frame(m.Fetch("web")) + b"\0",
         frame(m.Fetch("web")) * 2,
-        frame(m.Fetch("x" * 1000)),
+        frame(m.Fetch("x" * 20_000)),
         header(5, 0, 7) + b"\xc1" * 5,
     ],
 )
 def test_all_else_is_not_on_the_fast_path(data: bytes) -> None:
     frames = FetchFrames()
     for _ in range(2):
-        assert frames.name_in(data) is None
+        assert frames.names_in(data) is None
     # Not even when its like was seen before.
-    assert frames.name_in(frame(m.Fetch("web"))) == "web"
-    assert frames.name_in(data) is None
+    assert frames.names_in(frame(m.Fetch("web"))) == "web"
+    assert frames.names_in(data) is None
 
 
 def test_what_it_remembers_is_bounded() -> None:
     frames = FetchFrames()
-    for number in range(10_000):
-        assert frames.name_in(frame(m.Fetch(f"n/{number}"))) == f"n/{number}"
-    assert len(frames) <= 4096
+    most = 0
+    for number in range(20_000):
+        assert frames.names_in(frame(m.Fetch(name := "n" * 100 + str(number)))) == name
+        most = max(most, len(frames))
+    assert 5000 < most < 10_000
+    for number in range(500):
+        names = tuple(f"{number}/{i}/" + "n" * 200 for i in range(64))
+        assert frames.names_in(frame(m.FetchMany(list(names)))) == names
+        most = max(most, sum(map(len, frames)))
+    assert most <= 1 << 20
 
 
 def test_header_has_the_id_where_it_is_cut_out() -> None:
@@ -69,7 +84,8 @@ def test_a_fetch_after_every_change_is_of_what_is_held_now(client: Client) -> No
     """The answer kept beside an entry is never another's."""
 
     def inode(name: str) -> int:
-        with client.fetch(name) as found:
+        with client.fetch(name) as found, client.fetch_many([name])[name] as also:
+            assert os.path.samestat(os.fstat(found.fileno()), os.fstat(also.fileno()))
             return os.fstat(found.fileno()).st_ino
 
     files = [os.memfd_create("a"), os.memfd_create("b")]
@@ -86,8 +102,9 @@ def test_a_fetch_after_every_change_is_of_what_is_held_now(client: Client) -> No
         client.register("x", files[0])
         assert [inode("x"), inode("y"), inode("x"), inode("y")] == [one, other] * 2
         client.take("x").close()
-        with pytest.raises(NameNotFound):
-            client.fetch("x")
+        for verb in (client.fetch, lambda name: client.fetch_many([name])):
+            with pytest.raises(NameNotFound):
+                verb("x")
         client.unregister("y")
         with pytest.raises(NameNotFound):
             client.fetch("y")
