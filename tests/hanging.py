@@ -14,6 +14,7 @@ import stat
 import struct
 import tempfile
 import threading
+from collections.abc import Callable
 from typing import Final
 
 import pytest
@@ -63,6 +64,13 @@ class HangingFileSystem:
         for call in calls:
             self._control.send(bytes([call]))
             assert self._control.recv(1)
+
+    def hold(self, say: Callable[[object], None]) -> int:
+        """What `AsUser` can run: it has the file open, whose close hangs from then on."""
+        file = self.open()
+        self.hang(FLUSH)
+        say("holds it")
+        return file
 
     def close(self) -> None:
         """Ends it: what hangs fails."""

@@ -125,9 +125,9 @@ class ServiceManager:
 class Manager(ServiceManager):
     """Also starts `fdshare serve`, and passes what is stored to it."""
 
-    def __init__(self, shell: Shell) -> None:
-        super().__init__(shell.folder)
-        self.shell = shell
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.shell = Shell(folder)
         self._processes: list[subprocess.Popen[bytes]] = []
 
     def start(self, *options: str) -> None:
@@ -174,3 +174,4 @@ class Manager(ServiceManager):
         for process in self._processes:
             process.wait(30)
         super().close()
+        self.shell.close()

@@ -5,9 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import multiprocessing
-import multiprocessing.forkserver
 import multiprocessing.managers
-import multiprocessing.resource_tracker
 import os
 import pickle
 import signal
@@ -23,6 +21,7 @@ from typing import Any
 
 import pytest
 from hanging import FLUSH, HangingFileSystem, needs_fuse
+from mp.common import trackers  # noqa: F401
 from users import AsUser, Say
 
 import fdshare.manager
@@ -40,13 +39,6 @@ from fdshare.errors import (
 from fdshare.manager import Manager
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs another user")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def helpers_of_multiprocessing() -> None:
-    """Its tracker and fork server keep a pipe each for as long as this process lives."""
-    multiprocessing.resource_tracker.ensure_running()
-    multiprocessing.forkserver.ensure_running()
 
 
 @pytest.fixture

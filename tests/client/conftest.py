@@ -1,4 +1,4 @@
-"""What the tests of clients share: files that can be told apart."""
+"""What the tests of clients share: files that can be told apart, and a pipe."""
 
 from __future__ import annotations
 
@@ -16,6 +16,15 @@ def files(folder: Path) -> Iterator[list[Any]]:
     yield files
     for file in files:
         file.close()
+
+
+@pytest.fixture
+def pipe() -> Iterator[int]:
+    """The reading end of a pipe."""
+    ends = os.pipe()
+    yield ends[0]
+    for end in ends:
+        os.close(end)
 
 
 def inode(obj: Any) -> int:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import multiprocessing.forkserver
-import multiprocessing.resource_tracker
 import os
 import pickle
 import queue
@@ -17,17 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mp.common import trackers  # noqa: F401
 
 from fdshare.client.blocking.client import Client
 from fdshare.errors import FdshareError, InvalidArgument, NameNotFound, NameTaken
 from fdshare.manager import Manager
-
-
-@pytest.fixture(scope="module", autouse=True)
-def helpers_of_multiprocessing() -> None:
-    """Its tracker and fork server keep a pipe each for as long as this process lives."""
-    multiprocessing.resource_tracker.ensure_running()
-    multiprocessing.forkserver.ensure_running()
 
 
 @pytest.fixture

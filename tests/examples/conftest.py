@@ -4,11 +4,37 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-SOURCES = Path(__file__).parents[2] / "examples" / "classic" / "c"
+PROGRAMS = Path(__file__).parents[2] / "examples"
+Started = subprocess.Popen[str]
+Start = Callable[..., Started]
+SOURCES = PROGRAMS / "classic" / "c"
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Starts a program of examples/."""
+    started: list[Started] = []
+
+    def start(name: str, *arguments: object) -> Started:
+        process = subprocess.Popen(
+            [sys.executable, str(PROGRAMS / name), *map(str, arguments)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
 
 
 @pytest.fixture(scope="session")

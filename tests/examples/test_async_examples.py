@@ -8,39 +8,15 @@ import re
 import select
 import signal
 import socket
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from nursery import Manager
 
-PROGRAMS = Path(__file__).parents[2] / "examples"
-Started = subprocess.Popen[str]
-Start = Callable[..., Started]
+from examples.conftest import Start, Started
+
 SERVERS = pytest.mark.parametrize("program", ["aio_server.py", "trio_server.py"])
-
-
-@pytest.fixture
-def start() -> Iterator[Start]:
-    """Starts a program of examples/."""
-    started: list[Started] = []
-
-    def start(name: str, *arguments: object) -> Started:
-        process = subprocess.Popen(
-            [sys.executable, str(PROGRAMS / name), *map(str, arguments)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        started.append(process)
-        return process
-
-    yield start
-    for process in started:
-        process.kill()
-        process.communicate()
 
 
 @pytest.fixture

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import re
 import socket
-import subprocess
-import sys
 import threading
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,31 +15,7 @@ from ending import terminated
 from nursery import Manager
 
 import fdshare
-
-PROGRAMS = Path(__file__).parents[2] / "examples"
-Started = subprocess.Popen[str]
-Start = Callable[..., Started]
-
-
-@pytest.fixture
-def start() -> Iterator[Start]:
-    """Starts a program of examples/."""
-    started: list[Started] = []
-
-    def start(name: str, *arguments: object) -> Started:
-        process = subprocess.Popen(
-            [sys.executable, str(PROGRAMS / name), *map(str, arguments)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        started.append(process)
-        return process
-
-    yield start
-    for process in started:
-        process.kill()
-        process.communicate()
+from examples.conftest import Start, Started
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 from breaking import Half, Halves, Wire, identity
-from commandline import Shell
 from conftest import wait_until
 from installed import Installed
 from nursery import Manager
@@ -113,10 +112,9 @@ def test_it_survives_an_upgrade(folder: Path, files: list[int]) -> None:
 
 @pytest.fixture
 def service_manager(folder: Path) -> Iterator[ServiceManager]:
-    manager = ServiceManager(Shell(folder))
+    manager = ServiceManager(folder)
     yield manager
     manager.close()
-    manager.shell.close()
 
 
 def test_it_survives_both_halves_in_the_store(

@@ -23,10 +23,9 @@ Until = Callable[..., Any]
 
 @pytest.fixture
 def manager(folder: Path) -> Iterator[Manager]:
-    manager = Manager(Shell(folder))
+    manager = Manager(folder)
     yield manager
     manager.close()
-    manager.shell.close()
 
 
 def test_it_needs_a_service_manager_and_a_keeper(folder: Path) -> None:

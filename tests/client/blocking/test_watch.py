@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import socket
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +15,6 @@ import fdshare
 from client.churn import Follower, churn, kill_and_change
 from fdshare.client.blocking.client import Client
 from fdshare.errors import ClosedDescriptor
-
-
-@pytest.fixture
-def pipe() -> Iterator[int]:
-    ends = os.pipe()
-    yield ends[0]
-    for end in ends:
-        os.close(end)
 
 
 def test_a_watch_under_churn_misses_nothing(server: Any, client: Client, pipe: int) -> None:

@@ -22,6 +22,13 @@ def family(request: pytest.FixtureRequest) -> Family:
     return backend_of(request.param).FAMILY
 
 
+@pytest.fixture
+def armed() -> Iterator[None]:
+    fdshare.install()
+    yield
+    fdshare.uninstall()
+
+
 @pytest.fixture(params=["ours", "installed"])
 def through(request: pytest.FixtureRequest, family: Family) -> Iterator[Through]:
     """What arrives of an object."""

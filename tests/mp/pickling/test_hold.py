@@ -21,13 +21,6 @@ from fdshare.mp.pickling.parked import forget
 Pair = tuple[socket.socket, socket.socket]
 
 
-@pytest.fixture
-def armed() -> Iterator[None]:
-    fdshare.install()
-    yield
-    fdshare.uninstall()
-
-
 @pytest.fixture(autouse=True)
 def forgotten() -> Iterator[None]:
     yield

@@ -11,7 +11,6 @@ import pickle
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +24,6 @@ from mp.common import trackers  # noqa: F401
 
 ForkingPickler = multiprocessing.reduction.ForkingPickler
 Pair = tuple[socket.socket, socket.socket]
-
-
-@pytest.fixture
-def armed() -> Iterator[None]:
-    fdshare.install()
-    yield
-    fdshare.uninstall()
 
 
 def dumps(obj: Any) -> bytes:

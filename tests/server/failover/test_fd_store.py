@@ -34,10 +34,9 @@ OWN = [PAGE, TABLE]
 
 @pytest.fixture
 def manager(folder: Path) -> Iterator[Manager]:
-    manager = Manager(Shell(folder))
+    manager = Manager(folder)
     yield manager
     manager.close()
-    manager.shell.close()
 
 
 def inode(shell: Shell, name: str) -> int:

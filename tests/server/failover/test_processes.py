@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from breaking import ended
 from conftest import census
-from hanging import FLUSH, HangingFileSystem, needs_fuse
-from users import AsUser, Say
+from hanging import HangingFileSystem, needs_fuse
+from users import AsUser
 
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.server.failover.processes import Deaths, Life, fence, fork_half, live
@@ -83,14 +83,8 @@ def test_a_process_that_hangs_in_its_end_is_not_waited_for() -> None:
     """It is killed, and its file system does not answer: its pidfd never says so."""
     files = HangingFileSystem(0)
 
-    def hold(say: Say) -> int:
-        file = files.open()
-        files.hang(FLUSH)
-        say("holds it")
-        return file
-
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with AsUser(0, hold, file_system=files) as process, near, far:
+    with AsUser(0, files.hold, file_system=files) as process, near, far:
         assert process.hear() == "holds it"
         with Descriptor(os.pidfd_open(process.pid)) as pidfd:
             assert "hangs in its end" in fence(pidfd, near)

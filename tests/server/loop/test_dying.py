@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import pytest
 from breaking import state
 from conftest import wait_until
-from hanging import FLUSH, HangingFileSystem, needs_fuse
-from users import AsUser, Say
+from hanging import HangingFileSystem, needs_fuse
+from users import AsUser
 
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.server.loop.dying import Dying, has_ended, is_ending, pid_of, reap
@@ -52,13 +52,7 @@ def test_one_that_hangs_is_known_until_it_has_ended(poller: Poller) -> None:
     dying = Dying(poller, known)
     files = HangingFileSystem(0)
 
-    def hold(say: Say) -> int:
-        file = files.open()
-        files.hang(FLUSH)
-        say("holds it")
-        return file
-
-    with AsUser(0, hold, file_system=files) as process:
+    with AsUser(0, files.hold, file_system=files) as process:
         assert process.hear() == "holds it"
         pidfd = Descriptor(os.pidfd_open(process.pid))
         assert not is_ending(pidfd)
