@@ -442,6 +442,9 @@ class Client(BaseClient):
         self._closed = True
         for follower in list(self._followers):
             follower.close()
+        self._disconnect()
+
+    def _disconnect(self) -> None:
         self._page.close()
         self._close_idle()
         self._lifeline.close()
@@ -453,8 +456,10 @@ class Client(BaseClient):
         self.close()
 
     def __del__(self) -> None:
+        # Nobody follows any more: a follower has its client. At the end of the interpreter, a WeakSet
+        # would raise, for its module has lost all its names.
         if hasattr(self, "_idle"):
-            self.close()
+            self._disconnect()
 
     # How a call is made.
 

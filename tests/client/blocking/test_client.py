@@ -711,6 +711,21 @@ print(*said, sep=", ")
     assert (done.stdout, done.stderr) == ("client 64, client 64, client 64\n", "")
 
 
+def test_one_that_is_left_to_the_end_of_the_interpreter(client: Client) -> None:
+    """The modules of Python have lost what is in them by then: with the GIL off most clients of a
+    program that has threads are left so long."""
+    code = f"""
+import _weakrefset, gc
+from fdshare import connect
+client = connect({client.address!r})
+client.ping()
+del _weakrefset._IterationGuard
+del client
+"""
+    done = subprocess.run([sys.executable, "-X", "dev", "-c", code], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("", "")
+
+
 @pytest.mark.parametrize(
     "options",
     [
