@@ -24,9 +24,8 @@ __all__ = ["Descriptor", "HasFileno", "Spare", "borrow"]
 
 T = TypeVar("T")
 
-# States of Descriptor._fd that are not a descriptor number.
-_CLOSED: Final = -1
-_DETACHED: Final = -2
+_DETACHED: Final[list[int]] = []  # Descriptor._number of those that are detached
+_pop: Final[Callable[[list[int]], int]] = list.pop
 
 _DUPLICATE: Final = (fcntl.F_DUPFD_CLOEXEC,)
 _LOWEST: Final = (0,)
@@ -74,8 +73,9 @@ class Descriptor:
     """Owns one open descriptor, in one of three states: open, closed, detached.
 
     `Descriptor(fd)` takes over *fd*, which must be open; `Descriptor.dup_of(obj)` makes a copy and
-    does not touch *obj*. One that is dropped without close() is closed with a ResourceWarning. A
-    thread must not close it while another uses it: the number may be another descriptor by then.
+    does not touch *obj*. One that is dropped without close() is closed with a ResourceWarning. Of
+    several threads that close or detach it one does so. A thread must not close it while another
+    uses it: the number may be another descriptor by then.
 
     >>> with open(os.devnull) as file:
     ...     descriptor = Descriptor.dup_of(file)
@@ -84,10 +84,12 @@ class Descriptor:
     ''
     """
 
-    __slots__ = ("__weakref__", "_fd")
+    # In a list that is empty once it is closed or detached: list.pop is one step, with the GIL off
+    # as with it, so that only one of several threads closes it.
+    __slots__ = ("__weakref__", "_number")
 
     def __init__(self, fd: int) -> None:
-        self._fd = fd
+        self._number = [fd]
 
     @classmethod
     def dup_of(cls, obj: HasFileno | int) -> Self:
@@ -116,30 +118,37 @@ class Descriptor:
 
     def fileno(self) -> int:
         """The descriptor number; still owned by this object."""
-        if self._fd < 0:
-            state = "closed" if self._fd == _CLOSED else "detached"
-            raise ClosedDescriptor(f"the descriptor is {state}")
-        return self._fd
+        try:
+            return self._number[0]
+        except IndexError:
+            raise ClosedDescriptor(f"the descriptor is {self._end()}") from None
 
     @property
     def closed(self) -> bool:
         """True once closed or detached."""
-        return self._fd < 0
+        return not self._number
 
     def close(self) -> None:
         """Closes it; does nothing if it is closed or detached."""
-        fd, self._fd = self._fd, _CLOSED
-        if fd >= 0:
-            # close(2) on Linux frees the number whatever it returns: a second try could close
-            # another descriptor.
-            os.close(fd)
+        if not self._number:
+            return
+        taking = map(_pop, (self._number,))
+        try:
+            (fd,) = taking  # no signal's handler comes between this and close(2)
+        except IndexError:  # another thread was faster
+            return
+        # close(2) on Linux frees the number whatever it returns: a second try could close another
+        # descriptor.
+        os.close(fd)
 
     def detach(self) -> int:
         """The number, which the caller owns now; this object is detached."""
-        fd = self._fd
-        if fd < 0:
+        taking = map(_pop, (self._number,))
+        try:
+            (fd,) = taking
+        except IndexError:
             return self.fileno()  # raises, and says which of both it is
-        self._fd = _DETACHED
+        self._number = _DETACHED
         return fd
 
     def hand_to(self, make: Callable[[int], T]) -> T:
@@ -152,7 +161,7 @@ class Descriptor:
             made.extend(map(make, (self.fileno(),)))
         finally:
             if made:
-                self._fd = _DETACHED
+                self._number = _DETACHED
         return made[0]
 
     def dup(self) -> Descriptor:
@@ -190,15 +199,21 @@ class Descriptor:
         self.close()
 
     def __repr__(self) -> str:
-        state = {_CLOSED: "closed", _DETACHED: "detached"}.get(self._fd)
-        return f"<Descriptor {state or self._what()}>"
+        return f"<Descriptor {self._what()}>"
 
     def _what(self) -> str:
-        """Its number, and what the kernel says that it is, where there is /proc."""
+        """Its number, and what the kernel says that it is, where there is /proc; or its end."""
         try:
-            return printable(f"fd={self._fd} {os.readlink(f'/proc/self/fd/{self._fd}')}")
+            fd = self._number[0]
+        except IndexError:
+            return self._end()
+        try:
+            return printable(f"fd={fd} {os.readlink(f'/proc/self/fd/{fd}')}")
         except OSError:
-            return f"fd={self._fd}"
+            return f"fd={fd}"
+
+    def _end(self) -> str:
+        return "detached" if self._number is _DETACHED else "closed"
 
     def __reduce__(self) -> str:
         # The number means nothing in another process; the reducers of fdshare.mp send a copy.
@@ -210,10 +225,11 @@ class Descriptor:
     def __del__(self) -> None:
         # Not getattr, which is slower: this runs for each descriptor, detached ones too.
         try:
-            fd = self._fd
+            number = self._number
         except AttributeError:  # __init__ was never reached
             return
-        if fd >= 0:
+        if number:
+            (fd,) = number
             self.close()
             warnings.warn(f"descriptor {fd} was never closed", ResourceWarning, stacklevel=2)
 
@@ -228,5 +244,5 @@ class Spare(Descriptor):
     __slots__ = ()
 
     def __del__(self) -> None:
-        if getattr(self, "_fd", _CLOSED) >= 0:
+        if getattr(self, "_number", None):
             self.close()

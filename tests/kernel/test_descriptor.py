@@ -12,11 +12,14 @@ import socket
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
 
 import pytest
 
 from fdshare.errors import ClosedDescriptor, UnsupportedKind
-from fdshare.kernel import Descriptor, borrow
+from fdshare.kernel import Descriptor, borrow, descriptor
 from fdshare.kernel.descriptor import Spare
 
 
@@ -46,6 +49,55 @@ def test_close_closes_once(null: int) -> None:
     descriptor.close()
     assert is_open(again)
     os.close(again)
+
+
+def between(call: Callable[[], object], step: int, other: Callable[[], object]) -> None:
+    """Makes *call*, and *other* before instruction number *step* of it, as another thread may where
+    there is no GIL."""
+    left = step
+
+    def trace(frame: FrameType, event: str, _: object) -> Callable[..., Any]:
+        nonlocal left
+        frame.f_trace_opcodes = frame.f_code.co_filename == descriptor.__file__
+        if event == "opcode":
+            left -= 1
+            if left == 0:
+                sys.settrace(None)
+                other()
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    finally:
+        sys.settrace(before)
+
+
+@pytest.mark.parametrize("end", [Descriptor.close, Descriptor.detach])
+def test_of_two_threads_one_ends_it(end: Callable[[Descriptor], int | None]) -> None:
+    """Whoever gets the number next must not lose it."""
+    for step in range(1, 100):
+        shared = Descriptor(os.open(os.devnull, os.O_RDONLY))
+        detached: list[int | None] = []
+        others: list[int] = []
+
+        def other() -> None:
+            shared.close()  # noqa: B023
+            others.append(os.open(os.devnull, os.O_RDONLY))  # noqa: B023
+
+        try:
+            between(lambda: detached.append(end(shared)), step, other)  # noqa: B023
+        except ClosedDescriptor:
+            assert end is Descriptor.detach
+        assert shared.closed
+        owned = [fd for fd in others + detached if fd is not None]
+        assert len({*owned}) == len(owned)
+        for fd in owned:
+            os.close(fd)
+        if not others:
+            break
+    assert 5 < step < 99
 
 
 def test_use_after_close_and_after_detach_say_which(null: int) -> None:

@@ -73,7 +73,7 @@ class MessageMemory(Spare):
 
     def _write(self, view: memoryview, offset: int) -> None:
         while view:
-            written = os.pwrite(self._fd, view[:_MOST_AT_ONCE], offset)
+            written = os.pwrite(self.fileno(), view[:_MOST_AT_ONCE], offset)
             view, offset = view[written:], offset + written
 
     def __del__(self) -> None:
