@@ -218,15 +218,15 @@ def cpu_seconds(pid: int) -> float:
 @contextmanager
 def in_child(side: Callable[[], AbstractContextManager[Run]]) -> Iterator[Run]:
     """A side that is measured in a forked process of its own, which shares no threads, children and
-    changed picklers with others."""
+    changed picklers with others. What it is called with is passed on."""
     ours, theirs = multiprocessing.Pipe()
     process = multiprocessing.get_context("fork").Process(target=_obey, args=(theirs, ours, side))
     process.start()
     theirs.close()
 
-    def run(count: int) -> float:
+    def run(*order: Any) -> float:
         try:
-            ours.send(count)
+            ours.send(order)
             took: float = ours.recv()
         except (EOFError, BrokenPipeError):
             raise RuntimeError("the process of a side has failed, see above") from None
@@ -244,7 +244,7 @@ def _obey(orders: Connection, others: Connection, side: Callable[[], Any]) -> No
     with side() as run:
         while True:
             try:
-                count = orders.recv()
+                order = orders.recv()
             except EOFError:
                 return
-            orders.send(run(count))
+            orders.send(run(*order))
