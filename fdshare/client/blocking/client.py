@@ -456,8 +456,8 @@ class Client(BaseClient):
         self.close()
 
     def __del__(self) -> None:
-        # Nobody follows any more: a follower has its client. At the end of the interpreter, a WeakSet
-        # would raise, for its module has lost all its names.
+        # Nobody follows any more: a follower has its client. And at the end of the interpreter the
+        # WeakSet would raise, for its module has lost all its names.
         if hasattr(self, "_idle"):
             self._disconnect()
 
