@@ -17,6 +17,7 @@ import pickle
 import selectors
 from collections.abc import Mapping
 from functools import partial
+from pickle import PickleBuffer
 from types import BuiltinFunctionType, CodeType, FunctionType, TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol, TypeAlias
 
@@ -96,6 +97,8 @@ class TransitPickler(_Pickler):
             return NotImplemented
         if cls is Bundle:
             return self.transit.carry_bundle(obj)
+        if cls is PickleBuffer:  # the C pickler does not ask
+            return _reduce_empty_buffer(obj)
         if issubclass(cls, BaseException) and cls not in describers:
             return NotImplemented if self.bare_exceptions else reduce_exception(self, obj)
         if cls is TracebackType and not self.bare_exceptions:
@@ -149,6 +152,18 @@ class TransitPickler(_Pickler):
             raise
         # Its memo keeps alive what has descriptors.
         self.parts += (inner,)
+
+
+def _reduce_empty_buffer(buffer: PickleBuffer) -> Override:
+    """The reduce value of *buffer* if nothing is in it.
+
+    The pickler in Python pickles it as `b""`, which is one object for all, and fails where that is
+    in its memo (`save_picklebuffer` in pickle.py, until 3.14). So it is with two empty arrays.
+    """
+    with memoryview(buffer) as view:
+        if view.nbytes:
+            return NotImplemented
+        return (bytes if view.readonly else bytearray), ()
 
 
 SMALL: Final = 1 << 16  # bytes
