@@ -74,9 +74,10 @@ class BlockingConnection:
 
     def close(self) -> None:
         """The next `open` makes a new connection, in the same session."""
-        if self._sock is not None:
-            self._sock.close()
-            self._sock = None
+        # Forgotten first: a signal's handler may raise in close(), and a closed socket is no use.
+        sock, self._sock = self._sock, None
+        if sock is not None:
+            sock.close()
             self._conversation.hello()  # drops what was half received
 
     def persist(self, attempt: Callable[[], T], deadline: float | None, reconnect: float) -> T:

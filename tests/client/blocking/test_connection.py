@@ -6,9 +6,11 @@ import os
 import signal
 import socket
 import struct
+from contextlib import suppress
 
 import pytest
 from conftest import Watched, census
+from mp.interrupts import Interrupt, Interrupter, handled_by, interrupt, make_interrupter  # noqa: F401
 
 from fdshare.client.blocking.client import Client
 from fdshare.errors import ServerTimeout
@@ -47,3 +49,18 @@ def test_who_gets_no_answer_stops_waiting(server: Watched) -> None:
                 client.info("there")
         finally:
             os.kill(server.pid, signal.SIGCONT)
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # of the socket, which its finaliser closes
+def test_the_next_request_is_answered_if_a_handler_raises_in_close(
+    server: Watched, interrupter: Interrupter
+) -> None:
+    with Client(server.address) as client:
+        client.register("there", 0)
+        (connection,) = client._idle
+        instructions, over = 1, False
+        while not over:
+            with handled_by(interrupt), suppress(Interrupt):
+                over = not interrupter.arrives(instructions, connection.close)
+            client.register("there", 0, replace=True)
+            instructions += 1
