@@ -22,7 +22,7 @@ from fdshare.errors import (
     UnsupportedPlatform,
 )
 from fdshare.kernel import system
-from fdshare.kernel.descriptor import Descriptor
+from fdshare.kernel.descriptor import Descriptor, Spare
 from fdshare.kernel.memfd import create_memfd
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ class SharedMemory:
         memory = cls.__new__(cls)
         memory._map = None
         memory.size = found
-        memory._descriptor = _QuietDescriptor(descriptor.detach())
+        memory._descriptor = descriptor.hand_to(Spare)
         return memory
 
     def fileno(self) -> int:
@@ -300,22 +300,13 @@ def shared_copy(array: Any) -> numpy.ndarray[Any, Any]:
     return memory.as_array(given.dtype, given.shape)
 
 
-class _QuietDescriptor(Descriptor):
-    """A descriptor that is closed, without a warning, when nothing refers to it any more."""
-
-    __slots__ = ()
-
-    def __del__(self) -> None:
-        self.close()
-
-
 class _Map(mmap.mmap):
     """A mapping that keeps the descriptor: an array may outlive the SharedMemory it was made by."""
 
-    descriptor: _QuietDescriptor
+    descriptor: Spare
 
     @classmethod
-    def of(cls, descriptor: _QuietDescriptor, size: int) -> _Map:
+    def of(cls, descriptor: Spare, size: int) -> _Map:
         """The whole block, writable if the seals and the descriptor allow it."""
         seals = _seals(descriptor)
         access = fcntl.fcntl(descriptor.fileno(), fcntl.F_GETFL) & os.O_ACCMODE
@@ -332,10 +323,10 @@ class _Map(mmap.mmap):
         return mapping
 
 
-def _create(name: str) -> _QuietDescriptor:
+def _create(name: str) -> Spare:
     """A new memfd. Raises: UnsupportedPlatform; OSError."""
     _platform()
-    return _QuietDescriptor(create_memfd(name))
+    return Spare(create_memfd(name))
 
 
 def _platform() -> None:

@@ -6,6 +6,7 @@ import importlib
 import os
 import stat
 import sys
+from functools import partial
 from typing import Any, Final
 
 import msgspec
@@ -65,4 +66,5 @@ def rebuild_connection(raw: msgspec.Raw, descriptors: list[Descriptor]) -> Any:
         raise KindMismatch("connection", "it is neither a socket nor a pipe")
     module, name = CONNECTIONS[spec.family]
     cls = getattr(sys.modules.get(module) or importlib.import_module(module), name)
-    return descriptor.hand_to(lambda fd: cls(fd, spec.readable, spec.writable))
+    # Not a lambda, in which a signal's handler could raise: as in files.py.
+    return descriptor.hand_to(partial(cls, readable=spec.readable, writable=spec.writable))

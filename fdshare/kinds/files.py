@@ -17,6 +17,7 @@ import gc
 import io
 import os
 import socket
+from functools import partial
 from typing import IO, Any, Final
 
 import msgspec
@@ -171,8 +172,9 @@ def _open_raw(spec: RawSpec, descriptor: Descriptor) -> Any:
         raise KindMismatch("file", f"it is not open for {spec.mode!r}")
     # FileIO in an appending mode seeks to the end, which would move the sender's position too.
     position = _position(fd) if "a" in spec.mode else None
-    raw = io.FileIO(fd, spec.mode)  # an OSError here: a directory
-    descriptor.detach()
+    # Without a function in Python in between, where a signal's handler could raise: then the file
+    # and the descriptor would close the number both. An OSError here: a directory.
+    raw = descriptor.hand_to(partial(io.FileIO, mode=spec.mode))
     if position is not None:
         os.lseek(fd, position, os.SEEK_SET)
     if spec.name is not None:

@@ -8,8 +8,8 @@ import select
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ import multiprocess.connection
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from mp.common import open_now
+from mp.interrupts import Interrupt, Interrupter, handled_by, interrupt, make_interrupter  # noqa: F401
 
 from fdshare.errors import (
     ClosedDescriptor,
@@ -26,7 +28,8 @@ from fdshare.errors import (
     UnknownKind,
     UnsupportedKind,
 )
-from fdshare.kernel.descriptor import Descriptor
+from fdshare.kernel.descriptor import Descriptor, Spare
+from fdshare.kernel.shared_memory import SharedMemory
 from fdshare.kinds import (
     Kind,
     describe,
@@ -222,3 +225,53 @@ def test_nothing_heavy_is_imported() -> None:
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def raw_file() -> Any:
+    return open(os.devnull, "rb", buffering=0)
+
+
+def text_file() -> Any:
+    return open(os.devnull, "r+", encoding="utf-8")
+
+
+def connection() -> Any:
+    left, right = multiprocessing.connection.Pipe()
+    right.close()
+    return left
+
+
+def descriptor() -> Any:
+    return Descriptor.dup_of(0)
+
+
+def memory() -> Any:
+    return SharedMemory(1)
+
+
+@pytest.mark.parametrize(
+    "make", [raw_file, text_file, socket.socket, connection, descriptor, memory]
+)
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_each_number_is_closed_once_if_a_handler_raises(
+    make: Callable[[], Any], interrupter: Interrupter
+) -> None:
+    """A second close(2) would fail, or close another thread's descriptor."""
+    copies: list[Descriptor] = []
+    made: list[Any] = []
+    with closing(make()) as obj:
+        kind, fds = describe(obj)
+        before, instructions, over = open_now(), 1, False
+        while not over:
+            copies[:] = map(Spare.dup_of, fds)
+            with handled_by(interrupt), suppress(Interrupt):
+                over = not interrupter.arrives(
+                    instructions, lambda: made.extend(map(rebuild, (kind,), (copies,)))
+                )
+            for one in made:
+                one.close()
+            made.clear()
+            copies.clear()
+            assert open_now() == before
+            instructions += 1
