@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any, Final
 
-__all__ = ["create_memfd", "private_map"]
+__all__ = ["create_memfd", "create_memfd_into", "private_map"]
 
 # <linux/memfd.h>, Linux 6.3: never executable, which vm.memfd_noexec may require.
 _NOEXEC_SEAL: Final = 0x8
@@ -23,13 +23,22 @@ def create_memfd(name: str) -> int:
 
     Raises: OSError.
     """
+    numbers: list[int] = []
+    create_memfd_into(numbers, name)
+    return numbers[0]
+
+
+def create_memfd_into(numbers: list[int], name: str) -> None:
+    """As `create_memfd`. The number is in *numbers*, whatever is raised: a signal's handler may
+    raise after any call, and what that has returned is lost."""
     flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
     try:
-        return os.memfd_create(name, flags | _NOEXEC_SEAL)
+        numbers.extend(map(os.memfd_create, (name,), (flags | _NOEXEC_SEAL,)))
+        return
     except OSError as error:
         if error.errno != errno.EINVAL:  # of a Linux before 6.3
             raise
-    return os.memfd_create(name, flags)
+    numbers.extend(map(os.memfd_create, (name,), (flags,)))
 
 
 def private_map(fd: int, offset: int, size: int) -> mmap.mmap:

@@ -12,11 +12,13 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from pickle import PickleBuffer
 from typing import Any
 
 import pytest
 
 from fdshare import get_context
+from fdshare.mp.pickling.large import LARGE
 from mp.common import finish, identity, open_now, trackers  # noqa: F401
 from mp.interrupts import (  # noqa: F401
     Interrupt,
@@ -80,7 +82,20 @@ def channel(request: pytest.FixtureRequest) -> Iterator[Channel]:
     channel.close()
 
 
-@pytest.fixture(params=["number", "socket", "list", "large", "large with a socket"])
+class Memory:
+    """Its numbers travel in a memfd."""
+
+    def __init__(self, numbers: Any) -> None:
+        self.numbers = bytes(numbers)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Memory) and self.numbers == other.numbers
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return Memory, (PickleBuffer(self.numbers),)
+
+
+@pytest.fixture(params=["number", "socket", "list", "large", "large with a socket", "memory"])
 def item(request: pytest.FixtureRequest) -> Iterator[Any]:
     with socket.socket() as sock, socket.socket() as other:
         yield {
@@ -89,6 +104,7 @@ def item(request: pytest.FixtureRequest) -> Iterator[Any]:
             "list": [sock, other],
             "large": b"x" * 100_000,
             "large with a socket": [sock, b"x" * 50_000],
+            "memory": Memory(bytes(LARGE)),
         }[request.param]
 
 
@@ -158,7 +174,7 @@ def test_get_leaves_the_next_message_whole(
         assert open_now() == before
         instructions += channel.step
     # An object is lost while it is unpickled by Python code, and then its descriptors are closed.
-    assert not lost or isinstance(item, list)
+    assert not lost or isinstance(item, list | Memory)
 
 
 def CALL(function: Callable[[], Any]) -> Any:

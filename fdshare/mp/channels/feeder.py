@@ -32,7 +32,7 @@ from fdshare.kernel import system
 from fdshare.mp.channels.framing import JOINED, LENGTH, WHOLE, headed
 from fdshare.mp.channels.peek_level import AT_ONCE
 from fdshare.mp.channels.sending import Outgoing, push_short, short
-from fdshare.mp.pickling.bundle import Encoded
+from fdshare.mp.pickling.bundle import Bundle, Encoded
 
 if TYPE_CHECKING:
     from multiprocessing.synchronize import Lock
@@ -177,6 +177,8 @@ class Feeder:
             parts = short(message, self._level is not None and self._level() == AT_ONCE)
             if parts is not None:
                 push_short(accepted, self._sock, parts, _DONTWAIT)
+                if type(message) is Bundle:
+                    message.close()  # a handler may raise in a finaliser, and end it
         except (BlockingIOError, DescriptorLimit):
             pass
         return bool(accepted[0])

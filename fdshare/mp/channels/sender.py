@@ -16,7 +16,7 @@ from fdshare.errors import DescriptorLimit
 from fdshare.kernel import system
 from fdshare.mp.channels.framing import WHOLE, headed
 from fdshare.mp.channels.sending import Outgoing, push_short, short
-from fdshare.mp.pickling.bundle import Encoded
+from fdshare.mp.pickling.bundle import Bundle, Encoded
 
 __all__ = ["Sender"]
 
@@ -63,6 +63,8 @@ class Sender:
                 finally:
                     self._inside = 0
                 if sent[0]:
+                    if type(message) is Bundle:
+                        message.close()  # a handler may raise in a finaliser, and end it
                     if self.waiting:
                         self.send_waiting()
                     return

@@ -202,7 +202,10 @@ class Bundle:
     def close(self) -> None:
         """Closes what it owns, and drops what it shares."""
         owned, self.owned = self.owned, None
-        self.fds = self.holders = self.memory = None
+        memory, self.memory = self.memory, None
+        self.fds = self.holders = None
+        if memory is not None:
+            memory.close()
         if owned:
             close_all(owned)
 

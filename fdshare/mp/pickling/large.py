@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import mmap
 import os
-import queue
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pickle import PickleBuffer
 from typing import Final
 
 from fdshare.kernel.descriptor import Spare
-from fdshare.kernel.memfd import create_memfd, private_map
+from fdshare.kernel.memfd import create_memfd_into, private_map
 
 __all__ = ["BALLAST", "LARGE", "MessageMemory", "map_parts", "take_large"]
 
@@ -33,12 +33,11 @@ BALLAST: Final = bytes(14 << 10)
 
 _MOST_AT_ONCE: Final = 1 << 30  # write(2) takes 2 GiB at most
 
-# One for each memory that a process may have before it is sent. Beyond, as at the descriptor limit,
-# messages go through the socket as a whole: descriptors are the program's. It is a SimpleQueue
-# because a finaliser may put into it at any instruction.
-_allowed: Final[queue.SimpleQueue[None]] = queue.SimpleQueue()
-for _ in range(64):
-    _allowed.put(None)
+# The memory that this process has and has not sent. Beyond so many, as at the descriptor limit,
+# messages go through the socket as a whole: descriptors are the program's. What is dropped leaves
+# the set by a call in C, which no signal's handler can interrupt.
+_unsent: Final[set[weakref.ref[MessageMemory]]] = set()
+_MOST_UNSENT: Final = 64
 
 
 class MessageMemory(Spare):
@@ -52,20 +51,21 @@ class MessageMemory(Spare):
 
         None: there is no memory for it, no descriptor, or too many are waiting to be sent.
         """
+        if len(_unsent) >= _MOST_UNSENT:
+            return None
+        numbers: list[int] = []
         made: list[MessageMemory] = []
         try:
-            _allowed.get_nowait()
-        except queue.Empty:
-            return None
-        try:
-            made.extend(map(cls, map(create_memfd, ("fdshare-message",))))
+            create_memfd_into(numbers, "fdshare-message")
+            made.extend(map(cls, numbers))
+            _unsent.add(weakref.ref(made[0], _unsent.discard))
             for buffer, offset in zip(buffers, _offsets(map(len, buffers)), strict=True):
                 made[0]._write(buffer, offset)
         except BaseException as error:
             if made:
                 made[0].close()
-            else:
-                _allowed.put(None)
+            elif numbers:
+                os.close(numbers[0])
             if isinstance(error, OSError):
                 return None
             raise
@@ -75,10 +75,6 @@ class MessageMemory(Spare):
         while view:
             written = os.pwrite(self.fileno(), view[:_MOST_AT_ONCE], offset)
             view, offset = view[written:], offset + written
-
-    def __del__(self) -> None:
-        super().__del__()
-        _allowed.put(None)
 
 
 def take_large(taken: list[memoryview], buffer: PickleBuffer) -> bool:

@@ -7,6 +7,7 @@ import os
 import resource
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from fdshare.errors import DescriptorLimit, InvalidArgument
 from fdshare.mp.backends import backend_of
 from fdshare.mp.pickling.large import LARGE
 from mp.common import METHODS, PACKAGES, descriptor_limit_reached, finish, trackers  # noqa: F401
+from mp.interrupts import Interrupt, Interrupter, handled_by, interrupt, make_interrupter  # noqa: F401
 
 numpy = pytest.importorskip("numpy")
 
@@ -105,6 +107,14 @@ def test_what_is_small_or_has_gaps_is_not(queue: Any) -> None:
         assert (arrived == sent).all()
 
 
+def test_what_is_empty(queue: Any) -> None:
+    sent = [b"", numpy.zeros(0), numpy.zeros((0, 3)), numpy.broadcast_to(1.0, (2, 0))]
+    queue.put(sent)
+    arrived = queue.get()
+    assert [one.shape for one in arrived[1:]] == [(0,), (0, 3), (2, 0)]
+    assert [one.flags.writeable for one in arrived[1:]] == [True, True, False]
+
+
 def test_what_is_read_only_stays_it(queue: Any) -> None:
     sent = array()
     sent.setflags(write=False)
@@ -155,6 +165,23 @@ def test_no_more_than_64_wait(queue: Any) -> None:
     assert 40 < waiting() <= 64
     assert [queue.get()[0] for _ in range(80)] == list(range(80))
     assert not waiting()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_interrupted_puts_do_not_count(queue: Any, interrupter: Interrupter) -> None:
+    sent, instructions, over, interrupted = array(), 1, False, 0
+    while not over:
+        with handled_by(interrupt) as came, suppress(Interrupt):
+            over = not interrupter.arrives(instructions, lambda: queue.put(sent))
+        interrupted += len(came)
+        queue.put("end")
+        while type(queue.get()) is not str:
+            pass
+        assert not waiting()
+        instructions += 5
+    assert interrupted > 64
+    queue.put(sent)
+    assert is_mapped(queue.get())
 
 
 def test_few_are_in_flight(ctx: Any) -> None:
