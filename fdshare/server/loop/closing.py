@@ -51,6 +51,8 @@ _PATIENCE: Final = 0.25  # seconds for which an answer waits for a close
 _AT_A_TIME: Final = 32  # descriptors that one call in a lane closes
 _AGAIN: Final = 1.0  # seconds until the next attempt to start a thread
 _LINGER: Final = struct.Struct("@ii")  # struct linger
+# Blocks of 512 bytes in a memfd: to free 1 MiB takes 0.1 ms, of 64 MiB 30.
+_SMALL: Final = 2048
 # What epoll, eventfd and the like are in /proc; other anonymous inodes may wait for something.
 _HARMLESS: Final = frozenset(
     f"anon_inode:[{name}]" for name in ("eventfd", "eventpoll", "pidfd", "signalfd", "timerfd")
@@ -329,6 +331,8 @@ def _cannot_block(fd: int) -> bool:
         return False
     if target.startswith(("pipe:", "pidfd:")) or target in _HARMLESS:
         return True
+    if target.startswith("/memfd:"):
+        return os.fstat(fd).st_blocks <= _SMALL
     return target.startswith("socket:") and _closes_quickly(fd)
 
 

@@ -230,6 +230,12 @@ def unread_descriptor() -> socket.socket:
     return near
 
 
+def memfd(size: int) -> int:
+    fd = os.memfd_create("memory")
+    os.write(fd, bytes(size))
+    return fd
+
+
 def test_nobody_waits_for_what_cannot_block(alone: Closing) -> None:
     read, write = os.pipe()
     with select.epoll() as epoll:
@@ -242,6 +248,7 @@ def test_nobody_waits_for_what_cannot_block(alone: Closing) -> None:
             os.pidfd_open(os.getpid()),
             os.dup(epoll.fileno()),
             os.eventfd(0),
+            memfd(1 << 16),
         ]
         for fd in harmless:
             alone.close(Handle(fd, ME))
@@ -256,7 +263,7 @@ def test_what_may_block_is_closed_by_a_thread(alone: Closing) -> None:
         listener.listen()
         unknown = [
             os.open(__file__, os.O_RDONLY),  # on who knows what
-            os.memfd_create("large"),
+            memfd(2 << 20),  # which takes long
             unread_descriptor().detach(),
             os.dup(listener.fileno()),  # somebody in its queue may have sent a descriptor
             sock.detach(),
