@@ -17,7 +17,7 @@ from fdshare.errors import (
 from fdshare.protocol import messages as m
 from fdshare.protocol.names import MAX_ENTRY_DESCRIPTORS
 from fdshare.server.core.ports import Session
-from fdshare.server.core.records import Drop, Move, Put, Record
+from fdshare.server.core.records import Change, Drop, Move, Put, Record
 from fdshare.server.core.table import Entry, Handle
 from fdshare.server.core.transactions import DONE
 from fdshare.server.core.waiters import Waiters
@@ -36,7 +36,6 @@ class Writes(Waiters):
     ) -> bool:
         if self._answered_before(session, id):
             return False
-        guarded = request.lifetime != "server"
         own = len(handles) - (request.lifetime == "connection")
         if own < 1:
             raise InvalidArgument("descriptors", "an entry has at least one")
@@ -44,22 +43,7 @@ class Writes(Waiters):
             raise TooManyDescriptors(own, MAX_ENTRY_DESCRIPTORS)
         if not session.trusted:
             self._permit("register", request.name, session)
-        count = len(handles) + (request.lifetime == "process")
-        if self.table.leases:
-            self._settle_if_crowded(session, count, now)
-        former = self.table.entries.get(request.name)
-        changes = self._settle(former) if former else []
-        if changes and self._is_taken(changes):
-            former = None
-        if former is not None or request.if_generation is not None:
-            self._check_clash(request, former, session)
-        if request.lifetime == "connection":
-            self.effects.check_lifeline(handles[-1])
-        self._check_quota(session, count, former)
-        if former is not None and former.lease is not None and not changes:
-            changes = self._settle(former, revoke=True)
-            if self._is_taken(changes):  # the taker has confirmed since the first look
-                self._check_clash(request, None, session)
+        changes = self._make_way(session, request, handles, now)
         generation = self.table.generation + 1
         put = Put(
             name=request.name,
@@ -69,7 +53,7 @@ class Writes(Waiters):
             registrant=session.registrant or self._registrant(session),
             at=now,
             lifetime=request.lifetime,
-            guarded=guarded,
+            guarded=request.lifetime != "server",
             expires=None if request.ttl is None else now + request.ttl,
             grace=request.grace,
             drop_on_hangup=request.drop_on_hangup,
@@ -88,6 +72,31 @@ class Writes(Waiters):
         if self.effects.auditing:
             self.effects.audit("register", request.name, session, f"generation {generation}")
         return True
+
+    def _make_way(
+        self, session: Session, request: m.Register, handles: list[Handle], now: float
+    ) -> list[Change]:
+        """What has to be changed with the new entry: the lease that is on its name.
+
+        Raises: whatever refuses the entry: a clash, its lifeline, a quota.
+        """
+        count = len(handles) + (request.lifetime == "process")
+        if self.table.leases:
+            self._settle_if_crowded(session, count, now)
+        former = self.table.entries.get(request.name)
+        changes = self._settle(former) if former else []
+        if changes and self._is_taken(changes):
+            former = None
+        if former is not None or request.if_generation is not None:
+            self._check_clash(request, former, session)
+        if request.lifetime == "connection":
+            self.effects.check_lifeline(handles[-1])
+        self._check_quota(session, count, former)
+        if former is not None and former.lease is not None and not changes:
+            changes = self._settle(former, revoke=True)
+            if self._is_taken(changes):  # the taker has confirmed since the first look
+                self._check_clash(request, None, session)
+        return changes
 
     def _check_clash(self, request: m.Register, former: Entry | None, session: Session) -> None:
         wanted = request.if_generation
