@@ -43,6 +43,12 @@ def test_each_page_has_its_place_on_the_site() -> None:
         assert there or page == ROOT / "docs/index.md", "no toctree of an index.md has it"
 
 
+def test_a_reader_of_the_index_finds_each_page_of_a_need() -> None:
+    linked = re.findall(r"\]\(([\w/-]+\.md)\)", (ROOT / "docs/index.md").read_text())
+    pages = {f"howto/{page.name}" for page in ROOT.glob("docs/howto/*.md")}
+    assert pages - set(linked) == set()
+
+
 @pytest.mark.parametrize("script", ["docs/classic/draw.py", "docs/img/overview.py"])
 def test_a_picture_is_what_its_script_draws(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", list(sys.path))  # it adds the folder of what scripts share
