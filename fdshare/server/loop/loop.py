@@ -97,7 +97,8 @@ class Loop(Input):
         timeout = None if due is None else max(due - time.monotonic(), 0.0)
         ready = self.poller.wait(0.0 if self.queue else timeout)
         now = time.monotonic()
-        if self.queue or len(ready) >= FEW:
+        # Of one user's connections, the poller reports first who was not reported last.
+        if self.queue or (len(ready) >= FEW and len(self.users) > 1):
             self._handle_in_turn(ready, now)
         else:
             self._handle_all(iter(ready), now)

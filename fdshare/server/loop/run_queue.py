@@ -29,7 +29,10 @@ class RunQueue:
 
     def put(self, connection: Connection) -> None:
         """Does nothing if it is there already."""
-        self._of.setdefault(connection.session.user, OrderedDict())[connection] = None
+        mine = self._of.get(connection.session.user)
+        if mine is None:
+            mine = self._of[connection.session.user] = OrderedDict()
+        mine[connection] = None
 
     def forget(self, connection: Connection) -> None:
         """It is closed. Does nothing if it is not there."""
