@@ -63,6 +63,7 @@ class Connection:
         "throttled",
         "unread_since",
         "unread_size",
+        "watched",
     )
 
     def __init__(self, sock: socket.socket, session: Session, now: float) -> None:
@@ -91,7 +92,8 @@ class Connection:
         self.closed = False
         self.paused = False  # nothing is read of it for a moment
         self.interest = 0
-        self.reported: int | None = None  # events; the poller is not asked for more meanwhile
+        self.reported = 0  # events that are still to be handled
+        self.watched = True  # by the poller
         self.slow_since: float | None = now  # it owes the Hello
         self.stalled_since: float | None = None  # the first of `pending` waits for the keeper
 

@@ -276,26 +276,29 @@ class Input(Output):
     # What would have made an earlier turn too long.
 
     def _put_off(self, connection: Connection, events: int) -> None:
-        """Handles *events* when it is the turn of its user; until then no more are reported."""
-        if connection.closed:
-            return
-        if connection.reported is None:
+        """Handles *events* when it is the turn of its user."""
+        if not connection.closed:
+            connection.reported = events
+            self.queue.put(connection)
+
+    def _unwatch(self, connection: Connection) -> None:
+        """Has no more events reported until those that were put off are handled."""
+        if connection.reported and connection.watched and not connection.closed:
             self.poller.unregister(connection.fileno())
-        connection.reported = events
-        self.queue.put(connection)
+            connection.watched = False
 
     def _serve_next(self, connection: Connection, now: float) -> None:
         """Goes on with its requests, and handles what was reported of it."""
         if connection.pending:
             self._resume(connection, now)
-        if connection.reported is None:
-            return
-        self._on_connection(connection, connection.reported, now)
-        connection.reported = None
-        if connection.closed:
+        events, connection.reported = connection.reported, 0
+        if events:
+            self._on_connection(connection, events, now)
+        if connection.watched or connection.closed:
             return
         try:
             self.poller.register(connection.fileno(), connection.interest, connection)
+            connection.watched = True
         except OSError as error:  # ENOSPC, epoll_ctl(2)
             log.error("a connection cannot be watched: %s", error)
             self.drop(connection)

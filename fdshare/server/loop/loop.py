@@ -119,6 +119,7 @@ class Loop(Input):
                 for other, its in ready:  # what is no connection is reported again
                     if type(other) is Connection:
                         self._put_off(other, its)
+                        self._unwatch(other)
 
     def _handle_in_turn(self, ready: list[tuple[object, int]], now: float) -> None:
         """First what is no connection; then users in turn, as long as there is time."""
@@ -132,6 +133,10 @@ class Loop(Input):
             self._serve_next(connection, now)
             if time.monotonic() - now > SLICE:
                 break
+        if self.queue:
+            for key, _ in ready:
+                if type(key) is Connection:
+                    self._unwatch(key)
 
     def stop(self) -> None:
         """Makes `run` return soon. May be called from any thread, and from a signal handler."""

@@ -285,7 +285,7 @@ class Output:
             interest |= WRITE
         if interest != connection.interest:
             connection.interest = interest
-            if connection.reported is None:
+            if connection.watched:
                 self.poller.modify(connection.fileno(), interest)
 
     def _take_stock(self, connection: Connection, now: float) -> None:
