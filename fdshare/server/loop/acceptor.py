@@ -60,6 +60,7 @@ class Acceptor:
         self.accepted = 0
         self.evicted = 0
         self.paused_until: float | None = None  # None: it accepts
+        self.is_called = False  # somebody connects, and is to be accepted
         self._connections = 0  # how many there were when it paused
         self._crowded = False  # no connection was accepted since the last pause
         self.accept_at(listener)
@@ -92,6 +93,11 @@ class Acceptor:
     # Accepting.
 
     def _on_connect(self, events: int, now: float) -> None:
+        self.is_called = True
+
+    def accept(self, now: float) -> None:
+        """Accepts those who connect, as long as there is time."""
+        self.is_called = False
         for number in count():
             # Who knocks without end must not slow down the others.
             if number and time.monotonic() - now > SLICE:

@@ -102,6 +102,8 @@ class Loop(Input):
             self._handle_in_turn(ready, now)
         else:
             self._handle_all(iter(ready), now)
+        if self.acceptor.is_called:  # after those who are here already
+            self.acceptor.accept(time.monotonic())
         if due is not None and due <= now:
             self._do_due(now)
 

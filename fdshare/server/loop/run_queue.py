@@ -18,20 +18,27 @@ __all__ = ["RunQueue"]
 
 class RunQueue:
     """One connection of each user, then another one of each, and so on: each user's in the order in
-    which they came. A user who comes is the last one, so nobody waits for more than one connection
-    of each other user."""
+    which they came. So nobody waits for more than one connection of each other user. A user who
+    comes is the first one if it was served before those that are here, else the last one."""
 
     def __init__(self) -> None:
+        # Served longest ago are the first.
         self._of: OrderedDict[User, OrderedDict[Connection, None]] = OrderedDict()
+        self._served = 0  # how many
 
     def __bool__(self) -> bool:
         return bool(self._of)
 
     def put(self, connection: Connection) -> None:
         """Does nothing if it is there already."""
-        mine = self._of.get(connection.session.user)
+        user = connection.session.user
+        mine = self._of.get(user)
         if mine is None:
-            mine = self._of[connection.session.user] = OrderedDict()
+            first = next(iter(self._of), None)
+            mine = self._of[user] = OrderedDict()
+            # Who comes for the first time may have gone for that, and come again.
+            if first is not None and 0 < user.served < first.served:
+                self._of.move_to_end(user, last=False)
         mine[connection] = None
 
     def forget(self, connection: Connection) -> None:
@@ -48,6 +55,8 @@ class RunQueue:
             return None
         user, mine = next(iter(self._of.items()))
         connection, _ = mine.popitem(last=False)
+        self._served += 1
+        user.served = self._served
         if mine:
             self._of.move_to_end(user)
         else:

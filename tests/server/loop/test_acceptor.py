@@ -27,6 +27,7 @@ from fdshare.kernel.endpoint import connect, listen
 from fdshare.protocol import messages as m
 from fdshare.protocol.framing import header
 from fdshare.server.loop import acceptor
+from fdshare.server.loop.poller import READ
 from fdshare.server.loop.server import Server
 from fdshare.server.settings import Settings
 from server.full import fill_gaps, limited, server_pid
@@ -256,6 +257,21 @@ def test_many_that_connect_are_accepted_in_many_turns(
         for count in range(1, 11):
             server.loop.turn()
             assert len(server.loop.connections) == count
+        stack.enter_context(connect(path))
+        ready, waker = os.pipe()
+        os.write(waker, b"x")
+        seen: list[int] = []
+
+        def look(events: int, now: float) -> None:
+            seen.append(len(server.loop.connections))
+
+        server.loop.poller.register(ready, READ, look)
+        server.loop.turn()
+        assert seen == [10]  # first comes who is there already
+        assert len(server.loop.connections) == 11
+        server.loop.poller.unregister(ready)
+        os.close(ready)
+        os.close(waker)
         server.stop()
         assert not server.run()
         server.shut_down()

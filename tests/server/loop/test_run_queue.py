@@ -45,8 +45,12 @@ def test_users_are_served_in_turn(connection: Callable[[User], Connection]) -> N
     for each in (*crowd, lonely, *pair, crowd[0]):  # the last one is there already
         queue.put(each)
     assert [queue.next() for _ in range(4)] == [crowd[0], lonely, pair[0], crowd[1]]
-    queue.put(lonely)  # who comes again is the last user, and has to wait for no more than one
-    assert [queue.next() for _ in range(4)] == [pair[1], crowd[2], lonely, crowd[3]]
+    queue.put(lonely)  # who comes again was served before the others
+    assert [queue.next() for _ in range(3)] == [lonely, pair[1], crowd[2]]
+    stranger = connection(User(4, False))
+    queue.put(lonely)  # before the last one of the crowd
+    queue.put(stranger)
+    assert [queue.next() for _ in range(3)] == [lonely, crowd[3], stranger]
     assert not queue
     assert queue.next() is None
 
@@ -152,7 +156,7 @@ def test_who_goes_while_it_waits(crowded: Crowded, monkeypatch: pytest.MonkeyPat
     crowded.say(m.Ping(), *crowded.crowd)
     crowded.server.loop.turn()
     first = list(crowded.server.loop.connections)[:40]  # accepted in their order
-    crowded.server.loop.drop(next(c for c in first if c.reported is not None))
+    crowded.server.loop.drop(next(c for c in first if c.reported))
     for sock in crowded.crowd[:40]:
         sock.close()
     while crowded.server.loop.queue:
