@@ -131,7 +131,7 @@ def batch(manager: Manager | Client, names: list[str]) -> Run:
 
 
 def report(bench: Bench, times: dict[str, list[float]], peers: set[str]) -> None:
-    bench.ratio(times, ONE, PYTHON, goal=1.5)
+    bench.ratio(times, ONE, PYTHON, goal=1.6)
     bench.ratio(times, "fetch, a socket", PYTHON, goal=1.5)
     bench.ratio(times, ROTATED, PYTHON)
     bench.ratio(times, "ping, no descriptor", PYTHON)
@@ -142,7 +142,7 @@ def report(bench: Bench, times: dict[str, list[float]], peers: set[str]) -> None
         goal = 0.10 if size == 64 else None
         against = S6 if S6 in peers else PYTHON
         bench.ratio(times, f"fetch_many of {size}", against, per=size, goal=goal)
-    bench.ratio(times, MANY, BARE_64)
+    bench.ratio(times, MANY, BARE_64, goal=2.0)
     for goal, side in ((1.1, ONE), (1.2, MANY)):
         bench.ratio(times, side, f"{side}, {LOG_OFF}", goal=goal)
     bench.ratio(times, f"{ONE}, {MANAGER}", PYTHON)

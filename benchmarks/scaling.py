@@ -103,6 +103,7 @@ def by_active_clients(bench: Bench, fd: int) -> None:
     manager = bench.keep(Manager())
     manager.register("mark", fd)
     total, waits = Line("all clients together"), Line("fetch")
+    seconds: dict[int, list[float]] = {}
     ceiling = Line("ideal: all cores busy with fetches alone", ideal=True)
     ideal_wait = Line("ideal: the cores are shared fairly", ideal=True)
     for number in bench.plan.points(ACTIVE):
@@ -111,6 +112,7 @@ def by_active_clients(bench: Bench, fd: int) -> None:
         with others("active", manager.address, "mark", str(count)) as child:
             rates, times, best = fetching(bench, manager, child)
         total.add(number, rates)
+        seconds[number] = [1 / rate for rate in rates]
         waits.add(number, times)
         # One client waits for the server, so it uses one processor: the two processes take turns.
         top = min(best, 1e6 / waits.points[0][1].median * number)
@@ -122,6 +124,9 @@ def by_active_clients(bench: Bench, fd: int) -> None:
             what = "fetches, all clients together" if unit == "/s" else "a fetch, median"
             row = bench.value(f"{number} active clients: {what}", [0.0], unit)
             row.value = dict(line.points)[number]
+    each = {f"{number} active clients, each fetch of all": s for number, s in seconds.items()}
+    first, *_, last = each
+    bench.ratio(each, last, first, goal=1.05)
     note = f"clients and server share {CORES} cores; the band: quartiles"
     title, lines = "Fetches a second, by the active clients", [total, ceiling]
     bench.curve(Curve("throughput", title, "active clients", "fetches a second", lines, note))

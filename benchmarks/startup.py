@@ -1,12 +1,14 @@
 """The time to start: an import, a server, a command. Each starts a new process.
 
 The time of an import is that of an interpreter that does nothing else, from exec to exit, minus the
-time of one that imports nothing in the same round.
+time of one that imports nothing in the same round. Commands, and those that they are compared with,
+are measured whole.
 """
 
 from __future__ import annotations
 
 import multiprocessing
+import os
 import socket
 import subprocess
 import sys
@@ -26,7 +28,9 @@ IMPORTS = {
     "import multiprocessing.managers": "import multiprocessing.managers",
 }
 STDLIB = "import multiprocessing.managers"
-TRUE, BARE = "fdshare run web -- true", "python -c pass"
+TRUE, LS, BARE = "fdshare run web -- true", "fdshare ls", "python -c pass"
+CONNECT = "python -c 'import fdshare; fdshare.connect'"
+MSGSPEC, CLICK = "python -c 'import msgspec'", "python -c 'import click'"
 SERVERS = ("Manager().start()", "Manager(keeper=False).start()", "BaseManager().start()")
 
 
@@ -37,12 +41,14 @@ def run(bench: Bench) -> None:
 
 
 def process(words: Sequence[str]) -> Run:
-    """A side that runs a command to its end."""
+    """A side that runs a command to its end. It finds modules compiled, as they are installed."""
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
 
     def run(count: int) -> float:
         start = perf_counter()
         for _ in range(count):
-            subprocess.run(words, check=True, stdin=subprocess.DEVNULL)
+            null = subprocess.DEVNULL
+            subprocess.run(words, check=True, stdin=null, stdout=null, env=environment)
         return perf_counter() - start
 
     return run
@@ -66,7 +72,8 @@ def imports(bench: Bench) -> None:
 
 
 def commands(bench: Bench) -> None:
-    """`fdshare run` of a command that ends at once, with a server that holds a listener for it."""
+    """`fdshare run` of a command that ends at once, with a server that holds a listener for it, and
+    `fdshare ls` of that; what a client and they import, beside what they are made of."""
     with Manager() as manager, socket.create_server(("127.0.0.1", 0)) as listener:
         manager.register("web", listener)
         fdshare = [sys.executable, "-m", "fdshare"]
@@ -81,9 +88,16 @@ def commands(bench: Bench) -> None:
             bench.absent(TRUE, shown.stderr.strip().splitlines()[-1])
             return
         assert shown.stdout.strip() == "web"
-        sides = {TRUE: process(words), BARE: process([sys.executable, "-c", "pass"])}
+        listed = [*fdshare, "ls", *at]
+        shown = subprocess.run(listed, capture_output=True, text=True, check=True)
+        assert shown.stdout.splitlines()[1].startswith("web ")
+        sides = {TRUE: process(words), LS: process(listed)}
+        for name in (BARE, CONNECT, MSGSPEC, CLICK):
+            sides[name] = process([sys.executable, "-c", name.partition(" -c ")[2].strip("'")])
         times = bench.alternate(sides)
-    bench.ratio(times, TRUE, BARE)
+    bench.ratio(times, CONNECT, MSGSPEC, goal=1.4)
+    bench.ratio(times, LS, CLICK, goal=1.8)
+    bench.ratio(times, TRUE, BARE, goal=2.2)
 
 
 def started(make: type) -> Run:
