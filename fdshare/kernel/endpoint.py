@@ -12,12 +12,11 @@ import os
 import socket
 import stat
 import time
-from _thread import allocate_lock  # threading imports more, and adds nothing to it
 from contextlib import nullcontext
-from typing import Final, TypeAlias
+from typing import Final
 
 from fdshare.errors import EndpointError, NoServer, ServerTimeout
-from fdshare.kernel import system
+from fdshare.kernel.bound_path import Owner, bind_path
 from fdshare.kernel.credentials import Credentials, peer_credentials
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.kernel.path_lock import (
@@ -53,12 +52,6 @@ __all__ = [
 BACKLOG: Final = 1024  # the kernel cuts it to net.core.somaxconn
 _FIRST_WAIT: Final = 0.001  # seconds between tries on a full backlog, doubled each time ...
 _LONGEST_WAIT: Final = 0.05  # ... up to this
-
-# The process has one umask(2): of two binds at once, each would restore the other's.
-_umask_lock = allocate_lock()
-
-Owner: TypeAlias = tuple[int, int]  # uid, gid; -1 leaves one as it is
-_NOBODY_ELSE: Final = 0o600  # the mode of a file that has not its owner yet
 
 
 class Listener:
@@ -150,7 +143,7 @@ class Listener:
                 else lock(self.address)
             )
             try:
-                inode = _bind(self.address, sock, mode, owner)
+                inode = bind_path(self.address, sock, mode, owner)
                 _start(sock, backlog)
             except BaseException:
                 if held is not None:
@@ -229,7 +222,7 @@ def listen(
         refuse_other_files(address)  # before PATH.lock is made beside something not ours
         with lock(address) if locked else nullcontext() as held:
             clear(address, kind, reclaim)
-            inode = _bind(address, sock, mode, owner)
+            inode = bind_path(address, sock, mode, owner)
             _start(sock, backlog)
             return Listener(address, sock, held and Descriptor(held.detach()), inode)
     except BaseException:
@@ -260,7 +253,7 @@ def datagram(path: UnixAddress | None = None, *, mode: int = 0o600) -> Listener:
         if is_abstract(address):
             return _listen_abstract(address, sock, 0)
         clear(address, socket.SOCK_DGRAM, reclaim=False)
-        return Listener(address, sock, None, _bind(address, sock, mode, None))
+        return Listener(address, sock, None, bind_path(address, sock, mode, None))
     except BaseException:
         sock.close()
         raise
@@ -369,61 +362,6 @@ def _listen_abstract(address: str, sock: socket.socket, backlog: int) -> Listene
 def _start(sock: socket.socket, backlog: int) -> None:
     if sock.type != socket.SOCK_DGRAM:
         sock.listen(backlog)
-
-
-def _bind(address: str, sock: socket.socket, mode: int, owner: Owner | None) -> Inode:
-    """The inode of the path that *sock* is bound to, with *mode* from its first moment on."""
-    try:
-        with sockaddr(address, exists=False) as name:
-            if system.LINUX:
-                info = _bind_linux(address, sock, name, mode, owner)
-            else:
-                info = _bind_umask(sock, name, mode, owner)
-    except OSError as error:
-        if isinstance(error, EndpointError):
-            raise
-        if error.errno == errno.EADDRINUSE:  # another process, which uses no lock, was faster
-            raise live(address, sock.type) from None
-        raise trouble(address, error) from None
-    return info.st_dev, info.st_ino
-
-
-def _bind_linux(
-    address: str, sock: socket.socket, name: bytes, mode: int, owner: Owner | None
-) -> os.stat_result:
-    """Binds with at most *mode*, then sets the owner and the bits that the umask removed.
-
-    unix_bind_bsd() (net/unix/af_unix.c) starts from the mode of the socket's own inode, so the
-    umask, which other threads use at the same moment, need not be touched to narrow it.
-    """
-    os.fchmod(sock.fileno(), _NOBODY_ELSE if owner else mode)
-    sock.bind(name)
-    # A descriptor of the inode, not its name: who may write the folder could replace that, and
-    # have the owner or the mode of another file changed.
-    inode = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        info = os.fstat(inode)
-        if owner or stat.S_IMODE(info.st_mode) != mode:
-            if not stat.S_ISSOCK(info.st_mode) or info.st_uid != os.geteuid():
-                raise EndpointError(address, "somebody replaced the socket while it was bound")
-            os.chown(f"/proc/self/fd/{inode}", *(owner or (-1, -1)))
-            os.chmod(f"/proc/self/fd/{inode}", mode)
-        return info
-    finally:
-        os.close(inode)
-
-
-def _bind_umask(sock: socket.socket, name: bytes, mode: int, owner: Owner | None) -> os.stat_result:
-    with _umask_lock:
-        before = os.umask(0o777 & ~(_NOBODY_ELSE if owner else mode))
-        try:
-            sock.bind(name)
-        finally:
-            os.umask(before)
-    if owner:
-        os.chown(name, *owner, follow_symlinks=False)
-        os.chmod(name, mode, follow_symlinks=False)
-    return os.lstat(name)
 
 
 def _connect_within(sock: socket.socket, address: str, name: bytes, timeout: float | None) -> None:
