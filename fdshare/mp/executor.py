@@ -76,6 +76,7 @@ class ProcessPoolExecutor(concurrent.futures.ProcessPoolExecutor):
         adopt(context._classes.CallQueue, self._call_queue)
         self._result_queue.close()
         self._result_queue = context._classes.ResultQueue(ctx=context)
+        self._result_queue.watch(self._processes)
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """The future of `fn(*args, **kwargs)`. It is safe to close what is in it after this call.

@@ -436,6 +436,7 @@ class StockExecutor:
     _initargs: tuple[Any, ...]
     _max_tasks_per_child: int | None
     _executor_manager_thread: StockExecutorManager | None
+    _processes: dict[int | None, _Process]  # the manager's processes
     _shutdown_thread: bool
 
     def _adjust_process_count(self) -> None: ...

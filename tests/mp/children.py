@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 import socket
+import sys
 from typing import Any
 
 
@@ -138,3 +139,13 @@ def answer(outbox: Any, *objects: Any) -> None:
 def close_all(objects: Any) -> None:
     for obj in objects:
         obj.close()
+
+
+def die_while_sending(half: bytes) -> None:
+    """In a worker of an executor: writes *half* of a result, and is killed."""
+    frame = sys._getframe()
+    while "result_queue" not in frame.f_locals:
+        assert frame.f_back is not None
+        frame = frame.f_back
+    os.write(frame.f_locals["result_queue"]._writer.fileno(), half)
+    os.kill(os.getpid(), signal.SIGKILL)

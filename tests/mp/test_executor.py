@@ -16,8 +16,12 @@ import pytest
 import fdshare
 from fdshare import ProcessPoolExecutor, get_context
 from fdshare.errors import InvalidArgument
+from fdshare.mp.channels.framing import BODY_FOLLOWS, LENGTH
 from mp import children
 from mp.common import METHODS, PACKAGES, identity, open_now, trackers  # noqa: F401
+
+# What is there of a result: of its length; of its data; the announcement of one with descriptors.
+HALVES = [b"\0\0", LENGTH.pack(5) + b"half", LENGTH.pack(BODY_FOLLOWS)]
 
 
 def test_it_is_one_of_concurrent_futures() -> None:
@@ -144,6 +148,21 @@ def test_named_semaphores_go_with_the_executor(package: str, cls: type) -> None:
         assert named_semaphores(package) == before
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+@pytest.mark.parametrize("half", HALVES)
+def test_a_worker_that_dies_in_the_middle_of_a_result_breaks_the_pool(
+    half: bytes, package: str
+) -> None:
+    executor = ProcessPoolExecutor(2, get_context("fork", backend=package))
+    try:
+        future = executor.submit(children.die_while_sending, half)
+        with pytest.raises(BrokenProcessPool):
+            future.result(30)
+    finally:
+        executor._result_queue._reader._carrier().shutdown(socket.SHUT_RD)  # if it still waits
+        executor.shutdown()
 
 
 def test_a_worker_that_dies_breaks_the_pool_and_leaks_nothing() -> None:

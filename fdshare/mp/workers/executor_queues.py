@@ -10,14 +10,22 @@ stock.py has the private names that are used.
 
 from __future__ import annotations
 
+import socket
+import struct
 import traceback
+from collections.abc import Mapping
 from queue import Full
-from typing import Any, ClassVar, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from fdshare.mp.channels.connection import ConnectionMixin, turned_into
 from fdshare.mp.channels.queues import QueueMixin, SimpleQueueMixin, register_after_fork
 from fdshare.mp.pickling.bundle import Arrived, open_arrived
-from fdshare.mp.stock import StockContext, StockQueue, StockSafeQueue, executor_module
+from fdshare.mp.stock import (
+    StockContext,
+    StockQueue,
+    StockSafeQueue,
+    executor_module,
+)
 from fdshare.mp.workers.tasks import (
     CALL,
     LOADED_CALL,
@@ -33,6 +41,9 @@ from fdshare.mp.workers.tasks import (
     receive_patiently,
 )
 
+if TYPE_CHECKING:
+    from multiprocessing.process import BaseProcess
+
 __all__ = [
     "Call",
     "CallQueueMixin",
@@ -43,6 +54,7 @@ __all__ = [
 
 
 _futures: Final = executor_module()
+_ONE_SECOND: Final = struct.pack("@ll", 1, 0)  # struct timeval
 
 
 class Call(Task):
@@ -142,6 +154,14 @@ class ResultQueueMixin(SimpleQueueMixin):
         self._reader = turned_into(self._result_reader, self._reader)
         self._adopt()
 
+    def watch(self, workers: Mapping[int, BaseProcess]) -> None:
+        """Has `recv` of the reader raise when one of *workers*, the senders, has died and no more
+        of a result comes that has begun. The standard executor waits for the rest for ever."""
+        assert isinstance(self._reader, ResultReaderMixin)
+        self._reader._senders = workers
+        sock = self._reader._carrier()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _ONE_SECOND)
+
     def put(self, obj: Any) -> None:
         """Sends a result. Raises: whatever pickling raises; the worker then sends that."""
         if not isinstance(obj, _futures._ResultItem):
@@ -156,9 +176,20 @@ class ResultQueueMixin(SimpleQueueMixin):
 class ResultReaderMixin(ConnectionMixin):
     """The end that the executor's manager thread reads."""
 
+    _senders: Mapping[int, BaseProcess] | None = None
+
     def recv(self) -> Any:
-        """The next result, loaded; an error of loading it is the result."""
-        message = receive_patiently(self)
+        """The next result, loaded; an error of loading it is the result.
+
+        Raises: ConnectionAbortedError: a worker has died in the middle of it, see `watch`.
+        """
+        message: Arrived | None = None
+        while message is None:
+            try:
+                message = receive_patiently(self)
+            except BlockingIOError:  # nothing has come for a second
+                if self._sender_died():
+                    raise ConnectionAbortedError("a worker died while it sent a result") from None
         if not has_head(message):
             return self._decode(message)
         form, work_id, exit_pid, content = beheaded(message)
@@ -166,3 +197,10 @@ class ResultReaderMixin(ConnectionMixin):
         item = _futures._ResultItem(work_id, exit_pid=exit_pid or None)
         item.result, item.exception = (value, None) if ok else (None, value)
         return item
+
+    def _sender_died(self) -> bool:
+        senders = self._senders
+        # The manager has taken out who has ended as it should: its last result came before.
+        return senders is not None and any(
+            sender.exitcode is not None for sender in list(senders.values())
+        )
