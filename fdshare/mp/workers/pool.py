@@ -18,7 +18,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sized
 from contextlib import suppress
 from queue import Empty
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeAlias, TypeVar
 
 from fdshare.mp.channels.connection import ConnectionMixin
 from fdshare.mp.channels.feeder import READER_GONE
@@ -63,6 +63,10 @@ __all__ = [
     "TaskQueueMixin",
 ]
 
+
+_lockf: Final[Callable[[Any, int], None]] = fcntl.lockf
+_LOCK: Final = fcntl.LOCK_EX
+_UNLOCK: Final = fcntl.LOCK_UN
 
 T = TypeVar("T")
 # What a pool's thread sends: job, index, function, args, kwds.
@@ -272,11 +276,12 @@ class _ReaderLock:
         fcntl.lockf(reader, fcntl.LOCK_EX | fcntl.LOCK_NB)
         fcntl.lockf(reader, fcntl.LOCK_UN)
 
+    # The number itself: of the connection, lockf() would ask a method in Python.
     def __enter__(self) -> None:
-        fcntl.lockf(self._reader, fcntl.LOCK_EX)
+        _lockf(self._reader._handle, _LOCK)
 
     def __exit__(self, *exc: object) -> None:
-        fcntl.lockf(self._reader, fcntl.LOCK_UN)
+        _lockf(self._reader._handle, _UNLOCK)
 
 
 class TaskQueueMixin(EndingQueueMixin):

@@ -55,6 +55,8 @@ Pickled: TypeAlias = bytes | Bundle
 
 # The form of what follows, and two numbers that the pool or the executor knows it by.
 _HEAD: Final = struct.Struct("=Bqq")
+_SIZE: Final = _HEAD.size
+_unpack: Final = _HEAD.unpack_from
 CALL: Final = 1  # (function, args, kwargs), to be loaded when the call is made
 LOADED_CALL: Final = 2  # the same, to be loaded at once
 RETURNED: Final = 3
@@ -88,14 +90,14 @@ def has_head(message: Arrived) -> bool:
 
 def beheaded(message: Arrived) -> tuple[int, int, int, Pickled]:
     """(form, first, second, content) of a *message* that `has_head`."""
-    if isinstance(message, bytes) and len(message) <= JOINED:
-        return *_HEAD.unpack_from(message), message[_HEAD.size :]
+    if type(message) is bytes and len(message) <= JOINED:
+        return *_unpack(message), message[_SIZE:]
     bundle = Bundle(message) if isinstance(message, bytes) else message
     assert isinstance(bundle, Bundle)
     data = bundle.data
     # A long one is not copied.
-    bundle.data = (memoryview(data) if len(data) > JOINED else data)[_HEAD.size :]
-    return *_HEAD.unpack_from(data), bundle
+    bundle.data = (memoryview(data) if len(data) > JOINED else data)[_SIZE:]
+    return *_unpack(data), bundle
 
 
 def outcome(family: Family, form: int, content: Pickled) -> tuple[bool, Any]:
@@ -174,13 +176,15 @@ def receive_patiently(
     ended: EOFError is raised then.
     """
     guard = nullcontext() if lock is None else lock
-    deadline = time.monotonic() + PATIENCE
+    deadline: float | None = None
     while True:
         with guard:
             try:
                 return connection._receive()
             except DescriptorLimit as limit:
-                if time.monotonic() > deadline:
+                now = time.monotonic()
+                deadline = deadline or now + PATIENCE
+                if now > deadline:
                     return connection._receive_without(limit)
         if wait(PAUSE):
             raise EOFError
