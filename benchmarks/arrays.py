@@ -1,63 +1,192 @@
-"""Arrays of numpy through a queue, ours beside the stock one: a child sums each, and answers.
+"""Arrays of numpy and bytes through every channel, ours beside the stock one.
 
-The standard queue sends their bytes through a pipe, ours from 1 MiB on in a memfd that the child
-maps (fdshare/mp/pickling/large.py). The child reads all of the array: pages that it had not touched
-would cost it nothing.
+The stock channels send what they are given through a pipe; ours send the numbers of an array, from
+1 MiB on, in a memfd that the receiver maps (fdshare/mp/pickling/large.py). The receiver reads all
+of it: pages that it had not touched would cost it nothing.
+
+One child has a side of a channel, and a worker: *argument* goes to the worker, *result* comes from
+it, and a Queue and a Pipe lead to it. array_peers.py has other ways to hand over an array.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import concurrent.futures
+import gc
+import os
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
+from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeAlias
 
-from benchmarks.measure import Bench, Run
-from benchmarks.queues import OURS, STOCK, contexts
+from benchmarks import array_peers
+from benchmarks.measure import Bench
+from benchmarks.processes import in_child
+from benchmarks.small_tasks import SIDES, context_of
+from fdshare.mp.executor import ProcessPoolExecutor
 
-GOALS = {1 << 16: 1.0, 1 << 20: 0.5, 8 << 20: 0.25, 64 << 20: 0.25}
+KIB, MIB = 1 << 10, 1 << 20
+SIZES = (64 * KIB, 256 * KIB, MIB, 8 * MIB, 64 * MIB)
+LARGEST = 512 * MIB  # through a queue alone, because the stock one takes seconds for it
+GOALS = {64 * KIB: 1.0, MIB: 0.5, 8 * MIB: 0.25, 64 * MIB: 0.25, LARGEST: 0.25}
+ROUNDS = {8 * MIB: 11, 64 * MIB: 5, LARGEST: 3}
+KINDS = ("array", "bytes")
+
+# Has a worker read an item, and returns what `read` returns; or has it make one, and reads that.
+Hand: TypeAlias = Callable[[str, int], float]
 
 
 def run(bench: Bench) -> None:
     try:
-        import numpy
+        import numpy  # noqa: F401
     except ImportError:
         bench.absent("arrays", "not installed: numpy")
         return
-    for size, goal in GOALS.items():
-        array = numpy.ones(size // 8)
-        made = contexts("multiprocessing")
-        sides = {kind: bench.keep(summed(context, array)) for kind, context in made}
-        row = bench.ratio(bench.alternate(sides), OURS, STOCK, goal=goal)
-        what = f"Queue, array of {size >> 10} KiB"
-        row.what, row.against = f"{OURS} {what}", f"{STOCK} {what}"
+    for channel in CHANNELS:
+        sides: dict[str, Any] = {
+            who: bench.keep(in_child(partial(handing, who, channel))) for who in SIDES
+        }
+        for kind in KINDS:
+            for size in (*SIZES, LARGEST) if channel == "Queue" else SIZES:
+                if size > 8 * MIB and bench.plan.scale < 1:
+                    continue
+                runs = {who: partial(sides[who], kind, size) for who in SIDES}
+                goal = GOALS.get(size) if kind == "array" else None
+                times = bench.alternate(runs, rounds=ROUNDS.get(size))
+                row = bench.ratio(times, *SIDES, goal=goal)
+                row.what, row.against = (f"{who} {channel}, {shown(kind, size)}" for who in SIDES)
+        if channel == "Queue":
+            memory(bench, sides)
+    array_peers.run(bench)
+
+
+def shown(kind: str, size: int) -> str:
+    return f"{kind} of {size // MIB} MiB" if size >= MIB else f"{kind} of {size // KIB} KiB"
+
+
+def memory(bench: Bench, sides: dict[str, Any]) -> None:
+    """How far the memory of each process grows at most, while one array is handed over."""
+    size = 64 * MIB if bench.plan.scale == 1 else MIB
+    for index, process in enumerate(("sender", "receiver")):
+        for who in SIDES:
+            grown = sides[who](f"peak {index}", size, 1) / MIB
+            what = f"{who} Queue, peak memory of the {process}, {shown('array', size)}"
+            bench.value(what, [grown], "MiB")
+
+
+@lru_cache(maxsize=1)
+def item(kind: str, size: int) -> Any:
+    import numpy
+
+    return numpy.ones(size // 8) if kind == "array" else b"\1" * size
+
+
+def read(obj: Any) -> float:
+    """The number of ones in it."""
+    return obj.count(b"\1") if isinstance(obj, bytes) else float(obj.sum())
 
 
 @contextmanager
-def summed(context: Any, array: Any) -> Iterator[Run]:
-    """A child that gets arrays, and answers with their sum."""
-    there, back = context.Queue(), context.Queue()
-    process = context.Process(target=partial(add, there, back))
-    process.start()
+def handing(who: str, channel: str) -> Iterator[Any]:
+    with CHANNELS[channel](who) as (hand, pid):
 
-    def run(count: int) -> float:
-        start = perf_counter()
-        for _ in range(count):
-            there.put(array)
-            assert back.get() == array.size
-        return perf_counter() - start
+        def run(kind: str, size: int, count: int) -> float:
+            if kind.startswith("peak"):
+                return peak([os.getpid(), pid()][int(kind[-1])], lambda: hand("array", size))
+            ones = size if kind == "bytes" else size // 8
+            start = perf_counter()
+            for _ in range(count):
+                assert hand(kind, size) == ones
+            return perf_counter() - start
 
-    try:
         yield run
+
+
+def peak(pid: int, call: Callable[[], object]) -> float:
+    """The bytes by which the resident memory of *pid* grows at most in a call."""
+    gc.collect()
+    Path(f"/proc/{pid}/clear_refs").write_text("5")  # VmHWM is VmRSS again: proc(5)
+    before = resident(pid)
+    call()
+    return resident(pid) - before
+
+
+def resident(pid: int) -> int:
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) * KIB
+
+
+# Channels: each yields its Hand, and what returns the worker's pid.
+
+
+@contextmanager
+def queue(who: str) -> Iterator[tuple[Hand, Callable[[], int]]]:
+    context = context_of(who, "multiprocessing", "fork")
+    there, back = context.Queue(), context.Queue()
+    with reader(context, there.get, back.put) as process:
+        yield partial(ask, there.put, back.get), lambda: process.pid
+    for one in there, back:
+        one.close()
+        one.join_thread()
+
+
+@contextmanager
+def pipe(who: str) -> Iterator[tuple[Hand, Callable[[], int]]]:
+    context = context_of(who, "multiprocessing", "fork")
+    ours, theirs = context.Pipe()
+    with ours, theirs, reader(context, theirs.recv, theirs.send) as process:
+        yield partial(ask, ours.send, ours.recv), lambda: process.pid
+
+
+def ask(put: Callable[[Any], None], get: Callable[[], Any], kind: str, size: int) -> Any:
+    put(item(kind, size))
+    return get()
+
+
+@contextmanager
+def reader(context: Any, get: Callable[[], Any], put: Callable[[Any], None]) -> Iterator[Any]:
+    """A child that reads what it gets, and answers."""
+
+    def child() -> None:
+        while True:
+            put(read(get()))
+
+    process = context.Process(target=child)
+    process.start()
+    try:
+        yield process
     finally:
-        there.put(None)
+        process.terminate()
         process.join()
-        for queue in there, back:
-            queue.close()
-            queue.join_thread()
 
 
-def add(there: Any, back: Any) -> None:
-    while (array := there.get()) is not None:
-        back.put(array.sum())
+@contextmanager
+def pool(who: str, results: bool) -> Iterator[tuple[Hand, Callable[[], int]]]:
+    with context_of(who, "multiprocessing", "fork").Pool(1) as made:
+
+        def hand(kind: str, size: int) -> float:
+            if results:
+                return read(made.apply(item, (kind, size)))
+            return float(made.apply(read, (item(kind, size),)))
+
+        yield hand, lambda: made._pool[0].pid
+
+
+@contextmanager
+def executor(who: str) -> Iterator[tuple[Hand, Callable[[], int]]]:
+    cls = ProcessPoolExecutor if who == "fdshare" else concurrent.futures.ProcessPoolExecutor
+    with cls(1, context_of(who, "multiprocessing", "fork")) as made:
+        yield (
+            lambda kind, size: made.submit(read, item(kind, size)).result(),
+            lambda: next(iter(made._processes)),
+        )
+
+
+CHANNELS: dict[str, Any] = {
+    "Queue": queue,
+    "Pipe": pipe,
+    "Pool, argument": partial(pool, results=False),
+    "Pool, result": partial(pool, results=True),
+    "executor, argument": executor,
+}
