@@ -13,12 +13,11 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pickle import PickleBuffer
-from typing import Any
+from typing import Any, Final
 
 import pytest
 
 from fdshare import get_context
-from fdshare.mp.pickling.large import LARGE
 from mp.common import finish, identity, open_now, trackers  # noqa: F401
 from mp.interrupts import (  # noqa: F401
     Interrupt,
@@ -82,6 +81,10 @@ def channel(request: pytest.FixtureRequest) -> Iterator[Channel]:
     channel.close()
 
 
+# Lower than in use: it is copied for each instruction of a test.
+LARGE: Final = 1 << 17
+
+
 class Memory:
     """Its numbers travel in a memfd."""
 
@@ -96,7 +99,8 @@ class Memory:
 
 
 @pytest.fixture(params=["number", "socket", "list", "large", "large with a socket", "memory"])
-def item(request: pytest.FixtureRequest) -> Iterator[Any]:
+def item(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    monkeypatch.setattr("fdshare.mp.pickling.large.LARGE", LARGE)
     with socket.socket() as sock, socket.socket() as other:
         yield {
             "number": 5,

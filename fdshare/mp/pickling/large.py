@@ -25,8 +25,8 @@ from fdshare.kernel.memfd import create_memfd_into, private_map
 
 __all__ = ["BALLAST", "LARGE", "MessageMemory", "map_parts", "take_large"]
 
-# Bytes from which on the memfd takes less time than the socket.
-LARGE: Final = 1 << 20
+# Bytes from which on the memfd takes less time than the socket (docs/performance.md).
+LARGE: Final = 4 << 20
 # Bytes that are sent beside the descriptor. A socket holds a dozen of such messages, where it would
 # hold a hundred: the kernel limits how many descriptors a user has in flight.
 BALLAST: Final = bytes(14 << 10)
