@@ -429,7 +429,15 @@ def test_it_ends_although_the_trial_succeeds(installed: Installed, folder: Path)
         os.kill(pids["server"], signal.SIGSTOP)  # so the keeper waits for it, and for the trial
         os.kill(pids["keeper"], signal.SIGTERM)
         until_said(told, "STOPPING=1")
-    (folder / "proceed").write_text("")
+
+    def proceeds() -> bool:
+        try:
+            os.close(os.open(folder / "proceed", os.O_WRONLY | os.O_NONBLOCK))
+        except OSError:  # ENXIO: nobody reads it yet
+            return ended(trial)
+        return True
+
+    wait_until(proceeds, "the trial reads on, or its time is over")
     wait_until(lambda: state(trial) == "X", "the keeper knows how the trial went")
     os.kill(pids["server"], signal.SIGCONT)
     for pid in pids.values():
