@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import gc
 import importlib
 import io
 import itertools
@@ -133,6 +134,7 @@ def classes() -> list[type[BaseException]]:
                 _import(module)
         _import("numpy")
         importlib.import_module("numpy.ma")
+    gc.collect()  # classes in Python that a module has replaced by those in C, as pickle does
     return sorted(set(_below(BaseException)), key=name)
 
 
