@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
+from multiprocessing import resource_tracker
 from multiprocessing.shared_memory import SharedMemory
 from time import perf_counter
 from typing import Any, TypeAlias
@@ -112,6 +113,7 @@ def queue(context: Any, read: Any) -> Iterator[Hand]:
 def by_hand(_: Any, read: Any) -> Iterator[Hand]:
     import numpy
 
+    resource_tracker.ensure_running()  # one for both: else each removes what the other has
     there: Any = multiprocessing.SimpleQueue()
     back: Any = multiprocessing.SimpleQueue()
 
@@ -147,9 +149,10 @@ def faster_fifo(_: Any, read: Any) -> Iterator[Hand]:
 def joblib(_: Any, read: Any) -> Iterator[Hand]:
     module: Any = import_module("joblib")
     with module.Parallel(n_jobs=2) as parallel:
-        yield lambda array: parallel([module.delayed(read)(array)])[0]
+        # A view of its own each time: joblib writes the same array once, and maps it again.
+        yield lambda array: parallel([module.delayed(read)(array[:])])[0]
     # Its workers outlive it, and multiprocessing waits for them at exit.
-    import_module("joblib.externals.loky").get_reusable_executor().shutdown(kill_workers=True)
+    import_module("joblib.externals.loky").get_reusable_executor().shutdown()
 
 
 @contextmanager

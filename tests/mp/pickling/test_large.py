@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import resource
+import signal
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
@@ -220,3 +222,31 @@ def test_bytes_are_not_an_array(ctx: Any) -> None:
 def test_an_exception_brings_its_array(queue: Any) -> None:
     queue.put(ValueError(array(7)))
     assert queue.get().args[0][0] == 7
+
+
+def test_a_receiver_that_may_not_map_it_says_so(queue: Any) -> None:
+    queue.put(array())
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE
+    resource.setrlimit(resource.RLIMIT_AS, (size + LARGE // 2, limits[1]))
+    try:
+        with pytest.raises(OSError) as raised:
+            queue.get()
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    assert raised.value.errno == errno.ENOMEM
+    queue.put(array(2))
+    assert queue.get()[0] == 2
+
+
+def test_what_was_put_outlives_its_sender(ctx: Any, queue: Any) -> None:
+    def put() -> None:
+        queue.put(array(3))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    sender = ctx.Process(target=put)
+    sender.start()
+    sender.join()
+    assert sender.exitcode == -signal.SIGKILL
+    assert queue.get()[0] == 3
+    assert not maps()
