@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import textwrap
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
@@ -45,8 +44,7 @@ class Run:
     terminal: bool = False  # the page shows one: what goes on prints into what is typed later, too
     typed: tuple[str, ...] = ()  # lines of what the page shows that a person types
     varies: tuple[str, ...] = ()  # patterns of what is another text each time
-    # Modules and programs that may not be installed, or "root", to become others.
-    needs: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()  # modules that may not be installed, or "root", to become others
 
     def missing(self) -> str:
         """What it needs and is not here; empty if it can be run."""
@@ -54,8 +52,7 @@ class Run:
             return "root, to become another user, is needed"
         if "root" in self.needs and not others_may_run():
             return "other users may not enter the folder of the interpreter or of the project"
-        names = [name for name in self.needs if name != "root"]
-        missing = [n for n in names if find_spec(n) is None and shutil.which(n) is None]
+        missing = [n for n in self.needs if n != "root" and find_spec(n) is None]
         return f"{missing[0]} is not installed" if missing else ""
 
 
