@@ -33,7 +33,8 @@ from fdshare.server.settings import Settings
 pytestmark = needs_root
 KIND = m.Kind("fd", msgspec.Raw(m.encode({})))
 HOSTILE, GOOD = 1501, 1502
-ALONE = 1517  # no other test has processes of this user, which RLIMIT_NPROC counts
+# No other test has processes of this user, which RLIMIT_NPROC counts, nor has another run.
+ALONE = 20_000 + os.getpid() % 40_000
 RULES = f"""
 [[rule]]
 effect = "allow"
@@ -504,30 +505,30 @@ def test_a_server_that_can_start_no_thread(folder: Path) -> None:
     folder.chmod(0o777)
 
     def serve_alone(say: Say) -> None:
-        pipe, memory = os.pipe()[0], os.memfd_create("held")
+        pipe, file = os.pipe()[0], os.open(folder, os.O_TMPFILE | os.O_RDWR)
         with served(folder) as client:
             client.register("pipe", pipe)
-            client.register("memory", memory)
+            client.register("file", file)
             halves = Halves(client)
             halves.redundant()
-            pids, of_keeper = halves.pids(), halves.excess("keeper")
+            pids, (_, of_keeper) = halves.pids(), Census(client).before
             others = sum(map(tasks, processes_of(os.getuid()) - set(pids.values())))
             limit = limit_processes(pids["keeper"], others + 2)  # its own, and one
             kill(pids["server"])
             server = halves.pids()["server"]
             assert tasks(server) == 1
             for _ in range(20):
-                for fd in (pipe, memory):
+                for fd in (pipe, file):
                     client.register("x", fd)
                     client.unregister("x")
             assert client.info("pipe").descriptors[0].type == "pipe"
-            (unknown,) = client.info("memory").descriptors
+            (unknown,) = client.info("file").descriptors
             assert unknown.health == "no thread can be started to look at it"
             for pid in halves.pids().values():
                 limit_processes(pid, limit)
             client.register("x", pipe)
             client.unregister("x")
-            wait_until(lambda: client.info("memory").descriptors[0].type == "memfd")
+            wait_until(lambda: client.info("file").descriptors[0].type == "file")
             halves.redundant()
             # The keeper has what its parent had open, the server was made anew.
             wait_until(lambda: halves.excess("keeper") == of_keeper)
@@ -556,12 +557,12 @@ def tasks(pid: int) -> int:
 
 
 def test_memory_is_free_at_the_end_of_a_connection(folder: Path) -> None:
-    """Without a garbage collection: half requests of many connections, three times."""
+    """Without a garbage collection: half requests of many connections, again and again."""
     half = header(100_000, 0, 1) + bytes(99_000)
     count, after = 200, []
     with served(folder, collect=False) as client:
         pid = client.stats().server_pid
-        for _ in range(3):
+        for _ in range(6):
             wires = [Wire(client.address, f"{number}") for number in range(count)]
             for wire in wires:
                 wire.sock.sendall(half)
@@ -570,7 +571,8 @@ def test_memory_is_free_at_the_end_of_a_connection(folder: Path) -> None:
                 wire.close()
             wait_until(lambda: client.stats().connections == 1, "the others to be gone")
             after.append(memory(pid))
-    assert after[-1] - after[0] < count * len(half) // 2, after
+    # The allocator may keep, this time or that, what was freed: about as much as there was at once.
+    assert after[-1] - after[0] < 2 * count * len(half), after
 
 
 def memory(pid: int) -> int:
@@ -597,8 +599,10 @@ def served(folder: Path, *, collect: bool = True) -> Iterator[Client]:
     os.read(ready, 1)
     os.close(ready)
     with Client(folder / "s") as client:
-        yield client
-        client.shutdown()
+        try:
+            yield client
+        finally:
+            client.shutdown()
     os.waitpid(pid, 0)
 
 
