@@ -83,8 +83,9 @@ def item(kind: str, size: int) -> Any:
 
 
 def read(obj: Any) -> float:
-    """The number of ones in it."""
-    return obj.count(b"\1") if isinstance(obj, bytes) else float(obj.sum())
+    """The number of ones in it, which has nothing else."""
+    # To count what is not there is as fast as memchr(3).
+    return len(obj) - obj.count(b"\0") if isinstance(obj, bytes) else float(obj.sum())
 
 
 @contextmanager
