@@ -105,7 +105,8 @@ def handing(who: str, channel: str) -> Iterator[Any]:
 
 
 def peak(pid: int, call: Callable[[], object]) -> float:
-    """The bytes by which the resident memory of *pid* grows at most in a call."""
+    """The bytes by which the resident memory of *pid* grows at most in a second call."""
+    call()
     gc.collect()
     Path(f"/proc/{pid}/clear_refs").write_text("5")  # VmHWM is VmRSS again: proc(5)
     before = resident(pid)
