@@ -154,8 +154,9 @@ class PoolMixin(StockPool):
             for batch in self._get_tasks(func, items, chunksize)
         ]
         result = self._map_result(self, chunksize, len(items), callback, error_callback)
+        no_kwds: dict[str, Any] = {}  # one for all: there may be 100,000 tasks
         numbered: list[Numbered] = [
-            (result._job, index, task, (), {}) for index, task in enumerate(tasks)
+            (result._job, index, task, (), no_kwds) for index, task in enumerate(tasks)
         ]
         self._taskqueue.put((numbered, None))
         return result
