@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from mp.common import trackers  # noqa: F401
 
 import fdshare
 from fdshare import activation, aio, errors, kernel

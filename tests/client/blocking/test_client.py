@@ -719,7 +719,7 @@ import _weakrefset, gc
 from fdshare import connect
 client = connect({client.address!r})
 client.ping()
-del _weakrefset._IterationGuard
+vars(_weakrefset).pop("_IterationGuard", None)  # 3.14 has none
 del client
 """
     done = subprocess.run([sys.executable, "-X", "dev", "-c", code], capture_output=True, text=True)
