@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import socket
+from _socket import socket as _Socket
 from typing import Final
 
 from fdshare.kernel import system
@@ -24,17 +25,13 @@ WITHOUT_TIMEOUT: Final = system.SOCK_NONBLOCK
 def view_of(fd: int) -> socket.socket:
     """A socket object on *fd* that leaves the open file description as it is.
 
-    It owns *fd*: who only borrows that calls `detach`. Raises: OSError (ENOTSOCK, EBADF).
+    It owns *fd*: who only borrows that calls `detach`. Whatever is raised, *fd* is still open, and
+    its caller's. Raises: OSError (ENOTSOCK, EBADF).
     """
     if socket.getdefaulttimeout() is None:
-        return socket.socket(fileno=fd)
+        return _made(fd, -1)
     blocks = os.get_blocking(fd)
-    probe = socket.socket(-1, socket.SOCK_STREAM | WITHOUT_TIMEOUT, 0, fd)
-    try:
-        kind = probe.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE)
-    finally:
-        probe.detach()
-    sock = socket.socket(-1, kind | WITHOUT_TIMEOUT, -1, fd)
+    sock = _made(fd, _type_of(fd) | WITHOUT_TIMEOUT)
     if not WITHOUT_TIMEOUT:
         sock.setblocking(blocks)
     return sock
@@ -43,13 +40,37 @@ def view_of(fd: int) -> socket.socket:
 def socket_of(fd: int) -> socket.socket:
     """As `view_of`, and without a timeout if the description blocks."""
     sock = view_of(fd)
-    if sock.gettimeout() is not None:
-        try:
-            if os.get_blocking(fd):
-                sock.settimeout(None)
-        except BaseException:
+    try:
+        if sock.gettimeout() is not None and os.get_blocking(fd):
+            sock.settimeout(None)
+    except BaseException:
+        sock.detach()
+        raise
+    return sock
+
+
+def _type_of(fd: int) -> int:
+    probe = _Socket.__new__(_Socket)  # in C: no handler comes into its methods
+    try:
+        _Socket.__init__(probe, -1, socket.SOCK_STREAM | WITHOUT_TIMEOUT, 0, fd)
+        return probe.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE)
+    finally:
+        probe.detach()
+
+
+def _made(fd: int, type: int, proto: int = -1) -> socket.socket:
+    """A socket object on *fd*, which is its caller's if this raises: a signal's handler may raise
+    after any call, and the object would close *fd* with its last reference."""
+    cls = socket.socket
+    sock = cls.__new__(cls)
+    owns = False
+    try:
+        cls.__init__(sock, -1, type, proto, fd)
+        owns = True
+    except BaseException:
+        if isinstance(sock, _Socket) or owns:  # those of gevent and eventlet can not, before it
             sock.detach()
-            raise
+        raise
     return sock
 
 

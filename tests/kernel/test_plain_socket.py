@@ -6,8 +6,10 @@ import errno
 import os
 import socket
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
+from mp.interrupts import Interrupt, Interrupter, handled_by, interrupt, make_interrupter  # noqa: F401
 
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.kernel.plain_socket import socket_of, stream_pair, view_of
@@ -66,3 +68,20 @@ def test_what_is_no_socket_is_refused_and_stays_open() -> None:
             socket_of(null.fileno())
         assert refused.value.errno == errno.ENOTSOCK
         os.fstat(null.fileno())
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_number_is_its_callers_if_a_handler_raises(number: int, interrupter: Interrupter) -> None:
+    made: list[socket.socket] = []
+    instructions, over = 1, False
+    while not over:
+        copy = os.dup(number)
+        with handled_by(interrupt), suppress(Interrupt):
+            over = not interrupter.arrives(
+                instructions,
+                lambda: made.extend(map(socket_of, (copy,))),  # noqa: B023
+            )
+        while made:
+            made.pop().detach()
+        os.close(copy)  # it is open
+        instructions += 1
