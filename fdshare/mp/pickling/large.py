@@ -38,6 +38,7 @@ _MOST_AT_ONCE: Final = 1 << 30  # write(2) takes 2 GiB at most
 # the set by a call in C, which no signal's handler can interrupt.
 _unsent: Final[set[weakref.ref[MessageMemory]]] = set()
 _MOST_UNSENT: Final = 64
+os.register_at_fork(after_in_child=_unsent.clear)  # that is the parent's to send
 
 
 class MessageMemory(Spare):

@@ -169,6 +169,24 @@ def test_no_more_than_64_wait(queue: Any) -> None:
     assert not waiting()
 
 
+def test_what_the_parent_has_not_sent_does_not_count_in_its_child(ctx: Any, queue: Any) -> None:
+    for number in range(80):
+        queue.put(array(number))
+    unsent = queue._feeder._waiting.copy()  # as what a pool has not sent yet
+    child = os.fork()
+    if not child:
+        try:
+            own = ctx.Queue()
+            own.put(array())
+            os._exit(0 if is_mapped(own.get(timeout=30)) else 1)
+        finally:
+            os._exit(2)
+    assert os.waitpid(child, 0)[1] == 0
+    unsent.clear()
+    for _ in range(80):
+        queue.get()
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_interrupted_puts_do_not_count(queue: Any, interrupter: Interrupter) -> None:
     sent, instructions, over, interrupted = array(), 1, False, 0
