@@ -53,7 +53,10 @@ COMPAT: Final = [NotRun("takes minutes; tests/compat/test_suites.py runs a part"
 
 POLICY: Final = [
     Run(
-        given="groupadd deploy\nuseradd -G deploy bob\nuseradd --uid 1000 --non-unique alice",
+        # 1000 may be free, and bob must not get it: alice is of the page.
+        given="groupadd deploy\n"
+        "useradd --uid 61001 --non-unique -G deploy bob\n"
+        "useradd --uid 1000 --non-unique alice",
         needs=("root",),
     ),
     Run(),
