@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import platform
 import re
 import subprocess
@@ -32,7 +33,9 @@ SUITES = {
     "chaos": ["-m", "pytest", "tests/chaos", "-n", "2", "-q"],
     "multiprocessing": ["tests/compat/stdlib_suite.py"],
     "concurrent.futures": ["tests/compat/futures_suite.py"],
+    "standard executor": ["tests/compat/futures_suite.py"],
 }
+ENVIRON = {"standard executor": {"FDSHARE_COMPAT_EXECUTOR": "stock"}}
 DEPENDENCIES = ("msgspec", "click", "rich", "anyio", "tblib", "multiprocess", "dill")
 
 
@@ -67,7 +70,9 @@ def run(log: Path, suite: str, method: str) -> int:
     with log.open("w") as file:
         print(json.dumps(where), file=file, flush=True)
         command = [sys.executable, *SUITES[suite], *([method] if method else [])]
-        return subprocess.run(command, stdout=file, stderr=file, cwd=ROOT, check=False).returncode
+        environ = {**os.environ, **ENVIRON.get(suite, {})}
+        done = subprocess.run(command, stdout=file, stderr=file, cwd=ROOT, env=environ, check=False)
+        return done.returncode
 
 
 def version_of(name: str) -> str:
