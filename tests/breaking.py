@@ -59,6 +59,12 @@ def state(pid: int) -> str:
         return "X"
 
 
+def has_record_lock(pid: int) -> bool:
+    """Whether the process holds a record lock (fcntl(2)) on anything; Linux."""
+    with open("/proc/locks") as file:  # number, POSIX, ADVISORY, WRITE, pid ...; waiting: `->`
+        return any(words[1] == "POSIX" and words[4] == str(pid) for words in map(str.split, file))
+
+
 def ended(pid: int) -> bool:
     """True for a process that is gone, or waits for its parent to take note."""
     return state(pid) in "XZ"

@@ -134,11 +134,14 @@ class QueuesModule(Protocol):
 # synchronize
 
 
-class RawSemLock(Protocol):
-    """What is under every lock and semaphore: _multiprocessing.SemLock."""
-
+class RawLock(Protocol):
     def acquire(self, block: bool = True, timeout: float | None = None, /) -> bool: ...
     def release(self) -> None: ...
+
+
+class RawSemLock(RawLock, Protocol):
+    """What is under every lock and semaphore: _multiprocessing.SemLock."""
+
     def __enter__(self) -> bool: ...
     def __exit__(self, *exc: object) -> None: ...
     def _get_value(self) -> int: ...

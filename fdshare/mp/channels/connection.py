@@ -30,7 +30,7 @@ from fdshare.mp.channels.sender import Sender
 from fdshare.mp.family import Family
 from fdshare.mp.pickling.bundle import Arrived, Bundle, Reduced, open_arrived
 from fdshare.mp.pickling.reducers import encode
-from fdshare.mp.stock import Address, Duplicate, RawSemLock, StockConnection, StockListener
+from fdshare.mp.stock import Address, Duplicate, RawLock, StockConnection, StockListener
 
 __all__ = [
     "ClientFunction",
@@ -101,7 +101,7 @@ class ConnectionMixin(StockConnection):
 
     def _take(
         self,
-        lock: RawSemLock | None = None,
+        lock: RawLock | None = None,
         block: bool = True,
         timeout: float | None = None,
         received: Callable[[], object] | None = None,
@@ -132,7 +132,7 @@ class ConnectionMixin(StockConnection):
     def _take_locked(
         self,
         taken: list[Arrived | None],
-        lock: RawSemLock,
+        lock: RawLock,
         block: bool,
         timeout: float | None,
         received: Callable[[], object] | None,
@@ -267,7 +267,7 @@ class ConnectionMixin(StockConnection):
         opened: _View = vars(self).setdefault("_socket", view)
         return opened
 
-    def _open_locking(self, lock: RawSemLock) -> Iterator[bool]:
+    def _open_locking(self, lock: RawLock) -> Iterator[bool]:
         self._locking = locking = iter(lock.acquire, 2)
         return locking
 

@@ -20,18 +20,27 @@ from fdshare.mp.channels.framing import (
     LONG,
     LONG_FOLLOWS,
     PLAIN,
+    WHOLE,
 )
 from fdshare.mp.pickling.bundle import Arrived
 
-__all__ = ["MARK", "Incoming"]
+__all__ = ["MARK", "TORN", "Incoming", "TornMessage"]
 
 # Where there is none, only the connection object has the mark.
 MARK: Final = system.SO_PRIORITY
+
+# The mark while a message is read that takes more than one read. Whoever finds it comes after a
+# reader that was killed, and would take data of the program for the next message.
+TORN: Final = 2
 
 _HEAD: Final = LENGTH.size
 _SOCKET: Final = int(socket.SOL_SOCKET)
 _WAITALL: Final = int(socket.MSG_WAITALL)
 _unpack: Final = LENGTH.unpack
+
+
+class TornMessage(OSError):
+    """A reader was killed in the middle of a message, the rest of which is next."""
 
 
 class Incoming:
@@ -69,15 +78,20 @@ class Incoming:
             self._recall()
 
     def _recall(self) -> None:
-        """Asks the socket for the mark: a reader has read an announcement, and left the body."""
-        if MARK is not None and self._sock.getsockopt(_SOCKET, MARK):
+        """Asks the socket for the mark: a reader has read an announcement, and left the body.
+
+        Raises: TornMessage.
+        """
+        mark = 0 if MARK is None else self._sock.getsockopt(_SOCKET, MARK)
+        if mark == TORN:
+            raise TornMessage
+        if mark:
             self._size, self._marked = BODY_FOLLOWS, True
 
     def _mark(self) -> None:
-        if not self._marked:
-            if MARK is not None:
-                self._sock.setsockopt(_SOCKET, MARK, True)
-            self._marked = True
+        if MARK is not None:
+            self._sock.setsockopt(_SOCKET, MARK, True)
+        self._marked = True
 
     def _unmark(self) -> None:
         if self._marked:
@@ -93,6 +107,9 @@ class Incoming:
 
     def _fill(self, size: int, flags: int) -> None:
         """Reads until *size* bytes of the message are there."""
+        if self._shared and size > WHOLE and MARK is not None:
+            self._marked = True
+            self._sock.setsockopt(_SOCKET, MARK, TORN)
         parts = self.parts
         while (have := sum(map(len, parts))) < size:
             # One buffer of the final size, which the kernel fills: no copy, whatever the size.
@@ -120,6 +137,7 @@ class Incoming:
         self._fill(start + size, flags)
         parts = self.parts
         data = parts[1] if len(parts) == 2 else b"".join(parts[1:])
+        self._unmark()
         self.message, self.parts = data, []
         return False
 

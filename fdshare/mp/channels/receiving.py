@@ -27,7 +27,7 @@ from fdshare.mp.channels.framing import (
     SHORT_BODY,
     WHOLE,
 )
-from fdshare.mp.channels.incoming import MARK, Incoming
+from fdshare.mp.channels.incoming import MARK, TORN, Incoming, TornMessage
 from fdshare.mp.channels.peek_level import AT_ONCE, PeekLevel
 from fdshare.mp.pickling.bundle import Arrived, Bundle, made_at_once
 
@@ -101,7 +101,10 @@ class MessageReceiver(Incoming):
         try:
             if not self.parts:
                 if self._mark_of_all is not None:
-                    self._marked = self._mark_of_all() != 0
+                    mark = self._mark_of_all()
+                    if mark == TORN:
+                        raise TornMessage
+                    self._marked = mark != 0
                     self._size = BODY_FOLLOWS if self._marked else None
                 if self._size is None:
                     shared = self._level

@@ -14,6 +14,7 @@ import socket
 import struct
 import traceback
 from collections.abc import Mapping
+from contextlib import suppress
 from queue import Full
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
@@ -26,6 +27,7 @@ from fdshare.mp.stock import (
     StockSafeQueue,
     executor_module,
 )
+from fdshare.mp.workers.reader_lock import ReaderLock
 from fdshare.mp.workers.tasks import (
     CALL,
     LOADED_CALL,
@@ -80,8 +82,11 @@ def adopt(cls: type[CallQueueMixin], queue: StockQueue) -> None:
         return
     pipe = queue._reader, queue._writer
     queue.__class__ = cls
-    assert isinstance(queue, QueueMixin)
+    assert isinstance(queue, CallQueueMixin)
     queue._reader, queue._writer = cls._pipe(duplex=False)
+    # Where there are none, a worker that is killed keeps the lock, as in the stock executor.
+    with suppress(OSError):
+        queue._turn = ReaderLock(queue._reader)
     queue._reset()
     register_after_fork(queue)
     for end in pipe:
@@ -90,6 +95,15 @@ def adopt(cls: type[CallQueueMixin], queue: StockQueue) -> None:
 
 class CallQueueMixin(QueueMixin, StockSafeQueue):
     """From the executor to its workers."""
+
+    _turn: ReaderLock | None = None  # in place of _rlock
+
+    def __getstate__(self) -> Any:
+        return super().__getstate__(), self._turn
+
+    def __setstate__(self, state: Any) -> None:
+        state, self._turn = state
+        super().__setstate__(state)
 
     def put(self, obj: Any, block: bool = True, timeout: float | None = None) -> None:
         """Sends a call. An error of that is its future's: the executor's thread calls this."""
@@ -132,11 +146,12 @@ class CallQueueMixin(QueueMixin, StockSafeQueue):
 
     def _next_call(self, block: bool, timeout: float | None) -> Arrived:
         if block and timeout is None:
-            message = receive_patiently(self._reader, self._rlock)
+            message = receive_patiently(self._reader, self._turn or self._rlock)
             self._sem.release()
             return message
         taken: list[Arrived | None] = [None]
-        self._reader._take_locked(taken, self._read_lock, block, timeout, self._sem.release)
+        lock = self._turn or self._read_lock
+        self._reader._take_locked(taken, lock, block, timeout, self._sem.release)
         assert taken[0] is not None
         return taken[0]
 

@@ -12,16 +12,16 @@ stock.py has the private names that are used.
 
 from __future__ import annotations
 
-import fcntl
+import select
 import socket
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sized
 from contextlib import suppress
 from queue import Empty
-from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar
 
-from fdshare.mp.channels.connection import ConnectionMixin
 from fdshare.mp.channels.feeder import READER_GONE
+from fdshare.mp.channels.incoming import TornMessage
 from fdshare.mp.channels.queues import SimpleQueueMixin
 from fdshare.mp.family import Family
 from fdshare.mp.pickling.bundle import open_arrived
@@ -35,6 +35,7 @@ from fdshare.mp.stock import (
     StockProcess,
     StockSimpleQueue,
 )
+from fdshare.mp.workers.reader_lock import ReaderLock
 from fdshare.mp.workers.tasks import (
     CALL,
     LOADED_CALL,
@@ -63,10 +64,6 @@ __all__ = [
     "TaskQueueMixin",
 ]
 
-
-_lockf: Final[Callable[[Any, int], None]] = fcntl.lockf
-_LOCK: Final = fcntl.LOCK_EX
-_UNLOCK: Final = fcntl.LOCK_UN
 
 T = TypeVar("T")
 # What a pool's thread sends: job, index, function, args, kwds.
@@ -263,28 +260,6 @@ class EndingQueueMixin(SimpleQueueMixin):
                 end._carrier().shutdown(socket.SHUT_RDWR)
 
 
-class _ReaderLock:
-    """Held by one process at a time, and released by the kernel when that dies, killed or not.
-
-    A worker waits for its next task under it, and a semaphore would stay locked for ever. A record
-    lock (fcntl(2), F_SETLKW) is a process's own. Linux takes one on any descriptor, so that it is
-    on the socket itself.
-    """
-
-    def __init__(self, reader: ConnectionMixin) -> None:
-        """Raises: OSError: not on a socket, on this system."""
-        self._reader = reader
-        fcntl.lockf(reader, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        fcntl.lockf(reader, fcntl.LOCK_UN)
-
-    # The number itself: of the connection, lockf() would ask a method in Python.
-    def __enter__(self) -> None:
-        _lockf(self._reader._handle, _LOCK)
-
-    def __exit__(self, *exc: object) -> None:
-        _lockf(self._reader._handle, _UNLOCK)
-
-
 class TaskQueueMixin(EndingQueueMixin):
     """From the pool to its workers."""
 
@@ -292,7 +267,7 @@ class TaskQueueMixin(EndingQueueMixin):
         SimpleQueueMixin.__init__(self, ctx=ctx)
         # Where there are none, a worker that is killed keeps the lock, as in the stock pool.
         with suppress(OSError):
-            self._rlock = _ReaderLock(self._reader)  # type: ignore[assignment]
+            self._rlock = ReaderLock(self._reader)  # type: ignore[assignment]
 
     def send_task(self, task: Numbered | None) -> None:
         """Sends (job, index, function, args, kwds), or None, the end."""
@@ -314,8 +289,18 @@ class TaskQueueMixin(EndingQueueMixin):
             function.close()  # the kernel has copies, or it is not sent
 
     def get(self) -> Numbered:
-        """The next task; its call is not loaded yet."""
-        message = receive_patiently(self._reader, self._rlock)
+        """The next task; its call is not loaded yet.
+
+        After a worker that was killed in the middle of a task there is no next one: it waits for
+        the end, as in the stock pool, where the lock stays locked. Raises: EOFError.
+        """
+        try:
+            message = receive_patiently(self._reader, self._rlock)
+        except TornMessage:
+            ended = select.poll()
+            ended.register(self._reader, select.POLLRDHUP)
+            ended.poll()
+            raise EOFError from None
         form, job, index, content = beheaded(message)
         if form == CALL:
             return job, index, Task(self._family, content), (), {}

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import socket
 
 import pytest
+from conftest import wait_until
 
 from fdshare.errors import DescriptorLimit
 from fdshare.mp.channels.framing import LENGTH
-from fdshare.mp.channels.incoming import MARK, Incoming
+from fdshare.mp.channels.incoming import MARK, TORN, Incoming, TornMessage
+from fdshare.mp.channels.receiving import MessageReceiver
 from fdshare.mp.channels.sending import Outgoing
 from fdshare.mp.pickling.bundle import Bundle
 from mp.common import Pair, descriptor_limit_reached, send
@@ -88,3 +91,33 @@ def test_another_reader_of_the_socket_knows_that_a_body_is_next(pair: Pair, null
     other._drop()
     third = Incoming(right, False)
     assert third._size is None
+
+
+def test_after_a_reader_that_was_killed_nothing_is_taken_for_a_message(pair: Pair) -> None:
+    left, right = pair
+    size = 1 << 17
+    left.send(LENGTH.pack(size) + bytes(size // 2))
+    killed = os.fork()
+    if not killed:
+        MessageReceiver(right, True, None).fetch()
+        os._exit(1)
+    wait_until(lambda: right.getsockopt(socket.SOL_SOCKET, MARK) == TORN)
+    os.kill(killed, signal.SIGKILL)
+    os.waitpid(killed, 0)
+    left.send(LENGTH.pack(5) + b"hello")  # data of the program, which looks like a message
+    for _ in range(2):
+        with pytest.raises(TornMessage):
+            MessageReceiver(right, True, None).fetch()
+
+
+def test_a_long_message_that_was_read_leaves_no_mark(pair: Pair, null: int) -> None:
+    left, right = pair
+    receiver = MessageReceiver(right, True, None)
+    for message in (b"x" * 50_000, Bundle(b"y" * 50_000, [null])):
+        send(left, message)
+        receiver.fetch()
+        assert receiver.message is not None
+        assert right.getsockopt(socket.SOL_SOCKET, MARK) == 0
+        if isinstance(receiver.message, Bundle):
+            receiver.message.close()
+        receiver.message = None

@@ -5,18 +5,22 @@ from __future__ import annotations
 import concurrent.futures
 import queue
 import socket
+import sys
 from collections.abc import Iterator
 from concurrent.futures.process import _CallItem
+from operator import methodcaller
 from typing import Any
 
 import pytest
+from breaking import has_record_lock
+from conftest import wait_until
 
 from fdshare import get_context
 from fdshare.errors import DescriptorLimit
 from fdshare.mp.backends import backend_of
 from fdshare.mp.workers.executor_queues import Call, adopt
 from mp import children
-from mp.common import descriptor_limit_reached, finish, identity, trackers  # noqa: F401
+from mp.common import descriptor_limit_reached, ends, finish, identity, trackers  # noqa: F401
 
 CLASSES = backend_of("multiprocessing").CLASSES
 # Those that do not wait for as long as it takes.
@@ -79,3 +83,25 @@ def test_nothing_is_received_from_a_closed_call_queue(calls: Any) -> None:
     for limit in ({}, *HASTY):
         with pytest.raises(ValueError, match="closed"):
             calls.get(**limit)
+
+
+def take_after_a_killed_reader(calls: Any, ctx: Any) -> None:
+    reader = ctx.Process(target=methodcaller("get"), args=(calls,))
+    reader.start()
+    wait_until(lambda: has_record_lock(reader.pid))
+    for limit in HASTY[:2]:
+        with pytest.raises(queue.Empty):
+            calls.get(**limit)
+    reader.kill()
+    reader.join()
+    for number, limit in enumerate([{}, *HASTY]):
+        calls.put(_CallItem(number, len, ("abc",), {}))
+        assert calls.get(**limit).work_id == number
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="record locks on sockets")
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_a_worker_that_is_killed_while_it_waits_keeps_nobody_from_the_queue(
+    calls: Any, method: str
+) -> None:
+    ends(take_after_a_killed_reader, calls, get_context(method))

@@ -12,10 +12,12 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
-from breaking import ended, state
+from breaking import ended, has_record_lock, state
 from conftest import wait_until
 
 from fdshare import SharedMemory, get_context
+from fdshare.mp.channels.framing import LENGTH
+from fdshare.mp.channels.incoming import MARK, TORN
 from mp import children
 from mp.common import (  # noqa: F401
     METHODS,
@@ -334,6 +336,29 @@ def kill_idle_workers(ctx: Any, count: int) -> None:
         assert pool.apply(children.same, (2,)) == 2
         pool.close()
         pool.join()
+
+
+def kill_a_worker_in_a_task(ctx: Any) -> None:
+    with ctx.Pool(3) as pool:
+        workers = [worker.pid for worker in pool._pool]
+        (reading,) = wait_until(lambda: list(filter(has_record_lock, workers)))
+        tasks = pool._inqueue
+        tasks._writer._carrier().send(LENGTH.pack(1 << 20) + bytes(1 << 15))
+        wait_until(lambda: tasks._reader._carrier().getsockopt(socket.SOL_SOCKET, MARK) == TORN)
+        os.kill(reading, signal.SIGKILL)
+        wait_until(lambda: reading not in [worker.pid for worker in pool._pool])
+        # The rest of the task is no task: nobody reads it, or holds the lock to read it.
+        wait_until(
+            lambda: all(
+                state(worker.pid) == "S" and not has_record_lock(worker.pid)
+                for worker in pool._pool
+            )
+        )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="marks of sockets")
+def test_a_pool_whose_worker_was_killed_in_a_task_can_be_terminated(package: str) -> None:
+    ends(kill_a_worker_in_a_task, get_context("fork", backend=package))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="record locks on sockets")
