@@ -120,6 +120,18 @@ def test_no_bar_and_no_line_crosses_a_number() -> None:
     assert max(right) < min(float(number.attrib["x"]) for number in numbers)
 
 
+def test_variants_of_a_row_have_one_bar() -> None:
+    bench = Bench(Plan(rounds=4, slice=0.001))
+    with bench.of("test"):
+        bench.value("map (multiprocessing)", [1.0], "ms", goal=2)
+        bench.value("map (multiprocess)", [3.0], "ms", goal=2)
+        bench.value("map, processor time of the parent", [1.0], "ms", goal=2)
+        bench.value("apply", [1.0], "ms", goal=2)
+    said = "".join(ElementTree.fromstring(charts.draw_goals(bench.rows)).itertext())
+    assert said.count(" of 2 ms") == 2
+    assert "map (multiprocess)" in said
+
+
 def test_numbers_have_three_digits() -> None:
     assert [report.number(value) for value in (0.0123, 0.5, 1.234, 12.34, 1234.5)] == [
         "0.0123",
