@@ -53,6 +53,7 @@ class Service:
     """fdshare.service and fdshare.socket, started by the first client."""
 
     def __init__(self) -> None:
+        self._killed: set[int] = set()
         for unit in ("fdshare.service", "fdshare.socket"):
             shutil.copy(SHIPPED / unit, UNITS)
         self.reload()
@@ -111,10 +112,13 @@ class Service:
             return sorted(client.names())
 
     def redundant(self) -> ServerStats:
-        """The stats, when both halves hold everything, and systemd knows the keeper."""
+        """The stats, when both halves hold everything, and systemd knows the keeper. A half that
+        `kill` has just killed is there until the other one notices: it is waited for, too."""
 
         def settled() -> ServerStats | None:
             stats = self.stats()
+            if not self._killed.isdisjoint((stats.server_pid, stats.keeper_pid)):
+                return None
             known = self.property("MainPID") == str(stats.keeper_pid)
             return stats if stats.redundant and known else None
 
@@ -158,6 +162,7 @@ class Service:
         stats = self.stats()
         pids = {"server": stats.server_pid, "keeper": stats.keeper_pid}
         killed = [pid for half in halves if (pid := pids[half]) is not None]
+        self._killed = set(killed)
         if len(killed) > 1:
             for pid in killed:
                 os.kill(pid, signal.SIGSTOP)  # neither sees the other die

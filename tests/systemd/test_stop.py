@@ -57,7 +57,7 @@ def test_a_half_that_is_stopped_ends_with_the_rest(service: Service, half: str) 
 
 
 def test_a_keeper_dies_while_the_service_stops(service: Service) -> None:
-    service.dropin("TimeoutStopSec=1")
+    service.dropin("TimeoutStopSec=3")  # long enough to be seen
     service.memory("kept")
     before = service.table()
     stats = service.stats()
