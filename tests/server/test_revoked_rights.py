@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import anyio._backends._asyncio  # another user may not be able to read it
 import pytest
 from breaking import Wire, kill
 from conftest import wait_until
