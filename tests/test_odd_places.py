@@ -27,14 +27,17 @@ def main():
         manager.register("caf\\u00e9", near)
         manager.upgrade()
         manager.fetch("caf\\u00e9").close()
-        assert manager.names() == ["caf\\u00e9"]
-        assert manager.info("caf\\u00e9").descriptors[0].type == "socket"
+        names, info = manager.names(), manager.info("caf\\u00e9")
+        assert names == ["caf\\u00e9"]
+        assert info.descriptors[0].type == "socket"
     with fdshare.get_context("spawn").Pool(1) as pool:
-        assert pool.apply(socket.socket.fileno, (near,)) >= 0
+        number = pool.apply(socket.socket.fileno, (near,))  # -OO leaves out what is in an assert
+        assert number >= 0
     fdshare.install()
     queue = multiprocessing.get_context("fork").SimpleQueue()
     queue.put(near)
-    assert queue.get().fileno() >= 0
+    with queue.get() as got:
+        assert got.fileno() >= 0
     print("all of it works")
 
 if __name__ == "__main__":
