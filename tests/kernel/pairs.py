@@ -20,9 +20,25 @@ def open_count() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
+HOARD = """
+def hoard(limit):
+    '''Every descriptor that is free below *limit*, which is RLIMIT_NOFILE from now on.'''
+    import os, resource
+
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+    taken = []
+    try:
+        while True:
+            taken.append(os.dup(0))
+    except OSError:
+        return taken
+"""
+
+
 def run(code: str) -> str:
-    """What a new interpreter prints that runs *code*, which has the sockets `left` and `right`."""
-    code = textwrap.dedent(code) + "\nleft.close()\nright.close()\n"
+    """What a new interpreter prints that runs *code*, which has the sockets `left` and `right`, and
+    may call `hoard`."""
+    code = HOARD + textwrap.dedent(code) + "\nleft.close()\nright.close()\n"
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code],
         capture_output=True,

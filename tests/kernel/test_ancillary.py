@@ -303,7 +303,7 @@ def test_short_send_the_descriptors_are_gone_with_the_first_byte() -> None:
 def test_at_the_limit_peek_loses_nothing_and_receive_into_says_so() -> None:
     out = run(
         """
-        import os, resource, socket
+        import os, socket
         from fdshare.kernel.ancillary import peek_descriptors, receive_into, send_message, close_all
         from fdshare.kernel.ancillary import receive_numbers
         from fdshare.errors import DescriptorLimit
@@ -311,14 +311,8 @@ def test_at_the_limit_peek_loses_nothing_and_receive_into_says_so() -> None:
         left, right = socket.socketpair()
         for word in (b"one", b"two", b"three"):
             send_message(left, [word], [0, 0, 0])
-        resource.setrlimit(resource.RLIMIT_NOFILE, (32, 32))
-        hoard = []
-        try:
-            while True:
-                hoard.append(os.dup(0))
-        except OSError:
-            pass
-        os.close(hoard.pop())
+        taken = hoard(32)
+        os.close(taken.pop())
         try:
             peek_descriptors(right, 3)
         except DescriptorLimit as error:
@@ -331,7 +325,7 @@ def test_at_the_limit_peek_loses_nothing_and_receive_into_says_so() -> None:
         for fd in got:  # what had fitted is the caller's to close
             os.close(fd)
         os.close(os.dup(0))
-        for fd in hoard[:4]:
+        for fd in taken[:4]:
             os.close(fd)
         copies = peek_descriptors(right, 3)
         print(len(copies), right.recv(10))

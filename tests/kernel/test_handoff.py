@@ -29,8 +29,7 @@ from fdshare.kernel import (
     send_fd,
     send_fds,
 )
-
-Pair = tuple[socket.socket, socket.socket]
+from kernel.pairs import Pair, run
 
 
 @pytest.fixture
@@ -217,35 +216,28 @@ def test_a_descriptor_that_is_closed(pair: Pair) -> None:
 
 
 def test_at_the_limit_it_can_be_read_later() -> None:
-    code = """
-        import os, resource
+    out = run(
+        """
+        import os
         from fdshare.kernel import recv_fd, s_pipe, send_fd, send_fds
         from fdshare.errors import DescriptorLimit
         left, right = s_pipe()
         left.sendall(b"words")
         send_fd(left, 0)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (16, 16))
-        hoard = []
-        try:
-            while True:
-                hoard.append(os.dup(0))
-        except OSError:
-            pass
+        taken = hoard(16)
         try:
             recv_fd(right)
         except DescriptorLimit as error:
             print(error)
-        os.close(hoard.pop())
+        os.close(taken.pop())
         with recv_fd(right):
             print("here it is")
-    """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=20
+        """
     )
-    assert done.stdout == (
+    assert out == (
         "RLIMIT_NOFILE of the receiver is 16, all in use; raise it (ulimit -n) or close some\n"
         "here it is\n"
-    ), done.stderr
+    )
     assert issubclass(DescriptorLimit, OSError)
 
 

@@ -259,26 +259,20 @@ def test_waiting_obeys_the_socket(pair: Pair) -> None:
 def test_at_the_limit_the_message_stays(kind: str) -> None:
     out = run(
         f"""
-        import os, resource, socket
+        import os, socket
         from fdshare.kernel import recv_fds, send_fds
         from fdshare.errors import DescriptorLimit
 
         left, right = socket.socketpair(socket.AF_UNIX, socket.{kind})
         send_fds(left, [0, 0, 0], b"precious")
-        resource.setrlimit(resource.RLIMIT_NOFILE, (32, 32))
-        hoard = []
-        try:
-            while True:
-                hoard.append(os.dup(0))
-        except OSError:
-            pass
-        os.close(hoard.pop())  # one is free, three are needed
+        taken = hoard(32)
+        os.close(taken.pop())  # one is free, three are needed
         for _ in range(3):
             try:
                 recv_fds(right, 100, 3)
             except DescriptorLimit as error:
                 print(error.errno, error.limit, error.whose, len(os.listdir("/proc/self/fd")))
-        for fd in (hoard.pop(), hoard.pop(), hoard.pop()):
+        for fd in (taken.pop(), taken.pop(), taken.pop()):
             os.close(fd)
         with recv_fds(right, 100, 3) as got:
             print(got.data.decode(), len(got.descriptors))
