@@ -6,7 +6,7 @@ import errno
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Final, Literal
+from typing import Final, Literal, TypeAlias
 
 from fdshare.errors import DescriptorLimit
 
@@ -25,14 +25,15 @@ _ADVICE: Final = {
 }
 
 
+Whose: TypeAlias = Literal["client", "receiver", "sender", "server"]
+
+
 def is_descriptor_limit(error: OSError) -> bool:
     """True if the system call failed because this process, or this system, may open no more."""
     return error.errno in (errno.EMFILE, errno.ENFILE)
 
 
-def descriptor_limit(
-    code: int | None, whose: Literal["client", "receiver", "sender", "server"]
-) -> DescriptorLimit:
+def descriptor_limit(code: int | None, whose: Whose) -> DescriptorLimit:
     """The error for *code*, an errno: EMFILE, ENFILE, or ETOOMANYREFS of a sender
     (too_many_unix_fds, net/unix/af_unix.c). The limit in it is this process's RLIMIT_NOFILE."""
     code = code or errno.EMFILE
@@ -44,11 +45,11 @@ def descriptor_limit(
     return DescriptorLimit(code, what, limit, None, whose, advice)
 
 
-def as_limit(error: BaseException) -> BaseException:
-    """*error* of a sender that needed a descriptor, to be raised: a DescriptorLimit where it had
-    none free."""
+def as_limit(error: BaseException, whose: Whose = "sender") -> BaseException:
+    """*error* of one that needed a descriptor, to be raised: a DescriptorLimit where it had none
+    free."""
     if isinstance(error, OSError) and is_descriptor_limit(error):
-        return descriptor_limit(error.errno, "sender")
+        return descriptor_limit(error.errno, whose)
     return error
 
 
@@ -61,9 +62,7 @@ def first_use() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if not is_descriptor_limit(error):
-            raise
-        raise descriptor_limit(error.errno, "client") from None
+        raise as_limit(error, "client") from None
 
 
 def raise_descriptor_limit() -> int:

@@ -21,12 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 from fdshare.mp.channels.connection import ConnectionMixin, turned_into
 from fdshare.mp.channels.queues import QueueMixin, SimpleQueueMixin, register_after_fork
 from fdshare.mp.pickling.bundle import Arrived, open_arrived
-from fdshare.mp.stock import (
-    StockContext,
-    StockQueue,
-    StockSafeQueue,
-    executor_module,
-)
+from fdshare.mp.stock import StockContext, StockQueue, StockSafeQueue, executor_module
 from fdshare.mp.workers.reader_lock import ReaderLock
 from fdshare.mp.workers.tasks import (
     CALL,

@@ -20,6 +20,7 @@ from contextlib import suppress
 from queue import Empty
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar
 
+from fdshare.kernel import system
 from fdshare.mp.channels.feeder import READER_GONE
 from fdshare.mp.channels.incoming import TornMessage
 from fdshare.mp.channels.queues import SimpleQueueMixin
@@ -298,7 +299,7 @@ class TaskQueueMixin(EndingQueueMixin):
             message = receive_patiently(self._reader, self._rlock)
         except TornMessage:
             ended = select.poll()
-            ended.register(self._reader, select.POLLRDHUP)
+            ended.register(self._reader, system.RDHUP)
             ended.poll()
             raise EOFError from None
         form, job, index, content = beheaded(message)
