@@ -52,18 +52,17 @@ class FollowedObject:
 
 
 class Seen(NamedTuple):
-    """A version, and where it is to be seen whether it is the current one: it is as long as *words*
-    has *stamp* in *slot*. *obj* is the version's, with a step less to it."""
+    """A version, and where it is to be seen whether it is the current one: it is as long as *slot*,
+    one word of the page, has *stamp*. *obj* is the version's, with a step less to it."""
 
     obj: Any
-    words: Sequence[int]
-    slot: int
+    slot: Sequence[int]
     stamp: int
     version: FollowedObject
 
     def is_current(self) -> bool:
         """Whether no change of the name has been acknowledged since the server was asked."""
-        return self.words[self.slot] == self.stamp
+        return self.slot[0] == self.stamp
 
 
 class FollowState:
@@ -98,28 +97,28 @@ class FollowState:
         """
         answer, obj, descriptor = verbs.followed(parts, known)
         version = None if answer.kind is None else FollowedObject(obj, answer.generation)
-        words, slot, stamp = self._where(answer, descriptor)
+        slot, stamp = self._where(answer, descriptor)
         before = self.seen
         if version is None:
             if before is None or before.version.generation != known:
                 return False
             version = before.version
-        self.seen = Seen(version.obj, words, slot, stamp, version)
+        self.seen = Seen(version.obj, slot, stamp, version)
         self.server, self.stale = server, False
         first, self._answered = not self._answered, True
         return not first and (before is None or before.version is not version)
 
     def _where(
         self, answer: m.Followed, descriptor: Descriptor | None
-    ) -> tuple[Sequence[int], int, int]:
+    ) -> tuple[Sequence[int], int]:
         if descriptor is not None:
             self._page.map(answer.page, descriptor)
         if not answer.slot:
-            return BLANK, 0, _NEVER
+            return BLANK, _NEVER
         words = self._page.words
         if answer.page != self._page.id or not 0 < answer.slot < len(words):
             raise ProtocolError(f"there is no slot {answer.slot} in page {answer.page}")
-        return words, answer.slot, answer.stamp
+        return words[answer.slot : answer.slot + 1], answer.stamp
 
     def refused(self, error: FdshareError) -> None:
         """Returns if there is an object, and no server that could be asked: it is stale. Raises
