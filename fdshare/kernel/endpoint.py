@@ -23,6 +23,7 @@ from fdshare.kernel.path_lock import (
     Inode,
     clear,
     is_lock,
+    is_stale,
     live,
     lock,
     refuse_other_files,
@@ -125,14 +126,21 @@ class Listener:
         lock, self.lock, self.inode = self.lock, None, None
         return socket.socket(fileno=self.socket.detach()), lock
 
-    def bind_anew(self, *, mode: int, backlog: int, owner: Owner | None = None) -> bool:
-        """Whether a new socket is bound to the path now, because nothing was there any more.
+    def bind_anew(
+        self, *, mode: int, backlog: int, owner: Owner | None = None, reclaim: bool = False
+    ) -> bool:
+        """Whether a new socket is bound to the path now, because nothing was there any more; with
+        *reclaim* also in the place of another one at which nobody listens.
 
         It takes the place of `socket`; other processes that have the old one keep it. The arguments
         are those of `listen`. A path that is not ours to remove is not ours to bind either. Raises:
         as `listen`; nothing has changed then.
         """
-        if self.inode is None or os.path.lexists(self.address):
+        if self.inode is None:
+            return False
+        if os.path.lexists(self.address) and not (
+            reclaim and is_stale(self.address, self.socket.type, self.inode)
+        ):
             return False
         sock = socket.socket(socket.AF_UNIX, self.socket.type)
         try:
@@ -143,6 +151,7 @@ class Listener:
                 else lock(self.address)
             )
             try:
+                clear(self.address, self.socket.type, reclaim)
                 inode = bind_path(self.address, sock, mode, owner)
                 _start(sock, backlog)
             except BaseException:

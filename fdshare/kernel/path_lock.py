@@ -21,7 +21,17 @@ from fdshare.kernel.credentials import peer_credentials
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.kernel.unix_address import file_type, sockaddr, trouble
 
-__all__ = ["Inode", "clear", "is_lock", "live", "lock", "refuse_other_files", "remove", "unlock"]
+__all__ = [
+    "Inode",
+    "clear",
+    "is_lock",
+    "is_stale",
+    "live",
+    "lock",
+    "refuse_other_files",
+    "remove",
+    "unlock",
+]
 
 _STARTING: Final = 1.0  # seconds for the owner of a lock to listen, so that we can say its pid
 _PAUSE: Final = 0.02  # seconds between looks
@@ -131,6 +141,17 @@ def clear(address: str, kind: int, reclaim: bool) -> None:
             "remove the file, or bind with reclaim=True",
         )
     remove(address, (found.st_dev, found.st_ino))
+
+
+def is_stale(address: str, kind: int, ours: Inode) -> bool:
+    """Whether a socket is on the path that is not *ours*, and at which nobody listens."""
+    try:
+        found = os.lstat(address)
+    except OSError:
+        return False
+    if not stat.S_ISSOCK(found.st_mode) or (found.st_dev, found.st_ino) == ours:
+        return False
+    return _alive(address, kind) is False
 
 
 def _alive(address: str, kind: int) -> bool | None:

@@ -216,6 +216,28 @@ def test_a_path_that_is_gone_is_bound_anew(folder: Path) -> None:
     assert not path.exists()
 
 
+def test_the_socket_of_a_dead_process_on_our_path_is_replaced(folder: Path) -> None:
+    """Our predecessor may have died after it had bound the path anew."""
+    path = folder / "s"
+    with listen(path) as listener:
+        for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
+            path.unlink()
+            with socket.socket(socket.AF_UNIX, kind) as other:
+                other.bind(str(path))
+                if kind == socket.SOCK_STREAM:
+                    other.listen()
+                assert not listener.bind_anew(mode=0o600, backlog=5, reclaim=True)  # it lives
+            assert not listener.bind_anew(mode=0o600, backlog=5)
+            assert listener.bind_anew(mode=0o600, backlog=5, reclaim=True)
+            with cli_conn(path) as near:
+                listener.accept()[0].close()
+                near.recv(1)
+        assert not listener.bind_anew(mode=0o600, backlog=5, reclaim=True)  # it is ours
+        path.unlink()
+        path.touch()
+        assert not listener.bind_anew(mode=0o600, backlog=5, reclaim=True)
+
+
 def test_a_path_that_cannot_be_bound_anew(folder: Path) -> None:
     inner = folder / "inner"
     inner.mkdir()

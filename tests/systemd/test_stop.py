@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,24 @@ def test_a_half_that_is_stopped_ends_with_the_rest(service: Service, half: str) 
     systemctl("stop", "fdshare.service")
     assert service.property("ActiveState") == "inactive"
     assert service.property("Result") == "success"
+
+
+@pytest.mark.parametrize("half", ["server", "keeper"])
+@pytest.mark.parametrize("first", ["death", "stop"])
+def test_a_half_dies_when_the_service_stops(service: Service, half: str, first: str) -> None:
+    """At any moment of it. A successor that had heard of no signal would be waited for."""
+    for _ in range(6):
+        stats = service.redundant()
+        pid = stats.server_pid if half == "server" else stats.keeper_pid
+        assert pid is not None
+        if first == "death":
+            os.kill(pid, signal.SIGKILL)
+        systemctl("stop", "--no-block", "fdshare.service")
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: service.property("ActiveState") == "inactive", "it has stopped", 60)
+        assert service.property("Result") == "success"
+    assert "timed out" not in service.log()
 
 
 def test_a_keeper_dies_while_the_service_stops(service: Service) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 import time
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from fdshare.server.failover.fd_store import FdStore
 from fdshare.server.failover.holdings import Holdings
 from fdshare.server.failover.journal import Journal
 from fdshare.server.failover.keeper import Keeper
-from fdshare.server.failover.processes import Forked, Life, live
+from fdshare.server.failover.processes import SIGNALS, Forked, Life, live
 from fdshare.server.failover.service_manager import announce_main_pid
 from fdshare.server.failover.table_file import UnreadableTable
 from fdshare.server.loop.server import Server
@@ -75,17 +76,35 @@ def _become_server(holdings: Holdings, half: Forked) -> Life | None:
     holdings.unfinished = []
     journal.attach(server)
     journal.hello()
+    _hear_signals(journal, holdings)
     server.service.expect(time.monotonic())
-    while server.run():
-        if (other := journal.replace_keeper()) is not None:
-            holdings.unfinished = server.abandon()
-            return partial(_become_keeper, holdings, other)
-    server.service.slots.changed_all()  # who follows asks a successor, or finds none
-    logs.flush()  # the end of the journal is a reason for the keeper to kill this process
+    other = None
+    while other is None and server.run():
+        other = journal.replace_keeper()
+    if other is None:
+        server.service.slots.changed_all()  # who follows asks a successor, or finds none
+        logs.flush()  # the end of the journal is a reason for the keeper to kill this process
+        other = journal.stand_by()
+    if other is not None:
+        holdings.unfinished = server.abandon()
+        return partial(_become_keeper, holdings, other)
+    if journal.is_alone():
+        holdings.take_listener()  # nobody else removes the path
     # The end of this process may hang: nobody must wait for what is closed by then.
     journal.close()
     holdings.listener.close()
     return None
+
+
+def _hear_signals(journal: Journal, holdings: Holdings) -> None:
+    """The keeper obeys them. What a service manager or a terminal sends to both halves is noted
+    besides, for the keeper may die of something else before it does."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, journal.note_signal)
+    if holdings.control is None:  # else the terminal's Ctrl-C is the owner's
+        signal.signal(signal.SIGINT, journal.note_signal)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 def _store_of(holdings: Holdings) -> FdStore | None:

@@ -71,12 +71,15 @@ class Holdings:
             sock.listen(self.settings.backlog)
 
 
-def bind_anew(listener: Listener, settings: Settings) -> bool:
+def bind_anew(listener: Listener, settings: Settings, *, reclaim: bool = False) -> bool:
     """Whether the path of a server was gone and *listener* is bound to it again; what goes wrong is
-    in the log."""
+    in the log. *reclaim*: also where another socket is there at which nobody listens."""
     try:
         bound = listener.bind_anew(
-            mode=settings.mode, backlog=settings.backlog, owner=settings.owner
+            mode=settings.mode,
+            backlog=settings.backlog,
+            owner=settings.owner,
+            reclaim=reclaim,
         )
     except FdshareError as error:
         log.error("the path is gone and cannot be bound again: %s", error)

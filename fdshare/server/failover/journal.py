@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import socket
 import threading
 import time
@@ -27,7 +28,7 @@ from fdshare.server.failover.processes import BACK_OFF, Deaths, Forked, fence, f
 from fdshare.server.failover.service_manager import is_reported, store_state
 from fdshare.server.loop.closing import close_quietly
 from fdshare.server.loop.connection import NO_MEMORY
-from fdshare.server.loop.dying import is_ending
+from fdshare.server.loop.dying import has_ended, is_ending
 from fdshare.server.loop.poller import READ
 from fdshare.server.loop.server import Server
 
@@ -40,6 +41,8 @@ _SILENCE = 15.0  # seconds from the exec of new code to its hello
 _RETRY = 0.1  # seconds until the next attempt to fork a new keeper
 _AGAIN = 5.0  # seconds until the next attempt to ask the store, where no thread could be started
 _LOOK = 1.0  # seconds between looks whether the keeper lives
+# A signal so many seconds before the keeper's death was for both. A keeper that lives obeys sooner.
+_TOGETHER = 10.0
 _NONE = "it died, and there is no other yet"
 
 
@@ -48,10 +51,11 @@ class Note(msgspec.Struct, tag="note"):
 
     From the server: "hello" (it serves), "policy" (*data* is the text of a new one), "shutdown" and
     "upgrade" (a client's request, (*session*, *id*)), "pong". From the keeper: "hello" (it holds
-    what the server holds), "drain" (answer what has begun, then end), "reload" (the policy;
-    answered with "reload"), "ping" (answered with "pong"), "upgrading" (its next note is a hello,
-    or it dies), "failed" (the upgrade, and why), "closed" (what a change removed and whose client
-    waits for it; *id* is the table's serial after the change).
+    what the server holds), "drain" (answer what has begun, then stand by until a successor is
+    made), "end" (answer what has begun, then end), "reload" (the policy; answered with "reload"),
+    "ping" (answered with "pong"), "upgrading" (its next note is a hello, or it dies), "failed" (the
+    upgrade, and why), "closed" (what a change removed and whose client waits for it; *id* is the
+    table's serial after the change).
     """
 
     verb: Literal[
@@ -61,6 +65,7 @@ class Note(msgspec.Struct, tag="note"):
         "upgrade",
         "pong",
         "drain",
+        "end",
         "reload",
         "ping",
         "upgrading",
@@ -104,7 +109,8 @@ class Journal:
         self._upgrades = 0  # ... so many times
         self._deaths = Deaths()
         self._asked: dict[tuple[str, int], None] = {}  # upgrades whose clients wait for an answer
-        self._ending = False  # a client was told that the server ends
+        self._ending = False  # the server is to end: a client or the keeper said so
+        self._signalled = -math.inf  # when this process was sent a signal that ends a keeper
         self._server: Server
 
     def attach(self, server: Server) -> None:
@@ -161,7 +167,11 @@ class Journal:
         return self._log_dropped
 
     def keep_policy(self, text: bytes | None) -> None:
-        self._tell(Note("policy", data=text))
+        try:
+            self._tell(Note("policy", data=text))
+        except KeeperUnavailable:
+            if not self._lost:  # it is full; one that is dead is replaced by a fork of this process
+                raise
 
     def stored(self, name: str) -> bool | None:
         return None if self._fdstore is None else self._fdstore.stored(name)
@@ -186,36 +196,49 @@ class Journal:
             loop.later(_AGAIN, lambda now: self.refill_store())
 
     def hello(self) -> None:
-        """Tells the keeper that the server serves."""
-        self._tell(Note("hello"))
+        """Tells the keeper that the server serves; one that is dead is replaced soon."""
+        with suppress(KeeperUnavailable):
+            self._tell(Note("hello"))
 
     def _tell(self, note: Note) -> None:
         if self._lost:
             raise KeeperUnavailable(_NONE)
         try:
             send_message(self._sock, (encode_letter(note),))
+        except (BrokenPipeError, ConnectionResetError):
+            self._lose()
+            raise KeeperUnavailable(_NONE) from None
         except OSError as error:
             raise KeeperUnavailable(str(error)) from None
 
     # What comes from the keeper.
 
     def _on_letter(self, events: int, now: float) -> None:
+        self._read_letter()
+
+    def _read_letter(self) -> bool:
+        """Reads the next letter and does what it says; False if there is none."""
         try:
             data = self._sock.recv(MAX_LETTER)
         except OSError as error:
             if error.errno in (errno.EAGAIN, errno.ECONNRESET, *NO_MEMORY):
-                return  # an end of the stream follows
+                return False  # an end of the stream follows
             data = b""
         if not data:
             self._lose()
-            return
+            return False
         note = decode_letter(data)
         assert isinstance(note, Note)
+        self._on_note(note)
+        return True
+
+    def _on_note(self, note: Note) -> None:
         if note.verb == "closed":
             self._server.closed_by_keeper(note.id)
         elif note.verb == "hello":
             self._acquainted, self._upgrading = True, False
-        elif note.verb == "drain":
+        elif note.verb in ("drain", "end"):
+            self._ending = self._ending or note.verb == "end"
             self._server.stop()
         elif note.verb == "reload":
             self._server.try_to_reload()
@@ -250,6 +273,33 @@ class Journal:
                 if connection.session.name == session:
                     self._server.loop.answer(connection.session, id, body)
 
+    # The end of the server.
+
+    def note_signal(self, number: int, frame: object) -> None:
+        """A handler of the signals that end a keeper: one that dies of something else in the same
+        moment needs no successor."""
+        self._signalled = time.monotonic()
+
+    def stand_by(self) -> Forked | None:
+        """After the server's last turn: waits until the keeper ends this process, and makes another
+        one. A keeper that dies first is replaced; in the child: what it is given. None where there
+        is to be no other server."""
+        while not self._ending:
+            with suppress(OSError):
+                self._sock.shutdown(socket.SHUT_WR)  # says to the keeper that nothing follows
+            while not self.is_alone():
+                has_ended(self._keeper, _LOOK)
+            self._lost = True
+            if (half := self.replace_keeper()) is not None:
+                return half
+            if self._lost:
+                time.sleep(_RETRY)
+        return None
+
+    def is_alone(self) -> bool:
+        """Whether there is no keeper that lives."""
+        return self._lost or is_ending(self._keeper)
+
     # The keeper's death.
 
     def _on_death(self, events: int, now: float) -> None:
@@ -263,7 +313,12 @@ class Journal:
 
     def replace_keeper(self) -> Forked | None:
         """Forks a new keeper, after an interrupt of the loop. In the child: what it is given."""
-        if not self._buried and not self._bury():
+        waits = not self._buried and not self._bury()
+        if self._is_to_end():  # it would only be told the same
+            self._ending = True
+            self._server.stop()
+            return None
+        if waits:
             return None
         try:
             half = fork_half(self._server.lanes, orphan=is_reported())
@@ -276,11 +331,15 @@ class Journal:
         self._sock, self._keeper, self._pid = half.journal, half.other, half.pid
         self._lost = self._buried = self._acquainted = False
         self.attach(self._server)
-        for session, id in self._asked:  # the keeper that died had been told
-            self._tell(Note("upgrade", session, id))
-        if self._ending:
-            self._tell(Note("shutdown"))
+        with suppress(KeeperUnavailable):  # it is dead, too
+            for session, id in self._asked:  # the keeper that died had been told
+                self._tell(Note("upgrade", session, id))
+            if self._is_to_end():  # a signal that came during the fork
+                self._tell(Note("shutdown"))
         return None
+
+    def _is_to_end(self) -> bool:
+        return self._ending or time.monotonic() - self._signalled < _TOGETHER
 
     def _bury(self) -> bool:
         """Makes sure that the keeper is dead. False if the next one has to wait."""
@@ -288,8 +347,12 @@ class Journal:
         poller.unregister(self._sock.fileno())
         poller.unregister(self._keeper.fileno())
         how = fence(self._keeper, self._sock)
+        for _ in range(3):  # ECONNRESET, for a letter that it has not read, is reported before
+            while self._read_letter():
+                pass
         self._server.closed_by_keeper()
-        log.warning("keeper %s is gone (%s), making a new one", self._pid, how)
+        plan = "the server ends" if self._is_to_end() else "making a new one"
+        log.warning("keeper %s is gone (%s), %s", self._pid, how, plan)
         if self._upgrading:
             self._upgrade_failed("the new code died at its start; the old one goes on")
         self._server.dying.bury(self._keeper, "keeper")

@@ -43,7 +43,15 @@ from fdshare.server.failover.journal import (
     decode_letter,
     encode_letter,
 )
-from fdshare.server.failover.processes import BACK_OFF, Deaths, Forked, Life, fence, fork_half
+from fdshare.server.failover.processes import (
+    BACK_OFF,
+    SIGNALS,
+    Deaths,
+    Forked,
+    Life,
+    fence,
+    fork_half,
+)
 from fdshare.server.failover.service_manager import Watchdog, report
 from fdshare.server.failover.upgrade import (
     Handover,
@@ -73,7 +81,6 @@ log = logging.getLogger("fdshare.keeper")
 # Seconds for the last answers of a server that was told to end; less than a Manager waits.
 _DRAIN: Final = 3.0
 _LOOK: Final = 1.0  # seconds between looks whether the server lives
-_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
 
 
 class Keeper:
@@ -117,7 +124,7 @@ class Keeper:
         self._trial: Trial | None = None
         self._trial_until = 0.0
         self._upgrade = Note("upgrade")
-        self._relieved = False  # the server was told to end, because its code is old
+        self._relieved = False  # the server was told to drain: its code or its socket is old
         self._look_at = 0.0  # when to see whether the server lives
         self._dying = Dying(self._poller, holdings.dying)
 
@@ -138,9 +145,9 @@ class Keeper:
         self._hear_signals()
         if self._journal is not None:
             self._follow()
-            if relieve:
-                self._relieved = True
-                self._drain()
+            # Its predecessor may have died after it had bound the path anew.
+            if self._bind_anew(reclaim=True) or relieve:
+                self._relieve()
         try:
             while not self._ended():
                 if (life := self._turn()) is not None:
@@ -204,16 +211,15 @@ class Keeper:
     # Signals, and the owner.
 
     def _hear_signals(self) -> None:
-        for number in _SIGNALS:
+        for number in SIGNALS:
             signal.signal(number, self._note_signal)
         # A handler in Python runs only after epoll_wait(2) returns, which is not interrupted by a
         # signal that came just before it, or to another thread.
         signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
         if self._holdings.control is not None:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is the owner's
-        signal.pthread_sigmask(
-            signal.SIG_UNBLOCK, _SIGNALS
-        )  # blocked by the old code, before its exec
+        # Blocked by whoever forked this process, and by the old code before its exec.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
     def _note_signal(self, number: int, frame: object) -> None:
         self._signals.append(number)
@@ -243,13 +249,18 @@ class Keeper:
     def _reload(self) -> None:
         """The policy; and the path, if somebody has removed it."""
         self._reloading = True
-        bound = bind_anew(self._holdings.listener, self._holdings.settings)
-        if bound and self._server is not None and not self._stopping:
+        if self._bind_anew() and self._server is not None and not self._stopping:
             # A server accepts at the socket that it was forked with; its successor is told.
-            self._relieved = True
-            self._drain()
+            self._relieve()
         else:
             self._tell(Note("reload"))
+
+    def _bind_anew(self, *, reclaim: bool = False) -> bool:
+        return bind_anew(self._holdings.listener, self._holdings.settings, reclaim=reclaim)
+
+    def _relieve(self) -> None:
+        self._relieved = True
+        self._drain()
 
     def _on_owner_gone(self, events: int) -> None:
         assert self._holdings.control is not None
@@ -267,7 +278,7 @@ class Keeper:
         self._heartbeat.end()
         if self._server is not None:
             self._drain_until = time.monotonic() + _DRAIN
-            self._tell(Note("drain"))
+            self._tell(Note("end" if self._stopping else "drain"))
 
     # The server.
 
@@ -318,8 +329,6 @@ class Keeper:
 
     def _abandon(self) -> None:
         """In a forked child: closes its copies of what belongs to the keeper alone."""
-        for number in _SIGNALS:
-            signal.signal(number, signal.SIG_IGN)  # the keeper passes them on
         signal.set_wakeup_fd(-1)
         self._dying.close()
         close_quietly(self._poller, self._wake, self._waker)
@@ -486,11 +495,11 @@ class Keeper:
             self._upgrade_failed("a close(2) hangs: there is a file system that does not answer")
             return
         self._tell(Note("upgrading"))
-        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # until the new code can hear them
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until the new code can hear them
         try:
             exec_new_code(self._handover(self._upgrade))
         except OSError as error:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
             self._lanes.resume()
             self._upgrade_failed(str(error))
             self._tell(Note("hello"))

@@ -28,6 +28,7 @@ from fdshare.server.loop.lanes import Lanes
 
 __all__ = [
     "BACK_OFF",
+    "SIGNALS",
     "Deaths",
     "Forked",
     "Life",
@@ -45,6 +46,9 @@ _WITHIN: Final = 10.0
 BACK_OFF: Final = 5.0
 
 _END: Final = 1.0  # seconds that a process gets to end after it was killed
+
+# What a keeper obeys. A forked half has them blocked until it can hear them.
+SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
 
 # Said to an orphan: to be the other half, or not.
 _WANTED: Final = b"y"
@@ -122,8 +126,8 @@ class Forked(NamedTuple):
 
 
 def fork_half(lanes: Lanes, *, orphan: bool = False) -> Forked:
-    """Forks the other half. Returns in both; *lanes* are the parent's. Raises: OSError: nothing was
-    forked.
+    """Forks the other half. Returns in both; *lanes* are the parent's, and `SIGNALS` are blocked in
+    the child. Raises: OSError: nothing was forked.
 
     With *orphan* it is no child of ours when this returns, but of init or the nearest subreaper: a
     service manager hears of the end of its own children alone. systemd kills a main process that is
@@ -132,10 +136,14 @@ def fork_half(lanes: Lanes, *, orphan: bool = False) -> Forked:
     me = os.getpid()
     lanes.rest()
     logs.rest()
+    # One that is sent to both halves must not come to the child before it has its handlers.
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         return _fork_half(orphan)
     finally:
-        logs.resume()
+        if os.getpid() == me:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        logs.resume()  # its thread has the mask that this one has now
         if os.getpid() == me:
             lanes.resume()
 

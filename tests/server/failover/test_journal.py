@@ -6,6 +6,7 @@ import os
 import select
 import signal
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -211,20 +212,22 @@ def test_a_server_killed_while_the_keeper_was_stopped(manager: Manager, halves: 
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[tuple[Server, Journal, socket.socket]]:
-    """A server that does not run, its journal, and the keeper's end of that."""
+def alone(folder: Path, pid: int | None = None) -> Iterator[tuple[Server, Journal, socket.socket]]:
+    """A server that does not run, its journal, and the keeper's end of that; *pid* is the keeper,
+    or this process."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with listen(folder / "s") as listener, theirs:
         store = FdStore(Descriptor(os.memfd_create("table")), 10)
-        keeper = Descriptor(os.pidfd_open(os.getpid()))
-        journal = Journal(ours, keeper, os.getpid(), store)
+        pid = pid or os.getpid()
+        keeper = Descriptor(os.pidfd_open(pid))
+        journal = Journal(ours, keeper, pid, store)
         settings = Settings(path=str(folder / "s"))
         server = Server(listener.socket, settings, journal=journal)
         journal.attach(server)
         yield server, journal, theirs
         server.shut_down()
         journal.close()
-        keeper.close()
+        journal._keeper.close()
         store.memfd.close()
 
 
@@ -239,6 +242,57 @@ def test_the_store_is_asked_later_where_no_thread_can_start(
         before = len(server.loop._timers)
         journal.refill_store()
         assert len(server.loop._timers) == before + 1
+
+
+@pytest.fixture
+def mortal() -> Iterator[int]:
+    """The pid of a process that stands for a keeper, and may be killed."""
+    with subprocess.Popen(["sleep", "60"]) as process:
+        yield process.pid
+        process.kill()
+
+
+def test_what_the_dead_keeper_has_told_is_done(folder: Path, mortal: int) -> None:
+    with alone(folder, mortal) as (server, journal, keeper):
+        keeper.send(encode_letter(Note("end")))
+        keeper.close()
+        assert journal.replace_keeper() is None
+        assert not server.run()
+        assert journal.stand_by() is None
+        assert journal.is_alone()
+
+
+def test_a_signal_for_both_ends_the_server_of_a_dead_keeper(folder: Path, mortal: int) -> None:
+    with alone(folder, mortal) as (server, journal, keeper):
+        keeper.close()
+        journal.note_signal(signal.SIGTERM, None)
+        assert journal.replace_keeper() is None
+        assert not server.run()
+
+
+def test_a_signal_for_the_server_alone_is_forgotten(
+    folder: Path, mortal: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fdshare.server.failover.journal._TOGETHER", 0.0)  # it was long ago
+    with alone(folder, mortal) as (_, journal, keeper):
+        keeper.close()
+        journal.note_signal(signal.SIGTERM, None)
+        if (half := journal.replace_keeper()) is not None:
+            half.journal.recv(1)
+            os._exit(0)
+        assert not journal.is_alone()
+        successor = journal.state()[0]
+        assert successor not in (mortal, None)
+    os.waitpid(successor, 0)
+
+
+def test_a_dead_keeper_need_not_be_told(folder: Path, mortal: int) -> None:
+    """The next one is a fork of the server, and knows the policy; the server must not end."""
+    with alone(folder, mortal) as (_, journal, keeper):
+        keeper.close()
+        journal.hello()
+        journal.keep_policy(b"")
+        assert journal.is_alone()
 
 
 def test_the_lines_that_the_keeper_lost_are_counted(folder: Path) -> None:

@@ -16,6 +16,7 @@ import pytest
 from breaking import (
     Half,
     Halves,
+    Wire,
     ended,
     kill,
     state,
@@ -212,6 +213,55 @@ def test_signals_end_it(
         wait_until(lambda pid=pid: ended(pid))
     process.wait()
     assert not (folder / "s").exists()
+
+
+@pytest.mark.parametrize("half", ["server", "keeper"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_half_dies_of_something_else_at_a_signal_for_both(
+    served: Callable[..., subprocess.Popen[bytes]], folder: Path, half: Half, number: int
+) -> None:
+    """Its successor would have heard of nothing."""
+    process = served("--log-level", "warning")
+    with Client(folder / "s") as client:
+        Halves(client).redundant()
+        pids = Halves(client).pids()
+    os.kill(pids[half], signal.SIGSTOP)
+    for pid in pids.values():
+        os.kill(pid, number)
+    kill(pids[half])
+    for pid in pids.values():
+        wait_until(lambda pid=pid: ended(pid), f"{pid} ends")
+    assert not (folder / "s").exists()
+    process.wait()
+
+
+@pytest.mark.parametrize("drained", [False, True], ids=["before the server drains", "afterwards"])
+def test_the_keeper_dies_before_it_has_replaced_the_server(
+    manager: Manager, halves: Halves, drained: bool
+) -> None:
+    """At a socket that is bound anew, as here, or by new code. Nobody else has the table."""
+    read, write = os.pipe()
+    manager.register("a", read)
+    pids = halves.pids()
+    with Wire(manager.address, "waits") as wire:
+        wire.ask(1, m.Ping())
+        os.kill(pids["server"], signal.SIGSTOP)
+        os.unlink(manager.address)
+        os.kill(pids["keeper"], signal.SIGHUP)
+        wait_until(lambda: os.path.exists(manager.address), "the path is bound anew")
+        wait_until(lambda: state(pids["keeper"]) == "S", "it has told the server")
+        if drained:
+            os.kill(pids["keeper"], signal.SIGSTOP)
+            os.kill(pids["server"], signal.SIGCONT)
+            with pytest.raises((EOFError, ConnectionResetError)):
+                wire.receive()
+    kill(pids["keeper"])
+    os.kill(pids["server"], signal.SIGCONT)
+    assert manager.names() == ["a"]
+    halves.redundant()
+    assert pids["server"] != halves.pids()["server"]
+    os.close(read)
+    os.close(write)
 
 
 @pytest.mark.parametrize("options", [(), ("--no-keeper",)], ids=["keeper", "no keeper"])

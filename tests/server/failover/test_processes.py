@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from hanging import HangingFileSystem, needs_fuse
 from users import AsUser
 
 from fdshare.kernel.descriptor import Descriptor
-from fdshare.server.failover.processes import Deaths, Life, fence, fork_half, live
+from fdshare.server.failover.processes import SIGNALS, Deaths, Life, fence, fork_half, live
 from fdshare.server.loop.dying import has_ended
 from fdshare.server.loop.lanes import Lanes
 
@@ -121,6 +122,22 @@ def test_both_halves_have_one_end_and_know_each_other() -> None:
     child = os.waitid(os.P_PIDFD, half.other.fileno(), os.WEXITED)
     assert child is not None
     assert (child.si_pid, child.si_status) == (half.pid, 0)
+    half.other.close()
+    lanes.rest()
+
+
+def test_a_child_hears_no_signal_before_it_has_its_handlers() -> None:
+    lanes = Lanes()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    half = fork_half(lanes)
+    if half.born:
+        half.journal.send(" ".join(map(str, signal.pthread_sigmask(signal.SIG_BLOCK, ()))).encode())
+        os._exit(0)
+    blocked = set(map(int, half.journal.recv(1000).split()))
+    assert blocked == before | set(SIGNALS)
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
+    fence(half.other, half.journal)
+    half.journal.close()
     half.other.close()
     lanes.rest()
 
