@@ -124,9 +124,10 @@ class LogWriter(Generic[T]):
         be called before a fork."""
         self._resting = True
         self._signal.put(None)
-        deadline = time.monotonic() + _STUCK
-        while self._thread is not None and time.monotonic() < deadline:
-            time.sleep(_PAUSE)
+        with self._lock:
+            thread = self._thread
+        if thread is not None:
+            thread.join(_STUCK)
 
     def resume(self) -> None:
         """Starts the thread again after `rest`. In a forked child: forgets what the parent writes

@@ -48,8 +48,8 @@ class Lanes:
         self._lock = threading.Lock()
         self.waiting: dict[int, _Lane] = {}
         self._ready: SimpleQueue[_Lane | None] = SimpleQueue()
-        self._threads = 0
-        self._idle = 0
+        self._threads: set[threading.Thread] = set()
+        self._at_work = 0  # of them
         self._resting = False
         for _ in range(_AT_ONCE):
             self._grow()
@@ -65,7 +65,7 @@ class Lanes:
             first = lane.left == 1
         if first:
             self._ready.put(lane)
-        if not self._idle:
+        if self._at_work == len(self._threads):
             self._grow()
 
     @property
@@ -73,7 +73,7 @@ class Lanes:
         """False where none can be started."""
         if not self._threads:
             self._grow()
-        return self._threads > 0
+        return bool(self._threads)
 
     @property
     def starved(self) -> bool:
@@ -102,51 +102,61 @@ class Lanes:
     def rest(self) -> None:
         """Ends the threads, but for those that are at work. To be called before a fork: what the
         threads of the parent have begun would stay in the child's memory for ever."""
-        self._resting = True
         deadline = time.monotonic() + _STUCK
-        for _ in range(self._threads):
+        with self._lock:
+            self._resting = True
+            threads = list(self._threads)
+        for _ in threads:
             self._ready.put(None)
-        while self._idle and time.monotonic() < deadline:
+        while len(self._threads) > self._at_work and time.monotonic() < deadline:
             time.sleep(_PAUSE)
+        for thread in threads:
+            if thread not in self._threads:
+                thread.join(max(deadline - time.monotonic(), 0.0))
 
     def resume(self) -> None:
         """Starts threads again after `rest`."""
         self._resting = False
-        for _ in range(_AT_ONCE - self._threads):
+        for _ in range(_AT_ONCE - len(self._threads)):
             self._grow()
 
     # In the threads.
 
     def _grow(self) -> None:
         """Starts another thread, if that is possible."""
+        thread = threading.Thread(target=self._run, name="fdshare-lane", daemon=True)
         with self._lock:
-            if self._threads >= _MOST or self._resting:
+            if len(self._threads) >= _MOST or self._resting:
                 return
-            self._threads += 1
+            self._threads.add(thread)
         try:
-            threading.Thread(target=self._run, name="fdshare-lane", daemon=True).start()
+            thread.start()
         except RuntimeError:  # EAGAIN; the next call tries again
             with self._lock:
-                self._threads -= 1
+                self._threads.remove(thread)
 
     def _run(self) -> None:
+        me = threading.current_thread()
         while True:
             with self._lock:
-                if self._idle >= _AT_ONCE:  # there are enough without this one
-                    self._threads -= 1
+                # Those that are being started are counted as idle, too.
+                if len(self._threads) - self._at_work > _AT_ONCE:  # enough without this one
+                    self._threads.remove(me)
                     return
-                self._idle += 1
             lane = self._ready.get()
             with self._lock:
-                self._idle -= 1
-                if self._resting and lane is None:
-                    self._threads -= 1
+                if lane is not None:
+                    self._at_work += 1
+                elif self._resting:
+                    self._threads.remove(me)
                     return
             if lane is None:  # of a rest that is over
                 continue
-            if not self._idle:  # if this one hangs, there must be another
+            if self._at_work == len(self._threads):  # if this one hangs, there must be another
                 self._grow()
             self._serve(lane)
+            with self._lock:
+                self._at_work -= 1
 
     def _serve(self, lane: _Lane) -> None:
         for _ in range(_TURN):
