@@ -42,10 +42,15 @@ class Installed:
         for compiled in path.parent.glob(f"__pycache__/{path.stem}.*.pyc"):
             compiled.unlink()
 
-    def be_impatient(self) -> None:
-        """Before the start: the old code waits for the new not so long, in this copy of it."""
-        self.change("server/failover/upgrade.py", r"_TRIAL: Final = [\d.]+", "_TRIAL: Final = 3.0")
-        self.change("server/failover/journal.py", r"_SILENCE = [\d.]+", "_SILENCE = 5.0")
+    def wait_less(self, *, trial: float = 20.0, silence: float = 15.0) -> None:
+        """Before the start: the old code waits so many seconds for the trial of the new, and for
+        its first word after the exec, in this copy of it. Good code needs some on a machine at
+        work."""
+        for file, name, seconds in (
+            ("server/failover/upgrade.py", "_TRIAL: Final", trial),
+            ("server/failover/journal.py", "_SILENCE", silence),
+        ):
+            self.change(file, rf"{name} = [\d.]+", f"{name} = {seconds}")
 
     def begin(self, file: str, code: str) -> None:
         """Puts *code* in front of what *file* does."""

@@ -78,7 +78,7 @@ def test_upgrades_under_load(
     seed: int,
     counted: dict[str, Any],
 ) -> None:
-    installed.be_impatient()
+    installed.wait_less(trial=8.0, silence=8.0)
     installed.start()
     good = failed = 0
     with Client(installed.path) as client, Client(installed.path) as watcher:

@@ -229,7 +229,8 @@ def test_halves_do_not_stand_on_each_other(manager: Manager, halves: Halves) -> 
         halves.kill("server")
         sizes.append(resident(halves.pids()["server"]))
     assert manager.names() == ["a"]
-    assert sizes[-1] < sizes[10] + (4 << 20)
+    # What a former life leaves in cycles goes with the next collection, late where there is no GIL.
+    assert min(sizes[50:]) < sizes[10] + (4 << 20)
     os.close(read)
     os.close(write)
 

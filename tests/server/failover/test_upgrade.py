@@ -35,9 +35,15 @@ def installed(folder: Path) -> Iterator[Installed]:
 
 
 @pytest.fixture
-def impatient(installed: Installed) -> None:
-    """For tests that wait for it to lose patience; comes before `client`."""
-    installed.be_impatient()
+def short_silence(installed: Installed) -> None:
+    """Comes before `client`."""
+    installed.wait_less(silence=5.0)
+
+
+@pytest.fixture
+def short_trial(installed: Installed) -> None:
+    """Comes before `client`."""
+    installed.wait_less(trial=3.0)
 
 
 @pytest.fixture
@@ -318,7 +324,7 @@ def test_code_that_fails_its_trial(
 
 
 def test_code_that_hangs_in_its_trial(
-    installed: Installed, impatient: None, client: Client, halves: Halves, fd: int
+    installed: Installed, short_trial: None, client: Client, halves: Halves, fd: int
 ) -> None:
     client.register("a", fd)
     installed.begin(UPGRADE, HANGS)
@@ -343,7 +349,7 @@ def test_code_that_dies_after_the_exec(
 
 
 def test_code_that_hangs_after_the_exec(
-    installed: Installed, impatient: None, client: Client, halves: Halves, fd: int
+    installed: Installed, short_silence: None, client: Client, halves: Halves, fd: int
 ) -> None:
     client.register("a", fd)
     hangs = "def resume(fd: int) -> int:\n    import select; select.select([], [], [])\n"
@@ -447,7 +453,7 @@ def test_it_ends_although_the_trial_succeeds(installed: Installed, folder: Path)
 
 @pytest.mark.parametrize("half", ["server", "keeper"])
 def test_a_half_dies_in_the_middle_of_a_trial(
-    installed: Installed, impatient: None, client: Client, halves: Halves, fd: int, half: str
+    installed: Installed, short_trial: None, client: Client, halves: Halves, fd: int, half: str
 ) -> None:
     client.register("a", fd)
     installed.begin(UPGRADE, HANGS)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import socket
+import sys
+import termios
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -137,6 +140,13 @@ def test_a_slow_reader_of_descriptors_harms_nobody(
         assert type(slow.ask(m.Ping())) is m.Done
 
 
+def unread(sock: socket.socket) -> int:
+    """How many bytes of a socket can be read."""
+    count = bytearray(4)
+    fcntl.ioctl(sock, termios.FIONREAD, count)
+    return int.from_bytes(count, sys.byteorder)
+
+
 def test_who_was_idle_for_long_has_his_time_to_read(
     serve: Callable[..., Manager], null: int, until: Callable[..., Any]
 ) -> None:
@@ -148,8 +158,11 @@ def test_who_was_idle_for_long_has_his_time_to_read(
         client.register("x", null, ttl=3.2)
         until(lambda: "x" not in client.names())
         name = "y" * 255
-        for _ in range(1500):  # more than a socket holds
-            client.register(name, null, replace=True)
+        held = -1
+        while unread(idle.sock) > held:  # until it holds no more
+            held = unread(idle.sock)
+            for _ in range(20):
+                client.register(name, null, replace=True)
         last = client.register("z", null).generation
         while getattr(event := idle.receive()[1], "generation", None) != last:
             assert type(event) is m.Event
