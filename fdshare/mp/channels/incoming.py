@@ -93,6 +93,12 @@ class Incoming:
             self._sock.setsockopt(_SOCKET, MARK, True)
         self._marked = True
 
+    def _mark_torn(self, size: int) -> None:
+        """Until `_unmark` the socket has the mark TORN if *size* bytes may take several reads."""
+        if self._shared and size > WHOLE and MARK is not None:
+            self._marked = True
+            self._sock.setsockopt(_SOCKET, MARK, TORN)
+
     def _unmark(self) -> None:
         if self._marked:
             if MARK is not None:
@@ -107,9 +113,7 @@ class Incoming:
 
     def _fill(self, size: int, flags: int) -> None:
         """Reads until *size* bytes of the message are there."""
-        if self._shared and size > WHOLE and MARK is not None:
-            self._marked = True
-            self._sock.setsockopt(_SOCKET, MARK, TORN)
+        self._mark_torn(size)
         parts = self.parts
         while (have := sum(map(len, parts))) < size:
             # One buffer of the final size, which the kernel fills: no copy, whatever the size.

@@ -121,18 +121,27 @@ class MessageReceiver(Incoming):
                     if 0 < size <= WHOLE:
                         # Its sender has sent all of it in one send: no need for MSG_WAITALL.
                         (self._data,) = map(self._recv, (size,))
-                        if len(self._data) == size:
-                            self.message, self._head, self._data = self._data, b"", b""
-                            self._in_a_row = 0
-                            if level and shared is not None:
-                                shared.plain(self._sock)
-                            return
+                    elif size > WHOLE > 0:
+                        self._read_large(size)
+                    if len(self._data) == size > 0:
+                        self.message, self._head, self._data = self._data, b"", b""
+                        self._in_a_row = 0
+                        if level and shared is not None:
+                            shared.plain(self._sock)
+                        return
             self._go_on(0)
             if self.message is not None and type(self.message) is not bytes:
                 self._count()
         except BaseException:
             self._pause()
             raise
+
+    def _read_large(self, size: int) -> None:
+        """Reads the *size* bytes that follow the head of a message without descriptors."""
+        self._mark_torn(size)
+        (self._data,) = map(self._recv, (size,), _WAIT)
+        if len(self._data) == size:
+            self._unmark()
 
     def _count(self) -> None:
         """One more message with descriptors came: after two, the next one is peeked at."""

@@ -11,14 +11,20 @@ import socket
 from _thread import get_ident
 from collections import deque
 from contextlib import suppress
+from typing import Final
 
 from fdshare.errors import DescriptorLimit
 from fdshare.kernel import system
-from fdshare.mp.channels.framing import WHOLE, headed
+from fdshare.kernel.ancillary import send_all_into
+from fdshare.mp.channels.framing import LARGEST, LENGTH, WHOLE, headed
 from fdshare.mp.channels.sending import Outgoing, push_short, short
 from fdshare.mp.pickling.bundle import Bundle, Encoded
 
 __all__ = ["Sender"]
+
+# Of two sends.
+_WITHOUT_DESCRIPTORS: Final = ((), ())
+_FLAGS: Final = (system.NOSIGNAL, system.NOSIGNAL)
 
 
 class Sender:
@@ -46,9 +52,13 @@ class Sender:
         of *message* was sent, or the next call sends the rest.
         """
         if not self._inside and not self.waiting:
-            if type(message) is bytes and len(message) <= WHOLE:
-                self._sock.send(headed(message), system.NOSIGNAL)
-                return
+            if type(message) is bytes:
+                if len(message) <= WHOLE:
+                    self._sock.send(headed(message), system.NOSIGNAL)
+                    return
+                if 0 < WHOLE < len(message) <= LARGEST:
+                    self._send_large(message)
+                    return
             parts = short(message, at_once=False)
             if parts is not None:
                 sent = [False]
@@ -69,6 +79,31 @@ class Sender:
                         self.send_waiting()
                     return
         self._send_in_turn(message)
+
+    def _send_large(self, message: bytes) -> None:
+        """Sends *message*, longer than WHOLE. Its head goes first: a reader that waits takes as
+        long to wake up as the kernel takes to copy the rest. Raises: as `send`."""
+        counts: list[int] = []
+        parts = (LENGTH.pack(len(message)),), (message,)
+        self._inside = get_ident()
+        try:
+            send_all_into(counts, self._sock, parts, _WITHOUT_DESCRIPTORS, _FLAGS)
+        except BaseException:
+            self._keep_rest(message, counts)
+            self._try_waiting()
+            raise
+        finally:
+            self._inside = 0
+        if sum(counts) < LENGTH.size + len(message):  # a signal came
+            self._keep_rest(message, counts)
+        if self.waiting:
+            self.send_waiting()
+
+    def _keep_rest(self, message: bytes, counts: list[int]) -> None:
+        """Has the next `send` go on with *message*, of which *counts* were sent."""
+        outgoing = Outgoing(message, sum(counts))
+        if outgoing.begun:
+            self.waiting.appendleft(outgoing)
 
     def send_waiting(self) -> None:
         """Sends what waits. Raises: as `send`."""

@@ -154,7 +154,8 @@ class Outgoing:
         "independent",
     )
 
-    def __init__(self, message: Encoded) -> None:
+    def __init__(self, message: Encoded, sent: int = 0) -> None:
+        """*sent*: how many bytes of it were sent; it has no descriptors then."""
         self.bundle = as_bundle(message)
         self.boxes: list[Descriptor] = []
         # True if it needs nothing of what was pickled.
@@ -166,6 +167,8 @@ class Outgoing:
         self._cell: list[int | None] = [None]
         self._parts: tuple[Part, ...] = self._all_parts()
         *self._head, self._body = self._parts
+        if sent:
+            self._parts = _after(self._parts, sent)
 
     def _all_parts(self) -> tuple[Part, ...]:
         data, fds = self.bundle.data, self.bundle.numbers

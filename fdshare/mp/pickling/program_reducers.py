@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Final, Protocol, TypeAlias
 
 from fdshare.kinds import base_with_kind
 
-__all__ = ["HasReducers", "Reducers", "differs", "pickles_itself", "reducer_of_program"]
+__all__ = ["HasReducers", "Reducer", "Reducers", "differs", "pickles_itself", "reducer_of_program"]
 
 Reducer: TypeAlias = Callable[[Any], tuple[Any, ...] | str]
 Reducers: TypeAlias = dict[type, Reducer]

@@ -36,6 +36,7 @@ from fdshare.mp.pickling.bundle import (
 from fdshare.mp.pickling.dill_code import check_code
 from fdshare.mp.pickling.exceptions import Links, reduce_exception, reduce_links
 from fdshare.mp.pickling.large import take_large
+from fdshare.mp.pickling.plain import PROTOCOL, PlainPickler, dump_plain, make_plain_pickler
 from fdshare.mp.pickling.program_reducers import (
     HasReducers,
     Reducers,
@@ -73,7 +74,6 @@ PLAIN: Final = frozenset(
 )
 _NUMBERS_AND_TEXT: Final = frozenset({int, str, bytes, float, bool, type(None)})
 
-PROTOCOL: Final = 5  # has buffers beside the pickle
 _plain_dumps: Final = pickle.dumps
 
 
@@ -81,7 +81,7 @@ class TransitPickler(_Pickler):
     """The pickler of our channels, before the class that pickles for one family."""
 
     transit: Inline
-    is_dill: ClassVar[bool]  # it pickles some functions and classes by value
+    plain: ClassVar[type[PlainPickler] | None]  # None: it is dill's
     registered: ClassVar[Reducers]
     dispatched: ClassVar[Mapping[type, object] | None]
     bare_exceptions = False  # pickle them as the package does it
@@ -185,7 +185,7 @@ def make_pickler(forking_pickler: type[StockForkingPickler]) -> type[TransitPick
     is_dill = not issubclass(forking_pickler, pickle.Pickler)
     base = forking_pickler if is_dill else pickle.Pickler
     attributes = {
-        "is_dill": is_dill,
+        "plain": None if is_dill else make_plain_pickler(forking_pickler._extra_reducers),
         "registered": forking_pickler._extra_reducers,
         "dispatched": getattr(forking_pickler, "dispatch", None),
         "loads": staticmethod(forking_pickler.loads),
@@ -217,47 +217,11 @@ def encode(family: HasPickler, obj: Any, in_memory: bool = True) -> Encoded:
             known = _bare_pickle(kind)
         if known is not None:
             return known[1], fds
-    elif not family.Pickler.is_dill and (data := _dump_plain(obj)) is not None:
-        return data
+    elif (plain := family.Pickler.plain) is not None:
+        data = dump_plain(plain, obj)
+        if data is not None:
+            return data
     return _dump(family, obj, in_memory)
-
-
-class _Refused(Exception):
-    """An object may have something for a reducer in it."""
-
-
-class _NoReducers(dict[type, Any]):
-    """A dispatch table without entries, for objects that need none: any other type is refused."""
-
-    def __missing__(self, cls: type) -> Any:
-        if cls is BuiltinFunctionType:
-            raise KeyError  # as if there were no table
-        raise _Refused
-
-
-class _PlainPickler(pickle.Pickler):
-    """Pickles numbers, text, containers and names, without a call in Python: in a third of the
-    time. (The C pickler asks its table about each type that it does not know itself.)"""
-
-    dispatch_table = _NoReducers()
-
-
-_skipped = 0  # how many objects are not tried, after one that was refused
-
-
-def _dump_plain(obj: Any) -> bytes | None:
-    """None: *obj* is, or may be, more than plain."""
-    global _skipped
-    if _skipped:
-        _skipped -= 1
-        return None
-    buffer = io.BytesIO()
-    try:
-        _PlainPickler(buffer, PROTOCOL).dump(obj)
-    except _Refused:
-        _skipped = 15
-        return None
-    return buffer.getvalue()
 
 
 def dumps(family: HasPickler, obj: Any) -> Bundle:
@@ -265,7 +229,9 @@ def dumps(family: HasPickler, obj: Any) -> Bundle:
     return as_bundle(encode(family, obj), obj)
 
 
-def _dump(family: HasPickler, obj: Any, in_memory: bool, bare_exceptions: bool = False) -> Bundle:
+def _dump(
+    family: HasPickler, obj: Any, in_memory: bool, bare_exceptions: bool = False
+) -> bytes | Bundle:
     buffer = io.BytesIO()
     large: list[memoryview] = []
     if in_memory and system.HAS_MEMFD:
@@ -285,7 +251,7 @@ def _dump(family: HasPickler, obj: Any, in_memory: bool, bare_exceptions: bool =
         raise
     data = buffer.getvalue()
     if not large:
-        return Bundle(data, transit.fds, pickler)
+        return Bundle(data, transit.fds, pickler) if transit.fds else data
     bundle = with_memory(data, large, transit, pickler)
     return bundle or _dump(family, obj, False, bare_exceptions)
 

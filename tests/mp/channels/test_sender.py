@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 
@@ -15,7 +16,7 @@ from fdshare import get_context
 from fdshare.mp.channels.framing import LENGTH, headed
 from fdshare.mp.channels.receiving import MessageReceiver
 from fdshare.mp.channels.sender import Sender
-from fdshare.mp.pickling.bundle import Bundle
+from fdshare.mp.pickling.bundle import Bundle, Encoded
 from mp.common import Pair, received, take
 
 LARGE = b"x" * 1_000_000
@@ -61,17 +62,22 @@ def fill(sock: socket.socket, message: bytes) -> int:
         return count
 
 
-@pytest.mark.parametrize("count", [0, 1, 3, 300])
+def message_of(data: bytes, null: int, count: int | None) -> Encoded:
+    """None: no bundle."""
+    return data if count is None else Bundle(data, [null] * count)
+
+
+@pytest.mark.parametrize("count", [None, 0, 1, 3, 300])
 @pytest.mark.parametrize("size", [10, 1_000_000])
 def test_what_is_given_up_comes_whole_or_not_at_all(
-    pair: Pair, null: int, alarm: Callable[[], None], count: int, size: int
+    pair: Pair, null: int, alarm: Callable[[], None], count: int | None, size: int
 ) -> None:
     left, right = pair
     sender, receiver = Sender(left), MessageReceiver(right, False, None)
     before = fill(left, b"before")
     alarm()
     with pytest.raises(GivenUp):
-        sender.send(Bundle(b"y" * size, [null] * count))
+        sender.send(message_of(b"y" * size, null, count))
     for _ in range(before):
         assert take(receiver) == b"before"
     right.setblocking(False)
@@ -81,15 +87,15 @@ def test_what_is_given_up_comes_whole_or_not_at_all(
     assert take(receiver) == b"next"
 
 
-@pytest.mark.parametrize("count", [0, 1, 3, 300])
+@pytest.mark.parametrize("count", [None, 0, 1, 3, 300])
 def test_what_has_begun_goes_on_with_the_next(
-    pair: Pair, null: int, alarm: Callable[[], None], count: int
+    pair: Pair, null: int, alarm: Callable[[], None], count: int | None
 ) -> None:
     left, right = pair
     sender, receiver = Sender(left), MessageReceiver(right, False, None)
     alarm()
     with pytest.raises(GivenUp):
-        sender.send(Bundle(LARGE, [null] * count))
+        sender.send(message_of(LARGE, null, count))
     assert sender.begun
     left.setblocking(False)
     right.setblocking(False)
@@ -97,7 +103,7 @@ def test_what_has_begun_goes_on_with_the_next(
         with pytest.raises(BlockingIOError):
             receiver.fetch()
         sender._try_waiting()
-    assert received(take(receiver)) == (LARGE, count)
+    assert received(take(receiver)) == (LARGE, count or 0)
 
 
 def test_a_program_may_make_it_non_blocking(pair: Pair, null: int) -> None:
@@ -105,7 +111,13 @@ def test_a_program_may_make_it_non_blocking(pair: Pair, null: int) -> None:
     left.setblocking(False)
     sender, receiver = Sender(left), MessageReceiver(right, False, None)
     before = fill(left, b"before")
-    for message in (b"small", (b"single", [null]), Bundle(b"several", [null] * 3), Bundle(LARGE)):
+    for message in (
+        b"small",
+        (b"single", [null]),
+        Bundle(b"several", [null] * 3),
+        Bundle(LARGE),
+        LARGE,
+    ):
         with pytest.raises(BlockingIOError):
             sender.send(message)
         assert not sender.waiting
@@ -113,6 +125,25 @@ def test_a_program_may_make_it_non_blocking(pair: Pair, null: int) -> None:
         assert take(receiver) == b"before"
     sender.send(b"after")
     assert take(receiver) == b"after"
+
+
+def test_what_a_full_socket_took_is_gone_on_with(pair: Pair) -> None:
+    left, right = pair
+    left.setblocking(False)
+    sender, receiver = Sender(left), MessageReceiver(right, False, None)
+    with pytest.raises(BlockingIOError):
+        sender.send(LARGE)
+    assert sender.begun
+    right.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        receiver.fetch()
+    left.setblocking(True)
+    right.setblocking(True)
+    writing = threading.Thread(target=sender.send, args=(b"next",), daemon=True)
+    writing.start()
+    assert take(receiver) == LARGE
+    assert take(receiver) == b"next"
+    writing.join(10)
 
 
 def test_close_sends_what_takes_no_time(pair: Pair, alarm: Callable[[], None]) -> None:
@@ -129,8 +160,9 @@ def test_close_sends_what_takes_no_time(pair: Pair, alarm: Callable[[], None]) -
     assert got == LENGTH.pack(len(LARGE)) + LARGE
 
 
+@pytest.mark.parametrize("count", [None, 1])
 def test_an_inner_send_is_left_to_the_outer_one(
-    pair: Pair, null: int, alarm: Callable[[], None]
+    pair: Pair, null: int, alarm: Callable[[], None], count: int | None
 ) -> None:
     left, right = pair
     sender, receiver = Sender(left), MessageReceiver(right, False, None)
@@ -149,11 +181,11 @@ def test_an_inner_send_is_left_to_the_outer_one(
     got: list[tuple[bytes, int]] = []
     signal.signal(signal.SIGALRM, handle)
     signal.setitimer(signal.ITIMER_REAL, 0.01, 0.01)
-    sender.send(Bundle(LARGE, [null]))
+    sender.send(message_of(LARGE, null, count))
     signal.setitimer(signal.ITIMER_REAL, 0)
     handle()
     handle()
-    assert got[0] == (LARGE, 1)
+    assert got[0] == (LARGE, count or 0)
     assert set(got[1:]) == {(b"inner", 1)}
 
 
