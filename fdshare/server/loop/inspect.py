@@ -23,10 +23,11 @@ from fdshare.kernel.plain_socket import view_of
 from fdshare.kernel.sock_diag import TCP_CLOSE_WAIT, TcpState, tcp_state, unix_state
 from fdshare.protocol.messages import DescriptorInfo
 
-__all__ = ["THROUGH_FOLDER", "describe_descriptor", "is_last_part"]
+__all__ = ["THROUGH_FOLDER", "describe_descriptor", "is_last_part", "local_mounts"]
 
 # Fields of DescriptorInfo.
 _Facts: TypeAlias = dict[str, Any]
+Mounts: TypeAlias = Callable[[], frozenset[str]]
 
 _ACCESS: Final = {os.O_RDONLY: "r", os.O_WRONLY: "w", os.O_RDWR: "rw"}
 # <linux/fcntl.h>; Python names the first five from 3.8 to 3.13, not all on every C library.
@@ -42,17 +43,23 @@ _SEALS: Final = {
 }
 # File systems on which fstat(2) is answered by this kernel alone. On others (fuse, nfs, 9p, cifs
 # ...) it is not called.
-_LOCAL: Final = """
+_LOCAL: Final = frozenset(
+    b"""
     bcachefs btrfs cgroup2 devpts devtmpfs erofs exfat ext2 ext3 ext4 f2fs hugetlbfs iso9660 jfs
     mqueue ntfs3 overlay proc ramfs squashfs sysfs tmpfs udf vfat xfs zfs
-"""
+    """.split()
+)
 _TERMINAL: Final = re.compile(r"/dev/(pts/\d+|tty\w*|console)$")
 # A path longer than sun_path is bound through a descriptor of its folder (unix_address.py).
 THROUGH_FOLDER: Final = "/proc/self/fd/"
 
 
 def describe_descriptor(
-    fd: int, *, look_up_path: bool = True, bound_to: str = ""
+    fd: int,
+    *,
+    look_up_path: bool = True,
+    bound_to: str = "",
+    mounts: Mounts | None = None,
 ) -> DescriptorInfo:
     """Type, access mode and, by type, addresses, queue, path, offset, size, seals and health.
 
@@ -61,8 +68,9 @@ def describe_descriptor(
     a process and has no address, "pid 123". What cannot be known is left at its default; never
     raises. With *look_up_path* the health of a bound UNIX socket says whether its path still leads
     to it, which asks the file system with the rights of this process. *bound_to* is the path of a
-    UNIX socket where that is known: of a long one the kernel knows the last part alone. The caller
-    keeps *fd* open meanwhile. *fd* is borrowed for the call.
+    UNIX socket where that is known: of a long one the kernel knows the last part alone. *mounts*
+    returns the `local_mounts`, for who describes many. The caller keeps *fd* open meanwhile. *fd*
+    is borrowed for the call.
     """
     try:
         flags = fcntl.fcntl(fd, fcntl.F_GETFL)
@@ -70,13 +78,28 @@ def describe_descriptor(
         return DescriptorInfo("unknown", health="the descriptor is not open")
     access = "path" if flags & system.O_PATH else _ACCESS.get(flags & os.O_ACCMODE, "")
     link = _link(fd)
-    facts = _by_link(fd, link, access) if link else _by_stat(fd, access)
+    facts = _by_link(fd, link, access, mounts or local_mounts) if link else _by_stat(fd, access)
     if is_last_part(facts.get("local", ""), bound_to):
         facts["local"] = bound_to
     if look_up_path and facts.get("family") == "unix" and not facts["peer"]:
         wrong = _path_health(fd, facts["local"]), facts["health"]
         facts["health"] = "; ".join(filter(None, wrong))
     return DescriptorInfo(access=access, **facts)
+
+
+def local_mounts() -> frozenset[str]:
+    """The ids of the mounts whose file systems may be asked: they wait for nobody."""
+    try:
+        with open("/proc/self/mountinfo", "rb", buffering=0) as table:
+            rows = table.readall().splitlines()
+    except OSError:
+        return frozenset()
+    # 36 35 98:0 /root /mount rw,noatime master:1 - ext4 /dev/root rw
+    return frozenset(
+        row.partition(b" ")[0].decode()
+        for row in rows
+        if row.partition(b" - ")[2].partition(b" ")[0] in _LOCAL
+    )
 
 
 def is_last_part(local: str, path: str) -> bool:
@@ -88,12 +111,12 @@ def is_last_part(local: str, path: str) -> bool:
 # One function for each type. It returns the facts that it could find, "type" at least.
 
 
-def _by_link(fd: int, link: str, access: str) -> _Facts:
+def _by_link(fd: int, link: str, access: str, mounts: Mounts) -> _Facts:
     """By what /proc/self/fd/N points to: no file system is asked."""
     if link.startswith("/memfd:"):
         return _memfd(fd, link)
     if link.startswith("/"):
-        return _path(fd, link, access)
+        return _path(fd, link, access, mounts)
     word, _, rest = link.partition(":")
     if word == "socket":
         return _socket(fd)
@@ -113,11 +136,11 @@ def _by_stat(fd: int, access: str) -> _Facts:
         mode = os.fstat(fd).st_mode
     except OSError:
         return {"type": "unknown"}
-    return _socket(fd) if stat.S_ISSOCK(mode) else _path(fd, "", access)
+    return _socket(fd) if stat.S_ISSOCK(mode) else _path(fd, "", access, local_mounts)
 
 
 def _memfd(fd: int, link: str) -> _Facts:
-    facts: _Facts = {"type": "memfd", "path": link, "offset": _offset(fd)}
+    facts: _Facts = {"type": "memfd", "path": link, "offset": _offset(fd, _fdinfo(fd))}
     try:
         facts["size"] = os.fstat(fd).st_size
         seals = fcntl.fcntl(fd, _F_GET_SEALS)
@@ -127,14 +150,15 @@ def _memfd(fd: int, link: str) -> _Facts:
     return facts
 
 
-def _path(fd: int, link: str, access: str) -> _Facts:
+def _path(fd: int, link: str, access: str, mounts: Mounts) -> _Facts:
     facts: _Facts = {"type": "file", "path": link}
     if _TERMINAL.match(link):
         return {**facts, "type": "tty"}
     if _is_pipe(fd):
         return {**facts, "type": "pipe", "health": _pipe_health(fd, access)}
-    if link and not _is_local(fd):
-        return {**facts, "offset": _offset(fd)}
+    fdinfo = _fdinfo(fd)
+    if link and fdinfo.get("mnt_id") not in mounts():
+        return {**facts, "offset": _offset(fd, fdinfo)}
     try:
         info = os.fstat(fd)
     except OSError:
@@ -147,7 +171,7 @@ def _path(fd: int, link: str, access: str) -> _Facts:
     if kind == stat.S_IFREG:
         facts["size"] = info.st_size
     words = {stat.S_IFDIR: "directory", stat.S_IFBLK: "device", stat.S_IFSOCK: "socket"}
-    return {**facts, "type": words.get(kind, "file"), "offset": _offset(fd)}
+    return {**facts, "type": words.get(kind, "file"), "offset": _offset(fd, fdinfo)}
 
 
 def _pidfd(fd: int) -> _Facts:
@@ -272,39 +296,26 @@ def _is_pipe(fd: int) -> bool:
 
 
 def _fdinfo(fd: int) -> dict[str, str]:
-    """proc_pid_fdinfo(5): "pos", "mnt_id" and what the type adds."""
+    """proc_pid_fdinfo(5): "pos", "mnt_id" and what the type adds, if that is not much."""
     try:
-        with open(f"/proc/self/fdinfo/{fd}", errors="replace") as file:
-            rows = [line.partition(":") for line in file]
+        # Not as text, which takes twice as long.
+        with open(f"/proc/self/fdinfo/{fd}", "rb", buffering=0) as file:
+            text = file.read(1024).decode(errors="replace")
     except (OSError, ValueError):
         return {}
+    rows = (line.partition(":") for line in text.splitlines())
     return {key: value.strip() for key, _, value in rows}
 
 
-def _offset(fd: int) -> int | None:
+def _offset(fd: int, fdinfo: dict[str, str]) -> int | None:
     """The file offset; None for what has none, and for O_PATH."""
-    position = _fdinfo(fd).get("pos") if system.LINUX else None
+    position = fdinfo.get("pos") if system.LINUX else None
     if position is not None:
         return int(position)
     try:
         return os.lseek(fd, 0, os.SEEK_CUR)
     except OSError:
         return None
-
-
-def _is_local(fd: int) -> bool:
-    """False if fstat(2) may wait for a daemon or another machine, or if that is not known."""
-    wanted = _fdinfo(fd).get("mnt_id")
-    try:
-        with open("/proc/self/mountinfo", errors="replace") as table:
-            for row in table:
-                # 36 35 98:0 /root /mount rw,noatime master:1 - ext4 /dev/root rw
-                mount, _, rest = row.partition(" ")
-                if mount == wanted:
-                    return rest.partition(" - ")[2].split(" ", 1)[0] in _LOCAL.split()
-    except OSError:
-        pass
-    return False
 
 
 def _events(fd: int) -> int:

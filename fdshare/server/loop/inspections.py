@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Final
 
 import msgspec
@@ -23,7 +24,7 @@ from fdshare.server.core.ports import Session
 from fdshare.server.core.table import Entry, Handle
 from fdshare.server.core.writes import ADDRESS
 from fdshare.server.loop.closing import OURS
-from fdshare.server.loop.inspect import describe_descriptor
+from fdshare.server.loop.inspect import describe_descriptor, local_mounts
 from fdshare.server.loop.lanes import Lanes
 from fdshare.server.loop.loop import Loop
 
@@ -33,10 +34,15 @@ log = logging.getLogger("fdshare.server")
 
 _PATIENCE: Final = 2.0  # seconds that an answer waits for file systems
 _MANY: Final = 64  # entries of one uid that are looked at in one call
+_WORK: Final = 0.0003  # seconds of looking, after which the loop gets its turn
 _PART: Final = MAX_FRAME // 4  # bytes of entries in one part of a long answer
 _RESERVED: Final = 1024  # bytes for what is found out about one entry, about
 _HANGS: Final = m.DescriptorInfo("unknown", health="its file system does not answer")
 _NOBODY: Final = m.DescriptorInfo("unknown", health="no thread can be started to look at it")
+
+
+def _go_on(worked: float) -> None:
+    """Gives no way: in the loop's own thread."""
 
 
 class _Inspection:
@@ -66,16 +72,32 @@ class _Inspection:
         self.until = now + _PATIENCE
         self.lock = threading.Lock()
 
-    def describe(self, indexes: Sequence[int], *, look_up: bool) -> None:
-        """Finds out about some of the entries; *look_up*: also where their paths lead to."""
+    def describe(
+        self,
+        indexes: Sequence[int],
+        *,
+        look_up: bool,
+        give_way: Callable[[float], None] = _go_on,
+    ) -> None:
+        """Finds out about some of the entries; *look_up*: also where their paths lead to. Calls
+        *give_way* with the seconds that it has worked."""
+        mounts = cache(local_mounts)
+        began = time.monotonic()
         for index in indexes:
-            if self.session.route is None:  # its client is gone
-                return
             path = _path_of(self.infos[index])
-            self.found[index] = [
-                describe_descriptor(handle.fd, look_up_path=look_up, bound_to=path)
-                for handle in self.handles[index]
-            ]
+            found = []
+            for handle in self.handles[index]:
+                if self.session.route is None:  # its client is gone
+                    return
+                found.append(
+                    describe_descriptor(
+                        handle.fd, look_up_path=look_up, bound_to=path, mounts=mounts
+                    )
+                )
+                if (worked := time.monotonic() - began) > _WORK:
+                    give_way(worked)
+                    began = time.monotonic()
+            self.found[index] = found
 
     def is_complete(self) -> bool:
         """Counts a call that has been made. True for the last: the caller has to answer."""
@@ -131,7 +153,7 @@ class Inspections:
             for index in indexes:
                 for handle in inspection.handles[index]:
                     handle.pins += 1
-            self._lanes.put(uid, partial(self._describe, inspection, indexes))
+            self._lanes.put(uid, partial(self._describe, inspection, uid, indexes))
         if not calls:  # nothing to look at, or nobody to do it
             inspection.is_complete()
             self._send(inspection, inspection.bodies())
@@ -154,12 +176,14 @@ class Inspections:
             if all(closer.at_once(handle.fd, handle.uid) for handle in handles):
                 inspection.describe([index], look_up=False)
 
-    def _describe(self, inspection: _Inspection, indexes: Sequence[int]) -> None:
-        """Runs in a lane."""
+    def _describe(self, inspection: _Inspection, uid: int, indexes: Sequence[int]) -> None:
+        """Runs in the lane of *uid*."""
         bodies = None
         try:
             # To others it would tell which paths exist that they cannot see themselves.
-            inspection.describe(indexes, look_up=inspection.session.trusted)
+            look_up = inspection.session.trusted
+            give_way = partial(self._lanes.give_way, uid)
+            inspection.describe(indexes, look_up=look_up, give_way=give_way)
         except Exception:
             log.exception("a descriptor could not be described")
         if inspection.is_complete():

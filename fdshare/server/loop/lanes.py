@@ -27,6 +27,8 @@ _MOST: Final = 64  # threads; so many users can have a call that hangs
 _STUCK: Final = 0.1  # seconds after which a call is taken for one that hangs
 _TURN: Final = 64  # calls of one user after which another's come
 _PAUSE: Final = 0.001  # seconds between two looks whether the threads are done
+_REST: Final = 2  # times as long as its threads work, an interpreter is left to others
+_LONGEST: Final = 0.1  # seconds of one rest
 
 
 class _Lane:
@@ -67,6 +69,18 @@ class Lanes:
             self._ready.put(lane)
         if self._at_work == len(self._threads):
             self._grow()
+
+    def give_way(self, uid: int, worked: float) -> None:
+        """Leaves the interpreter to the loop, after *worked* seconds of a call of *uid*, which this
+        is called in.
+
+        A thread that makes many short system calls keeps the others from running: it takes the lock
+        of the interpreter again before who waits for it wakes up, and who wakes up in vain waits
+        for sys.getswitchinterval() once more.
+        """
+        at_work = len(self.waiting) - len(self.hanging())
+        time.sleep(min(worked * _REST * max(at_work, 1), _LONGEST))
+        self.waiting[uid].since = time.monotonic()
 
     @property
     def has_threads(self) -> bool:

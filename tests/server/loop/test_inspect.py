@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fdshare.protocol.messages import DescriptorInfo
-from fdshare.server.loop.inspect import describe_descriptor
+from fdshare.server.loop.inspect import describe_descriptor, local_mounts
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="asks Linux's /proc")
 
@@ -256,6 +256,13 @@ def test_a_directory_a_device_and_a_terminal(folder: Path, owned: ExitStack) -> 
     assert describe_descriptor(own(owned, os.open("/dev/null", os.O_RDWR))).type == "device"
     for end in pty.openpty():
         assert describe_descriptor(own(owned, end)).type == "tty"
+
+
+def test_the_mounts_are_those_that_are_given(folder: Path, owned: ExitStack) -> None:
+    """Who describes many descriptors reads them once."""
+    fd = own(owned, os.open(folder, os.O_RDWR | os.O_TMPFILE))
+    assert describe_descriptor(fd, mounts=local_mounts).size == 0
+    assert describe_descriptor(fd, mounts=frozenset).size is None
 
 
 DETACHED = """

@@ -19,6 +19,7 @@ from fdshare.protocol.framing import MAX_FRAME
 from fdshare.server.core.policy import Subject
 from fdshare.server.core.ports import Session
 from fdshare.server.core.users import User
+from fdshare.server.loop import inspections
 from fdshare.server.loop.closing import Handle
 from fdshare.server.loop.inspections import _Inspection, _parts
 
@@ -71,6 +72,19 @@ def test_nobody_looks_for_a_client_that_is_gone() -> None:
         session.route = object()
         asked.describe([0], look_up=True)
         assert asked.found != [None]
+
+
+def test_the_loop_gets_its_turn_between_two_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inspections, "_WORK", 0.0)  # there is time for one
+    session = Session(Subject(1501, 1501), 1, User(1501, False), route=object())
+    rests: list[float] = []
+    with open(os.devnull) as file:
+        handles = [(Handle(file.fileno()),) * 3, (Handle(file.fileno()),)]
+        asked = _Inspection(session, 1, [info("a"), info("b")], handles, 0.0)
+        asked.describe([0, 1], look_up=True, give_way=rests.append)
+    assert len(rests) == 4
+    assert all(worked > 0 for worked in rests)
+    assert [each and len(each) for each in asked.found] == [3, 1]
 
 
 def test_no_entries_are_one_empty_part() -> None:

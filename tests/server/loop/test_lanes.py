@@ -67,6 +67,18 @@ def test_a_call_that_hangs_holds_up_its_own_uid_alone(lanes: Lanes, gate: thread
     assert not lanes.hangs(1)
 
 
+def test_a_call_that_gives_way_does_not_hang(lanes: Lanes) -> None:
+    hangs: list[bool] = []
+
+    def call() -> None:
+        lanes.give_way(7, 60.0)  # no rest is that long
+        hangs.append(lanes.hangs(7))
+
+    lanes.put(7, call)
+    wait_until(lambda: hangs)
+    assert hangs == [False]
+
+
 def test_many_that_hang_leave_a_thread_for_the_next(lanes: Lanes, gate: threading.Event) -> None:
     made: list[int] = []
     for uid in range(20):
