@@ -20,7 +20,7 @@ class User:
     connections: int = 0
     in_flight: int = 0  # descriptors sent and not yet read
     received: int = 0  # descriptors that came, and are in no entry
-    served: int = 0  # which one it was that the run queue served, when it was last in there
+    time: float = 0.0  # processor seconds that the loop has worked for it: see run_queue.py
     watches: int = 0
     patterns: Counter[str] = field(default_factory=Counter)  # those of its watches with wildcards
     buffered: int = 0  # bytes of half requests, of those that wait, and of answers not read

@@ -35,13 +35,14 @@ from fdshare.server.core.ports import Session
 from fdshare.server.core.users import User, allowance
 from fdshare.server.loop.closing import UNKNOWN, Handle
 from fdshare.server.loop.connection import Connection
-from fdshare.server.loop.output import SLICE, Output
+from fdshare.server.loop.output import Output
 from fdshare.server.loop.poller import READ
 
 __all__ = ["Acceptor"]
 
 log = logging.getLogger("fdshare.server")
 
+SLICE: Final = 0.00025  # seconds in which one turn of the loop accepts connections
 _PAUSE: Final = 0.1  # seconds without accepting, after no descriptor was free for it
 # accept(2): errors of the connection that was to be accepted, not of the listener.
 _TRY_NEXT: Final = (errno.ECONNABORTED, errno.EPROTO, errno.EINTR)

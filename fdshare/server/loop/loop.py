@@ -30,7 +30,7 @@ from fdshare.server.loop.closing import Closer, Handle, close_quietly
 from fdshare.server.loop.connection import Connection
 from fdshare.server.loop.input import Input
 from fdshare.server.loop.output import SLICE
-from fdshare.server.loop.poller import FEW, READ
+from fdshare.server.loop.poller import FEW, MANY, READ
 
 __all__ = ["Loop"]
 
@@ -97,8 +97,10 @@ class Loop(Input):
         timeout = None if due is None else max(due - time.monotonic(), 0.0)
         ready = self.poller.wait(0.0 if self.queue else timeout)
         now = time.monotonic()
-        # Of one user's connections, the poller reports first who was not reported last.
-        if self.queue or (len(ready) >= FEW and len(self.users) > 1):
+        crowd = len(ready) >= FEW and len(self.users) > 1
+        if crowd:  # all of them are reported again, with those that come behind
+            ready = self.poller.wait(0.0, MANY)
+        if crowd or self.queue:
             self._handle_in_turn(ready, now)
         else:
             self._handle_all(iter(ready), now)
@@ -124,15 +126,20 @@ class Loop(Input):
                         self._unwatch(other)
 
     def _handle_in_turn(self, ready: list[tuple[object, int]], now: float) -> None:
-        """First what is no connection; then users in turn, as long as there is time."""
+        """First what is no connection; then those of the users who have had least, as long as there
+        is time."""
         for key, events in ready:
             if type(key) is Connection:
                 self._put_off(key, events)
             else:
                 key(events, now)  # type: ignore[operator]
         now = time.monotonic()
+        before = time.thread_time()
         while (connection := self.queue.next()) is not None:
             self._serve_next(connection, now)
+            worked = time.thread_time()
+            self.queue.served(connection, worked - before)
+            before = worked
             if time.monotonic() - now > SLICE:
                 break
         if self.queue:

@@ -42,10 +42,10 @@ _BACKPRESSURE: Final = 1 << 16  # bytes of unread answers above which a client i
 # megabytes.
 _INSPECTIONS: Final = 4  # `info` requests of one client under way: with so many it is not served
 
-# Seconds in which one turn of the loop serves those that are ready, and then again seconds in which
-# it accepts connections. What was begun then is done: one request, or the end of a connection.
-# After that the poller is asked again, so this is how long nobody looks at a request that comes.
-SLICE: Final = 0.001
+# Seconds in which one turn of the loop serves those that are ready; then it accepts connections
+# (acceptor.py). What was begun then is done: one request, or the end of a connection. After that
+# the poller is asked again, so this is how long nobody looks at a request that comes.
+SLICE: Final = 0.0005
 _RETRIED: Final = 16  # waiting connections of one user that are sent to in one turn
 
 

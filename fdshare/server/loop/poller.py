@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from fdshare.kernel import system
 
-__all__ = ["ERROR", "FEW", "HANGUP", "READ", "WRITE", "Poller"]
+__all__ = ["ERROR", "FEW", "HANGUP", "MANY", "READ", "WRITE", "Poller"]
 
 READ: Final = select.POLLIN
 WRITE: Final = select.POLLOUT
@@ -25,6 +25,7 @@ _LONGEST: Final = 86400.0
 # Events of one wait. Their memory is allocated each time: for more than 42 by malloc(3) and not by
 # Python, which takes half a microsecond of every request. The others are reported first next time.
 FEW: Final = 32
+MANY: Final = 256  # ... of one where there is a crowd: who has come for one request is among them
 
 
 class Poller:
@@ -48,14 +49,14 @@ class Poller:
         if self._keys.pop(fd, None) is not None:
             self._poll.unregister(fd)
 
-    def wait(self, timeout: float | None) -> list[tuple[object, int]]:
-        """(key, events) of each that is ready within *timeout* seconds, or of the FEW that were
+    def wait(self, timeout: float | None, most: int = FEW) -> list[tuple[object, int]]:
+        """(key, events) of each that is ready within *timeout* seconds, or of the *most* that were
         first; None: without limit. The list may be empty earlier: no wait is longer than a day."""
         if timeout is not None:
             timeout = min(timeout, _LONGEST)
         if self._epoll is not None:
             # epoll counts in milliseconds and Python rounds up: never early, never a busy loop.
-            ready = self._epoll.poll(-1 if timeout is None else timeout, FEW)
+            ready = self._epoll.poll(-1 if timeout is None else timeout, most)
         else:
             ready = self._poll.poll(None if timeout is None else int(timeout * 1000) + 1)
         keys = self._keys

@@ -3,42 +3,51 @@
 Where more is ready than one turn of the loop has time for, it is kept here, and the poller is not
 asked for it again: so what the poller reports next is new, however much waits. epoll(7) would
 report first what was ready first. There who has hundreds of connections would be served hundreds
-of times before the one connection of somebody else. So users are served in turn.
+of times before the one connection of somebody else. So users share the time.
 """
 
 from __future__ import annotations
 
+import heapq
 from collections import OrderedDict
+from itertools import count
+from typing import Final
 
 from fdshare.server.core.users import User
 from fdshare.server.loop.connection import Connection
 
 __all__ = ["RunQueue"]
 
+# Seconds for which who comes again has to wait at most because the loop worked for it before: it
+# may have worked for others meanwhile, by a garbage collection.
+_DEBT: Final = 0.0005
+
 
 class RunQueue:
-    """One connection of each user, then another one of each, and so on: each user's in the order in
-    which they came. So nobody waits for more than one connection of each other user. A user who
-    comes is the first one if it was served before those that are here, else the last one."""
+    """The next one is of the user for whom the loop has worked least; each user's are in the order
+    in which they came. Nobody saves time: who comes counts as one for whom it has worked as much as
+    for the least of those who are here. So who asks for little is served at once, however much the
+    others ask for; and these wait for each other."""
 
     def __init__(self) -> None:
-        # Served longest ago are the first.
-        self._of: OrderedDict[User, OrderedDict[Connection, None]] = OrderedDict()
-        self._served = 0  # how many
+        self._of: dict[User, OrderedDict[Connection, None]] = {}
+        self._users: list[tuple[float, int, User]] = []  # a heap, of those that wait
+        self._order = count()
+        self._least = 0.0  # the time of the user that was served last
+        self._length = 0
 
     def __bool__(self) -> bool:
-        return bool(self._of)
+        return self._length > 0
 
     def put(self, connection: Connection) -> None:
         """Does nothing if it is there already."""
         user = connection.session.user
         mine = self._of.get(user)
         if mine is None:
-            first = next(iter(self._of), None)
             mine = self._of[user] = OrderedDict()
-            # Who comes for the first time may have gone for that, and come again.
-            if first is not None and 0 < user.served < first.served:
-                self._of.move_to_end(user, last=False)
+            user.time = min(max(user.time, self._least), self._least + _DEBT)
+            self._push(user)
+        self._length += connection not in mine
         mine[connection] = None
 
     def forget(self, connection: Connection) -> None:
@@ -46,19 +55,28 @@ class RunQueue:
         mine = self._of.get(connection.session.user)
         if mine is not None and connection in mine:
             del mine[connection]
-            if not mine:
-                del self._of[connection.session.user]
+            self._length -= 1
 
     def next(self) -> Connection | None:
-        """Removes and returns the one that is served next; None if there is none."""
-        if not self._of:
-            return None
-        user, mine = next(iter(self._of.items()))
-        connection, _ = mine.popitem(last=False)
-        self._served += 1
-        user.served = self._served
-        if mine:
-            self._of.move_to_end(user)
+        """Removes and returns the one that is served next, and then given to `served`; None if
+        there is none."""
+        while self._users:
+            self._least, _, user = heapq.heappop(self._users)
+            if mine := self._of[user]:
+                connection, _ = mine.popitem(last=False)
+                self._length -= 1
+                return connection
+            del self._of[user]
+        return None
+
+    def served(self, connection: Connection, seconds: float) -> None:
+        """The loop has worked so long for *connection*."""
+        user = connection.session.user
+        user.time += seconds
+        if self._of[user]:
+            self._push(user)
         else:
             del self._of[user]
-        return connection
+
+    def _push(self, user: User) -> None:
+        heapq.heappush(self._users, (user.time, next(self._order), user))
