@@ -21,9 +21,23 @@ from dataclasses import dataclass, field
 from itertools import repeat
 from pathlib import Path
 from time import perf_counter_ns
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, Final, TypeAlias, TypeVar
 
-__all__ = ["Bench", "Curve", "Line", "NotHere", "Plan", "Row", "Run", "Spread", "each", "middle"]
+__all__ = [
+    "FEW_ROUNDS",
+    "Bench",
+    "Curve",
+    "Line",
+    "NotHere",
+    "Plan",
+    "Row",
+    "Run",
+    "Spread",
+    "each",
+    "middle",
+]
+
+FEW_ROUNDS: Final = 11  # rounds, instead of 21, of what takes long
 
 T = TypeVar("T")
 Run: TypeAlias = Callable[[int], float]  # does it n times, and returns the seconds it took
@@ -168,12 +182,15 @@ class Bench:
             counts[name] = calibrate(sides[name], wanted) if self.plan.scale == 1 else 1
         times: Times = {name: [] for name in names}
         total = min(rounds or self.plan.rounds, self.plan.rounds)
+        gc.collect()
+        gc.freeze()  # what is there now is no garbage: to look at all of it takes 10 ms each time
         for turn in range(total):
             self.step(f"round {turn + 1} of {total}, {len(names)} sides")
             first = turn % len(names)
             for name in names[first:] + names[:first]:
                 gc.collect()  # one side does not collect the garbage of another
                 times[name].append(sides[name](counts[name]) / counts[name])
+        gc.unfreeze()
         return times
 
     # Reporting.
@@ -222,7 +239,9 @@ class Bench:
 
 def calibrate(run: Run, wanted: float) -> int:
     """How many operations take about *wanted* seconds. What it runs also warms the side up."""
-    run(1)  # the first one may start a thread or a server, and that is not its cost
+    # The first one may start a thread or a server, and that is not its cost.
+    if run(1) > 50 * wanted:
+        return 1
     count = 1
     while True:
         took = run(count)

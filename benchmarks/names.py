@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 from time import perf_counter_ns
 
-from benchmarks.measure import Bench, NotHere, Run, each, middle
+from benchmarks.measure import FEW_ROUNDS, Bench, NotHere, Run, each, middle
 from benchmarks.processes import held_file, s6, same_file
 from fdshare import Client, Descriptor, Manager
 
@@ -26,7 +26,7 @@ def run(bench: Bench) -> None:
         for name, side in changes(bench, manager, fd).items():
             sides[name + suffix] = side
     peers = s6_sides(bench, fd)
-    times = bench.alternate({**sides, **peers})
+    times = bench.alternate({**sides, **peers}, rounds=FEW_ROUNDS)
     for suffix in (", no keeper", ""):
         for what, peer, goal in (("register", STORE, 2.5), ("register + unregister", CYCLE, 3.5)):
             if peer in peers:

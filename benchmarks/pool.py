@@ -19,7 +19,7 @@ from time import perf_counter
 from typing import Any
 
 from benchmarks import queued_tasks, small_tasks
-from benchmarks.measure import Bench, Run
+from benchmarks.measure import FEW_ROUNDS, Bench, Run
 from benchmarks.parked import port_of
 from benchmarks.processes import in_child
 from fdshare.mp import get_context
@@ -37,9 +37,10 @@ def run(bench: Bench) -> None:
             side = partial(executed, who, what)
             sides[f"{who} executor.map, {what}"] = bench.keep(in_child(side))
         sides[f"{who} Pool.apply, {BACK}"] = bench.keep(in_child(partial(applied, who)))
-    times = {name: [t / ITEMS for t in took] for name, took in bench.alternate(sides).items()}
+    whole = bench.alternate(sides, rounds=FEW_ROUNDS)
+    times = {name: [t / ITEMS for t in took] for name, took in whole.items()}
     for name in (f"fdshare Pool.apply, {BACK}", f"stock Pool.apply, {BACK}"):
-        times[name] = [t * ITEMS for t in times[name]]
+        times[name] = whole[name]
     for shape in ("Pool.map", "executor.map"):
         for what in ("sockets", "ints"):
             goal = 0.2 if what == "sockets" else None

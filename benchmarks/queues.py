@@ -21,7 +21,7 @@ from importlib import import_module
 from time import perf_counter
 from typing import Any
 
-from benchmarks.measure import Bench, Run
+from benchmarks.measure import FEW_ROUNDS, Bench, Run
 from benchmarks.processes import in_child
 from fdshare.mp import get_context
 
@@ -54,7 +54,7 @@ def measure(bench: Bench, backend: str, listener: socket.socket) -> None:
     if backend == "multiprocessing":
         for item in ITEMS:
             sides[f"{BARE}, {item}"] = bench.keep(in_child(partial(bare, item, listener)))
-    times = bench.alternate(sides, longer=5)
+    times = bench.alternate(sides, rounds=FEW_ROUNDS, longer=5)
     goals = {"int": 1.2, "socket": 0.10}
     for shape in ("Queue", "Queue to and fro", "Pipe"):
         for item in ITEMS:
@@ -73,7 +73,7 @@ def measure(bench: Bench, backend: str, listener: socket.socket) -> None:
 def large(bench: Bench, backend: str) -> None:
     """Megabytes of bytes: their time depends on how often they are copied."""
     sides = {kind: bench.keep(poured(context)) for kind, context in contexts(backend)}
-    times = bench.alternate(sides)
+    times = bench.alternate(sides, rounds=FEW_ROUNDS)
     row = bench.ratio(times, OURS, STOCK, goal=1.0)
     row.what, row.against = (f"{kind} Pipe, {LARGE >> 20} MiB" for kind in (OURS, STOCK))
 

@@ -10,6 +10,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -35,6 +36,7 @@ class Shown:
 
     def __init__(self, bar: Progress | None, total: int) -> None:
         self._bar = bar
+        self._since = time.monotonic()
         self._task = bar.add_task("starting", total=total) if bar else None
 
     def tell(self, text: str) -> None:
@@ -46,7 +48,8 @@ class Shown:
             self._bar.advance(self._task)
         else:
             rows = sum(row.family == family for row in bench.rows)
-            print(f"{family}: {rows} rows", flush=True)
+            print(f"{family}: {rows} rows, {time.monotonic() - self._since:.0f} s", flush=True)
+            self._since = time.monotonic()
 
 
 @contextmanager

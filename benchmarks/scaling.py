@@ -25,7 +25,7 @@ from benchmarks.processes import HERE, cpu_seconds, held_file, in_child, same_fi
 from fdshare import Manager
 from fdshare.mp import get_context
 
-NAMES = (1, 10, 100, 1_000, 10_000, 15_000)
+NAMES = (1, 10, 100, 1_000, 10_000)
 IDLE = (1, 10, 100, 1_000, 5_000)
 ACTIVE = (1, 2, 4, 8, 16, 32, 64)
 CORES = len(os.sched_getaffinity(0))
@@ -53,7 +53,7 @@ def by_names(bench: Bench, fd: int) -> None:
     for number in bench.plan.points(NAMES):
         held = bench.plan.count(number)
         bench.step(f"{held} names")
-        # The defaults keep a quarter of the descriptors for connections: 14,976 names of 20,000.
+        # The defaults keep a quarter of the descriptors for connections.
         room: dict[str, float | int] = {
             "max_descriptors": held + 64,
             "max_names": held + 64,
@@ -68,7 +68,6 @@ def by_names(bench: Bench, fd: int) -> None:
         line.add(number, microseconds(times[name]))
     first = "fetch, 1 names held"
     bench.ratio(times, "fetch, 10,000 names held", first, goal=1.1)
-    bench.ratio(times, "fetch, 15,000 names held", first)
     title, note = "A fetch, by the names that are held", "median of a fetch; the band: quartiles"
     lines = [line, constant(line)]
     bench.curve(Curve("names", title, "names held", "time of a fetch, µs", lines, note))

@@ -25,7 +25,7 @@ BACKENDS, METHODS = ("multiprocessing", "multiprocess"), ("fork", "forkserver")
 SIDES = ("fdshare", "stock")
 WORKERS = 2
 LARGE = 8 << 20  # bytes
-ROUNDS = 11
+ROUNDS = 7
 TIME, PARENT, ALL_WORKERS = "time", "processor time of the parent", "processor time of the workers"
 
 Way: TypeAlias = Callable[[Any], object]
@@ -47,16 +47,16 @@ POOL_WAYS: dict[str, Way] = {
     "imap_unordered, 200": lambda pool: list(pool.imap_unordered(double, range(200))),
     "starmap, 200 by one": lambda pool: pool.starmap(double, zip(range(200)), 1),
     "starmap, 20,000": lambda pool: pool.starmap(double, zip(range(20_000))),
-    "apply_async, 2,000": lambda pool: [
-        result.get() for result in [pool.apply_async(double, (n,)) for n in range(2_000)]
+    "apply_async, 1,000": lambda pool: [
+        result.get() for result in [pool.apply_async(double, (n,)) for n in range(1_000)]
     ],
     "apply": lambda pool: pool.apply(double, (1,)),
     "apply, a result of 8 MiB": lambda pool: pool.apply(tell, (LARGE,)),
 }
 EXECUTOR_WAYS: dict[str, Way] = {
     "map, 200": lambda executor: list(executor.map(double, range(200))),
-    "submit, 1,000": lambda executor: [
-        future.result() for future in [executor.submit(double, n) for n in range(1_000)]
+    "submit, 500": lambda executor: [
+        future.result() for future in [executor.submit(double, n) for n in range(500)]
     ],
     "submit": lambda executor: executor.submit(double, 1).result(),
 }
@@ -92,11 +92,28 @@ def measure(
     if (backend, method) == ("multiprocessing", "fork") and bench.plan.scale == 1:
         clocks = (TIME, PARENT, ALL_WORKERS)
     for way in ways:
-        for clock in clocks:
-            sides = {who: partial(processes[who], way, clock) for who in SIDES}
-            row = bench.ratio(bench.alternate(sides, rounds=ROUNDS), *SIDES, goal=1.0)
+        read: dict[str, dict[str, list[float]]] = {clock: {} for clock in clocks}
+        sides = {who: on_clocks(who, partial(processes[who], way, clocks), read) for who in SIDES}
+        rounds = len(bench.alternate(sides, rounds=ROUNDS)[SIDES[0]])
+        for clock, seconds in read.items():
+            times = {who: seconds[who][-rounds:] for who in SIDES}  # not of the calibration
+            row = bench.ratio(times, *SIDES, goal=1.0)
             shown = f"{name}.{way}" if clock == TIME else f"{name}.{way}, {clock}"
             row.what, row.against = (f"{who} {shown} ({backend}, {method})" for who in SIDES)
+
+
+def on_clocks(
+    who: str, process: Callable[[int], list[float]], read: dict[str, dict[str, list[float]]]
+) -> Run:
+    """A side that adds to *read* what one operation has taken by each clock; the first is TIME."""
+
+    def run(count: int) -> float:
+        took = process(count)
+        for seconds, of_clock in zip(took, read.values(), strict=True):
+            of_clock.setdefault(who, []).append(seconds / count)
+        return took[0]
+
+    return run
 
 
 def context_of(who: str, backend: str, method: str) -> Any:
@@ -120,7 +137,7 @@ def executor(context: Any) -> Iterator[Run]:
 
 
 def timed(obj: Any, ways: dict[str, Way], workers: Callable[[], list[int]]) -> Any:
-    """Does a way so many times, and returns the seconds by a clock."""
+    """Does a way so many times, and returns the seconds by each of some clocks."""
 
     def now(clock: str) -> float:
         if clock == TIME:
@@ -128,10 +145,10 @@ def timed(obj: Any, ways: dict[str, Way], workers: Callable[[], list[int]]) -> A
         pids = [os.getpid()] if clock == PARENT else workers()
         return sum(map(cpu_seconds, pids))
 
-    def run(way: str, clock: str, count: int) -> float:
-        start = now(clock)
+    def run(way: str, clocks: tuple[str, ...], count: int) -> list[float]:
+        before = {clock: now(clock) for clock in reversed(clocks)}
         for _ in range(count):
             ways[way](obj)
-        return now(clock) - start
+        return [now(clock) - before[clock] for clock in clocks]
 
     return run

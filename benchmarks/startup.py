@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from multiprocessing.managers import BaseManager
 from time import perf_counter
 
-from benchmarks.measure import Bench, Run
+from benchmarks.measure import FEW_ROUNDS, Bench, Run
 from fdshare import Manager
 
 NOTHING = "import nothing"
@@ -61,7 +61,7 @@ def imports(bench: Bench) -> None:
     heavy += "sys.modules.keys()))"
     got = subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, check=True)
     assert not got.stdout.strip(), f"import fdshare imports {got.stdout}"
-    times = bench.alternate(sides)
+    times = bench.alternate(sides, rounds=FEW_ROUNDS)
     bare = times[NOTHING]
     for name in IMPORTS:
         times[name] = [max(took - base, 1e-6) for took, base in zip(times[name], bare, strict=True)]
@@ -94,7 +94,7 @@ def commands(bench: Bench) -> None:
         sides = {TRUE: process(words), LS: process(listed)}
         for name in (BARE, CONNECT, MSGSPEC, CLICK):
             sides[name] = process([sys.executable, "-c", name.partition(" -c ")[2].strip("'")])
-        times = bench.alternate(sides)
+        times = bench.alternate(sides, rounds=FEW_ROUNDS)
     bench.ratio(times, CONNECT, MSGSPEC, goal=1.4)
     bench.ratio(times, LS, CLICK, goal=1.8)
     bench.ratio(times, TRUE, BARE, goal=2.2)
