@@ -18,11 +18,12 @@ net/unix/af_unix.c, net/core/scm.c; measured on Linux 6.18):
     (passing.py) peeks with one byte more than it wants, so that it knows.
 
 A handler of the signal module may raise after any call, and what the call returned is lost then:
-how much was sent, the number of a descriptor that came. `send_into` and `look_into` store it in the
-instruction that makes the call, or the next: no handler runs inside map(), nor between unpacking
-(`x, = map(f, ...)`, where f is called) and storing. `for x in iter(f, None): break` is the same
-where f is always called alike: the iterator is kept, which takes half the time. In the place of
-None is something that f never returns, of the type of what it returns: that is compared sooner.
+how much was sent, the number of a descriptor that came. So what receives, and `send_into` and
+`look_into`, store it in the instruction that makes the call, or the next: no handler runs inside
+map(), nor between unpacking (`x, = map(f, ...)`, where f is called) and storing. `for x in iter(f,
+None): break` is the same where f is always called alike: the iterator is kept, which takes half the
+time. In the place of None is something that f never returns, of the type of what it returns: that
+is compared sooner.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ import struct
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
+from itertools import zip_longest
 from typing import Any, Final, NamedTuple, TypeAlias
 
 from fdshare.errors import (
@@ -58,8 +60,6 @@ __all__ = [
     "look_into",
     "looking",
     "numbers_in",
-    "own",
-    "peek",
     "peek_descriptors",
     "read_to_descriptors",
     "receive",
@@ -100,6 +100,7 @@ _PEEK: Final = int(socket.MSG_PEEK)
 _DONTWAIT: Final = int(socket.MSG_DONTWAIT)
 _CLOEXEC: Final = system.CMSG_CLOEXEC
 _LOOK: Final = _PEEK | _CLOEXEC
+_unborn: Final = Descriptor.__new__
 
 
 def close_all(descriptors: Iterable[Descriptor]) -> None:
@@ -208,14 +209,21 @@ def receive_into(
     TruncatedControl) where the kernel dropped descriptors: then the list is empty, what had fitted
     is closed, and the bytes in *buffer* are good. The caller owns the descriptors.
     """
-    count, control, got, _ = sock.recvmsg_into((buffer,), _ROOM, flags | _CLOEXEC)
-    if not control and not got & _CTRUNC:
-        return count, [], None
-    descriptors = own(control)
-    if got & _CTRUNC:
-        close_all(descriptors)
-        return count, [], _why_dropped(len(descriptors), control, _ROOM)
-    return count, descriptors, None
+    got: tuple[int, Control, int, object] | None = None
+    owners: list[Descriptor] = []
+    try:
+        (got,) = map(sock.recvmsg_into, ((buffer,),), _ROOMS, (flags | _CLOEXEC,))
+        count, control, came, _ = got
+        if control:
+            _own(_numbers(control), owners)
+        if not came & _CTRUNC:
+            return count, owners, None
+        close_all(owners)
+        return count, [], _why_dropped(len(owners), control, _ROOM)
+    except BaseException:
+        if got is not None:
+            _close_lost(_split(got[1])[0], owners)
+        raise
 
 
 def receive_numbers(
@@ -236,32 +244,18 @@ def receive_numbers(
     return count, numbers, _why_dropped(len(numbers), control, room) if got & _CTRUNC else None
 
 
-def peek(sock: socket.socket, size: int, flags: int = 0) -> tuple[bytes, list[int]]:
-    """At most *size* of the next bytes, which stay, and copies of the first descriptors with them,
-    or after them: a peek of bytes that bring none looks past them.
-
-    Blocks as recvmsg(2) does until there is a byte. Consume the bytes afterwards with a plain
-    recv(): without a control buffer the kernel drops its own references. The caller owns the
-    descriptors, which are bare numbers: close or own each at once. An end of stream gives no bytes
-    and none.
-
-    Raises: DescriptorLimit (EMFILE): nothing is consumed, peek again when descriptors are free.
-    """
-    data, control, got, _ = sock.recvmsg(size, _ROOM, flags | _LOOK)
-    if got & _CTRUNC:
-        descriptors = own(control)
-        close_all(descriptors)
-        raise _why_dropped(len(descriptors), control, _ROOM)
-    return data, _numbers(control) if control else []
-
-
 def look_into(
     looks: list[Look], sock: socket.socket, size: int, flags: int = 0
 ) -> FdshareError | None:
-    """As `peek`, with what was seen appended to *looks*, whatever is raised. What it returns is the
-    error to raise where descriptors are missing: DescriptorLimit (EMFILE).
+    """Appends at most *size* of the next bytes, which stay, to *looks*, whatever is raised, with
+    copies of the first descriptors with them, or after them: a peek of bytes that bring none looks
+    past them. What it returns is the error to raise where descriptors are missing: DescriptorLimit
+    (EMFILE).
 
-    The descriptors in it (`numbers_in`) are the caller's, also where some are missing.
+    Blocks as recvmsg(2) does until there is a byte. Consume the bytes afterwards with a plain
+    recv(): without a control buffer the kernel drops its own references. An end of stream gives no
+    bytes and none. The descriptors in it (`numbers_in`) are the caller's, also where some are
+    missing.
     """
     (look,) = map(sock.recvmsg, (size,), _ROOMS, (flags | _LOOK,))
     looks.append(look)  # no handler runs before
@@ -302,14 +296,19 @@ def close_looks(looks: list[Look]) -> None:
 def peek_descriptors(sock: socket.socket, count: int) -> list[Descriptor]:
     """Copies of the *count* descriptors (at most 253) that come with the next byte, which stays.
 
-    As `peek`, only for a message whose header, already read, announced descriptors. Raises: as
-    `peek`; TooManyDescriptors.
+    Only for a message whose header, already read, announced descriptors. Consume the byte with a
+    plain recv(): without a control buffer the kernel drops its own references. The caller owns the
+    descriptors.
+    Raises: TooManyDescriptors; DescriptorLimit (EMFILE): nothing is consumed, peek again when
+    descriptors are free.
     """
-    descriptors = list(map(Descriptor, peek(sock, 1)[1]))
-    if len(descriptors) > count:
-        close_all(descriptors)
-        raise TooManyDescriptors(len(descriptors), count)
-    return descriptors
+    seen = receive(sock, 1, _PEEK)
+    if len(seen.descriptors) > count:
+        seen.close()
+        raise TooManyDescriptors(len(seen.descriptors), count)
+    if seen.pidfd is not None:
+        seen.pidfd.close()
+    return seen.descriptors
 
 
 def read_to_descriptors(sock: socket.socket, buffer: bytearray) -> bool:
@@ -330,8 +329,25 @@ def read_to_descriptors(sock: socket.socket, buffer: bytearray) -> bool:
         sock.recv_into(buffer, count)
 
 
-def own(control: Control) -> list[Descriptor]:
-    """A Descriptor for every int of every SCM_RIGHTS message in *control*. Cannot raise.
+def _own(numbers: Iterable[int], owners: list[Descriptor]) -> None:
+    """Appends a Descriptor for each of *numbers*. If a signal's handler raises meanwhile, the last
+    may own nothing yet: `_close_lost` closes all."""
+    for number in numbers:
+        owners.append(_unborn(Descriptor))
+        owners[-1]._number = [number]  # one instruction, and no frame into which a handler comes
+
+
+def _close_lost(numbers: Iterable[int], owners: Sequence[Descriptor]) -> None:
+    """Closes all of *numbers*, of which *owners* may own the first."""
+    for number, owner in zip_longest(numbers, owners):
+        if hasattr(owner, "_number"):
+            owner.close()
+        else:
+            os.close(number)
+
+
+def _numbers(control: Control) -> list[int]:
+    """Every int of every SCM_RIGHTS message in *control*, close-on-exec.
 
     A pidfd that came with it (SO_PASSPIDFD) is closed: only `recv_fds` returns it.
     """
@@ -339,44 +355,32 @@ def own(control: Control) -> list[Descriptor]:
         level, kind, data = control[0]
         if kind == _RIGHTS and level == _SOCKET:
             if len(data) == _INT:  # one, as nearly always: half the time of an array
-                return [Descriptor(_ONE.unpack(data)[0])]
-            if not len(data) % _INT:
-                return list(map(Descriptor, array.array("i", data)))
-    owned, pidfd = _split(control)
-    if pidfd is not None:
-        pidfd.close()
-    return owned
-
-
-def _numbers(control: Control) -> list[int]:
-    """As `own`, as bare numbers."""
-    if len(control) == 1 and _CLOEXEC:
-        level, kind, data = control[0]
-        if kind == _RIGHTS and level == _SOCKET:
-            if len(data) == _INT:
                 return [*_ONE.unpack(data)]
             if not len(data) % _INT:
                 return array.array("i", data).tolist()
-    return [descriptor.detach() for descriptor in own(control)]
+    numbers, pidfds = _split(control)
+    for pidfd in pidfds:
+        os.close(pidfd)
+    return numbers
 
 
-def _split(control: Control) -> tuple[list[Descriptor], Descriptor | None]:
+def _split(control: Control) -> tuple[list[int], list[int]]:
     """The descriptors of every SCM_RIGHTS message, and the pidfd of an SCM_PIDFD."""
-    owned: list[Descriptor] = []
-    pidfd: Descriptor | None = None
+    numbers: list[int] = []
+    pidfds: list[int] = []
     for level, kind, data in control:
         if level != _SOCKET:
             continue
         # A truncated message may end in the middle of an int.
-        whole = data[: len(data) - len(data) % _INT]
+        whole = array.array("i", data[: len(data) - len(data) % _INT])
         if kind == _RIGHTS:
-            owned += map(Descriptor, array.array("i", whole))
-        elif kind == creds.HERE.scm_pidfd and whole:
-            pidfd = Descriptor(array.array("i", whole)[0])
+            numbers += whole
+        elif kind == creds.HERE.scm_pidfd:
+            pidfds += whole
     if not _CLOEXEC:
-        for descriptor in owned:
-            os.set_inheritable(descriptor.fileno(), False)
-    return owned, pidfd
+        for number in numbers:
+            os.set_inheritable(number, False)
+    return numbers, pidfds
 
 
 def _why_dropped(received: int, control: Control, room: int) -> FdshareError:
@@ -432,17 +436,24 @@ def receive(sock: socket.socket, max_bytes: int, flags: int = 0, room: int = _RO
     Raises: DescriptorLimit or TruncatedControl: descriptors were dropped, those that fitted closed.
     Without MSG_PEEK in *flags* the data are gone then.
     """
-    data, control, got, address = sock.recvmsg(max_bytes, room, flags | _CLOEXEC)
-    descriptors, pidfd = _split(control)
-    result = Received(data, descriptors, None, int(got) & ~_CLOEXEC, address or None, pidfd)
+    got: tuple[bytes, Control, int, Any] | None = None
+    owners: list[Descriptor] = []
+    pidfds: list[Descriptor] = []
     try:
-        if got & socket.MSG_CTRUNC:
-            raise _why_dropped(len(descriptors), control, room)
+        (got,) = map(sock.recvmsg, (max_bytes,), (room,), (flags | _CLOEXEC,))
+        data, control, came, address = got
+        for numbers, owned in zip(_split(control), (owners, pidfds), strict=True):
+            _own(numbers, owned)
+        if came & _CTRUNC:
+            raise _why_dropped(len(owners), control, room)
+        pidfd = pidfds[0] if pidfds else None
         who = _credentials(control)
+        return Received(data, owners, who, int(came) & ~_CLOEXEC, address or None, pidfd)
     except BaseException:
-        result.close()
+        if got is not None:
+            for numbers, owned in zip(_split(got[1]), (owners, pidfds), strict=True):
+                _close_lost(numbers, owned)
         raise
-    return result._replace(credentials=who)
 
 
 def _credentials(control: Control) -> Credentials | None:

@@ -7,14 +7,24 @@ from __future__ import annotations
 
 import array
 import errno
+import gc
 import os
 import select
 import socket
 import struct
 import warnings
+from collections.abc import Callable
+from contextlib import suppress
 
 import pytest
 from conftest import census
+from mp.interrupts import (  # noqa: F401
+    Interrupt,
+    Interrupter,
+    handled_by,
+    interrupt,
+    make_interrupter,
+)
 
 from fdshare.errors import (
     FdshareError,
@@ -33,9 +43,9 @@ from fdshare.kernel import (
 from fdshare.kernel.ancillary import (
     MAX_DESCRIPTORS,
     Look,
+    close_looks,
     look_into,
     numbers_in,
-    own,
     peek_descriptors,
     read_to_descriptors,
     receive,
@@ -97,9 +107,9 @@ def test_unknown_control_messages_are_passed_over(pair: Pair) -> None:
         right.setsockopt(socket.SOL_SOCKET, 29, 1)  # SO_TIMESTAMP
         enable_credentials(right)
         send_fds(left, [0, 0], b"x")
-        control = right.recvmsg(1, 1000, socket.MSG_PEEK)[1]
-        close_all(own(control))
-        assert {kind for _, kind, _ in control} > {socket.SCM_RIGHTS}
+        look = right.recvmsg(1, 1000, socket.MSG_PEEK)
+        close_looks([look])
+        assert {kind for _, kind, _ in look[1]} > {socket.SCM_RIGHTS}
         close_all(peek_descriptors(right, 2))
         with recv_fds(right, 1, 2) as got:
             assert len(got.descriptors) == 2
@@ -220,6 +230,37 @@ def test_peek_leaves_the_message(pair: Pair) -> None:
         peek_descriptors(pair[1], 1)
     # Taken without a control buffer, the descriptors are dropped by the kernel.
     assert pair[1].recv(10) == b"xy"
+
+
+RECEIVING: dict[str, Callable[[socket.socket], list[Descriptor]]] = {
+    "receive_into": lambda sock: receive_into(sock, bytearray(10))[1],
+    "recv_fds": lambda sock: recv_fds(sock, 10, 3, lossless=False).descriptors,
+    "recv_fds, lossless": lambda sock: recv_fds(sock, 10, 3).descriptors,
+    "peek_descriptors": lambda sock: peek_descriptors(sock, 3),
+}
+
+
+# Python's own way with an exception in a finaliser: it is dropped, and said to be.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("receiving", RECEIVING)
+def test_what_came_is_closed_once_where_a_handler_raises(
+    interrupter: Interrupter, receiving: str, count: int
+) -> None:
+    def get() -> None:
+        close_all(RECEIVING[receiving](right))
+
+    before, instructions, over = census(), 1, False
+    while not over:
+        left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        send_fds(left, [left.fileno()] * count, b"x")
+        with handled_by(interrupt), suppress(Interrupt):
+            over = not interrupter.arrives(instructions, get)
+        instructions += 1
+        for end in (left, right):
+            end.close()  # EBADF if somebody else has closed its number
+        gc.collect()
+        assert census() == before
 
 
 def test_what_was_sent_is_known_whatever_is_raised(pair: Pair, file: Descriptor) -> None:

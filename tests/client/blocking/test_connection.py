@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import socket
 import struct
+import sys
 from contextlib import suppress
+from functools import partial
 
 import pytest
 from conftest import Watched, census
@@ -64,3 +67,37 @@ def test_the_next_request_is_answered_if_a_handler_raises_in_close(
                 over = not interrupter.arrives(instructions, connection.close)
             client.register("there", 0, replace=True)
             instructions += 1
+
+
+@pytest.mark.parametrize("verb", ["fetch", "take", "bind"])
+def test_what_came_is_closed_if_a_handler_raises(
+    server: Watched, interrupter: Interrupter, verb: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What finalisers warn of. That of pytest keeps the exception, and with it all that is to close.
+    monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
+    with Client(server.address) as client:
+        call = partial(getattr(client, verb), "a", *(["tcp://127.0.0.1:0"] * (verb == "bind")))
+
+        def once() -> None:
+            call().close()
+
+        def again() -> None:
+            with socket.socket() as sock:
+                if verb == "bind":
+                    sock.bind(("127.0.0.1", 0))
+                    sock.listen()
+                client.register("a", sock, replace=True)
+
+        again()
+        for _ in range(3):  # its connection, its modules, its cache
+            once()
+            again()
+        before, instructions, over = census(), 1, False
+        while not over:
+            with handled_by(interrupt), suppress(Interrupt):
+                over = not interrupter.arrives(instructions, once)
+            again()
+            client.fetch("a").close()
+            gc.collect()
+            assert len(census()) == len(before), instructions
+            instructions += 13
