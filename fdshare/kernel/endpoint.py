@@ -129,12 +129,12 @@ class Listener:
     def bind_anew(
         self, *, mode: int, backlog: int, owner: Owner | None = None, reclaim: bool = False
     ) -> bool:
-        """Whether a new socket is bound to the path now, because nothing was there any more; with
-        *reclaim* also in the place of another one at which nobody listens.
+        """Whether a new socket is bound to the path now, because nothing was there any more.
 
-        It takes the place of `socket`; other processes that have the old one keep it. The arguments
-        are those of `listen`. A path that is not ours to remove is not ours to bind either. Raises:
-        as `listen`; nothing has changed then.
+        It takes the place of `socket`; other processes that have the old one keep it. With
+        *reclaim* it is bound also in the place of another's at which nobody listens. The other
+        arguments are those of `listen`. A path that is not ours to remove is not ours to bind
+        either. Raises: as `listen`; nothing has changed then.
         """
         if self.inode is None:
             return False
