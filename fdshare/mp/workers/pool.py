@@ -18,7 +18,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sized
 from contextlib import suppress
 from queue import Empty
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from fdshare.kernel import system
 from fdshare.mp.channels.feeder import READER_GONE
@@ -36,10 +36,12 @@ from fdshare.mp.stock import (
     StockProcess,
     StockSimpleQueue,
 )
+from fdshare.mp.workers.maps import MappedTask, Numbered, WaitingTasks, tasks_of_map
 from fdshare.mp.workers.reader_lock import ReaderLock
 from fdshare.mp.workers.tasks import (
     CALL,
     LOADED_CALL,
+    MAPPED_CALL,
     RAISED,
     RETURNED,
     Raised,
@@ -67,8 +69,6 @@ __all__ = [
 
 
 T = TypeVar("T")
-# What a pool's thread sends: job, index, function, args, kwds.
-Numbered: TypeAlias = tuple[int, int, Function, tuple[Any, ...], dict[str, Any]]
 
 
 class PoolMixin(StockPool):
@@ -147,16 +147,10 @@ class PoolMixin(StockPool):
             chunksize += bool(extra)
         if len(items) == 0:
             chunksize = 0
-        tasks = [
-            Task.of(self._family, mapper, (batch,), {})
-            for batch in self._get_tasks(func, items, chunksize)
-        ]
+        tasks = tasks_of_map(self._family, mapper, func, items, chunksize)
         result = self._map_result(self, chunksize, len(items), callback, error_callback)
-        no_kwds: dict[str, Any] = {}  # one for all: there may be 100,000 tasks
-        numbered: list[Numbered] = [
-            (result._job, index, task, (), no_kwds) for index, task in enumerate(tasks)
-        ]
-        self._taskqueue.put((numbered, None))
+        tasks.job = result._job
+        self._taskqueue.put((tasks, None))
         return result
 
     def terminate(self) -> None:
@@ -235,8 +229,11 @@ def _let_go(taskqueue: queue.SimpleQueue[Any]) -> None:
         while True:
             entry = taskqueue.get_nowait()
             tasks = () if entry is None else entry[0]
-            for _, _, task, _, _ in tasks if type(tasks) is list else ():
-                task.close()
+            if isinstance(tasks, WaitingTasks):
+                tasks.close()
+            elif type(tasks) is list:  # not an iterator of the program's
+                for _, _, task, _, _ in tasks:
+                    task.close()
 
 
 class EndingQueueMixin(SimpleQueueMixin):
@@ -276,8 +273,8 @@ class TaskQueueMixin(EndingQueueMixin):
             self.finish()
             return
         job, index, function, args, kwds = task
-        form = CALL
-        if type(function) is not Task:
+        form = MAPPED_CALL if type(function) is MappedTask else CALL
+        if not isinstance(function, Task):
             # The worker looks at this function itself.
             form = LOADED_CALL if function is self._family.pool._helper_reraises_exception else CALL
             function = Task(self._family, pickled(self._family, (function, args, kwds)))
@@ -303,6 +300,8 @@ class TaskQueueMixin(EndingQueueMixin):
             ended.poll()
             raise EOFError from None
         form, job, index, content = beheaded(message)
+        if form == MAPPED_CALL:
+            return job, index, MappedTask(self._family, content), (), {}
         if form == CALL:
             return job, index, Task(self._family, content), (), {}
         return job, index, *open_arrived(content, self._family.loads)

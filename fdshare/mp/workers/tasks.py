@@ -30,11 +30,13 @@ if TYPE_CHECKING:
 __all__ = [
     "CALL",
     "LOADED_CALL",
+    "MAPPED_CALL",
     "RAISED",
     "RETURNED",
     "Pickled",
     "Raised",
     "Task",
+    "as_buffer",
     "beheaded",
     "has_head",
     "headed",
@@ -59,8 +61,9 @@ _SIZE: Final = _HEAD.size
 _unpack: Final = _HEAD.unpack_from
 CALL: Final = 1  # (function, args, kwargs), to be loaded when the call is made
 LOADED_CALL: Final = 2  # the same, to be loaded at once
-RETURNED: Final = 3
-RAISED: Final = 4
+MAPPED_CALL: Final = 3  # a MappedTask's
+RETURNED: Final = 4
+RAISED: Final = 5
 
 
 def pickled(family: Family, obj: Any) -> Pickled:
@@ -98,6 +101,11 @@ def beheaded(message: Arrived) -> tuple[int, int, int, Pickled]:
     # A long one is not copied.
     bundle.data = (memoryview(data) if len(data) > JOINED else data)[_SIZE:]
     return *_unpack(data), bundle
+
+
+def as_buffer(content: Pickled) -> memoryview:
+    """The bytes of *content*, which has no descriptors."""
+    return memoryview(content if isinstance(content, bytes) else content.data)
 
 
 def outcome(family: Family, form: int, content: Pickled) -> tuple[bool, Any]:

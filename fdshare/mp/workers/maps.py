@@ -1,0 +1,131 @@
+"""The tasks of a map, while they wait for a worker.
+
+Each is a function with a batch of items, pickled in the call of `map`. But what cannot change needs
+no pickle so early: where all items are numbers and text, and a batch has few, the function is
+pickled in the call, and each batch when it is sent. So 100,000 of them that wait take the memory of
+a copy of the list, and none where the program has given a range or a tuple.
+"""
+
+from __future__ import annotations
+
+import pickle
+import struct
+from collections import deque
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice
+from typing import Any, Final, TypeAlias
+
+from fdshare.mp.family import Family
+from fdshare.mp.pickling.plain import PROTOCOL
+from fdshare.mp.stock import Function
+from fdshare.mp.workers.tasks import Pickled, Task, as_buffer, pickled
+
+__all__ = ["MappedTask", "Numbered", "WaitingTasks", "tasks_of_map"]
+
+# What a pool's thread sends: job, index, function, args, kwds.
+Numbered: TypeAlias = tuple[int, int, Function, tuple[Any, ...], dict[str, Any]]
+
+_CONSTANT: Final = frozenset({int, str, bytes, float, bool, type(None)})
+_NO_KWDS: Final[dict[str, Any]] = {}  # one for all: there may be 100,000 tasks
+# Items of a task up to which a look at each costs less than the memory of a pickle that waits.
+_FEW: Final = 16
+_SIZE: Final = struct.Struct("=Q")
+
+
+class MappedTask(Task):
+    """A Task of two pickles: the pool's function and the program's, and a batch of items."""
+
+    __slots__ = ()
+
+    def __call__(self) -> Any:
+        data = as_buffer(self.content)
+        end = _SIZE.size + _SIZE.unpack_from(data)[0]
+        mapper, function = self.family.loads(data[_SIZE.size : end])
+        return mapper((function, pickle.loads(data[end:])))
+
+
+class WaitingTasks(Iterator[Numbered]):
+    """The tasks of a map that are not sent yet. Who takes one closes it."""
+
+    job = -1  # the number of the map, set before the first is taken
+
+    def __init__(self, family: Family) -> None:
+        self._family = family
+        self._index = -1
+
+    def __next__(self) -> Numbered:
+        function, args = self._next()
+        self._index += 1
+        return self.job, self._index, function, args, _NO_KWDS
+
+    def _next(self) -> tuple[Function, tuple[Any, ...]]:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Closes what nobody has taken."""
+
+
+class _Pickled(WaitingTasks):
+    """Tasks that are pickled."""
+
+    def __init__(self, family: Family, contents: Iterable[Pickled]) -> None:
+        super().__init__(family)
+        self._contents = deque(contents)
+
+    def _next(self) -> tuple[Function, tuple[Any, ...]]:
+        if not self._contents:
+            raise StopIteration
+        return Task(self._family, self._contents.popleft()), ()
+
+    def close(self) -> None:
+        while self._contents:
+            Task(self._family, self._contents.popleft()).close()
+
+
+class _Constant(WaitingTasks):
+    """Tasks whose items cannot change, and are pickled when they are taken."""
+
+    def __init__(self, family: Family, functions: bytes, batches: Iterator[Any]) -> None:
+        super().__init__(family)
+        self._head = _SIZE.pack(len(functions)) + functions
+        self._batches = batches
+
+    def _next(self) -> tuple[Function, tuple[Any, ...]]:
+        batch = next(self._batches)
+        try:
+            return MappedTask(self._family, self._head + pickle.dumps(batch, PROTOCOL)), ()
+        except MemoryError as error:  # the thread must not end by it
+            return self._family.pool._helper_reraises_exception, (error,)
+
+
+def tasks_of_map(
+    family: Family, mapper: Function, function: Function, items: Iterable[Any], size: int
+) -> WaitingTasks:
+    """The tasks of *mapper*, a function of the pool's, with *function* and so many of *items* each.
+
+    It is safe to change *items* and to close what is in it after this call. Raises: whatever
+    pickling raises; DescriptorLimit.
+    """
+    if 0 < size <= _FEW and type(items) in (range, tuple, list):
+        kept = tuple(items) if type(items) is list else items
+        functions = pickled(family, (mapper, function)) if _is_constant(kept) else None
+        if isinstance(functions, bytes):
+            return _Constant(family, functions, _batches(kept, size))
+    calls = ((function, batch) for batch in _batches(items, size))
+    return _Pickled(family, [Task.of(family, mapper, (call,), {}).content for call in calls])
+
+
+def _batches(items: Iterable[Any], size: int) -> Iterator[tuple[Any, ...]]:
+    left = iter(items)
+    while batch := tuple(islice(left, size)):
+        yield batch
+
+
+def _is_constant(items: Iterable[Any]) -> bool:
+    """True if *items* are numbers and text, or all are tuples of those."""
+    if type(items) is range:
+        return True
+    types = set(map(type, items))
+    if types == {tuple}:  # a starmap's
+        types = set(map(type, chain.from_iterable(items)))
+    return types <= _CONSTANT
