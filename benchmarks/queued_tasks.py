@@ -1,7 +1,10 @@
 """The memory of 100,000 tasks that wait in a pool or an executor for their only worker.
 
 Each figure is of a fresh process, whose worker is busy meanwhile: how much the memory of the parent
-GOALS = {"Pool.apply_async": 1.5, "executor.submit": 1.5, "Pool.map by one": 1.5}
+grows (Pss), with the results that it is given back. It is measured once: three runs gave the same
+to two hundredths. A `map` is of a range, which neither side copies: numbers and text are pickled
+when a worker is free. What else a `map` of fdshare has is pickled in the call, so that it may be
+closed.
 """
 
 from __future__ import annotations
