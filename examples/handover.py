@@ -93,7 +93,8 @@ def main() -> None:
     parser.add_argument("--version", default="1")
     parser.add_argument("--port", type=int, default=8080)
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
 
     with fdshare.connect(options.path) as rendezvous:
         listener, how = listener_of(rendezvous, options.port)

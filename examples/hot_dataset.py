@@ -45,7 +45,8 @@ def read(client: fdshare.Client) -> None:
         nonlocal ended
         ended = True
 
-    signal.signal(signal.SIGTERM, end)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end)
     reads = torn = 0
     versions: list[int] = []
     with client.follow(NAME) as dataset:

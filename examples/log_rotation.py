@@ -51,7 +51,8 @@ def write(client: fdshare.Client, pause: float) -> None:
         nonlocal ended
         ended = True
 
-    signal.signal(signal.SIGTERM, end)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end)
     lines, files = 0, set()
     with client.follow(NAME) as log:
         print(f"pid {os.getpid()} writes", flush=True)

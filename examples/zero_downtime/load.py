@@ -1,7 +1,8 @@
 """Requests without end, each on a new connection: a client that must not notice a deploy.
 
-Prints a JSON object at the end (SIGTERM, or after so many seconds): requests that were answered,
-connections that were refused, requests that failed otherwise, and the versions that answered.
+Prints a JSON object at the end (SIGTERM, Ctrl-C, or after so many seconds): requests that were
+answered, connections that were refused, requests that failed otherwise, and the versions that
+answered.
 
     python load.py http://127.0.0.1:8080/ --connections 8 --seconds 10 --rate 500
 """
@@ -75,7 +76,8 @@ def main() -> None:
     url = urlsplit(options.url)
     pause = options.connections / options.rate if options.rate else 0.0
     load = Load(url.hostname or "127.0.0.1", url.port or 80, pause)
-    signal.signal(signal.SIGTERM, lambda *_: load.stop.set())
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: load.stop.set())
     threads = [threading.Thread(target=load.run) for _ in range(options.connections)]
     for thread in threads:
         thread.start()

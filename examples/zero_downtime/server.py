@@ -44,7 +44,8 @@ def main() -> None:
         nonlocal stopped
         stopped = True
 
-    signal.signal(signal.SIGTERM, stop)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
     fdshare.notify("READY=1")
     while not stopped:
         if select.select([server], [], [], 0.05)[0]:

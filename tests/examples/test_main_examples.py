@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import socket
 import threading
 import urllib.request
@@ -33,6 +34,15 @@ def stop(process: Started) -> str:
     """What it says after SIGTERM, which must end it well."""
     out, _ = terminated(process)
     assert process.returncode == 0, out
+    return out
+
+
+def interrupt(process: Started) -> str:
+    """What it says after Ctrl-C, which must end it as well."""
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, out
+    assert "Traceback" not in out
     return out
 
 
@@ -152,7 +162,7 @@ def test_log_rotation(start: Start, rendezvous: Manager, folder: Path) -> None:
         assert rotate() == f"generation {number + 1} is {log}, the one before is {log}.{number}\n"
         wait_until(writes_here, "lines of both in the new file")
         finished.append((folder / f"app.log.{number}").read_text())
-    said = [stop(writer) for writer in writers]
+    said = [stop(writers[0]), interrupt(writers[1])]
     # No line went into a file after its writer had begun the next one.
     assert finished == [(folder / f"app.log.{number}").read_text() for number in (1, 2, 3)]
     written = LINE.findall("".join([*finished, log.read_text()]))
@@ -176,5 +186,5 @@ def test_hot_dataset(start: Start, rendezvous: Manager) -> None:
     for version in (2, 3):
         publish(version)
         assert [line(reader) for reader in readers] == [f"version {version}"] * 2
-    for reader in readers:
-        assert re.fullmatch(r"\d+ reads of 3 versions, 0 torn\n", stop(reader))
+    for said in (stop(readers[0]), interrupt(readers[1])):
+        assert re.fullmatch(r"\d+ reads of 3 versions, 0 torn\n", said)
