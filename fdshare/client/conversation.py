@@ -45,7 +45,7 @@ LEASE_END: Final = 1.0
 
 def check_seconds(argument: str, seconds: object) -> None:
     """Raises: InvalidArgument: it is no number."""
-    if not isinstance(seconds, int | float) or seconds != seconds:
+    if type(seconds) is bool or not isinstance(seconds, int | float) or seconds != seconds:
         raise InvalidArgument(argument, f"{seconds!r} is not a number of seconds")
 
 

@@ -18,12 +18,13 @@ from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
 from fdshare.client import verbs
-from fdshare.client.conversation import Exchange, WholeAnswer
+from fdshare.client.conversation import Exchange, WholeAnswer, check_seconds
 from fdshare.client.mapped_page import BLANK, MappedPage
 from fdshare.errors import (
     AccessDenied,
     FdshareError,
     FetchTimeout,
+    InvalidArgument,
     NameNotFound,
     NoServer,
     ProtocolError,
@@ -33,9 +34,25 @@ from fdshare.kernel.descriptor import Descriptor
 from fdshare.kinds import discard
 from fdshare.protocol import messages as m
 
-__all__ = ["FollowState", "FollowedObject", "Seen"]
+__all__ = ["FollowState", "FollowedObject", "Seen", "check_options"]
 
+_COROUTINE: Final = 0x80  # inspect.CO_COROUTINE; inspect itself takes 5 ms to import
 _NEVER: Final = 1  # a stamp that does not stand there
+
+
+def check_options(timeout: object, on_change: object) -> None:
+    """Raises: InvalidArgument: `follow` cannot use them, now or later."""
+    if timeout is not None:
+        check_seconds("timeout", timeout)
+        if timeout < 0:  # type: ignore[operator]
+            raise InvalidArgument("timeout", f"{timeout!r} is negative; None waits for ever")
+    if on_change is None:
+        return
+    if not callable(on_change):
+        raise InvalidArgument("on_change", f"{on_change!r} cannot be called")
+    flags = getattr(getattr(on_change, "__code__", None), "co_flags", 0)
+    if flags & _COROUTINE:
+        raise InvalidArgument("on_change", f"{on_change!r} would have to be awaited")
 
 
 class FollowedObject:
@@ -87,7 +104,7 @@ class FollowState:
         """What is to be asked, and the generation that is known, for `answered`."""
         known = self.generation
         epoch = "" if self.server is None else self.server.epoch
-        return verbs.following(self.name, self.timeout, known, epoch, self._page.id), known
+        return verbs.following(self.name, self.timeout, known, epoch, self._page.now[0]), known
 
     def answered(self, parts: WholeAnswer, server: m.Welcome | None, known: int) -> bool:
         """Takes the answer over. True if it brought another object than there was before it.
@@ -115,8 +132,8 @@ class FollowState:
             self._page.map(answer.page, descriptor)
         if not answer.slot:
             return BLANK, _NEVER
-        words = self._page.words
-        if answer.page != self._page.id or not 0 < answer.slot < len(words):
+        id, words = self._page.now
+        if answer.page != id or not 0 < answer.slot < len(words):
             raise ProtocolError(f"there is no slot {answer.slot} in page {answer.page}")
         return words[answer.slot : answer.slot + 1], answer.stamp
 

@@ -23,8 +23,8 @@ class MappedPage:
 
     def close(self) -> None:
         """Forgets it; it is unmapped when nobody looks any more."""
-        self.id = 0
-        self.words: Sequence[int] = BLANK
+        # Its id, and its words: changed together, for other threads and signals' handlers look.
+        self.now: tuple[int, Sequence[int]] = 0, BLANK
 
     def map(self, id: int, descriptor: Descriptor) -> None:
         """Maps another page, and closes its *descriptor*. Raises: ProtocolError: it is none."""
@@ -35,4 +35,4 @@ class MappedPage:
                 words = memory.buf.toreadonly().cast("Q")
         except (FdshareError, OSError, TypeError) as error:
             raise ProtocolError(f"the server's page is none: {error}") from None
-        self.id, self.words = id, words
+        self.now = id, words

@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 
+from fdshare import aio, ref
+from fdshare.client.blocking.client import Client
 from fdshare.client.conversation import WholeAnswer
 from fdshare.client.follow_state import FollowState
 from fdshare.client.mapped_page import MappedPage
 from fdshare.errors import (
     AccessDenied,
     FetchTimeout,
+    InvalidArgument,
     NameNotFound,
     NoServer,
     ProtocolError,
@@ -48,6 +51,29 @@ def state() -> Iterator[FollowState]:
     yield state
     state.seen = None
     mapped.close()
+
+
+async def _awaits(_: Any) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("argument", "wrong"),
+    [
+        *[("timeout", seconds) for seconds in (-1, "5", True, float("nan"))],
+        *[("on_change", call) for call in (5, "x", _awaits)],
+    ],
+    ids=lambda value: getattr(value, "__name__", repr(value)),
+)
+def test_what_cannot_be_used_is_refused_at_once(client: Client, argument: str, wrong: Any) -> None:
+    """And not when the name is missing, or changes."""
+    with open(os.devnull) as file:
+        client.register("log", file)
+    with pytest.raises(InvalidArgument, match=f"^{argument}: "):
+        client.follow("log", **{argument: wrong})
+    with pytest.raises(InvalidArgument, match=f"^{argument}: "):
+        ref("log", client.address).follow(**{argument: wrong})
+    with pytest.raises(InvalidArgument, match=f"^{argument}: "):
+        aio.connect(client.address).follow("log", **{argument: wrong})
 
 
 def null() -> Descriptor:

@@ -19,11 +19,11 @@ def test_what_the_server_writes_is_seen_and_cannot_be_written() -> None:
     mapped = MappedPage()
     mapped.map(7, Descriptor.dup_of(page.handle.fd))
     page.write(1, 5)
-    assert (mapped.id, mapped.words[1]) == (7, 5)
+    assert (mapped.now[0], mapped.now[1][1]) == (7, 5)
     with pytest.raises(TypeError):
-        mapped.words[1] = 6  # type: ignore[index]
+        mapped.now[1][1] = 6  # type: ignore[index]
     mapped.close()
-    assert mapped.words is BLANK
+    assert mapped.now == (0, BLANK)
     memfd.close()
     os.close(page.handle.fd)
 
@@ -34,4 +34,4 @@ def test_another_descriptor_is_closed_and_refused() -> None:
     with pytest.raises(ProtocolError, match="page"):
         mapped.map(7, wrong)
     assert wrong.closed
-    assert mapped.words is BLANK
+    assert mapped.now == (0, BLANK)

@@ -11,7 +11,7 @@ import anyio
 import anyio.lowlevel
 
 from fdshare.client.asynchronous.pipeline import Pipeline
-from fdshare.client.follow_state import FollowState, Seen
+from fdshare.client.follow_state import FollowState, Seen, check_options
 from fdshare.client.mapped_page import MappedPage
 from fdshare.errors import ClosedDescriptor, FdshareError
 
@@ -38,7 +38,8 @@ class AsyncFollower:
         on_change: Callable[[Any], object] | None,
     ) -> None:
         """*open_pipeline* returns the pipeline of the client, or raises ClosedDescriptor; *page* is
-        the client's."""
+        the client's. Raises: InvalidArgument."""
+        check_options(timeout, on_change)
         self.name = name
         self._open_pipeline = open_pipeline
         self._on_change = on_change

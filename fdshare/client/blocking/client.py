@@ -217,7 +217,8 @@ class Client(BaseClient):
         To look takes no system call; after a change the object is fetched anew, the old one is
         closed when nobody has it any more, and *on_change* is called with the new one, by the
         thread that has found it. Wherever the name is missing, waits up to *timeout* seconds for
-        it, None for ever. See `Follower`. The caller owns the result. Raises: as `fetch`.
+        it, None for ever. See `Follower`. The caller owns the result. Raises: as `fetch`;
+        InvalidArgument.
 
         >>> _ = client.register("null", file)
         >>> with client.follow("null") as followed, open("/dev/zero") as other:

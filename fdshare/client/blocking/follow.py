@@ -11,7 +11,7 @@ from time import monotonic
 from typing import Any, Final, Protocol, Self
 
 from fdshare.client.conversation import Exchange, WholeAnswer
-from fdshare.client.follow_state import FollowState, Seen
+from fdshare.client.follow_state import FollowState, Seen, check_options
 from fdshare.client.mapped_page import MappedPage
 from fdshare.errors import ClosedDescriptor, FdshareError
 from fdshare.protocol import messages as m
@@ -55,7 +55,9 @@ class Follower:
         on_change: Callable[[Any], object] | None,
         end: Callable[[], object] | None = None,
     ) -> None:
-        """Asks for the object at once. *end* is called when this is closed."""
+        """Asks for the object at once. *end* is called when this is closed. Raises: as `current`;
+        InvalidArgument."""
+        check_options(timeout, on_change)
         self.name = name
         self._client = client
         self._on_change = on_change
