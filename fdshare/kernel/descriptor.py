@@ -25,7 +25,6 @@ __all__ = ["Descriptor", "HasFileno", "Spare", "borrow"]
 T = TypeVar("T")
 
 _DETACHED: Final[list[int]] = []  # Descriptor._number of those that are detached
-_pop: Final[Callable[[list[int]], int]] = list.pop
 
 _DUPLICATE: Final = (fcntl.F_DUPFD_CLOEXEC,)
 _LOWEST: Final = (0,)
@@ -84,8 +83,8 @@ class Descriptor:
     ''
     """
 
-    # In a list that is empty once it is closed or detached: list.pop is one step, with the GIL off
-    # as with it, so that only one of several threads closes it.
+    # In a list that is empty once it is closed or detached: to delete an item is one step, with the
+    # GIL off as with it, so that only one of several threads closes it.
     __slots__ = ("__weakref__", "_number")
 
     def __init__(self, fd: int) -> None:
@@ -130,12 +129,11 @@ class Descriptor:
 
     def close(self) -> None:
         """Closes it; does nothing if it is closed or detached."""
-        if not self._number:
-            return
-        taking = map(_pop, (self._number,))
+        number = self._number
         try:
-            (fd,) = taking  # no signal's handler comes between this and close(2)
-        except IndexError:  # another thread was faster
+            fd = number[0]
+            del number[0]  # no signal's handler comes between this and close(2)
+        except IndexError:  # perhaps another thread was faster
             return
         # close(2) on Linux frees the number whatever it returns: a second try could close another
         # descriptor.
@@ -143,9 +141,10 @@ class Descriptor:
 
     def detach(self) -> int:
         """The number, which the caller owns now; this object is detached."""
-        taking = map(_pop, (self._number,))
+        number = self._number
         try:
-            (fd,) = taking
+            fd = number[0]
+            del number[0]
         except IndexError:
             return self.fileno()  # raises, and says which of both it is
         self._number = _DETACHED
