@@ -15,7 +15,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from queue import Full
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeAlias
 
 from fdshare.kernel import system
 from fdshare.mp.channels.connection import ConnectionMixin, PipeFunction
@@ -41,6 +41,7 @@ __all__ = ["JoinableQueueMixin", "QueueMixin", "SimpleQueueMixin", "register_aft
 
 
 State: TypeAlias = tuple[Any, ...]
+_WAITING: Final = (True,)
 # What is told of a message that was not sent, and the object.
 Report: TypeAlias = tuple[Callable[[BaseException, Any], None], Any]
 
@@ -323,6 +324,7 @@ class SimpleQueueMixin(StockSimpleQueue):
         self._adopt()
 
     def _adopt(self) -> None:
+        self._write_lock = raw(self._wlock)
         self._reader._shared = True
         self._poll = self._reader.poll
 
@@ -340,7 +342,7 @@ class SimpleQueueMixin(StockSimpleQueue):
 
     def _put_message(self, message: Encoded) -> None:
         """As `put`, of what is pickled."""
-        sender, lock = self._writer._own_sender(), raw(self._wlock)
+        sender, lock = self._writer._own_sender(), self._write_lock
         finished = self._finished
         if finished is not None:
             with finished:
@@ -348,15 +350,17 @@ class SimpleQueueMixin(StockSimpleQueue):
         elif lock._is_mine():
             sender.leave(message)
             return
-        self._send(sender, lock, lambda: sender.send(message))
+        self._send(sender, lock, sender.send, message)
         while sender.waiting:  # left to this call at its last moment
             self._send(sender, lock, sender.send_waiting)
 
-    def _send(self, sender: Sender, lock: RawSemLock, send: Callable[[], None]) -> None:
+    def _send(
+        self, sender: Sender, lock: RawSemLock, send: Callable[..., None], *message: Encoded
+    ) -> None:
         locked = False
         try:
-            (locked,) = map(lock.acquire, (True,))  # as in kernel/ancillary.py
-            send()
+            (locked,) = map(lock.acquire, _WAITING)  # as in kernel/ancillary.py
+            send(*message)
         finally:
             # A handler may raise in any function in Python: none is called before the lock is free.
             if locked:

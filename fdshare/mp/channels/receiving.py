@@ -100,12 +100,14 @@ class MessageReceiver(Incoming):
         """
         try:
             if not self.parts:
-                if self._mark_of_all is not None:
-                    mark = self._mark_of_all()
-                    if mark == TORN:
-                        raise TornMessage
-                    self._marked = mark != 0
-                    self._size = BODY_FOLLOWS if self._marked else None
+                ask = self._mark_of_all
+                if ask is not None:
+                    mark = ask()
+                    if mark or self._marked:
+                        if mark == TORN:
+                            raise TornMessage
+                        self._marked = mark != 0
+                        self._size = BODY_FOLLOWS if self._marked else None
                 if self._size is None:
                     shared = self._level
                     level = self._in_a_row > 1 if shared is None else shared.level()

@@ -50,6 +50,7 @@ __all__ = [
 # Seconds that a reader of many jobs' messages waits at its descriptor limit before one job fails.
 PATIENCE: Final = 5.0
 PAUSE: Final = 0.02  # seconds between two attempts
+_NO_LOCK: Final[AbstractContextManager[object]] = nullcontext()
 
 
 # What is sent: a pickle; with descriptors, a bundle.
@@ -173,7 +174,7 @@ def _raised(error: BaseException, remote: BaseException) -> BaseException:
 
 def receive_patiently(
     connection: ConnectionMixin,
-    lock: AbstractContextManager[object] | None = None,
+    lock: AbstractContextManager[object] = _NO_LOCK,
     wait: Callable[[float], object] = time.sleep,
 ) -> Arrived:
     """The next message of *connection*, read under *lock*.
@@ -183,10 +184,9 @@ def receive_patiently(
     DescriptorLimit when it is loaded. *wait* is time.sleep, or returns True when the channel was
     ended: EOFError is raised then.
     """
-    guard = nullcontext() if lock is None else lock
     deadline: float | None = None
     while True:
-        with guard:
+        with lock:
             try:
                 return connection._receive()
             except DescriptorLimit as limit:
