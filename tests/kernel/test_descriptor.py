@@ -13,10 +13,12 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
 import pytest
+from mp.interrupts import Interrupt, Interrupter, handled_by, interrupt, make_interrupter  # noqa: F401
 
 from fdshare.errors import ClosedDescriptor, UnsupportedKind
 from fdshare.kernel import Descriptor, borrow, descriptor
@@ -98,6 +100,18 @@ def test_of_two_threads_one_ends_it(end: Callable[[Descriptor], int | None]) -> 
         if not others:
             break
     assert 5 < step < 99
+
+
+def test_a_handler_that_raises_leaves_it_open_or_closed(interrupter: Interrupter) -> None:
+    """It is never open and nobody's."""
+    instructions, over = 1, False
+    while not over:
+        number = os.open(os.devnull, os.O_RDONLY)
+        with Descriptor(number) as descriptor:
+            with handled_by(interrupt), suppress(Interrupt):
+                over = not interrupter.arrives(instructions, descriptor.close)
+            assert is_open(number) is not descriptor.closed
+        instructions += 1
 
 
 def test_use_after_close_and_after_detach_say_which(null: int) -> None:
