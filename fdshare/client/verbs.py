@@ -328,7 +328,10 @@ def _bound_socket(name: str, kind: m.Kind, descriptors: list[Descriptor]) -> soc
 
 def names(pattern: str) -> Steps[list[str]]:
     parts = yield Exchange(m.Names(pattern))
-    return [name for reply in _answers(parts, m.NameList) for name in reply.names]
+    found: list[str] = []
+    for reply in _answers(parts, m.NameList):
+        found += reply.names
+    return found
 
 
 def _answers(parts: WholeAnswer, cls: type[R]) -> list[R]:

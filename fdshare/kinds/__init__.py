@@ -114,9 +114,10 @@ def rebuild(kind: Kind, descriptors: list[Descriptor]) -> Any:
 
 def owned(descriptors: list[Descriptor]) -> list[Descriptor]:
     """*descriptors*, where one is a Spare as a Descriptor; the caller owns the result."""
-    if set(map(type, descriptors)) == {Descriptor}:
-        return descriptors
-    return [descriptor.hand_to(Descriptor) for descriptor in descriptors]
+    for descriptor in descriptors:
+        if type(descriptor) is not Descriptor:
+            return [descriptor.hand_to(Descriptor) for descriptor in descriptors]
+    return descriptors
 
 
 def discard(obj: Any) -> None:
