@@ -199,6 +199,11 @@ def _reason(error: OSError) -> str:
     """What to say of *error*; nothing of a reader that has gone (`fdshare ls | head -1`)."""
     if isinstance(error, BrokenPipeError):
         return ""
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        with suppress(OSError):  # of the import, where it was not needed before
+            from fdshare.kernel.descriptor_limit import descriptor_limit
+
+            return descriptor_limit(error.errno, "client").message
     if error.filename is None and error.errno in _OUTPUT_FAILS:
         return f"standard output: {error.strerror}"
     return str(error)

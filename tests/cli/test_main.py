@@ -168,3 +168,20 @@ def test_the_commands_import_neither_rich_nor_anyio(fdshare: Shell) -> None:
         check=True,
     )
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_a_full_descriptor_table_has_the_limit_named(fdshare: Shell) -> None:
+    words = [
+        "bash",
+        "-c",
+        'ulimit -n 9; exec "$@"',
+        "bash",
+        *FDSHARE,
+        "deploy",
+        "a=tcp://127.0.0.1:0",
+    ]
+    done = subprocess.run(
+        [*words, "--", "sleep", "60"], env=fdshare.environment, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert "RLIMIT_NOFILE of the client is 9, all in use" in done.stderr

@@ -279,6 +279,7 @@ def test_health_is_asked_of_the_new_version_alone(served: Site, folder: Path) ->
     assert served.ask() == "version 1"
     well = (EXAMPLE / "server.py").read_text().replace("READY=1", "STATUS=well")
     (folder / "well.py").write_text(well)
+    words[1] = "60"  # the old one accepts most of what is asked
     served.deploy(*words, sys.executable, str(folder / "well.py"), version=2)
     assert served.ask() == "version 2"
 
