@@ -38,7 +38,8 @@ T = TypeVar("T")
 class AsyncClient(BaseClient):
     """The verbs of one server, to be awaited by the tasks of one event loop, in its thread alone.
 
-    It is entered with `async with`, once, and left in the task that entered it.
+    It is entered with `async with`, once, and left in the task that entered it. It is for the tasks
+    of that event loop: those of another one make a client of their own.
 
     *timeout*: seconds that the server may take to answer, None for ever; the timeout of a verb that
     waits for a name is added. If the server is lost during a call, the client looks for it during

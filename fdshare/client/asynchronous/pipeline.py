@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import copy
 import socket
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from threading import get_ident
 from typing import Final
 
 import anyio
@@ -29,6 +31,7 @@ from fdshare.client.watch_state import WatchState
 from fdshare.errors import (
     ClosedDescriptor,
     FdshareError,
+    InvalidArgument,
     NoServer,
     ServerGone,
     ServerTimeout,
@@ -45,6 +48,12 @@ _CHANGES: Final = frozenset((m.Register, m.Unregister, m.Rename))
 _WAITS: Final = frozenset((m.Fetch, m.Take, m.Wait, m.Follow))
 _FIRST_PAUSE: Final = 0.005  # seconds between attempts to reconnect, doubled each time ...
 _LONGEST_PAUSE: Final = 0.2  # ... up to this
+
+
+def _runner() -> object:
+    """What runs this task: the event loop of asyncio, or else the thread, which has one of trio."""
+    asyncio = sys.modules.get("asyncio")
+    return (asyncio and asyncio._get_running_loop()) or get_ident()
 
 
 class Pipeline:
@@ -69,6 +78,7 @@ class Pipeline:
         self._work = anyio.Event()
         self._changes = anyio.Semaphore(_MOST_CHANGES)
         self._scope = anyio.CancelScope()
+        self._home = _runner()
 
     # For the tasks that make requests.
 
@@ -81,6 +91,7 @@ class Pipeline:
     ) -> tuple[WholeAnswer, m.Welcome | None]:
         """The whole answer, and the server that gave it. Without *search* a server that is lost is
         not looked for. Raises: as `exchange`."""
+        self._check_home()
         delay = exchange.deadline(0.0, self._timeout)
         began = time.monotonic()
         with anyio.move_on_after(delay):
@@ -115,7 +126,8 @@ class Pipeline:
         return call
 
     def subscribe(self, state: WatchState) -> Subscription:
-        """*state* is fed from now on, with a snapshot first."""
+        """*state* is fed from now on, with a snapshot first. Raises: InvalidArgument."""
+        self._check_home()
         subscription = Subscription(self._new_id(), state, Search(self._reconnect))
         state.lost()
         self._pending[subscription.id] = subscription
@@ -134,15 +146,27 @@ class Pipeline:
 
     def close(self) -> None:
         """Ends `run`; every task that waits gets ClosedDescriptor."""
+        is_closed = getattr(self._home, "is_closed", None)
+        if is_closed is not None and is_closed():  # none of them runs any more
+            self.drop()
+            return
         self._open = False
         self._scope.cancel()
         self._fail_all(ClosedDescriptor("the client is closed"))
 
     def drop(self) -> None:
-        """In a forked child: closes the copy of the connection, and nothing else."""
+        """Where no task of its event loop runs, as in a forked child: closes the connection, and
+        nothing else."""
         self._open = False
         if self._transport is not None:
             self._transport.sock.close()
+
+    def _check_home(self) -> None:
+        """Raises: InvalidArgument: nothing here would ever wake this task."""
+        if _runner() != self._home:
+            raise InvalidArgument(
+                "client", "it was entered in another event loop; make another one"
+            )
 
     def _new_id(self) -> int:
         if not self._open:

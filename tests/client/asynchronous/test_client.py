@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import socket
 import subprocess
@@ -296,3 +297,40 @@ def test_a_connection_for_connect_accepted_socket(server: Any) -> None:
                 await asyncio.sleep(0)
 
     asyncio.run(main())
+
+
+@BACKENDS
+def test_another_event_loop_is_told(server: Any, client: Client, backend: str) -> None:
+    """Nothing would wake its tasks: they waited for ever."""
+    with socket.socket() as sock:
+        client.register("a", sock)
+
+    async def main() -> None:
+        async with fdshare.aio.connect(server.address, timeout=None) as asynchronous:
+            log = asynchronous.follow("a")
+            await log.current()
+            client.unregister("a")
+
+            async def watch() -> None:
+                async with asynchronous.watch() as changes:
+                    await anext(changes)
+
+            for call in (asynchronous.names, log.current, watch):
+                with pytest.raises(InvalidArgument, match="another event loop"):
+                    await anyio.to_thread.run_sync(
+                        lambda call=call: anyio.run(call, backend=backend)
+                    )
+            assert await asynchronous.names() == []
+
+    anyio.run(main, backend=backend)
+
+
+def test_a_client_is_closed_after_its_event_loop(server: Any) -> None:
+    before, asynchronous = census(), fdshare.aio.connect(server.address)
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(asynchronous.__aenter__())
+    loop.close()
+    asyncio.run(asynchronous.close())
+    del loop, asynchronous
+    gc.collect()
+    assert census() == before
