@@ -3,7 +3,7 @@
 They come twice: what the first wave has left would show in the second. How long a fetch takes
 meanwhile depends on the machine, too: a descriptor that two other processes exchange, at the same
 moments, tells how much. And for how long the server's process runs before the answer to a fetch
-depends on the server alone.
+depends on the server alone: that is not ten times what a fetch takes without hostile users.
 """
 
 from __future__ import annotations
@@ -230,8 +230,9 @@ def test_hostile_users(
     for first, second in zip(*memory, strict=True):
         assert second < first + GROWTH
     if LONG:  # in seconds there are too few fetches for a 99th percentile
-        machine = max(quiet.good["fetch_p99_us"], wave.good["bare_p99_us"])
-        assert wave.good["fetch_p99_us"] < SLOWER * machine, counted
+        before_p99, machine_p99 = quiet.good["fetch_p99_us"], wave.good["bare_p99_us"]
+        assert wave.good["server_p99_us"] < SLOWER * before_p99, counted
+        assert wave.good["fetch_p99_us"] < SLOWER * max(before_p99, machine_p99), counted
 
 
 def empty(root: Client) -> None:
