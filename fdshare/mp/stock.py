@@ -79,6 +79,10 @@ class StockListener(_Listener):
 class ConnectionModule(Protocol):
     Connection: type[StockConnection]
     Listener: type[StockListener]
+    default_family: str
+
+    @staticmethod
+    def arbitrary_address(family: str) -> str: ...
 
     @staticmethod
     def Client(

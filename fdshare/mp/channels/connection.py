@@ -61,7 +61,7 @@ class ConnectionMixin(StockConnection):
     _family: ClassVar[Family]
     _socket: _View | None = None
     _is_foreign = False  # a pipe, or TCP
-    _is_pair = False  # made by Pipe: the other end is one of ours
+    _is_pair = False  # the other end is one of ours: Pipe has made both
     # True where several processes read from this socket, each under a lock: that a body was left
     # is then marked on the socket alone.
     _shared = False

@@ -3,15 +3,30 @@
 Over multiprocessing/managers.py of CPython 3.11 to 3.13, which chooses its Listener and Client by
 the name of a serializer (`listener_client`). Ours is one more. Proxies are pickled with the name,
 so it is a string that registers the serializer where it is unpickled.
+
+Either end of a manager's connection may be of the package itself, which reads no memory (large.py):
+a program of a drop-in may talk to one that is not. So both ends of ours have a name that the other
+one can ask for, and which no stock one has: the server the path that is chosen for it, the client
+an abstract one, before its first request.
 """
 
 from __future__ import annotations
 
+import os
+import secrets
+import socket
 import time
-from typing import Any, ClassVar
+from contextlib import suppress
+from typing import Any, ClassVar, Final
 
 from fdshare.errors import DescriptorLimit
-from fdshare.mp.channels.connection import ConnectionMixin, ListenerMixin, make_client
+from fdshare.kernel import system
+from fdshare.mp.channels.connection import (
+    ClientFunction,
+    ConnectionMixin,
+    ListenerMixin,
+    make_client,
+)
 from fdshare.mp.family import Family
 from fdshare.mp.pickling.bundle import Reduced
 from fdshare.mp.stock import Address, StockContext, StockManager
@@ -38,16 +53,74 @@ def register_serializer(connection: type[ManagerConnectionMixin]) -> Serializer:
     if name not in known:
         listener = family.derive(
             "ManagerListener",
-            ListenerMixin,
+            ManagerListenerMixin,
             family.connection.Listener,
             _connection=connection,
         )
-        known[name] = (listener, make_client(family, connection))
+        known[name] = (listener, _naming(make_client(family, connection)))
     return name
+
+
+# What the names of both ends have.
+_SERVER: Final = b"-fdshare"
+_CLIENT: Final = b"\0fdshare-"
+_LONGEST_PATH: Final = 107  # sun_path, unix(7)
+
+
+class ManagerListenerMixin(ListenerMixin):
+    """The Listener of a manager's server, whose path tells that the server is one of ours."""
+
+    _family: ClassVar[Family]
+
+    def __init__(
+        self,
+        address: Address | None = None,
+        family: str | None = None,
+        backlog: int = 1,
+        authkey: bytes | None = None,
+    ) -> None:
+        module = self._family.connection
+        if address is None and family is None and module.default_family == "AF_UNIX":
+            path = module.arbitrary_address("AF_UNIX")
+            named = path + os.fsdecode(_SERVER)
+            address = named if len(os.fsencode(named)) <= _LONGEST_PATH else path
+        super().__init__(address, family, backlog, authkey)
+
+
+def _naming(client: ClientFunction) -> ClientFunction:
+    """*client*, with a name for each connection."""
+
+    def Client(
+        address: Address, family: str | None = None, authkey: bytes | None = None
+    ) -> ConnectionMixin:
+        connection = client(address, family, authkey)
+        sock = connection._socket or connection._open()
+        if sock is not None and system.LINUX:  # with abstract names
+            with suppress(OSError):
+                sock.bind(_CLIENT + secrets.token_hex(8).encode())
+        return connection
+
+    return Client
+
+
+def _is_ours(peer: socket.socket) -> bool:
+    name = peer.getpeername()
+    name = os.fsencode(name) if isinstance(name, str) else name
+    return name.startswith(_CLIENT) or name.endswith(_SERVER)
 
 
 class ManagerConnectionMixin(ConnectionMixin):
     """A connection on which each message has an answer: none may be left to be read later."""
+
+    _knows_peer = False
+
+    def send(self, obj: Any) -> None:
+        """As the Connection's."""
+        if not self._knows_peer:  # a server has received then, and so its client has its name
+            sock = self._socket or self._open()
+            self._is_pair = sock is not None and _is_ours(sock)
+            self._knows_peer = True
+        ConnectionMixin.send(self, obj)
 
     def recv(self) -> Any:
         """The next object. Raises: DescriptorLimit, after PATIENCE seconds; the object is lost."""

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import wait_until
 
 from fdshare import get_context
 from fdshare.errors import DescriptorLimit
+from fdshare.mp.pickling.large import LARGE
 from fdshare.mp.workers import managers
 from fdshare.mp.workers.managers import Serializer, register_serializer
 from mp import children
 from mp.common import PACKAGES, descriptor_limit_reached, identity, trackers  # noqa: F401
+from mp.pickling.test_large import is_mapped
 
 
 @pytest.fixture(params=PACKAGES)
@@ -97,3 +104,67 @@ def test_the_serializer_brings_its_registration(ctx: Any) -> None:
     assert arrived == name
     assert name in known
     known[name] = former
+
+
+# Large arrays
+
+
+def array() -> Any:
+    numpy = pytest.importorskip("numpy")
+    return numpy.ones(LARGE // 8)
+
+
+def test_an_array_is_mapped_by_both_ends(ctx: Any) -> None:
+    sent = array()
+    with ctx.Manager() as manager:
+        space = manager.dict()
+        for value in 5, 6:
+            sent[0] = value
+            space["array"] = sent
+            sent[0] = 0  # it was copied
+            arrived = space["array"]
+            assert arrived[0] == value
+            assert is_mapped(arrived)
+            arrived[0] = 7  # it is its own
+            assert space["array"][0] == value
+        maps = Path(f"/proc/{manager._process.pid}/maps").read_text()
+        assert "fdshare-message" in maps
+        space.clear()
+        wait_until(lambda: not memory_of(manager._process.pid), "the memory is gone")
+
+
+def memory_of(pid: int) -> list[str]:
+    """What a process has of the memory of messages."""
+    folder = Path(f"/proc/{pid}")
+    found = [os.readlink(link) for link in (folder / "fd").iterdir() if link.is_symlink()]
+    found += (folder / "maps").read_text().splitlines()
+    return [one for one in found if "fdshare-message" in one]
+
+
+def test_nothing_is_left_of_a_server_that_was_killed(ctx: Any) -> None:
+    manager = ctx.Manager()
+    space = manager.dict(array=array())
+    arrived = space["array"]
+    os.kill(manager._process.pid, signal.SIGKILL)
+    manager._process.join()
+    assert arrived.sum() == len(arrived)
+    with pytest.raises((OSError, EOFError)):
+        space["array"]
+    manager.shutdown()
+    del arrived
+    assert not memory_of(os.getpid())
+
+
+@pytest.mark.parametrize("stock_end", ["client", "server"])
+def test_the_other_end_may_be_of_the_package(ctx: Any, stock_end: str) -> None:
+    ours = ctx.Manager
+    stock = import_module(ctx._family.package).get_context("fork").Manager
+    serve, join = (ours, stock) if stock_end == "client" else (stock, ours)
+    with serve() as server, join() as other:
+        near = type(other)(server.address, bytes(server._authkey))
+        near.connect()
+        space = near.dict()
+        space["array"] = array()
+        assert space["array"].sum() == LARGE // 8
+        assert not is_mapped(space["array"])
+        assert not memory_of(server._process.pid)
