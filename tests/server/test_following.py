@@ -43,9 +43,7 @@ def files() -> Iterator[list[int]]:
 
 def page_of(follower: Follower) -> int:
     """The number of the page in which it looks."""
-    seen = follower._state.seen
-    assert seen is not None
-    return seen.words[0]
+    return follower._state._page.now[1][0]
 
 
 def is_fresh(follower: Follower) -> bool:
