@@ -1,8 +1,8 @@
 """Arrays of numpy and bytes through every channel, ours beside the stock one.
 
-The stock channels send what they are given through a pipe; ours send the numbers of an array, from
-4 MiB on, in a memfd that the receiver maps (fdshare/mp/pickling/large.py). The receiver reads all
-of it: pages that it had not touched would cost it nothing.
+The stock channels send what they are given through a pipe; ours send what is large, from 1 MiB on,
+in a memfd that the receiver maps (fdshare/mp/pickling/large.py). The receiver reads all of it:
+pages that it had not touched would cost it nothing.
 
 One child has a side of a channel, and a worker: *argument* goes to the worker, *result* comes from
 it, and a Queue and a Pipe lead to it. array_peers.py has other ways to hand over an array.

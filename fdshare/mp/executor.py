@@ -20,14 +20,13 @@ from fdshare.mp.backends import backend_of, get_context
 from fdshare.mp.context import Context
 from fdshare.mp.family import Family
 from fdshare.mp.stock import Function, executor_module
-from fdshare.mp.workers.executor_queues import Call, ResultQueueMixin, adopt
+from fdshare.mp.workers.executor_queues import Call, CallQueueMixin, ResultQueueMixin, adopt
 from fdshare.mp.workers.tasks import hold_initializer, release_initializer
 
 if TYPE_CHECKING:
     from multiprocessing.context import BaseContext
 
     from fdshare.mp.pickling.bundle import Bundle
-    from fdshare.mp.stock import StockSafeQueue
 
 __all__ = ["ProcessPoolExecutor"]
 
@@ -49,7 +48,7 @@ class ProcessPoolExecutor(concurrent.futures.ProcessPoolExecutor):
     """
 
     _family: Family
-    _call_queue: StockSafeQueue
+    _call_queue: CallQueueMixin
     _result_queue: ResultQueueMixin
     _mp_context: Context
     _initializer: Function | None
@@ -83,7 +82,9 @@ class ProcessPoolExecutor(concurrent.futures.ProcessPoolExecutor):
 
         Raises: whatever pickling raises; DescriptorLimit; as the standard one.
         """
-        call = Call.of(self._family, fn, args, kwargs)
+        queue: CallQueueMixin | None = self._call_queue  # None after shutdown()
+        cache = None if queue is None else queue._writer._cache
+        call = Call.of(self._family, (fn, args, kwargs), cache)
         bundle = call.bundle
         future: Future[T] = super().submit(call)
         if bundle is not None:

@@ -65,6 +65,11 @@ class Channel:
         else:
             finish(self.queue)
 
+    def open_now(self) -> int:
+        """How many descriptors this process has, but for memory that is kept for later messages."""
+        writer = self.writer if self.queue is None else self.queue._writer
+        return open_now() - sum(kept.is_open for kept in writer._cache._kept)
+
     def settle(self) -> None:
         """Fails if a bounded queue has not all its places, or counts what is not there."""
         if hasattr(self.queue, "_sem"):
@@ -136,7 +141,7 @@ def until(get: Callable[[], Any], end: Any) -> list[Any]:
 
 
 def test_put_is_done_or_not_done(channel: Channel, item: Any, interrupter: Interrupter) -> None:
-    before, instructions, over = open_now(), 1, False
+    before, instructions, over = channel.open_now(), 1, False
     while not over:
         with handled_by(interrupt) as came, suppress(Interrupt):
             over = not interrupter.arrives(instructions, lambda: channel.put(item))
@@ -147,7 +152,7 @@ def test_put_is_done_or_not_done(channel: Channel, item: Any, interrupter: Inter
             check(one, item)
         channel.settle()
         gc.collect(0)
-        assert open_now() == before
+        assert channel.open_now() == before
         instructions += channel.step
 
 
@@ -155,7 +160,7 @@ def test_put_is_done_or_not_done(channel: Channel, item: Any, interrupter: Inter
 def test_get_leaves_the_next_message_whole(
     channel: Channel, item: Any, expecting: bool, interrupter: Interrupter
 ) -> None:
-    before, instructions, over, lost = open_now(), 1, False, 0
+    before, instructions, over, lost = channel.open_now(), 1, False, 0
     while not over:
         for _ in range(3 * expecting):  # messages with descriptors are peeked at then
             channel.put(item)
@@ -175,7 +180,7 @@ def test_get_leaves_the_next_message_whole(
         got.clear()
         channel.settle()
         gc.collect(0)
-        assert open_now() == before
+        assert channel.open_now() == before
         instructions += channel.step
     # An object is lost while it is unpickled by Python code, and then its descriptors are closed.
     assert not lost or isinstance(item, list | Memory)
@@ -191,7 +196,7 @@ def test_put_may_be_called_during_put(
 ) -> None:
     with socket.socket() as sock:
         inner = ("inner", 5 if nested == "number" else sock)
-        before, instructions, over = open_now(), 1, False
+        before, instructions, over = channel.open_now(), 1, False
         while not over:
             came: list[int] = []
 
@@ -209,4 +214,4 @@ def test_put_may_be_called_during_put(
             channel.settle()
             instructions += channel.step
     gc.collect()
-    assert open_now() <= before
+    assert channel.open_now() <= before

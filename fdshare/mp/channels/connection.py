@@ -23,12 +23,14 @@ from queue import Empty
 from typing import Any, ClassVar, Protocol, TypeVar
 
 from fdshare.errors import NoTransit
+from fdshare.kernel import system
 from fdshare.kernel.plain_socket import WITHOUT_TIMEOUT, stream_pair
 from fdshare.mp.channels.peek_level import PeekLevel
 from fdshare.mp.channels.receiving import MessageReceiver
 from fdshare.mp.channels.sender import Sender
 from fdshare.mp.family import Family
 from fdshare.mp.pickling.bundle import Arrived, Bundle, Reduced, open_arrived
+from fdshare.mp.pickling.memfd_cache import MemfdCache
 from fdshare.mp.pickling.reducers import encode
 from fdshare.mp.stock import Address, Duplicate, RawLock, StockConnection, StockListener
 
@@ -61,7 +63,8 @@ class ConnectionMixin(StockConnection):
     _family: ClassVar[Family]
     _socket: _View | None = None
     _is_foreign = False  # a pipe, or TCP
-    _is_pair = False  # the other end is one of ours: Pipe has made both
+    # None unless the other end is known to be one of ours: Pipe has made both.
+    _cache: MemfdCache | None = None
     # True where several processes read from this socket, each under a lock: that a body was left
     # is then marked on the socket alone.
     _shared = False
@@ -84,7 +87,7 @@ class ConnectionMixin(StockConnection):
         if self._socket is None and self._open() is None:
             super().send(obj)
             return
-        (self._sender or self._open_sender()).send(encode(self._family, obj, self._is_pair))
+        (self._sender or self._open_sender()).send(encode(self._family, obj, self._cache))
 
     def recv(self) -> Any:
         """The next object. The caller owns the result.
@@ -262,10 +265,15 @@ class ConnectionMixin(StockConnection):
         if view.family != socket.AF_UNIX:
             self._is_foreign = True
             return None
-        self._is_pair = _has_no_name(view)
+        if _has_no_name(view):
+            self._open_cache()
         # In one step: there must not be two, whatever comes in between.
         opened: _View = vars(self).setdefault("_socket", view)
         return opened
+
+    def _open_cache(self) -> None:
+        if system.HAS_MEMFD:
+            vars(self).setdefault("_cache", MemfdCache())
 
     def _open_locking(self, lock: RawLock) -> Iterator[bool]:
         self._locking = locking = iter(lock.acquire, 2)
@@ -314,6 +322,7 @@ class ConnectionMixin(StockConnection):
             self._sender.close()
         if self._receiver is not None:
             self._receiver.close()
+        self._cache = None
         if self._handle is not None:
             _close(self._handle)
         if self._socket is not None:

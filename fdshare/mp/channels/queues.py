@@ -113,6 +113,7 @@ class QueueMixin(StockQueue):
         self._reader._shared = True
         self._reader._peek_level = self._peek_level
         self._reader._forget()
+        self._writer._open_cache()
         self._poll = self._reader.poll
         self._read_lock = raw(self._rlock)
         self._placing: Iterator[bool] = iter(self._sem.acquire, 2)
@@ -127,7 +128,7 @@ class QueueMixin(StockQueue):
         """
         if self._closed:
             raise ValueError(f"Queue {self!r} is closed")
-        self._put_message(encode(self._family, obj), obj, block, timeout)
+        self._put_message(encode(self._family, obj, self._writer._cache), obj, block, timeout)
 
     def _put_message(
         self, message: Encoded, obj: Any, block: bool = True, timeout: float | None = None
@@ -326,6 +327,7 @@ class SimpleQueueMixin(StockSimpleQueue):
     def _adopt(self) -> None:
         self._write_lock = raw(self._wlock)
         self._reader._shared = True
+        self._writer._open_cache()
         self._poll = self._reader.poll
 
     def get(self) -> Any:
@@ -338,7 +340,7 @@ class SimpleQueueMixin(StockSimpleQueue):
         A put() during a put() of the same thread, by a finaliser or a signal's handler, leaves
         *obj* to the outer one.
         """
-        self._put_message(encode(self._family, obj))
+        self._put_message(encode(self._family, obj, self._writer._cache))
 
     def _put_message(self, message: Encoded) -> None:
         """As `put`, of what is pickled."""

@@ -20,12 +20,13 @@ from typing import Any, Final, Protocol, TypeAlias
 from msgspec import Raw
 
 from fdshare.errors import AlreadyTaken, NoTransit
-from fdshare.kernel.ancillary import close_all
+from fdshare.kernel.ancillary import Bytes, close_all
 from fdshare.kernel.descriptor import Descriptor, Spare
 from fdshare.kernel.descriptor_limit import as_limit
 from fdshare.kernel.shared_duplicate import SharedDuplicate, share
 from fdshare.kinds import Kind, discard, rebuild, rebuilder
-from fdshare.mp.pickling.large import BALLAST, MessageMemory, map_parts
+from fdshare.mp.pickling.large import BALLAST, LARGE, NEW, NEW_PICKLE, map_parts
+from fdshare.mp.pickling.memfd_cache import MemfdCache, new_copy_of
 
 __all__ = [
     "Arrived",
@@ -214,15 +215,31 @@ class Bundle:
 
 
 def with_memory(
-    data: bytes, large: Sequence[memoryview], transit: Inline, holders: object
+    pickled: Sequence[Bytes],
+    large: Sequence[memoryview],
+    transit: Inline,
+    holders: object,
+    cache: MemfdCache,
 ) -> Bundle | None:
-    """The bundle of the pickle *data*, whose *large* buffers are copied into a memfd. *transit* and
-    *holders* are those of the pickle. None: as `MessageMemory.of`."""
-    memory = MessageMemory.of(large)
+    """The bundle of a pickle, in memory of *cache*: what is *pickled*, if it is large, and the
+    *large* buffers beside it. *transit* and *holders* are those of the pickle. None: there is no
+    memory, or the socket takes less time."""
+    areas: list[Sequence[Bytes]] = [[buffer] for buffer in large]
+    sizes = [len(buffer) for buffer in large]
+    beside = sum(sizes)
+    size = sum(map(len, pickled))
+    data = None
+    if size < LARGE:
+        data = b"".join(pickled)
+    else:
+        areas.append(pickled)
+        sizes.append(size)
+    memory, ballast = cache.copy_of(areas, sizes), b""
+    if memory is None and (beside >= NEW or beside + size >= NEW_PICKLE):
+        memory, ballast = new_copy_of(areas, sizes), BALLAST
     if memory is None:
         return None
-    sizes = [len(buffer) for buffer in large]
-    reduced = _arrive_large, (len(transit.fds), sizes, data, BALLAST)
+    reduced = _arrive_large, (len(transit.fds), sizes, data, ballast)
     transit.fds.append(memory.fileno())
     return Bundle(pickle.dumps(Reducing(reduced)), transit.fds, holders, memory=memory)
 
@@ -368,16 +385,16 @@ def _remember(data: bytes, kind: Kind) -> None:
             made_at_once[data] = make
 
 
-def _arrive_large(index: int, sizes: list[int], data: bytes, ballast: bytes) -> Any:
-    """The object of the pickle *data*, whose buffers, of these *sizes* in bytes, are in a memfd.
-    Pickles name it: do not move or rename."""
+def _arrive_large(index: int, sizes: list[int], data: bytes | None, ballast: bytes) -> Any:
+    """The object of the pickle *data*, whose buffers, of these *sizes* in bytes, are in a memfd;
+    None: the pickle is there, too, behind them. Pickles name it: do not move or rename."""
     frame = _local.frame
     if frame is None:
         raise AlreadyTaken("memory")
     (memory,) = frame.take("memory", index, 1)
     with memory:
         parts = map_parts(memory.fileno(), sizes)
-    return frame.load(data, buffers=parts)
+    return frame.load(parts.pop() if data is None else data, buffers=parts)
 
 
 def _arrive(tag: str, spec: bytes, first: int, count: int = 1) -> Any:

@@ -12,16 +12,19 @@ import copyreg
 import io
 import pickle
 import sys
+from collections.abc import Callable, Sequence
+from functools import partial
 from operator import methodcaller
 from types import BuiltinFunctionType
 from typing import Any, Final
 
 from fdshare.kinds import in_shared_memory, is_shareable, user_kinds
-from fdshare.mp.pickling.bundle import Reduced
-from fdshare.mp.pickling.large import LARGE
+from fdshare.mp.pickling.bundle import Bundle, Inline, Reduced, with_memory
+from fdshare.mp.pickling.large import LARGE, take_large
+from fdshare.mp.pickling.memfd_cache import MemfdCache
 from fdshare.mp.pickling.program_reducers import Reducer, Reducers
 
-__all__ = ["PROTOCOL", "PlainPickler", "dump_plain", "make_plain_pickler"]
+__all__ = ["PROTOCOL", "PlainPickler", "dump_plain", "dump_text", "make_plain_pickler"]
 
 PROTOCOL: Final = 5  # has buffers beside the pickle
 
@@ -30,18 +33,24 @@ class PlainPickler(pickle.Pickler):
     """A pickler that raises where an object may need a reducer, of ours or of the program."""
 
     dispatch_table: _PlainTypes
+    of_large: type[PlainPickler]  # takes large arrays, too
 
 
 class _Refused(Exception):
     """An object may have something for a reducer in it."""
 
 
+class _IsLarge(Exception):
+    """There is an array that is to be taken out of the pickle."""
+
+
 class _PlainTypes(dict[type, Reducer]):
     """A dispatch table for types whose objects need none: they are pickled as without a table. Any
     other type is refused."""
 
-    def __init__(self, registered: Reducers) -> None:
+    def __init__(self, registered: Reducers, reduce_array: Reducer) -> None:
         self._registered = registered
+        self._reduce_array = reduce_array
 
     def __missing__(self, cls: type) -> Reducer:
         numpy: Any = sys.modules.get("numpy")
@@ -53,7 +62,7 @@ class _PlainTypes(dict[type, Reducer]):
         if cls in self._registered or (user_kinds and is_shareable(cls)):
             raise _Refused
         if has_numpy and cls is numpy.ndarray:
-            self[cls] = _reduce_array
+            self[cls] = self._reduce_array
         elif cls is BuiltinFunctionType or (has_numpy and _is_number(cls, numpy)):
             self[cls] = _reduce
         else:
@@ -80,32 +89,100 @@ _reduce: Final = methodcaller("__reduce_ex__", PROTOCOL)
 
 
 def _reduce_array(array: Any) -> Reduced:
-    if array.nbytes >= LARGE or in_shared_memory(array):
+    if in_shared_memory(array):
         raise _Refused
     reduced: Reduced = _reduce(array)
     return reduced
 
 
+def _reduce_smaller_array(array: Any) -> Reduced:
+    if array.nbytes >= LARGE:
+        raise _IsLarge
+    return _reduce_array(array)
+
+
 def make_plain_pickler(registered: Reducers) -> type[PlainPickler]:
     """The PlainPickler of a program that registers reducers in *registered*, and with copyreg."""
-    return type("PlainPickler", (PlainPickler,), {"dispatch_table": _PlainTypes(registered)})
+    tables = [_PlainTypes(registered, how) for how in (_reduce_array, _reduce_smaller_array)]
+    of_large = type("PlainPickler", (PlainPickler,), {"dispatch_table": tables[0]})
+    attributes = {"dispatch_table": tables[1], "of_large": of_large}
+    return type("PlainPickler", (PlainPickler,), attributes)
+
+
+class _Parts:
+    """A file that has what is written to it as it is: the C pickler writes large bytes so."""
+
+    __slots__ = ("write",)
+
+    def __init__(self, write: Callable[[Any], None]) -> None:
+        self.write = write
 
 
 _skipped = 0  # how many objects are not tried, after one that was refused
 
 
-def dump_plain(plain: type[PlainPickler], obj: Any) -> bytes | None:
-    """None: *obj* is, or may be, more than *plain* can pickle."""
+def dump_plain(
+    plain: type[PlainPickler], obj: Any, cache: MemfdCache | None
+) -> bytes | Bundle | None:
+    """*obj* pickled; *cache* is that of `encode`. None: it is, or may be, more than *plain* can
+    pickle."""
     global _skipped
     if _skipped:
         _skipped -= 1
         return None
     if plain.dispatch_table:
         plain.dispatch_table.update_types()
-    buffer = io.BytesIO()
+    parts: list[Any] = []
     try:
-        plain(buffer, PROTOCOL).dump(obj)
+        plain(_Parts(parts.append), PROTOCOL).dump(obj)
+    except _IsLarge:
+        return _dump_large(plain.of_large, obj, cache)
     except _Refused:
         _skipped = 15
         return None
+    if len(parts) == 1:
+        return parts[0]  # type: ignore[no-any-return]
+    return _joined(parts, (), cache) or _in_one(plain, obj)
+
+
+def dump_text(text: bytes | str, cache: MemfdCache) -> bytes | Bundle:
+    """As `dump_plain`, of a large *text*."""
+    parts: list[Any] = []
+    pickle.Pickler(_Parts(parts.append), PROTOCOL).dump(text)
+    return _joined(parts, (), cache) or b"".join(parts)
+
+
+def _dump_large(
+    plain: type[PlainPickler], obj: Any, cache: MemfdCache | None
+) -> bytes | Bundle | None:
+    """As `dump_plain`, of what has large arrays in it."""
+    plain.dispatch_table.update_types()
+    large: list[memoryview] = []
+    parts: list[Any] = []
+    taking = None if cache is None else partial(take_large, large)
+    try:
+        plain(_Parts(parts.append), PROTOCOL, buffer_callback=taking).dump(obj)
+    except _Refused:
+        return None
+    return _joined(parts, large, cache) or _in_one(plain, obj)
+
+
+def _joined(
+    parts: list[Any], large: Sequence[memoryview], cache: MemfdCache | None
+) -> bytes | Bundle | None:
+    """The pickle that has these *parts*, and the *large* buffers beside it. None: it has to be made
+    again, as a whole."""
+    if bytearray in map(type, parts):  # another thread may change it
+        return None
+    pickled = [part if type(part) is bytes else part.raw() for part in parts]
+    if cache is not None and (large or sum(map(len, pickled)) >= LARGE):
+        bundle = with_memory(pickled, large, Inline(), None, cache)
+        if bundle is not None or large:
+            return bundle
+    return b"".join(pickled)
+
+
+def _in_one(plain: type[PlainPickler], obj: Any) -> bytes:
+    buffer = io.BytesIO()
+    plain(buffer, PROTOCOL).dump(obj)
     return buffer.getvalue()

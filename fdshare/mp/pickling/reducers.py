@@ -21,7 +21,6 @@ from pickle import PickleBuffer
 from types import BuiltinFunctionType, CodeType, FunctionType, TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol, TypeAlias
 
-from fdshare.kernel import system
 from fdshare.kinds import Kind, describe, describers, in_shared_memory, is_shareable, user_kinds
 from fdshare.mp.pickling.arrays import is_array, reduce_array
 from fdshare.mp.pickling.bundle import (
@@ -35,8 +34,15 @@ from fdshare.mp.pickling.bundle import (
 )
 from fdshare.mp.pickling.dill_code import check_code
 from fdshare.mp.pickling.exceptions import Links, reduce_exception, reduce_links
-from fdshare.mp.pickling.large import take_large
-from fdshare.mp.pickling.plain import PROTOCOL, PlainPickler, dump_plain, make_plain_pickler
+from fdshare.mp.pickling.large import LARGE, take_large
+from fdshare.mp.pickling.memfd_cache import MemfdCache
+from fdshare.mp.pickling.plain import (
+    PROTOCOL,
+    PlainPickler,
+    dump_plain,
+    dump_text,
+    make_plain_pickler,
+)
 from fdshare.mp.pickling.program_reducers import (
     HasReducers,
     Reducers,
@@ -200,14 +206,17 @@ class HasPickler(Protocol):
     def Pickler(self) -> type[TransitPickler]: ...
 
 
-def encode(family: HasPickler, obj: Any, in_memory: bool = True) -> Encoded:
-    """*obj* pickled. Its descriptors are borrowed from *obj*. Without *in_memory*, its receiver may
-    be the package itself, which takes all of it from the socket (large.py).
+def encode(family: HasPickler, obj: Any, cache: MemfdCache | None = None) -> Encoded:
+    """*obj* pickled. Its descriptors are borrowed from *obj*. What is large lies in memory of
+    *cache* (large.py); None: its receiver may be the package itself, which takes all of it from the
+    socket.
 
     Raises: whatever pickling raises; nothing was duplicated then.
     """
     cls = type(obj)
     if cls in _NUMBERS_AND_TEXT:
+        if (cls is bytes or cls is str) and len(obj) >= LARGE and cache is not None:
+            return dump_text(obj, cache)
         return _plain_dumps(obj, -1)
     describe_it = describers.get(cls)
     if describe_it is not None and reducer_of_program(family.Pickler, cls) is None:
@@ -218,10 +227,10 @@ def encode(family: HasPickler, obj: Any, in_memory: bool = True) -> Encoded:
         if known is not None:
             return known[1], fds
     elif (plain := family.Pickler.plain) is not None:
-        data = dump_plain(plain, obj)
+        data = dump_plain(plain, obj, cache)
         if data is not None:
             return data
-    return _dump(family, obj, in_memory)
+    return _dump(family, obj, cache)
 
 
 def dumps(family: HasPickler, obj: Any) -> Bundle:
@@ -230,11 +239,11 @@ def dumps(family: HasPickler, obj: Any) -> Bundle:
 
 
 def _dump(
-    family: HasPickler, obj: Any, in_memory: bool, bare_exceptions: bool = False
+    family: HasPickler, obj: Any, cache: MemfdCache | None, bare_exceptions: bool = False
 ) -> bytes | Bundle:
     buffer = io.BytesIO()
     large: list[memoryview] = []
-    if in_memory and system.HAS_MEMFD:
+    if cache is not None:
         pickler = family.Pickler(buffer, PROTOCOL, buffer_callback=partial(take_large, large))
     else:
         pickler = family.Pickler(buffer, PROTOCOL)
@@ -247,13 +256,16 @@ def _dump(
     except Exception:
         # It may be a slot of an exception that cannot be pickled; without us pickle leaves it out.
         if pickler.met and not bare_exceptions:
-            return _dump(family, obj, in_memory, bare_exceptions=True)
+            return _dump(family, obj, cache, bare_exceptions=True)
         raise
+    if cache is not None and (large or buffer.tell() >= LARGE):
+        bundle = with_memory([buffer.getbuffer()], large, transit, pickler, cache)
+        if bundle is not None:
+            return bundle
+        if large:
+            return _dump(family, obj, None, bare_exceptions)
     data = buffer.getvalue()
-    if not large:
-        return Bundle(data, transit.fds, pickler) if transit.fds else data
-    bundle = with_memory(data, large, transit, pickler)
-    return bundle or _dump(family, obj, False, bare_exceptions)
+    return Bundle(data, transit.fds, pickler) if transit.fds else data
 
 
 # Most of what is sent is a socket by itself. Its pickle is the same for all of a kind, for which

@@ -111,7 +111,8 @@ class CallQueueMixin(QueueMixin, StockSafeQueue):
         try:
             if type(call) is not Call:
                 form = LOADED_CALL
-                call = Call(self._family, pickled(self._family, (obj.fn, obj.args, obj.kwargs)))
+                parts = obj.fn, obj.args, obj.kwargs
+                call = Call(self._family, pickled(self._family, parts, self._writer._cache))
             message = headed(form, obj.work_id, 0, call.content)
             self._put_message(message, obj, block, timeout)
         except Full:
@@ -179,7 +180,8 @@ class ResultQueueMixin(SimpleQueueMixin):
             return
         raised = isinstance(obj.result, Raised) or obj.exception is not None
         form = RAISED if raised else RETURNED
-        content = pickled(self._family, obj.exception or obj.result)
+        value = obj.exception or obj.result
+        content = pickled(self._family, value, self._writer._cache)
         self._put_message(headed(form, obj.work_id, obj.exit_pid or 0, content))
 
 

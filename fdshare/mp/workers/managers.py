@@ -118,7 +118,8 @@ class ManagerConnectionMixin(ConnectionMixin):
         """As the Connection's."""
         if not self._knows_peer:  # a server has received then, and so its client has its name
             sock = self._socket or self._open()
-            self._is_pair = sock is not None and _is_ours(sock)
+            if sock is not None and _is_ours(sock):
+                self._open_cache()
             self._knows_peer = True
         ConnectionMixin.send(self, obj)
 

@@ -16,6 +16,7 @@ from itertools import chain, islice
 from typing import Any, Final, TypeAlias
 
 from fdshare.mp.family import Family
+from fdshare.mp.pickling.memfd_cache import MemfdCache
 from fdshare.mp.pickling.plain import PROTOCOL
 from fdshare.mp.stock import Function
 from fdshare.mp.workers.tasks import Pickled, Task, as_buffer, pickled
@@ -99,9 +100,15 @@ class _Constant(WaitingTasks):
 
 
 def tasks_of_map(
-    family: Family, mapper: Function, function: Function, items: Iterable[Any], size: int
+    family: Family,
+    mapper: Function,
+    function: Function,
+    items: Iterable[Any],
+    size: int,
+    cache: MemfdCache | None = None,
 ) -> WaitingTasks:
     """The tasks of *mapper*, a function of the pool's, with *function* and so many of *items* each.
+    *cache* is that of the end that sends them.
 
     It is safe to change *items* and to close what is in it after this call. Raises: whatever
     pickling raises; DescriptorLimit.
@@ -112,7 +119,9 @@ def tasks_of_map(
         if isinstance(functions, bytes):
             return _Constant(family, functions, _batches(kept, size))
     calls = ((function, batch) for batch in _batches(items, size))
-    return _Pickled(family, [Task.of(family, mapper, (call,), {}).content for call in calls])
+    return _Pickled(
+        family, [Task.of(family, (mapper, (call,), {}), cache).content for call in calls]
+    )
 
 
 def _batches(items: Iterable[Any], size: int) -> Iterator[tuple[Any, ...]]:

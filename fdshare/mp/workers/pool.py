@@ -75,6 +75,7 @@ class PoolMixin(StockPool):
     """A Pool whose tasks and results carry descriptors."""
 
     _family: ClassVar[Family]
+    _inqueue: TaskQueueMixin
     _task_queue: ClassVar[type[TaskQueueMixin]]
     _outcome_queue: ClassVar[type[OutcomeQueueMixin]]
     _apply_result: ClassVar[type[StockApplyResult]]
@@ -117,7 +118,8 @@ class PoolMixin(StockPool):
         them raises; DescriptorLimit.
         """
         self._check_running()
-        task = Task.of(self._family, func, args, {} if kwds is None else kwds)
+        call = func, args, {} if kwds is None else kwds
+        task = Task.of(self._family, call, self._inqueue._writer._cache)
         result = self._apply_result(self, callback, error_callback)
         self._taskqueue.put(([(result._job, 0, task, (), {})], None))
         return result
@@ -147,7 +149,8 @@ class PoolMixin(StockPool):
             chunksize += bool(extra)
         if len(items) == 0:
             chunksize = 0
-        tasks = tasks_of_map(self._family, mapper, func, items, chunksize)
+        cache = self._inqueue._writer._cache
+        tasks = tasks_of_map(self._family, mapper, func, items, chunksize, cache)
         result = self._map_result(self, chunksize, len(items), callback, error_callback)
         tasks.job = result._job
         self._taskqueue.put((tasks, None))
@@ -277,7 +280,8 @@ class TaskQueueMixin(EndingQueueMixin):
         if not isinstance(function, Task):
             # The worker looks at this function itself.
             form = LOADED_CALL if function is self._family.pool._helper_reraises_exception else CALL
-            function = Task(self._family, pickled(self._family, (function, args, kwds)))
+            call = function, args, kwds
+            function = Task(self._family, pickled(self._family, call, self._writer._cache))
         try:
             self._put_message(headed(form, job, index, function.content))
         except OSError:
@@ -321,7 +325,8 @@ class OutcomeQueueMixin(EndingQueueMixin):
         job, index, (ok, value) = obj
         if not ok and isinstance(value, self._family.pool.ExceptionWithTraceback):
             value = Raised(value.exc, self._family.pool.RemoteTraceback(value.tb))
-        message = headed(RETURNED if ok else RAISED, job, index, pickled(self._family, value))
+        content = pickled(self._family, value, self._writer._cache)
+        message = headed(RETURNED if ok else RAISED, job, index, content)
         try:
             self._put_message(message)
         except OSError as error:

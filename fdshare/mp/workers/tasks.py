@@ -20,6 +20,7 @@ from fdshare.mp.channels.connection import ConnectionMixin
 from fdshare.mp.channels.framing import JOINED
 from fdshare.mp.family import Family
 from fdshare.mp.pickling.bundle import Arrived, Bundle, Reduced, as_bundle, open_arrived
+from fdshare.mp.pickling.memfd_cache import MemfdCache
 from fdshare.mp.pickling.program_reducers import pickles_itself, reducer_of_program
 from fdshare.mp.pickling.reducers import dumps, encode
 from fdshare.mp.stock import Function
@@ -67,9 +68,9 @@ RETURNED: Final = 4
 RAISED: Final = 5
 
 
-def pickled(family: Family, obj: Any) -> Pickled:
-    """Its descriptors are borrowed from *obj*. Raises: whatever pickling raises."""
-    message = encode(family, obj)
+def pickled(family: Family, obj: Any, cache: MemfdCache | None = None) -> Pickled:
+    """As `encode`."""
+    message = encode(family, obj, cache)
     if isinstance(message, bytes):
         return message
     bundle = as_bundle(message, obj)
@@ -128,13 +129,17 @@ class Task:
 
     @classmethod
     def of(
-        cls, family: Family, function: Function, args: Iterable[Any], kwargs: Mapping[str, Any]
+        cls,
+        family: Family,
+        call: tuple[Function, Iterable[Any], Mapping[str, Any]],
+        cache: MemfdCache | None = None,
     ) -> Self:
-        """The call, with duplicates. It is safe to close what is in it after this call.
+        """The *call* of a function, with duplicates. It is safe to close what is in it after this
+        call. *cache* is that of the end that sends it.
 
         Raises: whatever pickling raises; DescriptorLimit (EMFILE).
         """
-        content = pickled(family, (function, args, kwargs))
+        content = pickled(family, call, cache)
         return cls(family, content if isinstance(content, bytes) else content.share())
 
     def __call__(self) -> Any:

@@ -20,7 +20,7 @@ from conftest import census
 from fdshare import get_context
 from fdshare.errors import DescriptorLimit, InvalidArgument
 from fdshare.mp.backends import backend_of
-from fdshare.mp.pickling.large import LARGE
+from fdshare.mp.pickling.large import LARGE, NEW, NEW_PICKLE
 from mp.common import METHODS, PACKAGES, descriptor_limit_reached, finish, trackers  # noqa: F401
 from mp.interrupts import Interrupt, Interrupter, handled_by, interrupt, make_interrupter  # noqa: F401
 
@@ -39,7 +39,7 @@ def queue(ctx: Any) -> Iterator[Any]:
     finish(queue)
 
 
-def array(first: int = 1, size: int = LARGE) -> Any:
+def array(first: int = 1, size: int = NEW) -> Any:
     made = numpy.zeros(size, "u1")
     made[0] = first
     return made
@@ -58,8 +58,13 @@ def maps() -> int:
 
 
 def waiting() -> int:
-    """Memory of messages that are not sent."""
-    return sum("fdshare-message" in target for target in census().values())
+    """Memory of messages that are not sent, but for what is kept."""
+    return sum("fdshare-message " in target for target in census().values())
+
+
+def used(queue: Any) -> int:
+    """How often memory of this sending end was used."""
+    return sum(kept.used > 0 for kept in queue._writer._cache._kept)
 
 
 def test_a_large_array_is_mapped(queue: Any) -> None:
@@ -97,6 +102,74 @@ def test_of_a_pool(package: str, method: str) -> None:
         results = pool.map(numpy.sqrt, [array(number, LARGE) for number in (1, 4, 9)])
         assert [result[0] for result in results] == [1, 2, 3]
         assert all(map(is_mapped, results))
+        pool.close()
+        pool.join()
+
+
+PLAIN: list[Any] = [
+    b"1" * LARGE,
+    "x" * LARGE,
+    "\N{EURO SIGN}" * LARGE,
+    bytearray(b"2" * LARGE),
+    {"a": b"3" * LARGE, "b": [1, 2.5, None]},
+    [b"4" * (LARGE // 2), "5" * (LARGE // 2)],
+    list(range(LARGE // 2)),
+]
+
+
+@pytest.mark.parametrize("sent", PLAIN, ids=range(len(PLAIN)))
+def test_a_pickle_that_is_large_by_itself(queue: Any, sent: Any) -> None:
+    queue.put(sent)
+    arrived = queue.get()
+    assert type(arrived) is type(sent)
+    assert arrived == sent
+    assert used(queue)
+    assert not maps()  # it was copied
+
+
+def test_one_that_is_smaller_is_not(queue: Any) -> None:
+    for sent in b"1" * (LARGE - 100), [b"2" * (LARGE - 100)]:
+        queue.put(sent)
+        assert queue.get() == sent
+    assert not used(queue)
+
+
+def test_one_that_is_larger_than_what_is_kept(queue: Any) -> None:
+    sent = b"1" * NEW_PICKLE
+    before = census()
+    queue.put([sent])
+    assert queue.get() == [sent]
+    assert not used(queue)
+    assert len(census()) - len(before) < 4
+
+
+def test_beside_what_is_taken_out_of_it(queue: Any) -> None:
+    queue.put([array(7), b"1" * LARGE, numpy.zeros(3)])
+    arrived = queue.get()
+    assert is_mapped(arrived[0])
+    assert arrived[0][0] == 7
+    assert arrived[1] == b"1" * LARGE
+    assert maps() == 1
+
+
+class Unloadable:
+    """Large, and cannot be loaded."""
+
+    def __init__(self) -> None:
+        self.data = b"1" * LARGE
+
+    def __setstate__(self, state: object) -> None:
+        raise ValueError("not here")
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_one_that_cannot_be_loaded_is_its_jobs_error(package: str) -> None:
+    with get_context("fork", backend=package).Pool(1) as pool:
+        jobs = [pool.apply_async(len, (Unloadable(),)), pool.apply_async(Unloadable)]
+        for job in jobs:
+            with pytest.raises(ValueError, match="not here"):
+                job.get(60)
+        assert pool.apply(len, (b"1" * LARGE,)) == LARGE
         pool.close()
         pool.join()
 

@@ -51,7 +51,9 @@ def test_a_call_is_received_as_from_any_queue(calls: Any, limit: dict[str, Any])
     with socket.socket() as sock:
         for number in range(3):  # more than there is room for
             calls.put(_CallItem(number, children.identity, (sock,), {}))
-            calls.put(_CallItem(7, Call.of(CLASSES.family, children.identity, (sock,), {}), (), {}))
+            calls.put(
+                _CallItem(7, Call.of(CLASSES.family, (children.identity, (sock,), {})), (), {})
+            )
             call, submitted = calls.get(**limit), calls.get(**limit)
             assert call.work_id == number
             assert call.fn(*call.args) == submitted.fn() == identity(sock)

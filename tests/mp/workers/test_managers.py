@@ -134,9 +134,10 @@ def test_an_array_is_mapped_by_both_ends(ctx: Any) -> None:
 
 
 def memory_of(pid: int) -> list[str]:
-    """What a process has of the memory of messages."""
+    """What a process has of the memory of messages, but for what it keeps to send more."""
     folder = Path(f"/proc/{pid}")
-    found = [os.readlink(link) for link in (folder / "fd").iterdir() if link.is_symlink()]
+    open_now = [os.readlink(link) for link in (folder / "fd").iterdir() if link.is_symlink()]
+    found = [target for target in open_now if "fdshare-messages" not in target]
     found += (folder / "maps").read_text().splitlines()
     return [one for one in found if "fdshare-message" in one]
 

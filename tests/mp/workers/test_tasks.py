@@ -45,7 +45,7 @@ def sent(form: int, content: Pickled) -> tuple[int, int, int, Pickled]:
 
 def test_a_task_is_its_call(family: Family) -> None:
     with socket.socket() as sock:
-        task = Task.of(family, children.identity, (sock,), {})
+        task = Task.of(family, (children.identity, (sock,), {}))
         expected = identity(sock)
     *head, content = sent(CALL, task.content)
     assert head == [CALL, -1, 2**40]
@@ -55,7 +55,7 @@ def test_a_task_is_its_call(family: Family) -> None:
 def test_a_task_that_nobody_runs_closes(family: Family) -> None:
     with socket.socket() as sock:
         before = open_now()
-        Task.of(family, children.identity, (sock,), {})
+        Task.of(family, (children.identity, (sock,), {}))
         assert open_now() == before
 
 
