@@ -481,8 +481,9 @@ class ServerTimeout(FdshareError, TimeoutError, code="server_timeout"):
 class DescriptorLimit(FdshareError, OSError, code="descriptor_limit"):
     """A process has no descriptor left (EMFILE), or a user too many in flight (ETOOMANYREFS).
 
-    Raise the limit, or close some. *whose* is "sender", "receiver", "client" or "server"; *what* is
-    the name of the limit, *limit* its value, *used* how many are in use, where it is known.
+    Raise the limit, or close some. *whose* is "sender", "receiver", "client", "server" or
+    "command" (of the command line); *what* is the name of the limit, *limit* its value, *used* how
+    many are in use, where it is known.
     """
 
     errno: int

@@ -203,7 +203,7 @@ def _reason(error: OSError) -> str:
         with suppress(OSError):  # of the import, where it was not needed before
             from fdshare.kernel.descriptor_limit import descriptor_limit
 
-            return descriptor_limit(error.errno, "client").message
+            return descriptor_limit(error.errno, "command").message
     if error.filename is None and error.errno in _OUTPUT_FAILS:
         return f"standard output: {error.strerror}"
     return str(error)

@@ -25,7 +25,7 @@ _ADVICE: Final = {
 }
 
 
-Whose: TypeAlias = Literal["client", "receiver", "sender", "server"]
+Whose: TypeAlias = Literal["client", "command", "receiver", "sender", "server"]
 
 
 def is_descriptor_limit(error: OSError) -> bool:

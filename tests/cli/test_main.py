@@ -184,4 +184,4 @@ def test_a_full_descriptor_table_has_the_limit_named(fdshare: Shell) -> None:
         [*words, "--", "sleep", "60"], env=fdshare.environment, capture_output=True, text=True
     )
     assert done.returncode == 1
-    assert "RLIMIT_NOFILE of the client is 9, all in use" in done.stderr
+    assert "RLIMIT_NOFILE of the command is 9, all in use" in done.stderr

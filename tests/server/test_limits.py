@@ -185,7 +185,7 @@ def test_a_server_that_cannot_be_started_says_so(folder: Path, nofile: int) -> N
         serves
         or "Too many open files" in error
         # The command itself may be the first that finds none.
-        or f"RLIMIT_NOFILE of the client is {nofile}" in error
+        or f"RLIMIT_NOFILE of the command is {nofile}" in error
         or f"RLIMIT_NOFILE of the server is {nofile}" in error
     )
 

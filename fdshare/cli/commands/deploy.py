@@ -217,7 +217,8 @@ def _deploy(
         if number := interruptions.received():
             progress.note(f"{number.name} came too late: the old version was stopping")
         if new.has_ended():
-            new.end(f"{'the old version has stopped, and then ' * bool(olds)}the new one ended")
+            before = "the old version has stopped, and then " if olds else ""
+            new.end(f"{before}the new one ended")
     return {"ok": True, "pid": new.pid, "stopped": [old.pid for old in olds]}
 
 
