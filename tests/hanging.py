@@ -27,6 +27,7 @@ _NO_SUCH_CALL: Final = 38  # ENOSYS
 _CLONE_NEWNS: Final = 0x20000
 _PRIVATE: Final = (1 << 14) | (1 << 18)  # MS_REC | MS_PRIVATE
 _HEADER: Final = struct.Struct("=IIQQIIII")
+_HANG: Final = struct.Struct("=BI")  # a call, and the process whose calls they are; 0: of all
 _ROOT: Final = 1
 
 needs_fuse = pytest.mark.skipif(
@@ -59,10 +60,11 @@ class HangingFileSystem:
         """A descriptor of its file, in a process that has entered. The caller owns the result."""
         return os.open(f"{self.folder}/file", os.O_RDWR)
 
-    def hang(self, *calls: int) -> None:
-        """When this returns, these are not answered any more. From any process."""
+    def hang(self, *calls: int, only: int = 0) -> None:
+        """When this returns, these are not answered any more: those of the process *only*, or of
+        all. From any process."""
         for call in calls:
-            self._control.send(bytes([call]))
+            self._control.send(_HANG.pack(call, only))
             assert self._control.recv(1)
 
     def hold(self, say: Callable[[object], None]) -> int:
@@ -97,24 +99,29 @@ def _serve(folder: str, uid: int, control: socket.socket) -> None:
     fuse = os.open("/dev/fuse", os.O_RDWR)
     options = f"fd={fuse},rootmode=40000,user_id={uid},group_id={uid},allow_other"
     _checked(_libc.mount(b"hanging", folder.encode(), b"fuse", 0, options.encode()))
-    hang: set[int] = set()
+    hang: dict[int, int] = {}
 
     def obey() -> None:
-        while call := control.recv(1):
-            hang.add(call[0])
+        while order := control.recv(_HANG.size):
+            call, only = _HANG.unpack(order)
+            hang[call] = only
             control.send(b"\0")
 
     threading.Thread(target=obey, daemon=True).start()
     control.send(b"\0")
     while True:
         request = os.read(fuse, 1 << 17)
-        _, call, unique, node, *_ = _HEADER.unpack_from(request)
-        if call in hang or call in _SILENT:
+        _, call, unique, node, _, _, thread, _ = _HEADER.unpack_from(request)
+        if call in _SILENT or (call in hang and _is_of(thread, hang[call])):
             continue
         body = _answer(call, node)
         error = -_NO_SUCH_CALL if body is None else 0
         body = body or b""
         os.write(fuse, struct.pack("=IiQ", 16 + len(body), error, unique) + body)
+
+
+def _is_of(thread: int, process: int) -> bool:
+    return not process or os.path.exists(f"/proc/{process}/task/{thread}")
 
 
 def _answer(call: int, node: int) -> bytes | None:

@@ -274,7 +274,7 @@ def one_round(server: Server, made: Input) -> None:
         assert type(asked(server, good, m.Unregister(name))) is m.Done
     good.sock.close()
     until(server, lambda: not loop.connections and not server._inspections._open, "its end")
-    until(server, lambda: not closer.all_left(), "what was let go of to be closed")
+    until(server, lambda: not closer.owners(), "what was let go of to be closed")
     check_nothing_is_left(server)
     assert not server.table.entries
     assert not server.table.leases

@@ -182,16 +182,14 @@ class MemoryEffects:
         assert set(entry.all_handles()) <= self.open
         self.watched.append(entry)
 
-    def close(
-        self,
-        handles: Sequence[int],
-        ends: Sequence[int] = (),
-        then: Callable[[], None] | None = None,
-        *,
-        when_sent: bool = False,
-    ) -> None:
-        for handle in (*handles, *ends):
+    def close(self, handles: Sequence[int], *, when_sent: bool = False) -> None:
+        for handle in handles:
             self.open.remove(handle)  # KeyError: closed twice
+
+    def close_removed(
+        self, handles: Sequence[int], ends: Sequence[int], then: Callable[[], None] | None
+    ) -> None:
+        self.close([*handles, *ends])
         if then is not None:
             then()
 

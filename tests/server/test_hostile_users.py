@@ -238,6 +238,39 @@ def test_a_file_system_that_hangs(root: Client, kept: bool) -> None:
 
 
 @needs_fuse
+def test_closes_that_hang_in_the_keeper_alone(root: Client) -> None:
+    """The server has closed what its user removed, and the keeper cannot: that user gets no more
+    numbers of the keeper's than it may have, and nobody else gets less."""
+    census = Census(root)
+    files = HangingFileSystem(HOSTILE)
+    keeper = census.halves.pids()["keeper"]
+
+    def attack(say: Say) -> object:
+        file = files.open()
+        wire = Wire(root.address, "hostile")
+        wire.ask(1, m.Register("a/1", KIND), [file])
+        files.hang(FLUSH, only=keeper)
+        wire.ask(2, m.Unregister("a/1"))
+        say("hangs")
+        with suppress(FdshareError, AssertionError):  # refused
+            for id in range(3, 3000, 2):
+                wire.ask(id, m.Register("a/1", KIND), [0])
+                wire.ask(id + 1, m.Unregister("a/1"))
+        say("refused")
+        return wire, file
+
+    with AsUser(HOSTILE, attack, file_system=files) as hostile:
+        assert hostile.hear() == "hangs"
+        check(root)
+        assert hostile.hear(60) == "refused"
+        check(root)
+        assert "hangs" in root.stats().notes[f"uid {HOSTILE}"]
+        assert census.excess()[1] <= census.before[1] + root.stats().limits["max_open_per_uid"]
+        assert census.halves.pids()["keeper"] == keeper
+    census.check()
+
+
+@needs_fuse
 @pytest.mark.parametrize("count", [0, 3])
 def test_who_connects_again_while_a_close_hangs(root: Client, count: int) -> None:
     """More connections than the server has numbers, each closed with something unread in it: of

@@ -101,19 +101,21 @@ class Effects(Protocol):
         """From now on `hung_up` and `lease_moved` are called when guard, descriptors or lease of
         *entry* report it. Never fails: the entry is in the table, even if it cannot be watched."""
 
-    def close(
-        self,
-        handles: Sequence[Handle],
-        ends: Sequence[Handle] = (),
-        then: Callable[[], None] | None = None,
-        *,
-        when_sent: bool = False,
-    ) -> None:
-        """Closes each of *handles*, in both halves. Then it closes *ends*, our ends of leases,
-        which tells the takers, and then calls *then*. Neither waits for a close that hangs.
+    def close(self, handles: Sequence[Handle], *, when_sent: bool = False) -> None:
+        """Closes each of *handles*, which are in no entry.
 
         A client that was answered with one of *handles* and has not read that yet is disconnected;
         with *when_sent* the handle is closed later, when it is sent. Never fails, never blocks."""
+
+    def close_removed(
+        self,
+        handles: Sequence[Handle],
+        ends: Sequence[Handle],
+        then: Callable[[], None] | None,
+    ) -> None:
+        """Closes each of *handles*, which a change has removed from the table, in both halves. Then
+        it closes *ends*, our ends of leases, which tells the takers, and then calls *then*. Neither
+        waits for a close that hangs. For the rest as `close`."""
 
     def inspect(self, session: Session, id: int, entries: Sequence[Entry], now: float) -> None:
         """Answers with an InfoList, later, when the kernel has been asked about each descriptor."""

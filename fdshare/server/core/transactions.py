@@ -55,7 +55,7 @@ class Transactions:
         if session is not None:
             answer = partial(self.effects.answer, session, record.id, record.reply)
         if applied.closed or applied.ended:
-            self.effects.close(applied.closed, applied.ended, answer)
+            self.effects.close_removed(applied.closed, applied.ended, answer)
         elif answer is not None:
             answer()
         self._happened(applied.events, now)

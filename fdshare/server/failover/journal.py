@@ -55,7 +55,8 @@ class Note(msgspec.Struct, tag="note"):
     made), "end" (answer what has begun, then end), "reload" (the policy; answered with "reload"),
     "ping" (answered with "pong"), "upgrading" (its next note is a hello, or it dies), "failed" (the
     upgrade, and why), "closed" (what a change removed and whose client waits for it; *id* is the
-    table's serial after the change).
+    table's serial after the change, 0 for none; *closed* says how many descriptors of each uid
+    since the last such note).
     """
 
     verb: Literal[
@@ -75,6 +76,7 @@ class Note(msgspec.Struct, tag="note"):
     session: str = ""
     id: int = 0
     data: bytes | None = None
+    closed: dict[int, int] = {}
 
 
 Letter: TypeAlias = Record | Note
@@ -234,7 +236,7 @@ class Journal:
 
     def _on_note(self, note: Note) -> None:
         if note.verb == "closed":
-            self._server.closed_by_keeper(note.id)
+            self._server.closed_by_keeper(note.id, note.closed)
         elif note.verb == "hello":
             self._acquainted, self._upgrading = True, False
         elif note.verb in ("drain", "end"):
@@ -350,7 +352,7 @@ class Journal:
         for _ in range(3):  # ECONNRESET, for a letter that it has not read, is reported before
             while self._read_letter():
                 pass
-        self._server.closed_by_keeper()
+        self._server.keeper_is_dead()
         plan = "the server ends" if self._is_to_end() else "making a new one"
         log.warning("keeper %s is gone (%s), %s", self._pid, how, plan)
         if self._upgrading:

@@ -22,6 +22,7 @@ import os
 import signal
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from typing import Final
@@ -108,6 +109,9 @@ class Keeper:
         self._heartbeat = Heartbeat(limits.hang_timeout)
         self._lanes = Lanes()
         self._closer = Closer(self._lanes, self._wake_up, alone=holdings.settings.policy is None)
+        # By uid: how many descriptors were removed, of which the server does not know that they are
+        # closed here, too.
+        self._removed: Counter[int] = Counter()
         self._closer.take_over(holdings.unfinished)
         holdings.unfinished = []
         for entry in holdings.table.entries.values():
@@ -168,6 +172,8 @@ class Keeper:
         for key, events in self._poller.wait(self._timeout()):
             key(events)  # type: ignore[operator]
         self._closer.collect(time.monotonic())
+        if self._removed and not self._fencing:
+            self._tell_closed()
         trial = self._trial
         if trial is not None and (time.monotonic() > self._trial_until or trial.is_over()):
             self._on_trial_over(0)
@@ -299,6 +305,7 @@ class Keeper:
             self._abandon()
             return partial(self._become_server, self._holdings, half)
         self._journal, self._server = half.journal, half.other
+        self._removed = Counter({uid: self._closer.left(uid) for uid in list(self._closer.given)})
         self._follow()
         return None
 
@@ -429,9 +436,19 @@ class Keeper:
             assign_owners(entry)
         told = None
         if record.reply and not self._fencing:
-            told = partial(self._tell, Note("closed", id=table.serial))
+            told = partial(self._tell_closed, table.serial)
         if applied.closed or applied.ended:
+            if not self._closer.alone:
+                self._removed.update(handle.uid for handle in (*applied.closed, *applied.ended))
             close_in_order(self._closer, applied.closed, applied.ended, told)
+
+    def _tell_closed(self, serial: int = 0) -> None:
+        """Tells the server how many descriptors of each user are closed since the last time, and
+        that those are which the change of *serial* removed, or hang."""
+        left = Counter({uid: self._closer.left(uid) for uid in self._removed})
+        closed = self._removed - left
+        if (closed or serial) and self._tell(Note("closed", id=serial, closed=closed)):
+            self._removed -= closed
 
     def _on_note(self, note: Note) -> None:
         if note.verb == "hello":
@@ -447,12 +464,16 @@ class Keeper:
         elif note.verb == "reload":
             self._reloading = False
 
-    def _tell(self, note: Note) -> None:
-        if self._journal is not None:
-            try:
-                self._journal.send(encode_letter(note))
-            except OSError as error:
-                log.warning("the server does not hear %r: %s", note.verb, error)
+    def _tell(self, note: Note) -> bool:
+        """False: the server does not hear it."""
+        if self._journal is None:
+            return False
+        try:
+            self._journal.send(encode_letter(note))
+        except OSError as error:
+            log.warning("the server does not hear %r: %s", note.verb, error)
+            return False
+        return True
 
     # New code.
 

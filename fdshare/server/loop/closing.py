@@ -132,6 +132,7 @@ class Closer:
 
     def __init__(self, lanes: Lanes, notify: Callable[[], None], *, alone: bool) -> None:
         self.lanes = lanes
+        self.alone = alone
         self._notify = notify
         self._at_once = frozenset((0, os.geteuid(), OURS)) if alone else frozenset((OURS,))
         # What is in the lanes: numbers, until just before they are closed, and their owner.
@@ -200,9 +201,9 @@ class Closer:
             del self.given[uid], self._closed_of[uid]
         return left + self._pinned_of.get(uid, 0)
 
-    def all_left(self) -> int:
-        """How many of all users."""
-        return sum(map(self.left, {*self.given, *self._pinned_of}))
+    def owners(self) -> set[int]:
+        """The uids of all of whom something is not closed yet."""
+        return set(filter(self.left, {*self.given, *self._pinned_of}))
 
     @property
     def is_done(self) -> bool:

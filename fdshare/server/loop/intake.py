@@ -24,6 +24,7 @@ from fdshare.server.core.users import User, allowance
 from fdshare.server.limits import Limits, usable
 from fdshare.server.loop.closing import Closer, Handle, receive_handles
 from fdshare.server.loop.connection import Connection
+from fdshare.server.loop.keeper_closes import KeeperCloses
 
 __all__ = ["Intake", "NotNow"]
 
@@ -48,6 +49,7 @@ class Intake:
         limits: Limits,
         nofile: int,
         closer: Closer,
+        keeper_closes: KeeperCloses,
         connections: Collection[Connection],
     ) -> None:
         """*nofile* is the limit of numbers that this process may have; *connections* are all."""
@@ -59,12 +61,20 @@ class Intake:
         self._nofile = nofile
         self._numbers = usable(nofile)
         self._closer = closer
+        self._keeper_closes = keeper_closes
         self._connections = connections
 
     def open_of(self, user: User) -> int:
         """How many descriptors are open because of *user*."""
         entries = self._table.usage(user.uid).descriptors
-        return entries + user.connections + user.received + self._closer.left(user.uid)
+        return entries + user.connections + user.received + self._to_close(user.uid)
+
+    def _to_close(self, uid: int) -> int:
+        """How many of *uid* are removed and still open, in the half that has more of them."""
+        return max(self._closer.left(uid), self._keeper_closes.of(uid))
+
+    def _is_hanging(self, user: User) -> bool:
+        return self._closer.hanging(user.uid) > 0 or self._keeper_closes.hangs(user.uid)
 
     def refusal(self, user: User) -> QuotaExceeded | None:
         """The error if *user* may have no descriptor more."""
@@ -76,7 +86,9 @@ class Intake:
 
     def _used(self) -> int:
         used = self._table.descriptors + len(self._connections) + self.received
-        return used if self._closer.is_done else used + self._closer.all_left()
+        if self._closer.is_done and not self._keeper_closes.open:
+            return used
+        return used + sum(map(self._to_close, {*self._closer.owners(), *self._keeper_closes.open}))
 
     def _share(self, others: int) -> int:
         most = min(self._limits.max_open_per_uid, self._numbers)
@@ -101,7 +113,7 @@ class Intake:
             mine = self.open_of(user)
             share = self._share(used - mine)
             most = max(share - mine, 0)
-            closing = self._closer.left(user.uid)
+            closing = self._to_close(user.uid)
             if not most and not user.received and not closing:
                 most = max(free // _PART, 0)  # to replace some of what it has
         if most >= MAX_DESCRIPTORS:
@@ -117,7 +129,7 @@ class Intake:
             handles = []
             lost = self._no_numbers()
             if not user.trusted:
-                if closing and not self._closer.hanging(user.uid):
+                if closing and not self._is_hanging(user):
                     raise NotNow
                 raise lost if self.is_short else QuotaExceeded("max_open_per_uid", share, mine)
         if count:

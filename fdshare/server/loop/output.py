@@ -29,6 +29,7 @@ from fdshare.server.loop.disconnecting import Disconnector
 from fdshare.server.loop.idle import Idle
 from fdshare.server.loop.in_flight import InFlight
 from fdshare.server.loop.intake import Intake
+from fdshare.server.loop.keeper_closes import KeeperCloses
 from fdshare.server.loop.poller import READ, WRITE, Poller
 from fdshare.server.loop.run_queue import RunQueue
 
@@ -58,7 +59,10 @@ class Output:
         self.poller = Poller()
         self.disconnector = Disconnector(closer, self.poller, nofile // 4)
         self.connections: dict[Connection, None] = {}
-        self.intake = Intake(service.table, service.limits, nofile, closer, self.connections)
+        self.keeper_closes = KeeperCloses()
+        self.intake = Intake(
+            service.table, service.limits, nofile, closer, self.keeper_closes, self.connections
+        )
         self.users: dict[int, User] = {}  # those who have connections
         self.idle: dict[User, Idle] = {}
         self.buffers = Buffers(service.limits)

@@ -10,7 +10,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final, Literal, Protocol
 
 import msgspec
@@ -197,8 +197,10 @@ class Server:
         return [*self._closer.unfinished(), *((h.fd, h.uid) for h in self.loop.held())]
 
     def take_over(self, unfinished: Iterable[tuple[int, int]]) -> None:
-        """In a forked child: closes what its parent had still to close."""
+        """In a forked child: closes what its parent, the keeper, has still to close."""
+        unfinished = list(unfinished)
         self._closer.take_over(unfinished)
+        self.loop.keeper_closes.add(uid for _, uid in unfinished)
 
     # `Effects`, for the service.
 
@@ -257,30 +259,39 @@ class Server:
         if entry.guard is not None or entry.lease is not None or entry.put.drop_on_hangup:
             self._hangups.watch(entry)
 
-    def close(
-        self,
-        handles: Sequence[Handle],
-        ends: Sequence[Handle] = (),
-        then: Callable[[], None] | None = None,
-        *,
-        when_sent: bool = False,
-    ) -> None:
-        for handle in (*handles, *ends):
+    def close(self, handles: Sequence[Handle], *, when_sent: bool = False) -> None:
+        for handle in handles:
             self._hangups.forget(handle)
         if not when_sent:
             self.loop.drop_unsent(handles)
+        self._closer.close(handles)
+
+    def close_removed(
+        self,
+        handles: Sequence[Handle],
+        ends: Sequence[Handle],
+        then: Callable[[], None] | None,
+    ) -> None:
+        for handle in (*handles, *ends):
+            self._hangups.forget(handle)
+        self.loop.drop_unsent(handles)
+        if self._journal is not None and not self._closer.alone:
+            self.loop.keeper_closes.add(handle.uid for handle in (*handles, *ends))
         if then is None or self._journal is None:
             close_in_order(self._closer, handles, ends, then)
             return
         closed = close_in_order(self._closer, handles, ends, then, elsewhere=True)
         self._closed_by_keeper[self.table.serial] = closed
 
-    def closed_by_keeper(self, serial: int | None = None) -> None:
-        """The keeper has closed its copies of what the change of *serial* removed; None: it is
-        dead, and holds nothing any more."""
-        if serial is not None:
-            self._closed_by_keeper.pop(serial, _nothing)()
-            return
+    def closed_by_keeper(self, serial: int, counts: Mapping[int, int]) -> None:
+        """The keeper has closed its copies of what the change of *serial* removed, or they hang;
+        and so many descriptors of each uid since it said so last."""
+        self.loop.keeper_closes.closed(counts)
+        self._closed_by_keeper.pop(serial, _nothing)()
+
+    def keeper_is_dead(self) -> None:
+        """It holds nothing any more."""
+        self.loop.keeper_closes.clear()
         closed, self._closed_by_keeper = self._closed_by_keeper, {}
         for call in closed.values():
             call()
@@ -366,9 +377,11 @@ class Server:
 
     def _hanging(self) -> dict[str, str]:
         """The users whose closes hang, for `stats`."""
+        here = {uid: self._closer.hanging(uid) for uid in self.lanes.hanging()}
+        in_keeper = self.loop.keeper_closes.hanging()
         return {
-            f"uid {uid}": f"a close(2) hangs, {self._closer.hanging(uid)} descriptors wait for it"
-            for uid in self.lanes.hanging()
+            f"uid {uid}": f"a close(2) hangs, {count} descriptors wait for it"
+            for uid, count in {**in_keeper, **here}.items()
         }
 
     def _is_stored(self, name: str) -> bool | None:

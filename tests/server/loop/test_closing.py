@@ -140,14 +140,15 @@ def test_many_are_closed_in_their_order(closing: Closing, gate: threading.Event)
     closing.lanes.put(OTHER, gate.wait)
     closing.close(*handles)
     assert closing.closer.unfinished() == [(fd, OTHER) for fd in fds]
-    assert closing.closer.left(OTHER) == closing.closer.all_left() == 100
+    assert closing.closer.left(OTHER) == 100
+    assert closing.closer.owners() == {OTHER}
     assert not closing.called
     gate.set()
     while not closing.called:
         closing.wait()
     assert not census().keys() & set(fds)
     assert closing.closer.unfinished() == []
-    assert closing.closer.all_left() == 0
+    assert closing.closer.owners() == set()
 
 
 def test_what_is_in_use_is_not_closed_yet(closing: Closing) -> None:
@@ -156,7 +157,8 @@ def test_what_is_in_use_is_not_closed_yet(closing: Closing) -> None:
     fd, handle.pins = handle.fd, 1
     for _ in range(2):
         closing.closer.close([handle])
-        assert closing.closer.left(OTHER) == closing.closer.all_left() == 1
+        assert closing.closer.left(OTHER) == 1
+        assert closing.closer.owners() == {OTHER}
         assert not closing.closer.is_done
     assert fd in census()
     handle.pins = 0
@@ -164,7 +166,8 @@ def test_what_is_in_use_is_not_closed_yet(closing: Closing) -> None:
     while not closing.called:
         closing.wait()
     assert fd not in census()
-    assert closing.closer.left(OTHER) == closing.closer.all_left() == 0
+    assert closing.closer.left(OTHER) == 0
+    assert closing.closer.owners() == set()
     assert closing.closer.is_done
 
 

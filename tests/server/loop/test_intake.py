@@ -24,6 +24,7 @@ from fdshare.server.limits import RESERVE, Limits
 from fdshare.server.loop.closing import Closer, Handle
 from fdshare.server.loop.connection import Connection
 from fdshare.server.loop.intake import Intake, NotNow
+from fdshare.server.loop.keeper_closes import KeeperCloses
 from fdshare.server.loop.lanes import Lanes
 
 KIND = m.Kind("fd", msgspec.Raw(m.encode({})))
@@ -39,8 +40,10 @@ class Receiving:
         self.closer = Closer(self.lanes, lambda: None, alone=False)
         self.table = Table()
         self.connections: list[Any] = [None]  # one of another user
+        self.keeper_closes = KeeperCloses()
+        limits = limits or Limits.for_rlimit(nofile)
         self.intake = Intake(
-            self.table, limits or Limits.for_rlimit(nofile), nofile, self.closer, self.connections
+            self.table, limits, nofile, self.closer, self.keeper_closes, self.connections
         )
         self.buffer = bytearray(1 << 12)
         self.socks: list[socket.socket] = []
