@@ -305,7 +305,7 @@ class Keeper:
             self._abandon()
             return partial(self._become_server, self._holdings, half)
         self._journal, self._server = half.journal, half.other
-        self._removed = Counter({uid: self._closer.left(uid) for uid in list(self._closer.given)})
+        self._removed = Counter({uid: self._closer.left(uid) for uid in self._closer.owners()})
         self._follow()
         return None
 
