@@ -20,10 +20,11 @@ import anyio.lowlevel
 from anyio.abc import TaskGroup
 
 from fdshare.client import verbs
+from fdshare.client.asynchronous import lease_end
 from fdshare.client.asynchronous.follow import AsyncFollower
 from fdshare.client.asynchronous.pipeline import Pipeline
 from fdshare.client.asynchronous.watch import AsyncWatcher
-from fdshare.client.conversation import LEASE_END, LeaseEnd, WholeAnswer
+from fdshare.client.conversation import LeaseEnd, WholeAnswer
 from fdshare.client.mapped_page import MappedPage
 from fdshare.client.settings import BaseClient, Lifeline
 from fdshare.errors import ClosedDescriptor, InvalidArgument
@@ -305,7 +306,7 @@ class AsyncClient(BaseClient):
             exchange = next(steps)
             while True:
                 if isinstance(exchange, LeaseEnd):
-                    await _end_of(exchange)
+                    await lease_end.wait_for(exchange)
                     exchange = steps.send(WholeAnswer())
                 else:
                     exchange = steps.send(await pipeline.exchange(exchange))
@@ -326,16 +327,6 @@ class AsyncClient(BaseClient):
         if not self._closed:
             self._closed = True
             self._pipeline.drop()
-
-
-async def _end_of(lease: LeaseEnd) -> None:
-    """Waits for it. What was taken is ours by now: a cancellation comes too late, and the caller
-    gets it."""
-    try:
-        with anyio.move_on_after(LEASE_END, shield=True):
-            await anyio.wait_readable(lease.sock)
-    except anyio.get_cancelled_exc_class():
-        pass  # of Task.cancel(), which knows no shield
 
 
 _clients: weakref.WeakSet[AsyncClient] = weakref.WeakSet()
