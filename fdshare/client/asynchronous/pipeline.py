@@ -97,6 +97,8 @@ class Pipeline:
         with anyio.move_on_after(delay):
             if type(exchange.request) in _CHANGES:
                 await self._changes.acquire()  # released by `_end`
+                if not self._open:
+                    self._changes.release()  # for the next one, to notice it as well
             call = await self._answered(exchange, self._reconnect if search else 0.0)
             return call.parts.finish(), call.server
         if self._transport is not None and self._transport.heard_at < began:

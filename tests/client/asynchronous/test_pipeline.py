@@ -20,6 +20,7 @@ import fdshare
 from fdshare.client.asynchronous.pipeline import _MOST_CHANGES
 from fdshare.client.blocking.client import Client
 from fdshare.errors import (
+    ClosedDescriptor,
     FetchTimeout,
     InvalidName,
     KindMismatch,
@@ -451,6 +452,36 @@ def test_what_cannot_be_encoded_concerns_nobody_else(folder: Path, null: int, ba
                     await mine.ping()
 
     anyio.run(main, backend=backend)
+
+
+@BACKENDS
+def test_a_close_ends_all_changes_that_wait_for_their_turn(
+    server: Any, pipe: int, backend: str
+) -> None:
+    """Those beyond twice _MOST_CHANGES waited for ever."""
+    count = 3 * _MOST_CHANGES
+    ended: list[int] = []
+
+    async def register(mine: Any, i: int) -> None:
+        with pytest.raises(ClosedDescriptor):
+            await mine.register(f"n{i}", pipe)
+        ended.append(i)
+
+    async def main() -> None:
+        async with fdshare.aio.connect(server.address, timeout=None) as mine:
+            os.kill(server.pid, 19)
+            try:
+                with anyio.fail_after(20):
+                    async with anyio.create_task_group() as tasks:
+                        for i in range(count):
+                            tasks.start_soon(register, mine, i)
+                        await anyio.wait_all_tasks_blocked()
+                        await mine.close()
+            finally:
+                os.kill(server.pid, 18)
+
+    anyio.run(main, backend=backend)
+    assert sorted(ended) == list(range(count))
 
 
 def test_no_more_changes_are_under_way_than_a_server_remembers() -> None:
