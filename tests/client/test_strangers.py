@@ -517,6 +517,43 @@ def test_a_user_whom_the_policy_refuses(
     assert said == ["fetch", "register", "list", "take", "stats", "shutdown", "list"]
 
 
+@needs_root
+def test_a_user_who_may_not_bind_anew_what_is_gone(
+    folder: Path, serve: Callable[..., Manager], child: Any
+) -> None:
+    """The refusal of that was raised, which is about binding and not about what is held."""
+    folder.chmod(0o755)
+    policy = folder / "policy.toml"
+    policy.write_text('[[rule]]\neffect = "allow"\nverbs = ["*"]\n')
+    server = serve(mode=0o666, policy=policy)
+    address = f"unix://{folder}/bound"
+    with Client(server.address) as client:
+        client.bind("app", address).close()
+    (folder / "bound").unlink()
+    process = child(
+        """
+        import asyncio, os, sys
+        import fdshare.aio
+        from fdshare.errors import EndpointError
+        os.setgid(12345); os.setuid(12345)
+        async def bind():
+            async with fdshare.aio.connect(sys.argv[1]) as client:
+                await client.bind("app", sys.argv[2])
+        for call in (lambda: fdshare.connect(sys.argv[1]).bind("app", sys.argv[2]),
+                     lambda: asyncio.run(bind())):
+            try:
+                call()
+            except EndpointError as error:
+                print(error, flush=True)
+        """,
+        server.address,
+        address,
+    )
+    said = process.stdout.read().splitlines()
+    assert len(said) == 2
+    assert all("'app' is held, but" in line for line in said)
+
+
 # Not there
 
 

@@ -27,7 +27,7 @@ from fdshare.client.asynchronous.watch import AsyncWatcher
 from fdshare.client.conversation import LeaseEnd, WholeAnswer
 from fdshare.client.mapped_page import MappedPage
 from fdshare.client.settings import BaseClient, Lifeline
-from fdshare.errors import ClosedDescriptor, InvalidArgument
+from fdshare.errors import ClosedDescriptor, FdshareError, InvalidArgument
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.protocol import messages as m
 
@@ -308,8 +308,13 @@ class AsyncClient(BaseClient):
                 if isinstance(exchange, LeaseEnd):
                     await lease_end.wait_for(exchange)
                     exchange = steps.send(WholeAnswer())
+                    continue
+                try:
+                    parts = await pipeline.exchange(exchange)
+                except FdshareError as error:
+                    exchange = steps.throw(error)
                 else:
-                    exchange = steps.send(await pipeline.exchange(exchange))
+                    exchange = steps.send(parts)
         except StopIteration as stop:
             result: T = stop.value
             return result

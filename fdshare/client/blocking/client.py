@@ -18,7 +18,7 @@ from fdshare.client.blocking.connection import BlockingConnection, ConnectionLos
 from fdshare.client.conversation import Exchange, LeaseEnd, WholeAnswer
 from fdshare.client.mapped_page import MappedPage
 from fdshare.client.settings import BaseClient, Lifeline
-from fdshare.errors import ClosedDescriptor, NameNotFound, ServerTimeout
+from fdshare.errors import ClosedDescriptor, FdshareError, NameNotFound, ServerTimeout
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.kernel.descriptor_limit import first_use
 from fdshare.protocol import messages as m
@@ -476,8 +476,13 @@ class Client(BaseClient):
                     if isinstance(exchange, LeaseEnd):
                         exchange.wait()
                         exchange = steps.send(WholeAnswer())
+                        continue
+                    try:
+                        parts = self._exchange(connection, exchange)
+                    except FdshareError as error:
+                        exchange = steps.throw(error)
                     else:
-                        exchange = steps.send(self._exchange(connection, exchange))
+                        exchange = steps.send(parts)
             finally:
                 self._give_back(connection)
         except StopIteration as stop:
