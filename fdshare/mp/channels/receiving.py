@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any, Final
 
 from fdshare.errors import InvalidArgument, ProtocolError
-from fdshare.kernel.ancillary import close_looks, look_into, looking, numbers_in, truncation
+from fdshare.kernel.ancillary import Look, close_looks, look_into, looking, numbers_in, truncation
 from fdshare.kernel.descriptor import Descriptor, Spare
 from fdshare.mp.channels.framing import (
     BODY,
@@ -29,6 +29,7 @@ from fdshare.mp.channels.framing import (
 )
 from fdshare.mp.channels.incoming import MARK, TORN, Incoming, TornMessage
 from fdshare.mp.channels.peek_level import AT_ONCE, PeekLevel
+from fdshare.mp.pickling.array_pickles import array_maps
 from fdshare.mp.pickling.bundle import Arrived, Bundle, made_at_once
 
 __all__ = ["MessageReceiver"]
@@ -45,6 +46,8 @@ _BOXED: Final = bytes([BOXED])
 # Bodies of pickles that are `made_at_once`, with the announcement and without, and the function
 # that builds the object.
 _bodies: Final[dict[bytes, Callable[[int], Any]]] = {}
+# The same of large arrays, and the pickle in them.
+_arrays: Final[dict[bytes, bytes]] = {}
 _SHORT: Final = 512  # bytes; none of their bodies is longer
 
 _WAIT: Final = (_WAITALL,)
@@ -194,11 +197,16 @@ class MessageReceiver(Incoming):
         # Without a control buffer: the kernel drops its references, the copies are ours.
         (self._data,) = map(self._recv, (_HEAD + size,), _WAIT)
         if size <= _SHORT:
-            build = _bodies.get(self._data)
             numbers = numbers_in(self._looks[0])
-            if build is not None and len(numbers) == 1:
-                self._build(build, numbers)
-                return True
+            if len(numbers) == 1:
+                build = _bodies.get(self._data)
+                if build is not None:
+                    self._build(build, numbers)
+                    return True
+                pickled = _arrays.get(self._data)
+                if pickled is not None:
+                    self._own(pickled, numbers, [])
+                    return True
         self._collect()
         self._read_body(0)
         return True
@@ -250,9 +258,16 @@ class MessageReceiver(Incoming):
         first = start + BODY.size
         size = len(body) - start
         data: bytes | memoryview = memoryview(body)[first:] if size > JOINED else body[first:]
-        if count == 1 and size <= _SHORT and data in made_at_once:
-            _bodies[body] = made_at_once[bytes(data)]
-        boxes = self._looks[:1] if len(self._looks) > 1 else []
+        if count == 1 and size <= _SHORT:
+            if data in made_at_once:
+                _bodies[body] = made_at_once[bytes(data)]
+            elif data in array_maps:
+                _arrays[body] = bytes(data)
+        self._own(data, numbers, self._looks[:1] if len(self._looks) > 1 else [])
+
+    def _own(self, data: bytes | memoryview, numbers: list[int], boxes: list[Look]) -> None:
+        """The message is a bundle of *data* and the descriptors *numbers*, which came in *boxes*,
+        if any."""
         owned: list[Descriptor] = []
         try:
             owned.extend(map(Spare, numbers))
@@ -263,7 +278,7 @@ class MessageReceiver(Incoming):
             raise
         # Without a call in between.
         self.message, self.parts, self._looks = bundle, [], boxes
-        self._size, self._start = None, 0
+        self._size, self._start, self._data = None, 0, b""
         if boxes:
             close_looks(self._looks)
 

@@ -25,6 +25,7 @@ from fdshare.kernel.descriptor import Descriptor, Spare
 from fdshare.kernel.descriptor_limit import as_limit
 from fdshare.kernel.shared_duplicate import SharedDuplicate, share
 from fdshare.kinds import Kind, discard, rebuild, rebuilder
+from fdshare.mp.pickling.array_pickles import array_maps, remember_array
 from fdshare.mp.pickling.large import BALLAST, LARGE, NEW, NEW_PICKLE, map_parts
 from fdshare.mp.pickling.memfd_cache import MemfdCache, new_copy_of
 
@@ -44,6 +45,7 @@ __all__ = [
     "loads",
     "made_at_once",
     "open_arrived",
+    "pickle_of_large",
     "with_memory",
 ]
 
@@ -195,6 +197,9 @@ class Bundle:
             kind = _bare_pickles.get(data)
             if kind is not None:
                 return rebuild(kind, owned)
+            map_array = array_maps.get(data)
+            if map_array is not None:
+                return map_array(owned[0])
         if self.missing is not None:
             close_all(owned)
             raise self.missing
@@ -239,9 +244,16 @@ def with_memory(
         memory, ballast = new_copy_of(areas, sizes), BALLAST
     if memory is None:
         return None
-    reduced = _arrive_large, (len(transit.fds), sizes, data, ballast)
+    outer = pickle_of_large(len(transit.fds), tuple(sizes), data, ballast)
     transit.fds.append(memory.fileno())
-    return Bundle(pickle.dumps(Reducing(reduced)), transit.fds, holders, memory=memory)
+    return Bundle(outer, transit.fds, holders, memory=memory)
+
+
+def pickle_of_large(
+    index: int, sizes: tuple[int, ...], data: bytes | None, ballast: bytes = b""
+) -> bytes:
+    """The pickle that is sent with memory: the arguments are those of `_arrive_large`."""
+    return pickle.dumps(Reducing((_arrive_large, (index, sizes, data, ballast))))
 
 
 # What a channel is given: a pickle without descriptors; one with; or, of an object by itself that
@@ -276,13 +288,15 @@ def open_arrived(message: Arrived, load: Loads) -> Any:
 class _Frame:
     """The descriptors of the message that this thread is decoding."""
 
-    __slots__ = ("bare", "built", "descriptors", "load")
+    __slots__ = ("bare", "built", "descriptors", "large", "load")
 
     def __init__(self, load: Loads, descriptors: list[Descriptor]) -> None:
         self.load = load
         self.descriptors: list[Descriptor | None] = list(descriptors)
         self.built: list[Any] = []
         self.bare: Kind | None = None  # of the last object built
+        # The pickle of an object with one large buffer, and the bytes of that.
+        self.large: tuple[bytes, int] | None = None
 
     def take(self, tag: str, first: int, count: int) -> list[Descriptor]:
         """The caller owns the result. Raises: AlreadyTaken: it is not all there."""
@@ -328,6 +342,10 @@ def loads(load: Loads, data: bytes | memoryview, descriptors: list[Descriptor]) 
     frame.close(built=False)
     if len(descriptors) == 1 and frame.bare is not None and frame.built and frame.built[0] is obj:
         _remember(bytes(data), frame.bare)
+    if len(descriptors) == 1 and frame.large is not None:
+        inner, size = frame.large
+        if data == pickle_of_large(0, (size,), inner):
+            remember_array(bytes(data), obj, inner, size)
     return obj
 
 
@@ -385,7 +403,7 @@ def _remember(data: bytes, kind: Kind) -> None:
             made_at_once[data] = make
 
 
-def _arrive_large(index: int, sizes: list[int], data: bytes | None, ballast: bytes) -> Any:
+def _arrive_large(index: int, sizes: tuple[int, ...], data: bytes | None, ballast: bytes) -> Any:
     """The object of the pickle *data*, whose buffers, of these *sizes* in bytes, are in a memfd;
     None: the pickle is there, too, behind them. Pickles name it: do not move or rename."""
     frame = _local.frame
@@ -394,6 +412,8 @@ def _arrive_large(index: int, sizes: list[int], data: bytes | None, ballast: byt
     (memory,) = frame.take("memory", index, 1)
     with memory:
         parts = map_parts(memory.fileno(), sizes)
+    if data is not None and len(sizes) == 1:
+        frame.large = data, sizes[0]
     return frame.load(parts.pop() if data is None else data, buffers=parts)
 
 

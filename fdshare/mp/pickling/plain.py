@@ -15,13 +15,15 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from operator import methodcaller
+from pickle import PickleBuffer
 from types import BuiltinFunctionType
 from typing import Any, Final
 
 from fdshare.kinds import in_shared_memory, is_shareable, user_kinds
-from fdshare.mp.pickling.bundle import Bundle, Inline, Reduced, with_memory
-from fdshare.mp.pickling.large import LARGE, take_large
-from fdshare.mp.pickling.memfd_cache import MemfdCache
+from fdshare.mp.pickling.array_pickles import Key, key_of, room_in
+from fdshare.mp.pickling.bundle import Bundle, Inline, Reduced, pickle_of_large, with_memory
+from fdshare.mp.pickling.large import BALLAST, LARGE, NEW, take_large
+from fdshare.mp.pickling.memfd_cache import MemfdCache, new_copy_of
 from fdshare.mp.pickling.program_reducers import Reducer, Reducers
 
 __all__ = ["PROTOCOL", "PlainPickler", "dump_plain", "dump_text", "make_plain_pickler"]
@@ -34,6 +36,8 @@ class PlainPickler(pickle.Pickler):
 
     dispatch_table: _PlainTypes
     of_large: type[PlainPickler]  # takes large arrays, too
+    # Of large arrays: the pickle that is sent with the memory, and the one in it.
+    arrays: dict[Key | None, tuple[bytes, bytes]]
 
 
 class _Refused(Exception):
@@ -105,7 +109,7 @@ def make_plain_pickler(registered: Reducers) -> type[PlainPickler]:
     """The PlainPickler of a program that registers reducers in *registered*, and with copyreg."""
     tables = [_PlainTypes(registered, how) for how in (_reduce_array, _reduce_smaller_array)]
     of_large = type("PlainPickler", (PlainPickler,), {"dispatch_table": tables[0]})
-    attributes = {"dispatch_table": tables[1], "of_large": of_large}
+    attributes = {"dispatch_table": tables[1], "of_large": of_large, "arrays": {}}
     return type("PlainPickler", (PlainPickler,), attributes)
 
 
@@ -130,8 +134,17 @@ def dump_plain(
     if _skipped:
         _skipped -= 1
         return None
-    if plain.dispatch_table:
-        plain.dispatch_table.update_types()
+    types = plain.dispatch_table
+    if types:
+        types.update_types()
+        # Only numpy's array has this reducer.
+        if (
+            types.get(type(obj)) is _reduce_smaller_array
+            and obj.nbytes >= LARGE
+            and cache is not None
+            and not in_shared_memory(obj)
+        ):
+            return _dump_large_array(plain, obj, cache)
     parts: list[Any] = []
     try:
         plain(_Parts(parts.append), PROTOCOL).dump(obj)
@@ -150,6 +163,40 @@ def dump_text(text: bytes | str, cache: MemfdCache) -> bytes | Bundle:
     parts: list[Any] = []
     pickle.Pickler(_Parts(parts.append), PROTOCOL).dump(text)
     return _joined(parts, (), cache) or b"".join(parts)
+
+
+def _dump_large_array(
+    plain: type[PlainPickler], array: Any, cache: MemfdCache
+) -> bytes | Bundle | None:
+    """As `dump_plain`, of a large *array*."""
+    types = plain.of_large.dispatch_table
+    types.update_types()
+    key = key_of(array)
+    known = plain.arrays.get(key)
+    if known is None or type(array.dtype) not in types:
+        message = _dump_large(plain.of_large, array, cache)
+        if key is not None and known is None and type(message) is Bundle:
+            _remember(plain, key, array)
+        return message
+    outer, inner = known
+    view = PickleBuffer(array).raw()
+    areas, sizes = ((view,),), (view.nbytes,)
+    memory = cache.copy_of(areas, sizes)
+    if memory is None and sizes[0] >= NEW:
+        memory, outer = new_copy_of(areas, sizes), pickle_of_large(0, sizes, inner, BALLAST)
+    if memory is None:
+        return _in_one(plain.of_large, array)
+    return Bundle(outer, [memory.fileno()], memory=memory)
+
+
+def _remember(plain: type[PlainPickler], key: Key, array: Any) -> None:
+    """Remembers the pickles of *array*, which has this *key*."""
+    large: list[memoryview] = []
+    buffer = io.BytesIO()
+    plain.of_large(buffer, PROTOCOL, buffer_callback=partial(take_large, large)).dump(array)
+    inner = buffer.getvalue()
+    if len(large) == 1 and len(inner) < LARGE and room_in(plain.arrays):
+        plain.arrays[key] = pickle_of_large(0, (large[0].nbytes,), inner), inner
 
 
 def _dump_large(

@@ -1,0 +1,70 @@
+"""Pickles of large arrays of numpy by themselves, which are neither made nor loaded twice.
+
+The numbers lie in a memfd (large.py). The rest is the same bytes for all arrays of a type and a
+shape. So who sends one looks the bytes up, and who receives one looks up what they say: the pickler
+and the unpickler take longer than all system calls of such a message.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import pickle
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Final, TypeAlias
+
+from fdshare.kernel.descriptor import Descriptor
+from fdshare.kernel.memfd import private_map
+
+__all__ = ["Key", "array_maps", "key_of", "remember_array", "room_in"]
+
+# What the pickle of an array depends on, besides its numbers.
+Key: TypeAlias = tuple[Any, ...]
+
+# By the pickle that arrived, what returns the array. The memfd, which holds nothing else, is this
+# call's.
+array_maps: Final[dict[bytes, Callable[[Descriptor], Any]]] = {}
+_REMEMBERED: Final = 256
+_NUMBERS: Final = "?bhilqpBHILQPefdgFDG"
+
+
+def room_in(known: dict[Any, Any]) -> bool:
+    """True if one more may be remembered."""
+    return len(known) < _REMEMBERED
+
+
+def key_of(array: Any) -> Key | None:
+    """The Key of an array of numpy. None: the pickle depends on more."""
+    dtype = array.dtype
+    # Types that are compared as equal may have different metadata, or such fields.
+    if dtype.char not in _NUMBERS or dtype.metadata is not None:
+        return None
+    return dtype, array.shape, array.strides, array.flags.writeable
+
+
+def remember_array(arrived: bytes, array: Any, inner: bytes, size: int) -> None:
+    """Remembers *arrived*, of which *array* was loaded, if the pickle *inner* in it, whose only
+    buffer of *size* bytes was in the memfd, is that of an array, and nothing else."""
+    numpy = sys.modules.get("numpy")
+    if numpy is None or type(array) is not getattr(numpy, "ndarray", None):
+        return
+    # What is read-only is a view of the map that is.
+    if not array.flags.writeable or key_of(array) is None or not room_in(array_maps):
+        return
+    if type(array) in copyreg.dispatch_table:  # functions of the program
+        return
+    # Other functions that return an array may be in the pickle, to be called each time: only the
+    # bytes tell that there are none.
+    buffers: list[pickle.PickleBuffer] = []
+    if pickle.dumps(array, 5, buffer_callback=buffers.append) == inner:
+        build, (_, *arguments) = array.__reduce_ex__(5)
+        array_maps[arrived] = partial(_map_array, size, build, arguments)
+
+
+def _map_array(
+    size: int, build: Callable[..., Any], arguments: list[Any], memory: Descriptor
+) -> Any:
+    with memory:
+        part = private_map(memory.fileno(), 0, size)
+    return build(part, *arguments)
