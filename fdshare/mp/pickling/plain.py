@@ -155,7 +155,7 @@ def dump_plain(
         return None
     if len(parts) == 1:
         return parts[0]  # type: ignore[no-any-return]
-    return _joined(parts, (), cache) or _in_one(plain, obj)
+    return _joined(parts, (), cache) or _joined([_in_one(plain, obj)], (), cache)
 
 
 def dump_text(text: bytes | str, cache: MemfdCache) -> bytes | Bundle:
@@ -211,7 +211,7 @@ def _dump_large(
         plain(_Parts(parts.append), PROTOCOL, buffer_callback=taking).dump(obj)
     except _Refused:
         return None
-    return _joined(parts, large, cache) or _in_one(plain, obj)
+    return _joined(parts, large, cache) or _joined([_in_one(plain, obj)], (), cache)
 
 
 def _joined(

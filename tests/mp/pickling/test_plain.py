@@ -16,7 +16,9 @@ from fdshare import SharedMemory
 from fdshare.kinds import register_kind, unregister_kind
 from fdshare.mp.backends import backend_of
 from fdshare.mp.pickling import plain
+from fdshare.mp.pickling.bundle import Bundle
 from fdshare.mp.pickling.large import LARGE
+from fdshare.mp.pickling.memfd_cache import MemfdCache
 from fdshare.mp.pickling.reducers import encode
 
 FAMILY = backend_of("multiprocessing").FAMILY
@@ -57,6 +59,14 @@ def test_what_may_have_a_reducer(dump: Dump, obj: Any) -> None:
         message = encode(FAMILY, [1, "2", obj])
         assert type(message) is bytes
         assert repr(FAMILY.loads(message)) == repr([1, "2", obj])
+
+
+def test_a_large_bytearray_lies_in_memory() -> None:
+    pickler = FAMILY.Pickler.plain
+    assert pickler is not None
+    bundle = plain.dump_plain(pickler, bytearray(LARGE), MemfdCache())
+    assert isinstance(bundle, Bundle)
+    assert bundle.own().load(FAMILY.loads) == bytearray(LARGE)
 
 
 def test_dill_has_a_pickler_of_its_own() -> None:
