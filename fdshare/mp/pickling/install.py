@@ -30,7 +30,7 @@ from fdshare.mp.pickling import parked
 from fdshare.mp.pickling.bundle import Reduced
 from fdshare.mp.pickling.hold import Held
 from fdshare.mp.pickling.parked import DEFAULT_TTL, Label, Parked, Place, dumps_single
-from fdshare.mp.pickling.program_reducers import Reducers, reducer_of_program
+from fdshare.mp.pickling.program_reducers import Reducers, is_dispatched, reducer_of_program
 from fdshare.mp.pickling.reducers import PLAIN, Override, reduce_with
 from fdshare.parking.private_address import new_address
 
@@ -176,7 +176,7 @@ def _make_dumps(pickler: type[StockForkingPickler]) -> object:
         """*obj* pickled. A single descriptor, and what has no parts, is pickled in less time."""
         if cls is pickler and not args and not kwargs:
             of = type(obj)
-            if of in _WITHOUT_PARTS:
+            if of in _WITHOUT_PARTS and not is_dispatched(patched.dispatched, of):
                 return memoryview(pickle.dumps(obj))
             if (
                 of in _SINGLE

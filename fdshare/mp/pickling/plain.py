@@ -1,9 +1,10 @@
 """Pickles of what needs no reducer of ours, made almost without a call in Python: in a third of the
-time that the pickler of reducers.py takes.
+time that the pickler of reducers.py takes, and in a tenth to a hundredth of what dill's takes.
 
 That is numbers, text, containers, names, and numpy's arrays and numbers. The C pickler asks its
 table about each type that it does not know itself. The first one that may need more ends the
-attempt.
+attempt. Where the package pickles with dill, a function or a class is plain if dill would write
+its name, too, and not what it is made of.
 """
 
 from __future__ import annotations
@@ -16,15 +17,30 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from operator import methodcaller
 from pickle import PickleBuffer
-from types import BuiltinFunctionType
+from types import (
+    BuiltinFunctionType,
+    FunctionType,
+    MethodDescriptorType,
+    MethodType,
+    ModuleType,
+    WrapperDescriptorType,
+)
 from typing import Any, Final
 
 from fdshare.kinds import in_shared_memory, is_shareable, user_kinds
 from fdshare.mp.pickling.array_pickles import Key, key_of, room_in
 from fdshare.mp.pickling.bundle import Bundle, Inline, Reduced, pickle_of_large, with_memory
+from fdshare.mp.pickling.by_value import ByValue
 from fdshare.mp.pickling.large import BALLAST, LARGE, NEW, take_large
 from fdshare.mp.pickling.memfd_cache import MemfdCache, new_copy_of
-from fdshare.mp.pickling.program_reducers import Reducer, Reducers
+from fdshare.mp.pickling.program_reducers import (
+    Dispatched,
+    Reducer,
+    Reducers,
+    is_dispatched,
+    is_programs,
+    leaves_built_in,
+)
 
 __all__ = ["PROTOCOL", "PlainPickler", "dump_plain", "dump_text", "make_plain_pickler"]
 
@@ -38,6 +54,41 @@ class PlainPickler(pickle.Pickler):
     of_large: type[PlainPickler]  # takes large arrays, too
     # Of large arrays: the pickle that is sent with the memory, and the one in it.
     arrays: dict[Key | None, tuple[bytes, bytes]]
+    skips = 15  # so many objects are not tried after one that was refused
+
+
+class _PlainBesideDill(PlainPickler):
+    """The same, where dill would pickle."""
+
+    skips = 0  # dill takes many times what a failed attempt does
+    by_value: ByValue
+
+    def reducer_override(self, obj: Any) -> Any:
+        """NotImplemented: *obj* is pickled as without this method."""
+        cls = type(obj)
+        if cls is FunctionType:
+            if _home(obj) in (None, "__main__"):
+                reduced = self.by_value.reduce(obj)
+                if reduced is None:
+                    raise _Refused
+                return reduced
+        elif cls is type and _home(obj) not in _OF_CLASSES:
+            raise _Refused
+        return NotImplemented
+
+
+# Modules whose classes dill pickles by their names. Of others it does not always do so.
+_OF_CLASSES: Final = frozenset({"builtins", "numpy"})
+
+
+def _home(obj: Any) -> str | None:
+    """The name of the module in which a function or class is found by its own name."""
+    name = obj.__module__
+    if type(name) is not str:
+        return None
+    module = sys.modules.get(name)
+    found = type(module) is ModuleType and vars(module).get(obj.__qualname__) is obj
+    return name if found else None
 
 
 class _Refused(Exception):
@@ -52,8 +103,11 @@ class _PlainTypes(dict[type, Reducer]):
     """A dispatch table for types whose objects need none: they are pickled as without a table. Any
     other type is refused."""
 
-    def __init__(self, registered: Reducers, reduce_array: Reducer) -> None:
+    def __init__(
+        self, registered: Reducers, dispatched: Dispatched | None, reduce_array: Reducer
+    ) -> None:
         self._registered = registered
+        self.dispatched = dispatched
         self._reduce_array = reduce_array
 
     def __missing__(self, cls: type) -> Reducer:
@@ -63,9 +117,14 @@ class _PlainTypes(dict[type, Reducer]):
             if has_numpy and cls is type(numpy.dtype):  # numpy has registered it
                 return copyreg.dispatch_table[cls]
             raise _Refused
-        if cls in self._registered or (user_kinds and is_shareable(cls)):
+        if (user_kinds and is_shareable(cls)) or is_dispatched(self.dispatched, cls):
             raise _Refused
-        if has_numpy and cls is numpy.ndarray:
+        registered = self._registered.get(cls)
+        if registered is not None:
+            if cls not in _CALLABLES or is_programs(registered):
+                raise _Refused
+            self[cls] = registered
+        elif has_numpy and cls is numpy.ndarray:
             self[cls] = self._reduce_array
         elif cls is BuiltinFunctionType or (has_numpy and _is_number(cls, numpy)):
             self[cls] = _reduce
@@ -75,11 +134,15 @@ class _PlainTypes(dict[type, Reducer]):
 
     def update_types(self) -> None:
         """Forgets the types for which the program has registered something since."""
-        if user_kinds or not (
-            self._registered.keys().isdisjoint(self)
-            and copyreg.dispatch_table.keys().isdisjoint(self)
-        ):
-            self.clear()
+        for cls, reducer in self.items():
+            if (
+                user_kinds
+                or self._registered.get(cls, reducer) is not reducer
+                or cls in copyreg.dispatch_table
+                or is_dispatched(self.dispatched, cls)
+            ):
+                self.clear()
+                break
 
 
 def _is_number(cls: type, numpy: Any) -> bool:
@@ -89,6 +152,8 @@ def _is_number(cls: type, numpy: Any) -> bool:
     )
 
 
+# Both packages register reducers for them.
+_CALLABLES: Final = frozenset({partial, MethodType, MethodDescriptorType, WrapperDescriptorType})
 _reduce: Final = methodcaller("__reduce_ex__", PROTOCOL)
 
 
@@ -105,12 +170,19 @@ def _reduce_smaller_array(array: Any) -> Reduced:
     return _reduce_array(array)
 
 
-def make_plain_pickler(registered: Reducers) -> type[PlainPickler]:
-    """The PlainPickler of a program that registers reducers in *registered*, and with copyreg."""
-    tables = [_PlainTypes(registered, how) for how in (_reduce_array, _reduce_smaller_array)]
-    of_large = type("PlainPickler", (PlainPickler,), {"dispatch_table": tables[0]})
-    attributes = {"dispatch_table": tables[1], "of_large": of_large, "arrays": {}}
-    return type("PlainPickler", (PlainPickler,), attributes)
+def make_plain_pickler(
+    registered: Reducers, dispatched: Dispatched | None = None, by_value: ByValue | None = None
+) -> type[PlainPickler]:
+    """The PlainPickler of a program that registers reducers in *registered*, with copyreg, and in
+    *dispatched*, the table of dill's pickler. That and *by_value* are None where the package
+    pickles without dill."""
+    base = PlainPickler if by_value is None else _PlainBesideDill
+    ways = _reduce_array, _reduce_smaller_array
+    tables = [_PlainTypes(registered, dispatched, how) for how in ways]
+    attributes: dict[str, object] = {"by_value": by_value, "dispatch_table": tables[0]}
+    of_large = type("PlainPickler", (base,), attributes)
+    attributes |= {"dispatch_table": tables[1], "of_large": of_large, "arrays": {}}
+    return type("PlainPickler", (base,), attributes)
 
 
 class _Parts:
@@ -131,10 +203,12 @@ def dump_plain(
     """*obj* pickled; *cache* is that of `encode`. None: it is, or may be, more than *plain* can
     pickle."""
     global _skipped
-    if _skipped:
+    if _skipped and plain.skips:
         _skipped -= 1
         return None
     types = plain.dispatch_table
+    if not leaves_built_in(types.dispatched):
+        return None
     if types:
         types.update_types()
         # Only numpy's array has this reducer.
@@ -151,7 +225,7 @@ def dump_plain(
     except _IsLarge:
         return _dump_large(plain.of_large, obj, cache)
     except _Refused:
-        _skipped = 15
+        _skipped = plain.skips
         return None
     if len(parts) == 1:
         return parts[0]  # type: ignore[no-any-return]

@@ -15,7 +15,6 @@ import copyreg
 import io
 import pickle
 import selectors
-from collections.abc import Mapping
 from functools import partial
 from pickle import PickleBuffer
 from types import BuiltinFunctionType, CodeType, FunctionType, TracebackType
@@ -32,6 +31,7 @@ from fdshare.mp.pickling.bundle import (
     bare_pickle,
     with_memory,
 )
+from fdshare.mp.pickling.by_value import ByValue
 from fdshare.mp.pickling.dill_code import check_code
 from fdshare.mp.pickling.exceptions import Links, reduce_exception, reduce_links
 from fdshare.mp.pickling.large import LARGE, take_large
@@ -44,9 +44,11 @@ from fdshare.mp.pickling.plain import (
     make_plain_pickler,
 )
 from fdshare.mp.pickling.program_reducers import (
+    Dispatched,
     HasReducers,
     Reducers,
     differs,
+    is_dispatched,
     pickles_itself,
     reducer_of_program,
 )
@@ -87,9 +89,9 @@ class TransitPickler(_Pickler):
     """The pickler of our channels, before the class that pickles for one family."""
 
     transit: Inline
-    plain: ClassVar[type[PlainPickler] | None]  # None: it is dill's
+    plain: ClassVar[type[PlainPickler]]
     registered: ClassVar[Reducers]
-    dispatched: ClassVar[Mapping[type, object] | None]
+    dispatched: ClassVar[Dispatched | None]
     bare_exceptions = False  # pickle them as the package does it
 
     # exceptions.py has what these are.
@@ -190,13 +192,20 @@ def make_pickler(forking_pickler: type[StockForkingPickler]) -> type[TransitPick
     """
     is_dill = not issubclass(forking_pickler, pickle.Pickler)
     base = forking_pickler if is_dill else pickle.Pickler
+    registered = forking_pickler._extra_reducers
+    dispatched = getattr(forking_pickler, "dispatch", None)
+    settings = getattr(forking_pickler, "settings", None)  # dill's
     attributes = {
-        "plain": None if is_dill else make_plain_pickler(forking_pickler._extra_reducers),
-        "registered": forking_pickler._extra_reducers,
-        "dispatched": getattr(forking_pickler, "dispatch", None),
+        "registered": registered,
+        "dispatched": dispatched,
         "loads": staticmethod(forking_pickler.loads),
     }
-    return type("Pickler", (TransitPickler, base), attributes)
+    made: type[TransitPickler] = type("Pickler", (TransitPickler, base), attributes)
+    by_value = None
+    if settings is not None:
+        by_value = ByValue(partial(_dump, made, cache=None), forking_pickler.loads, settings)
+    made.plain = make_plain_pickler(registered, dispatched, by_value)
+    return made
 
 
 class HasPickler(Protocol):
@@ -214,7 +223,7 @@ def encode(family: HasPickler, obj: Any, cache: MemfdCache | None = None) -> Enc
     Raises: whatever pickling raises; nothing was duplicated then.
     """
     cls = type(obj)
-    if cls in _NUMBERS_AND_TEXT:
+    if cls in _NUMBERS_AND_TEXT and not is_dispatched(family.Pickler.dispatched, cls):
         if (cls is bytes or cls is str) and len(obj) >= LARGE and cache is not None:
             return dump_text(obj, cache)
         return _plain_dumps(obj, -1)
@@ -226,11 +235,11 @@ def encode(family: HasPickler, obj: Any, cache: MemfdCache | None = None) -> Enc
             known = _bare_pickle(kind)
         if known is not None:
             return known[1], fds
-    elif (plain := family.Pickler.plain) is not None:
-        data = dump_plain(plain, obj, cache)
+    else:
+        data = dump_plain(family.Pickler.plain, obj, cache)
         if data is not None:
             return data
-    return _dump(family, obj, cache)
+    return _dump(family.Pickler, obj, cache)
 
 
 def dumps(family: HasPickler, obj: Any) -> Bundle:
@@ -239,14 +248,14 @@ def dumps(family: HasPickler, obj: Any) -> Bundle:
 
 
 def _dump(
-    family: HasPickler, obj: Any, cache: MemfdCache | None, bare_exceptions: bool = False
+    cls: type[TransitPickler], obj: Any, cache: MemfdCache | None, bare_exceptions: bool = False
 ) -> bytes | Bundle:
     buffer = io.BytesIO()
     large: list[memoryview] = []
     if cache is not None:
-        pickler = family.Pickler(buffer, PROTOCOL, buffer_callback=partial(take_large, large))
+        pickler = cls(buffer, PROTOCOL, buffer_callback=partial(take_large, large))
     else:
-        pickler = family.Pickler(buffer, PROTOCOL)
+        pickler = cls(buffer, PROTOCOL)
     pickler.transit = transit = Inline()
     pickler.met = set()
     if bare_exceptions:
@@ -256,14 +265,14 @@ def _dump(
     except Exception:
         # It may be a slot of an exception that cannot be pickled; without us pickle leaves it out.
         if pickler.met and not bare_exceptions:
-            return _dump(family, obj, cache, bare_exceptions=True)
+            return _dump(cls, obj, cache, bare_exceptions=True)
         raise
     if cache is not None and (large or buffer.tell() >= LARGE):
         bundle = with_memory([buffer.getbuffer()], large, transit, pickler, cache)
         if bundle is not None:
             return bundle
         if large:
-            return _dump(family, obj, None, bare_exceptions)
+            return _dump(cls, obj, None, bare_exceptions)
     data = buffer.getvalue()
     return Bundle(data, transit.fds, pickler) if transit.fds else data
 

@@ -1,9 +1,9 @@
 """The tasks of a map, while they wait for a worker.
 
 Each is a function with a batch of items, pickled in the call of `map`. But what cannot change needs
-no pickle so early: where all items are numbers and text, and a batch has few, the function is
-pickled in the call, and each batch when it is sent. So 100,000 of them that wait take the memory of
-a copy of the list, and none where the program has given a range or a tuple.
+no pickle so early: of a range, and where all items are numbers and text and a batch has few, the
+function is pickled in the call, and each batch when it is sent. So 100,000 of them that wait take
+the memory of a copy of the list, and none where the program has given a range or a tuple.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any, Final, TypeAlias
 from fdshare.mp.family import Family
 from fdshare.mp.pickling.memfd_cache import MemfdCache
 from fdshare.mp.pickling.plain import PROTOCOL
+from fdshare.mp.pickling.program_reducers import leaves_built_in
 from fdshare.mp.stock import Function
 from fdshare.mp.workers.tasks import Pickled, Task, as_buffer, pickled
 
@@ -113,9 +114,10 @@ def tasks_of_map(
     It is safe to change *items* and to close what is in it after this call. Raises: whatever
     pickling raises; DescriptorLimit.
     """
-    if 0 < size <= _FEW and type(items) in (range, tuple, list):
+    few = type(items) is range or (size <= _FEW and type(items) in (tuple, list))
+    if few and size > 0:
         kept = tuple(items) if type(items) is list else items
-        functions = pickled(family, (mapper, function)) if _is_constant(kept) else None
+        functions = pickled(family, (mapper, function)) if _is_constant(family, kept) else None
         if isinstance(functions, bytes):
             return _Constant(family, functions, _batches(kept, size))
     calls = ((function, batch) for batch in _batches(items, size))
@@ -130,8 +132,10 @@ def _batches(items: Iterable[Any], size: int) -> Iterator[tuple[Any, ...]]:
         yield batch
 
 
-def _is_constant(items: Iterable[Any]) -> bool:
-    """True if *items* are numbers and text, or all are tuples of those."""
+def _is_constant(family: Family, items: Iterable[Any]) -> bool:
+    """True if *items* are numbers and text, or all are tuples of those, and pickled as such."""
+    if not leaves_built_in(family.Pickler.dispatched):
+        return False
     if type(items) is range:
         return True
     types = set(map(type, items))

@@ -59,7 +59,8 @@ def test_the_results(family: Family, items: Any) -> None:
         taken = list(tasks)
         assert [task[:2] for task in taken] == [(7, index) for index in range(len(taken))]
         kinds = {type(function) for _, _, function, _, _ in taken}
-        assert kinds == {MappedTask if items in CONSTANT and size <= 2 else Task}
+        is_late = items in CONSTANT and (size <= 2 or type(items) is range)
+        assert kinds == {MappedTask if is_late else Task}
         results = [function(*args, **kwds) for _, _, function, args, kwds in taken]
         assert all(len(part) == size for part in results[:-1])
         assert [item for part in results for item in part] == list(items)
@@ -69,6 +70,19 @@ def test_what_cannot_change_is_not_pickled_before_its_turn(family: Family) -> No
     tasks = tasks_of_map(family, mapstar, abs, range(10**12), 1)
     assert [function() for _, _, function, _, _ in islice(tasks, 3)] == [[0], [1], [2]]
     tasks.close()
+
+
+@pytest.mark.parametrize("items", [range(3), [0, 1, 2]], ids=repr)
+def test_what_the_program_has_told_dill_of_numbers(
+    items: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mark(pickler: Any, _: int) -> None:
+        pickler.write(b"Vmarked\n")
+
+    monkeypatch.setitem(pytest.importorskip("dill").Pickler.dispatch, int, mark)
+    tasks = tasks_of_map(backend_of("multiprocess").FAMILY, mapstar, children.same, items, 2)
+    results = [function(*args, **kwds) for _, _, function, args, kwds in tasks]
+    assert results == [["marked", "marked"], ["marked"]]
 
 
 def test_a_function_with_a_descriptor(family: Family) -> None:
