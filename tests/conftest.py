@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import compileall
 import faulthandler
 import gc
 import os
@@ -18,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+import bytecode
 import nursery
 import pytest
 from barepeer import Peer
@@ -36,14 +36,16 @@ settings.load_profile("fdshare")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Compiles the package, once: hundreds of processes import it, and where there is no bytecode
-    and none may be written (PYTHONDONTWRITEBYTECODE), each would compile it for itself."""
     config.stash[STDERR] = os.dup(2)  # later it is captured
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         # A shell has started it in the background: programs of tests would ignore it, too.
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if not hasattr(config, "workerinput"):
-        compileall.compile_dir(Path(__file__).parent.parent / "fdshare", quiet=2)
+        bytecode.compile_all()
+
+
+def pytest_collection(session: pytest.Session) -> None:
+    bytecode.import_share(session)
 
 
 def pytest_collection_finish() -> None:
