@@ -1,4 +1,4 @@
-"""memfd_create(2), and maps of a file that are memory of this process alone."""
+"""memfd_create(2), and maps of a file."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ import mmap
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from typing import Any, Final
 
-__all__ = ["create_memfd", "create_memfd_into", "private_map"]
+__all__ = ["create_memfd", "create_memfd_into", "private_map", "shared_map"]
 
 # <linux/memfd.h>, Linux 6.3: never executable, which vm.memfd_noexec may require.
 _NOEXEC_SEAL: Final = 0x8
 _MAP_FIXED: Final = 0x10  # <asm-generic/mman-common.h>; mmap does not name it
+_POPULATE_WRITE: Final = 23  # madvise(2); mmap does not name it
 _READ_WRITE: Final = mmap.PROT_READ | mmap.PROT_WRITE
 
 
@@ -49,14 +51,26 @@ def private_map(fd: int, offset: int, size: int) -> mmap.mmap:
     keeps a thousand maps does not need a thousand descriptors. It is unmapped when nothing refers
     to it or to a view of it; the file must not shrink before. Raises: OSError of mmap(2).
     """
+    return _map(fd, offset, size, mmap.MAP_PRIVATE)
+
+
+def shared_map(fd: int, size: int) -> mmap.mmap:
+    """As `private_map`, of the first *size* bytes, but what is written is written to the file. All
+    of it can be written to without a page fault."""
+    mapping = _map(fd, 0, size, mmap.MAP_SHARED)
+    with suppress(OSError):  # of a Linux before 5.14
+        mapping.madvise(_POPULATE_WRITE)
+    return mapping
+
+
+def _map(fd: int, offset: int, size: int, flags: int) -> mmap.mmap:
     if sys.version_info >= (3, 13):
         if fd < 0:  # Python takes it for a map without a file
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
-        flags = mmap.MAP_PRIVATE
         return mmap.mmap(fd, size, flags, _READ_WRITE, offset=offset, trackfd=False)
     mapping = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, _READ_WRITE)
     map_over, errno_of = _libc_mmap()
-    if not map_over(mapping, size, fd, offset):
+    if not map_over(mapping, size, flags, fd, offset):
         _broken.append(mapping)
         error = errno_of()
         raise OSError(error, os.strerror(error))
@@ -68,7 +82,7 @@ _broken: Final[list[mmap.mmap]] = []
 
 
 @cache
-def _libc_mmap() -> tuple[Callable[[mmap.mmap, int, int, int], bool], Callable[[], int]]:
+def _libc_mmap() -> tuple[Callable[[mmap.mmap, int, int, int, int], bool], Callable[[], int]]:
     """What maps a file in the place of a map of Python's, which unmaps it in the end; and errno."""
     import ctypes  # not at import: libffi has a descriptor of its own
 
@@ -76,9 +90,9 @@ def _libc_mmap() -> tuple[Callable[[mmap.mmap, int, int, int], bool], Callable[[
     call.restype = ctypes.c_void_p
     call.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
 
-    def map_over(mapping: mmap.mmap, size: int, fd: int, offset: int) -> bool:
+    def map_over(mapping: mmap.mmap, size: int, flags: int, fd: int, offset: int) -> bool:
         place = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
-        found = call(place, size, _READ_WRITE, mmap.MAP_PRIVATE | _MAP_FIXED, fd, offset)
+        found = call(place, size, _READ_WRITE, flags | _MAP_FIXED, fd, offset)
         return bool(found == place)
 
     return map_over, ctypes.get_errno

@@ -1,4 +1,4 @@
-"""memfds, and private maps of files."""
+"""memfds, and maps of files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 from conftest import census
 
-from fdshare.kernel.memfd import create_memfd, private_map
+from fdshare.kernel.memfd import create_memfd, private_map, shared_map
 
 PAGE = mmap.PAGESIZE
 
@@ -43,12 +43,25 @@ def test_what_is_written_to_a_map_stays_in_it(pages: int) -> None:
     assert second[:] == b"b"
 
 
+def test_what_is_written_to_a_shared_map_is_in_the_file(pages: int) -> None:
+    mapping = shared_map(pages, PAGE + 1)
+    assert len(mapping) == PAGE + 1
+    mapping[0] = mapping[PAGE] = ord("x")
+    assert os.pread(pages, 1, 0) + os.pread(pages, 2, PAGE) == b"xxb"
+
+
+def test_on_a_kernel_that_populates_no_map(monkeypatch: pytest.MonkeyPatch, pages: int) -> None:
+    monkeypatch.setattr("fdshare.kernel.memfd._POPULATE_WRITE", 1 << 20)
+    assert shared_map(pages, 1)[:] == b"a"
+
+
 def test_a_map_keeps_no_descriptor(pages: int) -> None:
     private_map(pages, 0, 1)  # what it imports has one
     before = census()
     maps = [private_map(pages, 0, PAGE) for _ in range(10)]
+    maps += [shared_map(pages, PAGE) for _ in range(10)]
     assert census() == before
-    assert [mapping[:1] for mapping in maps] == [b"a"] * 10
+    assert [mapping[:1] for mapping in maps] == [b"a"] * 20
 
 
 def test_it_is_unmapped_with_its_last_view(pages: int) -> None:
@@ -68,3 +81,5 @@ def test_what_cannot_be_mapped(pages: int) -> None:
     for fd, offset in (pages, 1), (-1, 0):
         with pytest.raises(OSError):
             private_map(fd, offset, PAGE)
+    with pytest.raises(OSError):
+        shared_map(-1, PAGE)

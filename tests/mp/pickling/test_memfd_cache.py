@@ -222,6 +222,103 @@ def test_it_has_two_parts_in_one_area(cache: MemfdCache) -> None:
         assert [part[:] for part in map_parts(memory.fileno(), [3, 1])] == [b"abc", b"d"]
 
 
+def my_map_sizes() -> list[int]:
+    """The bytes of each map of memory that is kept."""
+    with open("/proc/self/maps") as lines:
+        places = [line.split()[0].split("-") for line in lines if "fdshare-messages" in line]
+    return [int(end, 16) - int(start, 16) for start, end in places]
+
+
+def my_maps() -> int:
+    return len(my_map_sizes())
+
+
+def use_often(cache: MemfdCache, size: int = SIZE) -> None:
+    for _ in range(10):
+        copy_of(cache, bytes(size)).close()
+
+
+def test_one_that_is_used_often_is_mapped(cache: MemfdCache) -> None:
+    copy_of(cache, bytes(SIZE)).close()
+    assert not my_maps()
+    use_often(cache)
+    assert my_maps() == len(kept()) == 1
+    for data in b"a" * SIZE, b"b" * 10, b"", b"c" * SIZE:
+        mapped, _ = handed_over(cache, data or b"x")
+        assert mapped[:] == data or b"x"
+        del mapped
+    with cache.copy_of([[b"ab", b"c"], [b"d", b"e"]], [3, 2]) as memory:  # type: ignore[union-attr]
+        assert [part[:] for part in map_parts(memory.fileno(), [3, 2])] == [b"abc", b"de"]
+    assert my_maps() == 1
+
+
+def test_one_that_is_mapped_may_grow(cache: MemfdCache) -> None:
+    use_often(cache, mmap.PAGESIZE)
+    with cache.copy_of([[b"a"], [b"bc"]], [1, 2]) as memory:  # type: ignore[union-attr]
+        assert [part[:] for part in map_parts(memory.fileno(), [1, 2])] == [b"a", b"bc"]
+    assert not my_maps()
+    use_often(cache, SIZE)
+    mapped, _ = handed_over(cache, b"a" * SIZE)
+    assert mapped[:] == b"a" * SIZE
+
+
+def test_no_more_is_mapped_than_there_is(cache: MemfdCache) -> None:
+    copy_of(cache, b"a").close()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (SIZE, limits[1]))
+    try:
+        assert copy_of(cache, bytes(2 * SIZE)) is None
+        while not my_maps():
+            copy_of(cache, b"b" * SIZE)
+        assert my_map_sizes() == [SIZE]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    mapped, _ = handed_over(cache, b"c" * 2 * SIZE)
+    assert mapped[:] == b"c" * 2 * SIZE
+
+
+def test_a_map_goes_with_what_is_let_go(cache: MemfdCache) -> None:
+    use_often(cache)
+    others = [MemfdCache() for _ in range(16)]
+    for other in others:
+        copy_of(other, b"x").close()
+    assert len(kept()) == 16
+    assert not my_maps()
+    use_often(cache)
+    assert my_maps() == 1
+    cache._kept = ()
+    assert not my_maps()
+
+
+def test_a_forked_child_of_the_sender_has_no_map(cache: MemfdCache) -> None:
+    use_often(cache)
+
+    def child() -> None:
+        assert my_maps() == 1  # what the parent has received
+        use_often(cache, 10)
+        mapped, _ = handed_over(cache, b"child")
+        assert mapped[:] == b"child"
+
+    mapped, _ = handed_over(cache, b"parent")
+    assert os.waitpid(in_child(child), 0)[1] == 0
+    assert mapped[:] == b"parent"
+    assert my_maps() == 2
+
+
+def test_without_an_address_it_is_not_mapped(cache: MemfdCache) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    data = bytes(16 * MIB)
+    with open("/proc/self/statm") as statm:
+        size = int(statm.read().split()[0]) * mmap.PAGESIZE
+    resource.setrlimit(resource.RLIMIT_AS, (size + MIB, limits[1]))
+    try:
+        for _ in range(10):
+            cache.copy_of([[data]], [len(data)]).close()  # type: ignore[union-attr]
+        assert not my_maps()
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
 def test_without_proc_there_is_none(monkeypatch: pytest.MonkeyPatch, cache: MemfdCache) -> None:
     # Where /proc is not mounted, as after chroot.
     monkeypatch.setattr(memfd_cache, "_OWN", "/nowhere/%d")
@@ -245,12 +342,13 @@ def test_threads_have_each_their_own(cache: MemfdCache) -> None:
 
     def work(letter: bytes) -> None:
         for count in range(200):
-            memory = copy_of(cache, letter * (count + 1))
+            size = min(count + 1, 99)  # it is mapped in the end
+            memory = copy_of(cache, letter * size)
             if memory is None:
                 continue
             with memory:
-                (mapped,) = map_parts(memory.fileno(), [count + 1])
-            if mapped[:] != letter * (count + 1):
+                (mapped,) = map_parts(memory.fileno(), [size])
+            if mapped[:] != letter * size:
                 wrong.append(mapped[:])
 
     threads = [threading.Thread(target=work, args=(b"%d" % number,)) for number in range(6)]
