@@ -368,6 +368,10 @@ class PoolModule(Protocol):
     TERMINATE: str
 
     @staticmethod
+    def mapstar(args: Any) -> list[Any]: ...
+    @staticmethod
+    def starmapstar(args: Any) -> list[Any]: ...
+    @staticmethod
     def _helper_reraises_exception(ex: BaseException) -> None: ...
 
 

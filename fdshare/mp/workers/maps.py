@@ -31,18 +31,24 @@ _CONSTANT: Final = frozenset({int, str, bytes, float, bool, type(None)})
 _NO_KWDS: Final[dict[str, Any]] = {}  # one for all: there may be 100,000 tasks
 # Items of a task up to which a look at each costs less than the memory of a pickle that waits.
 _FEW: Final = 16
-_SIZE: Final = struct.Struct("=Q")
+# Whether each item is a tuple of arguments, and how long the pickle of the function is.
+_HEAD: Final = struct.Struct("=?Q")
+_SIZE: Final = _HEAD.size
+_unpack: Final = _HEAD.unpack_from
 
 
 class MappedTask(Task):
-    """A Task of two pickles: the pool's function and the program's, and a batch of items."""
+    """A Task of two pickles: a function of the program, and a batch of items."""
 
     __slots__ = ()
 
     def __call__(self) -> Any:
         data = as_buffer(self.content)
-        end = _SIZE.size + _SIZE.unpack_from(data)[0]
-        mapper, function = self.family.loads(data[_SIZE.size : end])
+        starred, size = _unpack(data)
+        end = _SIZE + size
+        function = self.family.loads(data[_SIZE:end])
+        pool = self.family.pool
+        mapper = pool.starmapstar if starred else pool.mapstar
         return mapper((function, pickle.loads(data[end:])))
 
 
@@ -87,9 +93,11 @@ class _Pickled(WaitingTasks):
 class _Constant(WaitingTasks):
     """Tasks whose items cannot change, and are pickled when they are taken."""
 
-    def __init__(self, family: Family, functions: bytes, batches: Iterator[Any]) -> None:
+    def __init__(
+        self, family: Family, starred: bool, function: bytes, batches: Iterator[Any]
+    ) -> None:
         super().__init__(family)
-        self._head = _SIZE.pack(len(functions)) + functions
+        self._head = _HEAD.pack(starred, len(function)) + function
         self._batches = batches
 
     def _next(self) -> tuple[Function, tuple[Any, ...]]:
@@ -117,9 +125,11 @@ def tasks_of_map(
     few = type(items) is range or (size <= _FEW and type(items) in (tuple, list))
     if few and size > 0:
         kept = tuple(items) if type(items) is list else items
-        functions = pickled(family, (mapper, function)) if _is_constant(family, kept) else None
-        if isinstance(functions, bytes):
-            return _Constant(family, functions, _batches(kept, size))
+        starred = mapper is family.pool.starmapstar
+        is_known = starred or mapper is family.pool.mapstar
+        alone = pickled(family, function) if is_known and _is_constant(family, kept) else None
+        if isinstance(alone, bytes):
+            return _Constant(family, starred, alone, _batches(kept, size))
     calls = ((function, batch) for batch in _batches(items, size))
     return _Pickled(
         family, [Task.of(family, (mapper, (call,), {}), cache).content for call in calls]

@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from fdshare.errors import DescriptorLimit
+from fdshare.kernel.ancillary import Bytes
 from fdshare.kinds import is_shareable
 from fdshare.mp.channels.connection import ConnectionMixin
 from fdshare.mp.channels.framing import JOINED
@@ -105,9 +106,9 @@ def beheaded(message: Arrived) -> tuple[int, int, int, Pickled]:
     return *_unpack(data), bundle
 
 
-def as_buffer(content: Pickled) -> memoryview:
+def as_buffer(content: Pickled) -> Bytes:
     """The bytes of *content*, which has no descriptors."""
-    return memoryview(content if isinstance(content, bytes) else content.data)
+    return content if isinstance(content, bytes) else content.data
 
 
 def outcome(family: Family, form: int, content: Pickled) -> tuple[bool, Any]:

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
-from multiprocessing.pool import mapstar
 from typing import Any
 
 import pytest
@@ -54,7 +53,7 @@ OTHER = [
 @pytest.mark.parametrize("items", CONSTANT + OTHER)
 def test_the_results(family: Family, items: Any) -> None:
     for size in 1, 2, 100:
-        tasks = tasks_of_map(family, mapstar, children.same, items, size)
+        tasks = tasks_of_map(family, family.pool.mapstar, children.same, items, size)
         tasks.job = 7
         taken = list(tasks)
         assert [task[:2] for task in taken] == [(7, index) for index in range(len(taken))]
@@ -66,8 +65,20 @@ def test_the_results(family: Family, items: Any) -> None:
         assert [item for part in results for item in part] == list(items)
 
 
+def test_each_item_is_the_arguments(family: Family) -> None:
+    tasks = tasks_of_map(family, family.pool.starmapstar, max, [(1, 2), (4, 3), (5,) * 2], 2)
+    first, second = [function for _, _, function, _, _ in tasks]
+    assert type(first) is MappedTask
+    assert (first(), second()) == ([2, 4], [5])
+
+
+def test_a_mapper_that_is_not_the_pools(family: Family) -> None:
+    (task,) = tasks_of_map(family, children.same, abs, range(2), 2)
+    assert task[2]() == (abs, (0, 1))
+
+
 def test_what_cannot_change_is_not_pickled_before_its_turn(family: Family) -> None:
-    tasks = tasks_of_map(family, mapstar, abs, range(10**12), 1)
+    tasks = tasks_of_map(family, family.pool.mapstar, abs, range(10**12), 1)
     assert [function() for _, _, function, _, _ in islice(tasks, 3)] == [[0], [1], [2]]
     tasks.close()
 
@@ -80,7 +91,8 @@ def test_what_the_program_has_told_dill_of_numbers(
         pickler.write(b"Vmarked\n")
 
     monkeypatch.setitem(pytest.importorskip("dill").Pickler.dispatch, int, mark)
-    tasks = tasks_of_map(backend_of("multiprocess").FAMILY, mapstar, children.same, items, 2)
+    family = backend_of("multiprocess").FAMILY
+    tasks = tasks_of_map(family, family.pool.mapstar, children.same, items, 2)
     results = [function(*args, **kwds) for _, _, function, args, kwds in tasks]
     assert results == [["marked", "marked"], ["marked"]]
 
@@ -88,7 +100,9 @@ def test_what_the_program_has_told_dill_of_numbers(
 def test_a_function_with_a_descriptor(family: Family) -> None:
     with socket.socket() as sock:
         before = open_now()
-        tasks = tasks_of_map(family, mapstar, partial(children.answer, None, sock), (1, 2), 1)
+        tasks = tasks_of_map(
+            family, family.pool.mapstar, partial(children.answer, None, sock), (1, 2), 1
+        )
         assert open_now() == before + 1
     assert next(tasks)[2].bundle is not None  # type: ignore[attr-defined]
     tasks.close()
@@ -98,7 +112,7 @@ def test_a_function_with_a_descriptor(family: Family) -> None:
 def test_close_takes_all_that_nobody_has_taken(family: Family) -> None:
     with socket.socket() as sock:
         before = open_now()
-        tasks = tasks_of_map(family, mapstar, children.identity, [sock] * 5, 1)
+        tasks = tasks_of_map(family, family.pool.mapstar, children.identity, [sock] * 5, 1)
         _, _, function, _, _ = next(tasks)
         tasks.close()
         assert list(tasks) == []
@@ -165,7 +179,7 @@ def test_a_task_that_has_no_room_is_an_error_of_its_job(
     def dumps(*_: Any) -> bytes:
         raise MemoryError
 
-    tasks: WaitingTasks = tasks_of_map(family, mapstar, abs, (1, 2), 1)
+    tasks: WaitingTasks = tasks_of_map(family, family.pool.mapstar, abs, (1, 2), 1)
     monkeypatch.setattr("pickle.dumps", dumps)
     for _, index, function, args, _ in tasks:
         assert index in (0, 1)
