@@ -37,6 +37,9 @@ def room_in(known: dict[Any, Any]) -> bool:
 def key_of(array: Any) -> Key | None:
     """The Key of an array of numpy. None: the pickle depends on more."""
     dtype = array.dtype
+    # Neither C nor Fortran order: numpy's pickle has a copy in another order, or a transposed view.
+    if not array.flags.forc:
+        return None
     # Types that are compared as equal may have different metadata, or such fields.
     if dtype.char not in _NUMBERS or dtype.metadata is not None:
         return None
