@@ -388,21 +388,27 @@ def test_where_an_array_lies() -> None:
 )
 @pytest.mark.parametrize("shape", [(), (0,), (3,), (2, 3)])
 def test_a_shared_copy(dtype: object, shape: tuple[int, ...]) -> None:
-    given = np.zeros(shape, dtype)  # type: ignore[call-overload]
+    given = np.ones(shape, dtype)  # type: ignore[call-overload]
     copy = shared_copy(given)
+    expected = given.tolist()
+    given[...] = np.zeros(shape, dtype)  # type: ignore[call-overload]
     assert copy.dtype == given.dtype
     assert copy.shape == given.shape
-    assert np.array_equal(copy, given)
+    assert copy.tolist() == expected
     assert not copy.flags.writeable or not copy.size
     if copy.size:
         assert array_place(copy) is not None
 
 
 def test_a_shared_copy_of_a_view_and_of_pointers() -> None:
-    given = np.arange(12).reshape(3, 4)[::2, ::-1]
-    assert shared_copy(given).tolist() == given.tolist()
-    with pytest.raises(InvalidArgument):
-        shared_copy(np.array([{}]))
+    whole = np.arange(12).reshape(3, 4)
+    for one in whole[::2, ::-1], whole[1:], np.asfortranarray(whole), whole.astype(">i4"):
+        copy = shared_copy(one)
+        assert copy.tolist() == one.tolist()
+        assert copy.flags.c_contiguous
+    for pointers in np.array([{}]), np.zeros(2, [("a", object)]), np.array({}):
+        with pytest.raises(InvalidArgument):
+            shared_copy(pointers)
 
 
 def test_numpy_is_imported_only_for_arrays() -> None:
