@@ -6,6 +6,9 @@ pages that it had not touched would cost it nothing.
 
 One child has a side of a channel, and a worker: *argument* goes to the worker, *result* comes from
 it, and a Queue and a Pipe lead to it. array_peers.py has other ways to hand over an array.
+
+After install() the stock channels carry the descriptor of what `shared_copy` makes of an array. The
+time to make that is measured, too.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, TypeAlias
 
+import fdshare
 from benchmarks import array_peers
 from benchmarks.measure import FEW_ROUNDS, Bench
 from benchmarks.processes import in_child
@@ -35,6 +39,7 @@ SIZES = {
 LARGEST = 512 * MIB  # through a queue alone, because the stock one takes seconds for it
 GOALS = {64 * KIB: 1.0, MIB: 0.5, 8 * MIB: 0.25, 64 * MIB: 0.25, LARGEST: 0.25}
 ROUNDS = {64 * MIB: 7, LARGEST: 3}
+INSTALLED = "shared_copy() after install()"  # in the stock channels
 
 # Has a worker read an item, and returns what `read` returns; or has it make one, and reads that.
 Hand: TypeAlias = Callable[[str, int], float]
@@ -61,7 +66,22 @@ def run(bench: Bench) -> None:
                 row.what, row.against = (f"{who} {channel}, {shown(kind, size)}" for who in SIDES)
         if channel == "Queue":
             memory(bench, sides)
+    shared_copies(bench)
     array_peers.run(bench)
+
+
+def shared_copies(bench: Bench) -> None:
+    sizes = (MIB, 8 * MIB, 64 * MIB) if bench.plan.scale == 1 else (MIB,)
+    whose = INSTALLED, "stock"
+    for channel in "Queue", "Pipe":
+        sides: dict[str, Any] = {
+            who: bench.keep(in_child(partial(handing, who, channel))) for who in whose
+        }
+        for size in sizes:
+            runs = {who: partial(side, "array", size) for who, side in sides.items()}
+            row = bench.ratio(bench.alternate(runs, rounds=7), *whose, goal=GOALS[size])
+            row.against = f"stock {channel}, {shown('array', size)}"
+            row.what = f"{row.against}, {INSTALLED}"
 
 
 def shown(kind: str, size: int) -> str:
@@ -129,8 +149,9 @@ def resident(pid: int) -> int:
 def queue(who: str) -> Iterator[tuple[Hand, Callable[[], int]]]:
     context = context_of(who, "multiprocessing", "fork")
     there, back = context.Queue(), context.Queue()
+    put = putting(who, there.put)
     with reader(context, there.get, back.put) as process:
-        yield partial(ask, there.put, back.get), lambda: process.pid
+        yield partial(ask, put, back.get), lambda: process.pid
     for one in there, back:
         one.close()
         one.join_thread()
@@ -140,8 +161,17 @@ def queue(who: str) -> Iterator[tuple[Hand, Callable[[], int]]]:
 def pipe(who: str) -> Iterator[tuple[Hand, Callable[[], int]]]:
     context = context_of(who, "multiprocessing", "fork")
     ours, theirs = context.Pipe()
+    send = putting(who, ours.send)
     with ours, theirs, reader(context, theirs.recv, theirs.send) as process:
-        yield partial(ask, ours.send, ours.recv), lambda: process.pid
+        yield partial(ask, send, ours.recv), lambda: process.pid
+
+
+def putting(who: str, put: Callable[[Any], None]) -> Callable[[Any], None]:
+    """What puts an array. The reader is forked later, so install() is for it, too."""
+    if who != INSTALLED:
+        return put
+    fdshare.install()
+    return lambda array: put(fdshare.shared_copy(array))
 
 
 def ask(put: Callable[[Any], None], get: Callable[[], Any], kind: str, size: int) -> Any:

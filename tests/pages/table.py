@@ -303,6 +303,7 @@ ARRAYS: Final = [
     Run(says="1999998.0", needs=("numpy",)),
     Run(says="[   0. 1000. 2000. 3000.]", needs=("numpy",)),
     Run(says="[249.5, 749.5]", needs=("numpy",)),
+    Run(says="8000000.0", needs=("numpy",)),
     Run(file="publish.py", command="", needs=("numpy",)),
     Run(file="read.py", command="", needs=("numpy",)),
     Run(needs=("numpy",), varies=(r"\S+data.sock", r"pid \d+")),

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import copyreg
+import os
+import pickle
+import socket
+from importlib import import_module
 from typing import Any
 
 import pytest
 
 import fdshare
 from fdshare import SharedMemory
-from fdshare.errors import UnsupportedKind
+from fdshare.errors import AlreadyTaken, UnsupportedKind
+from fdshare.kernel.shared_memory import array_place
+from fdshare.mp.family import Family
 from mp.pickling.conftest import Through
 
 numpy = pytest.importorskip("numpy")
@@ -142,3 +148,42 @@ def test_nothing_but_an_array_is_registered_or_held_as_one() -> None:
         with pytest.raises(UnsupportedKind, match="what its class adds"):
             fdshare.hold(obj)
     fdshare.hold(array).close()
+
+
+def test_a_shared_copy_in_a_standard_queue(armed: None, family: Family) -> None:
+    sent = fdshare.shared_copy(numpy.arange(10.0))
+    queue = import_module(family.package).get_context("fork").SimpleQueue()
+    queue.put({"a": sent, "b": sent[2:4]})
+    arrived = queue.get()
+    queue.close()
+    assert arrived["a"].tolist() == sent.tolist()
+    assert arrived["b"].tolist() == [2, 3]
+    assert not arrived["a"].flags.writeable
+    assert file_of(arrived["a"]) == file_of(sent)
+
+
+def file_of(array: Any) -> int:
+    place = array_place(array)
+    assert place is not None
+    return os.fstat(place.fd).st_ino
+
+
+def test_a_shared_copy_is_loaded_once_and_in_time(armed: None, family: Family) -> None:
+    copy, plain = fdshare.shared_copy(numpy.ones(10)), numpy.ones(10)
+    once, twice = (family.ForkingPickler.dumps(obj) for obj in (copy, fdshare.hold(copy, uses=2)))
+    for message, times in (once, 1), (twice, 2):
+        for _ in range(times):
+            assert pickle.loads(message).sum() == 10
+        with pytest.raises(AlreadyTaken):
+            pickle.loads(message)
+    fdshare.install(ttl=0.1)
+    near, far = socket.socketpair()
+    late, streamed = map(family.ForkingPickler.dumps, ([copy, near], plain))
+    near.close()
+    with far:
+        far.settimeout(60)
+        assert far.recv(1) == b""  # the server has closed what was parked with it
+    with pytest.raises(AlreadyTaken):
+        pickle.loads(late)
+    for _ in range(2):
+        assert pickle.loads(streamed).sum() == 10
