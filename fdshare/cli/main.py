@@ -204,6 +204,11 @@ def _reason(error: OSError) -> str:
             from fdshare.kernel.descriptor_limit import descriptor_limit
 
             return descriptor_limit(error.errno, "command").message
+    if error.filename is None and error.errno == errno.EAGAIN:  # nothing else here is non-blocking
+        with suppress(OSError):
+            from fdshare.kernel.process_limit import why_not_forked
+
+            return why_not_forked(error)
     if error.filename is None and error.errno in _OUTPUT_FAILS:
         return f"standard output: {error.strerror}"
     return str(error)
