@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from queue import Full
 from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeAlias
 
+from fdshare.errors import DescriptorLimit
 from fdshare.kernel import system
 from fdshare.mp.channels.connection import ConnectionMixin, PipeFunction
 from fdshare.mp.channels.feeder import READER_GONE, Feeder
@@ -377,6 +378,10 @@ class SimpleQueueMixin(StockSimpleQueue):
         def finish() -> None:
             try:
                 sender.send_waiting()
+            except OSError as error:
+                # Else the readers are gone, or this end was closed: the next put() raises it.
+                if isinstance(error, DescriptorLimit):
+                    raise
             finally:
                 lock.release()
                 finished.release()

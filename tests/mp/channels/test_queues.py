@@ -196,6 +196,29 @@ def test_a_dropped_queue_is_collected(ctx: Any) -> None:
     assert (open_now(), threading.active_count()) == before
 
 
+def test_a_reader_that_goes_during_a_large_item(ctx: Any) -> None:
+    queue = ctx.SimpleQueue()
+    raised: list[BaseException] = []
+
+    def put() -> None:
+        try:
+            queue.put(b"1" * 900_000)  # more than the pipe holds
+        except OSError as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=put)
+    thread.start()
+    wait_until(queue._reader.poll)
+    queue._reader.close()
+    thread.join(60)
+    with queue._finished:  # a thread has tried to send the rest, and says nothing
+        pass
+    with pytest.raises(BrokenPipeError):
+        queue.put(1)
+    assert [type(error) for error in raised] == [BrokenPipeError]
+    finish(queue)
+
+
 def test_joinable(ctx: Any) -> None:
     queue = ctx.JoinableQueue()
     with socket.socket() as sock:
