@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 from fdshare.cli.support.exec import EXECUTING, FAILED
-from fdshare.cli.support.orphan import fork_orphan
 from fdshare.client import verbs
 from fdshare.client.conversation import LeaseEnd
 from fdshare.errors import FdshareError
@@ -68,15 +67,18 @@ class Claim:
     def confirm_at_exec(self) -> Descriptor:
         """The witness for `Launch`: another process confirms when the exec has closed it.
 
-        Close the claim afterwards. The caller owns the result. Raises: OSError: nobody is there
-        to confirm.
+        Close the claim afterwards. The caller owns the result.
         """
         ours, theirs = (Descriptor(end.detach()) for end in socket.socketpair())
-        if not fork_orphan():
+        pid = os.fork()
+        if pid:
+            os.waitpid(pid, 0)
             theirs.close()
             return ours
         try:
-            self._watch(theirs)
+            os.setsid()
+            if os.fork() == 0:
+                self._watch(theirs)
         finally:
             os._exit(0)
 

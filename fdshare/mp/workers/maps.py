@@ -31,6 +31,9 @@ _CONSTANT: Final = frozenset({int, str, bytes, float, bool, type(None)})
 _NO_KWDS: Final[dict[str, Any]] = {}  # one for all: there may be 100,000 tasks
 # Items of a task up to which a look at each costs less than the memory of a pickle that waits.
 _FEW: Final = 16
+# A range needs no look. But where its batches are long they are pickled in the call: a pickle that
+# is large goes through memory of its own (large.py), and 2**16 numbers are less.
+_MOST: Final[dict[type, int]] = {range: 1 << 16, tuple: _FEW, list: _FEW}
 # Whether each item is a tuple of arguments, and how long the pickle of the function is.
 _HEAD: Final = struct.Struct("=?Q")
 _SIZE: Final = _HEAD.size
@@ -122,8 +125,7 @@ def tasks_of_map(
     It is safe to change *items* and to close what is in it after this call. Raises: whatever
     pickling raises; DescriptorLimit.
     """
-    few = type(items) is range or (size <= _FEW and type(items) in (tuple, list))
-    if few and size > 0:
+    if 0 < size <= _MOST.get(type(items), 0):
         kept = tuple(items) if type(items) is list else items
         starred = mapper is family.pool.starmapstar
         is_known = starred or mapper is family.pool.mapstar

@@ -97,6 +97,16 @@ def test_what_the_program_has_told_dill_of_numbers(
     assert results == [["marked", "marked"], ["marked"]]
 
 
+def test_long_batches_of_a_range_are_pickled_in_the_call(family: Family) -> None:
+    for size, kind in (1 << 16, MappedTask), ((1 << 16) + 1, Task):
+        tasks = tasks_of_map(family, family.pool.mapstar, abs, range(2 * size), size)
+        for start in 0, size:
+            _, _, function, args, kwds = next(tasks)
+            assert type(function) is kind
+            assert function(*args, **kwds) == list(range(start, start + size))
+        assert list(tasks) == []
+
+
 def test_a_function_with_a_descriptor(family: Family) -> None:
     with socket.socket() as sock:
         before = open_now()
