@@ -19,10 +19,18 @@ from typing import Final, Self
 from fdshare.client.blocking.client import Client
 from fdshare.client.blocking.connection import BlockingConnection
 from fdshare.client.conversation import Exchange, WholeAnswer
-from fdshare.errors import ClosedDescriptor, EndpointError, InvalidArgument, NoServer, ServerGone
+from fdshare.errors import (
+    ClosedDescriptor,
+    EndpointError,
+    FdshareError,
+    InvalidArgument,
+    NoServer,
+    ServerGone,
+)
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.kernel.endpoint import Listener, listen
 from fdshare.kernel.plain_socket import stream_pair
+from fdshare.kernel.process_limit import why_not_forked
 from fdshare.protocol import messages as m
 from fdshare.protocol.auth import checked_authkey
 from fdshare.server.child import read_message, remove_folder, send_message
@@ -242,7 +250,11 @@ def _spawn(
     ours, theirs = stream_pair()
     try:
         with theirs, _standard_error() as stderr:
-            process = launch(theirs.fileno(), stderr.fileno())
+            try:
+                process = launch(theirs.fileno(), stderr.fileno())
+            except BlockingIOError as error:
+                why = why_not_forked(error)
+                raise FdshareError(f"no server can be started: {why}") from None
         try:
             send_message(ours, settings)
             said = read_message(ours)

@@ -3,6 +3,7 @@
 python tests/platforms.py run LOG SUITE [METHOD]   # with this interpreter
 python tests/platforms.py table LOG...             # rows of the same Python, suite and method
                                                    # are replaced, the others stay
+python tests/platforms.py repeats LOG...           # the table of repeats, of these logs alone
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import re
 import subprocess
 import sys
 import sysconfig
+from collections import Counter
 from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
@@ -24,6 +26,8 @@ ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "platforms.md"
 HEAD = "| Python | suite | start method | passed | failed | skipped | run by hand | with |"
 LINE = "|---|---|---|---|---|---|---|---|"
+REPEATS_HEAD = "| Python | runs of the whole suite | without a failure | failed, in how many runs |"
+REPEATS_LINE = "|---|---|---|---|"
 
 OTHERS = ("kernel", "protocol", "kinds", "client", "server")
 SUITES = {
@@ -139,11 +143,48 @@ def with_rows(page: str, new: Iterable[Row]) -> str:
     return f"{before}{HEAD}\n{LINE}\n{''.join(lines)}{after}"
 
 
+def failures(log: str) -> set[str]:
+    """The tests that failed in a run of pytest."""
+    return set(re.findall(r"^(?:FAILED|ERROR) (\S+(?: \S+)*?)(?: - .*)?$", log, re.MULTILINE))
+
+
+def repeats(logs: Iterable[str]) -> list[str]:
+    """The lines of the table of repeats. Raises: ValueError: a log did not come to its end."""
+    runs: dict[str, list[set[str]]] = {}
+    for log in logs:
+        row = row_of(log)
+        if row.suite != "whole":
+            raise ValueError(f"a run of {row.suite}, not of the whole suite")
+        found = failures(log)
+        if bool(found) != bool(row.failed):
+            raise ValueError(f"{row.failed} tests failed, and {len(found)} have a name in the log")
+        runs.setdefault(row.python, []).append(found)
+    lines = []
+    for python in sorted(runs, key=lambda text: [int(n) for n in re.findall(r"\d+", text)]):
+        often = Counter(test for failed in runs[python] for test in failed)
+        names = "; ".join(f"`{test}` {count}" for test, count in sorted(often.items()))
+        names = names.replace("|", "\\|")  # it would end the cell
+        green = sum(not failed for failed in runs[python])
+        lines.append(f"| {python} | {len(runs[python])} | {green} | {names or 'nothing'} |\n")
+    return lines
+
+
+def with_repeats(page: str, lines: Iterable[str]) -> str:
+    """The page with them in the place of those that it has."""
+    before, _, rest = page.partition(f"{REPEATS_HEAD}\n{REPEATS_LINE}\n")
+    after = re.sub(r"\A(\|.*\n)*", "", rest)
+    return f"{before}{REPEATS_HEAD}\n{REPEATS_LINE}\n{''.join(lines)}{after}"
+
+
 def main(words: list[str]) -> int:
     if words[:1] == ["run"]:
         return run(Path(words[1]), words[2], words[3] if words[3:] else "")
     logs = [Path(log).read_text() for log in words[1:]]
-    PAGE.write_text(with_rows(PAGE.read_text(), map(row_of, logs)))
+    page = PAGE.read_text()
+    if words[0] == "repeats":
+        PAGE.write_text(with_repeats(page, repeats(logs)))
+    else:
+        PAGE.write_text(with_rows(page, map(row_of, logs)))
     return 0
 
 

@@ -63,22 +63,33 @@ def test_each_example_runs(module: str, folder: Path) -> None:
     assert_passes(folder, RUN, module, *names)
 
 
-# Each verb with a server of its own, a client of it and an open file.
+# Each verb with a server that has no names, a client of it and an open file.
 VERBS = """
 import doctest, os, sys
 import fdshare
 finder = doctest.DocTestFinder(recurse=False)
 runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
-for name in sys.argv[1:]:
-    with fdshare.Manager() as manager, fdshare.connect(manager.address) as client:
-        with open(os.devnull) as file:
-            given = {"client": client, "file": file, "os": os, "fdshare": fdshare}
-            cls = fdshare.Client if hasattr(fdshare.Client, name) else fdshare.Manager
-            for test in finder.find(getattr(cls, name), name, module=False, globs=given):
-                runner.run(test)
+
+def run(name, manager):
+    with fdshare.connect(manager.address) as client, open(os.devnull) as file:
+        given = {"client": client, "file": file, "os": os, "fdshare": fdshare}
+        cls = fdshare.Client if hasattr(fdshare.Client, name) else fdshare.Manager
+        for test in finder.find(getattr(cls, name), name, module=False, globs=given):
+            runner.run(test)
+
+with fdshare.Manager() as manager:
+    for name in sys.argv[1:]:
+        run(name, manager)
+        for left in manager.names() if name != "shutdown" else ():
+            manager.unregister(left)
 print(runner.summarize(verbose=False))
 """
 WITHOUT = {"close", "reload", "get_server", "join"}
+
+
+def last(verb: str) -> bool:
+    """Whether it ends the server."""
+    return verb == "shutdown"
 
 
 def verbs() -> list[str]:
@@ -94,7 +105,7 @@ def test_each_verb_has_an_example() -> None:
 
 def test_each_verb_is_as_its_example_says(folder: Path) -> None:
     names = [n for n in verbs() if n not in WITHOUT]
-    assert_passes(folder, VERBS, *names)
+    assert_passes(folder, VERBS, *sorted(names, key=last))
 
 
 # The same for the verbs of the asynchronous client, as `python -m asyncio` runs what is typed.
@@ -107,8 +118,8 @@ from fdshare import aio
 sys.path.insert(0, sys.argv[1])
 from awaited import example_of
 
-async def run(verb):
-    with fdshare.Manager() as manager, open(os.devnull) as file:
+async def run(verb, manager):
+    with open(os.devnull) as file:
         async with aio.connect(manager.address) as client:
             given = {"client": client, "file": file, "os": os}
             for example in doctest.DocTestParser().get_examples(example_of(verb)):
@@ -126,16 +137,19 @@ async def check(example, given):
         example.source, said.getvalue()
     )
 
-for verb in sys.argv[2:]:
-    if not example_of(verb):
-        print(verb)
-    asyncio.run(run(verb))
+with fdshare.Manager() as manager:
+    for verb in sys.argv[2:]:
+        if not example_of(verb):
+            print(verb)
+        asyncio.run(run(verb, manager))
+        for left in manager.names() if verb != "shutdown" else ():
+            manager.unregister(left)
 """
 
 
 def test_each_awaited_verb_is_as_its_example_says(folder: Path) -> None:
     verbs = {n for n, value in vars(AsyncClient).items() if n[0] != "_"}
-    said = printed(folder, AWAITED, str(ROOT / "docs" / "_ext"), *verbs)
+    said = printed(folder, AWAITED, str(ROOT / "docs" / "_ext"), *sorted(verbs, key=last))
     assert set(said.split()) == {"close", "aclose", "reload"}
 
 

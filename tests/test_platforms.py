@@ -47,3 +47,31 @@ def test_the_page_is_as_the_script_makes_it() -> None:
     page = platforms.PAGE.read_text()
     assert platforms.rows_of(page)
     assert platforms.with_rows(page, []) == page
+    assert page.count(f"{platforms.REPEATS_HEAD}\n{platforms.REPEATS_LINE}\n| 3.") == 1
+
+
+def test_repeats_are_counted() -> None:
+    head = json.dumps(HEAD)
+    green = f"{head}\n7 passed in 1.00s\n"
+    red = f"{head}\nFAILED tests/a.py::b[c d] - x - y\nERROR tests/a.py::e\n2 failed in 1.00s\n"
+    once = f"{head}\nFAILED tests/a.py::b[c d]\nFAILED tests/a.py::f[|]\n2 failed in 1.00s\n"
+    assert platforms.repeats([green, red, once]) == [
+        "| 3.15.2 | 3 | 1 | `tests/a.py::b[c d]` 2; `tests/a.py::e` 1; `tests/a.py::f[\\|]` 1 |\n"
+    ]
+    assert platforms.repeats([green]) == ["| 3.15.2 | 1 | 1 | nothing |\n"]
+
+
+def test_repeats_are_of_the_whole_suite() -> None:
+    other = json.dumps({**HEAD, "suite": "mp"})
+    with pytest.raises(ValueError, match="a run of mp"):
+        platforms.repeats([f"{other}\n7 passed in 1.00s\n"])
+    with pytest.raises(ValueError, match="1 tests failed, and 0 have a name"):
+        platforms.repeats([f"{json.dumps(HEAD)}\n1 failed in 1.00s\n"])
+
+
+def test_repeats_take_the_place_of_the_former() -> None:
+    page = f"a\n\n{platforms.REPEATS_HEAD}\n{platforms.REPEATS_LINE}\n| 1 |\n\nb\n"
+    page = platforms.with_repeats(page, ["| 2 |\n"])
+    assert page == platforms.with_repeats(page, ["| 2 |\n"])
+    assert page.startswith("a\n\n")
+    assert page.endswith("|\n| 2 |\n\nb\n")

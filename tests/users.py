@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import encodings.idna  # noqa: F401  what a socket needs, and another user may not be able to read
+import itertools
 import os
+import resource
 import select
 import signal
 import socket
@@ -22,6 +24,29 @@ Say: TypeAlias = Callable[[object], None]
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can be other users")
 # Every user may do everything to names, and look at them.
 ANYBODY = '[[rule]]\neffect = "allow"\nverbs = ["*"]\n'
+
+
+_PR_CAPBSET_DROP = 24
+_CAP_SYS_ADMIN, _CAP_SYS_RESOURCE = 21, 24
+
+
+def few_processes(most: int) -> Callable[[], None]:
+    """A preexec_fn, for root: the program, which may read what root may, is of a user who may have
+    *most* processes, and has none yet."""
+    uid = 100_000 + os.getpid() * 16 + next(_users) % 16
+
+    def limit() -> None:
+        libc = ctypes.CDLL(None, use_errno=True)
+        for capability in (_CAP_SYS_ADMIN, _CAP_SYS_RESOURCE):  # with these there is no limit
+            if libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0):
+                os._exit(99)
+        resource.setrlimit(resource.RLIMIT_NPROC, (most, most))
+        os.setresuid(uid, 0, 0)  # it counts for the real uid
+
+    return limit
+
+
+_users = itertools.count()
 
 
 def become(uid: int) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -142,6 +143,8 @@ def commands(context: click.Context, path: str | None) -> None:
 def run(arguments: Sequence[str]) -> int:
     """The exit status of one command, which it runs."""
     _open_standard_streams()
+    if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:  # the caller's, which exec(3) keeps
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else there is no child to wait for
     try:
         status = commands.main(list(arguments), "fdshare", standalone_mode=False)
         sys.stdout.flush()
@@ -204,6 +207,11 @@ def _reason(error: OSError) -> str:
             from fdshare.kernel.descriptor_limit import descriptor_limit
 
             return descriptor_limit(error.errno, "command").message
+    if error.filename is None and error.errno == errno.EAGAIN:  # nothing else here is non-blocking
+        with suppress(OSError):
+            from fdshare.kernel.process_limit import why_not_forked
+
+            return why_not_forked(error)
     if error.filename is None and error.errno in _OUTPUT_FAILS:
         return f"standard output: {error.strerror}"
     return str(error)

@@ -25,6 +25,7 @@ from typing import Final
 from fdshare.errors import (
     AlreadyTaken,
     DescriptorLimit,
+    FdshareError,
     NoServer,
     ServerGone,
     ServerTimeout,
@@ -35,6 +36,7 @@ from fdshare.kernel.ancillary import MAX_DESCRIPTORS, peek_descriptors, send_mes
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.kernel.descriptor_limit import as_limit, is_descriptor_limit
 from fdshare.kernel.plain_socket import stream_pair
+from fdshare.kernel.process_limit import why_not_forked
 from fdshare.parking.private_address import connect_private, leave, listen_private
 from fdshare.parking.protocol import (
     CREDIT,
@@ -291,7 +293,8 @@ def _start(address: str) -> None:
     """Starts the server at *address*, unless somebody else is doing so.
 
     A client can connect when this returns; the first answer takes as long as the server's start.
-    Raises: UnsupportedPlatform: this Python does not say how to start another; OSError.
+    Raises: UnsupportedPlatform: this Python does not say how to start another; FdshareError: too
+    many processes; OSError.
     """
     if not sys.executable:
         raise UnsupportedPlatform("a private server", "sys.executable is empty; name a server")
@@ -302,14 +305,20 @@ def _start(address: str) -> None:
     fds = [listener.fileno() for listener in listeners]
     inode = listeners[0].inode
     try:
-        subprocess.run(
+        done = subprocess.run(
             _command(fds, address, inode),
             pass_fds=fds,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            check=True,
         )
+        if done.returncode == errno.EAGAIN:  # it could not fork
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        done.check_returncode()
+    except BlockingIOError as error:
+        leave(address, inode)
+        why = why_not_forked(error)
+        raise FdshareError(f"no private server can be started: {why}") from None
     except BaseException:
         leave(address, inode)
         raise
@@ -330,7 +339,11 @@ def _command(fds: Sequence[int], address: str, inode: tuple[int, int] | None) ->
     path = [root, *(os.path.abspath(folder) for folder in sys.path if folder)]
     code = (
         "import os, sys\n"
-        "if os.fork(): os._exit(0)\n"
+        "try:\n"
+        "    pid = os.fork()\n"
+        "except OSError as error:\n"
+        "    os._exit(error.errno)\n"
+        "if pid: os._exit(0)\n"
         "os.setsid()\n"
         f"sys.path[:] = {path!r}\n"
         "from fdshare.parking.server import serve\n"

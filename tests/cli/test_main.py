@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from importlib import import_module
@@ -185,3 +186,22 @@ def test_a_full_descriptor_table_has_the_limit_named(fdshare: Shell) -> None:
     )
     assert done.returncode == 1
     assert "RLIMIT_NOFILE of the command is 9, all in use" in done.stderr
+
+
+def test_a_caller_that_ignores_the_end_of_its_children(shell: Shell) -> None:
+    """As a shell after `trap '' CHLD`: exec(3) keeps that, and there was no child to wait for."""
+
+    def ignore() -> None:
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+
+    for words in (
+        ["serve", "--detach"],
+        ["register", "job", "--memory", "/proc/version"],
+        ["take", "job", "--", "true"],
+        ["run", "--notify", "w=tcp://127.0.0.1:0", "--", "true"],
+        ["stop"],
+    ):
+        done = subprocess.run(
+            [*FDSHARE, *words], env=shell.environment, timeout=60, preexec_fn=ignore
+        )
+        assert done.returncode == 0, words

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import NoReturn
 
+from fdshare.cli.support.orphan import fork_orphan
 from fdshare.cli.support.start_server import not_started, open_log
 from fdshare.kernel.descriptor_table import close_all_but
 
@@ -15,20 +16,15 @@ def go_on_in_background(path: str) -> int:
     """In the server's process: the number to write its ready line to. The caller owns the result.
 
     The other process, which called this, waits for the line, prints the path and the pid, and does
-    not return. The output of the server goes to PATH.log. Raises: EndpointError; in the
-    process that waits: `not_started`.
+    not return. The output of the server goes to PATH.log. Raises: EndpointError, OSError; in
+    the process that waits: `not_started`.
     """
     log = open_log(path)
     before = os.fstat(log).st_size
     reads, writes = os.pipe()
-    pid = os.fork()
-    if pid:
+    if not fork_orphan():
         os.close(writes)
-        os.waitpid(pid, 0)
         _wait(path, reads, log, before)
-    os.setsid()
-    if os.fork():
-        os._exit(0)
     nothing = os.open(os.devnull, os.O_RDWR)
     for target, source in enumerate((nothing, log, log)):
         os.dup2(source, target)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 from fdshare.cli.support.exec import EXECUTING, FAILED
+from fdshare.cli.support.orphan import fork_orphan
 from fdshare.client import verbs
 from fdshare.client.conversation import LeaseEnd
 from fdshare.errors import FdshareError
@@ -67,18 +68,15 @@ class Claim:
     def confirm_at_exec(self) -> Descriptor:
         """The witness for `Launch`: another process confirms when the exec has closed it.
 
-        Close the claim afterwards. The caller owns the result.
+        Close the claim afterwards. The caller owns the result. Raises: OSError: nobody is there
+        to confirm.
         """
         ours, theirs = (Descriptor(end.detach()) for end in socket.socketpair())
-        pid = os.fork()
-        if pid:
-            os.waitpid(pid, 0)
+        if not fork_orphan():
             theirs.close()
             return ours
         try:
-            os.setsid()
-            if os.fork() == 0:
-                self._watch(theirs)
+            self._watch(theirs)
         finally:
             os._exit(0)
 

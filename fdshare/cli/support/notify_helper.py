@@ -25,6 +25,7 @@ import click
 
 from fdshare.activation import Notification, NotifySocket, notify
 from fdshare.cli.support.notify_store import Store, stored
+from fdshare.cli.support.orphan import fork_orphan
 from fdshare.cli.support.program_group import GRACE, end_group
 from fdshare.errors import FdshareError
 from fdshare.kernel.credentials import Credentials
@@ -167,16 +168,15 @@ class Helper:
     stderr: int = 2
 
     def fork(self) -> None:
-        """Starts it as a child of init, so that the program has no child that it did not start."""
-        pid = os.fork()
-        if pid:
-            os.waitpid(pid, 0)
+        """Starts it as a child of init, so that the program has no child that it did not start.
+
+        Raises: OSError: it is not there.
+        """
+        if not fork_orphan():
             self.sock.abandon()
             return
         try:
-            os.setsid()
-            if os.fork() == 0:
-                self._live()
+            self._live()
         finally:
             os._exit(0)
 

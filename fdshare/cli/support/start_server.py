@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from fdshare.cli.support.orphan import fork_orphan
 from fdshare.errors import NoServer
 from fdshare.kernel.unix_address import absolute, is_abstract, trouble
 
@@ -93,20 +94,16 @@ def _spawn_orphan(command: list[str], log: int, readies: int) -> None:
     """
     from fdshare.kernel.descriptor_table import close_all_but
 
-    pid = os.fork()
-    if pid:
-        os.waitpid(pid, 0)
+    if not fork_orphan():
         return
     try:
-        os.setsid()
-        if os.fork() == 0:
-            nothing = os.open(os.devnull, os.O_RDWR)
-            for target, source in enumerate((nothing, nothing, log)):
-                os.dup2(source, target)
-            # It must not keep a caller's pipe open: somebody may wait for the end of that.
-            close_all_but({readies})
-            os.set_inheritable(readies, True)
-            os.chdir("/")
-            os.execv(command[0], command)
+        nothing = os.open(os.devnull, os.O_RDWR)
+        for target, source in enumerate((nothing, nothing, log)):
+            os.dup2(source, target)
+        # It must not keep a caller's pipe open: somebody may wait for the end of that.
+        close_all_but({readies})
+        os.set_inheritable(readies, True)
+        os.chdir("/")
+        os.execv(command[0], command)
     finally:
         os._exit(0)

@@ -20,6 +20,7 @@ import msgspec
 from fdshare.errors import DescriptorLimit, FdshareError, KeeperUnavailable
 from fdshare.kernel.ancillary import send_message
 from fdshare.kernel.descriptor import Descriptor
+from fdshare.kernel.process_limit import why_not_forked
 from fdshare.protocol import messages as m
 from fdshare.server.core.ports import JournalBusy
 from fdshare.server.core.records import Record
@@ -325,7 +326,10 @@ class Journal:
         try:
             half = fork_half(self._server.lanes, orphan=is_reported())
         except OSError as error:
-            log.error("no new keeper (%s); the table cannot be changed until there is one", error)
+            log.error(
+                "no new keeper (%s); the table cannot be changed until there is one",
+                why_not_forked(error),
+            )
             self._interrupt_in(_RETRY)
             return None
         if half.born:

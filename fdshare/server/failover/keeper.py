@@ -34,6 +34,7 @@ from fdshare.kernel.descriptor_limit import (
     is_descriptor_limit,
     raise_descriptor_limit,
 )
+from fdshare.kernel.process_limit import why_not_forked
 from fdshare.server import logs
 from fdshare.server.core.records import Record
 from fdshare.server.failover.heartbeat import Heartbeat
@@ -296,8 +297,8 @@ class Keeper:
             if self._ready is not None and not self._holdings.table.entries:
                 if is_descriptor_limit(error):
                     raise descriptor_limit(error.errno, "server") from None
-                raise FdshareError(f"no server can be started: {error}") from None
-            log.error("no new server: %s", error)
+                raise FdshareError(f"no server can be started: {why_not_forked(error)}") from None
+            log.error("no new server: %s", why_not_forked(error))
             self._start_at = time.monotonic() + 1.0
             return None
         if half.born:
@@ -487,7 +488,7 @@ class Keeper:
             self._lanes.rest()
             self._trial = Trial(self._handover(note), self._cannot_be_closed())
         except OSError as error:
-            self._upgrade_failed(str(error))
+            self._upgrade_failed(why_not_forked(error))
             return
         finally:
             self._lanes.resume()
