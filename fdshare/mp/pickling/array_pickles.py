@@ -1,8 +1,8 @@
-"""Pickles of large arrays of numpy by themselves, which are neither made nor loaded twice.
+"""Pickles of arrays of numpy by themselves, which are not made twice.
 
-The numbers lie in a memfd (large.py). The rest is the same bytes for all arrays of a type and a
-shape. So who sends one looks the bytes up, and who receives one looks up what they say: the pickler
-and the unpickler take longer than all system calls of such a message.
+All but the numbers is the same bytes for all arrays of a type and a shape. So who sends one looks
+the bytes up (plain.py). Where the numbers lie in a memfd (large.py), who receives one looks up what
+the bytes say: pickler and unpickler take longer than all system calls of such a message.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ from fdshare.mp.pickling.program_reducers import (
     leaves_built_in,
 )
 
-__all__ = ["PROTOCOL", "PlainPickler", "dump_plain", "dump_text", "make_plain_pickler"]
+__all__ = ["BESIDE", "PROTOCOL", "PlainPickler", "dump_plain", "dump_text", "make_plain_pickler"]
 
 PROTOCOL: Final = 5  # has buffers beside the pickle
 
@@ -52,7 +52,8 @@ class PlainPickler(pickle.Pickler):
 
     dispatch_table: _PlainTypes
     of_large: type[PlainPickler]  # takes large arrays, too
-    # Of large arrays: the pickle that is sent with the memory, and the one in it.
+    # Of large arrays: the pickle that is sent with the memory, and the one in it. Of others: what
+    # is before the numbers in the pickle, and behind them.
     arrays: dict[Key | None, tuple[bytes, bytes]]
     skips = 15  # so many objects are not tried after one that was refused
 
@@ -194,6 +195,8 @@ class _Parts:
         self.write = write
 
 
+# Bytes from which on the C pickler writes a buffer beside its frames, as it is.
+BESIDE: Final = 1 << 16
 _skipped = 0  # how many objects are not tried, after one that was refused
 
 
@@ -211,14 +214,13 @@ def dump_plain(
         return None
     if types:
         types.update_types()
-        # Only numpy's array has this reducer.
-        if (
-            types.get(type(obj)) is _reduce_smaller_array
-            and obj.nbytes >= LARGE
-            and cache is not None
-            and not in_shared_memory(obj)
-        ):
-            return _dump_large_array(plain, obj, cache)
+        if _is_array(types, obj) and obj.nbytes >= BESIDE and not in_shared_memory(obj):
+            if obj.nbytes < LARGE:
+                known = plain.arrays.get(key_of(obj))
+                if known is not None and type(obj.dtype) in types:
+                    return b"".join((known[0], PickleBuffer(obj).raw(), known[1]))
+            elif cache is not None:
+                return _dump_large_array(plain, obj, cache)
     parts: list[Any] = []
     try:
         plain(_Parts(parts.append), PROTOCOL).dump(obj)
@@ -229,6 +231,8 @@ def dump_plain(
         return None
     if len(parts) == 1:
         return parts[0]  # type: ignore[no-any-return]
+    if _is_array(types, obj):
+        _remember_around(plain, obj, parts)
     return _joined(parts, (), cache) or _joined([_in_one(plain, obj)], (), cache)
 
 
@@ -237,6 +241,20 @@ def dump_text(text: bytes | str, cache: MemfdCache) -> bytes | Bundle:
     parts: list[Any] = []
     pickle.Pickler(_Parts(parts.append), PROTOCOL).dump(text)
     return _joined(parts, (), cache) or b"".join(parts)
+
+
+def _is_array(types: _PlainTypes, obj: Any) -> bool:
+    """True if *obj* is an array of numpy, some of which was pickled before."""
+    return types.get(type(obj)) is _reduce_smaller_array
+
+
+def _remember_around(plain: type[PlainPickler], array: Any, parts: list[Any]) -> None:
+    """Remembers what is around the numbers of *array* in a pickle of these *parts*."""
+    key = key_of(array)
+    if key is not None and len(parts) == 3 and array.nbytes < LARGE and room_in(plain.arrays):
+        head, numbers, tail = parts
+        if type(numbers) is PickleBuffer:
+            plain.arrays[key] = head, tail
 
 
 def _dump_large_array(

@@ -1,8 +1,9 @@
-"""Large arrays by themselves: what is remembered of one is what pickling gives for the next."""
+"""Arrays by themselves: what is remembered of one is what pickling gives for the next."""
 
 from __future__ import annotations
 
 import copyreg
+import errno
 import mmap
 import pickle
 import resource
@@ -23,6 +24,7 @@ from fdshare.mp.backends import backend_of
 from fdshare.mp.pickling import array_pickles, plain
 from fdshare.mp.pickling.array_pickles import array_maps, key_of, remember_array
 from fdshare.mp.pickling.large import LARGE
+from fdshare.mp.pickling.plain import BESIDE
 from fdshare.mp.pickling.reducers import encode
 from mp.common import PACKAGES, descriptor_limit_reached, trackers  # noqa: F401
 from mp.interrupts import Interrupt, Interrupter, handled_by, interrupt, make_interrupter  # noqa: F401
@@ -68,51 +70,61 @@ def read_only(array: Any) -> Any:
 
 
 ONES = numpy.ones((LARGE // 4, 4), "u1")
-ARRAYS: list[Any] = [
-    ONES,
-    ONES.reshape(2, 2, -1),
-    ONES.T,
-    ONES.reshape(2, 2, -1).transpose(2, 0, 1),
-    ONES.reshape(2, 2, -1).transpose(1, 0, 2),
-    ONES.reshape(2, 2, -1)[:, :, ::2],
-    ONES[::-1],
-    ONES[:, None, :],
-    ONES.view("i4"),
-    ONES.view(">i4"),
-    ONES.view("f4"),
-    ONES.view(numpy.dtype("f4", metadata={"unit": "m"})),
-    ONES.view("?"),
-    ONES.ravel().view("c16"),
-    ONES.view("f2"),
-    ONES.view("S4"),
-    ONES.view([("a", "u1"), ("b", "u1", 3)]),
-    ONES.ravel().view("M8[s]"),
-    ONES.ravel().view("M8[ms]"),
-    read_only(ONES.copy()),
-    read_only(ONES.copy().T),
-    numpy.broadcast_to(numpy.uint8(1), (LARGE,)),
-    numpy.zeros(LARGE // 8, dtype=object),
-]
 
 
-def test_what_arrives_is_what_unpickling_gives(send: Send) -> None:
+def arrays(ones: Any) -> list[Any]:
+    """Arrays of all sorts, with the numbers of *ones*."""
+    return [
+        ones,
+        ones.reshape(2, 2, -1),
+        ones.T,
+        ones.reshape(2, 2, -1).transpose(2, 0, 1),
+        ones.reshape(2, 2, -1).transpose(1, 0, 2),
+        ones.reshape(2, 2, -1)[:, :, ::2],
+        ones[::-1],
+        ones[:, None, :],
+        ones.view("i4"),
+        ones.view(">i4"),
+        ones.view("f4"),
+        ones.view(numpy.dtype("f4", metadata={"unit": "m"})),
+        ones.view("?"),
+        ones.ravel().view("c16"),
+        ones.view("f2"),
+        ones.view("S4"),
+        ones.view([("a", "u1"), ("b", "u1", 3)]),
+        ones.ravel().view("M8[s]"),
+        ones.ravel().view("M8[ms]"),
+        read_only(ones.copy()),
+        read_only(ones.copy().T),
+        numpy.broadcast_to(numpy.uint8(1), (ones.size,)),
+        numpy.zeros(ones.size // 8, dtype=object),
+    ]
+
+
+# A pickle has the numbers in a frame; beside its frames; and in memory.
+SIZES = (BESIDE - 16, BESIDE, 2 * BESIDE, LARGE)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_what_arrives_is_what_unpickling_gives(send: Send, size: int) -> None:
     for _ in range(4):  # first it is not known, then it is in one message after the other
-        for sent in ARRAYS:
+        for sent in arrays(numpy.ones((size // 4, 4), "u1")):
             if sent.dtype.hasobject:
                 assert (send(sent) == sent).all()
             else:
                 assert described(send(sent)) == described(pickle.loads(pickle.dumps(sent, 5)))
 
 
-def test_each_has_its_numbers_and_is_its_receivers(send: Send) -> None:
+@pytest.mark.parametrize("size", [BESIDE, LARGE])
+def test_each_has_its_numbers_and_is_its_receivers(send: Send, size: int) -> None:
     arrived = []
     for number in range(4):  # so many are kept
-        sent = numpy.full(LARGE, number, "u1")
+        sent = numpy.full(size, number, "u1")
         arrived.append(send(sent))
         sent[0] = 99
     for number, array in enumerate(arrived):
         assert (array == number).all()
-        assert array.ctypes.data % 64 == 0
+        assert size < LARGE or array.ctypes.data % 64 == 0
         array[:] = 77 + number
     assert [array[-1] for array in arrived] == list(range(77, 81))
 
@@ -164,22 +176,23 @@ def reduced(_: object) -> Any:
 
 @pytest.mark.parametrize("register", [ForkingPickler.register, copyreg.pickle])
 @pytest.mark.parametrize("cls", [numpy.ndarray, type(ONES.dtype)])
-def test_what_the_program_registers_later_counts(register: Any, cls: type) -> None:
+@pytest.mark.parametrize("sent", [ONES, ONES[: BESIDE // 4]], ids=["large", "smaller"])
+def test_what_the_program_registers_later_counts(register: Any, cls: type, sent: Any) -> None:
     left, right = get_context("fork").Pipe()
     with left, right:
         for _ in range(3):
-            left.send(ONES)
-            assert (right.recv() == ONES).all()
+            left.send(sent)
+            assert (right.recv() == sent).all()
         register(cls, reduced)
         try:
             for _ in range(2):
-                left.send(ONES)
+                left.send(sent)
                 check_reduced(right, cls)
         finally:
             copyreg.dispatch_table.pop(cls, None)
             ForkingPickler._extra_reducers.pop(cls, None)  # type: ignore[attr-defined]
-        left.send(ONES)
-        assert (right.recv() == ONES).all()
+        left.send(sent)
+        assert (right.recv() == sent).all()
 
 
 def check_reduced(right: Any, cls: type) -> None:
@@ -203,12 +216,14 @@ def test_what_others_send_is_not_remembered_where_the_program_pickles_arrays() -
     assert array_maps.pop(b"arrived")
 
 
-def test_in_shared_memory_it_is_not_copied() -> None:
+@pytest.mark.parametrize("size", [BESIDE, LARGE])
+def test_in_shared_memory_it_is_not_copied(size: int) -> None:
     left, right = get_context("fork").Pipe()
-    with left, right, SharedMemory(LARGE) as memory:
-        sent = memory.as_array("u1", (LARGE,))
-        left.send(numpy.zeros(LARGE, "u1"))
-        right.recv()
+    with left, right, SharedMemory(size) as memory:
+        sent = memory.as_array("u1", (size,))
+        for _ in range(3):
+            left.send(numpy.zeros(size, "u1"))
+            right.recv()
         left.send(sent)
         arrived = right.recv()
         arrived[5] = 6
@@ -234,20 +249,27 @@ def test_there_is_an_end_to_what_is_remembered(monkeypatch: pytest.MonkeyPatch) 
     assert type(encode(family, ONES)) is bytes
 
 
-def test_one_that_may_not_be_mapped_says_so(send: Send) -> None:
-    for _ in range(3):
-        send(ONES)
+@pytest.mark.parametrize("package", PACKAGES)
+def test_one_that_may_not_be_mapped_says_so(package: str) -> None:
+    left, right = get_context("fork", backend=package).Pipe()
     limits = resource.getrlimit(resource.RLIMIT_AS)
-    size = int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE
-    before = census()
-    resource.setrlimit(resource.RLIMIT_AS, (size + LARGE // 2, limits[1]))
-    try:
-        with pytest.raises((OSError, MemoryError)):
-            send(ONES)
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, limits)
-    assert census() == before
-    assert (send(ONES) == ONES).all()
+    with left, right:
+        for _ in range(3):
+            left.send(ONES)
+            assert (right.recv() == ONES).all()
+        left.send(ONES)
+        before = census()
+        size = int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE
+        resource.setrlimit(resource.RLIMIT_AS, (size + LARGE // 2, limits[1]))
+        try:
+            with pytest.raises(OSError) as raised:
+                right.recv()
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, limits)
+        assert raised.value.errno == errno.ENOMEM
+        assert census() == before
+        left.send(ONES)
+        assert (right.recv() == ONES).all()
 
 
 @pytest.mark.parametrize("package", PACKAGES)
