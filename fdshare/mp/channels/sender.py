@@ -123,8 +123,9 @@ class Sender:
 
     def close(self) -> None:
         """Sends what waits, if that takes no time, and drops the rest."""
-        self._try_waiting()
-        self.waiting.clear()
+        if self.waiting:  # else no global name is used: the interpreter may have taken them away
+            self._try_waiting()
+            self.waiting.clear()
 
     def _send_in_turn(self, message: Encoded) -> None:
         if self._inside == get_ident():

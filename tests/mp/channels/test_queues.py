@@ -219,6 +219,27 @@ def test_a_reader_that_goes_during_a_large_item(ctx: Any) -> None:
     finish(queue)
 
 
+LEFT_OPEN = """
+import collections, sys
+import fdshare
+
+context = fdshare.get_context("fork", backend=sys.argv[1])
+ends = context.Pipe()
+ends[0].send(1)
+queues = context.SimpleQueue(), context.Queue(), context.JoinableQueue()
+for queue in queues:
+    queue.put(1)
+collections.kept = lambda: queues  # so all of it is there until the modules have lost their names
+"""
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_what_is_left_open_at_the_end_of_the_interpreter(package: str) -> None:
+    words = [sys.executable, "-c", LEFT_OPEN, package]
+    ended = subprocess.run(words, capture_output=True, text=True, timeout=60, check=True)
+    assert ended.stderr == ""
+
+
 def test_joinable(ctx: Any) -> None:
     queue = ctx.JoinableQueue()
     with socket.socket() as sock:
