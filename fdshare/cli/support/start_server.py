@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 import sys
 from typing import TYPE_CHECKING
 
 import click
 
 from fdshare.cli.support.orphan import fork_orphan
-from fdshare.errors import NoServer
-from fdshare.kernel.unix_address import absolute, is_abstract, trouble
+from fdshare.errors import EndpointError, NoServer
+from fdshare.kernel.unix_address import absolute, file_type, is_abstract, trouble
 
 if TYPE_CHECKING:
     from fdshare.client.blocking.client import Client
@@ -70,12 +72,21 @@ def open_log(path: str) -> int:
 
     The caller owns the result. Raises: EndpointError, with the way out.
     """
-    path = os.devnull if is_abstract(path) else f"{path}.log"
+    if is_abstract(path):
+        return os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    path = f"{path}.log"
     flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
-        return os.open(path, flags, 0o600)
+        log = os.open(path, flags, 0o600)
     except OSError as error:
         raise trouble(path, error) from None
+    found = os.fstat(log)
+    # In a folder that others may write, it could be theirs, to read and to change.
+    if not stat.S_ISREG(found.st_mode) or found.st_uid not in (0, os.geteuid()):
+        os.close(log)
+        what = f"{file_type(found.st_mode)} of uid {found.st_uid}"
+        raise EndpointError(path, f"it is {what}; remove it, or choose another path", errno.EACCES)
+    return log
 
 
 def _command(arguments: list[str]) -> list[str]:

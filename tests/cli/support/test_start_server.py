@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from commandline import Shell
+from users import needs_root
 
 pytestmark = pytest.mark.usefixtures("fresh")
 
@@ -50,3 +51,24 @@ def test_a_server_that_cannot_start_says_why(shell: Shell, folder: Path) -> None
     blocked.touch()
     line = shell.fails("run", "--start", "--path", blocked, "web", "--", "true")
     assert "it is a regular file, not a socket" in line
+
+
+@needs_root
+@pytest.mark.parametrize("kind", ["file", "pipe"])
+@pytest.mark.parametrize("words", [["serve", "--detach"], ["run", "--start", "w", "--", "true"]])
+def test_a_log_that_is_another_user_s_is_not_written(
+    shell: Shell, folder: Path, kind: str, words: list[str]
+) -> None:
+    """In a folder that others may write: its owner reads it, and changes what it says."""
+    log = Path(f"{shell.path}.log")
+    if kind == "file":
+        log.touch()
+    else:
+        os.mkfifo(log)
+    os.chown(log, 12345, 12345)
+    said = shell.fails(*words)
+    what = {"file": "a regular file", "pipe": "a FIFO"}[kind]
+    assert f"{log}: it is {what} of uid 12345; remove it, or choose another path" in said
+    if kind == "file":
+        assert log.read_text() == ""
+    assert shell.run("ping").returncode == 69
