@@ -26,8 +26,7 @@ class Installed:
         self.package = folder / "code" / "fdshare"
         self.path = folder / "s"
         self.log = folder / "log"
-        source = Path(fdshare.__file__).parent
-        shutil.copytree(source, self.package, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(Path(fdshare.__file__).parent, self.package)  # with what is compiled
         self.process: subprocess.Popen[bytes] | None = None
 
     def change(self, file: str, old: str, new: str) -> None:
