@@ -37,9 +37,11 @@ settings.load_profile("fdshare")
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[STDERR] = os.dup(2)  # later it is captured
+    # A shell, or nohup, has started it in the background: programs of tests would ignore it, too.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        # A shell has started it in the background: programs of tests would ignore it, too.
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
     if not hasattr(config, "workerinput"):
         bytecode.compile_all()
 
