@@ -157,13 +157,14 @@ def wait_until(condition: Callable[[], T], what: str = "the condition", seconds:
     The only place of the suite where time passes by itself: what another process or the kernel
     does at its own pace is asked for again and again.
     """
-    deadline = time.monotonic() + seconds
+    started = time.monotonic()
     while True:
         result = condition()
         if result:
             return result
-        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
-        time.sleep(0.002)
+        waited = time.monotonic() - started
+        assert waited < seconds, f"not within {seconds} s: {what}"
+        time.sleep(min(max(0.002, waited / 20), 0.02))  # the processor is for what is waited for
 
 
 @pytest.fixture
