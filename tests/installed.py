@@ -19,6 +19,12 @@ from fdshare.kernel.endpoint import connect
 HANGS = "import select; select.select([], [], [])"
 
 
+def of_other_pythons(folder: str, names: list[str]) -> list[str]:
+    """What they have compiled."""
+    ours = f".{sys.implementation.cache_tag}.pyc"
+    return [name for name in names if name.endswith(".pyc") and not name.endswith(ours)]
+
+
 class Installed:
     """A copy of fdshare, and a server that runs it."""
 
@@ -26,7 +32,7 @@ class Installed:
         self.package = folder / "code" / "fdshare"
         self.path = folder / "s"
         self.log = folder / "log"
-        shutil.copytree(Path(fdshare.__file__).parent, self.package)  # with what is compiled
+        shutil.copytree(Path(fdshare.__file__).parent, self.package, ignore=of_other_pythons)
         self.process: subprocess.Popen[bytes] | None = None
 
     def change(self, file: str, old: str, new: str) -> None:
