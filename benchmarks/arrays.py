@@ -1,7 +1,7 @@
 """Arrays of numpy and bytes through every channel, ours beside the stock one.
 
-The stock channels send what they are given through a pipe; ours send what is large, from 1 MiB on,
-in a memfd that the receiver maps (fdshare/mp/pickling/large.py). The receiver reads all of it:
+The stock channels send what they are given through a pipe; ours send what is large, from 256 KiB
+on, in a memfd that the receiver maps (fdshare/mp/pickling/large.py). The receiver reads all of it:
 pages that it had not touched would cost it nothing.
 
 One child has a side of a channel, and a worker: *argument* goes to the worker, *result* comes from

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 
 CHANNELS = ("Queue", "JoinableQueue", "SimpleQueue", "Pipe")
 SOCKETS = 101  # the same one comes again after enough others to tell by
-SIZES = (0, 100, 20_000, 300_000)
+SIZES = (0, 100, 20_000, 250_000)
 
 
 class Interrupt(BaseException):

@@ -24,7 +24,7 @@ __all__ = ["BALLAST", "LARGE", "NEW", "NEW_PICKLE", "map_parts", "take_large"]
 
 # Bytes from which on the memfd takes less time than the socket, if it was used before; if it is
 # new; and if it is new and what is in it is copied once more (docs/performance.md).
-LARGE: Final = 1 << 20
+LARGE: Final = 1 << 18
 NEW: Final = 4 << 20
 NEW_PICKLE: Final = 32 << 20
 # Bytes that are sent beside the descriptor. A socket holds a dozen of such messages, where it would

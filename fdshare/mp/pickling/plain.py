@@ -52,9 +52,9 @@ class PlainPickler(pickle.Pickler):
 
     dispatch_table: _PlainTypes
     of_large: type[PlainPickler]  # takes large arrays, too
-    # Of large arrays: the pickle that is sent with the memory, and the one in it. Of others: what
-    # is before the numbers in the pickle, and behind them.
-    arrays: dict[Key | None, tuple[bytes, bytes]]
+    # Of an array: what is before its numbers in a pickle, and behind them; of a large one the
+    # pickle that is sent with memory, too, and the one in that.
+    arrays: dict[Key | None, tuple[bytes, ...]]
     skips = 15  # so many objects are not tried after one that was refused
 
 
@@ -232,7 +232,7 @@ def dump_plain(
     if len(parts) == 1:
         return parts[0]  # type: ignore[no-any-return]
     if _is_array(types, obj):
-        _remember_around(plain, obj, parts)
+        _remember(plain, obj, parts)
     return _joined(parts, (), cache) or _joined([_in_one(plain, obj)], (), cache)
 
 
@@ -248,13 +248,20 @@ def _is_array(types: _PlainTypes, obj: Any) -> bool:
     return types.get(type(obj)) is _reduce_smaller_array
 
 
-def _remember_around(plain: type[PlainPickler], array: Any, parts: list[Any]) -> None:
-    """Remembers what is around the numbers of *array* in a pickle of these *parts*."""
+def _remember(
+    plain: type[PlainPickler], array: Any, parts: list[Any], inner: bytes | None = None
+) -> None:
+    """Remembers what is around the numbers of *array* in a pickle of these *parts*; *inner*: of a
+    large array, the one beside its numbers."""
     key = key_of(array)
-    if key is not None and len(parts) == 3 and array.nbytes < LARGE and room_in(plain.arrays):
-        head, numbers, tail = parts
-        if type(numbers) is PickleBuffer:
-            plain.arrays[key] = head, tail
+    if key is None or len(parts) != 3 or type(parts[1]) is not PickleBuffer:
+        return
+    if (array.nbytes >= LARGE) == (inner is not None) and room_in(plain.arrays):
+        around = parts[0], parts[2]
+        if inner is None:
+            plain.arrays[key] = around
+        else:
+            plain.arrays[key] = *around, pickle_of_large(0, (array.nbytes,), inner), inner
 
 
 def _dump_large_array(
@@ -267,28 +274,27 @@ def _dump_large_array(
     known = plain.arrays.get(key)
     if known is None or type(array.dtype) not in types:
         message = _dump_large(plain.of_large, array, cache)
-        if key is not None and known is None and type(message) is Bundle:
-            _remember(plain, key, array)
+        if known is None and type(message) is Bundle:
+            _remember_large(plain, array)
         return message
-    outer, inner = known
+    head, tail, outer, inner = known
     view = PickleBuffer(array).raw()
     areas, sizes = ((view,),), (view.nbytes,)
     memory = cache.copy_of(areas, sizes)
     if memory is None and sizes[0] >= NEW:
         memory, outer = new_copy_of(areas, sizes), pickle_of_large(0, sizes, inner, BALLAST)
     if memory is None:
-        return _in_one(plain.of_large, array)
+        return b"".join((head, view, tail))
     return Bundle(outer, [memory.fileno()], memory=memory)
 
 
-def _remember(plain: type[PlainPickler], key: Key, array: Any) -> None:
-    """Remembers the pickles of *array*, which has this *key*."""
-    large: list[memoryview] = []
+def _remember_large(plain: type[PlainPickler], array: Any) -> None:
+    """Remembers the pickles of a large *array*."""
+    parts: list[Any] = []
+    plain.of_large(_Parts(parts.append), PROTOCOL).dump(array)
     buffer = io.BytesIO()
-    plain.of_large(buffer, PROTOCOL, buffer_callback=partial(take_large, large)).dump(array)
-    inner = buffer.getvalue()
-    if len(large) == 1 and len(inner) < LARGE and room_in(plain.arrays):
-        plain.arrays[key] = pickle_of_large(0, (large[0].nbytes,), inner), inner
+    plain.of_large(buffer, PROTOCOL, buffer_callback=partial(take_large, [])).dump(array)
+    _remember(plain, array, parts, buffer.getvalue())
 
 
 def _dump_large(

@@ -202,7 +202,7 @@ def test_a_reader_that_goes_during_a_large_item(ctx: Any) -> None:
 
     def put() -> None:
         try:
-            queue.put(b"1" * 900_000)  # more than the pipe holds
+            queue.put(b"1" * 250_000)  # more than the pipe holds, and not laid into memory
         except OSError as error:
             raised.append(error)
 
