@@ -8,7 +8,7 @@ import stat
 from fdshare.errors import EndpointError
 from fdshare.kernel.descriptor_limit import first_use
 
-__all__ = ["default_path", "own_folder"]
+__all__ = ["default_path", "make_own_folder", "own_folder"]
 
 
 def default_path(*, create: bool = False) -> str:
@@ -31,15 +31,9 @@ def own_folder(*, create: bool) -> str:
 
     Anybody can make a folder there first. Raises: EndpointError: it is not this user's alone.
     """
-    with first_use():
-        import tempfile  # takes a tenth of what a client imports; few come here
-
-    folder = os.path.join(tempfile.gettempdir(), f"fdshare-{os.geteuid()}")
+    folder = _own_folder()
     if create:
-        try:
-            os.mkdir(folder, 0o700)
-        except FileExistsError:
-            pass
+        make_own_folder(os.path.join(folder, ""))
     try:
         found = os.lstat(folder)
     except FileNotFoundError:
@@ -49,3 +43,21 @@ def own_folder(*, create: bool) -> str:
             folder, f"it must be a folder of uid {os.geteuid()} with mode 0700; set FDSHARE_PATH"
         )
     return folder
+
+
+def make_own_folder(path: str) -> None:
+    """Makes the folder of *path*, of a server that somebody names, where that is /tmp/fdshare-UID
+    and not there yet: with another mode than 0700 it would be refused afterwards."""
+    folder = _own_folder()
+    if os.path.dirname(path) == folder:
+        try:
+            os.mkdir(folder, 0o700)
+        except FileExistsError:
+            pass
+
+
+def _own_folder() -> str:
+    with first_use():
+        import tempfile  # takes a tenth of what a client imports; few come here
+
+    return os.path.join(tempfile.gettempdir(), f"fdshare-{os.geteuid()}")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
 from conftest import line
 
-from fdshare.client.default_path import default_path
+from fdshare.client.default_path import default_path, make_own_folder
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become somebody else")
 
@@ -33,6 +34,19 @@ def test_the_first_that_is_said_counts(
 @as_root
 def test_roots(nothing_said: None) -> None:
     assert default_path() == default_path(create=True) == "/run/fdshare.sock"
+
+
+def test_the_folder_of_a_path_that_is_named(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    own = folder / f"fdshare-{os.geteuid()}"
+    make_own_folder(f"{folder}/other/fdshare.sock")
+    make_own_folder("@abstract")
+    assert list(folder.iterdir()) == []
+    make_own_folder(f"{own}/fdshare.sock")
+    assert own.stat().st_mode & 0o777 == 0o700
+    own.chmod(0o750)  # somebody wants it so
+    make_own_folder(f"{own}/fdshare.sock")
+    assert own.stat().st_mode & 0o777 == 0o750
 
 
 CODE = """

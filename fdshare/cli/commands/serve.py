@@ -145,21 +145,23 @@ def serve(address: str | None, path: str | None, **options: Any) -> int:
 
 def _detached_path(path: str | None, ready_fd: int | None) -> str:
     """The path of a server that is to go on in the background. Raises: click.UsageError."""
-    from fdshare.client.default_path import default_path
+    from fdshare.client.default_path import default_path, make_own_folder
     from fdshare.kernel.unix_address import absolute
 
     if ready_fd is not None:
         raise click.UsageError("--detach returns when the server is ready; leave --ready-fd out")
     if "LISTEN_FDS" in os.environ:
         raise click.UsageError("a service manager starts the server: leave --detach out")
-    return absolute(path or default_path(create=True))
+    path = absolute(path or default_path(create=True))
+    make_own_folder(path)
+    return path
 
 
 def _prepare(
     path: str | None, options: dict[str, Any], listener: Listener | None
 ) -> tuple[Settings, Listener]:
     """The settings of the server, and its listener."""
-    from fdshare.client.default_path import default_path
+    from fdshare.client.default_path import default_path, make_own_folder
     from fdshare.server.settings import Settings
 
     mode = 0o600 if options["mode"] is None else options["mode"]
@@ -178,6 +180,7 @@ def _prepare(
     )
     if listener is None:
         settings.path = path or default_path(create=True)
+        make_own_folder(settings.path)
         listener = _listen(settings, options["owner"], options["group"])
     else:
         _warn_of_void_options(listener, path)

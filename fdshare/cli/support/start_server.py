@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from fdshare.cli.support.orphan import fork_orphan
+from fdshare.client.default_path import make_own_folder
 from fdshare.errors import EndpointError, NoServer
 from fdshare.kernel.unix_address import absolute, file_type, is_abstract, trouble
 
@@ -50,6 +51,7 @@ def not_started(wrote: str) -> click.ClickException:
 def _start(path: str) -> str:
     """Starts a server; returns "" when it is ready, else what it wrote."""
     path = absolute(path)
+    make_own_folder(path)
     log = open_log(path)
     before = os.fstat(log).st_size
     ready, readies = os.pipe()

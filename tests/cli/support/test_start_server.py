@@ -72,3 +72,22 @@ def test_a_log_that_is_another_user_s_is_not_written(
     if kind == "file":
         assert log.read_text() == ""
     assert shell.run("ping").returncode == 69
+
+
+@pytest.mark.parametrize(
+    "words", [["serve", "--detach"], ["run", "--start", "w=tcp://127.0.0.1:0", "--", "true"]]
+)
+def test_the_folder_of_the_default_path_is_made(
+    shell: Shell, folder: Path, words: list[str]
+) -> None:
+    """Where a message names that path: "mkdir -p", as another one said, makes a folder that is
+    refused."""
+    own = folder / f"fdshare-{os.geteuid()}"
+    shell.path = str(own / "fdshare.sock")
+    shell.environment |= {"TMPDIR": str(folder), "FDSHARE_PATH": shell.path}
+    if words[0] == "serve":
+        words = [*words, shell.path]
+    done = shell.run(*words)
+    assert done.returncode == 0, done
+    assert own.stat().st_mode & 0o777 == 0o700
+    shell("stop")
