@@ -65,6 +65,12 @@ def has_record_lock(pid: int) -> bool:
         return any(words[1] == "POSIX" and words[4] == str(pid) for words in map(str.split, file))
 
 
+def waits_for_record_lock(pid: int) -> bool:
+    """Whether the process waits for one that another process holds; Linux."""
+    with open("/proc/locks") as file:
+        return any(words[1] == "->" and words[5] == str(pid) for words in map(str.split, file))
+
+
 def ended(pid: int) -> bool:
     """True for a process that is gone, or waits for its parent to take note."""
     return state(pid) in "XZ"

@@ -262,9 +262,9 @@ def look_into(
     return truncation(look)
 
 
-def looking(sock: socket.socket, size: int) -> Iterator[Look]:
+def looking(sock: socket.socket, size: int, flags: int = 0) -> Iterator[Look]:
     """Each step looks as `look_into`: `for look in looking(...)` stores what it saw at once."""
-    return iter(partial(sock.recvmsg, size, _ROOM, _LOOK), None)
+    return iter(partial(sock.recvmsg, size, _ROOM, _LOOK | flags), None)
 
 
 def truncation(look: Look) -> FdshareError | None:

@@ -22,6 +22,7 @@ __all__ = [
     "HAS_REUSE_PORT",
     "HAS_SEALS",
     "HAS_SEM_GETVALUE",
+    "HAS_SEQPACKET",
     "LINUX",
     "NAME",
     "NOSIGNAL",
@@ -46,6 +47,8 @@ HAS_PIDFD_IDS: Final = HAS_PIDFD and hasattr(os, "eventfd")
 HAS_REUSE_PORT: Final = hasattr(socket, "SO_REUSEPORT")
 # HAVE_BROKEN_SEM_GETVALUE of multiprocessing.
 HAS_SEM_GETVALUE: Final = NAME != "darwin"
+# SOCK_SEQPACKET of AF_UNIX.
+HAS_SEQPACKET: Final = NAME != "darwin"
 
 O_PATH: Final = int(getattr(os, "O_PATH", 0))
 CMSG_CLOEXEC: Final = int(getattr(socket, "MSG_CMSG_CLOEXEC", 0))

@@ -56,6 +56,14 @@ def same(obj: Any) -> Any:
     return obj
 
 
+def first(obj: Any, *beside: Any) -> Any:
+    """*obj*; closes the files *beside* it."""
+    for other in beside:
+        if hasattr(other, "close"):
+            other.close()
+    return obj
+
+
 def identity(obj: Any) -> tuple[int, int]:
     """Which file or socket it is, and closes it."""
     status = os.fstat(obj.fileno())

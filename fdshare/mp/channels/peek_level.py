@@ -17,7 +17,7 @@ that a sender that saw a 2 has sent; and only if a peek over all that is queued 
 from __future__ import annotations
 
 import socket
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, ClassVar, Final
 
 from fdshare.kernel.ancillary import Look, close_looks, look_into
 from fdshare.mp.stock import raw
@@ -25,7 +25,7 @@ from fdshare.mp.stock import raw
 if TYPE_CHECKING:
     from multiprocessing.synchronize import Lock, Semaphore
 
-__all__ = ["AT_ONCE", "PeekLevel"]
+__all__ = ["AT_ONCE", "AlwaysPeek", "PeekLevel"]
 
 AT_ONCE: Final = 2
 _PLAIN: Final = 8  # messages without descriptors, after which the level is lowered if it can be
@@ -35,6 +35,8 @@ class PeekLevel:
     """The level of one queue, in one of its processes."""
 
     __slots__ = ("_plain", "_semaphore", "_unlocked", "level")
+
+    flags: ClassVar[int] = 0  # of a peek
 
     def __init__(self, semaphore: Semaphore, write_lock: Lock) -> None:
         """*semaphore* was made with a value of 0. Both belong to the queue."""
@@ -57,6 +59,24 @@ class PeekLevel:
             self.level() == AT_ONCE or (self._unlocked() and not _brings_descriptors(sock))
         ):
             self._semaphore.acquire(False)
+
+
+class AlwaysPeek(PeekLevel):
+    """The level of a stream whose readers always peek, and never wait for a message to begin. They
+    are always sent both at once: one that is killed has read all of a short message or nothing."""
+
+    __slots__ = ()
+
+    flags = int(socket.MSG_DONTWAIT)
+
+    def __init__(self) -> None:
+        self.level = lambda: AT_ONCE
+
+    def begin(self) -> None:
+        pass
+
+    def plain(self, sock: socket.socket) -> None:
+        pass
 
 
 def _brings_descriptors(sock: socket.socket) -> bool:

@@ -80,7 +80,7 @@ class MessageReceiver(Incoming):
         self._recv = sock.recv
         # Each step reads a length, or peeks at announcement and body (kernel/ancillary.py).
         self._heads: Iterator[bytes] = iter(partial(sock.recv, _HEAD), _NEVER)
-        self._looking = looking(sock, _HEAD + 1)
+        self._looking = looking(sock, _HEAD + 1, 0 if level is None else level.flags)
         # What another reader of the socket may have marked it with.
         self._mark_of_all = (
             partial(sock.getsockopt, _SOCKET, MARK) if shared and MARK is not None else None
@@ -98,8 +98,8 @@ class MessageReceiver(Incoming):
         has to be called again. Blocks.
 
         Raises: EOFError; OSError: the end came in the middle; BlockingIOError, if the program has
-        made the socket non-blocking; DescriptorLimit (EMFILE): the message is still there. Whatever
-        is raised, the next call goes on with it.
+        made the socket non-blocking, or with AlwaysPeek; DescriptorLimit (EMFILE): the message is
+        still there. Whatever is raised, the next call goes on with it.
         """
         try:
             if not self.parts:

@@ -38,6 +38,7 @@ from fdshare.mp.stock import (
 )
 from fdshare.mp.workers.maps import MappedTask, Numbered, WaitingTasks, tasks_of_map
 from fdshare.mp.workers.reader_lock import ReaderLock
+from fdshare.mp.workers.task_packets import TaskPackets
 from fdshare.mp.workers.tasks import (
     CALL,
     LOADED_CALL,
@@ -264,11 +265,37 @@ class EndingQueueMixin(SimpleQueueMixin):
 class TaskQueueMixin(EndingQueueMixin):
     """From the pool to its workers."""
 
+    _packets: TaskPackets | None = None
+
     def __init__(self, *, ctx: StockContext) -> None:
         SimpleQueueMixin.__init__(self, ctx=ctx)
         # Where there are none, a worker that is killed keeps the lock, as in the stock pool.
         with suppress(OSError):
             self._rlock = ReaderLock(self._reader)  # type: ignore[assignment]
+        if system.HAS_SEQPACKET:
+            self._packets = TaskPackets(self._reader, self._writer, self._rlock)
+
+    def __getstate__(self) -> Any:
+        return super().__getstate__(), self._packets
+
+    def __setstate__(self, state: Any) -> None:
+        state, self._packets = state
+        super().__setstate__(state)
+
+    def finish(self) -> None:
+        super().finish()
+        if self._packets is not None:
+            self._packets.finish()
+
+    def abandon(self) -> None:
+        super().abandon()
+        if self._packets is not None:
+            self._packets.abandon()
+
+    def close(self) -> None:
+        super().close()
+        if self._packets is not None:
+            self._packets.close()
 
     def send_task(self, task: Numbered | None) -> None:
         """Sends (job, index, function, args, kwds), or None, the end."""
@@ -282,8 +309,12 @@ class TaskQueueMixin(EndingQueueMixin):
             form = LOADED_CALL if function is self._family.pool._helper_reraises_exception else CALL
             call = function, args, kwds
             function = Task(self._family, pickled(self._family, call, self._writer._cache))
+        message = headed(form, job, index, function.content)
         try:
-            self._put_message(headed(form, job, index, function.content))
+            if self._packets is None:
+                self._put_message(message)
+            else:
+                self._packets.send(message)
         except OSError:
             if not self._abandoned.is_set():
                 raise
@@ -296,8 +327,12 @@ class TaskQueueMixin(EndingQueueMixin):
         After a worker that was killed in the middle of a task there is no next one: it waits for
         the end, as in the stock pool, where the lock stays locked. Raises: EOFError.
         """
+        packets = self._packets
         try:
-            message = receive_patiently(self._reader, self._rlock)
+            if packets is None:
+                message = receive_patiently(self._reader, self._rlock)
+            else:
+                message = packets.receive()
         except TornMessage:
             ended = select.poll()
             ended.register(self._reader, system.RDHUP)

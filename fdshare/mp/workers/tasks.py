@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CALL",
+    "HEAD_SIZE",
     "LOADED_CALL",
     "MAPPED_CALL",
     "RAISED",
@@ -41,6 +42,7 @@ __all__ = [
     "as_buffer",
     "beheaded",
     "has_head",
+    "head_of",
     "headed",
     "hold_initializer",
     "outcome",
@@ -60,7 +62,7 @@ Pickled: TypeAlias = bytes | Bundle
 
 # The form of what follows, and two numbers that the pool or the executor knows it by.
 _HEAD: Final = struct.Struct("=Bqq")
-_SIZE: Final = _HEAD.size
+HEAD_SIZE: Final = _HEAD.size
 _unpack: Final = _HEAD.unpack_from
 CALL: Final = 1  # (function, args, kwargs), to be loaded when the call is made
 LOADED_CALL: Final = 2  # the same, to be loaded at once
@@ -97,13 +99,21 @@ def has_head(message: Arrived) -> bool:
 def beheaded(message: Arrived) -> tuple[int, int, int, Pickled]:
     """(form, first, second, content) of a *message* that `has_head`."""
     if type(message) is bytes and len(message) <= JOINED:
-        return *_unpack(message), message[_SIZE:]
+        return *_unpack(message), message[HEAD_SIZE:]
     bundle = Bundle(message) if isinstance(message, bytes) else message
     assert isinstance(bundle, Bundle)
     data = bundle.data
     # A long one is not copied.
-    bundle.data = (memoryview(data) if len(data) > JOINED else data)[_SIZE:]
+    bundle.data = (memoryview(data) if len(data) > JOINED else data)[HEAD_SIZE:]
     return *_unpack(data), bundle
+
+
+def head_of(message: Arrived) -> bytes:
+    """What `headed` has put before the content; something shorter if it has not made *message*."""
+    if isinstance(message, tuple):
+        return b""
+    data = message if isinstance(message, bytes) else message.data
+    return bytes(data[:HEAD_SIZE])
 
 
 def as_buffer(content: Pickled) -> Bytes:
@@ -189,6 +199,8 @@ def receive_patiently(
     PATIENCE seconds it returns the message without its descriptors, which raises the
     DescriptorLimit when it is loaded. *wait* is time.sleep, or returns True when the channel was
     ended: EOFError is raised then.
+
+    Raises: as `MessageReceiver.fetch`.
     """
     deadline: float | None = None
     while True:

@@ -16,8 +16,9 @@ from breaking import ended, has_record_lock, state
 from conftest import wait_until
 
 from fdshare import SharedMemory, get_context
-from fdshare.mp.channels.framing import LENGTH
+from fdshare.mp.channels.framing import LENGTH, framed
 from fdshare.mp.channels.incoming import MARK, TORN
+from fdshare.mp.workers.tasks import HEAD_SIZE
 from mp import children
 from mp.common import (  # noqa: F401
     METHODS,
@@ -333,21 +334,29 @@ def kill_idle_workers(ctx: Any, count: int) -> None:
         wait_until(lambda: all(state(pid) == "S" for pid in workers))
         for pid in workers:
             os.kill(pid, signal.SIGKILL)
+        # Until then it may take a task, and loses it.
+        wait_until(lambda: all(map(ended, workers)))
         assert pool.apply(children.same, (2,)) == 2
         pool.close()
         pool.join()
 
 
-def kill_a_worker_in_a_task(ctx: Any) -> None:
-    with ctx.Pool(3) as pool:
+def kill_a_worker_in_a_task(ctx: Any, count: int) -> None:
+    with ctx.Pool(3) as pool, open(os.devnull) as file:
         workers = [worker.pid for worker in pool._pool]
-        (reading,) = wait_until(lambda: list(filter(has_record_lock, workers)))
         tasks = pool._inqueue
-        tasks._writer._carrier().send(LENGTH.pack(1 << 20) + bytes(1 << 15))
+        data = bytes(1 << 20)
+        task = b"".join(framed(data, 1) if count else (LENGTH.pack(len(data)), data))
+        socket.send_fds(tasks._writer._carrier(), [task[: 1 << 15]], [file.fileno()] * count)
+        tasks._packets._tell(bytes(HEAD_SIZE))
+        (reading,) = wait_until(lambda: list(filter(has_record_lock, workers)))
         wait_until(lambda: tasks._reader._carrier().getsockopt(socket.SOL_SOCKET, MARK) == TORN)
         os.kill(reading, signal.SIGKILL)
         wait_until(lambda: reading not in [worker.pid for worker in pool._pool])
+        for _ in pool._pool:
+            tasks._packets._tell(bytes(HEAD_SIZE))
         # The rest of the task is no task: nobody reads it, or holds the lock to read it.
+        wait_until(lambda: not tasks._packets._reader.poll())
         wait_until(
             lambda: all(
                 state(worker.pid) == "S" and not has_record_lock(worker.pid)
@@ -357,8 +366,11 @@ def kill_a_worker_in_a_task(ctx: Any) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="marks of sockets")
-def test_a_pool_whose_worker_was_killed_in_a_task_can_be_terminated(package: str) -> None:
-    ends(kill_a_worker_in_a_task, get_context("fork", backend=package))
+@pytest.mark.parametrize("count", [0, 1])
+def test_a_pool_whose_worker_was_killed_in_a_task_can_be_terminated(
+    package: str, count: int
+) -> None:
+    ends(kill_a_worker_in_a_task, get_context("fork", backend=package), count)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="record locks on sockets")
