@@ -32,8 +32,8 @@ _NO_KWDS: Final[dict[str, Any]] = {}  # one for all: there may be 100,000 tasks
 # Items of a task up to which a look at each costs less than the memory of a pickle that waits.
 _FEW: Final = 16
 # A range needs no look. But where its batches are long they are pickled in the call: a pickle that
-# is large goes through memory of its own (large.py), and 2**16 numbers are less.
-_MOST: Final[dict[type, int]] = {range: 1 << 16, tuple: _FEW, list: _FEW}
+# is large goes through memory of its own (large.py), and 2**15 numbers below 10**10 are less.
+_MOST: Final[dict[type, int]] = {range: 1 << 15, tuple: _FEW, list: _FEW}
 # Whether each item is a tuple of arguments, and how long the pickle of the function is.
 _HEAD: Final = struct.Struct("=?Q")
 _SIZE: Final = _HEAD.size

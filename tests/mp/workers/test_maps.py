@@ -98,7 +98,7 @@ def test_what_the_program_has_told_dill_of_numbers(
 
 
 def test_long_batches_of_a_range_are_pickled_in_the_call(family: Family) -> None:
-    for size, kind in (1 << 16, MappedTask), ((1 << 16) + 1, Task):
+    for size, kind in (1 << 15, MappedTask), ((1 << 15) + 1, Task):
         tasks = tasks_of_map(family, family.pool.mapstar, abs, range(2 * size), size)
         for start in 0, size:
             _, _, function, args, kwds = next(tasks)
