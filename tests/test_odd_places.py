@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import compileall
 import os
 import shutil
 import subprocess
@@ -132,6 +133,8 @@ def zipped(folder: Path, program: str) -> Path:
         ROOT / "fdshare", content / "fdshare", ignore=shutil.ignore_patterns("__pycache__")
     )
     (content / "__main__.py").write_text(program)
+    # Each process would compile what it imports, for seconds on a machine at work.
+    compileall.compile_dir(content, quiet=2, legacy=True)
     made = folder / "program.pyz"
     zipapp.create_archive(content, made)
     return made
