@@ -3,8 +3,9 @@
 The kernel gives each packet of a SOCK_SEQPACKET pair to one reader, whole, and wakes one of those
 that wait. So a worker takes a task with one read(2), where a stream takes two, a lock, and a look
 for the mark of a reader that was killed. A worker that is killed has had all of a task or nothing.
-(While it is being killed it may still take one: unix_dgram_recvmsg of Linux looks for a packet
-before it looks for a signal.)
+
+A worker waits in a peek. In a read, one that is being killed would take a packet that comes then,
+for the kernel looks for packets before it looks for signals (unix_dgram_recvmsg of Linux).
 
 Any other task, with descriptors or longer, goes over the stream, which loses nothing at a
 descriptor limit (mp/channels/framing.py). Its head follows as a packet, and whoever receives that
@@ -21,6 +22,7 @@ import select
 import socket
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
+from functools import partial
 from typing import Any, Final
 
 from fdshare.kernel import system
@@ -35,6 +37,7 @@ __all__ = ["TaskPackets"]
 
 _read: Final[Callable[[Any, int], bytes]] = os.read
 _DONTWAIT: Final = int(socket.MSG_DONTWAIT)
+_PEEK: Final = int(socket.MSG_PEEK)
 
 # Bytes of a packet. Each is read into a new buffer of this size: from 128 KiB on malloc(3) would
 # map one each time.
@@ -56,13 +59,13 @@ class TaskPackets:
         lock: AbstractContextManager[Any],
     ) -> None:
         """*lock* is that of the stream's readers. Raises: OSError (EMFILE)."""
-        self._adopt(stream_reader, lock)
         self._stream = stream_writer._carrier()
         connection = type(stream_reader)
         reader, writer = stream_pair(socket.SOCK_SEQPACKET)
         self._reader = connection(reader.detach(), writable=False)
         self._writer = connection(writer.detach(), readable=False)
         self._packets = self._writer._carrier()
+        self._adopt(stream_reader, lock)
         # No packet may be longer than the buffer, but for 32 bytes (unix_dgram_sendmsg of Linux).
         room = self._packets.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
         self._longest = min(_LONGEST, room - 1024)
@@ -78,6 +81,7 @@ class TaskPackets:
     def _adopt(self, stream_reader: ConnectionMixin, lock: AbstractContextManager[Any]) -> None:
         self._stream_reader, self._lock = stream_reader, lock
         stream_reader._peek_level = AlwaysPeek()
+        self._wait = partial(self._reader._carrier().recv, 1, _PEEK)
         self._due = b""  # the head of a task that was not found yet
 
     def send(self, message: Pickled) -> None:
@@ -137,7 +141,10 @@ class TaskPackets:
     def receive(self) -> Arrived:
         """The next task. Raises: EOFError; of what is on the stream, as `receive_patiently`."""
         while True:
-            packet = self._due or _read(self._reader._handle, _LONGEST)
+            packet = self._due
+            if not packet:
+                self._wait()
+                packet = _read(self._reader._handle, _LONGEST)
             if len(packet) > HEAD_SIZE:
                 return packet
             self._due = b""
