@@ -69,6 +69,8 @@ def between(call: Callable[[], object], step: int, other: Callable[[], object]) 
         return trace
 
     before = sys.gettrace()
+    # In Python 3.12 settrace() looks whether any frame was ever told to.
+    sys._getframe().f_trace_opcodes = True
     sys.settrace(trace)
     try:
         call()

@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import sys
+import traceback
 import warnings
 
 from parity import endings, failures, features, objects
@@ -17,12 +18,18 @@ def main() -> None:
     warnings.simplefilter("ignore")
     # What the threads of broken pools print is not what is compared.
     report = os.fdopen(os.dup(1), "w")
+    errors = os.fdopen(os.dup(2), "w")
     null = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):
         os.dup2(null, stream)
     subject = column(name, method)
     modules = (objects, failures, features, endings) if method == "fork" else (objects,)
-    found = {case: outcome for module in modules for case, outcome in module.cases(subject)}
+    try:
+        found = {case: outcome for module in modules for case, outcome in module.cases(subject)}
+    except BaseException:
+        traceback.print_exc(file=errors)
+        errors.flush()
+        raise
     json.dump(found, report)
     report.flush()
     for package in ("multiprocessing", "multiprocess"):

@@ -43,10 +43,11 @@ def run(column: str, method: str) -> dict[str, str]:
     done = subprocess.run(
         [sys.executable, "-m", "parity.run", column, method],
         cwd=TESTS,
-        stdout=subprocess.PIPE,
+        capture_output=True,
         timeout=300,
-        check=True,
+        text=True,
     )
+    assert done.returncode == 0, done.stderr
     outcomes: dict[str, str] = json.loads(done.stdout)
     return outcomes
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from commandline import FDSHARE, Shell
+from conftest import wait_until
 
 from fdshare import connect
 
@@ -135,7 +136,9 @@ def test_take_gives_back_what_no_program_got(
     assert "fdshare mv" in fdshare.fails("take", "job:1", "--", "cat")
     assert "fdshare mv" in fdshare.fails("take", "jobs/ü", "--", "cat")
     assert fdshare("take", "tab name", "--", "sh", "-c", "cat <&3") == "hello\nworld\n"
-    assert [entry["name"] for entry in fdshare.json("ls")] == ["job", "job:1", "jobs/ü"]
+    left = ["job", "job:1", "jobs/ü"]
+    # What confirms the take is a process of its own, which may be slower than the program.
+    wait_until(lambda: [entry["name"] for entry in fdshare.json("ls")] == left)
 
 
 def test_take_gives_back_what_could_not_be_written(fdshare: Shell, file: Path) -> None:
