@@ -355,9 +355,8 @@ class Keeper:
         self._poller.unregister(self._journal.fileno())
         self._fencing = True
         how = fence(self._server, self._journal)
-        for _ in range(
-            3
-        ):  # ECONNRESET, for a note that it has not read, is reported before the records
+        # ECONNRESET, for a note that it has not read, is reported before the records.
+        for _ in range(3):
             while self._read_letter():
                 pass
         self._fencing = False
