@@ -138,6 +138,17 @@ def of_other_globals() -> Any:
     return scope["found"]
 
 
+def of_module(name: Any) -> Callable[[], Any]:
+    """Of a module that is not found dill pickles all globals, of which this one has few."""
+
+    def of_module() -> Any:
+        function = of_other_globals()
+        function.__module__ = name
+        return function
+
+    return of_module
+
+
 OTHERS = [
     lambda: closing(1),
     with_keyword,
@@ -148,9 +159,9 @@ OTHERS = [
     changed("__doc__", ["a list"]),
     changed("__annotations__", {"number": Mine}),
     changed("__annotations__", {"number": [int]}),
-    changed("__module__", "elsewhere"),
-    changed("__module__", None),
-    changed("__module__", ["unhashable"]),
+    of_module("elsewhere"),
+    of_module(None),
+    of_module(["unhashable"]),
     with_constant([1]),
     with_constant(with_constant([1])().__code__),
     of_other_globals,
