@@ -108,7 +108,7 @@ def describe_spooled(spooled: Any) -> Described:
 def rebuild_file(encoded: msgspec.Raw, descriptors: list[Descriptor]) -> IO[Any]:
     """The file object, which owns the descriptor now unless this raises.
 
-    Raises: KindMismatch: not one descriptor, or not opened for what the mode says.
+    Raises: KindMismatch: not one descriptor, a directory, or not opened for what the mode says.
     """
     spec = _decode_file(encoded)
     raw = None
@@ -119,6 +119,10 @@ def rebuild_file(encoded: msgspec.Raw, descriptors: list[Descriptor]) -> IO[Any]
     except BaseException as error:
         if raw is not None:
             raw.close()
+        if isinstance(error, IsADirectoryError):
+            raise KindMismatch("file", "it is a directory") from error
+        if isinstance(error, KindMismatch):  # a ValueError, too
+            raise
         if isinstance(error, ValueError | LookupError | TypeError | OverflowError):
             raise KindMismatch("file", str(error)) from error
         raise
@@ -173,7 +177,7 @@ def _open_raw(spec: RawSpec, descriptor: Descriptor) -> Any:
     # FileIO in an appending mode seeks to the end, which would move the sender's position too.
     position = _position(fd) if "a" in spec.mode else None
     # Without a function in Python in between, where a signal's handler could raise: then the file
-    # and the descriptor would close the number both. An OSError here: a directory.
+    # and the descriptor would close the number both.
     raw = descriptor.hand_to(partial(io.FileIO, mode=spec.mode))
     if position is not None:
         os.lseek(fd, position, os.SEEK_SET)

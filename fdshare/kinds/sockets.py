@@ -124,19 +124,19 @@ def _maker(spec: SocketSpec, type: int) -> Callable[[int], socket.socket]:
             if owns or not is_foreign:
                 sock.detach()
             if isinstance(error, OSError | OverflowError | ValueError):
-                raise _mismatch(error, timeout) from None
+                raise _mismatch(error, proto, timeout) from None
             raise
         return sock
 
     return make
 
 
-def _mismatch(error: Exception, timeout: float | None) -> KindMismatch:
+def _mismatch(error: Exception, proto: int, timeout: float | None) -> KindMismatch:
     if isinstance(error, KindMismatch):
         return error
     if isinstance(error, OSError):
         return KindMismatch("socket", str(error.strerror))
-    return KindMismatch("socket", f"a timeout of {timeout}: {error}")
+    return KindMismatch("socket", f"protocol {proto} and a timeout of {timeout}: {error}")
 
 
 def refuse_tls(sock: Any) -> Described:

@@ -88,8 +88,9 @@ def test_numbers_that_no_socket_has(proto: int, timeout: float | None) -> None:
         spec = [int(sock.family), int(sock.type), proto, timeout]
         copy = Descriptor.dup_of(sock)
         fd = copy.fileno()
-        with pytest.raises(KindMismatch):
+        with pytest.raises(KindMismatch) as caught:
             rebuild(Kind("socket", msgspec.Raw(msgspec.msgpack.encode(spec))), [copy])
+        assert f"protocol {proto} and a timeout of {timeout}" in str(caught.value)
         with pytest.raises(OSError, match="Bad file descriptor"):
             os.fstat(fd)
 
