@@ -291,6 +291,8 @@ class StockPool(_Pool):
     _quick_get: Callable[[], Any]
     _taskqueue: SimpleQueue[Any]
     _change_notifier: StockSimpleQueue
+    _worker_handler: _Thread
+    _cache: Any
     _pool: list[StockProcess]
     _ctx: StockContext
     _initializer: Function | None
@@ -365,6 +367,7 @@ class PoolModule(Protocol):
     MapResult: type[StockMapResult]
     ExceptionWithTraceback: type[StockExceptionWithTraceback]
     RemoteTraceback: type[StockRemoteTraceback]
+    RUN: str
     TERMINATE: str
 
     @staticmethod

@@ -93,6 +93,7 @@ class PoolMixin(StockPool):
     ) -> None:
         initializer, initargs = hold_initializer(self._family, initializer, initargs)
         super().__init__(processes, initializer, initargs, maxtasksperchild, context)
+        self._cache.notifier = _LastJob(self)
 
     def _setup_queues(self) -> None:
         self._inqueue = inqueue = self._task_queue(ctx=self._ctx)
@@ -203,6 +204,21 @@ class PoolMixin(StockPool):
         _let_go(taskqueue)
         inqueue.close()
         outqueue.close()
+
+
+class _LastJob:
+    """Wakes the thread that replaces workers when no job is left, if the pool is closed: then that
+    thread ends. The stock one is woken each time, to look at all workers."""
+
+    def __init__(self, pool: PoolMixin) -> None:
+        self._handler: Any = pool._worker_handler
+        self._running = pool._family.pool.RUN
+        self._notifier = pool._change_notifier
+
+    def put(self, obj: object) -> None:
+        # Who closes the pool first changes the state, and then wakes the thread.
+        if self._handler._state != self._running:
+            self._notifier.put(obj)
 
 
 class ApplyResultMixin(StockApplyResult):

@@ -9,6 +9,7 @@ import socket
 import sys
 import tempfile
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -150,6 +151,38 @@ def test_peers_see_the_end_when_a_pool_is_terminated(package: str, ask: str) -> 
     pool.join()
     os.close(never)
     os.close(go)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts of /proc")
+def test_the_thread_that_replaces_workers_sleeps_while_jobs_end(package: str) -> None:
+    with get_context("fork", backend=package).Pool(1) as pool:
+        pool.apply(children.same, (0,))
+        thread = pool._worker_handler.native_id
+        before = sleeps(thread)
+        for number in range(100):  # after each of them no job is left
+            pool.apply(children.same, (number,))
+        assert sleeps(thread) - before < 50
+
+
+def sleeps(thread: int) -> int:
+    """How often a thread of this process has slept."""
+    status = Path(f"/proc/self/task/{thread}/status").read_text()
+    return int(status.partition("\nvoluntary_ctxt_switches:")[2].split()[0])
+
+
+def test_a_closed_pool_ends_with_its_last_job(package: str) -> None:
+    reader, writer = os.pipe()
+    with get_context("fork", backend=package).Pool(1) as pool:
+        last = pool.apply_async(os.read, (reader, 1))
+        pool.close()
+        wait_until(lambda: not pool._change_notifier._reader.poll())  # the thread has seen that
+        os.write(writer, b"!")
+        assert last.get(60) == b"!"
+        pool._worker_handler.join(60)
+        assert not pool._worker_handler.is_alive()
+        pool.join()
+    os.close(reader)
+    os.close(writer)
 
 
 def test_arguments_of_the_initializer_are_closed_after_join(package: str) -> None:
