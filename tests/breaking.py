@@ -127,8 +127,8 @@ class Halves:
         """Fails unless both halves have open what the table says, the same in both, and nothing
         else, soon: a thread closes."""
         for half in ("server", "keeper"):
-            wait_until(lambda half=half: self.excess(half) == 0, f"the census of the {half}", 5)
-        wait_until(self.alike, "the same in both halves", 5)
+            wait_until(lambda half=half: self.excess(half) == 0, f"the census of the {half}")
+        wait_until(self.alike, "the same in both halves")
 
     def excess(self, half: Half) -> int:
         """How many more descriptors it has open than it should; negative: fewer."""
