@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -166,12 +167,12 @@ def test_equal_deadlines(manager: Manager, fd: int) -> None:
         for index in range(100):
             client.register(f"many/{index}", fd, ttl=0.5)
         for index in range(0, 100, 2):
-            client.unregister(f"many/{index}")
+            with suppress(NameNotFound):  # on a slow machine it has expired
+                client.unregister(f"many/{index}")
         client.register("many/1", fd, replace=True)
-        seen = []
-        while len([e for e in seen if e.event == "expired"]) < 49:
-            seen.append(next(watch))
-        assert list(watch.held) == ["many/1"]
+        ended = 0
+        while ended < 99 or list(watch.held) != ["many/1"]:
+            ended += next(watch).event in ("expired", "unregistered")
     manager.unregister("many/1")
 
 
