@@ -133,6 +133,8 @@ class Commands(click.Group):
 @click.option("--path", metavar="PATH", help="The path of the server; for every command.")
 @click.pass_context
 def commands(context: click.Context, path: str | None) -> None:
+    if path == "":  # of a variable that is not set; the default one is another server
+        raise click.UsageError("--path is empty")
     if path is not None:
         os.environ["FDSHARE_PATH"] = path
     if context.invoked_subcommand is None:

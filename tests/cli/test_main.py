@@ -47,6 +47,14 @@ def test_the_path_may_stand_before_the_command(fdshare: Shell) -> None:
     assert "answered" in fdshare("ping", "--path", fdshare.path, env=env)
 
 
+@pytest.mark.parametrize(
+    "words",
+    [["--path", "", "stop"], ["serve", ""], ["serve", "--path", ""], ["serve", "--detach", ""]],
+)
+def test_an_empty_path_is_not_the_default_one(shell: Shell, words: list[str]) -> None:
+    assert "is empty" in shell.fails(*words, status=2)
+
+
 def test_no_server_is_status_69(shell: Shell) -> None:
     line = shell.fails("ls", status=69)
     assert line.startswith("fdshare: no server at ")

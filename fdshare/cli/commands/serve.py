@@ -123,6 +123,8 @@ def serve(address: str | None, path: str | None, **options: Any) -> int:
     from fdshare.server.logs import configure
     from fdshare.server.serve import serve as serve_settings
 
+    if "" in (address, path):
+        raise click.UsageError("PATH is empty")
     _clean_signals()
     ready_fd = _checked_ready_fd(options["ready_fd"])
     if options["detach"]:
