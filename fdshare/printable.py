@@ -16,11 +16,14 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-def printable_json(text: str) -> str:
-    """*text*, which is JSON in one line, with escapes of JSON for what is not printable."""
-    if text.isprintable():
+def printable_json(text: str, *, ascii_only: bool = False) -> str:
+    """*text*, which is JSON in one line, with escapes of JSON for what is not printable; with
+    *ascii_only* for what is not ASCII, too."""
+    if text.isprintable() and (not ascii_only or text.isascii()):
         return text
-    return "".join(c if c.isprintable() else _escaped(c) for c in text)
+    return "".join(
+        c if c.isprintable() and (not ascii_only or c.isascii()) else _escaped(c) for c in text
+    )
 
 
 def _escaped(char: str) -> str:

@@ -211,6 +211,8 @@ def become(asked: dict[str, Any], fds: list[int]) -> NoReturn:
     os.environ.update(asked["env"])
     os.chdir(asked["cwd"])
     sys.argv = asked["words"]
+    # The nursery's believes that it can seek, or not, as the file could that it was opened for.
+    sys.stdout = open(1, "w", closefd=False)
     try:
         run()
     except SystemExit as error:

@@ -19,6 +19,7 @@ __all__ = [
     "age",
     "descriptor_text",
     "entry_text",
+    "json_for_output",
     "plain",
     "print_facts",
     "print_json",
@@ -131,7 +132,14 @@ def print_json(value: Any) -> None:
     """Prints one line of JSON and flushes it, so that a reader gets it at once."""
     import msgspec
 
-    print(printable_json(msgspec.json.encode(plain(value)).decode()), flush=True)
+    print(json_for_output(msgspec.json.encode(plain(value)).decode()), flush=True)
+
+
+def json_for_output(text: str) -> str:
+    """*text*, which is JSON in one line, as standard output can say it: some locales' encodings,
+    such as ISO 8859-1, have few characters, and all have the escapes of JSON."""
+    in_unicode = (sys.stdout.encoding or "utf-8").lower().startswith("utf")
+    return printable_json(text, ascii_only=not in_unicode)
 
 
 # Tables.

@@ -7,6 +7,7 @@ interrupted. An error is one line on stderr that says what to do.
 from __future__ import annotations
 
 import errno
+import io
 import os
 import signal
 import sys
@@ -180,6 +181,9 @@ def _open_standard_streams() -> None:
             os.set_inheritable(number, True)
         if getattr(sys, name) is None:
             setattr(sys, name, open(number, mode, closefd=False))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # As standard error has it: an escape for what the locale's encoding cannot say.
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _as_option(message: str) -> str:

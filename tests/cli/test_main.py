@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -122,8 +123,7 @@ def test_a_full_disk_is_one_line(fdshare: Shell, words: str) -> None:
     assert (status, errors) == (1, "fdshare: standard output: No space left on device\n")
 
 
-# Not dump: a forked command has the nursery's stdout object, which believes that it can seek.
-@pytest.mark.parametrize("words", [words for words in PRINTING if words != "dump"])
+@pytest.mark.parametrize("words", PRINTING)
 def test_a_pipe_without_a_reader_is_no_message(fdshare: Shell, words: str) -> None:
     fdshare("register", "entry", "--memory", "/proc/version")
     reads, writes = os.pipe()
@@ -140,6 +140,33 @@ def test_streams_that_are_closed_change_no_status(fdshare: Shell, words: str) ->
     closed = "exec <&- >&- 2>&-; exec " + " ".join(FDSHARE)
     done = subprocess.run(["sh", "-c", f"{closed} {words}"], env=fdshare.environment, timeout=60)
     assert done.returncode == 0
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+@pytest.mark.parametrize("words", ["ls", "ls -q", "info", "ls --json", "dump", "watch --json"])
+def test_what_the_encoding_of_the_output_does_not_have_is_escaped(
+    fdshare: Shell, encoding: str, words: str
+) -> None:
+    name = "Grüße 世界 😀"
+    fdshare("register", name, "--memory", "/proc/version", "--meta", "é=€")
+    command = [*FDSHARE, *words.split(), *([name] if words == "info" else [])]
+    environment = {**fdshare.environment, "PYTHONIOENCODING": encoding}
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        if words == "watch --json":
+            said = process.stdout.readline()
+            process.terminate()
+        else:
+            said, errors = process.communicate(timeout=60)
+            assert (process.returncode, errors) == (0, b"")
+    if words in ("ls --json", "dump", "watch --json"):
+        assert said.isascii()
+        assert name in str(json.loads(said))
+    else:
+        assert "\\u4e16\\u754c" in said.decode(encoding)
 
 
 def test_a_health_check_without_output_tells_the_truth(shell: Shell) -> None:

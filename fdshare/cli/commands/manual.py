@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from fdshare.cli.support.text_file import write_text
 from fdshare.version import __version__
 
 __all__ = ["manual", "pages"]
@@ -44,7 +45,7 @@ def manual(folder: Path | None) -> None:
         print("\n".join(_all_on_one(commands)))
         return
     for name, text in pages(commands).items():
-        (folder / name).write_text(text)
+        write_text(folder / name, text)
 
 
 def pages(commands: click.Group) -> dict[str, str]:

@@ -11,6 +11,8 @@ from typing import Final
 
 import click
 
+from fdshare.cli.support.text_file import write_text
+
 __all__ = ["systemd_units"]
 
 _UNITS: Final = ("fdshare.service", "fdshare.socket")
@@ -42,7 +44,7 @@ def systemd_units(user: bool, folder: Path | None, force: bool) -> None:
         raise click.ClickException(f"{folder / changed[0]} is another one; --force replaces it")
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
-        (folder / name).write_text(text)
+        write_text(folder / name, text)
         print(folder / name, flush=True)
     systemctl = "systemctl --user" if user else "systemctl"
     click.echo(

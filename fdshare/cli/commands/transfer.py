@@ -57,15 +57,20 @@ class Copy(msgspec.Struct):
       fdshare dump held.json
     """,
 )
-@click.argument("file", type=click.File("w", lazy=False), default="-")
+@click.argument("file", type=click.Path(), default="-")
 @click.option("--pattern", default="*", show_default=True, help="Which names.")
 @for_server
-def dump(client: Client, file: IO[str], pattern: str) -> None:
-    from fdshare.cli.format import plain
+def dump(client: Client, file: str, pattern: str) -> None:
+    from fdshare.cli.format import json_for_output, plain
+    from fdshare.cli.support.text_file import write_text
 
     made = Dump(_FORMAT, _absolute(client.address), client.infos(pattern))
-    text = msgspec.json.format(msgspec.json.encode(plain(made)), indent=2).decode()
-    file.write("".join(f"{printable_json(line)}\n" for line in text.split("\n")))
+    lines = msgspec.json.format(msgspec.json.encode(plain(made)), indent=2).decode().split("\n")
+    if file == "-":
+        for line in lines:
+            print(json_for_output(line))
+    else:  # only now: a server that does not answer costs nobody the last dump
+        write_text(file, "".join(f"{printable_json(line)}\n" for line in lines))
 
 
 @click.command(

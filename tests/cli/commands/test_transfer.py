@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from commandline import Shell
+from commandline import FDSHARE, Shell
 
 from fdshare import connect
 
@@ -55,6 +56,27 @@ def test_a_dump_is_loaded(filled: Shell, other: Shell, folder: Path) -> None:
     assert memory["metadata"] == {"a": "b"}
     assert memory["kind"] == "memory"
     assert 590 < memory["ttl"] <= 600
+
+
+def test_a_dump_is_utf_8_whatever_the_locale_is(fdshare: Shell, other: Shell, folder: Path) -> None:
+    fdshare("register", "Grüße, 世界", "--memory", "/proc/version")
+    command = [*FDSHARE, "dump", str(folder / "held.json")]
+    environment = {**fdshare.environment, "LC_ALL": "C", "PYTHONUTF8": "0"}
+    environment["PYTHONCOERCECLOCALE"] = "0"
+    subprocess.run(command, env=environment, check=True, timeout=60)
+    assert other("load", folder / "held.json") == "Grüße, 世界\n"
+
+
+def test_the_last_dump_stays_where_no_server_answers(filled: Shell, folder: Path) -> None:
+    filled("dump", folder / "held.json")
+    dumped = (folder / "held.json").read_text()
+    filled("stop")
+    filled.fails("dump", folder / "held.json", status=69)
+    assert (folder / "held.json").read_text() == dumped
+
+
+def test_a_dump_to_a_full_disk_fails_and_names_the_file(filled: Shell) -> None:
+    assert "/dev/full" in filled.fails("dump", "/dev/full")
 
 
 def test_a_dump_goes_to_standard_output(filled: Shell) -> None:
