@@ -7,7 +7,9 @@ reads it (kernel/ancillary.py), and the next call goes on from there.
 
 from __future__ import annotations
 
+import os
 import socket
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
@@ -46,8 +48,8 @@ _BOXED: Final = bytes([BOXED])
 # Bodies of pickles that are `made_at_once`, with the announcement and without, and the function
 # that builds the object.
 _bodies: Final[dict[bytes, Callable[[int], Any]]] = {}
-# The same of large arrays, and the pickle in them.
-_arrays: Final[dict[bytes, bytes]] = {}
+# The same of large arrays, and the function that maps the memory.
+_arrays: Final[dict[bytes, Callable[[int], Any]]] = {}
 _SHORT: Final = 512  # bytes; none of their bodies is longer
 
 _WAIT: Final = (_WAITALL,)
@@ -203,9 +205,9 @@ class MessageReceiver(Incoming):
                 if build is not None:
                     self._build(build, numbers)
                     return True
-                pickled = _arrays.get(self._data)
-                if pickled is not None:
-                    self._own(pickled, numbers, [])
+                map_array = _arrays.get(self._data)
+                if map_array is not None:
+                    self._map(map_array, numbers)
                     return True
         self._collect()
         self._read_body(0)
@@ -239,15 +241,31 @@ class MessageReceiver(Incoming):
         made: Any = _NOTHING
         try:
             (made,) = map(build, numbers)
-        except Exception as error:  # to be raised where the message is opened
-            bundle = Bundle(b"")
-            bundle.missing = error
-            self._drop()
-            self.message = bundle
+        except Exception as error:
+            self._fail(error)
         finally:
             if made is not _NOTHING:
                 self.message, self.parts, self._looks = (made,), [], []
                 self._size, self._start, self._data = None, 0, b""
+
+    def _fail(self, error: Exception) -> None:
+        """The message is gone, and raises *error* where it is opened."""
+        bundle = Bundle(b"")
+        bundle.missing = error
+        self._drop()
+        self.message = bundle
+
+    def _map(self, map_array: Callable[[int], Any], numbers: list[int]) -> None:
+        """The message is an array in the memory *numbers*, which *map_array* maps."""
+        try:
+            made = map_array(numbers[0])
+        except Exception as error:
+            self._fail(error)
+            return
+        closing = map(os.close, numbers)
+        self.message, self.parts, self._looks = (made,), [], []
+        self._size, self._start, self._data = None, 0, b""
+        deque(closing, 0)  # one call, and none since they were forgotten
 
     def _bundle(self, body: bytes, start: int, numbers: list[int]) -> None:
         """The message is a bundle."""
@@ -262,7 +280,7 @@ class MessageReceiver(Incoming):
             if data in made_at_once:
                 _bodies[body] = made_at_once[bytes(data)]
             elif data in array_maps:
-                _arrays[body] = bytes(data)
+                _arrays[body] = array_maps[bytes(data)]
         self._own(data, numbers, self._looks[:1] if len(self._looks) > 1 else [])
 
     def _own(self, data: bytes | memoryview, numbers: list[int], boxes: list[Look]) -> None:

@@ -56,6 +56,8 @@ _LONGEST_PAUSE: Final = 0.02
 _DONTWAIT: Final = int(socket.MSG_DONTWAIT)
 _SOCKET: Final = int(socket.SOL_SOCKET)
 _SNDBUF: Final = int(socket.SO_SNDBUF)
+# Bytes beside the memory of an array by itself: the same for one after the other.
+_OF_ARRAYS: Final = 512
 
 # (buffers, descriptors on their first byte), one for each sendmsg(2).
 Part: TypeAlias = tuple[Sequence[Bytes], Sequence[int]]
@@ -78,12 +80,16 @@ def short(message: Encoded, at_once: bool) -> Short | None:
     elif isinstance(message, bytes):
         return (((headed(message),),), ((),)) if len(message) <= WHOLE else None
     else:
-        fds = message.numbers
-        if len(message.data) > WHOLE or len(fds) > MAX_DESCRIPTORS:
+        content, fds = message.data, message.numbers
+        if len(content) > WHOLE or len(fds) > MAX_DESCRIPTORS:
             return None
         if not fds:
-            return ((headed(message.data),),), ((),)
-        announcement, body = framed(message.data, len(fds))
+            return ((headed(content),),), ((),)
+        of_array = message.memory is not None and len(fds) == 1 and len(content) <= _OF_ARRAYS
+        if of_array and type(content) is bytes:
+            announcement, body = _framed_single(content)
+        else:
+            announcement, body = framed(content, len(fds))
     if at_once:
         return ((announcement + body,),), (rights(fds),)
     return ((announcement,), (body,)), ((), rights(fds))

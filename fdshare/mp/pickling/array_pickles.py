@@ -14,7 +14,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Final, TypeAlias
 
-from fdshare.kernel.descriptor import Descriptor
 from fdshare.kernel.memfd import private_map
 
 __all__ = ["Key", "array_maps", "key_of", "remember_array", "room_in"]
@@ -22,9 +21,9 @@ __all__ = ["Key", "array_maps", "key_of", "remember_array", "room_in"]
 # What the pickle of an array depends on, besides its numbers.
 Key: TypeAlias = tuple[Any, ...]
 
-# By the pickle that arrived, what returns the array. The memfd, which holds nothing else, is this
-# call's.
-array_maps: Final[dict[bytes, Callable[[Descriptor], Any]]] = {}
+# By the pickle that arrived, what returns the array. The number of the memfd, which holds nothing
+# else, is borrowed for the call.
+array_maps: Final[dict[bytes, Callable[[int], Any]]] = {}
 _REMEMBERED: Final = 256
 _NUMBERS: Final = "?bhilqpBHILQPefdgFDG"
 
@@ -65,9 +64,5 @@ def remember_array(arrived: bytes, array: Any, inner: bytes, size: int) -> None:
         array_maps[arrived] = partial(_map_array, size, build, arguments)
 
 
-def _map_array(
-    size: int, build: Callable[..., Any], arguments: list[Any], memory: Descriptor
-) -> Any:
-    with memory:
-        part = private_map(memory.fileno(), 0, size)
-    return build(part, *arguments)
+def _map_array(size: int, build: Callable[..., Any], arguments: list[Any], memory: int) -> Any:
+    return build(private_map(memory, 0, size), *arguments)

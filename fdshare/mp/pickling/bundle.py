@@ -27,7 +27,7 @@ from fdshare.kernel.shared_duplicate import SharedDuplicate, share
 from fdshare.kinds import Kind, discard, rebuild, rebuilder
 from fdshare.mp.pickling.array_pickles import array_maps, remember_array
 from fdshare.mp.pickling.large import BALLAST, LARGE, NEW, NEW_PICKLE, map_parts
-from fdshare.mp.pickling.memfd_cache import MemfdCache, new_copy_of
+from fdshare.mp.pickling.memfd_cache import MemfdCache, Piece, new_copy_of, offsets
 
 __all__ = [
     "Arrived",
@@ -199,7 +199,8 @@ class Bundle:
                 return rebuild(kind, owned)
             map_array = array_maps.get(data)
             if map_array is not None:
-                return map_array(owned[0])
+                with owned[0] as memory:
+                    return map_array(memory.fileno())
         if self.missing is not None:
             close_all(owned)
             raise self.missing
@@ -229,7 +230,6 @@ def with_memory(
     """The bundle of a pickle, in memory of *cache*: what is *pickled*, if it is large, and the
     *large* buffers beside it. *transit* and *holders* are those of the pickle. None: there is no
     memory, or the socket takes less time."""
-    areas: list[Sequence[Bytes]] = [[buffer] for buffer in large]
     sizes = [len(buffer) for buffer in large]
     beside = sum(sizes)
     size = sum(map(len, pickled))
@@ -237,11 +237,19 @@ def with_memory(
     if size < LARGE:
         data = b"".join(pickled)
     else:
-        areas.append(pickled)
         sizes.append(size)
-    memory, ballast = cache.copy_of(areas, sizes), b""
+    starts = [*offsets(sizes)]
+    pieces: list[Piece] = [*zip(starts, large, strict=False)]
+    end = starts[-1]
+    if data is None:
+        for part in pickled:
+            pieces.append((end, part))
+            end += len(part)
+    else:
+        end += sizes[-1]
+    memory, ballast = cache.copy_of(pieces, end), b""
     if memory is None and (beside >= NEW or beside + size >= NEW_PICKLE):
-        memory, ballast = new_copy_of(areas, sizes), BALLAST
+        memory, ballast = new_copy_of(pieces), BALLAST
     if memory is None:
         return None
     outer = pickle_of_large(len(transit.fds), tuple(sizes), data, ballast)

@@ -33,10 +33,10 @@ from fdshare.kernel.ancillary import Bytes
 from fdshare.kernel.descriptor import Spare
 from fdshare.kernel.memfd import create_memfd_into, shared_map
 
-__all__ = ["Area", "MemfdCache", "MessageMemory", "new_copy_of", "offsets"]
+__all__ = ["MemfdCache", "MessageMemory", "Piece", "new_copy_of", "offsets"]
 
-# Buffers that follow each other from the beginning of a page on.
-Area: TypeAlias = Sequence[Bytes]
+# Where in the memory, in bytes, and what is written there.
+Piece: TypeAlias = tuple[int, Bytes]
 
 _OWN: Final = "/proc/self/fd/%d"
 _READ: Final = (os.O_RDONLY | os.O_CLOEXEC,)
@@ -85,11 +85,8 @@ class KeptMemory:
         self._file.clear()
         self._map = None
 
-    def copy_of(
-        self, areas: Sequence[Area], sizes: Sequence[int], size: int
-    ) -> MessageMemory | None:
-        """*areas*, of these *sizes*, of *size* bytes together, in this memory. The caller owns the
-        result.
+    def copy_of(self, pieces: Sequence[Piece], size: int) -> MessageMemory | None:
+        """*pieces* in this memory, of which they take *size* bytes. The caller owns the result.
 
         None: it is in use, or let go. Raises: OSError of open(2), flock(2), pwrite(2).
         """
@@ -104,9 +101,10 @@ class KeptMemory:
                 self.used = next(_uses)
                 mapped = self._map
                 if mapped is not None and size <= len(mapped):
-                    _copy(mapped, areas, sizes)
+                    for start, buffer in pieces:
+                        mapped[start : start + len(buffer)] = buffer
                 else:
-                    self._write(file, areas, sizes, size)
+                    self._write(file, pieces, size)
             except BaseException as error:
                 _close(numbers, made)
                 if isinstance(error, BlockingIOError):
@@ -115,11 +113,11 @@ class KeptMemory:
             return made[0]
         return None
 
-    def _write(self, file: Spare, areas: Sequence[Area], sizes: Sequence[int], size: int) -> None:
+    def _write(self, file: Spare, pieces: Sequence[Piece], size: int) -> None:
         if size > self.size:
             self.size = size
             _trim()
-        _write(file.fileno(), areas, sizes)
+        _write(file.fileno(), pieces)
         if size > self._written:
             self._written, self._writes, self._map = size, 0, None
         self._writes += 1
@@ -148,13 +146,12 @@ class MemfdCache:
         self._kept: tuple[KeptMemory, ...] = ()
         self._pause = 0
 
-    def copy_of(self, areas: Sequence[Area], sizes: Sequence[int]) -> MessageMemory | None:
-        """A copy of *areas*, of these *sizes* in bytes, in memory that is kept. The caller owns the
+    def copy_of(self, pieces: Sequence[Piece], size: int) -> MessageMemory | None:
+        """A copy of *pieces*, which take *size* bytes, in memory that is kept. The caller owns the
         result.
 
         None: all of it is in use, or a limit is reached.
         """
-        size = sizes[0] if len(sizes) == 1 else _end(sizes)
         if size > _LARGEST_KEPT:
             return None
         if self._pause:
@@ -162,19 +159,20 @@ class MemfdCache:
             return None
         try:
             for kept in self._kept:
-                memory = kept.copy_of(areas, sizes, size)
+                memory = kept.copy_of(pieces, size)
                 if memory is not None:
                     break
             else:
                 if _too_many_wait():
                     return None
                 kept = self._another()
-                memory = kept.copy_of(areas, sizes, size)
+                memory = kept.copy_of(pieces, size)
         except OSError:  # no descriptor, no memory, no /proc
             self._pause = _PAUSE
             return None
-        others = (other for other in self._kept if other is not kept)
-        self._kept = (*others, kept)[-_MOST_OF_AN_END:]
+        if kept is not self._kept[-1]:
+            others = (other for other in self._kept if other is not kept)
+            self._kept = (*others, kept)[-_MOST_OF_AN_END:]
         if memory is not None:
             _unsent.add(weakref.ref(memory, _unsent.discard))
         return memory
@@ -227,9 +225,8 @@ _unsent: Final[set[weakref.ref[MessageMemory]]] = set()
 _MOST_UNSENT: Final = 64
 
 
-def new_copy_of(areas: Sequence[Area], sizes: Sequence[int]) -> MessageMemory | None:
-    """A copy of *areas*, of these *sizes* in bytes, in new memory, for this message alone. The
-    caller owns the result.
+def new_copy_of(pieces: Sequence[Piece]) -> MessageMemory | None:
+    """A copy of *pieces* in new memory, for this message alone. The caller owns the result.
 
     None: there is no memory, no descriptor, or too many wait to be sent.
     """
@@ -241,7 +238,7 @@ def new_copy_of(areas: Sequence[Area], sizes: Sequence[int]) -> MessageMemory | 
         create_memfd_into(numbers, "fdshare-message")
         made.extend(map(MessageMemory, numbers))
         _unsent.add(weakref.ref(made[0], _unsent.discard))
-        _write(numbers[0], areas, sizes)
+        _write(numbers[0], pieces)
     except BaseException as error:
         _close(numbers, made)
         if isinstance(error, OSError):
@@ -279,29 +276,11 @@ def _close(numbers: list[int], made: Sequence[Spare]) -> None:
         os.close(numbers[0])
 
 
-def _write(number: int, areas: Sequence[Area], sizes: Sequence[int]) -> None:
-    for area, start in zip(areas, offsets(sizes), strict=True):
-        offset = start
-        for buffer in area:
-            left = buffer
-            # write(2) takes 2 GiB at most.
-            while (written := os.pwrite(number, left, offset)) < len(left):
-                left, offset = memoryview(left)[written:], offset + written
-            offset += written
-
-
-def _copy(mapped: mmap.mmap, areas: Sequence[Area], sizes: Sequence[int]) -> None:
-    for area, start in zip(areas, offsets(sizes), strict=True):
-        for buffer in area:
-            end = start + len(buffer)
-            mapped[start:end] = buffer
-            start = end
-
-
-def _end(sizes: Sequence[int]) -> int:
-    """Where areas of these *sizes* in bytes end in a memfd."""
-    *_, start = offsets(sizes)
-    return start + sizes[-1]
+def _write(number: int, pieces: Sequence[Piece]) -> None:
+    for offset, left in pieces:
+        # write(2) takes 2 GiB at most.
+        while (written := os.pwrite(number, left, offset)) < len(left):
+            left, offset = memoryview(left)[written:], offset + written
 
 
 def offsets(sizes: Sequence[int]) -> Iterator[int]:

@@ -14,8 +14,9 @@ import io
 import pickle
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
-from operator import methodcaller
+from operator import is_, methodcaller
 from pickle import PickleBuffer
 from types import (
     BuiltinFunctionType,
@@ -109,6 +110,7 @@ class _PlainTypes(dict[type, Reducer]):
     ) -> None:
         self._registered = registered
         self.dispatched = dispatched
+        self._is_dispatched = partial(is_dispatched, dispatched)
         self._reduce_array = reduce_array
 
     def __missing__(self, cls: type) -> Reducer:
@@ -135,15 +137,15 @@ class _PlainTypes(dict[type, Reducer]):
 
     def update_types(self) -> None:
         """Forgets the types for which the program has registered something since."""
-        for cls, reducer in self.items():
-            if (
-                user_kinds
-                or self._registered.get(cls, reducer) is not reducer
-                or cls in copyreg.dispatch_table
-                or is_dispatched(self.dispatched, cls)
-            ):
-                self.clear()
-                break
+        # In C, for each message.
+        now = map(self._registered.get, self, self.values())
+        if (
+            user_kinds
+            or not all(map(is_, now, self.values()))
+            or not self.keys().isdisjoint(copyreg.dispatch_table.keys())
+            or (self.dispatched is not None and any(map(self._is_dispatched, self)))
+        ):
+            self.clear()
 
 
 def _is_number(cls: type, numpy: Any) -> bool:
@@ -268,21 +270,22 @@ def _dump_large_array(
     plain: type[PlainPickler], array: Any, cache: MemfdCache
 ) -> bytes | Bundle | None:
     """As `dump_plain`, of a large *array*."""
-    types = plain.of_large.dispatch_table
-    types.update_types()
-    key = key_of(array)
-    known = plain.arrays.get(key)
-    if known is None or type(array.dtype) not in types:
+    types, cls = plain.dispatch_table, type(array.dtype)
+    known = plain.arrays.get(key_of(array))
+    if known is None or cls not in types:
         message = _dump_large(plain.of_large, array, cache)
-        if known is None and type(message) is Bundle:
-            _remember_large(plain, array)
+        if type(message) is Bundle:
+            with suppress(_Refused):  # by another thread
+                types[cls]  # it is plain, too
+            if known is None:
+                _remember_large(plain, array)
         return message
     head, tail, outer, inner = known
     view = PickleBuffer(array).raw()
-    areas, sizes = ((view,),), (view.nbytes,)
-    memory = cache.copy_of(areas, sizes)
-    if memory is None and sizes[0] >= NEW:
-        memory, outer = new_copy_of(areas, sizes), pickle_of_large(0, sizes, inner, BALLAST)
+    pieces, size = ((0, view),), view.nbytes
+    memory = cache.copy_of(pieces, size)
+    if memory is None and size >= NEW:
+        memory, outer = new_copy_of(pieces), pickle_of_large(0, (size,), inner, BALLAST)
     if memory is None:
         return b"".join((head, view, tail))
     return Bundle(outer, [memory.fileno()], memory=memory)

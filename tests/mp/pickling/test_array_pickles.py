@@ -24,6 +24,7 @@ from fdshare.mp.backends import backend_of
 from fdshare.mp.pickling import array_pickles, plain
 from fdshare.mp.pickling.array_pickles import array_maps, key_of, remember_array
 from fdshare.mp.pickling.large import LARGE
+from fdshare.mp.pickling.memfd_cache import MemfdCache
 from fdshare.mp.pickling.plain import BESIDE
 from fdshare.mp.pickling.reducers import encode
 from mp.common import PACKAGES, descriptor_limit_reached, trackers  # noqa: F401
@@ -270,6 +271,65 @@ def test_one_that_may_not_be_mapped_says_so(package: str) -> None:
         assert census() == before
         left.send(ONES)
         assert (right.recv() == ONES).all()
+
+
+def test_one_that_may_not_be_mapped_leaves_its_place_in_a_queue() -> None:
+    queue = get_context("fork").Queue(1)
+    for _ in range(4):
+        queue.put(ONES)
+        assert (queue.get() == ONES).all()
+    queue.put(ONES)
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE
+    resource.setrlimit(resource.RLIMIT_AS, (size + LARGE // 2, limits[1]))
+    try:
+        with pytest.raises(OSError, match="memory"):
+            queue.get()
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    queue.put("next", timeout=60)
+    assert queue.get() == "next"
+    queue.close()
+    queue.join_thread()
+
+
+def test_it_is_mapped_where_it_is_read() -> None:
+    left, right = get_context("fork").Pipe()
+    with left, right:
+        for _ in range(4):
+            left.send(ONES)
+            right.recv()
+        before = others()
+        left.send(ONES)
+        receiver: Any = right._receiver
+        receiver.fetch()
+        assert others() == before  # the map needs no descriptor
+        (made,) = receiver.message
+        assert (made == ONES).all()
+        assert right.recv() is made
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_its_pickle_is_known_again_after_another_registration(package: str) -> None:
+    family = backend_of(package).FAMILY
+    cache = MemfdCache()
+    for cls in numpy.ndarray, type(ONES.dtype):
+        for _ in range(2):
+            pickled_in(encode(family, ONES, cache))
+        copyreg.pickle(cls, reduced)
+        try:
+            encode(family, ONES, cache)
+        finally:
+            del copyreg.dispatch_table[cls]
+        plain._skipped = 0
+        *made, last, known = (pickled_in(encode(family, ONES, cache)) for _ in range(4))
+        assert made == [known, known]
+        assert last is known
+
+
+def pickled_in(message: Any) -> Any:
+    with message.memory:
+        return message.data
 
 
 @pytest.mark.parametrize("package", PACKAGES)

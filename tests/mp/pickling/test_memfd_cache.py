@@ -32,7 +32,7 @@ def cache() -> Iterator[MemfdCache]:
 
 
 def copy_of(cache: MemfdCache, data: bytes) -> Any:
-    return cache.copy_of([[data]], [len(data)])
+    return cache.copy_of([(0, data)], len(data))
 
 
 def handed_over(cache: MemfdCache, data: bytes) -> tuple[mmap.mmap, int]:
@@ -161,13 +161,13 @@ def test_who_finds_none_does_not_look_for_a_while(cache: MemfdCache) -> None:
 def test_what_waits_is_bounded(cache: MemfdCache) -> None:
     waiting = [copy_of(cache, b"x") for _ in range(1000)]
     assert 50 < sum(memory is not None for memory in waiting) <= 64
-    assert new_copy_of([[b"x"]], [1]) is None
+    assert new_copy_of([(0, b"x")]) is None
 
 
 def test_what_is_larger_is_not_kept(cache: MemfdCache) -> None:
     large = memoryview(bytes(17 * MIB))
-    assert cache.copy_of([[large]], [len(large)]) is None
-    with new_copy_of([[large]], [len(large)]) as memory:  # type: ignore[union-attr]
+    assert cache.copy_of([(0, large)], len(large)) is None
+    with new_copy_of([(0, large)]) as memory:  # type: ignore[union-attr]
         assert os.fstat(memory.fileno()).st_size == len(large)
     assert not kept()
 
@@ -217,8 +217,12 @@ def test_a_forked_child_of_the_sender_has_none(cache: MemfdCache) -> None:
     assert kept() == mine
 
 
-def test_it_has_two_parts_in_one_area(cache: MemfdCache) -> None:
-    with cache.copy_of([[b"ab", b"c"], [b"d"]], [3, 1]) as memory:  # type: ignore[union-attr]
+PAGE = mmap.PAGESIZE
+
+
+def test_it_has_several_pieces(cache: MemfdCache) -> None:
+    pieces = [(0, b"ab"), (2, b"c"), (PAGE, b"d")]
+    with cache.copy_of(pieces, PAGE + 1) as memory:  # type: ignore[union-attr]
         assert [part[:] for part in map_parts(memory.fileno(), [3, 1])] == [b"abc", b"d"]
 
 
@@ -247,14 +251,15 @@ def test_one_that_is_used_often_is_mapped(cache: MemfdCache) -> None:
         mapped, _ = handed_over(cache, data or b"x")
         assert mapped[:] == data or b"x"
         del mapped
-    with cache.copy_of([[b"ab", b"c"], [b"d", b"e"]], [3, 2]) as memory:  # type: ignore[union-attr]
+    pieces = [(0, b"ab"), (2, b"c"), (PAGE, b"d"), (PAGE + 1, b"e")]
+    with cache.copy_of(pieces, PAGE + 2) as memory:  # type: ignore[union-attr]
         assert [part[:] for part in map_parts(memory.fileno(), [3, 2])] == [b"abc", b"de"]
     assert my_maps() == 1
 
 
 def test_one_that_is_mapped_may_grow(cache: MemfdCache) -> None:
-    use_often(cache, mmap.PAGESIZE)
-    with cache.copy_of([[b"a"], [b"bc"]], [1, 2]) as memory:  # type: ignore[union-attr]
+    use_often(cache, PAGE)
+    with cache.copy_of([(0, b"a"), (PAGE, b"bc")], PAGE + 2) as memory:  # type: ignore[union-attr]
         assert [part[:] for part in map_parts(memory.fileno(), [1, 2])] == [b"a", b"bc"]
     assert not my_maps()
     use_often(cache, SIZE)
@@ -313,7 +318,7 @@ def test_without_an_address_it_is_not_mapped(cache: MemfdCache) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (size + MIB, limits[1]))
     try:
         for _ in range(10):
-            cache.copy_of([[data]], [len(data)]).close()  # type: ignore[union-attr]
+            cache.copy_of([(0, data)], len(data)).close()  # type: ignore[union-attr]
         assert not my_maps()
     finally:
         resource.setrlimit(resource.RLIMIT_AS, limits)
@@ -323,7 +328,7 @@ def test_without_proc_there_is_none(monkeypatch: pytest.MonkeyPatch, cache: Memf
     # Where /proc is not mounted, as after chroot.
     monkeypatch.setattr(memfd_cache, "_OWN", "/nowhere/%d")
     assert copy_of(cache, b"x") is None
-    with new_copy_of([[b"x"]], [1]) as memory:  # type: ignore[union-attr]
+    with new_copy_of([(0, b"x")]) as memory:  # type: ignore[union-attr]
         assert os.pread(memory.fileno(), 2, 0) == b"x"
 
 
@@ -332,7 +337,7 @@ def test_without_room_there_is_none(cache: MemfdCache) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (SIZE, limits[1]))
     try:
         assert copy_of(cache, bytes(2 * SIZE)) is None
-        assert new_copy_of([[bytes(2 * SIZE)]], [2 * SIZE]) is None
+        assert new_copy_of([(0, bytes(2 * SIZE))]) is None
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
