@@ -173,7 +173,8 @@ class PrivateServer:
     def take(self, key: bytes) -> list[Descriptor]:
         """What was put under *key*. The caller owns the result.
 
-        Raises: AlreadyTaken; DescriptorLimit: of this process, and it can be taken again.
+        Raises: AlreadyTaken; UntrustedServer: another user's; DescriptorLimit: of this process, and
+        it can be taken again.
         """
         for _ in range(_ATTEMPTS):
             connection = self._unread.pop(key, None)
@@ -184,7 +185,7 @@ class PrivateServer:
                 # Looked at first: the kernel drops those for which no number is free here.
                 descriptors = peek_descriptors(connection.sock, MAX_DESCRIPTORS)
                 answer = connection.sock.recv(_ANSWER)
-            except (NoServer, UntrustedServer):
+            except NoServer:
                 break
             except OSError as error:
                 if connection is None:
@@ -203,10 +204,11 @@ class PrivateServer:
         raise AlreadyTaken(key.hex())
 
     def take_back(self, key: bytes) -> None:
-        """Nothing is under *key* any more. Raises: NoServer, ServerTimeout."""
-        answer = b""
-        while not answer:
+        """Nothing is under *key* any more. Raises: NoServer, ServerGone, ServerTimeout,
+        UntrustedServer."""
+        for _ in range(_ATTEMPTS):
             connection = self._borrow(start=False)
+            answer = b""
             try:
                 connection.sock.send(REMOVE + key)
                 answer = connection.sock.recv(_ANSWER)
@@ -214,8 +216,9 @@ class PrivateServer:
                 self._no_answer(connection, error)
             if answer:
                 self._give_back(connection)
-            else:
-                connection.close()
+                return
+            connection.close()
+        raise ServerGone(self.address, "it ended again and again")
 
     def close(self) -> None:
         """Closes this process's connections."""

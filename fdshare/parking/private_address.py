@@ -42,6 +42,10 @@ _KIND: Final = socket.SOCK_SEQPACKET
 _SOCKET: Final = "sock"  # the file in the folder
 _ABSTRACT_TIMEOUT: Final = 1.0  # seconds; whose full backlog it is cannot be seen
 _LOOKED_AT: Final = 10_000  # files beside the folder that are looked at for what the dead left
+_OF_ANOTHER: Final = (
+    "and a private server is for its own user alone; between users, name a server that both may "
+    "use: fdshare.install(PATH)"
+)
 _TRIES: Final = 3  # the folder may be removed between two steps
 
 
@@ -60,8 +64,9 @@ def new_address() -> str:
 
 
 def is_ours(who: Credentials) -> bool:
-    """True for this user and root, as far as the kernel can tell."""
-    return who.uid in (0, os.geteuid()) and not is_overflow_uid(who.uid)
+    """True for this user, as far as the kernel can tell. Not for root: what neither side accepts
+    from the other is no use to it."""
+    return who.uid == os.geteuid() and not is_overflow_uid(who.uid)
 
 
 def connect_private(address: str, timeout: float) -> socket.socket:
@@ -92,7 +97,7 @@ def connect_private(address: str, timeout: float) -> socket.socket:
         sock.close()
         stranger = who.uid
     if stranger is not None:
-        raise UntrustedServer(address, stranger)
+        raise UntrustedServer(address, stranger, _OF_ANOTHER)
     if late:
         raise ServerTimeout(address, timeout)
     raise NoServer(address, "the private server is gone")

@@ -3,7 +3,7 @@ nobody is connected and nothing is held.
 
 A parked descriptor needs no name, policy, listing or keeper, but whoever puts a socket into a queue
 pays each time that one process wakes another. So this is not the rendezvous server: protocol.py has
-its few packets, one system call each. Only processes of its own uid and root's may connect.
+its few packets, one system call each. Only processes of its own uid may connect.
 
 Everything held has a time to live, so the server of a tree whose processes are all dead ends, too.
 """

@@ -13,12 +13,14 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from conftest import wait_until
+from users import as_user, needs_root
 
-from fdshare.errors import AlreadyTaken, DescriptorLimit
+from fdshare.errors import AlreadyTaken, DescriptorLimit, ServerGone
 from fdshare.kernel.credentials import peer_credentials
 from fdshare.kernel.endpoint import connect
 from fdshare.parking.client import PrivateServer
@@ -217,6 +219,48 @@ def test_a_child_in_another_namespace(
     assert os.path.sameopenfile(descriptor.fileno(), pair[0].fileno())
     descriptor.close()
     assert pid_of(private) == server
+
+
+@needs_root
+def test_a_process_that_became_another_user_is_told_so(private: PrivateServer, pair: Pair) -> None:
+    """A worker that drops its rights: the server is not for it, and it does not try for ever."""
+    private.put(KEY, [pair[0].fileno()], 60, 1)
+    for use in (
+        lambda: private.take(KEY),
+        lambda: private.take_back(KEY),
+        lambda: private.put(b"2" * 18, [pair[0].fileno()], 60, 1),
+    ):
+        said = as_user(65534, use)
+        assert said.startswith("UntrustedServer: ")
+        assert "runs as uid 0, and a private server is for its own user" in said
+    private.take(KEY)[0].close()
+
+
+def test_a_server_that_ends_each_connection_is_not_asked_for_ever(pair: Pair, folder: Path) -> None:
+    address = str(folder / "sock")
+    private = PrivateServer(address)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(address)
+        listener.listen()
+
+        def turn_away() -> None:
+            with suppress(OSError):  # of shutdown(2)
+                while True:
+                    listener.accept()[0].close()
+
+        thread = threading.Thread(target=turn_away)
+        thread.start()
+        try:
+            for use in (
+                lambda: private.take_back(KEY),
+                lambda: private.put(KEY, [pair[0].fileno()], 60, 1),
+            ):
+                with pytest.raises(ServerGone):
+                    use()
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
+            thread.join(30)
+    private.close()
 
 
 def test_a_forked_child_has_connections_of_its_own(private: PrivateServer, pair: Pair) -> None:
