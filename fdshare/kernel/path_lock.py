@@ -28,6 +28,7 @@ __all__ = [
     "is_stale",
     "live",
     "lock",
+    "lock_owner",
     "refuse_other_files",
     "remove",
     "unlock",
@@ -173,7 +174,7 @@ def _alive(address: str, kind: int) -> bool | None:
 
 def live(address: str, kind: int) -> AddressInUse:
     """The error that says that a live server has the path, and its pid where it is known."""
-    pid = _listening_pid(address, kind) or _lock_owner(address)
+    pid = _listening_pid(address, kind) or lock_owner(address)
     who = "another process has it open" if pid is None else f"a live server, pid {pid}"
     return AddressInUse(address, f"{who}; stop that one, or choose another path", pid)
 
@@ -193,7 +194,7 @@ def _listening_pid(address: str, kind: int) -> int | None:
             return None
 
 
-def _lock_owner(address: str) -> int | None:
+def lock_owner(address: str) -> int | None:
     """The pid that locked PATH.lock, while it lives and where /proc/locks has it (Linux)."""
     try:
         inode = os.stat(address + ".lock").st_ino

@@ -15,6 +15,7 @@ from fdshare.cli.format import print_json, user
 from fdshare.cli.options import client_at, json_option
 from fdshare.errors import EndpointError, FdshareError, NoServer
 from fdshare.kernel import system
+from fdshare.kernel.path_lock import lock_owner
 from fdshare.printable import printable
 from fdshare.version import __version__
 
@@ -122,7 +123,7 @@ def _socket(address: str) -> Iterator[Finding]:
     try:
         info = os.lstat(address)
     except OSError:
-        yield Finding("note", "socket", "there is none", f"start one: fdshare serve {address}")
+        yield _no_socket(address)
         return
     if not stat.S_ISSOCK(info.st_mode):
         from fdshare.kernel.unix_address import file_type
@@ -140,6 +141,14 @@ def _socket(address: str) -> Iterator[Finding]:
         yield Finding("ok", "socket", _owner(info))
 
 
+def _no_socket(address: str) -> Finding:
+    owner = lock_owner(address)
+    if owner is None:
+        return Finding("note", "socket", "there is none", f"start one: fdshare serve {address}")
+    text = f"it was removed; its server lives, pid {owner}"
+    return Finding("bad", "socket", text, f"kill -HUP {owner} binds it again")
+
+
 def _server(address: str) -> Iterator[Finding]:
     try:
         with client_at(address, timeout=5.0) as client:
@@ -151,6 +160,9 @@ def _server(address: str) -> Iterator[Finding]:
                 return
     except NoServer as error:
         stale = os.path.lexists(address) and not address.startswith("@")
+        if not stale and lock_owner(address) is not None:
+            yield Finding("bad", "server", error.reason, "see above")
+            return
         what = "stale socket: " if stale else ""
         advice = "the next `fdshare serve` takes the path" if stale else ""
         advice = f"{advice}; " if advice else ""

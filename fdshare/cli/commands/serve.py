@@ -14,6 +14,8 @@ from click.core import ParameterSource
 
 from fdshare.cli.options import authkey_from_environment, uid_of
 from fdshare.cli.support.background import go_on_in_background
+from fdshare.errors import AddressInUse
+from fdshare.kernel.unix_address import is_abstract
 from fdshare.printable import printable
 
 if TYPE_CHECKING:
@@ -211,7 +213,21 @@ def _listen(settings: Settings, owner: str | None, group: str | None) -> Listene
     uid = -1 if owner is None else uid_of(owner)
     gid = -1 if group is None else _gid_of(group)
     settings.owner = None if (uid, gid) == (-1, -1) else (uid, gid)
-    return listen(settings.path, mode=settings.mode, backlog=settings.backlog, owner=settings.owner)
+    try:
+        return listen(
+            settings.path, mode=settings.mode, backlog=settings.backlog, owner=settings.owner
+        )
+    except AddressInUse as error:
+        raise _of_lost_path(error) from None
+
+
+def _of_lost_path(error: AddressInUse) -> AddressInUse:
+    """*error*, with what to do where the server lives and somebody has removed its socket."""
+    if error.pid is None or is_abstract(error.address) or os.path.lexists(error.address):
+        return error
+    pid = error.pid
+    reason = f"a live server, pid {pid}, whose socket was removed; kill -HUP {pid} binds it again"
+    return AddressInUse(error.address, reason, pid)
 
 
 def _gid_of(group: str) -> int:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from commandline import Shell
+from conftest import wait_until
 
 import fdshare
 from fdshare.activation import NotifySocket
@@ -89,6 +90,20 @@ def test_sighup_leaves_what_somebody_put_on_the_path(shell: Shell) -> None:
 def test_a_second_one_on_the_path_is_refused(fdshare: Shell) -> None:
     line = fdshare.fails("serve")
     assert "is in use: a live server, pid " in line
+
+
+def test_a_second_one_where_the_socket_was_removed_is_told_what_to_do(shell: Shell) -> None:
+    """Not to stop the first one, which would lose what that holds."""
+    process = shell.serve()
+    shell("register", "held", "--open", "/dev/null")
+    os.unlink(shell.path)
+    signals = f"kill -HUP {process.pid} binds it again"
+    assert signals in shell.fails("serve")
+    assert signals in shell.fails("serve", "--detach")
+    assert signals in shell("doctor", status=1)
+    process.send_signal(signal.SIGHUP)
+    wait_until(lambda: os.path.exists(shell.path))
+    assert shell("ls", "-q") == "held\n"
 
 
 def test_mode_and_group(shell: Shell) -> None:
