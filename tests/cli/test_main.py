@@ -191,6 +191,19 @@ def ended(shell: Shell, words: str, **options: Any) -> tuple[int, str]:
     return process.returncode, errors
 
 
+def test_ctrl_c_while_it_starts_is_no_traceback() -> None:
+    code = (
+        "import sys\n"
+        "class Interrupted:\n"
+        "    def find_spec(self, name, *rest):\n"
+        "        if name == 'click': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupted())\n"
+        "from fdshare.__main__ import main; sys.exit(main())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60)
+    assert (done.returncode, done.stderr) == (130, b"")
+
+
 def test_the_commands_import_neither_rich_nor_anyio(fdshare: Shell) -> None:
     code = (
         "import sys; from fdshare.cli.main import run; run(['ls']);"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import signal
 import socket
 import subprocess
 import sys
@@ -91,6 +92,7 @@ def _bind(transcript: _Transcript, manager: fdshare.Manager) -> int:
         text=True,
         timeout=_SECONDS,
         check=True,
+        process_group=0,  # Ctrl-C is for this process, which ends the others
     )
     pid, port = map(int, done.stdout.split())
     transcript.ok(f"pid {pid} bound 127.0.0.1:{port}, registered it, and has ended")
@@ -119,6 +121,7 @@ def _worker(path: str) -> Iterator[subprocess.Popen[str]]:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
+        process_group=0,
     )
     try:
         assert process.stdout is not None
@@ -159,6 +162,9 @@ def _ask(transcript: _Transcript, port: int, pids: set[int]) -> None:
 
 # Through pools
 
+# An initializer and its arguments.
+_WITHOUT_CTRL_C: Final = signal.signal, (signal.SIGINT, signal.SIG_IGN)
+
 
 @contextmanager
 def _connections(count: int) -> Iterator[tuple[list[socket.socket], list[socket.socket]]]:
@@ -192,7 +198,7 @@ def _answer(connection: socket.socket, file: IO[str]) -> int:
 
 def _through_multiprocessing(transcript: _Transcript) -> None:
     with (
-        multiprocessing.Pool(2) as pool,
+        multiprocessing.Pool(2, *_WITHOUT_CTRL_C) as pool,
         _connections(4) as (accepted, clients),
         _deleted_file() as file,
     ):
@@ -205,7 +211,7 @@ def _through_multiprocess(transcript: _Transcript) -> None:
     import multiprocess
 
     with (
-        multiprocess.Pool(2) as pool,
+        multiprocess.Pool(2, *_WITHOUT_CTRL_C) as pool,
         _connections(4) as (accepted, clients),
         _deleted_file() as file,
     ):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import signal
 import subprocess
 import sys
 
@@ -24,6 +25,19 @@ def test_a_transcript_of_the_main_job() -> None:
     assert done.stdout.count("skipped  dill ") == 1 - lambdas.works
     assert done.stdout.endswith("\nAll of it was seen to work.\n")
     assert "FAILED" not in done.stdout
+
+
+def test_ctrl_c_ends_it_without_a_traceback() -> None:
+    """The terminal sends it to each process of the group."""
+    with subprocess.Popen(
+        DEMO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0
+    ) as process:
+        assert process.stdout is not None
+        while " requests, 0 failed: " not in process.stdout.readline():
+            assert process.poll() is None
+        os.killpg(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (130, "\n")
 
 
 def test_colour_on_a_terminal() -> None:
