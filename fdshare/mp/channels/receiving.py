@@ -198,9 +198,9 @@ class MessageReceiver(Incoming):
         size = SHORT_BODY - (self._size or 0)
         # Without a control buffer: the kernel drops its references, the copies are ours.
         (self._data,) = map(self._recv, (_HEAD + size,), _WAIT)
-        if size <= _SHORT:
+        if len(self._data) == _HEAD + size <= JOINED:
             numbers = numbers_in(self._looks[0])
-            if len(numbers) == 1:
+            if size <= _SHORT and len(numbers) == 1:
                 build = _bodies.get(self._data)
                 if build is not None:
                     self._build(build, numbers)
@@ -209,6 +209,8 @@ class MessageReceiver(Incoming):
                 if map_array is not None:
                     self._map(map_array, numbers)
                     return True
+            self._bundle(self._data, _HEAD, numbers)
+            return True
         self._collect()
         self._read_body(0)
         return True

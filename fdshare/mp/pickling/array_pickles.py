@@ -16,7 +16,15 @@ from typing import Any, Final, TypeAlias
 
 from fdshare.kernel.memfd import private_map
 
-__all__ = ["Key", "array_maps", "key_of", "remember_array", "room_in"]
+__all__ = [
+    "NUMBERS",
+    "Key",
+    "array_maps",
+    "key_of",
+    "may_be_remembered",
+    "remember_array",
+    "room_in",
+]
 
 # What the pickle of an array depends on, besides its numbers.
 Key: TypeAlias = tuple[Any, ...]
@@ -25,7 +33,8 @@ Key: TypeAlias = tuple[Any, ...]
 # else, is borrowed for the call.
 array_maps: Final[dict[bytes, Callable[[int], Any]]] = {}
 _REMEMBERED: Final = 256
-_NUMBERS: Final = "?bhilqpBHILQPefdgFDG"
+# The letters of numpy's types of numbers. They are compared as what they are, and cannot change.
+NUMBERS: Final = "?bhilqpBHILQPefdgFDG"
 
 
 def room_in(known: dict[Any, Any]) -> bool:
@@ -40,22 +49,25 @@ def key_of(array: Any) -> Key | None:
     if not array.flags.forc:
         return None
     # Types that are compared as equal may have different metadata, or such fields.
-    if dtype.char not in _NUMBERS or dtype.metadata is not None:
+    if dtype.char not in NUMBERS or dtype.metadata is not None:
         return None
     return dtype, array.shape, array.strides, array.flags.writeable
+
+
+def may_be_remembered(obj: Any) -> bool:
+    """True if *obj* is an array that `remember_array` takes."""
+    numpy = sys.modules.get("numpy")
+    if numpy is None or type(obj) is not getattr(numpy, "ndarray", None):
+        return False
+    # What is read-only is a view of the map that is.
+    if not obj.flags.writeable or key_of(obj) is None or not room_in(array_maps):
+        return False
+    return type(obj) not in copyreg.dispatch_table  # functions of the program
 
 
 def remember_array(arrived: bytes, array: Any, inner: bytes, size: int) -> None:
     """Remembers *arrived*, of which *array* was loaded, if the pickle *inner* in it, whose only
     buffer of *size* bytes was in the memfd, is that of an array, and nothing else."""
-    numpy = sys.modules.get("numpy")
-    if numpy is None or type(array) is not getattr(numpy, "ndarray", None):
-        return
-    # What is read-only is a view of the map that is.
-    if not array.flags.writeable or key_of(array) is None or not room_in(array_maps):
-        return
-    if type(array) in copyreg.dispatch_table:  # functions of the program
-        return
     # Other functions that return an array may be in the pickle, to be called each time: only the
     # bytes tell that there are none.
     buffers: list[pickle.PickleBuffer] = []

@@ -25,7 +25,7 @@ from fdshare.kernel.descriptor import Descriptor, Spare
 from fdshare.kernel.descriptor_limit import as_limit
 from fdshare.kernel.shared_duplicate import SharedDuplicate, share
 from fdshare.kinds import Kind, discard, rebuild, rebuilder
-from fdshare.mp.pickling.array_pickles import array_maps, remember_array
+from fdshare.mp.pickling.array_pickles import array_maps, may_be_remembered, remember_array
 from fdshare.mp.pickling.large import BALLAST, LARGE, NEW, NEW_PICKLE, map_parts
 from fdshare.mp.pickling.memfd_cache import MemfdCache, Piece, new_copy_of, offsets
 
@@ -162,9 +162,13 @@ class Bundle:
 
         Raises: as `own`.
         """
+        fds = self._of_objects()
+        if not fds:
+            self.holders = None
+            return self
         shared: list[SharedDuplicate] = []
         try:
-            shared.extend(map(share, self._of_objects()))
+            shared.extend(map(share, fds))
         except BaseException as error:
             shared.clear()  # a traceback has this frame
             raise as_limit(error) from None
@@ -350,7 +354,7 @@ def loads(load: Loads, data: bytes | memoryview, descriptors: list[Descriptor]) 
     frame.close(built=False)
     if len(descriptors) == 1 and frame.bare is not None and frame.built and frame.built[0] is obj:
         _remember(bytes(data), frame.bare)
-    if len(descriptors) == 1 and frame.large is not None:
+    if len(descriptors) == 1 and frame.large is not None and may_be_remembered(obj):
         inner, size = frame.large
         if data == pickle_of_large(0, (size,), inner):
             remember_array(bytes(data), obj, inner, size)

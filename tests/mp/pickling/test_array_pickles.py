@@ -22,7 +22,7 @@ from fdshare import SharedMemory, get_context
 from fdshare.errors import DescriptorLimit
 from fdshare.mp.backends import backend_of
 from fdshare.mp.pickling import array_pickles, plain
-from fdshare.mp.pickling.array_pickles import array_maps, key_of, remember_array
+from fdshare.mp.pickling.array_pickles import array_maps, key_of, may_be_remembered, remember_array
 from fdshare.mp.pickling.large import LARGE
 from fdshare.mp.pickling.memfd_cache import MemfdCache
 from fdshare.mp.pickling.plain import BESIDE
@@ -99,6 +99,7 @@ def arrays(ones: Any) -> list[Any]:
         read_only(ones.copy().T),
         numpy.broadcast_to(numpy.uint8(1), (ones.size,)),
         numpy.zeros(ones.size // 8, dtype=object),
+        numpy.zeros(ones.size // 8, dtype=[("a", object)]),
     ]
 
 
@@ -138,6 +139,24 @@ def test_it_is_remembered_once(send: Send) -> None:
     for sent in read_only(ONES.copy()), ONES.view("S4"), [ONES], ONES[:10]:
         send(sent)
     assert len(array_maps) == 1
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+@pytest.mark.parametrize("size", [64, LARGE])
+def test_in_something_else_its_pickle_is_numpys(package: str, size: int) -> None:
+    family = backend_of(package).FAMILY
+    for _ in range(3):  # what was said of one is known for the next
+        for sent in arrays(numpy.ones((size // 4, 4), "u1")):
+            assert encode(family, [sent]) == pickle.dumps([sent], 5)
+
+
+def test_only_types_that_there_is_one_of_are_remembered() -> None:
+    family = backend_of("multiprocessing").FAMILY
+    plain._of_types.clear()
+    for number in range(3):
+        for dtype in "f8", ">f8", numpy.dtype("f8", metadata={"number": number}):
+            encode(family, [numpy.ones(3, dtype)])
+    assert [dtype for dtype, _ in plain._of_types.values()] == [numpy.dtype("f8")]
 
 
 calls: list[int] = []
@@ -205,16 +224,23 @@ def check_reduced(right: Any, cls: type) -> None:
 
 
 def test_what_others_send_is_not_remembered_where_the_program_pickles_arrays() -> None:
-    array_maps.clear()
-    inner = pickle.dumps(ONES, 5, buffer_callback=[].append)  # type: ignore[arg-type]
     copyreg.pickle(numpy.ndarray, reduced)
     try:
-        remember_array(b"arrived", ONES, inner, LARGE)
-        assert not array_maps
+        assert not may_be_remembered(ONES)
     finally:
         del copyreg.dispatch_table[numpy.ndarray]
-    remember_array(b"arrived", ONES, inner, LARGE)
+    assert may_be_remembered(ONES)
+    assert not may_be_remembered(read_only(ONES.copy()))
+    assert not may_be_remembered([ONES])
+    array_maps.clear()
+    remember_array(b"arrived", ONES, pickle.dumps([ONES], 5, buffer_callback=taken), LARGE)
+    assert not array_maps
+    remember_array(b"arrived", ONES, pickle.dumps(ONES, 5, buffer_callback=taken), LARGE)
     assert array_maps.pop(b"arrived")
+
+
+def taken(_: object) -> None:
+    """A buffer_callback: the buffer is not in the pickle."""
 
 
 @pytest.mark.parametrize("size", [BESIDE, LARGE])

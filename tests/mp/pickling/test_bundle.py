@@ -6,6 +6,7 @@ import gc
 import os
 import pickle
 import socket
+import weakref
 from typing import Any
 
 import pytest
@@ -31,6 +32,17 @@ def test_a_borrowed_bundle_duplicates_nothing(family: Any) -> None:
         bundle = dumps(family, {"sock": sock})
         assert open_now() == before
         assert bundle.numbers == [sock.fileno()]
+
+
+def test_what_has_no_descriptor_is_kept_by_none_that_waits() -> None:
+    class Pickled:
+        pass
+
+    pickled = Pickled()
+    there = weakref.ref(pickled)
+    bundle = Bundle(b"", [], pickled)
+    del pickled
+    assert bundle.share().holders is there() is None
 
 
 def test_an_owned_bundle_outlives_what_was_pickled(family: Any) -> None:
