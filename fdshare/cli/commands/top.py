@@ -184,9 +184,14 @@ def top(client: Client, interval: float) -> None:
     from rich.console import Console
     from rich.live import Live
 
+    console = Console(highlight=False)
+    if console.is_dumb_terminal:  # rich would draw nothing
+        raise click.UsageError(
+            "top needs a terminal that can move its cursor, and TERM says that this one cannot; "
+            "fdshare ls and fdshare watch do not"
+        )
     client.ping()
     view = View()
-    console = Console(highlight=False)
     _follow_events(client, view)
     with _keyboard() as keys, Live(console=console, screen=True, auto_refresh=False) as live:
         while not view.quit:

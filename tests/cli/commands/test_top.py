@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import pty
 import shlex
 import shutil
 import subprocess
@@ -153,6 +154,21 @@ STATS = ServerStats(1, 2, True, 60.0, 1, 1, 0, 1, 0, 1, 1, {"requests": 10, "fet
 
 def entry(name: str, fetches: int = 0, age: float = 0.0, uid: int = 0) -> EntryInfo:
     return EntryInfo(name, 1, "socket", Registrant(1, uid, 0), age, 1, fetches=fetches)
+
+
+def test_top_says_what_a_dumb_terminal_lacks(fdshare: Shell) -> None:
+    ours, theirs = pty.openpty()
+    with open(ours, "rb"), open(theirs, "wb") as terminal:
+        status, errors = ended(fdshare, stdin=terminal, stdout=terminal, env={"TERM": "dumb"})
+    assert status == 2
+    assert "TERM says that this one cannot" in errors
+
+
+def ended(shell: Shell, **options: Any) -> tuple[int, str]:
+    """Status and standard error of `top`."""
+    process = shell.start("top", stderr=subprocess.PIPE, **options)
+    _, errors = process.communicate(timeout=60)
+    return process.returncode, errors
 
 
 def test_rates_are_per_second() -> None:
