@@ -13,6 +13,7 @@ import click
 
 from fdshare.cli.format import print_json
 from fdshare.cli.options import Seconds, for_server, json_option, name_argument, or_never
+from fdshare.errors import FetchTimeout
 from fdshare.printable import printable
 
 if TYPE_CHECKING:
@@ -42,7 +43,10 @@ def wait(client: Client, names: tuple[str, ...], timeout: float | None) -> None:
     deadline = None if timeout is None else time.monotonic() + timeout
     for name in names:
         left = None if deadline is None else max(deadline - time.monotonic(), 0.001)
-        client.wait(name, timeout=None if left is None else or_never(left))
+        try:
+            client.wait(name, timeout=None if left is None else or_never(left))
+        except FetchTimeout:  # which knows what was left for this name
+            raise FetchTimeout(name, timeout or 0.0) from None
 
 
 @click.command(
