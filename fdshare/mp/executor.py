@@ -16,6 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from fdshare.errors import InvalidArgument
+from fdshare.kernel import system
 from fdshare.mp.backends import backend_of, get_context
 from fdshare.mp.context import Context
 from fdshare.mp.family import Family
@@ -72,7 +73,8 @@ class ProcessPoolExecutor(concurrent.futures.ProcessPoolExecutor):
         super().__init__(
             max_workers, context, start, tuple(held), max_tasks_per_child=max_tasks_per_child
         )
-        adopt(context._classes.CallQueue, self._call_queue)
+        semaphore = context.Semaphore(0) if system.HAS_SEM_GETVALUE else None
+        adopt(context._classes.CallQueue, self._call_queue, semaphore)
         self._result_queue.close()
         self._result_queue = context._classes.ResultQueue(ctx=context)
         self._result_queue.watch(self._processes)

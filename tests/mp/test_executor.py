@@ -17,7 +17,9 @@ from conftest import wait_until
 import fdshare
 from fdshare import ProcessPoolExecutor, get_context
 from fdshare.errors import InvalidArgument
+from fdshare.kernel import system
 from fdshare.mp.channels.framing import BODY_FOLLOWS, LENGTH
+from fdshare.mp.channels.peek_level import AT_ONCE
 from mp import children
 from mp.common import METHODS, PACKAGES, identity, open_now, trackers  # noqa: F401
 
@@ -35,6 +37,21 @@ def test_it_is_one_of_concurrent_futures() -> None:
 def test_contexts_of_the_packages(package: str, method: str) -> None:
     stock = importlib.import_module(package).get_context(method)
     with ProcessPoolExecutor(1, stock) as executor, socket.socket() as sock:
+        assert executor.submit(children.identity, sock).result() == identity(sock)
+
+
+@pytest.mark.skipif(not system.HAS_SEM_GETVALUE, reason="the level is a semaphore's value")
+@pytest.mark.parametrize("method", METHODS)
+def test_calls_with_descriptors_are_sent_at_once_to_workers_that_peek(method: str) -> None:
+    with ProcessPoolExecutor(2, get_context(method)) as executor, socket.socket() as sock:
+        level = executor._call_queue._peek_level
+        assert level is not None
+        assert level.level() == 0
+        for _ in range(10):  # one of two workers has several in a row
+            assert executor.submit(children.identity, sock).result() == identity(sock)
+        assert level.level() == AT_ONCE
+        futures = [executor.submit(children.same, n) for n in range(100)]
+        assert [future.result() for future in futures] == list(range(100))
         assert executor.submit(children.identity, sock).result() == identity(sock)
 
 

@@ -40,6 +40,7 @@ from fdshare.mp.workers.tasks import (
 
 if TYPE_CHECKING:
     from multiprocessing.process import BaseProcess
+    from multiprocessing.synchronize import Semaphore
 
 __all__ = [
     "Call",
@@ -71,14 +72,20 @@ class Call(Task):
 # The call queue
 
 
-def adopt(cls: type[CallQueueMixin], queue: StockQueue) -> None:
-    """Makes the call *queue* of an executor one of *cls*, in place; nothing was put yet."""
+def adopt(
+    cls: type[CallQueueMixin], queue: StockQueue, peek_semaphore: Semaphore | None = None
+) -> None:
+    """Makes the call *queue* of an executor one of *cls*, in place; nothing was put yet.
+
+    *peek_semaphore* is that of its PeekLevel, if it is to have one.
+    """
     if isinstance(queue, QueueMixin):
         return
     pipe = queue._reader, queue._writer
     queue.__class__ = cls
     assert isinstance(queue, CallQueueMixin)
     queue._reader, queue._writer = cls._pipe(duplex=False)
+    queue._peek_semaphore = peek_semaphore
     # Where there are none, a worker that is killed keeps the lock, as in the stock executor.
     with suppress(OSError):
         queue._turn = ReaderLock(queue._reader)
