@@ -17,7 +17,7 @@ from fdshare.mp.channels.connection import (
 from fdshare.mp.channels.queues import JoinableQueueMixin, QueueMixin, SimpleQueueMixin
 from fdshare.mp.family import Family
 from fdshare.mp.stock import PopenModule, StockProcess, executor_module
-from fdshare.mp.workers.process import PopenMixin, ProcessMixin
+from fdshare.mp.workers.process import ForkPopenMixin, PopenMixin, ProcessMixin
 
 if TYPE_CHECKING:
     from fdshare.mp.workers.executor_queues import (
@@ -87,7 +87,7 @@ class Classes:
 
     @cached_property
     def ForkProcess(self) -> type[ProcessMixin]:
-        return self._process("ForkProcess", self.family.context.ForkProcess)
+        return self._process("ForkProcess", self.family.context.ForkProcess, "ForkPopen")
 
     @cached_property
     def SpawnProcess(self) -> type[ProcessMixin]:
@@ -99,6 +99,11 @@ class Classes:
         return self._process("ForkServerProcess", stock, "ForkServerPopen")
 
     @cached_property
+    def ForkPopen(self) -> type[ForkPopenMixin]:
+        stock = self.family.popen_fork.Popen
+        return self.family.derive("ForkPopen", ForkPopenMixin, stock)
+
+    @cached_property
     def SpawnPopen(self) -> type[PopenMixin]:
         return self._popen("SpawnPopen", self.family.popen_spawn_posix)
 
@@ -106,16 +111,10 @@ class Classes:
     def ForkServerPopen(self) -> type[PopenMixin]:
         return self._popen("ForkServerPopen", self.family.popen_forkserver)
 
-    def _process(
-        self, name: str, stock: type[StockProcess], popen: str | None = None
-    ) -> type[ProcessMixin]:
-        attributes: dict[str, object] = {}
-        if popen is not None:
-            # At the first start: where eventlet has patched sockets, there is no fork server.
-            attributes["_Popen"] = staticmethod(
-                lambda process_obj: getattr(self, popen)(process_obj)
-            )
-        return self.family.derive(name, ProcessMixin, stock, _classes=self, **attributes)
+    def _process(self, name: str, stock: type[StockProcess], popen: str) -> type[ProcessMixin]:
+        # At the first start: where eventlet has patched sockets, there is no fork server.
+        start = staticmethod(lambda process_obj: getattr(self, popen)(process_obj))
+        return self.family.derive(name, ProcessMixin, stock, _classes=self, _Popen=start)
 
     def _popen(self, name: str, module: PopenModule) -> type[PopenMixin]:
         return self.family.derive(name, PopenMixin, module.Popen, _connection=self.Connection)

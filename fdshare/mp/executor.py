@@ -1,8 +1,8 @@
 """A ProcessPoolExecutor that pickles in submit(), keeps tracebacks, and takes contexts of
 multiprocess; an error of loading a result is that result's alone.
 
-Over concurrent/futures/process.py of CPython 3.11 to 3.13. workers/executor_queues.py has the
-queues, stock.py the private names that are used.
+Over concurrent/futures/process.py of CPython 3.11 to 3.15. workers/executor_queues.py has the
+queues, workers/executor_manager.py the thread, stock.py the private names that are used.
 """
 
 from __future__ import annotations
@@ -17,11 +17,14 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from fdshare.errors import InvalidArgument
 from fdshare.kernel import system
+from fdshare.kernel.process_limit import note_limits
 from fdshare.mp.backends import backend_of, get_context
 from fdshare.mp.context import Context
 from fdshare.mp.family import Family
-from fdshare.mp.stock import Function, executor_module
+from fdshare.mp.stock import Function
+from fdshare.mp.workers.executor_manager import ManagerThreadMixin, adopt_thread
 from fdshare.mp.workers.executor_queues import Call, CallQueueMixin, ResultQueueMixin, adopt
+from fdshare.mp.workers.process import START_FAILED
 from fdshare.mp.workers.tasks import hold_initializer, release_initializer
 
 if TYPE_CHECKING:
@@ -54,8 +57,10 @@ class ProcessPoolExecutor(concurrent.futures.ProcessPoolExecutor):
     _mp_context: Context
     _initializer: Function | None
     _initargs: tuple[Any, ...]
-    _max_tasks_per_child: int | None
-    _executor_manager_thread: Any
+    _max_workers: int
+    _manager_thread: Any
+    _pending_work_items: dict[int, Any]
+    _processes: Any
     _shutdown_thread: bool
 
     def __init__(
@@ -88,19 +93,30 @@ class ProcessPoolExecutor(concurrent.futures.ProcessPoolExecutor):
         cache = None if queue is None else queue._writer._cache
         call = Call.of(self._family, (fn, args, kwargs), cache)
         bundle = call.bundle
-        future: Future[T] = super().submit(call)
+        try:
+            future: Future[T] = super().submit(call)
+        except BaseException:
+            self._withdraw(call)
+            raise
         if bundle is not None:
             # It is cancelled, or the pool is broken: the standard one keeps the call until a worker
             # is free, or the executor is dropped.
             future.add_done_callback(partial(_close, weakref.ref(bundle)))
         return future
 
+    def _withdraw(self, call: Call) -> None:
+        """Have a *call* that could not be submitted never run."""
+        for item in list(self._pending_work_items.values()):
+            if item.fn is call:
+                item.future.cancel()
+        call.close()
+
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """As the standard one's; what it holds of *initargs* is closed after the last worker."""
         manager = self._executor_manager_thread
         held = self._initializer, self._initargs
         if manager is not None:
-            manager.executor = self  # which it asks for new workers until all is done
+            manager.executor = self  # whose wish to cancel it reads
             weakref.finalize(manager, release_initializer, *held).atexit = False
             del manager
         elif not self._shutdown_thread:  # it never had a worker
@@ -108,24 +124,39 @@ class ProcessPoolExecutor(concurrent.futures.ProcessPoolExecutor):
         super().shutdown(wait, cancel_futures=cancel_futures)
 
     def _adjust_process_count(self) -> None:
-        manager: Any = threading.current_thread()
-        if not isinstance(manager, executor_module()._ExecutorManagerThread):
-            super()._adjust_process_count()
+        thread = threading.current_thread()
+        if isinstance(thread, ManagerThreadMixin) and thread.replaces_workers_of(self):
             return
-        # A worker has done its max_tasks_per_child. The standard one may take another for idle,
-        # since it counts results (cpython#115634), and knows none after shutdown(wait=False).
-        process = self._mp_context.Process(
-            target=executor_module()._process_worker,
-            args=(
-                manager.call_queue,
-                manager.result_queue,
-                self._initializer,
-                self._initargs,
-                self._max_tasks_per_child,
-            ),
-        )
-        process.start()
-        manager.processes[process.pid] = process
+        try:
+            super()._adjust_process_count()
+        except START_FAILED:
+            # Those that there are do the call, or their replacement, which the thread starts.
+            if self._executor_manager_thread is None:
+                raise
+
+    def _start_executor_manager_thread(self) -> None:
+        if self._executor_manager_thread is not None:
+            return
+        try:
+            super()._start_executor_manager_thread()
+        except BaseException as error:
+            note_limits(error)
+            self._manager_thread = None
+            for worker in self._processes.values():
+                worker.kill()
+                worker.join()
+            self._processes.clear()
+            raise
+
+    @property
+    def _executor_manager_thread(self) -> Any:
+        return self._manager_thread
+
+    @_executor_manager_thread.setter
+    def _executor_manager_thread(self, thread: Any) -> None:
+        if thread is not None:  # the standard executor has made it, and starts it then
+            adopt_thread(thread, self)
+        self._manager_thread = thread
 
     def __repr__(self) -> str:
         return f"<ProcessPoolExecutor of {self._mp_context!r}>"

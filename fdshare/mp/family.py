@@ -28,10 +28,12 @@ class Family:
     context: stock.ContextModule
     managers: stock.ManagersModule
     pool: stock.PoolModule
+    popen_fork: stock.PopenModule
     popen_forkserver: stock.PopenModule
     popen_spawn_posix: stock.PopenModule
     queues: stock.QueuesModule
     reduction: stock.ReductionModule
+    resource_tracker: stock.ResourceTrackerModule
     synchronize: stock.SynchronizeModule
     util: stock.UtilModule
 

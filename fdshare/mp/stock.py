@@ -175,6 +175,8 @@ class StockProcess(_Process):
     _target: Function | None
     _args: tuple[Any, ...]
 
+    def _bootstrap(self, parent_sentinel: int | None = None) -> int: ...
+
 
 @_description
 class StockMethodProcess(StockProcess):
@@ -186,6 +188,8 @@ class StockMethodProcess(StockProcess):
 class StockPopen(_Popen):
     method: ClassVar[str]
     pid: int
+    finalizer: Any
+    sentinel: int
 
     def _launch(self, process_obj: StockProcess) -> None: ...
 
@@ -219,6 +223,10 @@ class ProcessModule(Protocol):
 
     @staticmethod
     def parent_process() -> _Process | None: ...
+
+
+class ResourceTrackerModule(Protocol):
+    """From 3.14 on multiprocessing's has _fork_intent, an object with an attribute preserve_fd."""
 
 
 # reduction
@@ -273,6 +281,10 @@ class UtilModule(Protocol):
     Finalize: type[StockFinalize]
 
     @staticmethod
+    def _exit_function() -> None: ...
+    @staticmethod
+    def close_fds(*fds: int) -> None: ...
+    @staticmethod
     def register_after_fork(obj: Any, func: Callable[[Any], None]) -> None: ...
     @staticmethod
     def is_exiting() -> bool: ...
@@ -289,7 +301,7 @@ class StockPool(_Pool):
     _outqueue: StockSimpleQueue
     _quick_put: Callable[[Any], None]
     _quick_get: Callable[[], Any]
-    _taskqueue: SimpleQueue[Any]
+    _taskqueue: queue.SimpleQueue[Any]
     _change_notifier: StockSimpleQueue
     _worker_handler: _Thread
     _cache: Any
@@ -300,6 +312,27 @@ class StockPool(_Pool):
 
     def _setup_queues(self) -> None: ...
     def _get_sentinels(self) -> list[StockConnection]: ...
+    @staticmethod
+    def _get_worker_sentinels(workers: list[StockProcess]) -> list[int]: ...
+    @staticmethod
+    def _join_exited_workers(pool: list[StockProcess]) -> bool: ...
+    @staticmethod
+    def _repopulate_pool_static(
+        ctx: StockContext,
+        Process: Function,
+        processes: int,
+        pool: list[StockProcess],
+        inqueue: StockSimpleQueue,
+        outqueue: StockSimpleQueue,
+        initializer: Function | None,
+        initargs: Iterable[Any],
+        maxtasksperchild: int | None,
+        wrap_exception: bool,
+    ) -> None: ...
+    @staticmethod
+    def _wait_for_updates(
+        sentinels: Sequence[Any], change_notifier: StockSimpleQueue, timeout: float | None = None
+    ) -> None: ...
     def _check_running(self) -> None: ...
     @staticmethod
     def _get_tasks(func: Function, it: Iterable[Any], size: int) -> Iterable[tuple[Any, ...]]: ...
@@ -448,12 +481,14 @@ class StockExecutor:
     _result_queue: StockSimpleQueue
     _initializer: Function | None
     _initargs: tuple[Any, ...]
-    _max_tasks_per_child: int | None
+    _max_workers: int
     _executor_manager_thread: StockExecutorManager | None
     _processes: dict[int | None, _Process]  # the manager's processes
+    _pending_work_items: dict[int, Any]
     _shutdown_thread: bool
 
     def _adjust_process_count(self) -> None: ...
+    def _start_executor_manager_thread(self) -> None: ...
 
 
 @_description
@@ -461,6 +496,15 @@ class StockExecutorManager(_Thread):
     call_queue: StockSafeQueue
     result_queue: StockSimpleQueue
     processes: dict[int | None, _Process]
+    pending_work_items: dict[int, Any]
+    max_tasks_per_child: int | None
+    shutdown_lock: Any
+    thread_wakeup: Any
+    executor_reference: Callable[[], StockExecutor | None]
+
+    def process_result_item(self, result_item: Any, /) -> None: ...
+    def wait_result_broken_or_wakeup(self) -> tuple[Any, bool, list[str] | None]: ...
+    def is_shutting_down(self) -> bool: ...
 
 
 class ExecutorModule(Protocol):
@@ -492,11 +536,13 @@ MODULES: Mapping[str, type] = {
     "context": ContextModule,
     "managers": ManagersModule,
     "pool": PoolModule,
+    "popen_fork": PopenModule,
     "popen_forkserver": PopenModule,
     "popen_spawn_posix": PopenModule,
     "process": ProcessModule,
     "queues": QueuesModule,
     "reduction": ReductionModule,
+    "resource_tracker": ResourceTrackerModule,
     "synchronize": SynchronizeModule,
     "util": UtilModule,
 }

@@ -10,7 +10,7 @@ import sys
 
 from users import few_processes, needs_root
 
-from fdshare.kernel.process_limit import why_not_forked
+from fdshare.kernel.process_limit import note_limits, too_many, why_not_forked
 
 MANAGER = """
 import os
@@ -55,6 +55,14 @@ def test_a_limit_is_named() -> None:
     limit = resource.getrlimit(resource.RLIMIT_NPROC)[0]
     assert ("RLIMIT_NPROC" in said) == (limit != resource.RLIM_INFINITY)
     assert "pids.max" in said
+
+
+def test_the_limits_are_noted_at_the_error_of_a_thread() -> None:
+    error, other = RuntimeError("can't start new thread"), RuntimeError("dictionary changed size")
+    note_limits(error)
+    note_limits(other)
+    assert error.__notes__ == [too_many()]
+    assert not hasattr(other, "__notes__")
 
 
 @needs_root

@@ -13,6 +13,8 @@ from contextlib import suppress
 
 import pytest
 from conftest import wait_until
+from crowding import run_crowded
+from users import needs_root
 
 import fdshare
 from fdshare import ProcessPoolExecutor, get_context
@@ -22,6 +24,7 @@ from fdshare.mp.channels.framing import BODY_FOLLOWS, LENGTH
 from fdshare.mp.channels.peek_level import AT_ONCE
 from mp import children
 from mp.common import METHODS, PACKAGES, identity, open_now, trackers  # noqa: F401
+from mp.workers.test_worker_handler import BEGINS
 
 # What is there of a result: of its length; of its data; the announcement of one with descriptors.
 HALVES = [b"\0\0", LENGTH.pack(5) + b"half", LENGTH.pack(BODY_FOLLOWS)]
@@ -217,3 +220,46 @@ def test_workers_are_replaced_after_their_last_task(package: str, wait: bool) ->
     executor.shutdown(wait=wait)
     assert len({future.result(60) for future in futures}) >= 5
     manager.join()
+
+
+FIRST = """
+import resource
+from crowding import children
+from fdshare import ProcessPoolExecutor
+from mp.common import open_now
+def limit(most):
+    resource.setrlimit(resource.RLIMIT_NPROC, (most, 100))
+executor, other = ProcessPoolExecutor(2, ctx), ProcessPoolExecutor(2, ctx)
+before = open_now(), children()
+failed = 0
+with open("/dev/null") as file:
+    for most in range(1, 12):
+        limit(most)
+        try:
+            executor.submit(file.fileno).result(30)
+        except (OSError, RuntimeError) as error:
+            assert "RLIMIT_NPROC" in str((error, getattr(error, "__notes__", ""))), error
+            failed += 1
+            assert children() == before[1]
+        else:
+            break
+limit(100)
+print(failed > 1, executor.submit(abs, -1).result(30))
+executor.shutdown()
+limit(1)
+try:
+    other.submit(abs, -1)
+except (OSError, RuntimeError):
+    print("raises, and ends")
+"""
+
+
+@needs_root
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_process_can_be_started_for_the_first_call(package: str, method: str) -> None:
+    """The workers that could be started were not ended: the program never ended. A thread that was
+    not started was taken for one that was, and no call ended."""
+    output, errors = run_crowded(BEGINS + FIRST, method, package)
+    assert output == "True 1\nraises, and ends\n"
+    assert errors == ""

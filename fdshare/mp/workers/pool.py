@@ -21,6 +21,7 @@ from queue import Empty
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from fdshare.kernel import system
+from fdshare.kernel.process_limit import note_limits
 from fdshare.mp.channels.feeder import READER_GONE
 from fdshare.mp.channels.incoming import TornMessage
 from fdshare.mp.channels.queues import SimpleQueueMixin
@@ -29,10 +30,8 @@ from fdshare.mp.pickling.bundle import open_arrived
 from fdshare.mp.stock import (
     Function,
     StockApplyResult,
-    StockConnection,
     StockContext,
     StockMapResult,
-    StockPool,
     StockProcess,
     StockSimpleQueue,
 )
@@ -55,6 +54,7 @@ from fdshare.mp.workers.tasks import (
     receive_patiently,
     release_initializer,
 )
+from fdshare.mp.workers.worker_handler import LastJob, WorkerHandlerMixin
 
 if TYPE_CHECKING:
     import queue
@@ -72,7 +72,7 @@ __all__ = [
 T = TypeVar("T")
 
 
-class PoolMixin(StockPool):
+class PoolMixin(WorkerHandlerMixin):
     """A Pool whose tasks and results carry descriptors."""
 
     _family: ClassVar[Family]
@@ -92,19 +92,40 @@ class PoolMixin(StockPool):
         context: StockContext | None = None,
     ) -> None:
         initializer, initargs = hold_initializer(self._family, initializer, initargs)
-        super().__init__(processes, initializer, initargs, maxtasksperchild, context)
-        self._cache.notifier = _LastJob(self)
+        try:
+            super().__init__(processes, initializer, initargs, maxtasksperchild, context)
+        except BaseException as error:
+            note_limits(error)
+            self._give_up()
+            release_initializer(initializer, initargs)
+            raise
+        self._cache.notifier = LastJob(self)
+
+    def _give_up(self) -> None:
+        """End what a constructor that fails has started."""
+        if not hasattr(self, "_cache"):
+            return  # it has no channels yet
+        by_worker, by_task, by_result = (
+            getattr(self, name, None) or threading.Thread()
+            for name in ("_worker_handler", "_task_handler", "_result_handler")
+        )
+        self._terminate_pool(
+            self._taskqueue,
+            self._inqueue,
+            self._outqueue,
+            self._pool,
+            self._change_notifier,
+            by_worker,
+            by_task,
+            by_result,
+            self._cache,
+        )
 
     def _setup_queues(self) -> None:
         self._inqueue = inqueue = self._task_queue(ctx=self._ctx)
         self._outqueue = outqueue = self._outcome_queue(ctx=self._ctx)
         self._quick_put = inqueue.send_task
         self._quick_get = outqueue.take
-
-    def _get_sentinels(self) -> list[StockConnection]:
-        """What wakes the thread that replaces workers, beside their ends. The stock one's wakes for
-        each result, too, and looks at all workers then."""
-        return [self._change_notifier._reader]
 
     def apply_async(
         self,
@@ -206,21 +227,6 @@ class PoolMixin(StockPool):
         outqueue.close()
 
 
-class _LastJob:
-    """Wakes the thread that replaces workers when no job is left, if the pool is closed: then that
-    thread ends. The stock one is woken each time, to look at all workers."""
-
-    def __init__(self, pool: PoolMixin) -> None:
-        self._handler: Any = pool._worker_handler
-        self._running = pool._family.pool.RUN
-        self._notifier = pool._change_notifier
-
-    def put(self, obj: object) -> None:
-        # Who closes the pool first changes the state, and then wakes the thread.
-        if self._handler._state != self._running:
-            self._notifier.put(obj)
-
-
 class ApplyResultMixin(StockApplyResult):
     """An AsyncResult that keeps nothing alive by the exception that it raises."""
 
@@ -239,7 +245,8 @@ class ApplyResultMixin(StockApplyResult):
 
 
 def _join(thread: threading.Thread) -> None:
-    if thread is not threading.current_thread():  # a callback may end its pool
+    # A callback may end its pool; and a thread may not have been started.
+    if thread is not threading.current_thread() and thread.is_alive():
         thread.join()
 
 

@@ -3,19 +3,21 @@
 Derived from popen_spawn_posix.py and popen_forkserver.py of CPython 3.11 to 3.13, whose `_launch`
 still starts the process. What changes: the process object is sent over a socket pair, with its
 descriptors, any number of them and any of them twice; the child inherits one end. Under fork
-nothing is sent.
+nothing is sent: there, only a start that fails is another (popen_fork.py of CPython 3.11 to 3.15).
 """
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Final, NoReturn, Protocol
 
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.kernel.plain_socket import stream_pair
+from fdshare.kernel.process_limit import too_many, why_not_forked
 from fdshare.mp.channels.connection import ConnectionMixin
 from fdshare.mp.channels.sending import Outgoing
 from fdshare.mp.family import Family
@@ -26,7 +28,62 @@ from fdshare.mp.stock import Duplicate, StockPopen, StockProcess
 if TYPE_CHECKING:
     from fdshare.mp.workers.executor_queues import CallQueueMixin
 
-__all__ = ["PopenMixin", "ProcessMixin"]
+__all__ = ["START_FAILED", "ForkPopenMixin", "PopenMixin", "ProcessMixin"]
+
+# What starting a process may raise now, and not when it is tried again: for want of processes,
+# descriptors or memory; EOFError where the fork server has died.
+START_FAILED: Final = (OSError, EOFError)
+
+
+class ForkPopenMixin(StockPopen):
+    """Forks a process. The stock one's four descriptors stay open where fork(2) fails."""
+
+    _family: ClassVar[Family]
+
+    def _launch(self, process_obj: StockProcess) -> None:
+        ends: list[int] = []
+        try:
+            ends += os.pipe()
+            ends += os.pipe()
+            self.pid = self._fork()
+        except BaseException:
+            for fd in ends:
+                os.close(fd)
+            raise
+        parent_r, child_w, child_r, parent_w = ends
+        if self.pid == 0:
+            self._run(process_obj, child_r, parent_r, parent_w)
+        os.close(child_w)
+        os.close(child_r)
+        util = self._family.util
+        self.finalizer = util.Finalize(self, util.close_fds, (parent_r, parent_w))
+        self.sentinel = parent_r
+
+    def _fork(self) -> int:
+        # gh-146313, CPython 3.14: the child uses the resource tracker of this process.
+        intent = getattr(self._family.resource_tracker, "_fork_intent", None)
+        if intent is None:
+            return os.fork()
+        intent.preserve_fd = True
+        try:
+            return os.fork()
+        finally:
+            intent.preserve_fd = False
+
+    def _run(self, process_obj: StockProcess, sentinel: int, *parents: int) -> NoReturn:
+        has_exit_functions = sys.version_info >= (3, 13)
+        code = 1
+        try:
+            if has_exit_functions:
+                atexit._clear()
+                atexit.register(self._family.util._exit_function)
+            for fd in parents:
+                os.close(fd)
+            code = process_obj._bootstrap(parent_sentinel=sentinel)
+        finally:
+            if has_exit_functions:
+                atexit._run_exitfuncs()
+            os._exit(code)
 
 
 class PopenMixin(StockPopen):
@@ -43,7 +100,7 @@ class PopenMixin(StockPopen):
                 try:
                     sent = message.push_now(near)
                     stand_in = _StandIn(self._connection, process_obj._name, inherited)
-                    super()._launch(stand_in)  # type: ignore[arg-type]
+                    self._start(stand_in)
                 except BaseException:
                     message.close()
                     self._reap()
@@ -54,6 +111,14 @@ class PopenMixin(StockPopen):
                 except BaseException:  # such as EPIPE: the child has died
                     self._reap()
                     raise
+
+    def _start(self, stand_in: _StandIn) -> None:
+        try:
+            super()._launch(stand_in)  # type: ignore[arg-type]
+        except EOFError:
+            # It dies of an error of fork(2), which it prints.
+            why = f"the fork server died before it started the process; perhaps {too_many()}"
+            raise EOFError(why) from None
 
     def _reap(self) -> None:
         """Ends a child that was started and will not get its Process: nobody else waits for it."""
@@ -116,6 +181,13 @@ class ProcessMixin(StockProcess):
     ) -> None:
         super().__init__(group, target, name, args, kwargs or {}, daemon=daemon)
         _adopt_executor_queue(self)
+
+    def start(self) -> None:
+        """As the standard one's. Raises: BlockingIOError, which names the limits of processes."""
+        try:
+            super().start()
+        except BlockingIOError as error:
+            raise BlockingIOError(error.errno, why_not_forked(error)) from None
 
 
 def _adopt_executor_queue(process: ProcessMixin) -> None:

@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 from breaking import ended, has_record_lock, state
 from conftest import wait_until
+from crowding import run_crowded
+from users import needs_root
 
 from fdshare import SharedMemory, get_context
 from fdshare.mp.channels.framing import LENGTH, framed
@@ -31,6 +33,7 @@ from mp.common import (  # noqa: F401
     trackers,
     writable,
 )
+from mp.workers.test_worker_handler import BEGINS
 
 
 @pytest.fixture(params=PACKAGES)
@@ -413,3 +416,34 @@ def test_a_pool_whose_worker_was_killed_in_a_task_can_be_terminated(
 @pytest.mark.parametrize(("method", "count"), [("fork", 3), ("spawn", 1), ("forkserver", 1)])
 def test_idle_workers_that_are_killed_are_replaced(package: str, method: str, count: int) -> None:
     ends(kill_idle_workers, get_context(method, backend=package), count)
+
+
+FIRST = """
+import resource
+from crowding import children
+from mp.common import open_now
+before = open_now(), children()
+failed = 0
+with open("/dev/null") as file:
+    for most in range(1, 12):
+        resource.setrlimit(resource.RLIMIT_NPROC, (most, 100))
+        try:
+            pool = ctx.Pool(2, repr, (file,))
+        except (OSError, RuntimeError) as error:
+            assert "RLIMIT_NPROC" in str((error, getattr(error, "__notes__", ""))), error
+            failed += 1
+        else:
+            pool.terminate()
+            break
+        assert (open_now() - 1, children()) == before, (open_now() - 1, children(), before, error)
+print(failed > 1)
+"""
+
+
+@needs_root
+@pytest.mark.parametrize("method", METHODS)
+def test_no_process_or_thread_can_be_started_by_the_constructor(package: str, method: str) -> None:
+    """Workers, threads and descriptors were left where a thread could not be started."""
+    output, errors = run_crowded(BEGINS + FIRST, method, package)
+    assert output == "True\n"
+    assert errors == ""

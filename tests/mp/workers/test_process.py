@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import os
 import socket
 import subprocess
@@ -11,10 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from crowding import run_crowded
+from users import needs_root
 
 from fdshare import get_context
 from mp import children
 from mp.common import METHODS, PACKAGES, finish, identity, open_now, trackers  # noqa: F401
+from mp.workers.test_worker_handler import BEGINS
 
 
 @pytest.fixture(params=PACKAGES)
@@ -109,3 +113,50 @@ def _start_another(method: str, queue: Any, sock: socket.socket) -> None:
     process = get_context(method).Process(target=children.answer, args=(queue, sock))
     process.start()
     process.join()
+
+
+# What the stock method does, beside fork(2): ours does the same.
+KNOWN = {
+    *("os", "pipe", "fork", "pid", "close", "_bootstrap", "_exit", "sentinel"),
+    *("util", "Finalize", "close_fds", "finalizer"),
+    *("atexit", "_clear", "register", "_exit_function", "_run_exitfuncs"),  # 3.13
+    *("resource_tracker", "_fork_intent", "preserve_fd"),  # 3.14
+}
+
+
+def test_the_stock_method_does_nothing_else(package: str) -> None:
+    launch = importlib.import_module(f"{package}.popen_fork").Popen._launch
+    assert set(launch.__code__.co_names) <= KNOWN
+
+
+RAISES = """
+from mp.common import open_now
+process = ctx.Process(target=print)
+before = open_now()
+with crowd:
+    try:
+        process.start()
+    except (OSError, EOFError) as error:
+        print(type(error).__name__, error)
+print(open_now() - before)
+process.start()
+process.join()
+"""
+
+
+@needs_root
+@pytest.mark.parametrize("method", METHODS)
+def test_a_start_where_no_process_can_be_started(package: str, method: str) -> None:
+    """Under fork it left four descriptors open."""
+    output, _ = run_crowded(BEGINS + RAISES, method, package)
+    name, _, rest = output.partition(" ")
+    limits = (
+        "too many processes: RLIMIT_NPROC, 1 (ulimit -u), or the pids.max of a cgroup is reached"
+    )
+    if method == "forkserver":
+        assert name == "EOFError"
+        why = f"the fork server died before it started the process; perhaps {limits}"
+        assert rest == f"{why}\n0\n\n"
+    else:
+        assert name == "BlockingIOError"
+        assert rest == f"[Errno 11] {limits}\n0\n\n"
