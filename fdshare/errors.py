@@ -271,8 +271,9 @@ class AccessDenied(FdshareError, PermissionError, code="access_denied"):
     rule: str
 
     def __init__(self, verb: str, name: str, uid: int, rule: str) -> None:
+        what = f"{verb} {name!r}" if name else verb  # stats, shutdown ...: of the whole server
         super().__init__(
-            f"uid {uid} may not {verb} {name!r}: {rule}", verb=verb, name=name, uid=uid, rule=rule
+            f"uid {uid} may not {what}: {rule}", verb=verb, name=name, uid=uid, rule=rule
         )
         self.errno = errno.EACCES
 

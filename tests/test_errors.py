@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from fdshare import errors
-from fdshare.errors import FdshareError, error_from_wire
+from fdshare.errors import AccessDenied, FdshareError, error_from_wire
 from fdshare.protocol import messages as m
 
 LEAVES = [getattr(errors, name) for name in errors.__all__ if name[0].isupper()]
@@ -118,3 +118,8 @@ def test_what_a_stranger_says_overwrites_nothing() -> None:
     assert str(error) == "text"
     assert error.args == ("text",)
     assert error.extra == 1  # type: ignore[attr-defined]
+
+
+def test_a_refusal_of_what_has_no_name_names_none() -> None:
+    assert str(AccessDenied("stats", "", 1, "why")) == "uid 1 may not stats: why"
+    assert str(AccessDenied("fetch", "web", 1, "why")) == "uid 1 may not fetch 'web': why"

@@ -121,7 +121,8 @@ class Policy:
             f"whoever accepts on a UNIX socket of this server's passes for uid {own_uid}; "
             "bind it yourself, and register it",
         )
-        default = f"the default: only uid {own_uid} and root"
+        own = f"uid {own_uid} and " if own_uid else ""
+        default = f"the default: only {own}root"
         if faulty:
             default = f"{default}; {file} has a fault, which the log of the server tells"
         elif file:

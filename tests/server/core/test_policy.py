@@ -32,6 +32,11 @@ def test_the_default(verb: str, uid: int, allowed: bool) -> None:
     assert Policy(OWN).trusts(who(uid)) is allowed
 
 
+@pytest.mark.parametrize(("own", "words"), [(0, "only root"), (7, "only uid 7 and root")])
+def test_the_default_in_words(own: int, words: str) -> None:
+    assert Policy(own).decide("fetch", "n", who(ALICE)).rule == f"the default: {words}"
+
+
 def test_the_overflow_uid_is_nobody_in_particular() -> None:
     """Every user without a number in the server's user namespace has it."""
     stranger = Subject(65534, 65534, is_overflow=True)
