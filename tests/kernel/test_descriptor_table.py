@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
 
 import pytest
+from users import needs_root
 
 OPEN = """
 import os, resource
@@ -23,10 +25,11 @@ for number in range(600):
 """
 
 
-def open_after(numbers: list[int], kept: list[int]) -> list[int]:
-    """What a process that opened *numbers* has open after `close_all_but(kept)`."""
-    program = OPEN.format(numbers=numbers, kept=kept)
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
+def open_after(numbers: list[int], kept: list[int], around: Sequence[str] = ()) -> list[int]:
+    """What a process that opened *numbers* has open after `close_all_but(kept)`. *around*: what
+    runs the program."""
+    command = [*around, sys.executable, "-c", OPEN.format(numbers=numbers, kept=kept)]
+    done = subprocess.run(command, capture_output=True, check=True)
     return list(map(int, done.stdout.split()))
 
 
@@ -39,3 +42,15 @@ def test_what_is_kept_stays_open(kept: list[int]) -> None:
 
 def test_a_number_that_is_not_open_may_be_kept() -> None:
     assert open_after([3, 5, 8], [4, 8]) == [0, 1, 2, 8]
+
+
+@needs_root
+def test_without_proc() -> None:
+    hidden = 'mount -t tmpfs none /proc || exit 77; exec "$@"'
+    around = ["unshare", "--mount", "sh", "-c", hidden, "sh"]
+    try:
+        assert open_after([3, 4, 255, 599], [4], around) == [0, 1, 2, 4]
+    except subprocess.CalledProcessError as error:
+        if error.returncode != 77 and b"unshare:" not in error.stderr:
+            raise
+        pytest.skip("no mount namespace can be made here")
