@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Final
 
@@ -55,6 +57,9 @@ def who(client: Client, name: str, as_json: bool) -> None:
     with ExitStack() as stack:
         descriptors = [stack.enter_context(d) for d in client._do(verbs.look_raw(name))]
         found = holders([d.fileno() for d in descriptors])
+    if os.geteuid() == 0 and halves and not any(holder.pid in halves for holder in found):
+        where = "/proc is not mounted, or is that of another pid namespace"
+        print(f"fdshare: no process of the server is seen here: {where}", file=sys.stderr)
     if as_json:
         print_json([{**holder._asdict(), "half": halves.get(holder.pid)} for holder in found])
         return

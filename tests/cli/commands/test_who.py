@@ -7,7 +7,8 @@ import subprocess
 import sys
 
 import pytest
-from commandline import Shell
+from commandline import FDSHARE, Shell
+from users import needs_root
 
 HOLD = "import sys; print('up', flush=True); sys.stdin.read()"
 
@@ -71,6 +72,21 @@ def test_without_kcmp_the_inode_has_to_do(fdshare: Shell) -> None:
     (server,) = json.loads(done.stdout)
     assert server["half"] == "server"
     assert server["how"] == "inode"
+
+
+@needs_root
+def test_in_another_pid_namespace_it_says_that_it_sees_nothing(fdshare: Shell) -> None:
+    fdshare("register", "web", "--listen", "tcp://127.0.0.1:0")
+    done = subprocess.run(
+        ["unshare", "--pid", "--fork", "--mount-proc", *FDSHARE, "who", "web"],
+        env=fdshare.environment,
+        capture_output=True,
+        text=True,
+    )
+    if done.stderr.startswith("unshare:"):
+        pytest.skip(done.stderr)
+    assert done.stdout.split() == ["PID", "USER", "FDS", "HOW", "COMMAND"]
+    assert done.stderr.startswith("fdshare: no process of the server is seen here: ")
 
 
 def test_who_of_nothing(fdshare: Shell) -> None:
