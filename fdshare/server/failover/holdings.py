@@ -86,4 +86,19 @@ def bind_anew(listener: Listener, settings: Settings, *, reclaim: bool = False) 
         return False
     if bound:
         log.warning("the path was gone and is bound again: %s", listener.address)
+    elif _is_another(listener):
+        log.warning(
+            "something else is at %s, and stays; move it away, then send SIGHUP", listener.address
+        )
     return bound
+
+
+def _is_another(listener: Listener) -> bool:
+    """Whether the path of *listener* leads to something else by now."""
+    if listener.inode is None:
+        return False
+    try:
+        found = os.stat(listener.address)
+    except OSError:
+        return False
+    return (found.st_dev, found.st_ino) != listener.inode

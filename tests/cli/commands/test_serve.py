@@ -75,12 +75,16 @@ def test_sighup_brings_a_path_back_that_is_gone(
     assert not os.path.exists(shell.path)
 
 
-def test_sighup_leaves_what_somebody_put_on_the_path(shell: Shell) -> None:
-    process = shell.serve("--no-keeper")
+@pytest.mark.parametrize("keeper", ["--keeper", "--no-keeper"])
+def test_sighup_leaves_what_somebody_put_on_the_path(shell: Shell, keeper: str) -> None:
+    process = shell.serve(keeper, stderr=subprocess.PIPE)
+    assert process.stderr is not None
     os.unlink(shell.path)
     with socket.socket(socket.AF_UNIX) as other:
         other.bind(shell.path)
         process.send_signal(signal.SIGHUP)
+        said = process.stderr.readline()
+        assert f"something else is at {shell.path}, and stays; move it away" in said
         process.terminate()
         assert process.wait(30) == 0
         assert os.path.exists(shell.path)
