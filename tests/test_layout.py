@@ -47,6 +47,7 @@ ACROSS = {
     "test_class_names.py": "that one word is one class, in all modules",
     "test_doctests.py": "the examples of the docstrings, of all modules",
     "test_documents.py": "what the documents name",
+    "test_interpreter_end.py": "what is dropped when modules have lost their names",
     "test_layout.py": "this",
     "test_odd_places.py": "no /proc, no docstrings, a zip file, and the like",
     "test_threads.py": "what threads may share, in many threads at once",

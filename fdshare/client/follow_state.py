@@ -14,7 +14,8 @@ who has leased it each refer to the `FollowedObject`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
 
 from fdshare.client import verbs
@@ -64,7 +65,9 @@ class FollowedObject:
         self.obj = obj
         self.generation = generation
 
-    def __del__(self) -> None:
+    def __del__(self, _ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        if _ending():
+            return  # what this needs may be gone, and the kernel closes everything
         discard(self.obj)
 
 

@@ -221,16 +221,22 @@ class Descriptor:
             "a channel of fdshare.get_context()"
         )
 
-    def __del__(self) -> None:
+    def __del__(
+        self,
+        # At the end of the interpreter this module may have lost its names.
+        _close: Callable[[int], None] = os.close,
+        _warn: Callable[..., None] = warnings.warn,
+    ) -> None:
         # Not getattr, which is slower: this runs for each descriptor, detached ones too.
         try:
             number = self._number
         except AttributeError:  # __init__ was never reached
             return
         if number:
-            (fd,) = number
-            self.close()
-            warnings.warn(f"descriptor {fd} was never closed", ResourceWarning, stacklevel=2)
+            fd = number[0]
+            del number[0]
+            _close(fd)
+            _warn(f"descriptor {fd} was never closed", ResourceWarning, stacklevel=2)
 
 
 class Spare(Descriptor):
@@ -242,6 +248,9 @@ class Spare(Descriptor):
 
     __slots__ = ()
 
-    def __del__(self) -> None:
-        if getattr(self, "_number", None):
-            self.close()
+    def __del__(self, _close: Callable[[int], None] = os.close) -> None:  # type: ignore[override]
+        number = getattr(self, "_number", None)
+        if number:
+            fd = number[0]
+            del number[0]
+            _close(fd)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import time
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -456,7 +457,9 @@ class Client(BaseClient):
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def __del__(self) -> None:
+    def __del__(self, _ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        if _ending():
+            return  # what this needs may be gone, and the kernel closes everything
         # Nobody follows any more: a follower has its client. And at the end of the interpreter the
         # WeakSet would raise, for its module has lost all its names.
         if hasattr(self, "_idle"):

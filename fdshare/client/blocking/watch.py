@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import time
+from collections.abc import Callable
 from typing import Self
 
 from fdshare.client.blocking.connection import BlockingConnection, ConnectionLost
@@ -136,6 +138,8 @@ class Watcher:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def __del__(self) -> None:
+    def __del__(self, _ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        if _ending():
+            return  # what this needs may be gone, and the kernel closes everything
         if hasattr(self, "_connection"):
             self._connection.close()

@@ -6,6 +6,8 @@ closed straight after `put` cannot be sent any more. One that is held can.
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from typing import Final, TypeVar, cast
 
 from msgspec import Raw, msgpack, structs
@@ -49,7 +51,9 @@ class Held(Repeatable):
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def __del__(self) -> None:
+    def __del__(self, _ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        if _ending():
+            return  # what this needs may be gone, and the kernel closes everything
         if hasattr(self, "_descriptors"):
             self.close()
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import pickle
 import struct
+import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -404,6 +405,8 @@ class _Arrival:
         part[index] = None
         return descriptor
 
-    def __del__(self) -> None:
+    def __del__(self, _ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        if _ending():
+            return  # what this needs may be gone, and the kernel closes everything
         for part in self._parts.values():
             close_all(descriptor for descriptor in part if descriptor is not None)
