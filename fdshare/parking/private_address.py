@@ -46,6 +46,7 @@ _OF_ANOTHER: Final = (
     "and a private server is for its own user alone; between users, name a server that both may "
     "use: fdshare.install(PATH)"
 )
+_WITHOUT_NUMBER: Final = "as every user is shown that has no number in this user namespace"
 _TRIES: Final = 3  # the folder may be removed between two steps
 
 
@@ -97,7 +98,8 @@ def connect_private(address: str, timeout: float) -> socket.socket:
         sock.close()
         stranger = who.uid
     if stranger is not None:
-        raise UntrustedServer(address, stranger, _OF_ANOTHER)
+        reason = _WITHOUT_NUMBER if is_overflow_uid(stranger) else _OF_ANOTHER
+        raise UntrustedServer(address, stranger, reason)
     if late:
         raise ServerTimeout(address, timeout)
     raise NoServer(address, "the private server is gone")

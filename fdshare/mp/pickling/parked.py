@@ -152,15 +152,18 @@ def _reached() -> Place:
     can take it), a new address is made: now, before the address is in a pickle.
     """
     place = current()
+    is_new = False
     while place.address not in _servers:
         try:
             place.server().check()
         except BaseException as error:
-            if not _leaves(place, error):
+            # Nobody can take a new address; where it fails, too, the next one would.
+            if is_new or not _leaves(place, error):
                 with _lock:
                     _servers.pop(place.address, None)
                 raise
             place = place._replace(address=new_address())
+            is_new = True
             use(place)
     return place
 

@@ -237,6 +237,33 @@ def test_a_stranger_at_the_address_of_a_dead_server(pair: Pair) -> None:
             assert parked.current().address != here
 
 
+WITHOUT_NUMBERS = """
+import ctypes, socket, sys
+import fdshare
+from fdshare.errors import UntrustedServer
+from multiprocessing.reduction import ForkingPickler
+fdshare.install()
+if ctypes.CDLL(None).unshare(0x10000000):  # CLONE_NEWUSER
+    sys.exit(77)
+for _ in range(2):
+    with socket.socket() as sock:
+        try:
+            ForkingPickler.dumps(sock)
+        except UntrustedServer as error:
+            print(error.reason)
+"""
+
+
+def test_where_no_server_can_be_ours_it_does_not_try_for_ever() -> None:
+    """In a user namespace without a mapping the kernel shows all users as one."""
+    command = [sys.executable, "-c", WITHOUT_NUMBERS]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=60)
+    if done.returncode == 77:
+        pytest.skip("unshare(2) is not allowed here")
+    why = "as every user is shown that has no number in this user namespace"
+    assert done.stdout.splitlines() == [why, why]
+
+
 def test_killed_it_is_started_at_the_same_address(pair: Pair) -> None:
     fdshare.install()
     lost = dumps(pair[0])
