@@ -6,7 +6,9 @@ import json
 import random
 import signal
 import socket
+import traceback
 from collections.abc import Callable
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 CHANNELS = ("Queue", "JoinableQueue", "SimpleQueue", "Pipe")
 SOCKETS = 101  # the same one comes again after enough others to tell by
 SIZES = (0, 100, 20_000, 250_000)
+_LONG = 300  # seconds, for a reader on a machine that does much else
 
 
 class Interrupt(BaseException):
@@ -68,8 +71,19 @@ def name_of(arrived: Any) -> Any:
     return list(identity(arrived)) if isinstance(arrived, socket.socket) else arrived
 
 
-def write(put: Callable[[Any], None], path: str, seed: int, count: int) -> None:
-    """Sends until it was interrupted *count* times; what was sent for certain is in *path*."""
+def write(put: Callable[[Any], None], path: str, seed: int, count: int, read: Event) -> None:
+    """As `send_all`; what it raises is in *path*, as text."""
+    try:
+        send_all(put, path, seed, count, read)
+    except BaseException:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        Path(path).write_text(traceback.format_exc())
+        raise
+
+
+def send_all(put: Callable[[Any], None], path: str, seed: int, count: int, read: Event) -> None:
+    """Sends until it was interrupted *count* times; what was sent for certain is in *path*. It is
+    told when all was *read*."""
     alarms = Alarms(seed, count)
     signal.signal(signal.SIGALRM, alarms.handle)
     sockets = [socket.socket() for _ in range(SOCKETS)]
@@ -84,7 +98,8 @@ def write(put: Callable[[Any], None], path: str, seed: int, count: int) -> None:
         alarms.during(lambda: done.append(put(obj)))  # noqa: B023
         sent.append((bool(done), name_of(obj)))
     put(None)
-    wait_until(lambda: open_now() == before)  # until what waits in the queue's thread was sent
+    read.wait(_LONG)  # what waits in the queue's thread has descriptors
+    wait_until(lambda: open_now() == before, "what was sent is closed")
     Path(path).write_text(json.dumps(summary(sent)))
 
 
@@ -113,7 +128,8 @@ def test_channels_stay_in_step(
     put = channel[1].send if name == "Pipe" else channel.put
     get = channel[0].recv if name == "Pipe" else channel.get
     path, count = tmp_path / "sent", times(63)
-    child = ctx.Process(target=write, args=(put, str(path), seed, count))
+    read = ctx.Event()
+    child = ctx.Process(target=write, args=(put, str(path), seed, count, read))
     child.start()
     while (obj := get()) != "first":
         obj.close()
@@ -136,8 +152,9 @@ def test_channels_stay_in_step(
             obj = None
     finally:
         signal.signal(signal.SIGALRM, former)
+        read.set()
     child.join()
-    assert child.exitcode == 0
+    assert child.exitcode == 0, path.read_text()
     said = json.loads(path.read_text())
     if name == "Pipe":
         for end in channel:
