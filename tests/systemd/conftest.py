@@ -103,7 +103,8 @@ def lasting_service() -> Iterator[Service]:
 
 @pytest.fixture
 def service() -> Iterator[Service]:
-    """fdshare.service as it is shipped, fresh."""
+    """fdshare.service as it is shipped, fresh. A test that fails shows its log."""
     service = Service()
     yield service
+    print(service.log())
     service.remove()
