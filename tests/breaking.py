@@ -130,6 +130,21 @@ class Halves:
             wait_until(lambda half=half: self.excess(half) == 0, f"the census of the {half}")
         wait_until(self.alike, "the same in both halves")
 
+    def fixed(self) -> dict[int, str]:
+        """What the keeper has open where the table is empty; fails unless it is FIXED, soon."""
+        self.check_census()
+        seen: list[dict[int, str]] = []
+
+        def is_fixed() -> bool:  # at another moment than `excess` has looked
+            seen.append(census(self.pids()["keeper"]))
+            return len(seen[-1]) == FIXED
+
+        try:
+            wait_until(is_fixed, "the fixed descriptors")
+        except AssertionError:
+            raise AssertionError(f"more or less than {FIXED}: {seen[-1]}") from None
+        return seen[-1]
+
     def excess(self, half: Half) -> int:
         """How many more descriptors it has open than it should; negative: fewer."""
         stats, pids = self.admin.stats(), self.pids()

@@ -11,14 +11,13 @@ from typing import Any
 
 import pytest
 from breaking import (
-    FIXED,
     Half,
     Halves,
     identities,
     identity,
     resident,
 )
-from conftest import census, wait_until
+from conftest import wait_until
 from nursery import Manager
 
 from fdshare.client.blocking.client import Client
@@ -239,9 +238,7 @@ def test_the_fixed_descriptors_are_these(manager: Manager, halves: Halves) -> No
     """Counted by what they are, so that the census of the others means something."""
     for half in ("server", "keeper"):
         halves.kill(half)
-    halves.check_census()
-    keeper = census(halves.pids()["keeper"])
-    assert len(keeper) == FIXED, keeper
+    keeper = halves.fixed()
     kinds = [target.partition(":")[0] for fd, target in keeper.items() if fd > 2]
     assert kinds.count("socket") == 5
     assert kinds.count("anon_inode") == 2  # the epoll and the pidfd
