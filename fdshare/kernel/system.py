@@ -28,6 +28,7 @@ __all__ = [
     "NOSIGNAL",
     "O_PATH",
     "RDHUP",
+    "SET_PIPE_SIZE",
     "SOCK_NONBLOCK",
     "SO_PRIORITY",
     "UNREAD",
@@ -56,6 +57,7 @@ CMSG_CLOEXEC: Final = int(getattr(socket, "MSG_CMSG_CLOEXEC", 0))
 NOSIGNAL: Final = int(getattr(socket, "MSG_NOSIGNAL", 0))
 SOCK_NONBLOCK: Final = int(getattr(socket, "SOCK_NONBLOCK", 0))
 RDHUP: Final = int(getattr(select, "POLLRDHUP", 0))
+SET_PIPE_SIZE: Final[int | None] = getattr(fcntl, "F_SETPIPE_SZ", None)
 # An option of each socket that any user may set from 0 to 6; socket(7).
 SO_PRIORITY: Final[int | None] = getattr(socket, "SO_PRIORITY", None)
 # ioctl(2): the bytes that were sent and the peer has not read. SIOCOUTQ, <linux/sockios.h>;

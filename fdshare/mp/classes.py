@@ -26,7 +26,8 @@ if TYPE_CHECKING:
         ResultReaderMixin,
     )
     from fdshare.mp.workers.managers import ManagerConnectionMixin, SyncManagerMixin
-    from fdshare.mp.workers.pool import OutcomeQueueMixin, PoolMixin, TaskQueueMixin
+    from fdshare.mp.workers.pool import PoolMixin
+    from fdshare.mp.workers.pool_queues import OutcomeQueueMixin, TaskQueueMixin
 
 __all__ = ["Classes"]
 
@@ -136,13 +137,13 @@ class Classes:
 
     @cached_property
     def TaskQueue(self) -> type[TaskQueueMixin]:
-        from fdshare.mp.workers.pool import TaskQueueMixin
+        from fdshare.mp.workers.pool_queues import TaskQueueMixin
 
         return self._simple_queue("TaskQueue", TaskQueueMixin)
 
     @cached_property
     def OutcomeQueue(self) -> type[OutcomeQueueMixin]:
-        from fdshare.mp.workers.pool import OutcomeQueueMixin
+        from fdshare.mp.workers.pool_queues import OutcomeQueueMixin
 
         return self._simple_queue("OutcomeQueue", OutcomeQueueMixin)
 

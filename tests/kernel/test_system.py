@@ -52,6 +52,7 @@ def test_linux_lacks_nothing() -> None:
         "NOSIGNAL": 0x4000,
         "SOCK_NONBLOCK": socket.SOCK_NONBLOCK,
         "RDHUP": select.POLLRDHUP,
+        "SET_PIPE_SIZE": fcntl.F_SETPIPE_SZ,
         "SO_PRIORITY": socket.SO_PRIORITY,
         "UNREAD": 0x5411,
     }

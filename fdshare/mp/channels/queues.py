@@ -343,8 +343,8 @@ class SimpleQueueMixin(StockSimpleQueue):
         """
         self._put_message(encode(self._family, obj, self._writer._cache))
 
-    def _put_message(self, message: Encoded) -> None:
-        """As `put`, of what is pickled."""
+    def _put_message(self, message: Encoded, send: Callable[[Encoded], None] | None = None) -> None:
+        """As `put`, of what is pickled. *send* is called under the lock, to send it."""
         sender, lock = self._writer._own_sender(), self._write_lock
         finished = self._finished
         if finished is not None:
@@ -353,7 +353,7 @@ class SimpleQueueMixin(StockSimpleQueue):
         elif lock._is_mine():
             sender.leave(message)
             return
-        self._send(sender, lock, sender.send, message)
+        self._send(sender, lock, send or sender.send, message)
         while sender.waiting:  # left to this call at its last moment
             self._send(sender, lock, sender.send_waiting)
 

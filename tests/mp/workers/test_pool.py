@@ -252,9 +252,9 @@ def fill_with_results(pool: Any, function: Any, *args: Any) -> None:
     def busy(_: Any) -> None:
         wait_until(lambda: pool._result_handler._state == "TERMINATE")
 
-    for _ in range(600):
+    channels = pool._outqueue._writer, pool._outqueue._small._writer
+    while all(map(writable, channels)):
         pool.apply_async(function, args, callback=busy)
-    wait_until(lambda: not writable(pool._outqueue._writer))
 
 
 def leave(ctx: Any, function: Any, *args: Any) -> None:
@@ -297,7 +297,7 @@ EXIT = """
     pool = get_context("fork", backend=sys.argv[1]).Pool(2)
     for _ in range(600):
         pool.apply_async(bytes, (1000,), callback=busy)
-    while select.select([], [pool._outqueue._writer], [], 0)[1]:
+    while select.select([], [pool._outqueue._small._writer], [], 0)[1]:
         time.sleep(0.001)
     print("over", flush=True)
 """
