@@ -41,7 +41,11 @@ def private() -> Iterator[PrivateServer]:
 
 def census(pid: int) -> dict[int, str]:
     folder = f"/proc/{pid}/fd"
-    return {int(number): os.readlink(f"{folder}/{number}") for number in os.listdir(folder)}
+    found = {}
+    for number in os.listdir(folder):
+        with suppress(FileNotFoundError):  # closed meanwhile
+            found[int(number)] = os.readlink(f"{folder}/{number}")
+    return found
 
 
 def gone(pidfd: int) -> bool:
