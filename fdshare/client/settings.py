@@ -11,6 +11,7 @@ from _thread import allocate_lock  # threading imports more, and adds nothing to
 from collections.abc import Collection
 from typing import Any
 
+from fdshare.client.conversation import check_seconds
 from fdshare.client.default_path import default_path
 from fdshare.errors import FdshareError, InvalidArgument, NoServer, UntrustedServer
 from fdshare.kernel.credentials import is_overflow_uid, peer_credentials
@@ -39,6 +40,11 @@ class BaseClient:
             raise InvalidArgument(
                 "path", f"{path!r} is not a path: a server listens on a UNIX socket, write its path"
             )
+        if timeout is not None:
+            check_seconds("timeout", timeout)
+        check_seconds("reconnect", reconnect)
+        if trust is not None and not isinstance(trust, Collection):
+            raise InvalidArgument("trust", f"{trust!r} is no list of uids; write [{trust!r}]")
         self.address = default_path() if path is None else os.fspath(path)
         self.timeout = timeout
         self.reconnect = reconnect

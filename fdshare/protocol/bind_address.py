@@ -65,6 +65,8 @@ def parse_address(text: str) -> BindAddress:
     absolute; `?mode=0660&group=www-data` after it are of the socket's file.
     Raises: InvalidArgument, which says how to write it.
     """
+    if not isinstance(text, str):  # as socket.bind() has it: ("127.0.0.1", 80)
+        raise InvalidArgument("address", f"{text!r} is not an address to bind: write {_FORMS}")
     if len(text) > _LONGEST:
         raise _bad(text, f"it has {len(text)} characters, at most {_LONGEST}")
     if _CONTROL.search(text):

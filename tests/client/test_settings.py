@@ -7,6 +7,7 @@ import os
 import pickle
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,6 +36,21 @@ def test_an_authkey_travels_to_a_child_alone() -> None:
     finally:
         multiprocessing.context.set_spawning_popen(None)
     assert arrived._authkey == b"secret"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"timeout": "5"}, "timeout: '5' is not a number of seconds"),
+        ({"timeout": True}, "timeout: True is not a number of seconds"),
+        ({"reconnect": None}, "reconnect: None is not a number of seconds"),
+        ({"trust": 1000}, "trust: 1000 is no list of uids; write [1000]"),
+    ],
+)
+def test_what_is_no_setting_is_told_at_once(wrong: dict[str, Any], says: str) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        BaseClient("/nowhere", **wrong)
+    assert str(caught.value) == says
 
 
 def test_root_and_oneself_are_believed() -> None:

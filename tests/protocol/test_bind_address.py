@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -98,6 +99,12 @@ def test_what_is_no_address(text: str, says: str) -> None:
     assert says in str(caught.value)
     assert caught.value.argument == "address"
     str(caught.value).encode()
+
+
+@pytest.mark.parametrize("address", [("127.0.0.1", 80), 8080, b"tcp://*:80", None])
+def test_what_is_no_text_is_told_how_to_write_it(address: Any) -> None:
+    with pytest.raises(InvalidArgument, match="write tcp://HOST:PORT"):
+        parse_address(address)
 
 
 hosts = st.one_of(
