@@ -458,8 +458,12 @@ class Client(BaseClient):
         self.close()
 
     def __del__(self, _ending: Callable[[], bool] = sys.is_finalizing) -> None:
-        if _ending():
-            return  # what this needs may be gone, and the kernel closes everything
+        if _ending():  # what the rest needs may be gone; a socket that is not closed would warn
+            for connection in getattr(self, "_idle", ()):
+                connection.let_go()
+            if hasattr(self, "_lifeline"):
+                self._lifeline.close()
+            return
         # Nobody follows any more: a follower has its client. And at the end of the interpreter the
         # WeakSet would raise, for its module has lost all its names.
         if hasattr(self, "_idle"):

@@ -139,7 +139,9 @@ class Watcher:
         self.close()
 
     def __del__(self, _ending: Callable[[], bool] = sys.is_finalizing) -> None:
-        if _ending():
-            return  # what this needs may be gone, and the kernel closes everything
+        if _ending():  # what the rest needs may be gone; a socket that is not closed would warn
+            if hasattr(self, "_connection"):
+                self._connection.let_go()
+            return
         if hasattr(self, "_connection"):
             self._connection.close()
