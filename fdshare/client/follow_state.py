@@ -14,8 +14,7 @@ who has leased it each refer to the `FollowedObject`.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
 from fdshare.client import verbs
@@ -32,6 +31,7 @@ from fdshare.errors import (
     ServerGone,
 )
 from fdshare.kernel.descriptor import Descriptor
+from fdshare.kernel.finaliser import finaliser
 from fdshare.kinds import discard
 from fdshare.protocol import messages as m
 
@@ -65,9 +65,8 @@ class FollowedObject:
         self.obj = obj
         self.generation = generation
 
-    def __del__(self, _ending: Callable[[], bool] = sys.is_finalizing) -> None:
-        if _ending():
-            return  # what this needs may be gone, and the kernel closes everything
+    @finaliser
+    def __del__(self) -> None:
         discard(self.obj)
 
 

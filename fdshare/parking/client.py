@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Final
 
 from fdshare.errors import (
@@ -35,6 +35,7 @@ from fdshare.errors import (
 from fdshare.kernel.ancillary import MAX_DESCRIPTORS, peek_descriptors, send_message
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.kernel.descriptor_limit import as_limit, is_descriptor_limit
+from fdshare.kernel.finaliser import finaliser
 from fdshare.kernel.plain_socket import stream_pair
 from fdshare.kernel.process_limit import why_not_forked
 from fdshare.parking.private_address import connect_private, leave, listen_private
@@ -225,9 +226,8 @@ class PrivateServer:
         for connection in self._renew():
             connection.close()
 
-    def __del__(self, _ending: Callable[[], bool] = sys.is_finalizing) -> None:
-        if _ending():
-            return  # what this needs may be gone, and the kernel closes everything
+    @finaliser
+    def __del__(self) -> None:
         if hasattr(self, "_unread"):
             self.close()
 

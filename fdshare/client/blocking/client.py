@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
 import time
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -22,6 +21,7 @@ from fdshare.client.settings import BaseClient, Lifeline
 from fdshare.errors import ClosedDescriptor, FdshareError, NameNotFound, ServerTimeout
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.kernel.descriptor_limit import first_use
+from fdshare.kernel.finaliser import finaliser
 from fdshare.protocol import messages as m
 
 if TYPE_CHECKING:
@@ -457,15 +457,9 @@ class Client(BaseClient):
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def __del__(self, _ending: Callable[[], bool] = sys.is_finalizing) -> None:
-        if _ending():  # what the rest needs may be gone; a socket that is not closed would warn
-            for connection in getattr(self, "_idle", ()):
-                connection.let_go()
-            if hasattr(self, "_lifeline"):
-                self._lifeline.close()
-            return
-        # Nobody follows any more: a follower has its client. And at the end of the interpreter the
-        # WeakSet would raise, for its module has lost all its names.
+    @finaliser
+    def __del__(self) -> None:
+        # Nobody follows any more: a follower has its client.
         if hasattr(self, "_idle"):
             self._disconnect()
 

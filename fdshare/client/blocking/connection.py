@@ -80,12 +80,6 @@ class BlockingConnection:
             sock.close()
             self._conversation.hello()  # drops what was half received
 
-    def let_go(self) -> None:
-        """Closes the socket, and needs no name of a module: for the end of the interpreter."""
-        sock, self._sock = self._sock, None
-        if sock is not None:
-            sock.close()
-
     def persist(self, attempt: Callable[[], T], deadline: float | None, reconnect: float) -> T:
         """What *attempt* returns while this is open.
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Callable
 from typing import Self
 
 from fdshare.client.blocking.connection import BlockingConnection, ConnectionLost
@@ -13,6 +11,7 @@ from fdshare.client.settings import BaseClient
 from fdshare.client.watch_state import WatchItem, WatchState
 from fdshare.errors import ClosedDescriptor, ServerTimeout, WatchTimeout
 from fdshare.kernel.ancillary import close_all
+from fdshare.kernel.finaliser import finaliser
 from fdshare.protocol import messages as m
 
 __all__ = ["Watcher"]
@@ -138,10 +137,7 @@ class Watcher:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def __del__(self, _ending: Callable[[], bool] = sys.is_finalizing) -> None:
-        if _ending():  # what the rest needs may be gone; a socket that is not closed would warn
-            if hasattr(self, "_connection"):
-                self._connection.let_go()
-            return
+    @finaliser
+    def __del__(self) -> None:
         if hasattr(self, "_connection"):
             self._connection.close()

@@ -6,8 +6,6 @@ closed straight after `put` cannot be sent any more. One that is held can.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
 from typing import Final, TypeVar, cast
 
 from msgspec import Raw, msgpack, structs
@@ -16,6 +14,7 @@ from fdshare.errors import ClosedDescriptor, InvalidArgument
 from fdshare.kernel.ancillary import close_all
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.kernel.descriptor_limit import as_limit
+from fdshare.kernel.finaliser import finaliser
 from fdshare.kinds import Kind, describe, describers
 from fdshare.kinds.files import FileSpec
 from fdshare.mp.pickling.bundle import Reduced
@@ -51,9 +50,8 @@ class Held(Repeatable):
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def __del__(self, _ending: Callable[[], bool] = sys.is_finalizing) -> None:
-        if _ending():
-            return  # what this needs may be gone, and the kernel closes everything
+    @finaliser
+    def __del__(self) -> None:
         if hasattr(self, "_descriptors"):
             self.close()
 

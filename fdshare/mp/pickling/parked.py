@@ -15,7 +15,6 @@ from __future__ import annotations
 import os
 import pickle
 import struct
-import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -32,6 +31,7 @@ from fdshare.errors import (
 )
 from fdshare.kernel.ancillary import close_all
 from fdshare.kernel.descriptor import Descriptor
+from fdshare.kernel.finaliser import finaliser
 from fdshare.kinds import Kind, describe, rebuild
 from fdshare.mp.pickling.bundle import Reduced
 from fdshare.parking.client import PrivateServer
@@ -408,8 +408,7 @@ class _Arrival:
         part[index] = None
         return descriptor
 
-    def __del__(self, _ending: Callable[[], bool] = sys.is_finalizing) -> None:
-        if _ending():
-            return  # what this needs may be gone, and the kernel closes everything
+    @finaliser
+    def __del__(self) -> None:
         for part in self._parts.values():
             close_all(descriptor for descriptor in part if descriptor is not None)
