@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
+from conftest import wait_until
 from crowding import run_crowded
 from users import needs_root
 
@@ -87,7 +88,9 @@ def test_it_tries_again_at_the_descriptor_limit(package: str, method: str) -> No
 
 def _replace_at_the_limit(package: str, method: str) -> None:
     with get_context(method, backend=package).Pool(1, maxtasksperchild=1) as pool:
-        pool.apply(os.getpid)
+        first = pool.apply(os.getpid)
+        # Else the descriptors of the first worker are closed below, and make room.
+        wait_until(lambda: [worker.pid for worker in pool._pool] not in ([], [first]))
         with descriptor_limit_reached():
             result = pool.apply_async(abs, (-1,))
             later = pool.apply_async(abs, (-2,))
