@@ -12,6 +12,7 @@ stock.py has the private names that are used.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sized
 from contextlib import suppress
@@ -118,7 +119,7 @@ class PoolMixin(WorkerHandlerMixin):
         self._check_running()
         call = func, args, {} if kwds is None else kwds
         task = Task.of(self._family, call, self._inqueue._writer._cache)
-        result = self._apply_result(self, callback, error_callback)
+        result = self._apply_result(self, _survived(callback), _survived(error_callback))
         self._taskqueue.put(([(result._job, 0, task, (), {})], None))
         return result
 
@@ -149,6 +150,7 @@ class PoolMixin(WorkerHandlerMixin):
             chunksize = 0
         cache = self._inqueue._writer._cache
         tasks = tasks_of_map(self._family, mapper, func, items, chunksize, cache)
+        callback, error_callback = _survived(callback), _survived(error_callback)
         result = self._map_result(self, chunksize, len(items), callback, error_callback)
         tasks.job = result._job
         self._taskqueue.put((tasks, None))
@@ -217,6 +219,22 @@ class ApplyResultMixin(StockApplyResult):
             # As concurrent.futures does: the exception has, by its traceback, this frame, which
             # would have the result, which has the exception; and the frames of all that call us.
             del self
+
+
+def _survived(callback: Function | None) -> Function | None:
+    """*callback*; what it raises is reported as of a thread, and does not end that of the results:
+    no job would be done from then on, that of the callback included."""
+    if callback is None:
+        return None
+
+    def call(value: Any) -> None:
+        try:
+            callback(value)
+        except BaseException:
+            thread = threading.current_thread()
+            threading.excepthook(threading.ExceptHookArgs((*sys.exc_info(), thread)))
+
+    return call
 
 
 def _join(thread: threading.Thread) -> None:

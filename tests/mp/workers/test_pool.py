@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,27 @@ def test_every_way_to_ask(package: str) -> None:
         assert pool.map(len, []) == []
         pool.close()
         pool.join()
+
+
+def test_a_callback_that_raises_stops_nobody(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(threading, "excepthook", lambda args: said.append(str(args.exc_value)))
+
+    def fail(value: Any) -> None:
+        raise SystemExit(f"not {value}")
+
+    with get_context("fork", backend=package).Pool(1) as pool:
+        assert pool.apply_async(abs, (-1,), callback=fail).get(30) == 1
+        assert pool.map_async(abs, [-2], callback=fail).get(30) == [2]
+        with pytest.raises(TypeError):
+            pool.apply_async(len, (3,), error_callback=fail).get(30)
+        with pytest.raises(TypeError):
+            pool.map_async(len, [4], error_callback=fail).get(30)
+        assert pool.apply(abs, (-5,)) == 5
+        pool.close()
+        pool.join()
+    error = "object of type 'int' has no len()"
+    assert said == ["not 1", "not [2]", f"not {error}", f"not {error}"]
 
 
 def test_imap_pickles_each_item_when_it_is_drawn(package: str) -> None:
