@@ -5,7 +5,8 @@ on, in a memfd that the receiver maps (fdshare/mp/pickling/large.py). The receiv
 pages that it had not touched would cost it nothing.
 
 One child has a side of a channel, and a worker: *argument* goes to the worker, *result* comes from
-it, and a Queue and a Pipe lead to it. array_peers.py has other ways to hand over an array.
+it, and a Queue and a Pipe lead to it. array_floor.py has the bare system calls of a Pipe, and
+array_peers.py other ways to hand over an array.
 
 After install() the stock channels carry the descriptor of what `shared_copy` makes of an array. The
 time to make that is measured, too.
@@ -24,7 +25,7 @@ from time import perf_counter
 from typing import Any, TypeAlias
 
 import fdshare
-from benchmarks import array_peers
+from benchmarks import array_floor, array_peers
 from benchmarks.measure import FEW_ROUNDS, Bench
 from benchmarks.processes import in_child
 from benchmarks.small_tasks import SIDES, context_of
@@ -40,6 +41,7 @@ LARGEST = 512 * MIB  # through a queue alone, because the stock one takes second
 GOALS = {64 * KIB: 1.0, MIB: 0.5, 8 * MIB: 0.25, 64 * MIB: 0.25, LARGEST: 0.25}
 ROUNDS = {64 * MIB: 7, LARGEST: 3}
 INSTALLED = "shared_copy() after install()"  # in the stock channels
+BARE = "bare system calls of a"  # what array_floor.py says
 
 # Has a worker read an item, and returns what `read` returns; or has it make one, and reads that.
 Hand: TypeAlias = Callable[[str, int], float]
@@ -66,8 +68,22 @@ def run(bench: Bench) -> None:
                 row.what, row.against = (f"{who} {channel}, {shown(kind, size)}" for who in SIDES)
         if channel == "Queue":
             memory(bench, sides)
+    floor(bench)
     shared_copies(bench)
     array_peers.run(bench)
+
+
+def floor(bench: Bench) -> None:
+    """How near a Pipe is to the system calls that it makes."""
+    sides: dict[str, Any] = {
+        who: bench.keep(in_child(partial(handing, who, "Pipe"))) for who in (BARE, *SIDES)
+    }
+    for size in (MIB, 8 * MIB) if bench.plan.scale == 1 else (MIB,):
+        runs = {who: partial(side, "array", size) for who, side in sides.items()}
+        times = bench.alternate(runs, rounds=FEW_ROUNDS)
+        for pair in (BARE, "stock"), ("fdshare", BARE):
+            row = bench.ratio(times, *pair)
+            row.what, row.against = (f"{who} Pipe, {shown('array', size)}" for who in pair)
 
 
 def shared_copies(bench: Bench) -> None:
@@ -159,6 +175,10 @@ def queue(who: str) -> Iterator[tuple[Hand, Callable[[], int]]]:
 
 @contextmanager
 def pipe(who: str) -> Iterator[tuple[Hand, Callable[[], int]]]:
+    if who == BARE:
+        with array_floor.bare(read) as hand:
+            yield lambda kind, size: hand(item(kind, size)), os.getpid
+        return
     context = context_of(who, "multiprocessing", "fork")
     ours, theirs = context.Pipe()
     send = putting(who, ours.send)
