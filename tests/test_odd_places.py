@@ -167,6 +167,9 @@ def test_a_server_alone_works_without_proc() -> None:
         "with fdshare.Manager(keeper=False) as manager:\n"
         '    manager.register("a", near); manager.fetch("a").close(); manager.take("a").close()\n'
         '    manager.register("b", os.pipe()[0]); print(manager.info("b").descriptors[0].type)\n'
+        "    with fdshare.connect(manager.address) as client:\n"
+        '        client.register("c", near, lifetime="connection")\n'
+        '    while "c" in manager.names(): pass\n'
         "near.close(); far.close()"
     )
     done = without_proc(code)

@@ -130,16 +130,22 @@ def _target(fd: int) -> str:
 
 
 def is_socket(fd: int) -> bool:
-    """True for a socket of any kind. Asks no socket: getsockname(2) of a TCP socket waits for a
-    write(2) on it that waits for memory."""
-    return _target(fd).startswith("socket:")
+    """True for a socket of any kind. Asks no socket where there is a /proc: getsockname(2) of a
+    TCP socket waits for a write(2) on it that waits for memory."""
+    target = _target(fd)
+    if target:
+        return target.startswith("socket:")
+    try:
+        view_of(fd).detach()
+    except OSError:
+        return False
+    return True
 
 
 def _can_hang_up(fd: int) -> bool:
-    target = _target(fd)
-    if target.startswith("socket:"):
+    if is_socket(fd):
         return _has_connections(fd)
-    return target.startswith("pipe:") or _is_pidfd(fd)
+    return _target(fd).startswith("pipe:") or _is_pidfd(fd)
 
 
 def _has_connections(fd: int) -> bool:
