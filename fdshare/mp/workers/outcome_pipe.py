@@ -29,6 +29,7 @@ import socket
 import struct
 from collections.abc import Callable
 from contextlib import suppress
+from types import BuiltinFunctionType
 from typing import Any, Final, TypeAlias
 
 from fdshare.kernel import system
@@ -183,10 +184,13 @@ class OutcomePipe:
     def _read(self) -> None:
         """Waits for the pipe, and where something is late for the stream, too."""
         assert self._reader is not None
-        if self._due is not None:
+        # In place of poll(2) gevent has a function that lets other green threads run meanwhile. It
+        # has none in place of read(2).
+        if self._due is not None or type(select.poll) is not BuiltinFunctionType:
             ready = select.poll()
-            for end in self._reader, self._stream_reader:
-                ready.register(end.fileno(), select.POLLIN)
+            ready.register(self._reader.fileno(), select.POLLIN)
+            if self._due is not None:
+                ready.register(self._stream_reader.fileno(), select.POLLIN)
             if self._reader.fileno() not in dict(ready.poll()):
                 return
         more = _read(self._reader._handle, _CHUNK)
