@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import atexit
 import os
+import select
 import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, ClassVar, Final, NoReturn, Protocol
 
+from fdshare.kernel import system
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.kernel.plain_socket import stream_pair
 from fdshare.kernel.process_limit import too_many, why_not_forked
@@ -33,6 +36,8 @@ __all__ = ["START_FAILED", "ForkPopenMixin", "PopenMixin", "ProcessMixin"]
 # What starting a process may raise now, and not when it is tried again: for want of processes,
 # descriptors or memory; EOFError where the fork server has died.
 START_FAILED: Final = (OSError, EOFError)
+# Milliseconds that a fork server may take to end after it has said so.
+_MOMENT: Final = 5000
 
 
 class ForkPopenMixin(StockPopen):
@@ -117,8 +122,19 @@ class PopenMixin(StockPopen):
             super()._launch(stand_in)  # type: ignore[arg-type]
         except EOFError:
             # It dies of an error of fork(2), which it prints.
+            self._await_end_of_fork_server()
             why = f"the fork server died before it started the process; perhaps {too_many()}"
             raise EOFError(why) from None
+
+    def _await_end_of_fork_server(self) -> None:
+        """Else the next start might be refused, which makes another one where this one is dead."""
+        module: Any = self._family.popen_forkserver
+        pid = module.forkserver._forkserver._forkserver_pid
+        if system.HAS_PIDFD and pid is not None:
+            with suppress(ProcessLookupError), Descriptor(os.pidfd_open(pid)) as pidfd:
+                ended = select.poll()
+                ended.register(pidfd.fileno(), select.POLLIN)
+                ended.poll(_MOMENT)
 
     def _reap(self) -> None:
         """Ends a child that was started and will not get its Process: nobody else waits for it."""
