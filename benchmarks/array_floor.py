@@ -82,5 +82,7 @@ def _answer(sock: socket.socket, read: Callable[[Any], float]) -> bool:
     (fd,) = array.array("i", ancillary[0][2])
     mapped = private_map(fd, 0, size)
     os.close(fd)
-    sock.send(_ANSWER.pack(read(numpy.frombuffer(mapped))))
+    number = read(numpy.frombuffer(mapped))
+    del mapped  # before the answer: now the sender can lock the next description
+    sock.send(_ANSWER.pack(number))
     return True
