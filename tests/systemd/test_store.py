@@ -107,7 +107,7 @@ def test_what_is_beyond_the_limit_is_told(service: Service) -> None:
     store = service.stats().store
     assert store is not None
     assert (store.descriptors, store.limit, store.missing) == (5, 5, 3)
-    assert "'n3' is not in the store" in service.log()
+    wait_until(lambda: "'n3' is not in the store" in service.log(), "the line of 'n3'")
     assert "FileDescriptorStoreMax" in run("fdshare", "doctor").stdout
     # Room that appears is used, and a replacement has that of what it replaces.
     with service.client() as client:
@@ -147,7 +147,7 @@ def test_what_a_lower_limit_drops_is_known_after_a_reload(service: Service) -> N
 def test_a_unit_without_a_store_says_so(service: Service) -> None:
     service.dropin("FileDescriptorStoreMax=0")
     registered(service, 2)
-    assert "FileDescriptorStoreMax= is 0" in service.log()
+    wait_until(lambda: "FileDescriptorStoreMax= is 0" in service.log(), "the reason")
     assert missing(service) == ["n0", "n1"]
 
 

@@ -48,7 +48,7 @@ def test_a_restart_with_a_bad_policy_serves_root_alone(service: Service) -> None
     service.restart()
     assert service.table() == before
     assert "alow" in service.stats().notes["policy"]
-    assert "alow" in service.log()
+    wait_until(lambda: "alow" in service.log(), "the reason")
     refused = run(
         "setpriv", f"--reuid={NOBODY}", "--clear-groups", "fdshare", "ls", "--path", SOCKET
     )
