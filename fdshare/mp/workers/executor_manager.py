@@ -13,11 +13,9 @@ from multiprocessing.connection import wait
 from typing import Any, Final
 
 from fdshare.mp.stock import Function, StockExecutorManager, executor_module
-from fdshare.mp.workers.process import START_FAILED
+from fdshare.mp.workers.process import START_FAILED, START_PAUSE
 
 __all__ = ["ManagerThreadMixin", "adopt_thread"]
-
-PAUSE: Final = 0.1  # seconds between two attempts to start a worker
 
 Awaited = tuple[Any, bool, list[str] | None]
 
@@ -58,7 +56,7 @@ class ManagerThreadMixin(StockExecutorManager):
             try:
                 self._start_worker()
             except START_FAILED:
-                if wait(self._awaited(), PAUSE):
+                if wait(self._awaited(), START_PAUSE):
                     break
             except Exception as error:
                 return None, True, traceback.format_exception(error)

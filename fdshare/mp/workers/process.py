@@ -31,11 +31,12 @@ from fdshare.mp.stock import Duplicate, StockPopen, StockProcess
 if TYPE_CHECKING:
     from fdshare.mp.workers.executor_queues import CallQueueMixin
 
-__all__ = ["START_FAILED", "ForkPopenMixin", "PopenMixin", "ProcessMixin"]
+__all__ = ["START_FAILED", "START_PAUSE", "ForkPopenMixin", "PopenMixin", "ProcessMixin"]
 
 # What starting a process may raise now, and not when it is tried again: for want of processes,
 # descriptors or memory; EOFError where the fork server has died.
 START_FAILED: Final = (OSError, EOFError)
+START_PAUSE: Final = 0.1  # seconds until a pool or an executor tries again
 # Milliseconds that a fork server may take to end after it has said so.
 _MOMENT: Final = 5000
 

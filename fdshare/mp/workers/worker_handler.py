@@ -7,18 +7,16 @@ starting a process. Nobody replaces a worker then, and the pool waits for ever.
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Any, ClassVar, Final
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from fdshare.mp.family import Family
 from fdshare.mp.stock import StockConnection, StockPool
-from fdshare.mp.workers.process import START_FAILED
+from fdshare.mp.workers.process import START_FAILED, START_PAUSE
 
 if TYPE_CHECKING:
     import queue
 
 __all__ = ["LastJob", "WorkerHandlerMixin"]
-
-PAUSE: Final = 0.1  # seconds between two attempts to start workers
 
 
 class WorkerHandlerMixin(StockPool):
@@ -57,7 +55,7 @@ class WorkerHandlerMixin(StockPool):
             except START_FAILED as error:
                 if pause is None:
                     cls._family.util.info("no worker can be started: %s", error)
-                pause = PAUSE
+                pause = START_PAUSE
             awaited = [*cls._get_worker_sentinels(pool), *sentinels]
             cls._wait_for_updates(awaited, change_notifier, pause)
         taskqueue.put(None)  # the end of the workers
