@@ -3,7 +3,8 @@
 python tests/platforms.py run LOG SUITE [METHOD]   # with this interpreter
 python tests/platforms.py table LOG...             # rows of the same Python, suite and method
                                                    # are replaced, the others stay
-python tests/platforms.py repeats LOG...           # the table of repeats, of these logs alone
+python tests/platforms.py repeats LOG...           # counts these runs in the table of repeats, so
+                                                   # each log once
 """
 
 from __future__ import annotations
@@ -130,8 +131,12 @@ def rows_of(page: str) -> list[Row]:
 
 def order(row: Row) -> tuple[list[int], str, int, str]:
     """By version, suite and method, in the order of SUITES."""
-    version = [int(number) for number in re.findall(r"\d+", row.python)]
-    return version, row.python, list(SUITES).index(row.suite), row.method
+    return numbers(row.python), row.python, list(SUITES).index(row.suite), row.method
+
+
+def numbers(python: str) -> list[int]:
+    """Those of a version."""
+    return [int(number) for number in re.findall(r"\d+", python)]
 
 
 def with_rows(page: str, new: Iterable[Row]) -> str:
@@ -148,9 +153,37 @@ def failures(log: str) -> set[str]:
     return set(re.findall(r"^(?:FAILED|ERROR) (\S+(?: \S+)*?)(?: - .*)?$", log, re.MULTILINE))
 
 
-def repeats(logs: Iterable[str]) -> list[str]:
-    """The lines of the table of repeats. Raises: ValueError: a log did not come to its end."""
-    runs: dict[str, list[set[str]]] = {}
+class Repeats(NamedTuple):
+    """A row of the table of repeats: the runs of the whole suite under one Python."""
+
+    runs: int
+    green: int
+    often: Counter[str]  # in how many of them each test failed
+
+    def and_one(self, failed: set[str]) -> Repeats:
+        """With one more run, in which these tests failed."""
+        return Repeats(self.runs + 1, self.green + (not failed), self.often + Counter(failed))
+
+
+def repeats_of(page: str) -> dict[str, Repeats]:
+    """Those that the page has, by Python."""
+    found = {}
+    for line in page.partition(f"{REPEATS_HEAD}\n{REPEATS_LINE}\n")[2].splitlines():
+        if not line.startswith("|"):
+            break
+        python, runs, green, names = line.strip("| ").split(" | ", 3)
+        tests = re.findall(r"`(.*?)` (\d+)", names.replace("\\|", "|"))
+        often = Counter({test: int(count) for test, count in tests})
+        found[python] = Repeats(int(runs), int(green), often)
+    return found
+
+
+def with_repeats(page: str, logs: Iterable[str]) -> str:
+    """The page with the runs of the logs counted, too.
+
+    Raises: ValueError: a log is of another suite, or did not come to its end.
+    """
+    rows = repeats_of(page)
     for log in logs:
         row = row_of(log)
         if row.suite != "whole":
@@ -158,22 +191,17 @@ def repeats(logs: Iterable[str]) -> list[str]:
         found = failures(log)
         if bool(found) != bool(row.failed):
             raise ValueError(f"{row.failed} tests failed, and {len(found)} have a name in the log")
-        runs.setdefault(row.python, []).append(found)
-    lines = []
-    for python in sorted(runs, key=lambda text: [int(n) for n in re.findall(r"\d+", text)]):
-        often = Counter(test for failed in runs[python] for test in failed)
-        names = "; ".join(f"`{test}` {count}" for test, count in sorted(often.items()))
-        names = names.replace("|", "\\|")  # it would end the cell
-        green = sum(not failed for failed in runs[python])
-        lines.append(f"| {python} | {len(runs[python])} | {green} | {names or 'nothing'} |\n")
-    return lines
-
-
-def with_repeats(page: str, lines: Iterable[str]) -> str:
-    """The page with them in the place of those that it has."""
+        rows[row.python] = rows.get(row.python, Repeats(0, 0, Counter())).and_one(found)
     before, _, rest = page.partition(f"{REPEATS_HEAD}\n{REPEATS_LINE}\n")
     after = re.sub(r"\A(\|.*\n)*", "", rest)
+    lines = [line_of(python, rows[python]) for python in sorted(rows, key=numbers)]
     return f"{before}{REPEATS_HEAD}\n{REPEATS_LINE}\n{''.join(lines)}{after}"
+
+
+def line_of(python: str, repeats: Repeats) -> str:
+    names = "; ".join(f"`{test}` {count}" for test, count in sorted(repeats.often.items()))
+    names = names.replace("|", "\\|")  # it would end the cell
+    return f"| {python} | {repeats.runs} | {repeats.green} | {names or 'nothing'} |\n"
 
 
 def main(words: list[str]) -> int:
@@ -182,7 +210,7 @@ def main(words: list[str]) -> int:
     logs = [Path(log).read_text() for log in words[1:]]
     page = PAGE.read_text()
     if words[0] == "repeats":
-        PAGE.write_text(with_repeats(page, repeats(logs)))
+        PAGE.write_text(with_repeats(page, logs))
     else:
         PAGE.write_text(with_rows(page, map(row_of, logs)))
     return 0

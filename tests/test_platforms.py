@@ -47,31 +47,41 @@ def test_the_page_is_as_the_script_makes_it() -> None:
     page = platforms.PAGE.read_text()
     assert platforms.rows_of(page)
     assert platforms.with_rows(page, []) == page
-    assert page.count(f"{platforms.REPEATS_HEAD}\n{platforms.REPEATS_LINE}\n| 3.") == 1
+    assert platforms.repeats_of(page)
+    assert platforms.with_repeats(page, []) == page
 
 
-def test_repeats_are_counted() -> None:
+EMPTY = f"a\n\n{platforms.REPEATS_HEAD}\n{platforms.REPEATS_LINE}\n\nb\n"
+
+
+def rows(page: str) -> str:
+    """Those of the table of repeats, in a page that was EMPTY."""
+    before, after = EMPTY.split("\n\nb")
+    assert page.startswith(before + "\n")
+    assert page.endswith("\n\nb" + after)
+    return page.removeprefix(before + "\n").removesuffix("\nb" + after)
+
+
+def test_repeats_are_added() -> None:
     head = json.dumps(HEAD)
     green = f"{head}\n7 passed in 1.00s\n"
     red = f"{head}\nFAILED tests/a.py::b[c d] - x - y\nERROR tests/a.py::e\n2 failed in 1.00s\n"
     once = f"{head}\nFAILED tests/a.py::b[c d]\nFAILED tests/a.py::f[|]\n2 failed in 1.00s\n"
-    assert platforms.repeats([green, red, once]) == [
+    other = f"{json.dumps({**HEAD, 'python': '3.9.1'})}\n7 passed in 1.00s\n"
+    page = platforms.with_repeats(EMPTY, [green])
+    assert rows(page) == "| 3.15.2 | 1 | 1 | nothing |\n"
+    page = platforms.with_repeats(page, [red, other])
+    page = platforms.with_repeats(page, [once])
+    assert rows(page) == (
+        "| 3.9.1 | 1 | 1 | nothing |\n"
         "| 3.15.2 | 3 | 1 | `tests/a.py::b[c d]` 2; `tests/a.py::e` 1; `tests/a.py::f[\\|]` 1 |\n"
-    ]
-    assert platforms.repeats([green]) == ["| 3.15.2 | 1 | 1 | nothing |\n"]
+    )
+    assert platforms.with_repeats(page, []) == page
 
 
 def test_repeats_are_of_the_whole_suite() -> None:
     other = json.dumps({**HEAD, "suite": "mp"})
     with pytest.raises(ValueError, match="a run of mp"):
-        platforms.repeats([f"{other}\n7 passed in 1.00s\n"])
+        platforms.with_repeats(EMPTY, [f"{other}\n7 passed in 1.00s\n"])
     with pytest.raises(ValueError, match="1 tests failed, and 0 have a name"):
-        platforms.repeats([f"{json.dumps(HEAD)}\n1 failed in 1.00s\n"])
-
-
-def test_repeats_take_the_place_of_the_former() -> None:
-    page = f"a\n\n{platforms.REPEATS_HEAD}\n{platforms.REPEATS_LINE}\n| 1 |\n\nb\n"
-    page = platforms.with_repeats(page, ["| 2 |\n"])
-    assert page == platforms.with_repeats(page, ["| 2 |\n"])
-    assert page.startswith("a\n\n")
-    assert page.endswith("|\n| 2 |\n\nb\n")
+        platforms.with_repeats(EMPTY, [f"{json.dumps(HEAD)}\n1 failed in 1.00s\n"])
