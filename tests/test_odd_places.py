@@ -174,3 +174,16 @@ def test_a_server_alone_works_without_proc() -> None:
     )
     done = without_proc(code)
     assert (done.stdout, done.stderr) == ("pipe\n", "")
+
+
+def test_a_program_in_the_background_without_proc_is_refused() -> None:
+    code = (
+        "import fdshare, subprocess, sys\n"
+        "with fdshare.Manager(keeper=False) as manager:\n"
+        '    command = [sys.executable, "-m", "fdshare", "run", "--path", manager.address]\n'
+        '    words = ["--notify", "--detach", "web=tcp://127.0.0.1:0", "--", "sleep", "9"]\n'
+        "    print(subprocess.run([*command, *words]).returncode, manager.names())"
+    )
+    done = without_proc(code)
+    assert "background is not available here: no /proc: mount it" in done.stderr
+    assert done.stdout == "1 ['web']\n"

@@ -186,7 +186,7 @@ def table_lines(
     """The lines of a table that is at most *width* wide, if its columns can be shortened so far."""
     clean = [[printable(cell) for cell in row] for row in rows]
     widths = [
-        max([len(column.title), *(len(row[at]) for row in clean)])
+        max([len(column.title), *(_cells(row[at]) for row in clean)])
         for at, column in enumerate(columns)
     ]
     if width is not None:
@@ -215,11 +215,31 @@ def _line(
 ) -> str:
     shown = []
     for column, width, cell in zip(columns, widths, cells, strict=True):
-        text = cell if len(cell) <= width else cell[: width - 1] + "…"
-        text = text.rjust(width) if column.right else text.ljust(width)
+        text = _fitted(cell, width, column.right)
         if style == "title":
             text = click.style(text, bold=True)
         elif style == "row" and column.colour:
             text = click.style(text, fg=column.colour)
         shown.append(text)
     return "  ".join(shown).rstrip()
+
+
+def _cells(text: str) -> int:
+    """How many cells of a terminal it takes: a character of Chinese takes two."""
+    if text.isascii():
+        return len(text)
+    from rich.cells import cell_len
+
+    return cell_len(text)
+
+
+def _fitted(text: str, width: int, right: bool) -> str:
+    """It in *width* cells, shortened or padded."""
+    padding = " " * (width - _cells(text))
+    if _cells(text) <= width:
+        return padding + text if right else text + padding
+    if text.isascii():
+        return text[: width - 1] + "…"
+    from rich.cells import set_cell_size
+
+    return set_cell_size(text, width - 1) + "…"

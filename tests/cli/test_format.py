@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from rich.cells import cell_len
 
 from fdshare.cli.format import (
     Column,
@@ -91,6 +92,19 @@ def test_a_table_fits_the_terminal() -> None:
         assert max(map(len, lines)) <= width
         assert lines[1].endswith("123456")
         assert ("…" in lines[1]) is (width < 150)
+
+
+def test_a_wide_character_takes_two_cells() -> None:
+    assert table_lines(COLUMNS, [["新网站", "tcp", "7"], ["größe", "udp", "8"]], None, False) == [
+        "NAME    WHAT  N",
+        "新网站  tcp   7",
+        "größe   udp   8",
+    ]
+    for width in range(21, 40):
+        (_, line) = table_lines(COLUMNS, [["网" * 9, "w" * 9, "7"]], width, False)
+        assert cell_len(line) <= width
+        assert line.endswith(" 7")
+        assert ("…" in line) is (width < 32)
 
 
 def test_the_terminal_obeys_no_name() -> None:

@@ -29,6 +29,7 @@ from fdshare.cli.support.notify_helper import (
 )
 from fdshare.cli.support.notify_store import stored
 from fdshare.cli.support.program_group import GRACE, end_group
+from fdshare.errors import UnsupportedPlatform
 from fdshare.kernel.ancillary import close_all
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.printable import printable
@@ -93,7 +94,12 @@ class Detached:
     ) -> Self:
         """The program, just started: with a NOTIFY_SOCKET, what it stored, its output in *output*,
         and nothing else of this process. The caller owns the result. Raises: OSError,
-        click.BadParameter."""
+        click.BadParameter; UnsupportedPlatform: there is no /proc."""
+        if not os.path.exists("/proc/self/fd"):
+            # What lists what we have open, and the processes of a program that is to end.
+            raise UnsupportedPlatform(
+                "a program in the background", "no /proc: mount it, or run it in the foreground"
+            )
         take_ready_fd(ready_fd)
         kept = stored(client, service)
         launch.passed += kept
