@@ -13,6 +13,8 @@ from setuptools import setup
 from setuptools.command.sdist import sdist
 
 HERE = Path(__file__).parent
+# A wheel has the modes of files that are made here, whatever they are in the sdist.
+os.umask(0o022)
 
 
 def index_page() -> str:

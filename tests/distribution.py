@@ -22,10 +22,11 @@ ROOT = Path(__file__).parent.parent
 EPOCH = "1700000000"
 
 
-def build(source: Path, folder: Path) -> dict[str, str]:
-    """Builds both; file -> hash."""
+def build(source: Path, folder: Path, umask: int) -> dict[str, str]:
+    """Builds both, under *umask*; file -> hash."""
     command = [sys.executable, "-m", "build", "--quiet", "--outdir", folder, source]
-    subprocess.run(command, env={**os.environ, "SOURCE_DATE_EPOCH": EPOCH}, check=True)
+    env = {**os.environ, "SOURCE_DATE_EPOCH": EPOCH}
+    subprocess.run(command, env=env, umask=umask, check=True)
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
 
 
@@ -71,8 +72,8 @@ def faults(folder: Path) -> Iterator[str]:
 def main(folder: Path) -> int:
     """Builds into *folder*, and once more elsewhere; the exit status."""
     with tempfile.TemporaryDirectory() as place:
-        first = build(ROOT, folder)
-        second = build(copy_of_the_source(Path(place, "source")), Path(place, "built"))
+        first = build(ROOT, folder, 0o022)
+        second = build(copy_of_the_source(Path(place, "source")), Path(place, "built"), 0o077)
     found = list(faults(folder))
     if first != second:
         found.append(f"two builds differ: {first} and {second}")
