@@ -13,6 +13,7 @@ import os
 import select
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, ClassVar, Final, NoReturn, Protocol
@@ -27,6 +28,7 @@ from fdshare.mp.family import Family
 from fdshare.mp.pickling.bundle import Reduced
 from fdshare.mp.pickling.reducers import dumps
 from fdshare.mp.stock import Duplicate, StockPopen, StockProcess
+from fdshare.server.imports import import_lazy
 
 if TYPE_CHECKING:
     from fdshare.mp.workers.executor_queues import CallQueueMixin
@@ -37,6 +39,10 @@ __all__ = ["START_FAILED", "START_PAUSE", "ForkPopenMixin", "PopenMixin", "Proce
 # descriptors or memory; EOFError where the fork server has died.
 START_FAILED: Final = (OSError, EOFError)
 START_PAUSE: Final = 0.1  # seconds until a pool or an executor tries again
+# A worker that has no descriptor left can import nothing. Without the module that CPython 3.15
+# imports to format its first traceback, it would end, and its pool wait for what a call has raised.
+traceback.StackSummary.from_list([("", 1, "", "")]).format()
+_ALL_LAZY: Final = sys.version_info >= (3, 15) and sys.get_lazy_imports() == "all"
 # Milliseconds that a fork server may take to end after it has said so.
 _MOMENT: Final = 5000
 
@@ -205,6 +211,11 @@ class ProcessMixin(StockProcess):
             super().start()
         except BlockingIOError as error:
             raise BlockingIOError(error.errno, why_not_forked(error)) from None
+
+    def _bootstrap(self, parent_sentinel: int | None = None) -> int:
+        if _ALL_LAZY:
+            import_lazy()
+        return super()._bootstrap(parent_sentinel)
 
 
 def _adopt_executor_queue(process: ProcessMixin) -> None:

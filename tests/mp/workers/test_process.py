@@ -54,6 +54,57 @@ def test_what_cannot_be_pickled_is_raised_by_start(package: str, method: str) ->
         assert open_now() == before
 
 
+# Calls of workers that have no descriptor left.
+AT_THE_LIMIT = """\
+import os, resource, sys
+from fdshare import ProcessPoolExecutor, get_context
+
+def fill():
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+    try:
+        while True:
+            os.open(os.devnull, os.O_RDONLY)
+    except OSError:
+        pass
+
+def fails():
+    raise ValueError("as it was raised")
+
+def main(package, method):
+    context = get_context(method, backend=package)
+    with context.Pool(1) as pool, ProcessPoolExecutor(1, context) as executor:
+        for call in pool.apply, lambda function: executor.submit(function).result():
+            call(fill)
+            try:
+                call(fails)
+            except ValueError as error:
+                print(error, "in fails" in str(error.__cause__))
+"""
+lazy = pytest.mark.skipif(sys.version_info < (3, 15), reason="no lazy imports before Python 3.15")
+
+
+@pytest.mark.parametrize("imports", ["normal", pytest.param("all", marks=lazy)])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_worker_without_descriptors_says_what_was_raised(
+    package: str, method: str, imports: str, tmp_path: Path
+) -> None:
+    (tmp_path / "at_the_limit.py").write_text(AT_THE_LIMIT)
+    code = f"import at_the_limit; at_the_limit.main({package!r}, {method!r})"
+    root = Path(__file__).parents[3]
+    said = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        env={
+            **os.environ,
+            "PYTHONPATH": f"{tmp_path}{os.pathsep}{root}",
+            "PYTHON_LAZY_IMPORTS": imports,
+        },
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (said.stdout, said.stderr) == ("as it was raised True\n" * 2, "")
+
+
 def test_a_child_that_ends_before_it_has_its_arguments(package: str, tmp_path: Path) -> None:
     program = tmp_path / "ends.py"
     program.write_text(
