@@ -13,6 +13,7 @@ from breaking import state
 from conftest import wait_until
 
 from fdshare import get_context
+from fdshare.kernel import system
 from fdshare.mp.backends import backend_of
 from fdshare.mp.channels.framing import LENGTH
 from fdshare.mp.pickling.bundle import Bundle
@@ -110,6 +111,19 @@ def test_all_that_is_in_the_pipe_is_one_read(outcomes: Outcomes) -> None:
     assert outcomes.take() == (0, 0)
     assert not outcomes.pipe._reader.poll()
     assert [outcomes.take() for _ in range(499)] == [(n, n) for n in range(1, 500)]
+
+
+@pytest.mark.skipif(system.SET_PIPE_SIZE is None, reason="pipes have one size here")
+def test_workers_need_not_wait_for_a_pool_that_is_busy(outcomes: Outcomes) -> None:
+    """A part takes a page, and a pipe has 16 of them if nobody asks for more."""
+    sent = [(index, bytes(LONGEST - 100)) for index in range(12)]
+
+    def run() -> None:
+        for index, value in sent:
+            outcomes.put(index, value)
+        assert [outcomes.take() for _ in sent] == sent
+
+    ends(run)
 
 
 def test_what_a_read_has_cut_is_put_together(
