@@ -257,6 +257,21 @@ def quiet(connection: socket.socket) -> None:
                 connection.sendall(frame(m.Event(2, "registered", "y", 2)))
 
 
+def deaf_to_watches(connection: socket.socket) -> None:
+    for _, request in requests(connection):
+        if type(request) is m.Hello:
+            connection.sendall(frame(WELCOME))
+
+
+def test_a_watch_says_how_long_it_has_waited(stranger: Callable[..., Stranger]) -> None:
+    with (
+        Client(stranger(deaf_to_watches).address, timeout=0.3) as client,
+        client.watch() as watch,
+        pytest.raises(ServerTimeout, match=r"did not answer within 0\.3 s"),
+    ):
+        next(watch)
+
+
 @pytest.mark.parametrize(
     ("behave", "held"),
     [(silent_after_a_snapshot, {"x": 2}), (lambda: quiet, {"x": 1, "y": 2})],
@@ -266,7 +281,7 @@ def test_a_watch_gives_up_a_connection_without_answers(
     stranger: Callable[..., Stranger], behave: Callable[[], Any], held: dict[str, int]
 ) -> None:
     """A server that hangs in its end will never tell it that it has ended."""
-    with Client(stranger(behave()).address, timeout=0.5) as client, client.watch() as watch:
+    with Client(stranger(behave()).address, timeout=1.5) as client, client.watch() as watch:
         next(watch)
         assert watch.held == {"x": 1}
         next(watch)
@@ -288,7 +303,7 @@ def test_an_asynchronous_watch_gives_it_up_too(
     address = stranger(behave()).address
 
     async def main() -> None:
-        async with fdshare.aio.connect(address, timeout=0.5) as client, client.watch() as watch:
+        async with fdshare.aio.connect(address, timeout=1.5) as client, client.watch() as watch:
             await anext(watch)
             assert watch.held == {"x": 1}
             await anext(watch)

@@ -78,7 +78,7 @@ class Watcher:
                 raise WatchTimeout(self.pattern, self.timeout or 0.0) from None
             if not self._state.live:
                 self._connection.close()
-                raise
+                raise ServerTimeout(self._client.address, patience or 0.0) from None
             self._look_after()
             return
         self._heard_at, self._doubted = time.monotonic(), False
