@@ -54,15 +54,15 @@ def as_limit(error: BaseException, whose: Whose = "sender") -> BaseException:
 
 
 @contextmanager
-def first_use() -> Iterator[None]:
-    """For a client's import of what few programs use.
+def first_use(whose: Whose = "client") -> Iterator[None]:
+    """For an import of what few programs use.
 
     Raises: DescriptorLimit: none is free to read the module's file with.
     """
     try:
         yield
     except OSError as error:
-        raise as_limit(error, "client") from None
+        raise as_limit(error, whose) from None
 
 
 def raise_descriptor_limit() -> int:

@@ -11,6 +11,8 @@ from contextlib import suppress
 from functools import cache
 from typing import Any, Final
 
+from fdshare.kernel.descriptor_limit import first_use
+
 __all__ = ["create_memfd", "create_memfd_into", "private_map", "shared_map"]
 
 # <linux/memfd.h>, Linux 6.3: never executable, which vm.memfd_noexec may require.
@@ -49,7 +51,8 @@ def private_map(fd: int, offset: int, size: int) -> mmap.mmap:
 
     *fd* is borrowed for the call, and the map keeps no duplicate, as a map of Python's does: who
     keeps a thousand maps does not need a thousand descriptors. It is unmapped when nothing refers
-    to it or to a view of it; the file must not shrink before. Raises: OSError of mmap(2).
+    to it or to a view of it; the file must not shrink before. Raises: OSError of mmap(2);
+    DescriptorLimit: before Python 3.13, the first map of a process imports ctypes.
     """
     return _map(fd, offset, size, mmap.MAP_PRIVATE)
 
@@ -69,7 +72,8 @@ def _map(fd: int, offset: int, size: int, flags: int) -> mmap.mmap:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         return mmap.mmap(fd, size, flags, _READ_WRITE, offset=offset, trackfd=False)
     mapping = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, _READ_WRITE)
-    map_over, errno_of = _libc_mmap()
+    with first_use("receiver"):
+        map_over, errno_of = _libc_mmap()
     if not map_over(mapping, size, flags, fd, offset):
         _broken.append(mapping)
         error = errno_of()

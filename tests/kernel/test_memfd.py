@@ -5,6 +5,8 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -53,6 +55,31 @@ def test_what_is_written_to_a_shared_map_is_in_the_file(pages: int) -> None:
 def test_on_a_kernel_that_populates_no_map(monkeypatch: pytest.MonkeyPatch, pages: int) -> None:
     monkeypatch.setattr("fdshare.kernel.memfd._POPULATE_WRITE", 1 << 20)
     assert shared_map(pages, 1)[:] == b"a"
+
+
+# The first map of a process, without a free descriptor, and again with some.
+FIRST_MAP = """\
+import os, resource
+from fdshare.errors import DescriptorLimit
+from fdshare.kernel.memfd import create_memfd, private_map
+memory = create_memfd("test")
+os.write(memory, b"a")
+limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (memory + 1, limits[1]))
+try:
+    print(private_map(memory, 0, 1)[:])
+except DescriptorLimit as error:
+    print(error.whose, error.limit == memory + 1)
+resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+print(private_map(memory, 0, 1)[:])
+"""
+
+
+def test_the_first_map_without_a_free_descriptor() -> None:
+    """Before Python 3.13 it imports ctypes."""
+    said = subprocess.run([sys.executable, "-c", FIRST_MAP], capture_output=True, text=True)
+    first = "b'a'" if sys.version_info >= (3, 13) else "receiver True"
+    assert (said.stdout, said.stderr) == (f"{first}\nb'a'\n", "")
 
 
 def test_a_map_keeps_no_descriptor(pages: int) -> None:
