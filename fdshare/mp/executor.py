@@ -8,6 +8,7 @@ queues, workers/executor_manager.py the thread, stock.py the private names that 
 from __future__ import annotations
 
 import concurrent.futures
+import queue
 import threading
 import weakref
 from collections.abc import Callable
@@ -61,6 +62,8 @@ class ProcessPoolExecutor(concurrent.futures.ProcessPoolExecutor):
     _manager_thread: Any
     _pending_work_items: dict[int, Any]
     _processes: Any
+    _queue_count: int
+    _work_ids: Any
     _shutdown_thread: bool
 
     def __init__(
@@ -78,6 +81,9 @@ class ProcessPoolExecutor(concurrent.futures.ProcessPoolExecutor):
         super().__init__(
             max_workers, context, start, tuple(held), max_tasks_per_child=max_tasks_per_child
         )
+        # A signal's handler that raises in Queue.put() may leave the queue locked, or an item that
+        # shutdown() waits for and nobody does. Nothing comes in between in this one.
+        self._work_ids = queue.SimpleQueue()
         semaphore = context.Semaphore(0) if system.HAS_SEM_GETVALUE else None
         adopt(context._classes.CallQueue, self._call_queue, semaphore)
         self._result_queue.close()
@@ -89,8 +95,8 @@ class ProcessPoolExecutor(concurrent.futures.ProcessPoolExecutor):
 
         Raises: whatever pickling raises; DescriptorLimit; as the standard one.
         """
-        queue: CallQueueMixin | None = self._call_queue  # None after shutdown()
-        cache = None if queue is None else queue._writer._cache
+        calls: CallQueueMixin | None = self._call_queue  # None after shutdown()
+        cache = None if calls is None else calls._writer._cache
         call = Call.of(self._family, (fn, args, kwargs), cache)
         bundle = call.bundle
         try:
@@ -106,8 +112,10 @@ class ProcessPoolExecutor(concurrent.futures.ProcessPoolExecutor):
 
     def _withdraw(self, call: Call) -> None:
         """Have a *call* that could not be submitted never run."""
-        for item in list(self._pending_work_items.values()):
+        for work_id, item in list(self._pending_work_items.items()):
             if item.fn is call:
+                # A signal's handler may have raised before it was counted.
+                self._queue_count = max(self._queue_count, work_id + 1)
                 item.future.cancel()
         call.close()
 

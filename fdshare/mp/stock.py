@@ -16,6 +16,7 @@ A parameter before a "/" is one that is passed by position only: its name may di
 from __future__ import annotations
 
 import importlib
+import weakref
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias, TypeVar
 
@@ -485,6 +486,8 @@ class StockExecutor:
     _executor_manager_thread: StockExecutorManager | None
     _processes: dict[int | None, _Process]  # the manager's processes
     _pending_work_items: dict[int, Any]
+    _work_ids: Any
+    _queue_count: int
     _shutdown_thread: bool
 
     def _adjust_process_count(self) -> None: ...
@@ -500,7 +503,7 @@ class StockExecutorManager(_Thread):
     max_tasks_per_child: int | None
     shutdown_lock: Any
     thread_wakeup: Any
-    executor_reference: Callable[[], StockExecutor | None]
+    executor_reference: weakref.ref[StockExecutor]
 
     def process_result_item(self, result_item: Any, /) -> None: ...
     def wait_result_broken_or_wakeup(self) -> tuple[Any, bool, list[str] | None]: ...

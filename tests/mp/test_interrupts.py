@@ -10,14 +10,17 @@ from __future__ import annotations
 import gc
 import os
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pickle import PickleBuffer
 from typing import Any, Final
 
 import pytest
+from conftest import wait_until
 
-from fdshare import get_context
+from fdshare import ProcessPoolExecutor, get_context
+from mp import children
 from mp.common import finish, identity, open_now, trackers  # noqa: F401
 from mp.interrupts import (  # noqa: F401
     Interrupt,
@@ -215,3 +218,18 @@ def test_put_may_be_called_during_put(
             instructions += channel.step
     gc.collect()
     assert channel.open_now() <= before
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 14), reason="a `with` may leave its lock locked")
+def test_an_executor_goes_on_after_a_submit(interrupter: Interrupter) -> None:
+    """The lock of the ids stayed locked, or an id was used twice."""
+    with ProcessPoolExecutor(1, get_context("fork")) as executor:
+        executor.submit(children.same, 0).result(60)
+        submit = lambda: executor.submit(children.same, "interrupted")  # noqa: E731
+        instructions, over = 1, False
+        while not over:
+            with handled_by(interrupt), suppress(Interrupt):
+                over = not interrupter.arrives(instructions, submit)
+            assert executor.submit(children.same, instructions).result(60) == instructions
+            wait_until(lambda: not executor._pending_work_items, "the end of all calls")
+            instructions += 1

@@ -8,7 +8,10 @@ Where a start fails it dies, or breaks the executor (3.14).
 
 from __future__ import annotations
 
+import sys
 import traceback
+import weakref
+from collections.abc import Callable
 from multiprocessing.connection import wait
 from typing import Any, Final
 
@@ -28,6 +31,25 @@ def adopt_thread(thread: StockExecutorManager, executor: Any) -> None:
     if thread.max_tasks_per_child is not None:  # else none is replaced, and it need not keep these
         thread._initializer = executor._initializer, executor._initargs
     thread._max_workers = executor._max_workers
+    collected = _before_the_end(thread.executor_reference.__callback__)
+    thread.executor_reference = weakref.ref(executor, collected)
+
+
+def _before_the_end(
+    callback: Callable[[weakref.ref[Any]], None],
+) -> Callable[[weakref.ref[Any]], None]:
+    """*callback*, which wakes the thread; at the end of the interpreter it does nothing.
+
+    It takes a lock, and the thread may have stopped with that if nobody has waited for it, because
+    of a Ctrl-C for instance.
+    """
+    is_finalizing = sys.is_finalizing  # of the closure, which keeps its names
+
+    def call(reference: weakref.ref[Any]) -> None:
+        if not is_finalizing():
+            callback(reference)
+
+    return call
 
 
 class ManagerThreadMixin(StockExecutorManager):

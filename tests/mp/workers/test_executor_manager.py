@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from concurrent.futures import Future
 from threading import Event
@@ -77,3 +79,22 @@ def test_a_callback_that_submits_starts_no_more_workers_than_there_may_be(packag
         assert done.wait(60)
         assert len([future.result(60) for future in later]) == 5
         assert len(executor._processes) <= 2
+
+
+# The thread has ended when it is acquired, and might as well have stopped there. (sys goes last.)
+STOPPED = """
+import atexit, sys
+import fdshare
+executor = fdshare.ProcessPoolExecutor(1, fdshare.get_context("fork", backend=sys.argv[1]))
+assert executor.submit(abs, -1).result(30) == 1
+sys.thread = executor._executor_manager_thread
+atexit.register(executor._shutdown_lock.acquire)
+"""
+
+
+def test_the_end_of_the_interpreter_waits_for_no_lock_of_the_thread(package: str) -> None:
+    """After a Ctrl-C while it waited for the thread, it waited for ever."""
+    done = subprocess.run(
+        [sys.executable, "-c", STOPPED, package], stderr=subprocess.PIPE, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, "")
