@@ -16,6 +16,7 @@ import os
 import secrets
 import socket
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any, ClassVar, Final
 
@@ -29,7 +30,7 @@ from fdshare.mp.channels.connection import (
 )
 from fdshare.mp.family import Family
 from fdshare.mp.pickling.bundle import Reduced
-from fdshare.mp.stock import Address, StockContext, StockManager
+from fdshare.mp.stock import Address, Function, StockContext, StockManager, StockProcess
 from fdshare.mp.workers.tasks import PATIENCE, PAUSE
 
 __all__ = ["ManagerConnectionMixin", "Serializer", "SyncManagerMixin", "register_serializer"]
@@ -141,6 +142,7 @@ class SyncManagerMixin(StockManager):
 
     _family: ClassVar[Family]
     _connection: ClassVar[type[ManagerConnectionMixin]]
+    _process: StockProcess | None
 
     def __init__(
         self,
@@ -154,3 +156,17 @@ class SyncManagerMixin(StockManager):
         if serializer == "pickle":
             serializer = register_serializer(self._connection)
         super().__init__(address, authkey, serializer, ctx, shutdown_timeout=shutdown_timeout)
+
+    def start(self, initializer: Function | None = None, initargs: Iterable[Any] = ()) -> None:
+        """As the standard one's. If it raises, after a Ctrl-C for instance, no server is left."""
+        # The server makes its socket in the directory of this process, which removes it at its end.
+        self._family.util.get_temp_dir()
+        try:
+            super().start(initializer, initargs)
+        except BaseException:
+            # The server ignores SIGINT, and the end of the program waits for it.
+            process = self._process
+            if process is not None and process.pid and not hasattr(self, "shutdown"):
+                process.kill()
+                process.join()
+            raise

@@ -19,6 +19,7 @@ from fdshare.mp.workers import managers
 from fdshare.mp.workers.managers import Serializer, register_serializer
 from mp import children
 from mp.common import PACKAGES, descriptor_limit_reached, identity, trackers  # noqa: F401
+from mp.interrupts import SIGNAL, Interrupt, handled_by, interrupt
 from mp.pickling.test_large import is_mapped
 
 
@@ -154,6 +155,26 @@ def test_nothing_is_left_of_a_server_that_was_killed(ctx: Any) -> None:
     manager.shutdown()
     del arrived
     assert not memory_of(os.getpid())
+
+
+def interrupt_when_it_waits(pid: int) -> None:
+    def waits() -> bool:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "S"
+
+    wait_until(waits, "the wait for an address")
+    os.kill(pid, SIGNAL)
+
+
+def test_a_start_that_is_interrupted_leaves_no_server(ctx: Any) -> None:
+    """The program did not end: it waited for a server that ignores SIGINT."""
+    manager = ctx._classes.SyncManager(ctx=ctx)
+    with handled_by(interrupt), pytest.raises(Interrupt):
+        manager.start(interrupt_when_it_waits, (os.getpid(),))
+    assert not manager._process.is_alive()
+    with ctx._classes.SyncManager(ctx=ctx) as manager:
+        with pytest.raises(ctx.ProcessError, match="Already started"):
+            manager.start()
+        assert manager.list([1])[0] == 1
 
 
 @pytest.mark.parametrize("stock_end", ["client", "server"])
