@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import socket
+import warnings
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -154,7 +155,11 @@ def _fork_half(orphan: bool) -> Forked:
     try:
         us = Descriptor(os.pidfd_open(me))
         try:
-            pid = os.fork()
+            with warnings.catch_warnings():
+                # From Python 3.12 on, it is about threads. Those that have not ended touch nothing
+                # that a child needs; 3.12 also counts one that was joined, for a moment.
+                warnings.simplefilter("ignore", DeprecationWarning)
+                pid = os.fork()
         except BaseException:
             close_quietly(us)
             raise

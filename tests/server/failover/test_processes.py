@@ -7,6 +7,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import warnings
 from pathlib import Path
 
 import pytest
@@ -140,6 +142,26 @@ def test_a_child_hears_no_signal_before_it_has_its_handlers() -> None:
     half.journal.close()
     half.other.close()
     lanes.rest()
+
+
+def test_a_thread_that_is_left_is_no_warning() -> None:
+    lanes, end = Lanes(), threading.Event()
+    thread = threading.Thread(target=end.wait)
+    thread.start()
+    try:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            half = fork_half(lanes)
+        if half.born:
+            os._exit(0)
+    finally:
+        end.set()
+        thread.join()
+    fence(half.other, half.journal)
+    half.journal.close()
+    half.other.close()
+    lanes.rest()
+    assert said == []
 
 
 def children() -> str:
