@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from multiprocessing.queues import JoinableQueue, Queue, SimpleQueue
     from multiprocessing.synchronize import BoundedSemaphore, Condition, Lock, Semaphore, SemLock
     from pickle import Pickler as _Pickler
+    from threading import Event as _Event
     from threading import Thread as _Thread
 
     _ApplyResult: TypeAlias = ApplyResult[Any]
@@ -365,6 +366,7 @@ class StockPool(_Pool):
 
 @_description
 class StockApplyResult(_ApplyResult):
+    _event: _Event
     _job: int
     _success: bool
     _value: Any

@@ -144,6 +144,12 @@ def answer(outbox: Any, *objects: Any) -> None:
         outbox.put(identity(obj))
 
 
+def say_and_wait(says: int, waits: int) -> None:
+    """Writes to the one descriptor that it has begun, and reads the other."""
+    os.write(says, b"x")
+    os.read(waits, 1)
+
+
 def close_all(objects: Any) -> None:
     for obj in objects:
         obj.close()

@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sized
 from contextlib import suppress
 from queue import Empty
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
 
 from fdshare.kernel.process_limit import note_limits
 from fdshare.mp.family import Family
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ApplyResultMixin", "PoolMixin"]
 
+_LOOK: Final = 1.0  # seconds until the handler of a signal runs that a wait has not noticed
 
 T = TypeVar("T")
 
@@ -206,6 +207,19 @@ class PoolMixin(WorkerHandlerMixin):
 
 class ApplyResultMixin(StockApplyResult):
     """An AsyncResult that keeps nothing alive by the exception that it raises."""
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Returns when the job is done, or after *timeout* seconds.
+
+        A signal that comes just before the wait does not end it, nor does one that another thread
+        receives: its handler would run when the job is done. A worker that dies of the same Ctrl-C
+        does no job, so a wait without end is one of many.
+        """
+        if timeout is not None:
+            super().wait(timeout)
+            return
+        while not self._event.wait(_LOOK):
+            pass
 
     def get(self, timeout: float | None = None) -> Any:
         """What the job returned, within *timeout* seconds. Raises: what it raised; the family's
