@@ -39,6 +39,10 @@ NAME: Final = sys.platform
 # TCP_INFO, F_DUPFD_QUERY; a send on a stream that takes all of a short message or nothing.
 LINUX: Final = NAME == "linux"
 
+# Without it, an object that another thread drops last goes when the thread that made it runs next:
+# not while that waits in a system call.
+HAS_GIL: Final[bool] = getattr(sys, "_is_gil_enabled", lambda: True)()
+
 HAS_EPOLL: Final = hasattr(select, "epoll")
 HAS_MEMFD: Final = hasattr(os, "memfd_create")
 HAS_SEALS: Final = HAS_MEMFD and hasattr(fcntl, "F_ADD_SEALS")

@@ -16,6 +16,7 @@ from typing import Any, Final, TypeAlias
 
 import pytest
 
+from fdshare.kernel import system
 from fdshare.mp.channels.receiving import MessageReceiver
 from fdshare.mp.channels.sending import Outgoing
 from fdshare.mp.pickling.bundle import Arrived, Bundle, Encoded
@@ -25,6 +26,9 @@ Read: TypeAlias = Callable[[socket.socket], bytes | Bundle]
 
 PACKAGES = ("multiprocessing", "multiprocess")
 METHODS = ("fork", "spawn", "forkserver")
+shares_duplicates = pytest.mark.skipif(
+    not system.HAS_GIL, reason="without the GIL each message has duplicates of its own"
+)
 
 
 @pytest.fixture(scope="session", autouse=True)

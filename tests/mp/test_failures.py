@@ -25,6 +25,7 @@ from mp.common import (  # noqa: F401
     finish,
     identity,
     open_now,
+    shares_duplicates,
     trackers,
 )
 
@@ -103,6 +104,7 @@ class Server:
         return number, here
 
 
+@shares_duplicates
 @pytest.mark.parametrize("kind", ["Pool", "executor", "map"])
 @pytest.mark.parametrize("package", PACKAGES)
 def test_tasks_with_one_listener_keep_one_duplicate(package: str, kind: str) -> None:
@@ -135,6 +137,7 @@ def test_tasks_with_one_listener_keep_one_duplicate(package: str, kind: str) -> 
     os.close(go)
 
 
+@shares_duplicates
 @pytest.mark.parametrize("package", PACKAGES)
 def test_a_queue_that_waits_keeps_one_duplicate_of_a_description(package: str) -> None:
     queue = get_context("fork", backend=package).Queue()

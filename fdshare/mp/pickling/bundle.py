@@ -20,6 +20,7 @@ from typing import Any, Final, Protocol, TypeAlias
 from msgspec import Raw
 
 from fdshare.errors import AlreadyTaken, NoTransit
+from fdshare.kernel import system
 from fdshare.kernel.ancillary import Bytes, close_all
 from fdshare.kernel.descriptor import Descriptor, Spare
 from fdshare.kernel.descriptor_limit import as_limit
@@ -160,12 +161,17 @@ class Bundle:
         """This bundle, with duplicates that it shares with every other one that has some of the
         same descriptions. It is safe to close what was pickled after this call.
 
+        Where Python runs without the GIL, they are its own, which `close` closes at once. Shared
+        ones would be closed when the thread that made them runs next.
+
         Raises: as `own`.
         """
         fds = self._of_objects()
         if not fds:
             self.holders = None
             return self
+        if not system.HAS_GIL:
+            return self.own()
         shared: list[SharedDuplicate] = []
         try:
             shared.extend(map(share, fds))

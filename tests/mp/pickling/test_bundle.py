@@ -16,7 +16,7 @@ from fdshare.mp.backends import backend_of
 from fdshare.mp.pickling.bundle import Bundle, Inline, Transit
 from fdshare.mp.pickling.reducers import dumps
 from mp import children
-from mp.common import identity, open_now
+from mp.common import identity, open_now, shares_duplicates
 
 FAMILY = backend_of("multiprocessing").FAMILY
 
@@ -68,6 +68,7 @@ def test_a_bundle_that_nobody_loads_closes(family: Any, how: str) -> None:
         assert open_now() == before
 
 
+@shares_duplicates
 @pytest.mark.parametrize("how", ["drop", "close"])
 def test_bundles_of_one_description_share_a_duplicate(family: Any, how: str) -> None:
     with socket.socket() as sock, sock.dup() as again:

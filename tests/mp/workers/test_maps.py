@@ -18,7 +18,7 @@ from fdshare.mp.family import Family
 from fdshare.mp.workers.maps import MappedTask, WaitingTasks, tasks_of_map
 from fdshare.mp.workers.tasks import Task
 from mp import children
-from mp.common import PACKAGES, identity, open_now, trackers  # noqa: F401
+from mp.common import PACKAGES, identity, open_now, shares_duplicates, trackers  # noqa: F401
 
 
 @pytest.fixture(params=PACKAGES)
@@ -107,6 +107,7 @@ def test_long_batches_of_a_range_are_pickled_in_the_call(family: Family) -> None
         assert list(tasks) == []
 
 
+@shares_duplicates
 def test_a_function_with_a_descriptor(family: Family) -> None:
     with socket.socket() as sock:
         before = open_now()

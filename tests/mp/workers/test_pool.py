@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import select
 import signal
 import socket
 import sys
@@ -469,6 +470,19 @@ def test_no_process_or_thread_can_be_started_by_the_constructor(package: str, me
     output, errors = run_crowded(BEGINS + FIRST, method, package)
     assert output == "True\n"
     assert errors == ""
+
+
+def test_what_was_sent_is_closed_while_who_sent_it_waits(package: str) -> None:
+    """Without the GIL its duplicate was not: whoever read to the end waited for the next task."""
+    with get_context("fork", backend=package).Pool(1) as pool:
+        for _ in range(5):
+            near, far = socket.socketpair()
+            with near:
+                pool.apply_async(children.close_all, ([near],))
+            with far:
+                ended = select.poll()
+                ended.register(far, select.POLLHUP)
+                assert ended.poll(60_000)
 
 
 class Interrupted(Exception):
