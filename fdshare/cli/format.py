@@ -235,9 +235,9 @@ def _cells(text: str) -> int:
 
 def _fitted(text: str, width: int, right: bool) -> str:
     """It in *width* cells, shortened or padded."""
-    padding = " " * (width - _cells(text))
-    if _cells(text) <= width:
-        return padding + text if right else text + padding
+    free = width - _cells(text)
+    if free >= 0:
+        return " " * free + text if right else text + " " * free
     if text.isascii():
         return text[: width - 1] + "…"
     from rich.cells import set_cell_size
