@@ -21,6 +21,7 @@ from typing import Final
 from fdshare.errors import DescriptorLimit, FdshareError
 from fdshare.kernel.ancillary import send_message
 from fdshare.kernel.credentials import peer_credentials
+from fdshare.kernel.imports import import_all
 from fdshare.kernel.path_lock import Inode
 from fdshare.parking.private_address import is_ours, leave, remove_dead
 from fdshare.parking.protocol import (
@@ -37,7 +38,6 @@ from fdshare.parking.protocol import (
     UNKNOWN,
     USAGE,
 )
-from fdshare.server.imports import import_all
 from fdshare.server.loop import closing
 from fdshare.server.loop.closing import Closer, Handle, receive_handles
 from fdshare.server.loop.lanes import Lanes

@@ -15,13 +15,13 @@ from collections.abc import Callable
 from fdshare.errors import PolicyError, UnsupportedPlatform
 from fdshare.kernel.descriptor_limit import raise_descriptor_limit
 from fdshare.kernel.endpoint import Listener, listen
+from fdshare.kernel.imports import import_all
 from fdshare.server.core.table import Table
 from fdshare.server.failover.fd_store import FdStore
 from fdshare.server.failover.halves import run_keeper
 from fdshare.server.failover.holdings import Holdings, bind_anew
 from fdshare.server.failover.labels import MOST
 from fdshare.server.failover.service_manager import Watchdog, report
-from fdshare.server.imports import import_all
 from fdshare.server.limits import Limits
 from fdshare.server.loop.page import new_page
 from fdshare.server.loop.poller import READ

@@ -68,7 +68,7 @@ def test_garbage_collections_do_not_look_at_what_was_imported() -> None:
     code = """
 import gc
 import fdshare.server.serve
-from fdshare.server.imports import import_all
+from fdshare.kernel.imports import import_all
 before = len(gc.get_objects())
 import_all()
 print(before, len(gc.get_objects()))

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, NoReturn, Protocol
 
 from fdshare.kernel import system
 from fdshare.kernel.descriptor import Descriptor
+from fdshare.kernel.imports import import_lazy
 from fdshare.kernel.plain_socket import stream_pair
 from fdshare.kernel.process_limit import too_many, why_not_forked
 from fdshare.mp.channels.connection import ConnectionMixin
@@ -28,7 +29,6 @@ from fdshare.mp.family import Family
 from fdshare.mp.pickling.bundle import Reduced
 from fdshare.mp.pickling.reducers import dumps
 from fdshare.mp.stock import Duplicate, StockPopen, StockProcess
-from fdshare.server.imports import import_lazy
 
 if TYPE_CHECKING:
     from fdshare.mp.workers.executor_queues import CallQueueMixin

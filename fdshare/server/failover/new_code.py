@@ -7,13 +7,13 @@ import sys
 from contextlib import nullcontext
 
 from fdshare.kernel.descriptor import Descriptor
+from fdshare.kernel.imports import import_all
 from fdshare.protocol import messages as m
 from fdshare.server import logs
 from fdshare.server.core.records import Record
 from fdshare.server.failover.fd_store import FdStore
 from fdshare.server.failover.halves import resume_keeper
 from fdshare.server.failover.upgrade import adopt, read_handover
-from fdshare.server.imports import import_all
 from fdshare.server.settings import policy_of
 
 __all__ = ["resume", "try_table"]

@@ -1,4 +1,7 @@
-"""Imports before a process works what would be imported while it does."""
+"""imports: before a process works, imports what would be imported while it does.
+
+A process without a free descriptor cannot open the file of a module.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +26,8 @@ def import_lazy() -> None:
     """Imports what the modules of fdshare, of msgspec and of the standard library have put off.
 
     From Python 3.15 a module may be imported when its name is first used (PEP 810): by the keyword
-    `lazy`, and all of them with -X lazy_imports=all or PYTHON_LAZY_IMPORTS=all. A process without a
-    free descriptor cannot open the file of a module. The modules of the program around are its own.
+    `lazy`, and all of them with -X lazy_imports=all or PYTHON_LAZY_IMPORTS=all. The modules of the
+    program around are its own.
     """
     if _LAZY is not None:
         _import_lazy(_LAZY)
