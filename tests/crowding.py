@@ -16,16 +16,16 @@ from users import few_processes
 from fdshare.mp.context import Context
 
 _ENOUGH = 100
-# What a fork server may have at the most. It keeps the limit that it is started with, so that limit
-# is reached by others.
-_FORK_SERVERS = 16
+# What the program may have outside the block. A fork server keeps the limit that it is started with,
+# and one that died in a block is started again after it. In the block others reach this limit.
+_USUAL = 32
 # Starts that many others, and ends them, whenever a line comes.
 _OTHERS = f"""
 import os, signal, sys
 others = []
 for _ in sys.stdin:
     if not others:
-        for _ in range({_FORK_SERVERS}):
+        for _ in range({_USUAL}):
             others.append(os.fork())
             if not others[-1]:
                 signal.pause()
@@ -57,22 +57,21 @@ class Crowd:
     """In its `with` block neither this program nor its fork server can start a process."""
 
     def __init__(self, ctx: Context) -> None:
-        _limit(_FORK_SERVERS)
-        first = ctx.Process(target=os.getpid)
-        first.start()
-        first.join()
-        _limit(_ENOUGH)
         self._others = subprocess.Popen(
             [sys.executable, "-c", _OTHERS], stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
+        _limit(_USUAL)
+        first = ctx.Process(target=os.getpid)
+        first.start()
+        first.join()
 
     def __enter__(self) -> None:
         self._change()
         _limit(1)
 
     def __exit__(self, *exc: object) -> None:
-        _limit(_ENOUGH)
         self._change()
+        _limit(_USUAL)
 
     def _change(self) -> None:
         assert self._others.stdin

@@ -36,7 +36,7 @@ with crowd:
 print([future.result(30) for future in futures])
 with crowd:
     futures = [executor.submit(abs, -number) for number in range(8)]
-    wait(futures, 0.2)
+    wait(futures, 0.5)
     executor.shutdown(wait=False, cancel_futures=True)
 print([outcome(future) for future in futures][7])
 """
