@@ -16,7 +16,7 @@ from users import few_processes
 from fdshare.mp.context import Context
 
 _ENOUGH = 100
-# What the program may have outside the block. A fork server keeps the limit that it is started with,
+# What the program may have outside the block. A fork server keeps the limit that it starts with,
 # and one that died in a block is started again after it. In the block others reach this limit.
 _USUAL = 32
 # Starts that many others, and ends them, whenever a line comes.
