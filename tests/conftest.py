@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import faulthandler
 import gc
 import os
@@ -44,6 +45,23 @@ def pytest_configure(config: pytest.Config) -> None:
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
     if not hasattr(config, "workerinput"):
         bytecode.compile_all()
+        _use_temporary_directory()
+
+
+def _use_temporary_directory() -> None:
+    """Gives all programs of the tests one directory for temporary files, and removes it at the end:
+    those that are killed leave some. What pytest itself keeps of the last runs, it keeps."""
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
+    path = Path(tempfile.mkdtemp(prefix="fdshare-"))
+    path.chmod(0o1777)  # as that of the system: some programs have another uid
+    os.environ["TMPDIR"] = str(path)
+    tempfile.tempdir = None  # it is read again
+    here = os.getpid()
+
+    @atexit.register  # before multiprocessing does: it removes its own first
+    def remove() -> None:
+        if os.getpid() == here:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def pytest_collection(session: pytest.Session) -> None:
@@ -130,7 +148,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def folder() -> Iterator[Path]:
     """A folder with a short path: pytest's own are longer than sun_path."""
-    path = Path(tempfile.mkdtemp(prefix="fds-"))
+    path = Path(tempfile.mkdtemp(prefix="fds-", dir=os.environ["PYTEST_DEBUG_TEMPROOT"]))
     yield path
     shutil.rmtree(path, ignore_errors=True)
 
