@@ -54,7 +54,7 @@ def as_limit(error: BaseException, whose: Whose = "sender") -> BaseException:
 
 
 @contextmanager
-def first_use(whose: Whose = "client") -> Iterator[None]:
+def first_use() -> Iterator[None]:
     """For an import of what few programs use.
 
     Raises: DescriptorLimit: none is free to read the module's file with.
@@ -62,7 +62,7 @@ def first_use(whose: Whose = "client") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise as_limit(error, whose) from None
+        raise as_limit(error, "client") from None
 
 
 def raise_descriptor_limit() -> int:

@@ -11,8 +11,6 @@ from contextlib import suppress
 from functools import cache
 from typing import Any, Final
 
-from fdshare.kernel.descriptor_limit import first_use
-
 __all__ = ["create_memfd", "create_memfd_into", "private_map", "shared_map"]
 
 # <linux/memfd.h>, Linux 6.3: never executable, which vm.memfd_noexec may require.
@@ -45,21 +43,28 @@ def create_memfd_into(numbers: list[int], name: str) -> None:
     numbers.extend(map(os.memfd_create, (name,), (flags,)))
 
 
+class _NoCtypesError(OSError):
+    """This Python has no ctypes, or this process no descriptor free to import it with."""
+
+
 def private_map(fd: int, offset: int, size: int) -> mmap.mmap:
     """*size* bytes of the file *fd* from *offset*, a multiple of the page size: writable, and what
     is written stays in this process.
 
     *fd* is borrowed for the call, and the map keeps no duplicate, as a map of Python's does: who
     keeps a thousand maps does not need a thousand descriptors. It is unmapped when nothing refers
-    to it or to a view of it; the file must not shrink before. Raises: OSError of mmap(2);
-    DescriptorLimit: before Python 3.13, the first map of a process imports ctypes.
+    to it or to a view of it; the file must not shrink before. Raises: OSError of mmap(2).
     """
-    return _map(fd, offset, size, mmap.MAP_PRIVATE)
+    try:
+        return _map(fd, offset, size, mmap.MAP_PRIVATE)
+    except _NoCtypesError:  # what was received would be lost
+        return _copy(fd, offset, size)
 
 
 def shared_map(fd: int, size: int) -> mmap.mmap:
     """As `private_map`, of the first *size* bytes, but what is written is written to the file. All
-    of it can be written to without a page fault."""
+    of it can be written to without a page fault. Before Python 3.13 it needs ctypes, and the first
+    call of a process a free descriptor to import it with: OSError."""
     mapping = _map(fd, 0, size, mmap.MAP_SHARED)
     with suppress(OSError):  # of a Linux before 5.14
         mapping.madvise(_POPULATE_WRITE)
@@ -72,13 +77,28 @@ def _map(fd: int, offset: int, size: int, flags: int) -> mmap.mmap:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         return mmap.mmap(fd, size, flags, _READ_WRITE, offset=offset, trackfd=False)
     mapping = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, _READ_WRITE)
-    with first_use("receiver"):
+    try:
         map_over, errno_of = _libc_mmap()
+    except (ImportError, OSError) as error:
+        raise _NoCtypesError from error
     if not map_over(mapping, size, flags, fd, offset):
         _broken.append(mapping)
-        error = errno_of()
-        raise OSError(error, os.strerror(error))
+        code = errno_of()
+        raise OSError(code, os.strerror(code))
     return mapping
+
+
+def _copy(fd: int, offset: int, size: int) -> mmap.mmap:
+    """As `private_map`, but read, and not mapped."""
+    copy = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, _READ_WRITE)
+    done = 0
+    with memoryview(copy) as view:
+        while done < size:  # a call reads 2 GiB at most
+            count = os.preadv(fd, [view[done:]], offset + done)
+            if not count:
+                break
+            done += count
+    return copy
 
 
 # What mmap(2) may have unmapped before it failed: to unmap it again could hit another's map.
