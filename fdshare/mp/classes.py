@@ -124,16 +124,22 @@ class Classes:
 
     @cached_property
     def Pool(self) -> type[PoolMixin]:
-        from fdshare.mp.workers.pool import ApplyResultMixin, PoolMixin
+        from fdshare.mp.workers.pool import PoolMixin
+        from fdshare.mp.workers.pool_results import ApplyResultMixin, IMapIteratorMixin
 
-        stock = self.family.pool
+        stock, derive = self.family.pool, self.family.derive
+        ordered, unordered = stock.IMapIterator, stock.IMapUnorderedIterator
         parts = {
             "_task_queue": self.TaskQueue,
             "_outcome_queue": self.OutcomeQueue,
-            "_apply_result": self.family.derive("ApplyResult", ApplyResultMixin, stock.ApplyResult),
-            "_map_result": self.family.derive("MapResult", ApplyResultMixin, stock.MapResult),
+            "_apply_result": derive("ApplyResult", ApplyResultMixin, stock.ApplyResult),
+            "_map_result": derive("MapResult", ApplyResultMixin, stock.MapResult),
+            "_imap_iterator": derive("IMapIterator", IMapIteratorMixin, ordered),
+            "_imap_unordered_iterator": derive(
+                "IMapUnorderedIterator", IMapIteratorMixin, unordered
+            ),
         }
-        return self.family.derive("Pool", PoolMixin, stock.Pool, **parts)
+        return derive("Pool", PoolMixin, stock.Pool, **parts)
 
     @cached_property
     def TaskQueue(self) -> type[TaskQueueMixin]:

@@ -23,28 +23,33 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias, TypeVar
 if TYPE_CHECKING:
     import io
     import queue
+    from collections import deque
     from multiprocessing.connection import Connection as _Connection
     from multiprocessing.connection import Listener as _Listener
     from multiprocessing.context import BaseContext as _Context
     from multiprocessing.managers import SyncManager as _SyncManager
-    from multiprocessing.pool import ApplyResult, MapResult
+    from multiprocessing.pool import ApplyResult, IMapIterator, MapResult
     from multiprocessing.pool import Pool as _Pool
     from multiprocessing.popen_fork import Popen as _Popen
     from multiprocessing.process import BaseProcess as _Process
     from multiprocessing.queues import JoinableQueue, Queue, SimpleQueue
     from multiprocessing.synchronize import BoundedSemaphore, Condition, Lock, Semaphore, SemLock
     from pickle import Pickler as _Pickler
+    from threading import Condition as _Condition
     from threading import Event as _Event
     from threading import Thread as _Thread
 
     _ApplyResult: TypeAlias = ApplyResult[Any]
     _MapResult: TypeAlias = MapResult[Any]
+    _IMapIterator: TypeAlias = IMapIterator[Any]
     _Queue: TypeAlias = Queue[Any]
     _JoinableQueue: TypeAlias = JoinableQueue[Any]
     _SimpleQueue: TypeAlias = SimpleQueue[Any]
 else:
     _Connection = _Listener = _Context = _SyncManager = _Pool = _Popen = _Process = _Thread = object
-    _ApplyResult = _MapResult = _Pickler = _Queue = _JoinableQueue = _SimpleQueue = object
+    _ApplyResult = _MapResult = _IMapIterator = _Pickler = _Queue = _JoinableQueue = (
+        _SimpleQueue
+    ) = object
 
 Address: TypeAlias = str | bytes | tuple[str, int]
 Function: TypeAlias = Callable[..., Any]  # of a program's
@@ -394,6 +399,14 @@ class StockMapResult(_MapResult):
 
 
 @_description
+class StockIMapIterator(_IMapIterator):
+    _cond: _Condition
+    _items: deque[Any]
+    _index: int
+    _length: int | None
+
+
+@_description
 class StockExceptionWithTraceback:
     exc: BaseException
     tb: str
@@ -403,6 +416,8 @@ class PoolModule(Protocol):
     Pool: type[StockPool]
     ApplyResult: type[StockApplyResult]
     MapResult: type[StockMapResult]
+    IMapIterator: type[StockIMapIterator]
+    IMapUnorderedIterator: type[StockIMapIterator]
     ExceptionWithTraceback: type[StockExceptionWithTraceback]
     RemoteTraceback: type[StockRemoteTraceback]
     RUN: str

@@ -161,6 +161,7 @@ def objects(package: str) -> Iterator[tuple[type, Any]]:
         results = pool.map_async(len, [""])
         yield stock.StockMapResult, results
         assert (result.get(), results.get()) == (0, [0])
+        yield stock.StockIMapIterator, pool.imap(len, [])
     pool.join()
     pools = importlib.import_module(f"{package}.pool")
     yield stock.StockExceptionWithTraceback, pools.ExceptionWithTraceback(ValueError(), None)

@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sized
 from contextlib import suppress
 from queue import Empty
-from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from fdshare.kernel.process_limit import note_limits
 from fdshare.mp.family import Family
@@ -25,6 +25,7 @@ from fdshare.mp.stock import (
     Function,
     StockApplyResult,
     StockContext,
+    StockIMapIterator,
     StockMapResult,
     StockProcess,
     StockSimpleQueue,
@@ -40,12 +41,11 @@ from fdshare.mp.workers.worker_handler import LastJob, WorkerHandlerMixin
 
 if TYPE_CHECKING:
     import queue
-    from multiprocessing.pool import ApplyResult, MapResult
+    from multiprocessing.pool import ApplyResult, IMapIterator, MapResult
 
-__all__ = ["ApplyResultMixin", "PoolMixin"]
+__all__ = ["PoolMixin"]
 
-_LOOK: Final = 1.0  # seconds until the handler of a signal runs that a wait has not noticed
-
+S = TypeVar("S")
 T = TypeVar("T")
 
 
@@ -58,6 +58,8 @@ class PoolMixin(WorkerHandlerMixin):
     _outcome_queue: ClassVar[type[OutcomeQueueMixin]]
     _apply_result: ClassVar[type[StockApplyResult]]
     _map_result: ClassVar[type[StockMapResult]]
+    _imap_iterator: ClassVar[type[StockIMapIterator]]
+    _imap_unordered_iterator: ClassVar[type[StockIMapIterator]]
     _state = "INIT"  # for __del__, where __init__ raises
 
     def __init__(
@@ -157,6 +159,42 @@ class PoolMixin(WorkerHandlerMixin):
         self._taskqueue.put((tasks, None))
         return result
 
+    def imap(
+        self, func: Callable[[S], T], iterable: Iterable[S], chunksize: int | None = 1
+    ) -> IMapIterator[T]:
+        """What *func* returns for each item, in the order of the items.
+
+        An item is pickled when it is drawn. Raises: what *func* raises for the item.
+        """
+        imap, cls = super().imap, self._imap_iterator
+        results: IMapIterator[T] = self._results_of(imap, cls, func, iterable, chunksize)
+        return results
+
+    def imap_unordered(
+        self, func: Callable[[S], T], iterable: Iterable[S], chunksize: int | None = 1
+    ) -> IMapIterator[T]:
+        """As `imap`, in the order in which there are results."""
+        imap, cls = super().imap_unordered, self._imap_unordered_iterator
+        results: IMapIterator[T] = self._results_of(imap, cls, func, iterable, chunksize)
+        return results
+
+    def _results_of(
+        self,
+        imap: Function,
+        cls: type[StockIMapIterator],
+        func: Function,
+        iterable: Iterable[Any],
+        chunksize: int | None,
+    ) -> Any:
+        """What *imap*, a method of the standard pool, returns, with a *cls* in it."""
+        if chunksize is not None and chunksize > 1:
+            chunks = self._get_tasks(func, iterable, chunksize)
+            lists = self._results_of(imap, cls, self._family.pool.mapstar, chunks, 1)
+            return (item for items in lists for item in items)
+        results = imap(func, iterable, chunksize)
+        results.__class__ = cls
+        return results
+
     def terminate(self) -> None:
         """As the standard one's. What was submitted and not sent, and what is held of *initargs*,
         is closed when it returns."""
@@ -203,36 +241,6 @@ class PoolMixin(WorkerHandlerMixin):
         _let_go(taskqueue)
         inqueue.close()
         outqueue.close()
-
-
-class ApplyResultMixin(StockApplyResult):
-    """An AsyncResult that keeps nothing alive by the exception that it raises."""
-
-    def wait(self, timeout: float | None = None) -> None:
-        """Returns when the job is done, or after *timeout* seconds.
-
-        A signal that comes just before the wait does not end it, nor does one that another thread
-        receives: its handler would run when the job is done. A worker that dies of the same Ctrl-C
-        does no job, so a wait without end is one of many.
-        """
-        if timeout is not None:
-            super().wait(timeout)
-            return
-        while not self._event.wait(_LOOK):
-            pass
-
-    def get(self, timeout: float | None = None) -> Any:
-        """What the job returned, within *timeout* seconds. Raises: what it raised; the family's
-        TimeoutError."""
-        self.wait(timeout)
-        if not self.ready() or self._success:
-            return super().get(0)
-        try:
-            raise self._value
-        finally:
-            # As concurrent.futures does: the exception has, by its traceback, this frame, which
-            # would have the result, which has the exception; and the frames of all that call us.
-            del self
 
 
 def _survived(callback: Function | None) -> Function | None:

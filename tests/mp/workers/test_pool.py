@@ -483,36 +483,3 @@ def test_what_was_sent_is_closed_while_who_sent_it_waits(package: str) -> None:
                 ended = select.poll()
                 ended.register(far, select.POLLHUP)
                 assert ended.poll(60_000)
-
-
-class Interrupted(Exception):
-    pass
-
-
-@pytest.mark.parametrize("way", ["apply", "starmap"])
-def test_a_wait_notices_a_signal_that_another_thread_has_received(package: str, way: str) -> None:
-    """As it notices one that came just before it: the handler ran when the job was done."""
-
-    def interrupt(*_: object) -> None:
-        raise Interrupted
-
-    def receive() -> None:
-        os.read(begun, 1)
-        wait_until(lambda: state(os.getpid()) == "S")
-        signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)
-
-    former = signal.signal(signal.SIGUSR1, interrupt)
-    (begun, says), (waits, tells) = os.pipe(), os.pipe()
-    receiver = threading.Thread(target=receive)
-    receiver.start()
-    with get_context("fork", backend=package).Pool(1) as pool:
-        with pytest.raises(Interrupted):
-            if way == "apply":
-                pool.apply(children.say_and_wait, (says, waits))
-            else:
-                pool.starmap(children.say_and_wait, [(says, waits)] * 2)
-        os.write(tells, b"ab")
-    receiver.join()
-    signal.signal(signal.SIGUSR1, former)
-    for fd in (begun, says, waits, tells):
-        os.close(fd)
