@@ -514,6 +514,15 @@ class StockExecutor:
 
 
 @_description
+class StockThreadWakeup:
+    _reader: StockConnection
+    _writer: StockConnection
+
+    def close(self) -> None: ...
+    def wakeup(self) -> None: ...
+
+
+@_description
 class StockExecutorManager(_Thread):
     call_queue: StockSafeQueue
     result_queue: StockSimpleQueue
@@ -521,7 +530,7 @@ class StockExecutorManager(_Thread):
     pending_work_items: dict[int, Any]
     max_tasks_per_child: int | None
     shutdown_lock: Any
-    thread_wakeup: Any
+    thread_wakeup: StockThreadWakeup
     executor_reference: weakref.ref[StockExecutor]
 
     def process_result_item(self, result_item: Any, /) -> None: ...
@@ -535,6 +544,7 @@ class ExecutorModule(Protocol):
     _CallItem: type[StockCallItem]
     _ResultItem: type[StockResultItem]
     _RemoteTraceback: type[StockRemoteTraceback]
+    _ThreadWakeup: type[StockThreadWakeup]
     _ExecutorManagerThread: type[StockExecutorManager]
 
     @staticmethod

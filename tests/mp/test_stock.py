@@ -173,6 +173,7 @@ def objects(package: str) -> Iterator[tuple[type, Any]]:
         yield stock.StockExecutor, executor
         yield stock.StockSafeQueue, executor._call_queue  # type: ignore[attr-defined]
         yield stock.StockExecutorManager, executor._executor_manager_thread
+        yield stock.StockThreadWakeup, executor._executor_manager_thread.thread_wakeup
 
 
 @pytest.mark.parametrize("package", PACKAGES)

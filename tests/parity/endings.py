@@ -74,6 +74,9 @@ if kind == "install":
 """
 
 
+ERRORS: list[str] = []  # what each program has printed to its error output
+
+
 def run_program(column: Column, text: str) -> str:
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", PROLOGUE + text, column.name],
@@ -83,6 +86,7 @@ def run_program(column: Column, text: str) -> str:
         check=False,
     )
     said = "quietly" if not done.stderr else "with errors"
+    ERRORS.append(f"{column.name}: {text}:\n{done.stderr}")
     return f"ends {said} with {done.returncode} and prints {done.stdout!r}"
 
 

@@ -30,6 +30,7 @@ def main() -> None:
         traceback.print_exc(file=errors)
         errors.flush()
         raise
+    print(*endings.ERRORS, sep="\n", file=errors, flush=True)
     json.dump(found, report)
     report.flush()
     for package in ("multiprocessing", "multiprocess"):

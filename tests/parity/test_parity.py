@@ -50,6 +50,7 @@ def run(column: str, method: str) -> dict[str, str]:
         text=True,
     )
     assert done.returncode == 0, done.stderr
+    print(done.stderr)  # for the report of a failure
     outcomes: dict[str, str] = json.loads(done.stdout)
     return outcomes
 

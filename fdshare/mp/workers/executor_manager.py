@@ -3,19 +3,26 @@
 Derived from concurrent/futures/process.py of CPython 3.11 to 3.15. After a worker has done its
 max_tasks_per_child, the standard thread may take another one for idle and start none
 (cpython#115634). It starts none for an executor that was shut down without waiting, or dropped.
-Where a start fails it dies, or breaks the executor (3.14).
+Where a start fails it dies, or breaks the executor (3.14). Before 3.14 the end of the interpreter
+may wake it while it closes the pipe for that, and raise.
 """
 
 from __future__ import annotations
 
 import sys
+import threading
 import traceback
 import weakref
 from collections.abc import Callable
 from multiprocessing.connection import wait
 from typing import Any, Final
 
-from fdshare.mp.stock import Function, StockExecutorManager, executor_module
+from fdshare.mp.stock import (
+    Function,
+    StockExecutorManager,
+    StockThreadWakeup,
+    executor_module,
+)
 from fdshare.mp.workers.process import START_FAILED, START_PAUSE
 
 __all__ = ["ManagerThreadMixin", "adopt_thread"]
@@ -31,6 +38,10 @@ def adopt_thread(thread: StockExecutorManager, executor: Any) -> None:
     if thread.max_tasks_per_child is not None:  # else none is replaced, and it need not keep these
         thread._initializer = executor._initializer, executor._initargs
     thread._max_workers = executor._max_workers
+    if not hasattr(thread.thread_wakeup, "_lock"):  # before Python 3.14
+        thread.thread_wakeup.__class__ = _ThreadWakeup
+        assert isinstance(thread.thread_wakeup, ThreadWakeupMixin)
+        thread.thread_wakeup._lock = threading.RLock()
     collected = _before_the_end(thread.executor_reference.__callback__)
     thread.executor_reference = weakref.ref(executor, collected)
 
@@ -109,6 +120,26 @@ class ManagerThreadMixin(StockExecutorManager):
         return None
 
 
+class ThreadWakeupMixin(StockThreadWakeup):
+    """What wakes the thread. It is not closed between the look whether it is closed and the write:
+    that would raise, or go to a descriptor that has its number by then."""
+
+    _lock: Any  # of threading.RLock: a finaliser may wake the thread during a call
+
+    def close(self) -> None:
+        with self._lock:
+            super().close()
+
+    def wakeup(self) -> None:
+        with self._lock:
+            super().wakeup()
+
+
+_ThreadWakeup: Final = type(
+    "ThreadWakeup",
+    (ThreadWakeupMixin, executor_module()._ThreadWakeup),
+    {"__doc__": ThreadWakeupMixin.__doc__},
+)
 _ManagerThread: Final = type(
     "ManagerThread",
     (ManagerThreadMixin, executor_module()._ExecutorManagerThread),

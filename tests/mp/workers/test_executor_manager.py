@@ -98,3 +98,22 @@ def test_the_end_of_the_interpreter_waits_for_no_lock_of_the_thread(package: str
         [sys.executable, "-c", STOPPED, package], stderr=subprocess.PIPE, text=True, timeout=60
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_thread_is_woken_while_it_ends(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by the end of the interpreter, which said "OSError: handle is closed"."""
+    with ProcessPoolExecutor(1, get_context("fork", backend=package)) as executor:
+        executor.submit(abs, -1).result(60)
+        thread = executor._executor_manager_thread
+        writer = thread.thread_wakeup._writer
+        send = writer.send_bytes
+
+        def send_late(data: bytes) -> None:
+            executor._shutdown_thread = True
+            send(data)  # the thread ends, and would close it
+            thread.join(0.5)
+            send(data)
+
+        monkeypatch.setattr(writer, "send_bytes", send_late)
+        thread.thread_wakeup.wakeup()
+        monkeypatch.undo()
