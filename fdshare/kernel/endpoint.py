@@ -12,7 +12,7 @@ import os
 import socket
 import stat
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Final
 
 from fdshare.errors import EndpointError, NoServer, ServerTimeout
@@ -396,27 +396,26 @@ def _unreachable(address: str, error: OSError) -> EndpointError:
     code = error.errno or errno.EIO
     if is_abstract(address) and code == errno.ECONNREFUSED:
         return NoServer(address, "no process listens on that abstract name", code)
-    try:
-        found = os.lstat(address)
-    except OSError:
-        found = None
     if code in (errno.ENOENT, errno.ENOTDIR):
         return NoServer(address, "there is no such file", code)
-    if code == errno.ECONNREFUSED and found is not None:
-        what = os.stat(address) if stat.S_ISLNK(found.st_mode) else found
-        if not stat.S_ISSOCK(what.st_mode):
-            return EndpointError(address, f"it is {file_type(what.st_mode)}, not a socket", code)
+    if code == errno.ECONNREFUSED:
+        with suppress(OSError):  # another server may have removed it since, to bind the path anew
+            mode = os.stat(address).st_mode
+            if not stat.S_ISSOCK(mode):
+                return EndpointError(address, f"it is {file_type(mode)}, not a socket", code)
         return NoServer(address, "the process that bound the socket is gone", code)
     if code in (errno.EACCES, errno.EPERM):
-        return EndpointError(address, _who_may_connect(address, found), code)
+        return EndpointError(address, _who_may_connect(address), code)
     if code == errno.EPROTOTYPE:
         return EndpointError(address, "the socket there is of another type", code)
     return EndpointError(address, error.strerror or str(error), code)
 
 
-def _who_may_connect(address: str, found: os.stat_result | None) -> str:
+def _who_may_connect(address: str) -> str:
     me = f"uid {os.geteuid()} may not connect"
-    if found is None:
+    try:
+        found = os.stat(address)
+    except OSError:
         return f"{me}: its folder cannot be searched"
     return (
         f"{me}: it belongs to uid {found.st_uid}, mode {stat.S_IMODE(found.st_mode):04o}; "

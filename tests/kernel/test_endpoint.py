@@ -13,6 +13,7 @@ import sys
 import textwrap
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import census
@@ -23,6 +24,7 @@ from fdshare.kernel import (
     cli_conn,
     connect,
     datagram,
+    endpoint,
     listen,
     recv_fds,
     s_pipe,
@@ -157,6 +159,26 @@ def test_nobody_there(folder: Path) -> None:
     with pytest.raises(NoServer, match="gone") as caught:
         connect(folder / "s")
     assert caught.value.errno == errno.ECONNREFUSED
+
+
+@pytest.mark.parametrize("through_link", [False, True])
+def test_a_socket_that_is_removed_when_it_has_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, through_link: bool
+) -> None:
+    """By a server that binds the path anew: clients try again after NoServer alone."""
+    leave_stale(folder / "s")
+    (folder / "link").symlink_to("s")
+    connect_within = endpoint._connect_within
+
+    def connect_and_remove(*args: Any) -> None:
+        try:
+            connect_within(*args)
+        finally:
+            os.unlink(folder / "s")
+
+    monkeypatch.setattr(endpoint, "_connect_within", connect_and_remove)
+    with pytest.raises(NoServer, match="gone"):
+        connect(folder / ("link" if through_link else "s"))
 
 
 def test_a_full_backlog_is_waited_for(folder: Path) -> None:
