@@ -17,12 +17,7 @@ from collections.abc import Callable
 from multiprocessing.connection import wait
 from typing import Any, Final
 
-from fdshare.mp.stock import (
-    Function,
-    StockExecutorManager,
-    StockThreadWakeup,
-    executor_module,
-)
+from fdshare.mp.stock import Function, StockExecutorManager, StockThreadWakeup, executor_module
 from fdshare.mp.workers.process import START_FAILED, START_PAUSE
 
 __all__ = ["ManagerThreadMixin", "adopt_thread"]
@@ -38,10 +33,10 @@ def adopt_thread(thread: StockExecutorManager, executor: Any) -> None:
     if thread.max_tasks_per_child is not None:  # else none is replaced, and it need not keep these
         thread._initializer = executor._initializer, executor._initargs
     thread._max_workers = executor._max_workers
-    if not hasattr(thread.thread_wakeup, "_lock"):  # before Python 3.14
-        thread.thread_wakeup.__class__ = _ThreadWakeup
-        assert isinstance(thread.thread_wakeup, ThreadWakeupMixin)
-        thread.thread_wakeup._lock = threading.RLock()
+    wakeup: Any = thread.thread_wakeup
+    if not hasattr(wakeup, "_lock"):  # before Python 3.14
+        wakeup._lock = threading.RLock()
+        wakeup.__class__ = _ThreadWakeup
     collected = _before_the_end(thread.executor_reference.__callback__)
     thread.executor_reference = weakref.ref(executor, collected)
 
