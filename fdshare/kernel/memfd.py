@@ -76,11 +76,11 @@ def _map(fd: int, offset: int, size: int, flags: int) -> mmap.mmap:
         if fd < 0:  # Python takes it for a map without a file
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         return mmap.mmap(fd, size, flags, _READ_WRITE, offset=offset, trackfd=False)
-    mapping = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, _READ_WRITE)
     try:
         map_over, errno_of = _libc_mmap()
     except (ImportError, OSError) as error:
         raise _NoCtypesError from error
+    mapping = _anonymous_map(size)
     if not map_over(mapping, size, flags, fd, offset):
         _broken.append(mapping)
         code = errno_of()
@@ -90,7 +90,7 @@ def _map(fd: int, offset: int, size: int, flags: int) -> mmap.mmap:
 
 def _copy(fd: int, offset: int, size: int) -> mmap.mmap:
     """As `private_map`, but read, and not mapped."""
-    copy = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, _READ_WRITE)
+    copy = _anonymous_map(size)
     done = 0
     with memoryview(copy) as view:
         while done < size:  # a call reads 2 GiB at most
@@ -99,6 +99,10 @@ def _copy(fd: int, offset: int, size: int) -> mmap.mmap:
                 break
             done += count
     return copy
+
+
+def _anonymous_map(size: int) -> mmap.mmap:
+    return mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, _READ_WRITE)
 
 
 # What mmap(2) may have unmapped before it failed: to unmap it again could hit another's map.

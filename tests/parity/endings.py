@@ -86,7 +86,8 @@ def run_program(column: Column, text: str) -> str:
         check=False,
     )
     said = "quietly" if not done.stderr else "with errors"
-    ERRORS.append(f"{column.name}: {text}:\n{done.stderr}")
+    if done.stderr:
+        ERRORS.append(f"{column.name}: {text}:\n{done.stderr}")
     return f"ends {said} with {done.returncode} and prints {done.stdout!r}"
 
 
