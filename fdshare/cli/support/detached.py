@@ -151,7 +151,7 @@ class Detached:
             ready = dict(waiting.poll(min(left, _LOOK) * 1000))
             if self.said.fileno() in ready:
                 if os.read(self.said.fileno(), 1) != READY:
-                    self._has_ended()
+                    self._unattended()
                 if probe is None:
                     return
             self.go_on(interruptions)
@@ -188,14 +188,24 @@ class Detached:
         return bool(waiting.poll(0))
 
     def commit(self) -> None:
-        """From here on it goes on when this process ends."""
-        os.write(self.said.fileno(), COMMITTED)
+        """From here on it goes on when this process ends. Raises: NotReady: its helper has ended,
+        and so has it."""
+        try:
+            os.write(self.said.fileno(), COMMITTED)
+        except BrokenPipeError:
+            self._unattended()
         self.committed = True
 
     def end(self, reason: str, status: int = 1) -> NoReturn:
         """Ends the program. Raises: NotReady, always."""
         end_group(self.program, self.pid, GRACE, own=True)
         raise NotReady(f"{reason}, and is ended", status, self.output)
+
+    def _unattended(self) -> NoReturn:
+        """The helper has ended: with the program, or because somebody killed it."""
+        if self.has_ended():
+            self._has_ended()
+        self.end("the program has lost the helper that hears its notifications")
 
     def _has_ended(self) -> NoReturn:
         _, status = os.waitpid(self.pid, 0)

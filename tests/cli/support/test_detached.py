@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -155,6 +156,32 @@ def test_a_start_that_is_killed_leaves_no_program(fdshare: Shell, slow, until) -
     started = pids()
     process.kill()
     until(lambda: not any(map(is_running, started)), "the helper ends the program")
+
+
+def test_a_start_whose_helper_is_killed_ends(fdshare: Shell, slow, fresh) -> None:
+    """It waited for the end of the program, without a timeout, whatever signal came."""
+    command, pids = slow
+    process = fdshare.start(*WORDS, "--", *command, stderr=subprocess.PIPE)
+    started = pids()
+    os.kill(helper_of(process.pid), signal.SIGKILL)
+    said, errors = process.communicate(timeout=60)
+    assert (process.returncode, said) == (1, "")
+    assert errors == (
+        "fdshare: the program has lost the helper that hears its notifications, and is ended\n"
+    )
+    assert not any(map(is_running, started))
+
+
+def helper_of(pid: int) -> int:
+    """The other process with the command line of *pid*."""
+    words = Path(f"/proc/{pid}/cmdline").read_bytes()
+    found = []
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with suppress(OSError):
+            if Path(f"/proc/{name}/cmdline").read_bytes() == words and int(name) != pid:
+                found.append(int(name))
+    (helper,) = found
+    return helper
 
 
 def test_a_pid_that_nobody_can_read(fdshare: Shell) -> None:
