@@ -1,7 +1,8 @@
 """What a service stores with FDSTORE=1: entries of the server, and back at the next start.
 
-An entry under NAME/ with the metadata "fdstore" is one stored descriptor. When the program is
-started again, LISTEN_FDS has them after the others, in the order in which they were stored.
+An entry under NAME/ with the metadata "fdstore" is one stored descriptor, if this user or root has
+registered it: others may register there, too. When the program is started again, LISTEN_FDS has
+them after the others, in the order in which they were stored.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
 from fdshare.activation import STORED, Notification, check_fdname
+from fdshare.cli.support.fetch_exact import fetch_exact
 from fdshare.errors import AccessDenied, FdshareError
 from fdshare.kernel.ancillary import close_all
 from fdshare.kernel.descriptor import Descriptor
@@ -22,6 +24,7 @@ from fdshare.protocol.names import literal
 
 if TYPE_CHECKING:
     from fdshare.client.blocking.client import Client
+    from fdshare.protocol.messages import EntryInfo
 
 __all__ = ["Store", "stored"]
 
@@ -43,16 +46,30 @@ def stored(client: Client, service: str) -> list[tuple[str, Descriptor]]:
 
 
 def _stored(client: Client, service: str) -> list[tuple[str, Descriptor]]:
-    entries = [e for e in client.infos(f"{literal(service)}/*") if e.metadata.get(_MARK) == service]
     found: list[tuple[str, Descriptor]] = []
     try:
-        for entry in sorted(entries, key=lambda entry: entry.generation):
-            fdname = entry.metadata.get(_FDNAME, STORED)
-            found += [(fdname, descriptor) for descriptor in client.fetch_raw(entry.name)]
+        for entry in _entries(client, service):
+            fetched = fetch_exact(client, entry)
+            if fetched is not None:
+                found += [(_fdname(entry), descriptor) for descriptor in fetched[1]]
     except BaseException:
         close_all(descriptor for _, descriptor in found)
         raise
     return found
+
+
+def _entries(client: Client, service: str) -> list[EntryInfo]:
+    """What is stored for *service*, in the order of storing."""
+    entries = [
+        entry
+        for entry in client.infos(f"{literal(service)}/*")
+        if entry.metadata.get(_MARK) == service and entry.registrant.uid in (0, os.geteuid())
+    ]
+    return sorted(entries, key=lambda entry: entry.generation)
+
+
+def _fdname(entry: EntryInfo) -> str:
+    return entry.metadata.get(_FDNAME, STORED)
 
 
 class Store:
@@ -108,9 +125,9 @@ class Store:
             )
 
     def _remove(self, fdname: str) -> None:
-        for entry in self._client.infos(f"{literal(self._service)}/*"):
-            if entry.metadata.get(_MARK) == self._service and entry.metadata[_FDNAME] == fdname:
-                self._client.unregister(entry.name)
+        for entry in _entries(self._client, self._service):
+            if _fdname(entry) == fdname:
+                self._client.unregister(entry.name, if_generation=entry.generation)
 
 
 @contextmanager

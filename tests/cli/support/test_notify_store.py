@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from pathlib import Path
 
 from commandline import Shell
+from users import as_user, needs_root
 
 from cli.support.conftest import SERVICE
+from fdshare import SharedMemory, connect
 
 
 def test_what_is_stored_comes_back(fdshare: Shell, service) -> None:
@@ -59,3 +63,28 @@ def test_a_name_that_is_none_becomes_stored(fdshare: Shell) -> None:
 def test_entries_of_others_in_the_group_are_not_passed(fdshare: Shell, service) -> None:
     fdshare("register", "web/http", "--memory", "/dev/null")
     assert list(service()) == ["web"]
+
+
+@needs_root
+def test_entries_of_other_users_are_not_passed(shell: Shell, folder: Path) -> None:
+    """They might have any name, or be a listener in the place of that of the service."""
+    policy = folder / "policy.toml"
+    policy.write_text(
+        '[[rule]]\neffect = "allow"\nusers = [65534]\nverbs = ["register"]\nnames = ["web/*"]\n'
+    )
+    folder.chmod(0o755)
+    shell.serve("--mode", "0666", "--policy", policy)
+
+    def register() -> str:
+        with connect(shell.path, trust=[0]) as client, SharedMemory.from_bytes(b"x") as memory:
+            for number, more in enumerate([{}, {"fdname": "a:b"}, {"fdname": "web"}]):
+                client.register(f"web/{number}", memory, metadata={"fdstore": "web", **more})
+        return "registered"
+
+    assert as_user(65534, register) == "registered"
+    code = SERVICE + "a.store('own', [os.memfd_create('x')]); a.unstore('stored'); a.barrier(30)"
+    words = ["run", "--notify", "web=tcp://127.0.0.1:0", "--", sys.executable, "-c", code]
+    assert list(json.loads(shell(*words))) == ["web"]
+    assert list(json.loads(shell(*words))) == ["web", "own"]
+    names = [entry["name"] for entry in shell.json("ls", "web/*")]
+    assert names == ["web/0", "web/1", "web/2", "web/own", "web/own:2"]
