@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 import click
+from click.core import ParameterSource
 
 from fdshare.cli.format import Column, print_json, print_table
 from fdshare.cli.options import (
@@ -46,6 +47,9 @@ __all__ = ["deploy", "deployments"]
 # It says READY=1 before its workers have loaded the application: one of them must accept.
 _GUNICORN: Final = "gunicorn"
 _FIRST_WORDS: Final = 4  # of a command: among them is the program
+# What a version keeps, so that a rollback knows when it is ready. How one is stopped is not kept:
+# that was for the one before it, which may have been another program.
+_READINESS: Final = ("health", "check", "ready_timeout", "settle")
 
 
 @click.command(
@@ -56,8 +60,8 @@ _FIRST_WORDS: Final = 4  # of a command: among them is the program
 
     If it does not get ready, or this command is interrupted or killed before, CMD is ended and the
     old version goes on; the status is not 0 then. CMD is ready when it says READY=1, or as --health
-    or --check tell. The descriptors are as those of `fdshare run`; a server is started if there is
-    none.
+    or --check tell; for a rollback, as they told when that version was deployed. The descriptors
+    are as those of `fdshare run`; a server is started if there is none.
 
     \b
     Examples:
@@ -109,8 +113,9 @@ def deploy(client: Client, words: Sequence[str], **options: Any) -> int:
     from fdshare.cli.support.detached import NotReady
 
     progress = Progress(quiet=options["as_json"])
-    plan = _rolled_back(client, words) if options["rollback"] else _planned(words)
-    _check(plan, options)
+    given = _given_readiness(options)
+    plan = _rolled_back(client, words, given) if options["rollback"] else _planned(words, given)
+    _check(plan, {**options, **plan.start.readiness})
     started = time.monotonic()
     report: dict[str, Any] = {"name": plan.name, "ok": False}
     try:
@@ -144,24 +149,35 @@ class Plan:
         return [os.fsdecode(word) for word in self.start.command]
 
 
-def _planned(words: Sequence[str]) -> Plan:
+def _given_readiness(options: dict[str, Any]) -> dict[str, str | float]:
+    """The options that tell when it is ready, those that were given."""
+    source = click.get_current_context().get_parameter_source
+    return {key: options[key] for key in _READINESS if source(key) != ParameterSource.DEFAULT}
+
+
+def _planned(words: Sequence[str], given: dict[str, str | float]) -> Plan:
     wanted, command = split_words(words)
     if not wanted:
         raise click.UsageError("give a NAME")
     find_program(command)
     names = [f"{want.name}={want.address}" if want.address else want.name for want in wanted]
-    return Plan(names, ProgramStart.here(names, command))
+    return Plan(names, ProgramStart.here(names, command, given))
 
 
-def _rolled_back(client: Client, words: Sequence[str]) -> Plan:
-    """What ran before. Raises: click.ClickException: that is not known."""
+def _rolled_back(client: Client, words: Sequence[str], given: dict[str, str | float]) -> Plan:
+    """What ran before, ready as *given* tells, or else as it was. Raises: click.ClickException:
+    that is not known."""
     if len(words) != 1 or "=" in words[0] or has_command():
         raise click.UsageError("--rollback goes with one NAME, and no CMD")
     previous = Version.read(client, f"{words[0]}{PREVIOUS}")
     if previous is None:
         raise click.ClickException(f"there is no version of {words[0]} before the one that runs")
     previous.close()
-    return Plan([os.fsdecode(word) for word in previous.start.words], previous.start)
+    start = previous.start
+    if given.keys() & {"health", "check"}:  # one takes the place of the other
+        given = {"health": "", "check": "", **given}
+    start.readiness |= given
+    return Plan([os.fsdecode(word) for word in start.words], start)
 
 
 def _check(plan: Plan, options: dict[str, Any]) -> None:
@@ -170,9 +186,15 @@ def _check(plan: Plan, options: dict[str, Any]) -> None:
         raise click.UsageError("give one of --health and --check")
     if options["keep"] and options["rebind"]:
         raise click.UsageError("give one of --keep and --rebind")
-    target = options["health"]
-    if target and target != "tcp" and not target.startswith(("/", "http://")):
-        raise click.UsageError("--health is tcp, /PATH or http://HOST:PORT/PATH")
+    if options["health"]:
+        from fdshare.cli.support.health import Target
+
+        try:
+            Target.parse(options["health"])
+        except ValueError as error:
+            raise click.UsageError(
+                f"--health is tcp, /PATH or http://HOST:PORT/PATH ({error})"
+            ) from None
     check_fdnames(want.name for want in parse_wanted(plan.words))
 
 
@@ -190,7 +212,9 @@ def _deploy(
         waits = _look(progress, f"another deploy of {plan.name} runs: waits for its end")
         stack.enter_context(deploying(client, plan.name, None if options["no_wait"] else waits))
         if options["rollback"]:
-            plan = _rolled_back(client, [plan.name])  # another deploy has ended meanwhile
+            # Another deploy has ended meanwhile.
+            plan = _rolled_back(client, [plan.name], _given_readiness(options))
+        options = {**options, **plan.start.readiness}
         olds, former = _old_versions(client, plan, options["old"], stack)
         launch = _launch(client, plan, options, stack)
         listeners = [descriptor for _, descriptor in launch.passed]
@@ -200,7 +224,8 @@ def _deploy(
         interruptions = stack.enter_context(Interruptions())
         new = stack.enter_context(Detached.start(client, launch, plan.name, output))
         try:
-            _wait(new, plan, listeners, options, interruptions, progress)
+            probe, text = _probe(new, plan, listeners, options, stack)
+            _wait(new, probe, text, options, interruptions, progress)
         except NotReady as error:
             if olds:
                 error.args = (f"{error}; the old version goes on",)
@@ -224,14 +249,13 @@ def _deploy(
 
 def _wait(
     new: Detached,
-    plan: Plan,
-    listeners: Sequence[Descriptor],
+    probe: Probe | None,
+    text: str,
     options: dict[str, Any],
     interruptions: Interruptions,
     progress: Progress,
 ) -> None:
-    """Returns when *new* is ready. Raises: NotReady."""
-    probe, text = _probe(new, plan, listeners, options)
+    """Returns when *new* is ready, as it says or *probe* tells. Raises: NotReady."""
     look = _look(progress, f"pid {new.pid} is started: {text}")
     look()
     new.wait(options["ready_timeout"], interruptions, probe, look)
@@ -250,17 +274,23 @@ def _look(progress: Progress, text: str) -> Callable[[], None]:
 
 
 def _probe(
-    new: Detached, plan: Plan, listeners: Sequence[Descriptor], options: dict[str, Any]
+    new: Detached,
+    plan: Plan,
+    listeners: Sequence[Descriptor],
+    options: dict[str, Any],
+    stack: ExitStack,
 ) -> tuple[Probe | None, str]:
-    """What tells that it is ready, and what that waits for."""
-    from fdshare.cli.support.health import CheckCommand, HealthProbe
+    """What tells that it is ready, which *stack* ends, and what that waits for."""
+    from fdshare.cli.support.health import CheckCommand, HealthProbe, Target
 
     if options["check"]:
-        return CheckCommand(options["check"], new.pid), f"waits for {options['check']}"
+        check = stack.enter_context(CheckCommand(options["check"], new.pid))
+        return check, f"waits for {options['check']}"
     target = options["health"] or ("tcp" if known_program(plan.command, {_GUNICORN}) else None)
     if target is None:
         return None, "waits for READY=1"
-    return HealthProbe(target, listeners[0], new.pid), f"waits for an answer ({target})"
+    probe = HealthProbe(Target.parse(target), listeners[0], new.pid)
+    return probe, f"waits for an answer ({target})"
 
 
 def _launch(client: Client, plan: Plan, options: dict[str, Any], stack: ExitStack) -> Launch:

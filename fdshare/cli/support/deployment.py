@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Final, Self
 import click
 import msgspec
 
+from fdshare.cli.support.fetch_exact import fetch_exact
 from fdshare.client.conversation import Exchange
 from fdshare.errors import FdshareError, GenerationMismatch, NameNotFound, NameTaken
 from fdshare.kernel.ancillary import close_all
@@ -49,15 +50,19 @@ class ProgramStart(msgspec.Struct):
     command: list[bytes]
     folder: bytes
     environment: dict[bytes, bytes]
+    readiness: dict[str, str | float] = {}  # the options that tell when it is ready
 
     @classmethod
-    def here(cls, words: Sequence[str], command: Sequence[str]) -> Self:
+    def here(
+        cls, words: Sequence[str], command: Sequence[str], readiness: dict[str, str | float]
+    ) -> Self:
         """Of this folder and environment."""
         return cls(
             [os.fsencode(word) for word in words],
             [os.fsencode(word) for word in command],
             os.fsencode(os.getcwd()),
             {os.fsencode(key): os.fsencode(value) for key, value in os.environ.items()},
+            readiness,
         )
 
 
@@ -79,12 +84,13 @@ class Version:
         """
         try:
             info = client.info(entry)
-            given, descriptors = client._do(_fetch(entry))
         except NameNotFound:
             return None
+        fetched = fetch_exact(client, info)
+        if fetched is None:  # another deploy replaced it meanwhile
+            return cls.read(client, entry)
+        given, descriptors = fetched
         try:
-            if info.generation != given.generation:  # another deploy replaced it meanwhile
-                return cls.read(client, entry)
             if info.registrant.uid not in (0, os.geteuid()):
                 raise _bad(entry, f"it was registered by uid {info.registrant.uid}")
             if given.kind.tag != KIND.tag or len(descriptors) != 2:
@@ -176,13 +182,7 @@ def _wait_until_gone(client: Client, entry: str) -> None:
                 return
 
 
-# Exchanges of its own: the verbs of a client register objects of one descriptor.
-
-
-def _fetch(entry: str) -> Steps[tuple[m.Given, list[Descriptor]]]:
-    parts = yield Exchange(m.Fetch(entry))
-    given: m.Given = parts.replies[0]
-    return given, parts.descriptors
+# An exchange of its own: the verb of a client registers objects of one descriptor.
 
 
 def _register(entry: str, metadata: dict[str, str], fds: list[int]) -> Steps[None]:

@@ -7,6 +7,7 @@ other end, and what the old version answers does not count.
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import struct
 import subprocess
@@ -14,60 +15,97 @@ import sys
 import time
 import urllib.parse
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Self
 
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.kernel.sock_diag import unix_peer
 
-__all__ = ["CheckCommand", "HealthProbe"]
+__all__ = ["CheckCommand", "HealthProbe", "Target"]
 
-_TIMEOUT: Final = 5.0  # seconds for a connection, an answer, a check
+_TIMEOUT: Final = 5.0  # seconds for a connection, an answer
 _ACCEPTED: Final = 1.0  # seconds until a connection is accepted
 _PAUSE: Final = 0.01
+_LOOK: Final = 0.1  # seconds that one call waits for the end of a check
 _ATTEMPTS: Final = 5  # connections in a row, since the old version accepts some of them
 
 
 @dataclass(slots=True)
 class CheckCommand:
-    """A command of the shell, which succeeds when the version *pid* is ready."""
+    """A command of the shell, which succeeds when the version *pid* is ready.
+
+    It takes the time it needs. It has a process group of its own, which is killed with this.
+    """
 
     command: str
     pid: int
+    _running: subprocess.Popen[bytes] | None = None
+    _last: str = "--check has not ended"  # what is wrong
 
     def __call__(self) -> str:
-        """Empty if it succeeded; else why not."""
-        try:
-            status = subprocess.run(
+        """Empty if it succeeded; else why not, also while it runs. One that failed is started
+        again by the next call."""
+        if self._running is None:
+            self._running = subprocess.Popen(
                 ["/bin/sh", "-c", self.command],
                 env={**os.environ, "FDSHARE_DEPLOY_PID": str(self.pid)},
                 stdin=subprocess.DEVNULL,
                 stdout=sys.stderr,
-                timeout=_TIMEOUT,
-            ).returncode
+                process_group=0,
+            )
+        try:
+            status = self._running.wait(_LOOK)
         except subprocess.TimeoutExpired:
-            return f"--check did not end within {_TIMEOUT:g} s"
-        return f"--check ended with status {status}" if status else ""
+            return self._last
+        self._running = None
+        self._last = f"--check ended with status {status}" if status else ""
+        return self._last
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._running is not None:
+            os.killpg(self._running.pid, signal.SIGKILL)
+            self._running.wait()
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What is asked: "tcp", "/PATH", or "http://HOST:PORT/PATH"."""
+
+    path: str  # of the request; empty: to accept is enough
+    host: str = ""  # empty: the address of the listener
+    port: int = 80
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Raises: ValueError: it is none of them."""
+        if text == "tcp":
+            return cls("")
+        if text.startswith("/"):
+            return cls(text)
+        if not text.startswith("http://"):
+            raise ValueError(f"not {text!r}")
+        url = urllib.parse.urlsplit(text)
+        path = urllib.parse.urlunsplit(("", "", url.path or "/", url.query, ""))
+        return cls(path, url.hostname or "127.0.0.1", 80 if url.port is None else url.port)
 
 
 class HealthProbe:
-    """Asks *target*: "tcp", "/PATH", or "http://HOST:PORT/PATH".
+    """Asks *target*, at the address of *listener* if it has no host of its own.
 
-    The first two at the address of *listener*, which is borrowed while this is used. *pid* leads
-    the session of the new version.
+    *listener* is borrowed while this is used. *pid* leads the session of the new version.
     """
 
-    def __init__(self, target: str, listener: Descriptor, pid: int) -> None:
+    def __init__(self, target: Target, listener: Descriptor, pid: int) -> None:
         self._pid = pid
         self._last = "no process of it accepted a connection"  # what is wrong with the new one
-        self._http = "" if target == "tcp" else target
+        self._http = target.path
         with listener.dup().socket() as sock:
             self._family, self._address = sock.family, sock.getsockname()
-        if target.startswith("http://"):
-            url = urllib.parse.urlsplit(target)
-            self._http = urllib.parse.urlunsplit(("", "", url.path or "/", url.query, ""))
-            host = url.hostname or "127.0.0.1"
-            self._family = socket.AF_INET6 if ":" in host else socket.AF_INET
-            self._address = (host, url.port or 80)
+        if target.host:
+            self._family = socket.AF_INET6 if ":" in target.host else socket.AF_INET
+            self._address = (target.host, target.port)
         elif self._family == socket.AF_INET and self._address[0] == "0.0.0.0":
             self._address = ("127.0.0.1", self._address[1])
         elif self._family == socket.AF_INET6 and self._address[0] == "::":

@@ -284,6 +284,26 @@ def test_health_is_asked_of_the_new_version_alone(served: Site, folder: Path) ->
     assert served.ask() == "version 2"
 
 
+def test_a_rollback_knows_when_that_version_was_ready(site: Site, folder: Path) -> None:
+    """It waited for READY=1, which this program does not say."""
+    well = (EXAMPLE / "server.py").read_text().replace("READY=1", "STATUS=well")
+    (folder / "well.py").write_text(well)
+    site.deploy("--health", "/", site.name, "--", sys.executable, folder / "well.py", version=1)
+    site.deploy("web", "--", *SERVER, version=2)
+    report = site.deploy("--rollback", "--check", "false", "--ready-timeout", "1", "web", status=1)
+    assert "--check ended with status 1" in report["error"]
+    site.deploy("--rollback", "web")
+    assert site.ask() == "version 1"
+
+
+@pytest.mark.parametrize(
+    "target", ["https://x/", "http://h:99999/", "http://h:http/", "http://[::1/"]
+)
+def test_a_target_that_is_none(fdshare: Shell, target: str) -> None:
+    line = fdshare.fails("deploy", "--health", target, "web", "--", "true", status=2)
+    assert "--health is tcp, /PATH or http://HOST:PORT/PATH" in line
+
+
 def test_a_check_of_ones_own(served: Site, folder: Path) -> None:
     words = ["--ready-timeout", "1", "--check", "test -e go; exit $?"]
     report = served.deploy(*words, "web", "--", *SERVER, status=1)

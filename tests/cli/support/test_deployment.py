@@ -26,7 +26,7 @@ def client(fdshare: Shell) -> Iterator[Client]:
 
 def test_a_version_is_what_was_written(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ODD", "\udcff")  # not UTF-8
-    start = ProgramStart.here(["web"], ["prog", "\udcfe" * 5000])
+    start = ProgramStart.here(["web"], ["prog", "\udcfe" * 5000], {"settle": 0.5})
     assert start.environment[b"ODD"] == b"\xff"
     with Descriptor(os.pidfd_open(os.getpid())) as pidfd:
         Version(os.getpid(), pidfd, start, since := now()).write(client, "web.deployed")

@@ -11,8 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from ending import is_running
 
-from fdshare.cli.support.health import CheckCommand, HealthProbe
+from fdshare.cli.support.health import CheckCommand, HealthProbe, Target
 from fdshare.kernel.descriptor import Descriptor
 
 ANSWER = """
@@ -51,13 +52,13 @@ def test_an_answer_of_the_version(family: socket.AddressFamily, host: str) -> No
     with socket.create_server((host, 0), family=family) as listener:
         descriptor = Descriptor.dup_of(listener)
         with descriptor, version(listener, "HTTP/1.1 200 OK") as pid:
-            assert HealthProbe("tcp", descriptor, pid)() == ""
-            assert HealthProbe("/healthz", descriptor, pid)() == ""
+            assert HealthProbe(Target(""), descriptor, pid)() == ""
+            assert HealthProbe(Target("/healthz"), descriptor, pid)() == ""
             port = listener.getsockname()[1]
             if host == "127.0.0.1":
-                assert HealthProbe(f"http://{host}:{port}/x", descriptor, pid)() == ""
+                assert HealthProbe(Target("/x", host, port), descriptor, pid)() == ""
             # The same answer of another version is none.
-            wrong = HealthProbe("/healthz", descriptor, os.getpid())()
+            wrong = HealthProbe(Target("/healthz"), descriptor, os.getpid())()
             assert wrong == "no process of it accepted a connection"
 
 
@@ -65,7 +66,7 @@ def test_an_answer_that_says_no() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         descriptor = Descriptor.dup_of(listener)
         with descriptor, version(listener, "HTTP/1.1 503 Busy") as pid:
-            probe = HealthProbe("/healthz", descriptor, pid)
+            probe = HealthProbe(Target("/healthz"), descriptor, pid)
             assert probe() == "GET /healthz: 503 Busy GET /healthz HTTP/1.1"
         with descriptor, version(listener, "hello") as pid:
             pass
@@ -73,7 +74,7 @@ def test_an_answer_that_says_no() -> None:
 
 def test_nobody_accepts_and_nobody_listens() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener, Descriptor.dup_of(listener) as held:
-        probe = HealthProbe("tcp", held, os.getpid())
+        probe = HealthProbe(Target(""), held, os.getpid())
         assert probe() == "no process of it accepted a connection"
     assert "refused" in probe()
 
@@ -84,11 +85,44 @@ def test_a_unix_socket(folder: Path) -> None:
         listener.listen()
         descriptor = Descriptor.dup_of(listener)
         with descriptor, version(listener, "HTTP/1.1 302 Found") as pid:
-            assert HealthProbe("/", descriptor, pid)() == ""
-            wrong = HealthProbe("/", descriptor, os.getpid())()
+            assert HealthProbe(Target("/"), descriptor, pid)() == ""
+            wrong = HealthProbe(Target("/"), descriptor, os.getpid())()
             assert wrong == "no process of it accepted a connection"
 
 
-def test_a_command() -> None:
-    assert CheckCommand("test $FDSHARE_DEPLOY_PID = 17", 17)() == ""
-    assert CheckCommand("exit 4", 17)() == "--check ended with status 4"
+@pytest.mark.parametrize(
+    ("text", "target"),
+    [
+        ("tcp", Target("")),
+        ("/healthz?x=1", Target("/healthz?x=1")),
+        ("http://localhost", Target("/", "localhost", 80)),
+        ("http://[::1]:8080/x?y", Target("/x?y", "::1", 8080)),
+    ],
+)
+def test_what_is_asked(text: str, target: Target) -> None:
+    assert Target.parse(text) == target
+
+
+@pytest.mark.parametrize(
+    "text", ["", "https://x/", "udp", "http://h:99999/", "http://h:http/", "http://[::1/"]
+)
+def test_what_cannot_be_asked(text: str) -> None:
+    with pytest.raises(ValueError):
+        Target.parse(text)
+
+
+def test_a_command(until) -> None:
+    with CheckCommand("test $FDSHARE_DEPLOY_PID = 17", 17) as check:
+        until(lambda: check() == "", "the command succeeds")
+    with CheckCommand("exit 4", 17) as check:
+        until(lambda: check() == "--check ended with status 4", "the command fails")
+
+
+def test_a_command_that_hangs_ends_with_what_it_started(folder: Path, until) -> None:
+    """It has the time that the caller waits, and not 5 seconds."""
+    with CheckCommand(f"sleep 1000 & echo $! > {folder}/pid; wait", 17) as check:
+        until(lambda: check() and (folder / "pid").exists(), "it runs")
+        pid = int(until((folder / "pid").read_text, "it has a child"))
+        assert check() == "--check has not ended"
+        assert is_running(pid)
+    until(lambda: not is_running(pid), "it ends with the command")
