@@ -213,14 +213,19 @@ def _reason(error: OSError) -> str:
             from fdshare.kernel.descriptor_limit import descriptor_limit
 
             return descriptor_limit(error.errno, "command").message
-    if error.filename is None and error.errno == errno.EAGAIN:  # nothing else here is non-blocking
+    # Of fork(2): a standard output that is non-blocking says how much it has written.
+    if error.filename is None and error.errno == errno.EAGAIN and not _is_of_stream(error):
         with suppress(OSError):
             from fdshare.kernel.process_limit import why_not_forked
 
             return why_not_forked(error)
-    if error.filename is None and error.errno in _OUTPUT_FAILS:
+    if error.filename is None and (error.errno in _OUTPUT_FAILS or _is_of_stream(error)):
         return f"standard output: {error.strerror}"
     return str(error)
+
+
+def _is_of_stream(error: OSError) -> bool:
+    return hasattr(error, "characters_written")
 
 
 def _fail(message: str, status: int) -> int:

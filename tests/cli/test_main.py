@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
@@ -131,6 +132,23 @@ def test_a_pipe_without_a_reader_is_no_message(fdshare: Shell, words: str) -> No
     with open(writes, "w") as pipe:
         status, errors = ended(fdshare, words, stdout=pipe)
     assert (status, errors) == (1, "")
+
+
+@pytest.mark.parametrize("words", [words for words in PRINTING if "--cat" not in words])
+def test_a_non_blocking_pipe_that_is_full_is_one_line(fdshare: Shell, words: str) -> None:
+    """It was said that too many processes run: fork(2) has the same error."""
+    fdshare("register", "entry", "--memory", "/proc/version")
+    reads, writes = os.pipe()
+    with open(reads, "rb"), open(writes, "w") as pipe:
+        os.set_blocking(writes, False)
+        with suppress(BlockingIOError):
+            while True:
+                os.write(writes, bytes(1 << 16))
+        status, errors = ended(fdshare, words, stdout=pipe)
+    assert (status, errors) == (
+        1,
+        "fdshare: standard output: write could not complete without blocking\n",
+    )
 
 
 @pytest.mark.parametrize("words", ["", "--version", "ls", "stats --json", "ping", "doctor"])

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import select
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import IO, TYPE_CHECKING, Any, Final
 
 import click
@@ -13,6 +14,7 @@ import click
 from fdshare.cli.format import print_json
 from fdshare.cli.options import Seconds, for_server, json_option, name_argument, or_never
 from fdshare.cli.support.exec import Launch, check_fdnames, find_program, with_own_offset
+from fdshare.printable import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from fdshare.cli.support.claim import Claim
     from fdshare.client.blocking.client import Client
     from fdshare.kernel.descriptor import Descriptor
+    from fdshare.protocol.messages import Registered
 
 __all__ = ["fetch", "mv", "register", "rm", "take"]
 
@@ -90,8 +93,9 @@ def register(
         )
     if as_json:
         print_json({"name": entry.name, "generation": entry.generation})
+        sys.stdout.flush()
     if hold:
-        _hold()
+        _hold(client, entry)
 
 
 def _metadata(words: Sequence[str]) -> dict[str, str]:
@@ -152,13 +156,41 @@ def _sealed(file: str) -> Iterator[Any]:
         memory.close()
 
 
-def _hold() -> None:
-    """Waits for SIGINT, SIGTERM or SIGHUP."""
+def _hold(client: Client, entry: Registered) -> None:
+    """Waits for SIGINT, SIGTERM or SIGHUP; the process ends before if *entry* does."""
     import signal
+    import threading
 
     ends = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+    # One that is ignored (nohup) stays ignored: blocked it would wait for sigwait(3), Linux only.
+    ends = {number for number in ends if signal.getsignal(number) is not signal.SIG_IGN}
     signal.pthread_sigmask(signal.SIG_BLOCK, ends)
+    threading.Thread(target=_end_with, args=(client, entry), daemon=True).start()
     signal.sigwait(ends)
+
+
+def _end_with(client: Client, entry: Registered) -> None:
+    """Ends the process when *entry* is gone, with status 1. Returns where the server does not let
+    this user watch it, or the client is closed."""
+    from fdshare.errors import AccessDenied, ClosedDescriptor, FdshareError, ServerTimeout
+    from fdshare.protocol.names import literal
+
+    reason = "it was removed or replaced"
+    held = True
+    with client.watch(literal(entry.name)) as changes:
+        try:
+            while held:
+                with suppress(ServerTimeout):  # it hangs, and has it still
+                    next(changes)
+                    held = changes.held.get(entry.name) == entry.generation
+        except (AccessDenied, ClosedDescriptor):
+            return
+        except FdshareError as error:
+            reason = str(error)
+    print(
+        printable(f"fdshare: {entry.name} is held no more: {reason}"), file=sys.stderr, flush=True
+    )
+    os._exit(1)
 
 
 # To get it back.
@@ -284,26 +316,44 @@ def _cat(fd: int, written: Callable[[], None]) -> None:
 
     output = sys.stdout.fileno()
     seekable = stat.S_ISREG(os.fstat(fd).st_mode)
-    if not seekable and not _readable(fd):
+    # The lease of a take ends after a minute.
+    if not seekable and not _poll(fd, select.POLLIN, _PATIENCE):
         written()
     at = 0
-    while data := os.pread(fd, 1 << 16, at) if seekable else os.read(fd, 1 << 16):
+    while data := os.pread(fd, 1 << 16, at) if seekable else _read(fd):
         at += len(data)
-        view = memoryview(data)
-        while view:
-            view = view[os.write(output, view) :]
+        _write(output, data)
         if not seekable:
             written()
     written()
 
 
-def _readable(fd: int) -> bool:
-    """Whether a stream has something to read soon: the lease of a take ends after a minute."""
-    import select
+# Either may be non-blocking: that is of the open file, and another process may have set it.
 
+
+def _read(fd: int) -> bytes:
+    while True:
+        try:
+            return os.read(fd, 1 << 16)
+        except BlockingIOError:
+            _poll(fd, select.POLLIN)
+
+
+def _write(fd: int, data: bytes) -> None:
+    """All of *data*."""
+    view = memoryview(data)
+    while view:
+        try:
+            view = view[os.write(fd, view) :]
+        except BlockingIOError:
+            _poll(fd, select.POLLOUT)
+
+
+def _poll(fd: int, events: int, seconds: float | None = None) -> bool:
+    """Whether it is ready, or has failed, within *seconds*."""
     waiting = select.poll()
-    waiting.register(fd, select.POLLIN)
-    return bool(waiting.poll(_PATIENCE * 1000))
+    waiting.register(fd, events)
+    return bool(waiting.poll(None if seconds is None else seconds * 1000))
 
 
 @click.command(

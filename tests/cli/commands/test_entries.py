@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 from pathlib import Path
@@ -91,6 +92,24 @@ def test_what_register_does_not_take(fdshare: Shell, words: list[str], reason: s
     assert reason in fdshare.fails("register", "data", *words, status=2)
 
 
+@pytest.mark.parametrize("verb", ["fetch", "take"])
+def test_a_stream_that_is_non_blocking(fdshare: Shell, verb: str) -> None:
+    """As every socket of asyncio: it ended in the middle, with an error of processes."""
+    ours, theirs = socket.socketpair()
+    with ours:
+        with theirs, connect(fdshare.path) as client:
+            theirs.setblocking(False)
+            client.register("stream", theirs)
+        process = fdshare.start(verb, "stream", "--cat")
+        assert process.stdout is not None
+        ours.sendall(b"one")
+        assert process.stdout.read(3) == "one"
+        ours.sendall(b"two")
+        ours.shutdown(socket.SHUT_WR)
+        assert process.communicate(timeout=60)[0] == "two"
+        assert process.returncode == 0
+
+
 def test_a_file_that_is_not_there(fdshare: Shell) -> None:
     line = fdshare.fails("register", "data", "--open", "/nothing/there")
     assert line == "fdshare: [Errno 2] No such file or directory: '/nothing/there'"
@@ -102,6 +121,30 @@ def test_hold_lasts_as_long_as_the_command(fdshare: Shell, file: Path, until) ->
     assert fdshare.json("info", "data")["lifetime"] == "connection"
     process.terminate()
     until(lambda: fdshare.json("ls") == [], "the entry goes with its command")
+
+
+@pytest.mark.parametrize("words", [("rm", "data"), ("mv", "data", "other"), ("stop",)])
+def test_hold_ends_with_the_entry(fdshare: Shell, file: Path, words: tuple[str, ...]) -> None:
+    """A supervisor sees that it holds nothing; it went on, and ended with status 0."""
+    process = fdshare.start("register", "data", "--open", file, "--hold", stderr=subprocess.PIPE)
+    fdshare("wait", "data", "--timeout", "30")
+    fdshare(*words)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert errors.startswith("fdshare: data is held no more: ")
+
+
+def test_hold_goes_on_at_a_signal_that_its_caller_ignores(fdshare: Shell, file: Path) -> None:
+    ignored = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        process = fdshare.start("register", "data", "--open", file, "--hold")
+    finally:
+        signal.signal(signal.SIGHUP, ignored)
+    fdshare("wait", "data", "--timeout", "30")
+    process.send_signal(signal.SIGHUP)
+    process.terminate()
+    process.wait(60)
+    assert process.returncode == 0
 
 
 def test_take_is_once(fdshare: Shell, file: Path) -> None:
