@@ -7,6 +7,8 @@ import os
 import socket
 import stat
 from _thread import allocate_lock  # threading imports more, and adds nothing to it
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Final, TypeAlias
 
 from fdshare.errors import EndpointError
@@ -14,7 +16,7 @@ from fdshare.kernel import system
 from fdshare.kernel.path_lock import Inode, live
 from fdshare.kernel.unix_address import sockaddr, trouble
 
-__all__ = ["Owner", "bind_path"]
+__all__ = ["Owner", "bind_path", "set_file"]
 
 # The process has one umask(2): of two binds at once, each would restore the other's.
 _umask_lock = allocate_lock()
@@ -33,7 +35,7 @@ def bind_path(address: str, sock: socket.socket, mode: int, owner: Owner | None)
             if system.LINUX:
                 info = _bind_linux(address, sock, name, mode, owner)
             else:
-                info = _bind_umask(sock, name, mode, owner)
+                info = _bind_umask(address, sock, name, mode, owner)
     except OSError as error:
         if isinstance(error, EndpointError):
             raise
@@ -53,29 +55,92 @@ def _bind_linux(
     """
     os.fchmod(sock.fileno(), _NOBODY_ELSE if owner else mode)
     sock.bind(name)
-    # A descriptor of the inode, not its name: who may write the folder could replace that, and
-    # have the owner or the mode of another file changed.
-    inode = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
+    with _kept_if_whole(name), _inode(name) as inode:
         info = os.fstat(inode)
         if owner or stat.S_IMODE(info.st_mode) != mode:
             if not stat.S_ISSOCK(info.st_mode) or info.st_uid != os.geteuid():
                 raise EndpointError(address, "somebody replaced the socket while it was bound")
-            os.chown(f"/proc/self/fd/{inode}", *(owner or (-1, -1)))
-            os.chmod(f"/proc/self/fd/{inode}", mode)
+            _set(address, f"/proc/self/fd/{inode}", mode, owner)
         return info
-    finally:
-        os.close(inode)
 
 
-def _bind_umask(sock: socket.socket, name: bytes, mode: int, owner: Owner | None) -> os.stat_result:
+def _bind_umask(
+    address: str, sock: socket.socket, name: bytes, mode: int, owner: Owner | None
+) -> os.stat_result:
     with _umask_lock:
         before = os.umask(0o777 & ~(_NOBODY_ELSE if owner else mode))
         try:
             sock.bind(name)
         finally:
             os.umask(before)
-    if owner:
-        os.chown(name, *owner, follow_symlinks=False)
-        os.chmod(name, mode, follow_symlinks=False)
-    return os.lstat(name)
+    with _kept_if_whole(name):
+        if owner:
+            _set(address, name, mode, owner, follow_symlinks=False)
+        return os.lstat(name)
+
+
+def set_file(address: str, mode: int | None, owner: Owner | None) -> None:
+    """Sets the mode and the owner of the socket's file at *address*; None leaves one as it is.
+
+    Raises: EndpointError: no socket is there, or this user may not.
+    """
+    try:
+        with sockaddr(address, exists=True) as name:
+            if not system.LINUX:
+                _set(address, name, mode, owner, follow_symlinks=False)
+                return
+            with _inode(name) as inode:
+                if not stat.S_ISSOCK(os.fstat(inode).st_mode):
+                    raise EndpointError(address, "it is no socket")
+                _set(address, f"/proc/self/fd/{inode}", mode, owner)
+    except OSError as error:
+        if isinstance(error, EndpointError):
+            raise
+        raise trouble(address, error) from None
+
+
+@contextmanager
+def _inode(name: bytes) -> Iterator[int]:
+    """A descriptor of the inode, not its name: who may write the folder could replace that, and
+    have the owner or the mode of another file changed."""
+    inode = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        yield inode
+    finally:
+        os.close(inode)
+
+
+@contextmanager
+def _kept_if_whole(name: bytes) -> Iterator[None]:
+    """Removes the file of the socket that was just bound if what follows fails: the next to bind
+    would take it for that of a server that died."""
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            found = os.lstat(name)
+            if stat.S_ISSOCK(found.st_mode) and found.st_uid == os.geteuid():
+                os.unlink(name)
+        raise
+
+
+def _set(
+    address: str,
+    file: str | bytes,
+    mode: int | None,
+    owner: Owner | None,
+    *,
+    follow_symlinks: bool = True,
+) -> None:
+    try:
+        if owner is not None:
+            os.chown(file, *owner, follow_symlinks=follow_symlinks)
+        if mode is not None:
+            os.chmod(file, mode, follow_symlinks=follow_symlinks)
+    except PermissionError as error:
+        raise EndpointError(
+            address,
+            f"uid {os.geteuid()} may not give the socket that owner, group or mode: the owner of "
+            "its file may, as a member of the group, or root with CAP_CHOWN",
+            error.errno or errno.EPERM,
+        ) from None

@@ -10,7 +10,9 @@ import threading
 from pathlib import Path
 
 import pytest
+from users import as_user
 
+from fdshare.errors import EndpointError
 from fdshare.kernel import bound_path, listen
 from kernel.sockets import python
 
@@ -35,7 +37,7 @@ def test_the_mode_is_right_where_the_umask_does_it(folder: Path, mode: int) -> N
     before = os.umask(0o022)
     os.umask(before)
     with socket.socket(socket.AF_UNIX) as sock:
-        info = bound_path._bind_umask(sock, bytes(folder / "s"), mode, None)
+        info = bound_path._bind_umask("s", sock, bytes(folder / "s"), mode, None)
         assert stat.S_IMODE(info.st_mode) == mode
         assert info.st_ino == (folder / "s").lstat().st_ino
     assert os.umask(before) == before
@@ -101,3 +103,48 @@ def test_a_path_that_is_swapped_takes_no_other_file_along(folder: Path, moment: 
     assert (info.st_uid, info.st_mode & 0o7777) == (os.geteuid(), 0o600)
     assert (folder / "s").is_symlink()
     assert ("replaced" in out) is (moment == "open")
+
+
+@AS_ROOT
+def test_a_socket_that_cannot_be_given_away_leaves_no_file(folder: Path) -> None:
+    """The next to bind would take it for that of a server that died."""
+    folder.chmod(0o777)
+    said = as_user(61234, lambda: listen(folder / "s", owner=(-1, 0)))
+    assert said.startswith("EndpointError: ")
+    assert "uid 61234 may not give the socket that owner" in said
+    assert not (folder / "s").exists()
+
+
+def test_a_full_descriptor_table_leaves_no_file(folder: Path) -> None:
+    """The socket has the last descriptor, and its file cannot be looked at."""
+    code = """
+        import os, resource, socket, sys
+        from fdshare.errors import EndpointError
+        from fdshare.kernel.bound_path import bind_path
+        sock = socket.socket(socket.AF_UNIX)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
+        try:
+            while True:
+                os.dup(0)
+        except OSError:
+            pass
+        try:
+            bind_path(sys.argv[1], sock, 0o600, None)
+        except EndpointError as error:
+            print(error)
+    """
+    out = python(code, folder / "s").communicate(timeout=20)[0]
+    assert "Too many open files" in out
+    assert not (folder / "s").exists()
+
+
+def test_the_file_of_a_socket_is_set_and_no_other(folder: Path) -> None:
+    with listen(folder / "s"):
+        bound_path.set_file(str(folder / "s"), 0o660, (-1, os.getegid()))
+        assert stat.S_IMODE((folder / "s").stat().st_mode) == 0o660
+    (folder / "target").touch(0o600)
+    (folder / "link").symlink_to(folder / "target")
+    for name in ("link", "target", "absent"):
+        with pytest.raises(EndpointError):
+            bound_path.set_file(str(folder / name), 0o666, None)
+    assert stat.S_IMODE((folder / "target").stat().st_mode) == 0o600

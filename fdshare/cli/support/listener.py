@@ -18,6 +18,7 @@ from fdshare.client.conversation import Exchange
 from fdshare.client.reachable import is_at, why_unreachable
 from fdshare.errors import AccessDenied, GenerationMismatch
 from fdshare.kernel.ancillary import close_all
+from fdshare.kernel.bound_path import set_file
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.printable import printable
 from fdshare.protocol import messages as m
@@ -83,10 +84,8 @@ def held_socket(client: Client, wanted: WantedAddress) -> Descriptor:
                 "--rebind replaces it"
             )
         if difference == _wrong_file(address):
-            if address.group:
-                os.chown(address.path, -1, gid_of(address))
-            if address.mode is not None:
-                os.chmod(address.path, address.mode)
+            owner = (-1, gid_of(address)) if address.group else None
+            set_file(address.path, address.mode, owner)
         else:
             replaces = given.generation
     raise Difference(f"{wanted.name} is replaced again and again by somebody else")
