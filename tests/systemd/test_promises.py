@@ -26,7 +26,7 @@ def listener(lasting_service: Service) -> Iterator[socket.socket]:
         listener.listen(4096)
         client.register("web", listener, metadata={"role": "rw", "ü": "ß"})
         client.bind("port", "tcp://127.0.0.1:80").close()
-        client.bind("path", "unix:///run/fdshare-test.sock").close()
+        client.bind("path", "unix:///run/fdshare-test.sock?mode=0660&group=1").close()
         near, far = socket.socketpair()
         with near, far:
             client.register("pair", near, drop_on_hangup=True)
