@@ -155,14 +155,25 @@ def _inode_of_other_end(sock: socket.socket) -> int:
     """The number of the accepted socket; 0 until it is accepted, or if that is not known."""
     if sock.family == socket.AF_UNIX:
         return unix_peer(os.fstat(sock.fileno()).st_ino) or 0
-    # proc_pid_net(5)
-    wanted = [_hex(*sock.getpeername()[:2]), _hex(*sock.getsockname()[:2])]
-    table = "tcp6" if sock.family == socket.AF_INET6 else "tcp"
-    with open(f"/proc/net/{table}") as file:
-        for line in file:
-            fields = line.split()
-            if fields[1:3] == wanted:
-                return int(fields[9])
+    ends = [sock.getpeername()[:2], sock.getsockname()[:2]]
+    if sock.family == socket.AF_INET6:
+        return _inode_of("tcp6", ends)
+    # A listener for both (tcp://*:80) accepts it as an IPv6 socket with mapped addresses.
+    mapped = [(f"::ffff:{host}", port) for host, port in ends]
+    return _inode_of("tcp", ends) or _inode_of("tcp6", mapped)
+
+
+def _inode_of(table: str, ends: list[tuple[str, int]]) -> int:
+    """The number of the socket between *ends*, its own first; 0 if it is not there."""
+    wanted = [_hex(*end) for end in ends]
+    try:
+        with open(f"/proc/net/{table}") as file:  # proc_pid_net(5)
+            for line in file:
+                fields = line.split()
+                if fields[1:3] == wanted:
+                    return int(fields[9])
+    except FileNotFoundError:  # there is no IPv6
+        pass
     return 0
 
 

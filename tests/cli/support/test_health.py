@@ -62,6 +62,16 @@ def test_an_answer_of_the_version(family: socket.AddressFamily, host: str) -> No
             assert wrong == "no process of it accepted a connection"
 
 
+def test_a_listener_of_both_families_is_asked_by_either() -> None:
+    """What accepts a connection of IPv4 there is a socket of IPv6; it was not found."""
+    with socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True) as listener:
+        descriptor = Descriptor.dup_of(listener)
+        port = listener.getsockname()[1]
+        with descriptor, version(listener, "HTTP/1.1 200 OK") as pid:
+            for host in ("127.0.0.1", "::1"):
+                assert HealthProbe(Target("/", host, port), descriptor, pid)() == ""
+
+
 def test_an_answer_that_says_no() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         descriptor = Descriptor.dup_of(listener)
