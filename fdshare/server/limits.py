@@ -36,6 +36,8 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     in_flight: int
     max_buffered: int = 256 << 20  # bytes of half-sent and waiting requests, and unread answers
     max_buffered_per_uid: int = 64 << 20
+    max_remembered: int = 256 << 20  # bytes of answers kept for clients that may repeat a request
+    max_remembered_per_uid: int = 64 << 20
     max_output: int = 4 << 20  # bytes queued for one connection before it is closed
     max_waiting: int = 4096  # requests of one connection that wait for a name
     max_watches_per_uid: int = 1024

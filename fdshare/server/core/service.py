@@ -22,7 +22,7 @@ from fdshare.protocol import messages as m
 from fdshare.server.core.policy import Policy
 from fdshare.server.core.ports import Effects, JournalBusy, Session
 from fdshare.server.core.reads import Reads
-from fdshare.server.core.records import Drop, Forget, Linger, Record
+from fdshare.server.core.records import Drop, Linger, Record
 from fdshare.server.core.table import Entry, Handle, Table
 from fdshare.server.core.transactions import DONE
 from fdshare.server.core.writes import Writes
@@ -36,14 +36,14 @@ _AUDITED: Final = frozenset(
     (m.Register, m.Fetch, m.Take, m.Follow, m.FetchMany, m.Unregister, m.Rename, m.Bind)
 )
 
+_AT_ONCE: Final = 64  # clients that are forgotten in one turn of the loop, with a record each
+
 
 class Service(Reads, Writes):
     """The verbs, over one table and one policy; what they need done is asked of *effects*."""
 
     def __init__(self, table: Table, policy: Policy, limits: Limits, effects: Effects) -> None:
         super().__init__(table, policy, limits, effects)
-        self._absent: dict[str, float] = {}  # client -> until when its answers are kept
-        self._here: dict[str, int] = {}  # client -> how many connections it has
         self.leaving = False  # the server ends: what is remembered is for its successor
         self.closed = ""  # why nobody is served
         self._handlers: dict[type, Callable[..., bool]] = {
@@ -98,24 +98,15 @@ class Service(Reads, Writes):
             self._stop_waiting(waiter)
         for id in list(session.watches):
             self._stop_watching(session, id)
-        if self._has_left(session.name) and not self.leaving:
-            # Those that are absent for longest are the first.
-            self._absent.pop(session.name, None)
-            if unanswered:
-                self._absent[session.name] = now + self.limits.session_timeout
-                return
+        if not self.remembered.has_left(session.name) or self.leaving:
+            return
+        if not unanswered:
             try:
-                self._commit(Record([Forget(session.name)]), [], now)
+                self._forget(session.name, now)
+                return
             except (JournalBusy, FdshareError):
-                self._absent[session.name] = now + self.limits.session_timeout
-
-    def _has_left(self, name: str) -> bool:
-        """Counts one connection less of a client. True if answers for it are remembered and it has
-        no other connection: it may have reconnected before the end of the old one was seen."""
-        count = self._here.pop(name, 0) - 1
-        if count > 0:
-            self._here[name] = count
-        return count <= 0 and name in self.table.answers
+                pass  # it is forgotten later
+        self.remembered.keep(session, now + self.limits.session_timeout)
 
     def hung_up(self, entry: Entry, now: float, *, guard: bool) -> None:
         """The owner of *entry* is gone (*guard*), or the peer of one of its descriptors."""
@@ -155,8 +146,10 @@ class Service(Reads, Writes):
                 changes = [Drop(entry.name, entry.generation, "expired")]
                 self.counters["expired"] += 1
             self._commit(Record(changes), [], now)
-        if self._absent:
-            self._forget_absent(now)
+        for _ in range(_AT_ONCE):
+            if (client := self.remembered.due(now)) is None:
+                break
+            self._forget(client, now)
         for entry in self._leases_too_old(now):
             if changes := self._settle(entry, revoke=True):
                 self._commit(Record(changes), [], now)
@@ -167,7 +160,7 @@ class Service(Reads, Writes):
         if not (
             self._wait_deadlines
             or self._unserved
-            or self._absent
+            or self.remembered.absent
             or table.deadlines
             or table.leases
         ):
@@ -177,8 +170,8 @@ class Service(Reads, Writes):
             due.append(wait)
         if (expiry := self.table.next_deadline()) is not None:
             due.append(expiry)
-        if self._absent:
-            due.append(next(iter(self._absent.values())))
+        if self.remembered.absent:
+            due.append(next(iter(self.remembered.absent.values())))
         if self.table.leases:
             oldest = next(iter(self.table.leases.values()))
             if oldest.lease is not None:
@@ -188,19 +181,11 @@ class Service(Reads, Writes):
     def expect(self, now: float) -> None:
         """After the death of a server: its clients, whose answers are remembered, have the session
         timeout to reconnect."""
-        until = now + self.limits.session_timeout
-        self._absent = dict.fromkeys(self.table.answers, until)
+        self.remembered.expect(now + self.limits.session_timeout)
 
     def greeted(self, session: Session) -> None:
         """The client of *session* has connected, or reconnected."""
-        self._absent.pop(session.name, None)
-        if session.name:
-            self._here[session.name] = self._here.get(session.name, 0) + 1
-
-    def _forget_absent(self, now: float) -> None:
-        while (first := next(iter(self._absent), None)) is not None and self._absent[first] <= now:
-            self._commit(Record([Forget(first)]), [], now)
-            del self._absent[first]
+        self.remembered.arrived(session)
 
     # Verbs for the server itself.
 

@@ -6,12 +6,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Final
 
 from fdshare.errors import AccessDenied, LogFull, QuotaExceeded
 from fdshare.protocol import messages as m
 from fdshare.server.core.policy import Policy
 from fdshare.server.core.ports import Effects, Session
-from fdshare.server.core.records import Change, Grant, Record, Settle
+from fdshare.server.core.records import Change, Forget, Grant, Record, Settle
+from fdshare.server.core.remembered import Remembered
 from fdshare.server.core.slots import Slots
 from fdshare.server.core.table import Entry, Handle, Table, Usage, usage_of
 from fdshare.server.core.users import User, allowance
@@ -20,6 +22,10 @@ from fdshare.server.limits import Limits
 __all__ = ["DONE", "Transactions"]
 
 DONE = m.encode(m.Done())
+
+# Clients that are forgotten for one change where their user has too many. What two had is more than
+# a change brings.
+_FORGOTTEN: Final = 2
 
 
 class Transactions:
@@ -31,6 +37,7 @@ class Transactions:
         self.limits = limits
         self.effects = effects
         self.slots = Slots(effects.page)
+        self.remembered = Remembered(table, limits)
         self.counters = dict.fromkeys(
             ("requests", "refused", "registered", "fetched", "taken", "returned", "expired"), 0
         )
@@ -53,12 +60,18 @@ class Transactions:
         self.slots.changed(applied.events)  # before anybody hears of it
         answer = None
         if session is not None:
+            if session.name:
+                self.remembered.recount(session)
             answer = partial(self.effects.answer, session, record.id, record.reply)
         if applied.closed or applied.ended:
             self.effects.close_removed(applied.closed, applied.ended, answer)
         elif answer is not None:
             answer()
         self._happened(applied.events, now)
+
+    def _forget(self, client: str, now: float) -> None:
+        self._commit(Record([Forget(client)]), [], now)
+        self.remembered.forgotten(client)
 
     def _happened(self, events: Sequence[m.Event], now: float) -> None:
         """Called with the events of each record, when it has been applied."""
@@ -206,6 +219,18 @@ class Transactions:
         mine = usage.descriptors - freed.descriptors
         share = allowance(limits.max_descriptors_per_uid, limits.max_descriptors, used - mine)
         self._quota("max_descriptors_per_uid", share, mine, count)
+
+    def _check_remembered(self, session: Session, now: float) -> None:
+        """Forgets clients that are absent for longest where too much is remembered for their user.
+        Refuses the change where all of that is for clients that are here."""
+        for _ in range(_FORGOTTEN):
+            refusal = self.remembered.refusal(session.user)
+            if refusal is None:
+                return
+            client = self.remembered.longest_absent(session.user.uid)
+            if client is None:
+                raise refusal
+            self._forget(client, now)
 
     def _check_lease(self, session: Session, entry: Entry, now: float) -> None:
         """Refuses a lease too many. A uid that takes its own entry frees that one's descriptors."""

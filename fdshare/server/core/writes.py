@@ -43,6 +43,7 @@ class Writes(Waiters):
             raise TooManyDescriptors(own, MAX_ENTRY_DESCRIPTORS)
         if not session.trusted:
             self._permit("register", request.name, session)
+        self._check_remembered(session, now)
         changes = self._make_way(session, request, handles, now)
         generation = self.table.generation + 1
         put = Put(
@@ -136,6 +137,7 @@ class Writes(Waiters):
         if self._answered_before(session, id):
             return False
         self._permit("unregister", request.name, session)
+        self._check_remembered(session, now)
         entry = self.table.entries.get(request.name)
         changes = self._settle(entry) if entry else []
         if entry is None or self._is_taken(changes):
@@ -162,6 +164,7 @@ class Writes(Waiters):
             return False
         self._permit("unregister", request.old, session)
         self._permit("register", request.new, session)
+        self._check_remembered(session, now)
         entry = self._present(request.old, now)
         if entry is None:
             raise NameNotFound(request.old)
