@@ -8,8 +8,8 @@ from typing import Final
 
 from fdshare.errors import FetchTimeout, NameNotFound
 from fdshare.protocol import messages as m
-from fdshare.protocol.framing import MAX_FRAME_DESCRIPTORS
-from fdshare.protocol.names import matcher
+from fdshare.protocol.framing import MAX_FRAME, MAX_FRAME_DESCRIPTORS
+from fdshare.protocol.names import MAX_NAME, matcher
 from fdshare.server.core.policy import Policy, Subject
 from fdshare.server.core.ports import Effects, Session
 from fdshare.server.core.table import Entry, Handle, Table
@@ -22,6 +22,8 @@ __all__ = ["GivenTogether", "Reads"]
 # Of what is kept until the table changes: so many lists of names, of so many bytes each.
 _TOGETHER: Final = 64
 _LONGEST: Final = 1 << 16
+
+_ITEM: Final = MAX_NAME + 128  # bytes of a GivenItem beside its kind, at most
 
 
 @dataclass(slots=True)
@@ -140,8 +142,11 @@ class Reads(Waiters):
         room = min(MAX_FRAME_DESCRIPTORS, self.limits.in_flight_per_connection)
         given: list[Entry] = []
         handles: list[Handle] = []
+        size = _ITEM
         for entry in entries:
-            if handles and len(handles) + len(entry.handles) > room:
+            kind = entry.put.kind
+            size += len(kind.tag.encode()) + len(kind.spec) + _ITEM
+            if handles and (len(handles) + len(entry.handles) > room or size > MAX_FRAME):
                 break
             given.append(entry)
             handles += entry.handles

@@ -8,6 +8,7 @@ import msgspec
 import pytest
 
 from fdshare.protocol import messages as m
+from fdshare.protocol.framing import MAX_FRAME
 from fdshare.server.core.ports import Session
 from fdshare.server.core.reads import GivenTogether
 from fdshare.server.core.waiters import PART
@@ -33,6 +34,26 @@ def test_fetch_many_gives_what_fits(effects: MemoryEffects) -> None:
         answers.append([item.name for item in reply.items])
         asked = [name for name in asked if name not in answers[-1]]
     assert answers == [["a", "b"], ["c"], ["d"]]
+
+
+@pytest.mark.parametrize("tag", ["t", "\N{GRINNING FACE}" * 4000])
+def test_fetch_many_of_long_kinds_gives_what_fits(effects: MemoryEffects, tag: str) -> None:
+    session = effects.session()
+    spec = msgspec.Raw(m.encode("s" * (16_300 - len(tag.encode()))))
+    names = [f"{number:04}" + "n" * 251 for number in range(130)]
+    for id, name in enumerate(names, start=1):
+        request = m.Register(name, m.Kind(tag, spec))
+        assert effects.service.handle(session, id, request, effects.new_handles(1), 0.0)
+    session.route.take()
+    asked = names
+    answers = []
+    while asked:
+        (reply,) = ask(effects, session, m.FetchMany(asked))
+        answers.append([item.name for item in reply.items])
+        assert len(m.encode(reply)) <= MAX_FRAME
+        asked = asked[len(answers[-1]) :]
+    assert [name for answer in answers for name in answer] == names
+    assert [len(answer) for answer in answers] == [62, 62, 6]
 
 
 def test_a_renamed_entry_answers_by_its_new_name(effects: MemoryEffects) -> None:
