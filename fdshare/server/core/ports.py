@@ -41,6 +41,7 @@ class Session:
     waiting: dict[int, Waiter] = field(default_factory=dict)
     watches: dict[int, str] = field(default_factory=dict)  # id -> pattern
     holds: bool = False  # it has registered an entry that ends with it or with its process
+    owed: int = 0  # its changes that are done, and answered when what they removed is closed
     route: Any = None  # the client's connection, in the event loop
     trusted: bool = field(init=False)
 

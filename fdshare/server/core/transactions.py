@@ -62,12 +62,17 @@ class Transactions:
         if session is not None:
             if session.name:
                 self.remembered.recount(session)
-            answer = partial(self.effects.answer, session, record.id, record.reply)
+            session.owed += 1
+            answer = partial(self._answer_change, session, record)
         if applied.closed or applied.ended:
             self.effects.close_removed(applied.closed, applied.ended, answer)
         elif answer is not None:
             answer()
         self._happened(applied.events, now)
+
+    def _answer_change(self, session: Session, record: Record) -> None:
+        session.owed -= 1
+        self.effects.answer(session, record.id, record.reply)
 
     def _forget(self, client: str, now: float) -> None:
         self._commit(Record([Forget(client)]), [], now)

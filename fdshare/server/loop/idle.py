@@ -1,7 +1,7 @@
 """Idle: which connection of a user can be closed to make room, found without a look at all.
 
 Those whose last request is longest ago are the first. One that is found to wait for something, or
-to have something unread, is put aside; it is back in the order when it is answered, or has read.
+to be owed an answer, is put aside; it is back in the order when it is answered, or has read.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class Idle(OrderedDict[Connection, None]):
         """The one that is idle for longest, and would not even notice its end."""
         while self:
             connection = next(iter(self))
-            if not _has_unread(connection) and not _is_engaged(connection):
+            if not _is_owed(connection) and not _is_engaged(connection):
                 return connection
             del self[connection]
             connection.aside = True
-            if not _has_unread(connection):
+            if not _is_owed(connection):
                 self._engaged[connection] = None
         return None
 
@@ -49,14 +49,16 @@ class Idle(OrderedDict[Connection, None]):
         It would lose nothing, but notice."""
         while self._engaged:
             connection = next(iter(self._engaged))
-            if not _has_unread(connection):
+            if not _is_owed(connection):
                 return connection
             del self._engaged[connection]
         return None
 
 
-def _has_unread(connection: Connection) -> bool:
-    return bool(connection.output or connection.pending)
+def _is_owed(connection: Connection) -> bool:
+    """True where an answer is not made, not given or not read yet."""
+    session = connection.session
+    return bool(connection.output or connection.pending or connection.inspecting or session.owed)
 
 
 def _is_engaged(connection: Connection) -> bool:

@@ -101,7 +101,7 @@ class Output:
         self.in_flight.forget(connection)
         self.intake.forget(connection)
         self.buffers.forget(connection)
-        unanswered = bool(connection.output)
+        unanswered = bool(connection.output or connection.session.owed)
         for output in connection.output:
             connection.not_unsent(output.handles)
             self.unpin(output.handles)

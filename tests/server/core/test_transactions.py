@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import msgspec
 import pytest
 
@@ -48,6 +50,21 @@ def test_others_may_nothing(effects: MemoryEffects) -> None:
 def test_root_may_what_the_owner_may(effects: MemoryEffects) -> None:
     register(effects, effects.session(uid=0))
     effects.service.handle(effects.session(uid=1), 1, m.Unregister("x"), [], 0.0)
+
+
+def test_an_answer_is_owed_until_what_was_removed_is_closed(effects: MemoryEffects) -> None:
+    session = effects.session()
+    register(effects, session)
+    assert session.owed == 0
+    waiting: list[Callable[[], None] | None] = []
+    effects.close_removed = lambda handles, ends, then: waiting.append(then)  # type: ignore[method-assign]
+    effects.service.handle(session, 1, m.Unregister("x"), [], 0.0)
+    assert (session.owed, session.route.take()) == (1, [])
+    (answer,) = waiting
+    assert answer is not None
+    answer()
+    assert session.owed == 0
+    assert [(id, reply) for id, reply, _ in session.route.take()] == [(1, m.Done())]
 
 
 def test_quotas_of_a_user_bind_no_other() -> None:

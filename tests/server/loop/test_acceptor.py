@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import select
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -26,7 +27,7 @@ from fdshare.errors import (
 from fdshare.kernel.endpoint import connect, listen
 from fdshare.protocol import messages as m
 from fdshare.protocol.framing import header
-from fdshare.server.loop import acceptor
+from fdshare.server.loop import acceptor, closing, lanes
 from fdshare.server.loop.poller import READ
 from fdshare.server.loop.server import Server
 from fdshare.server.settings import Settings
@@ -177,6 +178,51 @@ def test_an_evicted_client_repeats(serve: Serve, null: int) -> None:
         for number, client in enumerate(clients):
             client.take(f"{number}").close()
         assert clients[0].names() == []
+
+
+@pytest.mark.parametrize("evicts", [True, False])
+def test_an_answer_that_waits_for_a_close_is_not_forgotten(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, evicts: bool
+) -> None:
+    """Its client is not idle, and where it goes by itself, it may repeat the request."""
+    for module, seconds in ((lanes, "_STUCK"), (closing, "_PATIENCE")):
+        monkeypatch.setattr(module, seconds, 600.0)  # it waits as long as the test has it wait
+    path = str(folder / "s")
+    with listen(path) as listener, ExitStack() as stack:
+        limits = {"max_connections": 2}
+        server = Server(listener.socket, Settings(path=path, keeper=False, limits=limits))
+        stack.callback(server.shut_down)
+        stack.callback(server.run)
+        stack.callback(server.stop)
+
+        def join(session: str) -> Wire:
+            wire = stack.enter_context(Wire(path, greet=False))
+            wire.send(0, m.Hello(m.MAGIC, m.VERSION, session))
+            return wire
+
+        file, held = stack.enter_context(open(__file__)), threading.Event()
+        stack.callback(held.set)
+        other, wire = join("other"), join("wire")
+        other.send(1, m.Watch())
+        wire.send(1, m.Register("x", KIND), [file.fileno()])
+        while "x" not in server.table.entries:
+            server.loop.turn()
+        server.lanes.put(os.geteuid(), held.wait)  # the close comes after that
+        wire.send(2, m.Unregister("x"))
+        while "x" in server.table.entries:
+            server.loop.turn()
+        if evicts:
+            join("late")
+            while server.loop.acceptor.accepted < 3:
+                server.loop.turn()
+            held.set()
+            while any(each.session.owed for each in server.loop.connections):
+                server.loop.turn()
+            assert [wire.receive().id for _ in range(3)] == [0, 1, 2]
+        wire.close()
+        while any(each.session.name == "wire" for each in server.loop.connections):
+            server.loop.turn()
+        assert list(server.table.answers) == ([] if evicts else ["wire"])
 
 
 def test_nobody_to_send_away(serve: Serve, null: int) -> None:

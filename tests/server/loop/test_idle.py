@@ -81,6 +81,21 @@ def test_who_has_something_unread_is_not_found(crowd: Crowd) -> None:
     assert idle.longest() is a
 
 
+@pytest.mark.parametrize("owed", ["a change", "an info"])
+def test_who_is_owed_an_answer_that_is_being_made_is_not_found(crowd: Crowd, owed: str) -> None:
+    idle, (a, *others) = crowd
+    for connection in others:
+        idle.forget(connection)
+    if owed == "a change":
+        a.session.owed += 1
+    else:
+        a.inspecting += 1
+    assert idle.longest() is idle.longest_engaged() is None
+    a.session.owed = a.inspecting = 0
+    idle.restore(a)  # it was answered
+    assert idle.longest() is a
+
+
 def test_each_is_put_aside_once(crowd: Crowd) -> None:
     """However often somebody knocks."""
     idle, connections = crowd
