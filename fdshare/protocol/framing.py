@@ -15,7 +15,8 @@ read_generic: a skb with other credentials or descriptors ends the read). So the
 read belong to its *last* message, and a reader cannot know from the read alone to which frame. The
 header's count decides: bytes and descriptors go into two queues, and a frame whose body is complete
 draws its count from the front of the second. A sender must pass all descriptors of a frame with the
-frame's first byte, in one sendmsg(2).
+frame's first byte, in one sendmsg(2). Where the kernel dropped those of a read, the reason takes
+their place in the second queue: it is drawn by the frame whose they were, whatever came behind it.
 
 When the automaton stops, `drain()` returns the descriptors that belong to no frame.
 """
@@ -24,6 +25,7 @@ from __future__ import annotations
 
 import struct
 from collections import deque
+from itertools import islice
 from typing import Final, Generic, NamedTuple, TypeVar
 
 from fdshare.errors import FdshareError, ProtocolError, VersionMismatch
@@ -99,8 +101,7 @@ class Receiver(Generic[D]):
         # The length that _bytes needs before it is looked at again: a frame that comes byte by byte
         # costs no more than one that comes whole.
         self._need = HEADER.size
-        self._descriptors: deque[D] = deque()
-        self._lost: FdshareError | None = None
+        self._descriptors: deque[D | FdshareError] = deque()
         self.idle = True  # between two frames: an end of stream here is a clean one
         self.failure: ProtocolError | None = None
 
@@ -112,18 +113,19 @@ class Receiver(Generic[D]):
     ) -> list[Frame[D]]:
         """The frames that *data* completes. Never raises: anything else is a bug.
 
-        *lost* is the reason if the kernel dropped descriptors of this read: the next frame that
-        announces some has it instead of them. If the peer broke the framing, `failure` says how;
-        the frames before it are good, and `drain()` returns the descriptors that belong to none.
-        Feed no more then.
+        *lost* is the reason if the kernel dropped the descriptors of this read, which has none
+        then: the frame that announced them has it instead. If the peer broke the framing, `failure`
+        says how; the frames before it are good, and `drain()` returns the descriptors that belong
+        to none. Feed no more then.
         """
-        if self.idle and lost is None and self._lost is None:
+        if self.idle and lost is None:
             id = only_frame(data, len(descriptors))
             if id >= 0 and len(data) <= self._most + HEADER.size:  # nearly always
                 self._most = self._max_frame
                 return [Frame(id, bytes(data[HEADER.size :]), list(descriptors), None)]
         self._descriptors += descriptors
-        self._lost = self._lost or lost
+        if lost is not None:
+            self._descriptors.append(lost)
         if self._bytes:
             self._bytes += data
             if len(self._bytes) < self._need:
@@ -155,7 +157,7 @@ class Receiver(Generic[D]):
 
     def waiting(self) -> list[D]:
         """The descriptors that belong to no frame yet; they stay."""
-        return list(self._descriptors)
+        return [each for each in self._descriptors if not isinstance(each, FdshareError)]
 
     def drain(self) -> list[D]:
         """The descriptors that belong to no frame yet; the caller owns them."""
@@ -191,12 +193,15 @@ class Receiver(Generic[D]):
         if not count:
             return Frame(id, body, [], None)
         queue = self._descriptors
-        if len(queue) < count:
-            lost, self._lost = self._lost, None
-            if lost is None:
-                raise ProtocolError(f"a frame announced {count} descriptors, {len(queue)} came")
+        if queue and isinstance(lost := queue[0], FdshareError):
+            queue.popleft()
             return Frame(id, body, [], lost)
-        return Frame(id, body, [queue.popleft() for _ in range(count)], None)
+        mine = [each for each in islice(queue, count) if not isinstance(each, FdshareError)]
+        if len(mine) < count:
+            raise ProtocolError(f"a frame announced {count} descriptors, {len(mine)} came")
+        for _ in mine:
+            queue.popleft()
+        return Frame(id, body, mine, None)
 
     def _check_rest(self) -> None:
         """Descriptors left over must belong to the frame that has begun, if there is one."""

@@ -234,6 +234,47 @@ def test_lost_descriptors_of_a_frame_that_comes_in_parts() -> None:
         assert receiver.failure is None
 
 
+def test_lost_descriptors_are_of_the_frame_whose_they_were() -> None:
+    """Whatever came in the next read, behind the rest of it."""
+    first, second = frame(1, b"first", [1]), frame(2, b"second", [2])
+    for cut in range(1, len(first)):
+        receiver: Receiver[int] = Receiver()
+        assert receiver.feed(first[:cut], [], LOST) == []
+        assert receiver.waiting() == []
+        found, after = receiver.feed(first[cut:] + second, [2])
+        assert (found.id, found.lost, found.descriptors) == (1, LOST, [])
+        assert seen([after]) == [(2, b"second", [2])]
+        assert receiver.failure is None
+        assert receiver.drain() == []
+
+
+def test_lost_descriptors_of_each_of_two_reads() -> None:
+    first, second = frame(1, b"first", [1]), frame(2, b"second", [2])
+    other = DescriptorLimit(24, "RLIMIT_NOFILE", 11, None, "receiver")
+    receiver: Receiver[int] = Receiver()
+    assert receiver.feed(first[:14], [], LOST) == []
+    assert [each.lost for each in receiver.feed(first[14:] + second, [], other)] == [LOST, other]
+    assert receiver.failure is None
+
+
+def test_lost_descriptors_that_were_not_announced() -> None:
+    for data in (frame(1, b"body"), frame(1, b"body")[:14]):
+        receiver: Receiver[int] = Receiver()
+        receiver.feed(data, [], LOST)
+        assert isinstance(receiver.failure, ProtocolError)
+        assert receiver.drain() == []
+
+
+def test_some_came_and_others_were_lost_of_one_frame() -> None:
+    """They were sent with two messages, which no sender may do."""
+    data = frame(1, b"body", [1, 2])
+    receiver: Receiver[int] = Receiver()
+    assert receiver.feed(data[:14], [1]) == []
+    assert receiver.feed(data[14:], [], LOST) == []
+    assert isinstance(receiver.failure, ProtocolError)
+    assert receiver.drain() == [1]
+
+
 # Headers that cannot be
 
 

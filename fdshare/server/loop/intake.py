@@ -18,7 +18,7 @@ from collections.abc import Collection
 from typing import Final
 
 from fdshare.errors import DescriptorLimit, FdshareError, QuotaExceeded
-from fdshare.kernel.ancillary import MAX_DESCRIPTORS
+from fdshare.kernel.ancillary import MAX_DESCRIPTORS, receive_numbers
 from fdshare.server.core.table import Table
 from fdshare.server.core.users import User, allowance
 from fdshare.server.limits import Limits, usable
@@ -134,8 +134,11 @@ class Intake:
                 raise lost if self.is_short else QuotaExceeded("max_open_per_uid", share, mine)
         if count:
             # Without room for descriptors: the kernel drops its copies. They are not the last, ours
-            # are there; or it is a trusted user's loss.
-            sock.recv_into(buffer, count)
+            # are there; or it is a trusted user's loss. Those that a peek did not bring may be of a
+            # message behind its bytes: then nothing is dropped.
+            view = memoryview(buffer)[:count]
+            _, _, dropped = receive_numbers(sock, view, most=0)
+            lost = lost if dropped is not None else None
         return count, handles, lost
 
     def recount(self, connection: Connection) -> None:

@@ -107,6 +107,20 @@ def test_a_message_that_does_not_fit_is_not_read(few: Receiving) -> None:
     wait_until(lambda: census() == before, "those that had fitted are closed")
 
 
+def test_what_a_peek_sees_behind_its_bytes_is_not_lost(few: Receiving) -> None:
+    """A peek that fills its buffer looks on: nothing was dropped with what is read."""
+    connection, client = few.connect(User(1, True))
+    few.put(User(2, False), 20)
+    body = bytes(len(few.buffer))
+    client.sendall(body)
+    send_message(client, (b"behind",), [0] * 50)
+    count, handles, lost = few.intake.receive(connection, few.buffer)
+    assert (count, handles, lost) == (len(body), [], None)
+    count, handles, lost = few.intake.receive(connection, few.buffer)
+    assert (bytes(few.buffer[:count]), handles) == (b"behind", [])
+    assert isinstance(lost, DescriptorLimit)
+
+
 def test_trusted_users_hear_of_it_and_stay(few: Receiving) -> None:
     connection, client = few.connect(User(0, True))
     send_message(client, (b"much",), [0] * 50)
