@@ -14,6 +14,7 @@ import stat
 import struct
 import tempfile
 import threading
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Final
 
@@ -27,7 +28,9 @@ _NO_SUCH_CALL: Final = 38  # ENOSYS
 _CLONE_NEWNS: Final = 0x20000
 _PRIVATE: Final = (1 << 14) | (1 << 18)  # MS_REC | MS_PRIVATE
 _HEADER: Final = struct.Struct("=IIQQIIII")
-_HANG: Final = struct.Struct("=BI")  # a call, and the process whose calls they are; 0: of all
+# Whether to hang a call or to say when one hangs; which call; the process whose calls they are, 0
+# for all.
+_ORDER: Final = struct.Struct("=?BI")
 _ROOT: Final = 1
 
 needs_fuse = pytest.mark.skipif(
@@ -64,8 +67,13 @@ class HangingFileSystem:
         """When this returns, these are not answered any more: those of the process *only*, or of
         all. From any process."""
         for call in calls:
-            self._control.send(_HANG.pack(call, only))
+            self._control.send(_ORDER.pack(True, call, only))
             assert self._control.recv(1)
+
+    def wait(self, call: int) -> None:
+        """Returns when a call of that kind hangs. From any process."""
+        self._control.send(_ORDER.pack(False, call, 0))
+        assert self._control.recv(1)
 
     def hold(self, say: Callable[[object], None]) -> int:
         """What `AsUser` can run: it has the file open, whose close hangs from then on."""
@@ -100,11 +108,16 @@ def _serve(folder: str, uid: int, control: socket.socket) -> None:
     options = f"fd={fuse},rootmode=40000,user_id={uid},group_id={uid},allow_other"
     _checked(_libc.mount(b"hanging", folder.encode(), b"fuse", 0, options.encode()))
     hang: dict[int, int] = {}
+    caught: dict[int, threading.Event] = defaultdict(threading.Event)
 
     def obey() -> None:
-        while order := control.recv(_HANG.size):
-            call, only = _HANG.unpack(order)
-            hang[call] = only
+        while order := control.recv(_ORDER.size):
+            hangs, call, only = _ORDER.unpack(order)
+            if hangs:
+                caught[call].clear()
+                hang[call] = only
+            else:
+                caught[call].wait()
             control.send(b"\0")
 
     threading.Thread(target=obey, daemon=True).start()
@@ -112,7 +125,10 @@ def _serve(folder: str, uid: int, control: socket.socket) -> None:
     while True:
         request = os.read(fuse, 1 << 17)
         _, call, unique, node, _, _, thread, _ = _HEADER.unpack_from(request)
-        if call in _SILENT or (call in hang and _is_of(thread, hang[call])):
+        if call in _SILENT:
+            continue
+        if call in hang and _is_of(thread, hang[call]):
+            caught[call].set()
             continue
         body = _answer(call, node)
         error = -_NO_SUCH_CALL if body is None else 0

@@ -252,8 +252,8 @@ def end(status: int) -> NoReturn:
 
 
 def close_libffi() -> None:
-    """Closes what ctypes, which this file imports and a server does not, has open: libffi 3.5 and
-    newer keep their own file open, to map trampolines of it."""
+    """Closes what ctypes has open, which this file imports and many a process does not: libffi 3.5
+    and newer keep their own file open, to map trampolines of it."""
     for number in os.listdir("/proc/self/fd"):
         with contextlib.suppress(FileNotFoundError):
             if "libffi" in os.readlink(f"/proc/self/fd/{number}"):

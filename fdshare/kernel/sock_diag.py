@@ -6,9 +6,12 @@ from __future__ import annotations
 import errno
 import socket
 import struct
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from fdshare.kernel import system
+
+if TYPE_CHECKING:  # it imports ctypes
+    from fdshare.kernel.borrowed_socket import AnySocket
 
 __all__ = ["TCP_CLOSE_WAIT", "TcpState", "UnixState", "tcp_state", "unix_peer", "unix_state"]
 
@@ -55,7 +58,7 @@ class TcpState(NamedTuple):
     backlog: int | None
 
 
-def tcp_state(sock: socket.socket) -> TcpState | None:
+def tcp_state(sock: AnySocket) -> TcpState | None:
     """The state of a TCP socket by TCP_INFO (tcp(7)); None where the system does not say."""
     if not system.LINUX:
         return None

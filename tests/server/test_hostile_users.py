@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gc
+import mmap
 import os
 import resource
 import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
@@ -15,9 +17,9 @@ from typing import Any
 
 import msgspec
 import pytest
-from breaking import Half, Halves, Wire, ended, kill, lingering_pair
+from breaking import Half, Halves, Wire, connected_pair, ended, kill, lingering_pair
 from conftest import census, wait_until
-from hanging import FLUSH, LOOKUP, HangingFileSystem, needs_fuse
+from hanging import FLUSH, LOOKUP, READ, HangingFileSystem, needs_fuse
 from users import ANYBODY, AsUser, Say, as_user, needs_root
 
 from fdshare.client.blocking.client import Client
@@ -235,6 +237,43 @@ def test_a_file_system_that_hangs(root: Client, kept: bool) -> None:
         for pid in census.halves.pids().values():
             assert len(os.listdir(f"/proc/{pid}/task")) < 8
     census.check()
+
+
+@needs_fuse
+@pytest.mark.parametrize("lifetime", ["server", "connection"])
+def test_a_socket_that_a_send_keeps_busy(root: Client, folder: Path, lifetime: m.Lifetime) -> None:
+    """A send(2) that waits for a page holds the lock of its TCP socket, for which getsockname(2)
+    waits, whoever asks: that keeps the lane of its user waiting, and nobody else."""
+    files = HangingFileSystem(HOSTILE)
+
+    def attack(say: Say) -> object:
+        near, far = connected_pair()
+        page = mmap.mmap(files.open(), 4096, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
+        wire = Wire(root.address, "hostile")
+        files.hang(READ)
+        threading.Thread(target=near.send, args=(page,), daemon=True).start()
+        files.wait(READ)
+        request = m.Register("a/1", KIND, lifetime=lifetime, drop_on_hangup=True)
+        said = wire.ask(1, request, [near.fileno()] * (1 + (lifetime == "connection")))
+        assert isinstance(said.reply, m.Registered)
+        say(said.reply.generation)
+        return wire, near, far
+
+    with AsUser(HOSTILE, attack, file_system=files) as hostile:
+        generation = int(hostile.hear())
+        check(root)
+        Halves(root).kill("server")
+        check(root)
+        (info,) = root.infos("a/1")
+        assert info.descriptors[0].health == "its file system does not answer"
+        check(root)
+        with Wire(root.address) as wire:
+            bind = m.Bind("a/1", f"unix://{folder}/b", replaces=generation)
+            for descriptor in wire.ask(1, bind).descriptors:
+                descriptor.close()
+        check(root)  # while both halves close the former one
+        Halves(root).kill("keeper")
+        check(root)
 
 
 @needs_fuse

@@ -89,7 +89,7 @@ class Effects(Protocol):
         """The ids of the leases of which `lease_state` is not "held"."""
 
     def check_lifeline(self, handle: Handle) -> None:
-        """Raises: InvalidArgument: it is not a socket."""
+        """Raises: InvalidArgument: it is no stream of UNIX or TCP."""
 
     def owner_guard(self, session: Session) -> Handle:
         """A pidfd of the client's process. Raises: DescriptorLimit, InvalidArgument,

@@ -21,6 +21,7 @@ from fdshare.errors import (
     UnsupportedPlatform,
 )
 from fdshare.kernel import endpoint, system
+from fdshare.kernel.borrowed_socket import can_be_asked
 from fdshare.kernel.descriptor_limit import descriptor_limit, is_descriptor_limit
 from fdshare.kernel.path_lock import live, refuse_other_files
 from fdshare.kernel.port_owner import port_owner
@@ -66,7 +67,7 @@ def is_reached(address: str, fd: int) -> bool:
     *fd* is borrowed for the call.
     """
     path = parse_address(address).path
-    if not path:
+    if not path or not can_be_asked(fd):
         return False
     found = describe_descriptor(fd, bound_to=path)
     return found.listening and found.local == path and "nobody can connect" not in found.health

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 from fdshare.errors import FdshareError
 from fdshare.kernel.ancillary import MAX_DESCRIPTORS, receive_numbers
-from fdshare.kernel.plain_socket import WITHOUT_TIMEOUT, view_of
+from fdshare.kernel.borrowed_socket import AnySocket, borrowed_socket
 from fdshare.server.loop.lanes import Lanes
 
 if TYPE_CHECKING:  # the private server of a process tree starts without the table
@@ -311,7 +311,7 @@ def _nothing() -> None:
 def _no_linger(fd: int) -> None:
     """Takes SO_LINGER from a socket: nobody may wait for an unknown peer to read."""
     try:
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | WITHOUT_TIMEOUT, 0, fd)
+        sock = borrowed_socket(fd)
     except OSError:
         return  # it is no socket
     try:
@@ -340,7 +340,7 @@ def _cannot_block(fd: int) -> bool:
 def _closes_quickly(fd: int) -> bool:
     """Of a socket: it does not linger, and no descriptor is unread in it."""
     try:
-        sock = view_of(fd)
+        sock = borrowed_socket(fd)
     except OSError:
         return False
     try:
@@ -356,7 +356,7 @@ def _closes_quickly(fd: int) -> bool:
         sock.detach()
 
 
-def _is_drained(sock: socket.socket) -> bool:
+def _is_drained(sock: AnySocket) -> bool:
     """True if nothing is unread in a UNIX socket; False of a listener, whose connections may have
     something. Raises: OSError."""
     unread = array.array("i", [0])

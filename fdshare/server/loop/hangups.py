@@ -1,8 +1,8 @@
 """Hangups: polls descriptors of the table: guards, leases, and those whose peer may hang up.
 
-Only sockets, pipes and pidfds are polled for a hang-up, and /proc tells what a descriptor is:
-fstat(2) blocks for a file on a dead mount. The poller's keys hold the entry itself, and the service
-looks it up again: a report that comes too late is ignored.
+Only sockets of TCP and UNIX, pipes and pidfds are polled for a hang-up, and /proc tells what a
+descriptor is: fstat(2) blocks for a file on a dead mount. The poller's keys hold the entry itself,
+and the service looks it up again: a report that comes too late is ignored.
 """
 
 from __future__ import annotations
@@ -10,15 +10,14 @@ from __future__ import annotations
 import logging
 import os
 import select
-import socket
 
-from fdshare.kernel.plain_socket import view_of
+from fdshare.kernel.borrowed_socket import has_connections
 from fdshare.server.core.table import Entry
 from fdshare.server.loop.closing import Handle
 from fdshare.server.loop.loop import Loop
 from fdshare.server.loop.poller import HANGUP, READ
 
-__all__ = ["Hangups", "is_socket"]
+__all__ = ["Hangups"]
 
 log = logging.getLogger("fdshare.server")
 
@@ -129,33 +128,8 @@ def _target(fd: int) -> str:
         return ""
 
 
-def is_socket(fd: int) -> bool:
-    """True for a socket of any kind. Asks no socket where there is a /proc: getsockname(2) of a
-    TCP socket waits for a write(2) on it that waits for memory."""
-    target = _target(fd)
-    if target:
-        return target.startswith("socket:")
-    try:
-        view_of(fd).detach()
-    except OSError:
-        return False
-    return True
-
-
 def _can_hang_up(fd: int) -> bool:
-    if is_socket(fd):
-        return _has_connections(fd)
-    return _target(fd).startswith("pipe:") or _is_pidfd(fd)
-
-
-def _has_connections(fd: int) -> bool:
-    """True for a stream. What epoll reports of a datagram socket is an error of one datagram, such
-    as an ICMP message: the socket is as good as before."""
-    sock = view_of(fd)
-    try:
-        return sock.type in (socket.SOCK_STREAM, socket.SOCK_SEQPACKET)
-    finally:
-        sock.detach()
+    return _target(fd).startswith("pipe:") or _is_pidfd(fd) or has_connections(fd)
 
 
 def _is_pidfd(fd: int) -> bool:

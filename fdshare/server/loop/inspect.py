@@ -18,8 +18,8 @@ from typing import Any, Final, TypeAlias
 
 from fdshare.errors import FdshareError
 from fdshare.kernel import system
+from fdshare.kernel.borrowed_socket import AnySocket, borrowed_socket
 from fdshare.kernel.credentials import peer_credentials
-from fdshare.kernel.plain_socket import view_of
 from fdshare.kernel.sock_diag import TCP_CLOSE_WAIT, TcpState, tcp_state, unix_state
 from fdshare.protocol.messages import DescriptorInfo
 
@@ -187,7 +187,7 @@ def _pidfd(fd: int) -> _Facts:
 def _socket(fd: int) -> _Facts:
     facts: _Facts = {"type": "socket"}
     try:
-        sock = view_of(fd)
+        sock = borrowed_socket(fd)
     except (OSError, ValueError):
         return facts
     try:
@@ -205,7 +205,7 @@ def _socket(fd: int) -> _Facts:
 _ACCEPTCONN: Final = (socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
 
 
-def _socket_health(sock: socket.socket, facts: _Facts) -> _Facts:
+def _socket_health(sock: AnySocket, facts: _Facts) -> _Facts:
     """Queue and backlog of a listener, and what is wrong with the socket."""
     wrong: list[str] = []
     queue = backlog = None
@@ -329,7 +329,7 @@ def _events(fd: int) -> int:
     return found[0][1] if found else 0
 
 
-def _local(sock: socket.socket) -> str:
+def _local(sock: AnySocket) -> str:
     """Its own address; `*` is the host of one for all interfaces, IPv4 and IPv6."""
     address = _address(sock.family, sock.getsockname())
     if not address.startswith("[::]:") or sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY):
@@ -337,10 +337,10 @@ def _local(sock: socket.socket) -> str:
     return address.replace("[::]", "*")
 
 
-def _peer(sock: socket.socket) -> str:
+def _peer(sock: AnySocket) -> str:
     """The other end's address, or its pid if it has none. Raises: OSError ENOTCONN."""
     address = _address(sock.family, sock.getpeername())
-    if address or sock.family != socket.AF_UNIX:
+    if address or sock.family != socket.AF_UNIX or not isinstance(sock, socket.socket):
         return address
     pid = peer_credentials(sock).pid
     return f"pid {pid}" if pid else "unnamed"

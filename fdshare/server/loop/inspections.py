@@ -17,6 +17,7 @@ from typing import Final
 import msgspec
 
 from fdshare.errors import FdshareError, InvalidArgument
+from fdshare.kernel.borrowed_socket import can_be_asked
 from fdshare.protocol import messages as m
 from fdshare.protocol.bind_address import parse_address
 from fdshare.protocol.framing import MAX_FRAME
@@ -173,7 +174,7 @@ class Inspections:
         inspection.unknown = _NOBODY
         closer = self._loop.closer
         for index, handles in enumerate(inspection.handles):
-            if all(closer.at_once(handle.fd, handle.uid) for handle in handles):
+            if all(closer.at_once(h.fd, h.uid) and can_be_asked(h.fd) for h in handles):
                 inspection.describe([index], look_up=False)
 
     def _describe(self, inspection: _Inspection, uid: int, indexes: Sequence[int]) -> None:

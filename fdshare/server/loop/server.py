@@ -22,6 +22,7 @@ from fdshare.errors import (
     UnsupportedPlatform,
 )
 from fdshare.kernel import system
+from fdshare.kernel.borrowed_socket import has_connections
 from fdshare.kernel.credentials import peer_pidfd
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.kernel.descriptor_limit import (
@@ -49,7 +50,7 @@ from fdshare.server.loop.closing import (
     close_in_order,
 )
 from fdshare.server.loop.dying import Dying
-from fdshare.server.loop.hangups import Hangups, is_socket
+from fdshare.server.loop.hangups import Hangups
 from fdshare.server.loop.inspections import Inspections
 from fdshare.server.loop.lanes import Lanes
 from fdshare.server.loop.loop import Loop
@@ -233,8 +234,9 @@ class Server:
         return "confirmed" if confirmed else "dropped"
 
     def check_lifeline(self, handle: Handle) -> None:
-        if not is_socket(handle.fd):  # only the end of a socket's peer tells that a client is gone
-            raise InvalidArgument("lifetime", "the lifeline, the last descriptor, is not a socket")
+        if not has_connections(handle.fd):  # only the end of its peer tells that a client is gone
+            reason = "the lifeline, the last descriptor, is not a stream socket of UNIX or TCP"
+            raise InvalidArgument("lifetime", reason)
 
     def owner_guard(self, session: Session) -> Handle:
         guard = peer_pidfd(session.route.sock)

@@ -111,13 +111,15 @@ def test_the_leases_that_have_moved_are_known(server: Server) -> None:
 # Guards.
 
 
-def test_only_a_socket_is_a_lifeline(
+def test_only_a_socket_with_a_peer_is_a_lifeline(
     server: Server, pair: tuple[socket.socket, socket.socket], null: int
 ) -> None:
     server.check_lifeline(Handle(pair[0].fileno()))
-    with pytest.raises(InvalidArgument, match="not a socket"):
-        server.check_lifeline(Handle(null))
-    os.fstat(null)
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW) as netlink:
+        for fd in (null, netlink.fileno()):
+            with pytest.raises(InvalidArgument, match="not a stream socket"):
+                server.check_lifeline(Handle(fd))
+            os.fstat(fd)
 
 
 def test_the_guard_of_a_process_is_a_pidfd(

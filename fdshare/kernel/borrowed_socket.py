@@ -1,0 +1,150 @@
+"""Sockets that other processes may be using, asked in a way that keeps no other thread waiting.
+
+A send(2) of somebody else on the same TCP socket may wait for a page of memory, for ever, and holds
+the socket's lock meanwhile (lock_sock() in tcp_sendmsg(), net/ipv4/tcp.c). getsockname(2), most of
+setsockopt(2) and some of getsockopt(2) wait for that lock, in a state that not even SIGKILL ends.
+The socket module makes these calls with the interpreter's lock held, getsockname(2) for every
+object that is made of a number: no thread runs any more. ctypes makes them without.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import struct
+from enum import IntEnum
+from typing import Any, Final, TypeAlias, overload
+
+from fdshare.kernel import system
+from fdshare.kernel.plain_socket import view_of
+
+try:
+    import ctypes
+except ImportError:  # this Python has none
+    _libc: Any = None
+else:
+    _libc = ctypes.CDLL(None, use_errno=True) if system.LINUX else None
+
+__all__ = ["AnySocket", "BorrowedSocket", "borrowed_socket", "can_be_asked", "has_connections"]
+
+_INT: Final = struct.Struct("@i")
+_SO_DOMAIN: Final = 39  # <asm-generic/socket.h>; Python names neither everywhere
+_SO_PROTOCOL: Final = 38
+_ADDRESS: Final = 128  # sizeof(struct sockaddr_storage)
+_TCP: Final = frozenset((socket.IPPROTO_TCP, 262))  # and IPPROTO_MPTCP, <linux/in.h>
+
+
+class BorrowedSocket:
+    """What the kernel knows of the socket *fd*, in the words of `socket.socket`: `getsockname` and
+    the rest may wait, without the interpreter's lock. `family`, `type` and SO_LINGER never wait."""
+
+    def __init__(self, fd: int) -> None:
+        """*fd* is borrowed for as long as this is used. Raises: OSError (ENOTSOCK, EBADF)."""
+        self._fd = fd
+        self.family = _known(socket.AddressFamily, self.getsockopt(socket.SOL_SOCKET, _SO_DOMAIN))
+        self.type = _known(socket.SocketKind, self.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE))
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def detach(self) -> int:
+        """Nothing: it owns nothing."""
+        return self._fd
+
+    @overload
+    def getsockopt(self, level: int, option: int, /) -> int: ...
+    @overload
+    def getsockopt(self, level: int, option: int, size: int, /) -> bytes: ...
+    def getsockopt(self, level: int, option: int, size: int = 0, /) -> int | bytes:
+        """An int, or with *size* at most so many bytes."""
+        buffer = ctypes.create_string_buffer(size or _INT.size)
+        length = ctypes.c_uint(len(buffer))
+        _checked(_libc.getsockopt(self._fd, level, option, buffer, ctypes.byref(length)))
+        return buffer.raw[: length.value] if size else int(_INT.unpack(buffer.raw)[0])
+
+    def setsockopt(self, level: int, option: int, value: bytes, /) -> None:
+        _checked(_libc.setsockopt(self._fd, level, option, value, len(value)))
+
+    def getsockname(self) -> tuple[Any, ...]:
+        """As `socket.socket` has it, of IPv4 and IPv6; empty for others."""
+        return self._name(_libc.getsockname)
+
+    def getpeername(self) -> tuple[Any, ...]:
+        """As `getsockname`. Raises: OSError ENOTCONN."""
+        return self._name(_libc.getpeername)
+
+    def _name(self, call: Any) -> tuple[Any, ...]:
+        buffer = ctypes.create_string_buffer(_ADDRESS)
+        length = ctypes.c_uint(_ADDRESS)
+        _checked(call(self._fd, buffer, ctypes.byref(length)))
+        raw = buffer.raw
+        (port,) = struct.unpack_from("!H", raw, 2)  # <linux/in.h>, <linux/in6.h>
+        if self.family == socket.AF_INET:
+            return socket.inet_ntop(socket.AF_INET, raw[4:8]), port
+        if self.family == socket.AF_INET6:
+            flow, host = struct.unpack_from("!I16s", raw, 4)
+            return socket.inet_ntop(socket.AF_INET6, host), port, flow, _INT.unpack_from(raw, 24)[0]
+        return ()
+
+
+AnySocket: TypeAlias = socket.socket | BorrowedSocket
+
+
+def borrowed_socket(fd: int) -> AnySocket:
+    """A view of *fd*, to be detached when it is not needed any more: it owns nothing.
+
+    A socket object for a UNIX socket, which has no such lock (unix_getname(), net/unix/af_unix.c),
+    and where ctypes cannot be used. *fd* is borrowed until then. Raises: OSError (ENOTSOCK, EBADF).
+    """
+    if _libc is None:
+        return view_of(fd)
+    sock = BorrowedSocket(fd)
+    return view_of(fd) if sock.family == socket.AF_UNIX else sock
+
+
+def can_be_asked(fd: int) -> bool:
+    """False for a socket of which some question may wait: all but those of UNIX. Never waits
+    itself. *fd* is borrowed for the call."""
+    try:
+        sock = borrowed_socket(fd)
+    except OSError:
+        return True
+    sock.detach()
+    return sock.family == socket.AF_UNIX
+
+
+def has_connections(fd: int) -> bool:
+    """True for a stream of UNIX or TCP, whose hang-up is that of its peer, and can be polled.
+
+    What epoll reports of a datagram socket is an error of one datagram, such as an ICMP message:
+    the socket is as good as before. To poll a stream of another family may wait for the lock, in
+    epoll_ctl(2) and epoll_wait(2) (vsock_poll(), net/vmw_vsock/af_vsock.c). Never waits. *fd* is
+    borrowed for the call.
+    """
+    try:
+        sock = borrowed_socket(fd)
+    except OSError:
+        return False
+    try:
+        if sock.type not in (socket.SOCK_STREAM, socket.SOCK_SEQPACKET):
+            return False
+        if sock.family in (socket.AF_INET, socket.AF_INET6):
+            return not system.LINUX or sock.getsockopt(socket.SOL_SOCKET, _SO_PROTOCOL) in _TCP
+        return sock.family == socket.AF_UNIX
+    finally:
+        sock.detach()
+
+
+def _known(enum: type[IntEnum], value: int) -> int:
+    """*value* as a member of *enum*, if it is one."""
+    try:
+        return enum(value)
+    except ValueError:
+        return value
+
+
+def _checked(result: int) -> None:
+    if result:
+        code = ctypes.get_errno() or errno.EIO
+        raise OSError(code, os.strerror(code))
