@@ -392,7 +392,11 @@ class NameList(Reply):
 
 
 class Registrant(msgspec.Struct, frozen=True):
-    """Who registered the entry, as the kernel said when it connected; *command* is from /proc."""
+    """Who registered the entry, as the kernel said when it connected.
+
+    *command* is from /proc: the command line of a client of root or of the server's own uid, the
+    name of the program of others.
+    """
 
     pid: int
     uid: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import mmap
 import os
@@ -274,6 +275,40 @@ def test_a_socket_that_a_send_keeps_busy(root: Client, folder: Path, lifetime: m
         check(root)  # while both halves close the former one
         Halves(root).kill("keeper")
         check(root)
+
+
+@needs_fuse
+def test_a_process_whose_memory_is_busy(root: Client) -> None:
+    """A read of a page holds its mmap_lock and a new map waits for that: nobody reads its memory,
+    where its arguments are."""
+    server = Halves(root).pids()["server"]
+    files = HangingFileSystem(HOSTILE)
+
+    def attack(say: Say) -> None:
+        page = mmap.mmap(files.open(), 4096, flags=mmap.MAP_PRIVATE)
+        place = ctypes.addressof(ctypes.c_char.from_buffer(page))
+        memory, wire, me = os.open("/proc/self/mem", os.O_RDONLY), Wire(root.address), os.getpid()
+        files.hang(READ)
+        if not os.fork():
+            try:
+                wait_until(lambda: state_of(me) == "D", "the map")
+                wire.ask(1, m.Register("a/1", KIND), [memory])
+                say("registered")
+            finally:
+                os._exit(0)
+        threading.Thread(target=os.pread, args=(memory, 4096, place), daemon=True).start()
+        files.wait(READ)
+        mmap.mmap(-1, 1 << 24)
+
+    with AsUser(HOSTILE, attack, file_system=files) as hostile:
+        assert hostile.hear() == "registered"
+        check(root)
+        assert Halves(root).pids()["server"] == server
+
+
+def state_of(pid: int) -> str:
+    with open(f"/proc/{pid}/stat") as file:
+        return file.read().rpartition(")")[2].split()[0]
 
 
 @needs_fuse

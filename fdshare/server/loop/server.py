@@ -252,9 +252,8 @@ class Server:
             raise InvalidArgument("lifetime", f"no process {session.pid}: {error}") from None
 
     def registrant(self, session: Session) -> m.Registrant:
-        return m.Registrant(
-            session.pid, session.subject.uid, session.subject.gid, _command_of(session.pid)
-        )
+        command = _command_of(session.pid, whole=session.trusted)
+        return m.Registrant(session.pid, session.subject.uid, session.subject.gid, command)
 
     def watch(self, entry: Entry) -> None:
         assign_owners(entry)
@@ -428,11 +427,16 @@ def _nothing() -> None:
     pass
 
 
-def _command_of(pid: int) -> str:
-    """The command line of *pid*, at most 80 characters; empty if /proc does not show it."""
+def _command_of(pid: int, *, whole: bool) -> str:
+    """The command line of *pid*, at most 80 characters, or the name of its program alone; empty if
+    /proc does not show it.
+
+    The arguments are in the memory of the process, and to read there waits for its mmap_lock, which
+    it can keep for ever. The name is the kernel's own, proc_pid_comm(5).
+    """
     try:
-        with open(f"/proc/{pid}/cmdline", "rb") as file:
+        with open(f"/proc/{pid}/{'cmdline' if whole else 'comm'}", "rb") as file:
             raw = file.read(256)
     except OSError:
         return ""
-    return raw.rstrip(b"\0").replace(b"\0", b" ").decode(errors="replace")[:80]
+    return raw.rstrip(b"\0\n").replace(b"\0", b" ").decode(errors="replace")[:80]

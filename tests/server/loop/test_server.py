@@ -144,6 +144,16 @@ def test_a_registrant_has_its_command(server: Server) -> None:
     assert server.registrant(session(pid=1 << 22)).command == ""
 
 
+def test_of_others_the_name_of_the_program_is_known(server: Server) -> None:
+    """Their arguments are in their own memory, for which they can make anybody wait."""
+    other = session()
+    other.trusted = False
+    with open("/proc/self/comm") as file:
+        assert server.registrant(other).command == file.read().strip()
+    other.pid = 1 << 22
+    assert server.registrant(other).command == ""
+
+
 # Closing.
 
 
