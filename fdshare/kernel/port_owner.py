@@ -20,7 +20,7 @@ _ANY: Final = ("0.0.0.0", "::")
 
 
 class PortOwner(NamedTuple):
-    """*pid* is None where it was not found: another user's process, or too many processes."""
+    """*pid* is None where it was not found: another user's process, or too many descriptors."""
 
     uid: int
     pid: int | None
@@ -73,24 +73,27 @@ def _host(digits: str) -> str:
 def _pid_of(target: str) -> int | None:
     """A process that has *target* open, this one first."""
     deadline = time.monotonic() + _PATIENCE
-    own = os.getpid()
     others = (int(name) for name in os.listdir("/proc") if name.isdigit())
-    for pid in (own, *others):
-        if pid != own and time.monotonic() > deadline:
-            return None
-        if _has_open(pid, target):
+    for pid in (os.getpid(), *others):
+        if _has_open(pid, target, deadline):
             return pid
+        if time.monotonic() > deadline:
+            return None
     return None
 
 
-def _has_open(pid: int, target: str) -> bool:
+def _has_open(pid: int, target: str, deadline: float) -> bool:
+    """Whether it is found before the *deadline*: a process may have a million descriptors."""
     try:
-        for number in os.listdir(f"/proc/{pid}/fd"):
-            try:
-                if os.readlink(f"/proc/{pid}/fd/{number}") == target:
-                    return True
-            except OSError:
-                continue
+        with os.scandir(f"/proc/{pid}/fd") as descriptors:
+            for descriptor in descriptors:
+                if time.monotonic() > deadline:
+                    return False
+                try:
+                    if os.readlink(descriptor.path) == target:
+                        return True
+                except OSError:
+                    continue
     except OSError:
         pass  # it has ended, or is another user's
     return False

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from typing import Literal
 
 import pytest
@@ -71,6 +72,25 @@ def test_another_process() -> None:
     assert holder.uid == os.geteuid()
     # None only where looking through all processes took too long.
     assert holder.pid in (child.pid, None)
+
+
+def test_the_search_ends_in_the_middle_of_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which may have a million descriptors."""
+    links: list[str] = []
+
+    def readlink(path: str) -> str:
+        links.append(path)
+        return ""
+
+    monkeypatch.setattr(os, "readlink", readlink)
+    monkeypatch.setattr(time, "monotonic", lambda: float(len(links) >= 20))
+    duplicates = [os.dup(0) for _ in range(40)]
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        owner = port_owner("tcp", "127.0.0.1", listener.getsockname()[1])
+    assert owner == PortOwner(os.geteuid(), None)
+    for fd in duplicates:
+        os.close(fd)
+    assert len(links) == 20
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become somebody else")

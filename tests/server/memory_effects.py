@@ -196,7 +196,7 @@ class MemoryEffects:
     def inspect(self, session: Session, id: int, entries: Sequence[Entry], now: float) -> None:
         raise NotImplementedError
 
-    def bind(self, address: str, backlog: int, reuse_port: bool) -> tuple[m.Kind, int]:
+    def bind(self, session: Session, request: m.Bind) -> tuple[m.Kind, int]:
         return KIND, self.new_handles(1)[0]
 
     def is_reached(self, address: str, handle: int) -> bool:

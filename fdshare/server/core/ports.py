@@ -121,8 +121,8 @@ class Effects(Protocol):
     def inspect(self, session: Session, id: int, entries: Sequence[Entry], now: float) -> None:
         """Answers with an InfoList, later, when the kernel has been asked about each descriptor."""
 
-    def bind(self, address: str, backlog: int, reuse_port: bool) -> tuple[m.Kind, Handle]:
-        """A new socket bound to *address*. Raises: as `binding.bind_address`."""
+    def bind(self, session: Session, request: m.Bind) -> tuple[m.Kind, Handle]:
+        """A new socket bound to the address. Raises: as `binding.bind_address`."""
 
     def is_reached(self, address: str, handle: Handle) -> bool:
         """Whether *handle* is a socket at the path of *address*, and clients can connect to it."""

@@ -205,7 +205,7 @@ class Writes(Waiters):
         if self.table.leases:
             self._settle_if_crowded(session, 1, now)
         self._check_quota(session, 1, former)
-        kind, handle = self.effects.bind(request.address, request.backlog, request.reuse_port)
+        kind, handle = self.effects.bind(session, request)
         generation = self.table.generation + 1
         put = Put(
             name=request.name,

@@ -34,7 +34,9 @@ _MODE: Final = 0o600
 _MOST: Final = 2**31 - 1  # an int of listen(2)
 
 
-def bind_address(address: str, *, backlog: int, reuse_port: bool) -> socket.socket:
+def bind_address(
+    address: str, *, backlog: int, reuse_port: bool, find_owner: bool = True
+) -> socket.socket:
     """A new socket bound to *address*, listening unless it is udp; blocking, as any new one is.
 
     `parse_address` says what an address is. tcp has SO_REUSEADDR; with *reuse_port* tcp and udp
@@ -44,7 +46,8 @@ def bind_address(address: str, *, backlog: int, reuse_port: bool) -> socket.sock
 
     Raises:
         InvalidArgument: not an address, a negative *backlog*, *reuse_port* for unix.
-        AddressInUse: somebody has it (`pid`, where the kernel tells), or it is another file.
+        AddressInUse: somebody has it, or it is another file. `pid` of who has a port only with
+            *find_owner*, where /proc tells: to find it takes a twentieth of a second.
         EndpointError: not one of this machine's addresses, no permission, no such folder.
         DescriptorLimit: the server's.
     """
@@ -54,7 +57,7 @@ def bind_address(address: str, *, backlog: int, reuse_port: bool) -> socket.sock
     try:
         if parsed.scheme == "unix":
             return _bind_unix(parsed, backlog, reuse_port)
-        return _bind_network(parsed, backlog, reuse_port)
+        return _bind_network(parsed, backlog, reuse_port, find_owner)
     except OSError as error:
         if is_descriptor_limit(error) and not isinstance(error, FdshareError):
             raise descriptor_limit(error.errno, "server") from None
@@ -73,7 +76,9 @@ def is_reached(address: str, fd: int) -> bool:
     return found.listening and found.local == path and "nobody can connect" not in found.health
 
 
-def _bind_network(address: BindAddress, backlog: int, reuse_port: bool) -> socket.socket:
+def _bind_network(
+    address: BindAddress, backlog: int, reuse_port: bool, find_owner: bool
+) -> socket.socket:
     family = socket.AF_INET6 if address.is_ipv6 else socket.AF_INET
     stream = address.scheme == "tcp"
     try:
@@ -89,14 +94,14 @@ def _bind_network(address: BindAddress, backlog: int, reuse_port: bool) -> socke
         if address.is_ipv6:
             # Else [::] would take the port of 0.0.0.0, too, for which the policy was not asked.
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(not address.is_dual))
-        _bind(sock, address, backlog)
+        _bind(sock, address, backlog, find_owner)
         return sock
     except BaseException:
         sock.close()
         raise
 
 
-def _bind(sock: socket.socket, address: BindAddress, backlog: int) -> None:
+def _bind(sock: socket.socket, address: BindAddress, backlog: int, find_owner: bool) -> None:
     host, _, scope = ("::" if address.is_dual else address.host).partition("%")
     try:
         if address.is_ipv6:
@@ -108,7 +113,7 @@ def _bind(sock: socket.socket, address: BindAddress, backlog: int) -> None:
             sock.listen(backlog)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            raise _in_use(address) from None
+            raise _in_use(address, find_owner) from None
         raise _trouble(address, error) from None
 
 
@@ -173,11 +178,13 @@ def _check_folder(path: str) -> None:
         )
 
 
-def _in_use(address: BindAddress) -> AddressInUse:
-    """The error that names the process that has the port, if /proc tells."""
+def _in_use(address: BindAddress, find_owner: bool) -> AddressInUse:
+    """The error that names the process that has the port, with *find_owner* and if /proc tells."""
     scheme = address.scheme
     host = "::" if address.is_dual else address.host
-    owner = None if scheme == "unix" else port_owner(scheme, host, address.port)
+    owner = None
+    if find_owner and scheme != "unix":
+        owner = port_owner(scheme, host, address.port)
     if owner is None:
         return AddressInUse(str(address), "another socket has it; choose another port")
     if owner.pid == os.getpid():

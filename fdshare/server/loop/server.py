@@ -301,8 +301,14 @@ class Server:
         """In a thread of the lanes."""
         self.loop.post(lambda: self._closer.collect(time.monotonic()))
 
-    def bind(self, address: str, backlog: int, reuse_port: bool) -> tuple[m.Kind, Handle]:
-        sock = bind_address(address, backlog=backlog, reuse_port=reuse_port)
+    def bind(self, session: Session, request: m.Bind) -> tuple[m.Kind, Handle]:
+        sock = bind_address(
+            request.address,
+            backlog=request.backlog,
+            reuse_port=request.reuse_port,
+            # Others would have the loop look through all processes again and again.
+            find_owner=session.trusted,
+        )
         kind, _ = describe(sock)
         return kind, Handle(sock.detach())
 

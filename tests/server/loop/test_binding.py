@@ -24,8 +24,10 @@ from fdshare.server.loop.binding import bind_address, is_reached
 from fdshare.server.loop.inspect import describe_descriptor
 
 
-def bind(address: str, backlog: int = 16, reuse_port: bool = False) -> socket.socket:
-    return bind_address(address, backlog=backlog, reuse_port=reuse_port)
+def bind(
+    address: str, backlog: int = 16, reuse_port: bool = False, find_owner: bool = True
+) -> socket.socket:
+    return bind_address(address, backlog=backlog, reuse_port=reuse_port, find_owner=find_owner)
 
 
 def listens(sock: socket.socket) -> bool:
@@ -101,6 +103,15 @@ def test_a_port_that_we_have_ourselves() -> None:
     if sys.platform == "linux":
         assert caught.value.pid == os.getpid()
         assert "this server itself" in str(caught.value)
+
+
+def test_whose_a_port_is_need_not_be_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    with bind("tcp://127.0.0.1:0") as listener:
+        monkeypatch.setattr(os, "listdir", None)
+        monkeypatch.setattr(os, "scandir", None)
+        with pytest.raises(AddressInUse, match="another socket has it") as caught:
+            bind(f"tcp://127.0.0.1:{listener.getsockname()[1]}", find_owner=False)
+        assert caught.value.pid is None
 
 
 OTHER = """

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import wait_until
 
-from fdshare.errors import InvalidArgument, PolicyError
+from fdshare.errors import AddressInUse, InvalidArgument, PolicyError
 from fdshare.kernel.endpoint import listen
 from fdshare.protocol import messages as m
 from fdshare.server.core.policy import Subject
@@ -152,6 +152,18 @@ def test_of_others_the_name_of_the_program_is_known(server: Server) -> None:
         assert server.registrant(other).command == file.read().strip()
     other.pid = 1 << 22
     assert server.registrant(other).command == ""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/net/tcp"), reason="no /proc/net")
+def test_who_has_a_port_is_looked_up_for_the_trusted_alone(server: Server) -> None:
+    """The loop looks through all processes, and does nothing else meanwhile."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        request = m.Bind("a", f"tcp://127.0.0.1:{listener.getsockname()[1]}")
+        asking = session()
+        for asking.trusted, pid in ((True, os.getpid()), (False, None)):
+            with pytest.raises(AddressInUse) as caught:
+                server.bind(asking, request)
+            assert caught.value.pid == pid
 
 
 # Closing.
