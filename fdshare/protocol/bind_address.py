@@ -71,6 +71,10 @@ def parse_address(text: str) -> BindAddress:
         raise _bad(text, f"it has {len(text)} characters, at most {_LONGEST}")
     if _CONTROL.search(text):
         raise _bad(text, "it has a control character")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise _bad(text, "it cannot be encoded as UTF-8") from None
     if text.startswith("unix:"):
         return _unix(text, text.removeprefix("unix:"))
     for scheme in ("tcp", "udp"):
@@ -112,7 +116,8 @@ def _ipv6(text: str, host: str) -> str:
         raise _bad(text, f"write the IPv4 address: {address.ipv4_mapped}")
     if address.scope_id is not None and not address.is_link_local:
         raise _bad(text, "only a link-local address has a scope")
-    if str(address) != host.lower():
+    number, percent, scope = host.partition("%")  # of a scope, upper case is another name
+    if str(address) != number.lower() + percent + scope:
         raise _bad(text, f"write [{address}]")
     return str(address)
 
@@ -133,10 +138,6 @@ def _unix(text: str, rest: str) -> BindAddress:
         raise _bad(text, "write unix:///PATH with an absolute path, or unix:@NAME")
     if any(part in ("", ".", "..") for part in path[1:].split("/")):
         raise _bad(text, "write a path without '//', '.', '..' and a slash at its end")
-    try:
-        path.encode()
-    except UnicodeEncodeError:
-        raise _bad(text, "it cannot be encoded as UTF-8") from None
     return BindAddress("unix", path=path, mode=mode, group=group)
 
 

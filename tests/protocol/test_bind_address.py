@@ -21,6 +21,7 @@ from fdshare.protocol.bind_address import BindAddress, parse_address
         ("udp://[::1]:53", BindAddress("udp", "::1", 53)),
         ("tcp://[::]:80", BindAddress("tcp", "::", 80)),
         ("tcp://[fe80::1%eth0]:80", BindAddress("tcp", "fe80::1%eth0", 80)),
+        ("tcp://[fe80::1%Eth0]:80", BindAddress("tcp", "fe80::1%Eth0", 80)),
         ("unix:///run/a.sock", BindAddress("unix", path="/run/a.sock")),
         ("unix:///run/a.sock?mode=0660", BindAddress("unix", path="/run/a.sock", mode=0o660)),
         ("unix:///run/a?group=www-data", BindAddress("unix", path="/run/a", group="www-data")),
@@ -41,6 +42,7 @@ def test_addresses_that_are_read(text: str, parsed: BindAddress) -> None:
     [
         ("tcp://localhost:80", "tcp://127.0.0.1:80"),
         ("unix:///run/a?mode=660", "unix:///run/a?mode=0660"),
+        ("tcp://[FE80::1%Eth0]:80", "tcp://[fe80::1%Eth0]:80"),
     ],
 )
 def test_what_has_two_spellings_is_turned_into_one(text: str, canonical: str) -> None:
@@ -85,6 +87,7 @@ def test_what_has_two_spellings_is_turned_into_one(text: str, canonical: str) ->
         ("unix:///run/../etc/a", "a path without"),
         ("unix:///run/a/", "a path without"),
         ("unix:///run/\ud800", "UTF-8"),
+        ("tcp://[fe80::1%\ud800]:80", "UTF-8"),
         ("unix:///run/a\nb", "control character"),
         ("unix:///run/a\0b", "control character"),
         ("unix:@", "empty"),

@@ -32,6 +32,8 @@ __all__ = ["bind_address", "gid_of", "is_reached", "parse_address"]
 
 _MODE: Final = 0o600
 _MOST: Final = 2**31 - 1  # an int of listen(2)
+_HIGHEST_GID: Final = 2**32 - 2  # chown(2) takes the next for "leave it"
+_HIGHEST_SCOPE: Final = 2**32 - 1  # sin6_scope_id, ipv6(7)
 
 
 def bind_address(
@@ -119,7 +121,13 @@ def _bind(sock: socket.socket, address: BindAddress, backlog: int, find_owner: b
 
 def _scope(scope: str) -> int:
     """The number of a network interface. Raises: OSError."""
-    return int(scope) if scope.isdigit() else socket.if_nametoindex(scope) if scope else 0
+    if not scope:
+        return 0
+    if not (scope.isascii() and scope.isdigit()):
+        return socket.if_nametoindex(scope)
+    if int(scope) > _HIGHEST_SCOPE:
+        raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+    return int(scope)
 
 
 def _share_port(sock: socket.socket) -> None:
@@ -154,12 +162,14 @@ def _bind_unix(address: BindAddress, backlog: int, reuse_port: bool) -> socket.s
 def gid_of(address: BindAddress) -> int:
     """The number of its group, which is looked up as those of a policy are. Raises:
     InvalidArgument."""
-    if address.group.isdecimal():
-        return int(address.group)
     try:
-        return grp.getgrnam(address.group).gr_gid
+        if not address.group.isdecimal():
+            return grp.getgrnam(address.group).gr_gid
+        if (gid := int(address.group)) <= _HIGHEST_GID:
+            return gid
     except KeyError:
-        raise InvalidArgument("address", f"there is no group {address.group!r}") from None
+        pass
+    raise InvalidArgument("address", f"there is no group {address.group!r}")
 
 
 def _check_folder(path: str) -> None:

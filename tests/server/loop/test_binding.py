@@ -161,6 +161,8 @@ def test_a_shared_port(scheme: str) -> None:
     [
         ("tcp://192.0.2.1:0", errno.EADDRNOTAVAIL, "no address 192.0.2.1"),
         ("tcp://[fe80::1%nosuch]:0", None, ""),
+        ("tcp://[fe80::1%4294967296]:0", errno.ENODEV, ""),
+        ("udp://[fe80::1%²]:0", None, ""),
     ],
 )
 def test_an_address_that_is_not_ours(address: str, code: int | None, says: str) -> None:
@@ -249,6 +251,14 @@ def test_whether_clients_reach_what_is_bound(folder: Path) -> None:
 def test_a_group_that_is_not_there(folder: Path) -> None:
     with pytest.raises(InvalidArgument, match="no group 'no-such-group'"):
         bind(f"unix://{folder}/s?group=no-such-group")
+
+
+@pytest.mark.parametrize("gid", [2**32 - 1, 2**32, 10**31])
+def test_a_group_that_cannot_be(folder: Path, gid: int) -> None:
+    """The first of them would leave the group as it is."""
+    with pytest.raises(InvalidArgument, match=f"no group '{gid}'"):
+        bind(f"unix://{folder}/s?group={gid}")
+    assert not (folder / "s").exists()
     assert os.listdir(folder) == []
 
 
