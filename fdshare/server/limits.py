@@ -60,10 +60,10 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         for name, value in changed.items():
             if name not in cls.__struct_fields__:
                 raise InvalidArgument("limits", f"there is no limit {name!r}")
-            if not value > 0:
+            if not isinstance(value, (int, float)) or not value > 0:
                 raise InvalidArgument("limits", f"{name} is {value!r}, not a number above zero")
-            if not name.endswith("_timeout") and value != int(value):
-                raise InvalidArgument("limits", f"{name} is {value!r}, a count has no fraction")
+            if not name.endswith("_timeout") and value % 1 != 0:  # nor of what has no end
+                raise InvalidArgument("limits", f"{name} is {value!r}, not a whole number")
         numbers = usable(nofile)
         connections = max(numbers // 4, 4)
         descriptors = numbers - connections - max(numbers // 8, 2)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
+import re
 import resource
 import socket
 import subprocess
@@ -56,6 +58,12 @@ def test_defaults_leave_head_room(nofile: int) -> None:
 def test_limits_that_are_none(wrong: dict[str, float], keeper: bool) -> None:
     with pytest.raises(InvalidArgument, match=next(iter(wrong))):
         Manager(limits=wrong, keeper=keeper).start()
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan, -math.inf, 1.5, "5", None, [1]])
+def test_values_that_are_none(value: Any) -> None:
+    with pytest.raises(InvalidArgument, match=f"max_names is {re.escape(repr(value))}, not a"):
+        Limits.for_rlimit(1024, max_names=value)
 
 
 def test_all_are_shown() -> None:
