@@ -13,8 +13,8 @@ import logging
 import math
 import signal
 import socket
-import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from itertools import count
 from typing import Final
@@ -57,8 +57,8 @@ class Loop(Input):
         self.acceptor = Acceptor(self, listener, epoch, authkey)
         self._timers: list[tuple[float, int, Callable[[float], None]]] = []
         self._order = count()
-        self._posted: list[Callable[[], None]] = []
-        self._post_lock = threading.Lock()
+        # Without a lock, which a signal's handler would wait for that came while it was held.
+        self._posted: deque[Callable[[], None]] = deque()
         self._tick_again = 0.0  # no tick before: the keeper could not take what was due
         self._retry_at = 0.0  # when throttled and stalled connections are tried again; 0: not set
         self._stopping = False
@@ -158,9 +158,9 @@ class Loop(Input):
         self._interrupted = True
 
     def post(self, call: Callable[[], None]) -> None:
-        """Has the loop's thread make *call*. May be called from any thread."""
-        with self._post_lock:
-            self._posted.append(call)
+        """Has the loop's thread make *call*. May be called from any thread, and from a signal
+        handler."""
+        self._posted.append(call)
         self._wake_up()
 
     def wake_on_signals(self) -> int:
@@ -201,10 +201,8 @@ class Loop(Input):
             self._wake.recv(4096)
         except BlockingIOError:
             pass
-        with self._post_lock:
-            calls, self._posted = self._posted, []
-        for call in calls:
-            call()
+        for _ in range(len(self._posted)):  # what these calls post comes in the next turn
+            self._posted.popleft()()
 
     def _finish(self) -> None:
         """Sends what is queued, for at most a second."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Iterator
+import sys
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from types import FrameType, SimpleNamespace
 
 import pytest
 from conftest import wait_until
@@ -21,6 +23,7 @@ from fdshare.server.core.records import Put, Record
 from fdshare.server.core.table import Entry, Lease, Table
 from fdshare.server.core.users import User
 from fdshare.server.loop.closing import Handle
+from fdshare.server.loop.loop import Loop
 from fdshare.server.loop.server import Server
 from fdshare.server.settings import Settings
 from server.orders import KIND
@@ -241,3 +244,40 @@ def test_metrics_that_cannot_be_served_are_a_note(settings: Settings) -> None:
         assert server.run() is False
         assert "not served at" in server.notes["metrics"]
         server.shut_down()
+
+
+# The loop's calls.
+
+
+@pytest.mark.parametrize("where", [Loop.post, Loop._on_wake])
+def test_a_signal_handler_posts_a_call_wherever_it_comes(
+    server: Server, where: Callable[..., object]
+) -> None:
+    """At every line of what posts and takes calls: it waits for nothing that the line holds."""
+    made: list[str] = []
+    interrupted: list[int] = []
+
+    def handle() -> None:
+        server.loop.post(lambda: made.append("handler's"))
+
+    def at_line(frame: FrameType, event: str, argument: object) -> object:
+        handler = threading.Thread(target=handle, daemon=True)
+        handler.start()
+        handler.join(10)
+        assert not handler.is_alive(), f"it waits at line {frame.f_lineno}"
+        interrupted.append(frame.f_lineno)
+        return at_line
+
+    def trace(frame: FrameType, event: str, argument: object) -> object:
+        return at_line if frame.f_code is where.__code__ else None
+
+    former = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        server.loop.post(lambda: made.append("ours"))
+        server.loop._on_wake(0, 0.0)
+    finally:
+        sys.settrace(former)
+    server.loop._on_wake(0, 0.0)
+    assert interrupted
+    assert sorted(made) == ["handler's"] * len(interrupted) + ["ours"]
