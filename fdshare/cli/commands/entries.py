@@ -17,6 +17,7 @@ from fdshare.cli.support.exec import Launch, check_fdnames, find_program, with_o
 from fdshare.printable import printable
 
 if TYPE_CHECKING:
+    import threading
     from collections.abc import Iterator
 
     from fdshare.cli.support.claim import Claim
@@ -165,13 +166,15 @@ def _hold(client: Client, entry: Registered) -> None:
     # One that is ignored (nohup) stays ignored: blocked it would wait for sigwait(3), Linux only.
     ends = {number for number in ends if signal.getsignal(number) is not signal.SIG_IGN}
     signal.pthread_sigmask(signal.SIG_BLOCK, ends)
-    threading.Thread(target=_end_with, args=(client, entry), daemon=True).start()
+    over = threading.Event()
+    threading.Thread(target=_end_with, args=(client, entry, over), daemon=True).start()
     signal.sigwait(ends)
+    over.set()  # before the client is closed, which ends the entry
 
 
-def _end_with(client: Client, entry: Registered) -> None:
+def _end_with(client: Client, entry: Registered, over: threading.Event) -> None:
     """Ends the process when *entry* is gone, with status 1. Returns where the server does not let
-    this user watch it, or the client is closed."""
+    this user watch it, or it is *over*."""
     from fdshare.errors import AccessDenied, ClosedDescriptor, FdshareError, ServerTimeout
     from fdshare.protocol.names import literal
 
@@ -187,6 +190,8 @@ def _end_with(client: Client, entry: Registered) -> None:
             return
         except FdshareError as error:
             reason = str(error)
+    if over.is_set():
+        return
     print(
         printable(f"fdshare: {entry.name} is held no more: {reason}"), file=sys.stderr, flush=True
     )
