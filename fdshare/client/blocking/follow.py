@@ -63,8 +63,10 @@ class Follower:
         self._on_change = on_change
         self._end = end
         self._state = FollowState(name, timeout, client._page)
-        self._threads = threading.local()  # seen: the `Seen` that the thread was given last
-        self._due = 0.0
+        # seen: the fields of the `Seen` that the thread was given last, and until when they hold
+        # without a look whether the server is there. Another thread may know better by then.
+        self._threads = threading.local()
+        self._due = 0.0  # the same of the state's
         self._closed = False
         self._lock = threading.RLock()  # a signal's handler may use it during a call of ours
         _followers.add(self)
@@ -79,18 +81,18 @@ class Follower:
         where `follow` was given a timeout; AccessDenied; ClosedDescriptor; and what `fetch` raises.
         """
         try:
-            obj, slot, stamp, version = self._threads.seen
+            obj, slot, stamp, version, due = self._threads.seen
         except AttributeError:
             pass
         else:
-            if slot[0] == stamp and monotonic() < self._due:
+            if slot[0] == stamp and monotonic() < due:
                 return obj
             # It may be closed now. No variable of a frame of ours keeps it open: those of frames in
             # the traceback of an error would.
             del obj, version
             vars(self._threads).pop("seen", None)  # if no signal's handler has
-        seen = self._renew()
-        self._threads.seen = tuple(seen)  # CPython takes a named one apart in three times the time
+        seen, due = self._renew()
+        self._threads.seen = (*seen, due)  # CPython takes a named one apart in three times the time
         return seen.obj
 
     @contextmanager
@@ -99,7 +101,7 @@ class Follower:
 
         It is the handle's even so: do not close it.
         """
-        seen = self._renew()
+        seen, _ = self._renew()
         yield seen.obj
 
     @property
@@ -111,9 +113,12 @@ class Follower:
     def stale(self) -> bool:
         """True while the server cannot be asked: then `current` is the last object there was.
 
-        Looks now, whatever was found before.
+        Looks now, whatever was found before; the thread's next `current` is what it found.
         """
         self._due = 0.0
+        given = vars(self._threads).get("seen")
+        if given is not None:
+            self._threads.seen = (*given[:-1], self._due)
         try:
             self._renew()
         except FdshareError:
@@ -129,17 +134,17 @@ class Follower:
         if end is not None:
             end()
 
-    def _renew(self) -> Seen:
-        """What is there now, asked for if it is not known."""
+    def _renew(self) -> tuple[Seen, float]:
+        """What is there now, asked for if it is not known, and until when it is trusted."""
         with self._lock:
             changed = self._look()
-            seen = self._state.seen
+            seen, due = self._state.seen, self._due
             if self._closed or seen is None:
                 self._state.seen = None
                 raise ClosedDescriptor(f"the follower of {self.name!r} is closed")
         if changed and self._on_change is not None:
             self._on_change(seen.obj)
-        return seen
+        return seen, due
 
     def _look(self) -> bool:
         """Makes the state that of now. True if there is another object."""

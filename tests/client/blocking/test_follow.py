@@ -309,3 +309,35 @@ def test_a_server_without_an_end_is_missed(
                 again.register("log", files[1])
                 wait_until(lambda: inode(log.current) == inode(files[1]), "the new object")
     manager.shutdown()
+
+
+@pytest.mark.parametrize("finder", ["current", "stale"])
+def test_what_another_look_has_found_is_given_to_all(
+    folder: Path, files: list[Any], monkeypatch: pytest.MonkeyPatch, finder: str
+) -> None:
+    """Nobody writes the page of a server that was killed any more: that of another is looked at."""
+    seconds = 0.0
+    monkeypatch.setattr(module, "monotonic", lambda: seconds)
+    path = str(folder / "s")
+    manager = Manager(path, keeper=False).start()
+    with fdshare.connect(path, reconnect=0.1) as client:
+        client.register("log", files[0])
+        with client.follow("log") as log:
+            old = log.current
+            assert manager._process is not None
+            os.kill(client.stats().server_pid, signal.SIGKILL)
+            manager._process.wait()
+            with Manager(path, keeper=False) as again:
+                again.register("log", files[1])
+                assert log.current is old
+                if finder == "current":  # of another thread, at the next look
+                    seconds = module._LOOK
+                    found: list[int] = []
+                    thread = threading.Thread(target=lambda: found.append(inode(log.current)))
+                    thread.start()
+                    thread.join(20)
+                    assert found == [inode(files[1])]
+                else:
+                    assert not log.stale
+                assert inode(log.current) == inode(files[1])
+    manager.shutdown()
