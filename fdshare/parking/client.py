@@ -20,6 +20,7 @@ import sys
 import time
 import weakref
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Final
 
 from fdshare.errors import (
@@ -80,11 +81,19 @@ class _Connection:
             self.one_way.close()
 
     def open_one_way(self) -> socket.socket:
-        """The one-way socket, which stays the connection's."""
-        ours, theirs = stream_pair(socket.SOCK_SEQPACKET)
-        self.one_way = ours
+        """The one-way socket, which stays the connection's. Raises: DescriptorLimit: none is free
+        for it, or too many are in flight."""
+        try:
+            ours, theirs = stream_pair(socket.SOCK_SEQPACKET)
+        except OSError as error:
+            raise as_limit(error) from None
         with theirs:
-            send_message(self.sock, (ONE_WAY,), [theirs.fileno()])
+            try:
+                send_message(self.sock, (ONE_WAY,), [theirs.fileno()])
+            except BaseException:
+                ours.close()
+                raise
+        self.one_way = ours
         self.sock.recv(_ANSWER)
         return ours
 
@@ -136,11 +145,13 @@ class PrivateServer:
 
     def _put_one_way(self, connection: _Connection, packet: bytes, fds: Sequence[int]) -> bool:
         """Puts it where the server reads it when somebody asks for it; False where it cannot."""
-        one_way = connection.one_way or connection.open_one_way()
         try:
+            one_way = connection.one_way or connection.open_one_way()
             send_message(one_way, (packet,), fds)
         except DescriptorLimit:
-            return False  # too many are in flight; for a put with an answer the server makes room
+            # A put with an answer needs no descriptor of ours, and for it the server makes room
+            # where too many are in flight.
+            return False
         connection.credit -= len(fds)
         self._give_back(connection)
         return True
@@ -161,7 +172,7 @@ class PrivateServer:
 
     def _has_put(self, connection: _Connection, answer: bytes) -> bool:
         if not answer:
-            connection.close()
+            self._drop(connection)
             return False
         connection.credit = CREDIT.unpack_from(answer, 1)[0] if answer[:1] == PUT else 0
         self._give_back(connection)
@@ -201,7 +212,7 @@ class PrivateServer:
                 if answer == TAKE:
                     return descriptors
                 break
-            connection.close()
+            self._drop(connection)
         raise AlreadyTaken(key.hex())
 
     def take_back(self, key: bytes) -> None:
@@ -218,7 +229,7 @@ class PrivateServer:
             if answer:
                 self._give_back(connection)
                 return
-            connection.close()
+            self._drop(connection)
         raise ServerGone(self.address, "it ended again and again")
 
     def close(self) -> None:
@@ -242,7 +253,16 @@ class PrivateServer:
             raise ServerTimeout(self.address, _TIMEOUT) from None
         if not isinstance(error, BrokenPipeError | ConnectionResetError):
             raise as_limit(error)
+        self._drop(connection)
         return b""
+
+    def _drop(self, connection: _Connection) -> None:
+        """Closes a connection that has ended, and those that are idle: they are likely to have
+        ended, too, and each would cost one of the few tries."""
+        connection.close()
+        with suppress(IndexError):
+            while True:
+                self._idle.pop().close()
 
     def _borrow(self, start: bool) -> _Connection:
         try:

@@ -186,6 +186,45 @@ def test_killed_it_is_started_anew(private: PrivateServer, pair: Pair) -> None:
     private.take(KEY)[0].close()
 
 
+def use_four_at_once(private: PrivateServer) -> None:
+    """Leaves as many idle connections as are kept, as four threads do."""
+    for connection in [private._borrow(start=True) for _ in range(4)]:
+        private._give_back(connection)
+    assert len(private._idle) == 4
+
+
+def test_killed_it_is_started_anew_whatever_was_connected(
+    private: PrivateServer, pair: Pair
+) -> None:
+    fds = [pair[0].fileno()]
+    use_four_at_once(private)
+    private.put(KEY, fds, 60, 1)
+    pidfd = os.pidfd_open(pid_of(private))
+    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    assert gone(pidfd)
+    private.put(KEY, fds, 60, 1)
+    private.take(KEY)[0].close()
+
+
+@pytest.mark.parametrize("verb", ["put", "take", "take_back"])
+def test_dropped_for_being_idle_it_connects_again(
+    private: PrivateServer, pair: Pair, verb: str
+) -> None:
+    other = PrivateServer(private.address)
+    other.put(KEY, [pair[0].fileno()], 60, 1)
+    use_four_at_once(private)
+    for connection in private._idle:
+        connection.sock.shutdown(socket.SHUT_RDWR)
+    if verb == "put":
+        private.put(KEY, [pair[0].fileno()], 60, 1)
+    elif verb == "take":
+        private.take(KEY)[0].close()
+    else:
+        private.take_back(KEY)
+    other.take_back(KEY)
+    other.close()
+
+
 CLONE_NEWNET, CLONE_NEWNS = 0x40000000, 0x20000
 
 
@@ -335,6 +374,24 @@ def test_at_the_limit_of_the_receiver_nothing_is_lost(private: PrivateServer, pa
         descriptor.close()
 
 
+def test_at_the_limit_of_the_sender_it_puts_what_it_has(
+    private: PrivateServer, pair: Pair
+) -> None:
+    """A one-way socket would be two descriptors more; to put with an answer needs none."""
+    fds = [pair[0].fileno()]
+    private.put(KEY, fds, 60, 1)  # connected, and it may open one
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+    try:
+        for number in range(3):
+            private.put(bytes([number]) * 18, fds, 60, 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    for number in range(3):
+        private.take(bytes([number]) * 18)[0].close()
+    private.take_back(KEY)
+
+
 def test_many_threads(private: PrivateServer, pair: Pair) -> None:
     fds = [pair[0].fileno()]
     failures: list[BaseException] = []
@@ -362,7 +419,10 @@ def test_many_threads(private: PrivateServer, pair: Pair) -> None:
 
 
 @AS_ROOT
-def test_more_in_flight_than_the_sender_may_have(private: PrivateServer, pair: Pair) -> None:
+@pytest.mark.parametrize("one_way", [True, False], ids=["with a one-way socket", "without one"])
+def test_more_in_flight_than_the_sender_may_have(
+    private: PrivateServer, pair: Pair, one_way: bool
+) -> None:
     """The kernel counts what waits unread against the sender's user, except root."""
     private.put(KEY, [pair[0].fileno()], 60, 1)  # all is imported now
     private.take(KEY)[0].close()
@@ -383,9 +443,18 @@ def test_more_in_flight_than_the_sender_may_have(private: PrivateServer, pair: P
             listener.close()
             _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
             mine = PrivateServer(f"@{name}")
+            if not one_way:  # it would open one with its next put, but others have filled theirs
+                others = [PrivateServer(f"@{name}") for _ in range(4)]
+                for server in (mine, *others):
+                    server.put(KEY, [0], 60, 1)
+                for number, server in enumerate(others):
+                    server.put(b"%18d" % number, [0] * server._idle[0].credit, 60, 1)
+                used = set(map(int, os.listdir("/proc/self/fd")))
+                free = [number for number in range(len(used) + 10) if number not in used]
+                resource.setrlimit(resource.RLIMIT_NOFILE, (free[4], hard))
             for number in range(100):
                 mine.put(bytes([number + 1]) * 18, [pair[0].fileno()] * 3, 60, 1)
-                if number == 2:  # connected, and with a one-way socket
+                if number == 2 and one_way:
                     resource.setrlimit(resource.RLIMIT_NOFILE, (8, hard))
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
             for number in range(100):
