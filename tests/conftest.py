@@ -162,6 +162,16 @@ def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
 
 
 @pytest.fixture
+def no_sigpipe() -> Iterator[None]:
+    """Fails a test in which this process gets SIGPIPE: where a program has it end it, it would."""
+    got: list[int] = []
+    former = signal.signal(signal.SIGPIPE, lambda number, _: got.append(number))
+    yield
+    signal.signal(signal.SIGPIPE, former)
+    assert not got
+
+
+@pytest.fixture
 def null() -> Iterator[int]:
     """A descriptor of /dev/null."""
     fd = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)

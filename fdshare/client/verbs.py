@@ -21,6 +21,7 @@ from fdshare.errors import (
     ProtocolError,
     TooManyDescriptors,
 )
+from fdshare.kernel import system
 from fdshare.kernel.ancillary import close_all
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.kernel.descriptor_limit import first_use
@@ -257,7 +258,7 @@ def confirm(lease: Descriptor, taken: T, let_go: Callable[[T], None]) -> socket.
         sock = lease.socket()
         try:
             sock.setblocking(True)  # whatever socket.setdefaulttimeout() says
-            sock.send(b"\1", socket.MSG_DONTWAIT)  # its buffer is empty
+            sock.send(b"\1", socket.MSG_DONTWAIT | system.NOSIGNAL)  # its buffer is empty
         except BaseException:
             sock.close()
             raise

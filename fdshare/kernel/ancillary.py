@@ -167,7 +167,8 @@ def send_control(
     *address* is the destination, on a datagram socket that is not connected. Raises: OSError of
     sendmsg(2), as it is.
     """
-    return sock.sendmsg([data], control, 0, *(() if address is None else (address,)))
+    to = () if address is None else (address,)
+    return sock.sendmsg([data], control, system.NOSIGNAL, *to)
 
 
 def send_into(

@@ -22,6 +22,7 @@ from fdshare.errors import (
     TooManyDescriptors,
 )
 from fdshare.kernel import credentials as creds
+from fdshare.kernel import system
 from fdshare.kernel.ancillary import MAX_DESCRIPTORS, Bytes, Received, receive, send_control
 from fdshare.kernel.credentials import Credentials
 from fdshare.kernel.descriptor import HasFileno, borrow
@@ -82,7 +83,7 @@ def _send_rest(sock: socket.socket, rest: memoryview) -> None:
     """What a short write left over, of a message whose descriptors have gone."""
     while rest:
         try:
-            rest = rest[sock.send(rest) :]
+            rest = rest[sock.send(rest, system.NOSIGNAL) :]
         except BlockingIOError:
             ready = select.poll()
             ready.register(sock, select.POLLOUT)

@@ -33,6 +33,7 @@ from fdshare.errors import (
     UnsupportedPlatform,
     UntrustedServer,
 )
+from fdshare.kernel import system
 from fdshare.kernel.ancillary import MAX_DESCRIPTORS, peek_descriptors, send_message
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.kernel.descriptor_limit import as_limit, is_descriptor_limit
@@ -164,7 +165,7 @@ class PrivateServer:
                 return
             except DescriptorLimit:
                 # Asked for what it does not have, the server reads all one-way sockets.
-                connection.sock.send(_NO_KEY)
+                connection.sock.send(_NO_KEY, system.NOSIGNAL)
                 if not connection.sock.recv(_ANSWER):
                     raise ConnectionResetError from None
                 time.sleep(_PAUSE)
@@ -193,7 +194,7 @@ class PrivateServer:
             try:
                 if connection is None:
                     connection = self._borrow(start=False)
-                    connection.sock.send(TAKE + key)
+                    connection.sock.send(TAKE + key, system.NOSIGNAL)
                 # Looked at first: the kernel drops those for which no number is free here.
                 descriptors = peek_descriptors(connection.sock, MAX_DESCRIPTORS)
                 answer = connection.sock.recv(_ANSWER)
@@ -222,7 +223,7 @@ class PrivateServer:
             connection = self._borrow(start=False)
             answer = b""
             try:
-                connection.sock.send(REMOVE + key)
+                connection.sock.send(REMOVE + key, system.NOSIGNAL)
                 answer = connection.sock.recv(_ANSWER)
             except OSError as error:
                 self._no_answer(connection, error)

@@ -175,6 +175,7 @@ def test_a_lease_that_never_ends_is_not_waited_for_without_limit(
         LeaseEnd(near).wait()
 
 
+@pytest.mark.usefixtures("no_sigpipe")
 @pytest.mark.parametrize("verb", [verbs.take, verbs.take_raw])
 def test_a_revoked_take_is_closed_and_asked_again(verb: Any) -> None:
     end, server = lease()

@@ -30,6 +30,7 @@ from fdshare.kernel import (
     Descriptor,
     enable_credentials,
     own_credentials,
+    passing,
     recv_fds,
     send_fds,
 )
@@ -240,10 +241,13 @@ def test_descriptors_that_are_not_open(pair: Pair, bad: int) -> None:
     assert not select.select([pair[1]], [], [], 0)[0]
 
 
+@pytest.mark.usefixtures("no_sigpipe")
 def test_a_peer_that_is_gone(pair: Pair) -> None:
     pair[1].close()
     with pytest.raises(BrokenPipeError):
         send_fds(pair[0], [0])
+    with pytest.raises(BrokenPipeError):  # it went in the middle of a long message
+        passing._send_rest(pair[0], memoryview(b"rest"))
 
 
 def test_waiting_obeys_the_socket(pair: Pair) -> None:

@@ -18,6 +18,7 @@ from fdshare.client.conversation import Answer, Conversation, Exchange, Read, Wh
 from fdshare.client.fetch_cache import FetchCache
 from fdshare.client.settings import Dialer, Search
 from fdshare.errors import ClosedDescriptor, FdshareError, NoServer, ServerGone, ServerTimeout
+from fdshare.kernel import system
 from fdshare.kernel.ancillary import close_all, receive_into, rights, send_rights
 from fdshare.protocol import messages as m
 
@@ -187,7 +188,7 @@ class BlockingConnection:
         try:
             self._limit(sock, deadline)
             try:
-                if sock.send(request) < len(request):
+                if sock.send(request, system.NOSIGNAL) < len(request):
                     raise ConnectionLost("half a request went")
             except OSError:
                 return None  # `exchange` knows what each of them means

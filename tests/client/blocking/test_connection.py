@@ -54,6 +54,18 @@ def test_who_gets_no_answer_stops_waiting(server: Watched) -> None:
             os.kill(server.pid, signal.SIGCONT)
 
 
+@pytest.mark.usefixtures("no_sigpipe")
+def test_a_fetch_made_before_goes_over_another_connection(server: Watched) -> None:
+    with Client(server.address) as client:
+        client.register("there", 0)
+        client.fetch("there").close()
+        (connection,) = client._idle
+        assert connection._sock is not None
+        connection._sock.shutdown(socket.SHUT_RDWR)
+        client.fetch("there").close()
+        assert connection.opened == 2
+
+
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # of the socket, which its finaliser closes
 def test_the_next_request_is_answered_if_a_handler_raises_in_close(
     server: Watched, interrupter: Interrupter
