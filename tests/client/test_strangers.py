@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -222,8 +223,9 @@ def test_an_asynchronous_client_gives_it_up_too(
     anyio.run(main, backend=backend)
 
 
-def silent_after_a_snapshot() -> Callable[[socket.socket], None]:
-    """A server that sends a watch a snapshot on its first connection, and another on the next."""
+def silent_after_a_snapshot(successor: float = 0.0) -> Callable[[socket.socket], None]:
+    """A server that sends a watch a snapshot on its first connection, and another on the next, to
+    who stays for *successor* seconds."""
 
     def watched(serial: int) -> Callable[[socket.socket], None]:
         def behave(connection: socket.socket) -> None:
@@ -231,6 +233,8 @@ def silent_after_a_snapshot() -> Callable[[socket.socket], None]:
                 if type(request) is m.Hello:
                     connection.sendall(frame(WELCOME))
                 elif type(request) is m.Watch:
+                    if serial > 1:
+                        select.select([connection], [], [], successor)
                     connection.sendall(frame(m.SnapshotPart(serial, {"x": serial}), id))
                 elif serial > 1 or id < 2:
                     connection.sendall(frame(m.Done(), id))
@@ -274,8 +278,12 @@ def test_a_watch_says_how_long_it_has_waited(stranger: Callable[..., Stranger]) 
 
 @pytest.mark.parametrize(
     ("behave", "held"),
-    [(silent_after_a_snapshot, {"x": 2}), (lambda: quiet, {"x": 1, "y": 2})],
-    ids=["silent", "quiet"],
+    [
+        (silent_after_a_snapshot, {"x": 2}),
+        (lambda: silent_after_a_snapshot(0.1), {"x": 2}),
+        (lambda: quiet, {"x": 1, "y": 2}),
+    ],
+    ids=["silent", "successor", "quiet"],
 )
 def test_a_watch_gives_up_a_connection_without_answers(
     stranger: Callable[..., Stranger], behave: Callable[[], Any], held: dict[str, int]
@@ -288,11 +296,41 @@ def test_a_watch_gives_up_a_connection_without_answers(
         assert watch.held == held
 
 
+def test_a_watch_looks_for_a_server_that_ended_while_nobody_listened(
+    stranger: Callable[..., Stranger],
+) -> None:
+    """The time that its user takes for an item is not the server's."""
+
+    def snapshot(serial: int) -> Callable[[socket.socket], None]:
+        def behave(connection: socket.socket) -> None:
+            for id, request in requests(connection):
+                if type(request) is m.Hello:
+                    connection.sendall(frame(WELCOME))
+                else:
+                    connection.sendall(frame(m.SnapshotPart(serial, {"x": serial}), id))
+                    if serial == 1:
+                        return
+
+        return behave
+
+    behave = iter((snapshot(1), snapshot(2)))
+    address = stranger(lambda connection: next(behave)(connection)).address
+    with Client(address, timeout=5.0) as client, client.watch() as watch:
+        next(watch)
+        watch._heard_at -= 1000  # seconds for this item
+        assert next(watch).reason == "reconnect"
+        assert watch.held == {"x": 2}
+
+
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
 @pytest.mark.parametrize(
     ("behave", "held"),
-    [(silent_after_a_snapshot, {"x": 2}), (lambda: quiet, {"x": 1, "y": 2})],
-    ids=["silent", "quiet"],
+    [
+        (silent_after_a_snapshot, {"x": 2}),
+        (lambda: silent_after_a_snapshot(0.1), {"x": 2}),
+        (lambda: quiet, {"x": 1, "y": 2}),
+    ],
+    ids=["silent", "successor", "quiet"],
 )
 def test_an_asynchronous_watch_gives_it_up_too(
     stranger: Callable[..., Stranger],

@@ -64,19 +64,27 @@ class Watcher:
 
     def _receive(self, end: float | None) -> None:
         """Feeds what comes next, at most until *end*."""
-        deadline, patience = end, self._client.timeout
+        live, deadline, patience = self._state.live, end, self._client.timeout
         if patience is not None:
-            begun = self._heard_at if self._state.live else time.monotonic()
-            due = begun + patience
+            due = (self._heard_at if live else time.monotonic()) + patience
             deadline = due if end is None else min(end, due)
         try:
-            answers = self._connection.persist(
-                lambda: self._ask(deadline), deadline, self._client.reconnect
-            )
+            if live:
+                answers = self._connection.receive(deadline)
+            else:
+                answers = self._connection.persist(
+                    lambda: self._ask(deadline), deadline, self._client.reconnect
+                )
+        except ConnectionLost:
+            # What answers on the next one gets its own time: this one's may be over, because
+            # nobody listened, or the server hung.
+            self._connection.close()
+            self._state.lost()
+            return
         except ServerTimeout:
             if end is not None and time.monotonic() >= end:
                 raise WatchTimeout(self.pattern, self.timeout or 0.0) from None
-            if not self._state.live:
+            if not live:
                 self._connection.close()
                 raise ServerTimeout(self._client.address, patience or 0.0) from None
             self._look_after()
