@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import faulthandler
 import gc
+import itertools
 import os
 import shutil
 import signal
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -169,6 +171,29 @@ def no_sigpipe() -> Iterator[None]:
     yield
     signal.signal(signal.SIGPIPE, former)
     assert not got
+
+
+@pytest.fixture
+def signalled() -> Iterator[None]:
+    """This thread gets a signal that has a handler every 20 ms; after 10 s of them the test fails,
+    whatever it waits for."""
+    count, done, me = itertools.count(), threading.Event(), threading.get_ident()
+
+    def handle(*_: object) -> None:
+        if next(count) == 500:
+            pytest.fail("it waits again after each signal")
+
+    def send() -> None:
+        while not done.wait(0.02):
+            signal.pthread_kill(me, signal.SIGUSR1)
+
+    former = signal.signal(signal.SIGUSR1, handle)
+    thread = threading.Thread(target=send)
+    thread.start()
+    yield
+    done.set()
+    thread.join()
+    signal.signal(signal.SIGUSR1, former)
 
 
 @pytest.fixture

@@ -19,9 +19,9 @@ import subprocess
 import sys
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Final
+from typing import Final, ParamSpec, TypeVar
 
 from fdshare.errors import (
     AlreadyTaken,
@@ -40,6 +40,7 @@ from fdshare.kernel.descriptor_limit import as_limit, is_descriptor_limit
 from fdshare.kernel.finaliser import finaliser
 from fdshare.kernel.plain_socket import stream_pair
 from fdshare.kernel.process_limit import why_not_forked
+from fdshare.kernel.socket_wait import BRIEF, wait_readable
 from fdshare.parking.private_address import connect_private, leave, listen_private
 from fdshare.parking.protocol import (
     CREDIT,
@@ -56,8 +57,11 @@ from fdshare.parking.protocol import (
 
 __all__ = ["PrivateServer"]
 
+T = TypeVar("T")
+P = ParamSpec("P")
+
 _TIMEOUT: Final = 30  # seconds that the server gets to answer; its start is in the first answer
-_TIMEVAL: Final = struct.pack("@ll", _TIMEOUT, 0)
+_TIMEVAL: Final = struct.pack("@ll", _TIMEOUT, 0)  # to send; nothing waits long for that
 _ATTEMPTS: Final = 4  # a server may end while we connect
 _IDLE: Final = 4  # idle connections at most
 _ANSWER: Final = 16  # bytes, more than any answer has
@@ -81,6 +85,19 @@ class _Connection:
         if self.one_way is not None:
             self.one_way.close()
 
+    def answer(self) -> bytes:
+        """The next answer; b"" at the end. Raises: BlockingIOError: none came in time; OSError."""
+        return self.in_time(self.sock.recv, _ANSWER)
+
+    def in_time(self, read: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """What *read* of this socket returns. Raises: as `answer`."""
+        try:
+            return read(*args, **kwargs)
+        except BlockingIOError:  # the kernel's time
+            if not wait_readable(self.sock, time.monotonic() + _TIMEOUT):
+                raise
+        return read(*args, **kwargs)
+
     def open_one_way(self) -> socket.socket:
         """The one-way socket, which stays the connection's. Raises: DescriptorLimit: none is free
         for it, or too many are in flight."""
@@ -95,7 +112,7 @@ class _Connection:
                 ours.close()
                 raise
         self.one_way = ours
-        self.sock.recv(_ANSWER)
+        self.answer()
         return ours
 
 
@@ -137,7 +154,7 @@ class PrivateServer:
                 ):
                     return
                 self._send(connection, packet, fds)
-                answer = connection.sock.recv(_ANSWER)
+                answer = connection.answer()
             except OSError as error:
                 answer = self._no_answer(connection, error)
             if self._has_put(connection, answer):
@@ -166,7 +183,7 @@ class PrivateServer:
             except DescriptorLimit:
                 # Asked for what it does not have, the server reads all one-way sockets.
                 connection.sock.send(_NO_KEY, system.NOSIGNAL)
-                if not connection.sock.recv(_ANSWER):
+                if not connection.answer():
                     raise ConnectionResetError from None
                 time.sleep(_PAUSE)
         send_message(connection.sock, (packet,), fds)
@@ -196,8 +213,8 @@ class PrivateServer:
                     connection = self._borrow(start=False)
                     connection.sock.send(TAKE + key, system.NOSIGNAL)
                 # Looked at first: the kernel drops those for which no number is free here.
-                descriptors = peek_descriptors(connection.sock, MAX_DESCRIPTORS)
-                answer = connection.sock.recv(_ANSWER)
+                descriptors = connection.in_time(peek_descriptors, connection.sock, MAX_DESCRIPTORS)
+                answer = connection.answer()
             except NoServer:
                 break
             except OSError as error:
@@ -224,7 +241,7 @@ class PrivateServer:
             answer = b""
             try:
                 connection.sock.send(REMOVE + key, system.NOSIGNAL)
-                answer = connection.sock.recv(_ANSWER)
+                answer = connection.answer()
             except OSError as error:
                 self._no_answer(connection, error)
             if answer:
@@ -250,7 +267,7 @@ class PrivateServer:
         another connection may be answered. Raises: ServerTimeout; *error*, if it is none of these.
         """
         connection.close()
-        if isinstance(error, BlockingIOError):  # the kernel's timeout
+        if isinstance(error, BlockingIOError):  # none came in time
             raise ServerTimeout(self.address, _TIMEOUT) from None
         if not isinstance(error, BrokenPipeError | ConnectionResetError):
             raise as_limit(error)
@@ -293,8 +310,8 @@ class PrivateServer:
                     raise
                 _start(self.address)
         try:
-            for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
-                sock.setsockopt(socket.SOL_SOCKET, option, _TIMEVAL)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, BRIEF)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIMEVAL)
         except BaseException:
             sock.close()
             raise

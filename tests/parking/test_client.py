@@ -20,9 +20,10 @@ import pytest
 from conftest import wait_until
 from users import as_user, needs_root
 
-from fdshare.errors import AlreadyTaken, DescriptorLimit, ServerGone
+from fdshare.errors import AlreadyTaken, DescriptorLimit, ServerGone, ServerTimeout
 from fdshare.kernel.credentials import peer_credentials
 from fdshare.kernel.endpoint import connect
+from fdshare.parking import client as module
 from fdshare.parking.client import PrivateServer
 from fdshare.parking.private_address import new_address
 from fdshare.parking.server import serve
@@ -306,6 +307,27 @@ def test_a_server_that_ends_each_connection_is_not_asked_for_ever(pair: Pair, fo
     private.close()
 
 
+@pytest.mark.usefixtures("signalled")
+def test_one_that_does_not_answer_is_not_waited_for_without_limit(
+    pair: Pair, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also while signals come, after each of which Python reads again."""
+    monkeypatch.setattr(module, "_TIMEOUT", 0.2)
+    address = str(folder / "sock")
+    private = PrivateServer(address)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(address)
+        listener.listen()
+        for use in (
+            lambda: private.put(KEY, [pair[0].fileno()], 60, 1),
+            lambda: private.take(KEY),
+            lambda: private.take_back(KEY),
+        ):
+            with pytest.raises(ServerTimeout):
+                use()
+    private.close()
+
+
 def test_a_forked_child_has_connections_of_its_own(private: PrivateServer, pair: Pair) -> None:
     near, far = pair
     private.put(KEY, [near.fileno()], 60, 1)
@@ -374,9 +396,7 @@ def test_at_the_limit_of_the_receiver_nothing_is_lost(private: PrivateServer, pa
         descriptor.close()
 
 
-def test_at_the_limit_of_the_sender_it_puts_what_it_has(
-    private: PrivateServer, pair: Pair
-) -> None:
+def test_at_the_limit_of_the_sender_it_puts_what_it_has(private: PrivateServer, pair: Pair) -> None:
     """A one-way socket would be two descriptors more; to put with an answer needs none."""
     fds = [pair[0].fileno()]
     private.put(KEY, fds, 60, 1)  # connected, and it may open one

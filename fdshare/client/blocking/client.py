@@ -1,7 +1,7 @@
 """Client: the verbs, each of which blocks its caller; from any thread.
 
 A call takes a connection of its own from a small pool, so that a wait of an hour blocks only its
-caller. Timeouts are the kernel's (SO_RCVTIMEO): a fetch is one sendmsg and one recvmsg.
+caller. Nothing is polled before an answer comes: a fetch is one sendmsg and one recvmsg.
 """
 
 from __future__ import annotations

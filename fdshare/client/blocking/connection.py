@@ -1,14 +1,13 @@
-"""BlockingConnection: one connection to the server, with its timeouts kept by the kernel.
+"""BlockingConnection: one connection to the server, on a socket that blocks.
 
-SO_RCVTIMEO and SO_SNDTIMEO bound each call, so that a request and its answer are one sendmsg(2) and
-one recvmsg(2), without a poll between them.
+Where the answer comes soon, a request and its answer are one sendmsg(2) and one recvmsg(2), without
+a poll between them; see kernel/socket_wait.py.
 """
 
 from __future__ import annotations
 
 import errno
 import socket
-import struct
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ from fdshare.client.settings import Dialer, Search
 from fdshare.errors import ClosedDescriptor, FdshareError, NoServer, ServerGone, ServerTimeout
 from fdshare.kernel import system
 from fdshare.kernel.ancillary import close_all, receive_into, rights, send_rights
+from fdshare.kernel.socket_wait import BRIEF, wait_readable, wait_writable
 from fdshare.protocol import messages as m
 
 __all__ = ["BlockingConnection", "ConnectionLost"]
@@ -27,8 +27,6 @@ __all__ = ["BlockingConnection", "ConnectionLost"]
 T = TypeVar("T")
 
 _BUFFER: Final = 1 << 16
-_TIMEVAL: Final = struct.Struct("@ll")  # struct timeval
-_LONGEST: Final = 86400.0  # seconds; struct timeval has a limit, and we look again after these
 _FIRST_PAUSE: Final = 0.005  # seconds between attempts to reconnect, doubled each time ...
 _LONGEST_PAUSE: Final = 0.2  # ... up to this
 
@@ -48,7 +46,6 @@ class BlockingConnection:
         self._conversation = Conversation(authkey)
         self._buffer = bytearray(_BUFFER)
         self._view = memoryview(self._buffer)
-        self._kernel_timeout = 0.0
         self._cache = FetchCache()
         self.opened = 0  # how many connections there were
 
@@ -64,7 +61,8 @@ class BlockingConnection:
         try:
             self._sock = sock
             self.opened += 1
-            self._kernel_timeout = 0.0
+            for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+                sock.setsockopt(socket.SOL_SOCKET, option, BRIEF)
             self._greeting = self._conversation.hello()
             if self._authkey is not None:
                 self._authenticate(sock, deadline)
@@ -186,7 +184,6 @@ class BlockingConnection:
         id = self._conversation.next_id()
         request, expected = known.stamped(id)
         try:
-            self._limit(sock, deadline)
             try:
                 if sock.send(request, system.NOSIGNAL) < len(request):
                     raise ConnectionLost("half a request went")
@@ -226,7 +223,6 @@ class BlockingConnection:
         Raises: ConnectionLost, ServerTimeout: none came.
         """
         sock = self._connected()
-        self._limit(sock, deadline)  # which may be another one than that of the request
         while not (answers := self._receive(sock, deadline)):
             pass
         return answers
@@ -286,11 +282,11 @@ class BlockingConnection:
             data = self._greeting + data
         control = rights(fds)
         while data:
-            self._limit(sock, deadline)
             try:
                 sent = send_rights(sock, (data,), control)
-            except BlockingIOError:  # the kernel's timeout
-                self._check_time(deadline)
+            except BlockingIOError:  # the kernel's time
+                if not wait_writable(sock, deadline):
+                    raise ServerTimeout(self._dialer.address, 0.0) from None
                 continue
             except (BrokenPipeError, ConnectionResetError) as error:
                 # What the server said before it closed the connection can still be read.
@@ -322,31 +318,14 @@ class BlockingConnection:
             try:
                 count, descriptors, lost = receive_into(sock, self._buffer)
                 break
-            except BlockingIOError:  # the kernel's timeout
-                self._check_time(deadline)
-                self._limit(sock, deadline)
+            except BlockingIOError:  # the kernel's time
+                if not wait_readable(sock, deadline):
+                    raise ServerTimeout(self._dialer.address, 0.0) from None
             except ConnectionResetError as error:
                 raise ConnectionLost(str(error)) from None
         if not count:
             raise ConnectionLost("it closed the connection")
         return self._view[:count], descriptors, lost
-
-    def _check_time(self, deadline: float | None) -> None:
-        if deadline is not None and time.monotonic() >= deadline:
-            raise ServerTimeout(self._dialer.address, 0.0)
-
-    def _limit(self, sock: socket.socket, deadline: float | None) -> None:
-        """Sets the kernel's timeouts, unless what is set still fits."""
-        left = 0.0 if deadline is None else max(deadline - time.monotonic(), 0.001)
-        left = min(left, _LONGEST)
-        # To wake too early or a little late does no harm, because the deadline is checked then. A
-        # system call for each request would cost more.
-        if left / 2 <= self._kernel_timeout <= left * 1.1 and self._kernel_timeout:
-            return
-        self._kernel_timeout = left or _LONGEST
-        value = _TIMEVAL.pack(int(self._kernel_timeout), int(self._kernel_timeout % 1 * 1e6))
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, value)
 
 
 def _belongs(answer: Answer, id: int) -> bool:

@@ -1,4 +1,4 @@
-"""connection: the kernel keeps the time of each request."""
+"""connection: the time of each request, and what is left where it does not end well."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import gc
 import os
 import signal
 import socket
-import struct
 import sys
 from contextlib import suppress
 from functools import partial
@@ -19,28 +18,6 @@ from fdshare.client.blocking.client import Client
 from fdshare.errors import ServerTimeout
 
 
-def kernel_timeouts(fd: int) -> tuple[float, float]:
-    """The seconds of SO_RCVTIMEO and SO_SNDTIMEO."""
-    with socket.socket(fileno=os.dup(fd)) as sock:
-        values = [
-            struct.unpack("@ll", sock.getsockopt(socket.SOL_SOCKET, option, 16))
-            for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO)
-        ]
-    receive, send = (seconds + micros / 1e6 for seconds, micros in values)
-    return receive, send
-
-
-def test_each_request_has_its_own_time(server: Watched) -> None:
-    before = census()
-    with Client(server.address, timeout=30) as client:
-        client.register("there", 0)
-        (fd,) = census().keys() - before.keys()
-        for wait, least, most in ((0, 15, 30), (100, 100, 130), (0, 15, 46), (None, 86400, 86400)):
-            client.fetch_raw("there", timeout=wait)[0].close()
-            # A request sets what fits it, which is not to the second what is left of its time.
-            assert all(least <= value <= most for value in kernel_timeouts(fd)), wait
-
-
 def test_who_gets_no_answer_stops_waiting(server: Watched) -> None:
     """Also on a connection whose last request had more time."""
     with Client(server.address, timeout=0.2) as client:
@@ -50,6 +27,23 @@ def test_who_gets_no_answer_stops_waiting(server: Watched) -> None:
         try:
             with pytest.raises(ServerTimeout):
                 client.info("there")
+        finally:
+            os.kill(server.pid, signal.SIGCONT)
+
+
+@pytest.mark.usefixtures("signalled")
+@pytest.mark.parametrize("direction", ["receive", "send"])
+def test_signals_do_not_prolong_it(server: Watched, direction: str) -> None:
+    with Client(server.address, timeout=0.2) as client:
+        client.ping()
+        (connection,) = client._idle
+        assert connection._sock is not None
+        if direction == "send":  # more than the socket takes
+            connection._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        os.kill(server.pid, signal.SIGSTOP)
+        try:
+            with pytest.raises(ServerTimeout):
+                client.fetch_many(f"{number:0250}" for number in range(250))
         finally:
             os.kill(server.pid, signal.SIGCONT)
 
