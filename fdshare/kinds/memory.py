@@ -102,7 +102,14 @@ def rebuild_array(raw: msgspec.Raw, descriptors: list[Descriptor]) -> numpy.ndar
         raise UnsupportedKind("a numpy array", "numpy is not installed") from None
     try:
         dtype = _dtype_of_data(numpy, spec.dtype)
-    except (TypeError, ValueError, KeyError, RecursionError, SyntaxError) as error:
+    except (
+        KeyError,
+        OverflowError,  # of a number that is no C long
+        RecursionError,
+        SyntaxError,
+        TypeError,
+        ValueError,
+    ) as error:
         raise KindMismatch("array", f"its dtype is not one: {error}") from None
     if len(spec.strides) != len(spec.shape):
         raise KindMismatch("array", f"{len(spec.strides)} strides for {len(spec.shape)} lengths")
@@ -131,7 +138,8 @@ def _dtype_as_data(dtype: Any) -> Any:
 
 
 def _dtype_of_data(numpy: Any, data: Any) -> Any:
-    """The reverse of `_dtype_as_data`. Raises: TypeError, ValueError, KeyError: it is not one."""
+    """The reverse of `_dtype_as_data`. Raises: TypeError, ValueError, KeyError,
+    OverflowError ...: it is not one."""
     if isinstance(data, str):
         return numpy.dtype(data)
     if isinstance(data, list):

@@ -138,6 +138,12 @@ def test_memory_that_can_vanish_under_a_seal() -> None:
         rebuilt(lambda: fd, "memory", [1 << 21, False])
 
 
+def record(offset: int, itemsize: int) -> dict[str, object]:
+    """A type of numpy with one field, of one byte."""
+    names = {"names": ["a"], "formats": ["u1"], "offsets": [offset]}
+    return {**names, "itemsize": itemsize, "aligned": False}
+
+
 DEEP = b"\x96\xcd\x10\x00\xc2" + b"\x92" * 100_000 + b"\xa3<f8" + b"\x91\x01" * 100_000
 
 
@@ -148,6 +154,10 @@ DEEP = b"\x96\xcd\x10\x00\xc2" + b"\x92" * 100_000 + b"\xa3<f8" + b"\x91\x01" * 
         [4096, False, "__import__('os')", [10], 0, [8]],
         [4096, False, ["<f8", [10**9, 10**9]], [10], 0, [8]],
         [4096, False, {"names": ["a"], "formats": ["O"], "offsets": [0]}, [10], 0, [8]],
+        *(
+            [4096, False, record(offset, itemsize), [1], 0, [1]]
+            for offset, itemsize in ((2**64 - 1, 1), (0, 2**63), (0, 2**31), (-1, 1), (1, 1))
+        ),
         *([4096, False, "<f8", shape, 0, [8]] for shape in ([-1], [2**62], [2**31, 2**31], [])),
         *([4096, False, "<f8", [10], offset, [8]] for offset in (-8, 4096, 2**63)),
         *([4096, False, "<f8", [10], 0, strides] for strides in ([2**62], [-8], [], [8, 8])),
