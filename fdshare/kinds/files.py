@@ -17,6 +17,7 @@ import gc
 import io
 import os
 import socket
+from _thread import RLock  # threading imports more, and adds nothing to it
 from functools import partial
 from typing import IO, Any, Final
 
@@ -228,18 +229,39 @@ def _read_ahead(buffer: Any) -> int:
     """How many bytes *buffer* holds unread. Reads nothing from its raw file.
 
     peek() would read where the buffer is empty, and block. A raw file whose readinto() returns None
-    has "nothing now" (io.RawIOBase), so for the length of one peek() ours says that.
+    has "nothing now" (io.RawIOBase), so for the length of one peek() ours says that. If threads
+    peek into one file, it says so until the last has done so.
     """
-    raw = buffer.raw
-    raw.readinto = _nothing_now  # instances of FileIO and SocketIO have a __dict__
+    raw, peek = buffer.raw, object()
     try:
-        return len(buffer.peek(0))
+        with _lock:
+            _peeks[peek] = raw
+            raw.readinto = _nothing_now  # instances of FileIO and SocketIO have a __dict__
+        return len(buffer.peek(0))  # without the lock: it waits where another thread reads
     finally:
-        del raw.readinto
+        with _lock:
+            _peeks.pop(peek, None)
+            if not any(other is raw for other in _peeks.values()):
+                vars(raw).pop("readinto", None)
 
 
 def _nothing_now(_: object) -> None:
     return None
+
+
+_peeks: dict[object, Any] = {}  # each that goes on -> its raw file
+_lock = RLock()  # a signal's handler may share a file, too
+
+
+def _after_fork_in_child() -> None:
+    global _lock
+    _lock = RLock()  # another thread of the parent may have held it
+    for raw in _peeks.values():  # into which a thread peeks that is not here
+        vars(raw).pop("readinto", None)
+    _peeks.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 # Text
@@ -308,16 +330,17 @@ def _refuse_unread_text(text: io.TextIOWrapper, buffer: Any) -> None:
 
     The characters can only be counted by reading them, so the next read gets them again.
     """
-    stash = vars(buffer).get("read1")  # of an earlier refusal, not read since
-    if stash is None:
-        if len(_strings(text)) - (newline_of(text) is not None) <= 2:
-            return  # it has decoded nothing yet
-        unread = _drain(text, buffer)
-        if not unread:
-            return
-        stash = buffer.read1 = buffer.read = _Stash(
-            buffer, unread.encode(text.encoding, text.errors or "strict")
-        )
+    with _lock:  # or two threads would have a part of them each; nothing in here waits
+        stash = vars(buffer).get("read1")  # of an earlier refusal, not read since
+        if stash is None:
+            if len(_strings(text)) - (newline_of(text) is not None) <= 2:
+                return  # it has decoded nothing yet
+            unread = _drain(text, buffer)
+            if not unread:
+                return
+            stash = buffer.read1 = buffer.read = _Stash(
+                buffer, unread.encode(text.encoding, text.errors or "strict")
+            )
     raise UnreadData(len(stash.data))
 
 

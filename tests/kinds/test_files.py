@@ -5,7 +5,10 @@ from __future__ import annotations
 import io
 import os
 import socket
+import sys
 import tempfile
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from hypothesis import strategies as st
 
 from fdshare.errors import ClosedDescriptor, UnreadData, UnsupportedKind
 from fdshare.kinds import describe
+from fdshare.kinds import files as module
 from fdshare.kinds.files import newline_of
 from kinds.common import same_file, through
 
@@ -183,6 +187,63 @@ def test_read_ahead_of_a_pipe_is_an_error_with_the_count(pipe: tuple[int, int], 
         with through(file) as other:
             os.write(pipe[1], b"three\n")
             assert other.readline() in ("three\n", b"three\n")
+
+
+def test_threads_may_share_one_reader(pipe: tuple[int, int]) -> None:
+    """To look whether it has read ahead reads nothing, whoever else looks."""
+    os.write(pipe[1], b"x")
+    with open(pipe[0], "rb", closefd=False) as reader:
+        assert raised_by_two(lambda: [describe(reader) for _ in range(10_000)]) == []
+        assert reader.read(1) == b"x"
+
+
+def test_threads_that_are_refused_leave_all_that_was_read_ahead(pipe: tuple[int, int]) -> None:
+    text = "".join(map(str, range(2000)))  # less than it reads at once
+    for _ in range(5):
+        os.write(pipe[1], text.encode())
+        with open(pipe[0], encoding="utf-8", closefd=False) as reader:
+            assert reader.read(1) == text[0]
+            errors = raised_by_two(lambda: describe(reader))
+            assert [type(error) for error in errors] == [UnreadData] * 2
+            assert reader.read(len(text) - 1) == text[1:]
+
+
+def raised_by_two(call: Callable[[], object]) -> list[BaseException]:
+    """What *call* raises in two threads at the same time."""
+    errors: list[BaseException] = []
+    together = threading.Barrier(2)
+
+    def make() -> None:
+        together.wait(20)
+        try:
+            call()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=make) for _ in range(2)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    return errors
+
+
+def test_a_child_reads_what_a_thread_of_its_parent_shared_when_it_was_forked(path: Path) -> None:
+    with open(path, "rb") as reader:
+        raw: Any = reader.raw
+        module._peeks[object()] = raw  # as that thread does
+        raw.readinto = module._nothing_now
+        pid = os.fork()
+        if not pid:
+            os._exit(reader.read(4) != b"line")
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        module._peeks.clear()
+        del raw.readinto
 
 
 def test_refused_read_ahead_is_there_for_read_all(pipe: tuple[int, int]) -> None:
