@@ -13,7 +13,13 @@ from typing import Any
 
 from fdshare.client.conversation import check_seconds
 from fdshare.client.default_path import default_path
-from fdshare.errors import FdshareError, InvalidArgument, NoServer, UntrustedServer
+from fdshare.errors import (
+    ClosedDescriptor,
+    FdshareError,
+    InvalidArgument,
+    NoServer,
+    UntrustedServer,
+)
 from fdshare.kernel.credentials import is_overflow_uid, peer_credentials
 from fdshare.kernel.descriptor_limit import descriptor_limit, is_descriptor_limit
 from fdshare.kernel.endpoint import connect as connect_socket
@@ -158,11 +164,17 @@ class Lifeline:
     def __init__(self) -> None:
         self._lock = allocate_lock()
         self._ends: tuple[socket.socket, socket.socket] | None = None
+        self._closed = False
         _lifelines.add(self)
 
     def end(self) -> int:
-        """The number of the server's end, made at the first call; still owned by this object."""
+        """The number of the server's end, made at the first call; still owned by this object.
+
+        Raises: ClosedDescriptor; DescriptorLimit.
+        """
         with self._lock:
+            if self._closed:
+                raise ClosedDescriptor("the client is closed")
             if self._ends is None:
                 try:
                     self._ends = stream_pair()
@@ -173,7 +185,11 @@ class Lifeline:
             return self._ends[1].fileno()
 
     def close(self) -> None:
-        """Ends the lifetime of the entries."""
+        """Ends the lifetime of the entries; there is no other end after it."""
+        self._closed = True
+        self._close_ends()
+
+    def _close_ends(self) -> None:
         with self._lock:
             ends, self._ends = self._ends, None
         for end in ends or ():
@@ -181,7 +197,7 @@ class Lifeline:
 
     def _after_fork(self) -> None:
         self._lock = allocate_lock()  # another thread of the parent may have held it
-        self.close()
+        self._close_ends()
 
 
 _lifelines: weakref.WeakSet[Lifeline] = weakref.WeakSet()

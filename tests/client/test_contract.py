@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 
 import anyio
 import pytest
+from conftest import census
 from nursery import Manager
 
 import fdshare
@@ -585,6 +586,7 @@ def test_a_closed_client_says_so(run: Runner, sock: socket.socket) -> None:
         await anext(watch)
         await client.close()
         await client.close()
+        before = census()
         for call in (
             client.ping(),
             client.fetch("x"),
@@ -593,6 +595,7 @@ def test_a_closed_client_says_so(run: Runner, sock: socket.socket) -> None:
         ):
             with pytest.raises(ClosedDescriptor):
                 await call
+        assert census().items() <= before.items()
         await watch.close()
 
     run(body)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from fdshare.client.settings import BaseClient, Dialer, Lifeline, Search
-from fdshare.errors import InvalidArgument, NoServer, UntrustedServer
+from fdshare.errors import ClosedDescriptor, InvalidArgument, NoServer, UntrustedServer
 from fdshare.kernel.endpoint import listen
 
 
@@ -111,9 +111,9 @@ def test_the_end_of_a_lifeline_is_seen_at_the_other_end() -> None:
             given.recv(1)
         lifeline.close()
         assert given.recv(1) == b""
-    lifeline.end()  # of the next ones
     lifeline.close()
-    lifeline.close()
+    with pytest.raises(ClosedDescriptor):
+        lifeline.end()
 
 
 def test_a_forked_child_holds_no_end_of_it() -> None:
@@ -124,10 +124,11 @@ def test_a_forked_child_holds_no_end_of_it() -> None:
         if not pid:
             os.close(go)
             os.read(gone, 1)  # the end of the test
+            lifeline.end()  # one of its own
             os._exit(0)
         lifeline.close()
         given.settimeout(20)
         assert given.recv(1) == b""
         os.close(gone)
         os.close(go)
-        os.waitpid(pid, 0)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
