@@ -25,6 +25,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 from fdshare.errors import NoTransit
 from fdshare.kernel import system
 from fdshare.kernel.plain_socket import WITHOUT_TIMEOUT, stream_pair
+from fdshare.mp.channels.at_fork import forget_after_fork
 from fdshare.mp.channels.peek_level import PeekLevel
 from fdshare.mp.channels.receiving import MessageReceiver
 from fdshare.mp.channels.sender import Sender
@@ -243,9 +244,12 @@ class ConnectionMixin(StockConnection):
 
     def _forget(self) -> None:
         """In a forked child: what was begun to send or to receive is the parent's."""
-        vars(self).pop("_sender", None)
-        vars(self).pop("_receiver", None)
-        vars(self).pop("_locking", None)
+        sender: Sender | None = vars(self).pop("_sender", None)
+        if sender is not None:
+            sender.forget()
+        receiver: MessageReceiver | None = vars(self).pop("_receiver", None)
+        if receiver is not None:
+            receiver.close()
 
     def _open(self) -> socket.socket | None:
         """The socket below, if it carries descriptors."""
@@ -280,12 +284,14 @@ class ConnectionMixin(StockConnection):
         return locking
 
     def _open_sender(self) -> Sender:
+        forget_after_fork(self)
         sender: Sender = vars(self).setdefault("_sender", Sender(self._carrier()))
         return sender
 
     def _open_receiver(self) -> MessageReceiver:
         if self._receiver is not None:
             return self._receiver
+        forget_after_fork(self)
         new = MessageReceiver(self._carrier(), self._shared, self._peek_level)
         receiver: MessageReceiver = vars(self).setdefault("_receiver", new)
         return receiver

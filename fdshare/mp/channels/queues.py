@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeAlias
 
 from fdshare.errors import DescriptorLimit
 from fdshare.kernel import system
+from fdshare.mp.channels.at_fork import forget_after_fork
 from fdshare.mp.channels.connection import ConnectionMixin, PipeFunction
 from fdshare.mp.channels.feeder import READER_GONE, Feeder
 from fdshare.mp.channels.peek_level import PeekLevel
@@ -113,7 +114,6 @@ class QueueMixin(StockQueue):
         self._tells_object = type(self)._on_queue_feeder_error is not stock._on_queue_feeder_error
         self._reader._shared = True
         self._reader._peek_level = self._peek_level
-        self._reader._forget()
         self._writer._open_cache()
         self._poll = self._reader.poll
         self._read_lock = raw(self._rlock)
@@ -330,6 +330,12 @@ class SimpleQueueMixin(StockSimpleQueue):
         self._reader._shared = True
         self._writer._open_cache()
         self._poll = self._reader.poll
+        forget_after_fork(self)
+
+    def _forget(self) -> None:
+        """In a forked child: what put() has begun is the parent's, and so is the lock."""
+        self._finished = None
+        self._write_lock._after_fork()
 
     def get(self) -> Any:
         """The next object. The caller owns the result. Raises: as `Queue.get`."""

@@ -122,10 +122,19 @@ class Sender:
         self.waiting.append(outgoing)
 
     def close(self) -> None:
-        """Sends what waits, if that takes no time, and drops the rest."""
-        if self.waiting:  # else no global name is used: the interpreter may have taken them away
+        """Sends what waits, if that takes no time, and drops the rest.
+
+        While another thread is in the middle of a message, it does nothing: the rest is that one's.
+        """
+        # Else no global name is used: the interpreter may have taken them away.
+        if self.waiting and self._inside in (0, get_ident()):
             self._try_waiting()
             self.waiting.clear()
+
+    def forget(self) -> None:
+        """In a forked child: closes the copies of what the parent sends. It is not used again."""
+        for outgoing in self.waiting:
+            outgoing.close()
 
     def _send_in_turn(self, message: Encoded) -> None:
         if self._inside == get_ident():
@@ -148,20 +157,25 @@ class Sender:
         if self.waiting:
             self.send_waiting()
 
+    def _first(self) -> Outgoing | None:
+        """The first message that waits and has to be sent."""
+        while self.waiting:
+            first = self.waiting[0]
+            if first.begun or first.independent:
+                return first
+            self.waiting.popleft()  # a second exception came before it was removed
+        return None
+
     def _try_waiting(self) -> None:
         with suppress(OSError):
-            while self.waiting and self.waiting[0].push_now(self._sock):
+            while (first := self._first()) and first.push_now(self._sock):
                 self.waiting.popleft()
 
     def _push_waiting(self) -> None:
-        waiting = self.waiting
-        while waiting:
-            first = waiting[0]
-            # Else a second exception came before it was removed.
-            if first.begun or first.independent:
-                try:
-                    first.push_patiently(self._sock)
-                except DescriptorLimit:
-                    waiting.popleft()
-                    raise
-            waiting.popleft()
+        while first := self._first():
+            try:
+                first.push_patiently(self._sock)
+            except DescriptorLimit:
+                self.waiting.popleft()
+                raise
+            self.waiting.popleft()

@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 
 import pytest
+from conftest import wait_until
 
 import fdshare
 from fdshare import get_context
 from fdshare.mp.channels.framing import LENGTH, headed
 from fdshare.mp.channels.receiving import MessageReceiver
 from fdshare.mp.channels.sender import Sender
+from fdshare.mp.channels.sending import Outgoing
 from fdshare.mp.pickling.bundle import Bundle, Encoded
 from mp.common import Pair, received, take
 
@@ -162,6 +164,34 @@ def test_close_sends_what_takes_no_time(pair: Pair, alarm: Callable[[], None]) -
         got += right.recv(len(LARGE))
     sender.close()
     assert got == LENGTH.pack(len(LARGE)) + LARGE
+
+
+def test_close_leaves_a_message_to_the_thread_that_sends_it(pair: Pair, null: int) -> None:
+    def send() -> None:
+        sender.send(Bundle(LARGE, [null]))
+        sent.append(True)
+
+    left, right = pair
+    sender, receiver = Sender(left), MessageReceiver(right, False, None)
+    sent: list[bool] = []
+    sending = threading.Thread(target=send)
+    sending.start()
+    wait_until(lambda: sender.begun)
+    sender.close()
+    assert received(take(receiver)) == (LARGE, 1)
+    sending.join()
+    assert sent
+    assert not sender.waiting
+
+
+def test_close_does_not_send_what_was_refused(pair: Pair) -> None:
+    """As after a second exception, which came before it was removed."""
+    left, right = pair
+    sender = Sender(left)
+    sender.waiting.append(Outgoing(b"refused"))
+    sender.close()
+    left.close()
+    assert right.recv(1) == b""
 
 
 @pytest.mark.parametrize("count", [None, 1])
