@@ -10,6 +10,7 @@ concurrent.futures overrides.
 
 from __future__ import annotations
 
+import _thread
 import os
 import threading
 import weakref
@@ -44,6 +45,7 @@ __all__ = ["JoinableQueueMixin", "QueueMixin", "SimpleQueueMixin", "register_aft
 
 State: TypeAlias = tuple[Any, ...]
 _WAITING: Final = (True,)
+_PATIENCE: Final = 1.0  # seconds that the end of the program waits for a SimpleQueue's reader
 # What is told of a message that was not sent, and the object.
 Report: TypeAlias = tuple[Callable[[BaseException, Any], None], Any]
 
@@ -379,7 +381,10 @@ class SimpleQueueMixin(StockSimpleQueue):
                     lock.release()
 
     def _finish_later(self, sender: Sender, lock: RawSemLock) -> None:
-        """Has a thread send what has begun, and release *lock*: until then nobody else may send."""
+        """Has a thread send what has begun, and release *lock*: until then nobody else may send.
+
+        If the program ends, it gives readers a moment.
+        """
 
         def finish() -> None:
             try:
@@ -391,8 +396,26 @@ class SimpleQueueMixin(StockSimpleQueue):
             finally:
                 lock.release()
                 finished.release()
+                at_end.cancel()
 
         finished = threading.Lock()
         finished.acquire()
-        threading.Thread(target=finish, name="QueueFinisherThread").start()
+        finalize, reader = self._family.util.Finalize, self._reader
+        # With the priority of Queue.close(): before the children are waited for.
+        at_end = finalize(None, _wait_for_rest, [reader.close, finished], exitpriority=10)
+        try:
+            # Not threading.Thread: the end would wait for it as long as a reader is there.
+            _thread.start_new_thread(finish, ())
+        except RuntimeError:  # too many, or (3.12 and later) the interpreter ends
+            finish()
         self._finished = finished
+
+
+def _wait_for_rest(close_reader: Callable[[], object], finished: threading.Lock) -> None:
+    """At the end of the program: gives the readers of other processes a moment.
+
+    Not more: one that has the other end and does not read may be waiting for this process's end.
+    """
+    close_reader()
+    if finished.acquire(timeout=_PATIENCE):
+        finished.release()

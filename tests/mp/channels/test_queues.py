@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import _thread
 import gc
 import os
 import pickle
 import queue as queues
+import signal
 import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,9 +21,21 @@ from conftest import wait_until
 
 from fdshare import get_context
 from fdshare.errors import KindMismatch, NoTransit
+from fdshare.mp.channels import queues as queues_of_ours
 from fdshare.mp.pickling.reducers import encode
 from mp import children
-from mp.common import METHODS, PACKAGES, dismiss, finish, identity, open_now, trackers  # noqa: F401
+from mp.common import (
+    METHODS,
+    PACKAGES,
+    dismiss,
+    ends,
+    finish,
+    identity,
+    open_now,
+    trackers,  # noqa: F401
+    writable,
+)
+from mp.interrupts import SIGNAL, Interrupt, handled_by, interrupt
 
 NAMES = ("Queue", "JoinableQueue", "SimpleQueue")
 
@@ -180,6 +195,114 @@ def test_what_nobody_can_receive_does_not_keep_the_program() -> None:
     assert (done.stdout, done.stderr, done.returncode) == ("ok\n", "", 0)
 
 
+# The main thread of *sys.argv[2]*, "parent" or "child", is interrupted in a put.
+INTERRUPTED = """
+import select, signal, sys, threading
+import fdshare
+
+class GivenUp(Exception):
+    pass
+
+def give_up(*_):
+    raise GivenUp
+
+def interrupt():
+    while select.select([], [queue._writer], [], 0)[1]:
+        pass
+    signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)
+
+def put():
+    signal.signal(signal.SIGUSR1, give_up)
+    threading.Thread(target=interrupt).start()
+    try:
+        queue.put(b"x" * 250_000)  # more than a socket holds, and not laid into memory
+    except GivenUp:
+        print("given up", flush=True)
+
+context = fdshare.get_context("fork", backend=sys.argv[1])
+queue = context.SimpleQueue()
+if sys.argv[2] == "parent":
+    put()
+else:
+    context.Process(target=put).start()
+"""
+
+
+@pytest.mark.parametrize("who", ["parent", "child"])
+@pytest.mark.parametrize("package", PACKAGES)
+def test_an_interrupted_put_does_not_keep_the_program(package: str, who: str) -> None:
+    words = [sys.executable, "-c", INTERRUPTED, package, who]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr, done.returncode) == ("given up\n", "", 0)
+
+
+LONG = b"x" * 250_000  # as above
+
+
+def interrupt_a_put(queue: Any) -> None:
+    """Interrupts a put of LONG when the socket is full."""
+
+    def when_full() -> None:
+        wait_until(lambda: not writable(queue._writer))
+        signal.pthread_kill(threading.main_thread().ident or 0, SIGNAL)
+
+    thread = threading.Thread(target=when_full)
+    thread.start()
+    with handled_by(interrupt), pytest.raises(Interrupt):
+        queue.put(LONG)
+    thread.join()
+
+
+def end_after_an_interrupted_put(queue: Any, ending: socket.socket) -> None:
+    queues_of_ours._PATIENCE = 60.0
+    util = queue._family.util
+    util.Finalize(None, ending.send, [b"1"], exitpriority=20)  # before those of the queue
+    interrupt_a_put(queue)
+
+
+def test_what_an_interrupted_put_has_begun_comes_before_the_process_ends(
+    ctx: Any, pair: tuple[socket.socket, socket.socket]
+) -> None:
+    near, far = pair
+    queue = ctx.SimpleQueue()
+    process = ctx.Process(target=end_after_an_interrupted_put, args=(queue, far))
+    process.start()
+    far.close()
+    assert near.recv(1)
+    # It waits, or has ended.
+    wait_until(lambda: Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2][1] in "SZ")
+    assert queue.get() == LONG
+    process.join()
+    assert process.exitcode == 0
+    assert not queue._reader.poll()
+    finish(queue)
+
+
+def put_without_threads(ctx: Any) -> None:
+    def read() -> None:
+        wait_until(lambda: sender.begun)
+        got.append(queue.get())
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError("can't start new thread")  # EAGAIN of clone(2)
+
+    queue = ctx.SimpleQueue()
+    sender = queue._writer._own_sender()
+    got: list[Any] = []
+    reading = threading.Thread(target=read)
+    reading.start()
+    _thread.start_new_thread = refuse
+    interrupt_a_put(queue)
+    reading.join()
+    queue.put("next")
+    got.append(queue.get())
+    assert got == [LONG, "next"]
+
+
+def test_an_interrupted_put_where_no_thread_can_start(ctx: Any) -> None:
+    ends(put_without_threads, ctx)
+
+
 def test_a_dropped_queue_is_collected(ctx: Any) -> None:
     before = open_now(), threading.active_count()
     for _ in range(3):
@@ -236,7 +359,7 @@ collections.kept = lambda: queues  # so all of it is there until the modules hav
 @pytest.mark.parametrize("package", PACKAGES)
 def test_what_is_left_open_at_the_end_of_the_interpreter(package: str) -> None:
     words = [sys.executable, "-c", LEFT_OPEN, package]
-    ended = subprocess.run(words, capture_output=True, text=True, timeout=60, check=True)
+    ended = subprocess.run(words, capture_output=True, text=True, timeout=6, check=True)
     assert ended.stderr == ""
 
 
