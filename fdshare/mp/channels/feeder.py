@@ -49,8 +49,8 @@ _PAUSE: Final = 0.005  # seconds between two attempts
 READER_GONE: Final = frozenset({errno.EPIPE, errno.ECONNRESET})
 
 
-# A message, and what `failed` is told of it; None: stop.
-Item: TypeAlias = tuple[bytes | Outgoing, Any]
+# A message, what `failed` is told of it, and `accepted` of its put(); None: stop.
+Item: TypeAlias = tuple[bytes | Outgoing, Any, list[Any]]
 
 
 def _nothing() -> None:
@@ -235,7 +235,7 @@ class Feeder:
                 room.poll()
 
     def _keep(self, message: bytes | Outgoing, accepted: list[Any], obj: Any) -> None:
-        item = message, obj
+        item = message, obj, accepted
         if isinstance(message, Outgoing):
             message.given = True
         accepted[0] = True
@@ -250,17 +250,23 @@ class Feeder:
             if self._delivering:  # it waits for the write lock, for what came after this
                 self._push(rest)
             elif not rest.given:
-                item = rest, obj
+                item = rest, obj, accepted
                 rest.given = rest.holds_lock = True
                 self._waiting.appendleft(item)  # no handler comes in between
 
     def stop(self) -> None:
         """Calls `ended` when all that was accepted is sent: at once if there is no thread.
 
-        What no process can receive any more is dropped.
+        What no process can receive any more is dropped; what waits and no thread can be started
+        for, too, and `failed` is told.
         """
         self._stopping = True
         self._closing()
+        if self._waiting and not self._thread:  # no put() could start one
+            try:
+                self._start()
+            except RuntimeError as error:
+                self._drop_waiting(error)
         with self._lock:
             if self._thread:
                 self._waiting.append(None)
@@ -275,7 +281,7 @@ class Feeder:
             try:
                 self._start()
             except RuntimeError:  # too many, or (3.12 and later) the interpreter ends
-                if not self._send_without_thread():
+                if self._withdraw(accepted):
                     accepted[0] = False
                     raise
         self._bell.put(None)
@@ -298,20 +304,27 @@ class Feeder:
                     self.thread_ended.release()
                 self._starting.release()
 
-    def _send_without_thread(self) -> bool:
-        """Sends what has begun, in this thread, and drops the rest: False if there was any."""
-        dropped = False
+    def _withdraw(self, accepted: list[Any]) -> bool:
+        """Sends what has begun, in this thread, and takes out the message of the put() that has
+        *accepted*: True if it was there. The others wait: their put() has returned, or may."""
         with self._lock:
-            while self._waiting:
-                item = self._waiting.popleft()
-                if item is None or not isinstance(item[0], Outgoing):
-                    dropped = True
-                elif item[0].holds_lock:
-                    self._deliver([item])
-                else:
-                    item[0].close()
-                    dropped = True
-        return not dropped
+            first = self._waiting[0] if self._waiting else None
+            if first is not None and isinstance(first[0], Outgoing) and first[0].holds_lock:
+                self._deliver(self._next_batch())
+            # A copy: a handler may put, behind all that is there.
+            for index, item in enumerate(list(self._waiting)):
+                if item is not None and item[2] is accepted:
+                    del self._waiting[index]
+                    _close(item)
+                    return True
+        return False
+
+    def _drop_waiting(self, error: RuntimeError) -> None:
+        while self._waiting:
+            item = self._waiting.popleft()
+            if item is not None:
+                _close(item)
+                self._failed(error, item[1])
 
     def _run(self) -> None:
         try:
@@ -356,10 +369,10 @@ class Feeder:
         return batch
 
     def _deliver(self, batch: list[Item]) -> None:
-        first, _ = batch[0]
+        first = batch[0][0]
         message = first
         if isinstance(message, bytes):
-            small = [headed(data) for data, _ in batch if isinstance(data, bytes)]
+            small = [headed(data) for data, *_ in batch if isinstance(data, bytes)]
             message = Outgoing.joined(small)
         try:
             if not message.holds_lock:
@@ -370,10 +383,16 @@ class Feeder:
                 self._release()
         except Exception as error:
             unwanted = self._stopping and getattr(error, "errno", 0) in READER_GONE
-            for _, obj in () if unwanted else batch:
+            for _, obj, _ in () if unwanted else batch:
                 self._failed(error, obj)
         finally:
             message.close()
+
+
+def _close(item: Item) -> None:
+    """Closes what was not sent of *item*."""
+    if isinstance(item[0], Outgoing):
+        item[0].close()
 
 
 def _independent(message: Encoded) -> bytes | Outgoing:

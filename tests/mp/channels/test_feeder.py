@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import _thread
 import os
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -190,3 +191,95 @@ def test_a_reader_that_is_gone(harness: Harness) -> None:
     reported = [word for word in harness.called if word.endswith("obj")]
     assert all(word.split()[0] in ("BrokenPipeError", "ConnectionResetError") for word in reported)
     assert harness.called[-1] == "ended"
+
+
+class NoThreads:
+    """While it is there, no thread of a feeder can be started: the first put() is told so when
+    `go` is set."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.starting, self.go = threading.Event(), threading.Event()
+        monkeypatch.setattr(_thread, "start_new_thread", self.refuse)
+
+    def refuse(self, *_: object) -> None:
+        self.starting.set()
+        self.go.wait()
+        raise RuntimeError("can't start new thread")  # EAGAIN of clone(2)
+
+
+@pytest.fixture
+def half_refused(
+    harness: Harness, null: int, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[], None]:
+    """Of two threads that put while somebody writes one is told that no thread can be started;
+    what the other one put waits. The result lets threads be started."""
+
+    def put() -> None:
+        try:
+            harness.feeder.put(Bundle(b"refused", [null]), accepted)
+        except RuntimeError as error:
+            refused.append(error)
+
+    refused: list[RuntimeError] = []
+    accepted: list[Any] = [False]
+    harness.acquire()
+    before = open_now()
+    no_threads = NoThreads(monkeypatch)
+    first = threading.Thread(target=put)
+    first.start()
+    no_threads.starting.wait()
+    assert harness.put(b"accepted", "obj")
+    no_threads.go.set()
+    first.join()
+    assert refused
+    assert not accepted[0]
+    assert open_now() == before
+    return monkeypatch.undo
+
+
+def test_where_no_thread_can_start_only_the_callers_message_is_dropped(
+    harness: Harness, half_refused: Callable[[], None]
+) -> None:
+    with pytest.raises(RuntimeError):
+        harness.put(b"refused")
+    half_refused()
+    harness.release()
+    assert harness.put(b"next")
+    assert harness.read() == (b"accepted", 0)
+    assert harness.read() == (b"next", 0)
+    assert harness.called == []
+
+
+def test_stop_sends_what_waits_for_a_thread(
+    harness: Harness, half_refused: Callable[[], None]
+) -> None:
+    half_refused()
+    harness.release()
+    harness.feeder.stop()
+    assert harness.read() == (b"accepted", 0)
+    assert harness.ended.wait(30)
+    assert harness.called == ["closing", "ended"]
+
+
+def test_stop_reports_what_still_has_no_thread(
+    harness: Harness, half_refused: Callable[[], None]
+) -> None:
+    harness.feeder.stop()
+    assert harness.called == ["closing", "RuntimeError obj", "ended"]
+    harness.release()
+
+
+def test_what_has_begun_is_sent_without_a_thread(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    no_threads = NoThreads(monkeypatch)
+    no_threads.go.set()
+    large = os.urandom(1 << 20)
+    put: list[bool] = []
+    putting = threading.Thread(target=lambda: put.append(harness.put(large)))
+    putting.start()
+    assert harness.read() == (large, 0)
+    putting.join()
+    assert put == [True]
+    assert harness.lock.acquire(False)
+    harness.lock.release()
