@@ -142,7 +142,7 @@ class SyncManagerMixin(StockManager):
 
     _family: ClassVar[Family]
     _connection: ClassVar[type[ManagerConnectionMixin]]
-    _process: StockProcess | None
+    _process: StockProcess | None = None  # the stock start() may raise before it sets it
 
     def __init__(
         self,

@@ -177,6 +177,17 @@ def test_a_start_that_is_interrupted_leaves_no_server(ctx: Any) -> None:
         assert manager.list([1])[0] == 1
 
 
+def test_a_start_that_makes_no_process_says_why(ctx: Any) -> None:
+    manager = ctx._classes.SyncManager(ctx=ctx)
+    with pytest.raises(TypeError, match="initializer must be a callable"):
+        manager.start(initializer=5)
+    ctx._family.util.get_temp_dir()  # which start() makes first
+    with descriptor_limit_reached(), pytest.raises(OSError, match="Too many open files"):
+        manager.start()
+    with manager:
+        assert manager.list([1])[0] == 1
+
+
 @pytest.mark.parametrize("stock_end", ["client", "server"])
 def test_the_other_end_may_be_of_the_package(ctx: Any, stock_end: str) -> None:
     ours = ctx.Manager
