@@ -142,7 +142,7 @@ class Halves:
         seen: list[dict[int, str]] = []
 
         def is_fixed() -> bool:  # at another moment than `excess` has looked
-            seen.append(census(self.pids()["keeper"]))
+            seen.append(open_of(self.pids()["keeper"]))
             return len(seen[-1]) == FIXED
 
         try:

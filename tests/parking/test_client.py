@@ -17,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from breaking import open_of
 from conftest import wait_until
 from users import as_user, needs_root
 
@@ -40,15 +41,6 @@ def private() -> Iterator[PrivateServer]:
     server.close()
 
 
-def census(pid: int) -> dict[int, str]:
-    folder = f"/proc/{pid}/fd"
-    found = {}
-    for number in os.listdir(folder):
-        with suppress(FileNotFoundError):  # closed meanwhile
-            found[int(number)] = os.readlink(f"{folder}/{number}")
-    return found
-
-
 def gone(pidfd: int) -> bool:
     """True once the process of *pidfd*, which it closes, has ended."""
     ready, _, _ = select.select([pidfd], [], [], 20)
@@ -70,9 +62,9 @@ def test_a_process_of_its_own(private: PrivateServer, pair: Pair) -> None:
     with open(f"/proc/{pid}/stat") as file:
         parent = int(file.read().rpartition(")")[2].split()[1])
     assert parent != os.getpid()
-    assert [census(pid)[number] for number in range(3)] == ["/dev/null"] * 3
+    assert [open_of(pid)[number] for number in range(3)] == ["/dev/null"] * 3
     # Two listeners, two pollers, our connection, and what it keeps: nothing of ours came along.
-    wait_until(lambda: len(census(pid)) == 3 + 6)
+    wait_until(lambda: len(open_of(pid)) == 3 + 6)
     assert os.readlink(f"/proc/{pid}/cwd") == "/"
     private.take_back(KEY)
 
