@@ -184,6 +184,17 @@ class Lifeline:
                     raise descriptor_limit(error.errno, "client") from None
             return self._ends[1].fileno()
 
+    def hand_over(self) -> socket.socket:
+        """Our end, for entries that are registered: they live as long as it is open, and it hangs
+        up when the last of them is gone. The next entry gets another pair. The caller owns the
+        result. Raises: as `end`."""
+        self.end()
+        with self._lock:
+            ends, self._ends = self._ends, None
+        assert ends is not None
+        ends[1].close()
+        return ends[0]
+
     def close(self) -> None:
         """Ends the lifetime of the entries; there is no other end after it."""
         self._closed = True

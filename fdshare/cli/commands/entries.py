@@ -6,7 +6,7 @@ import os
 import select
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from typing import IO, TYPE_CHECKING, Any, Final
 
 import click
@@ -14,16 +14,13 @@ import click
 from fdshare.cli.format import print_json
 from fdshare.cli.options import Seconds, for_server, json_option, name_argument, or_never
 from fdshare.cli.support.exec import Launch, check_fdnames, find_program, with_own_offset
-from fdshare.printable import printable
 
 if TYPE_CHECKING:
-    import threading
     from collections.abc import Iterator
 
     from fdshare.cli.support.claim import Claim
     from fdshare.client.blocking.client import Client
     from fdshare.kernel.descriptor import Descriptor
-    from fdshare.protocol.messages import Registered
 
 __all__ = ["fetch", "mv", "register", "rm", "take"]
 
@@ -96,7 +93,7 @@ def register(
         print_json({"name": entry.name, "generation": entry.generation})
         sys.stdout.flush()
     if hold:
-        _hold(client, entry)
+        _hold(client, name)
 
 
 def _metadata(words: Sequence[str]) -> dict[str, str]:
@@ -157,45 +154,17 @@ def _sealed(file: str) -> Iterator[Any]:
         memory.close()
 
 
-def _hold(client: Client, entry: Registered) -> None:
-    """Waits for SIGINT, SIGTERM or SIGHUP; the process ends before if *entry* does."""
-    import signal
-    import threading
+def _hold(client: Client, name: str) -> None:
+    """Waits for SIGINT, SIGTERM or SIGHUP. Raises: click.ClickException: the entry is gone."""
+    from fdshare.cli.support.interruptions import Interruptions
 
-    ends = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
-    # One that is ignored (nohup) stays ignored: blocked it would wait for sigwait(3), Linux only.
-    ends = {number for number in ends if signal.getsignal(number) is not signal.SIG_IGN}
-    signal.pthread_sigmask(signal.SIG_BLOCK, ends)
-    over = threading.Event()
-    threading.Thread(target=_end_with, args=(client, entry, over), daemon=True).start()
-    signal.sigwait(ends)
-    over.set()  # before the client is closed, which ends the entry
-
-
-def _end_with(client: Client, entry: Registered, over: threading.Event) -> None:
-    """Ends the process when *entry* is gone, with status 1. Returns where the server does not let
-    this user watch it, or it is *over*."""
-    from fdshare.errors import AccessDenied, ClosedDescriptor, FdshareError, ServerTimeout
-    from fdshare.protocol.names import literal
-
-    reason = "it was removed or replaced"
-    held = True
-    with client.watch(literal(entry.name)) as changes:
-        try:
-            while held:
-                with suppress(ServerTimeout):  # it hangs, and has it still
-                    next(changes)
-                    held = changes.held.get(entry.name) == entry.generation
-        except (AccessDenied, ClosedDescriptor):
-            return
-        except FdshareError as error:
-            reason = str(error)
-    if over.is_set():
-        return
-    print(
-        printable(f"fdshare: {entry.name} is held no more: {reason}"), file=sys.stderr, flush=True
-    )
-    os._exit(1)
+    with Interruptions() as interruptions, client._lifeline.hand_over() as lifeline:
+        waiting = select.poll()
+        waiting.register(interruptions.fileno(), select.POLLIN)
+        waiting.register(lifeline, 0)  # POLLHUP needs no request: no server has the entry
+        while interruptions.received() is None:
+            if lifeline.fileno() in dict(waiting.poll()):
+                raise click.ClickException(f"{name} is held no more")
 
 
 # To get it back.

@@ -9,10 +9,14 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from breaking import Halves
 from commandline import FDSHARE, Shell
 from conftest import wait_until
 
 from fdshare import connect
+from fdshare.cli.support.claim import Claim
+from fdshare.cli.support.old_version import catches
+from fdshare.kernel.ancillary import close_all
 
 
 @pytest.fixture
@@ -123,24 +127,42 @@ def test_hold_lasts_as_long_as_the_command(fdshare: Shell, file: Path, until) ->
     until(lambda: fdshare.json("ls") == [], "the entry goes with its command")
 
 
-@pytest.mark.parametrize("words", [("rm", "data"), ("mv", "data", "other"), ("stop",)])
-def test_hold_ends_with_the_entry(fdshare: Shell, file: Path, words: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("words", ["rm data", "register data --memory /dev/null --replace", "stop"])
+def test_hold_ends_with_the_entry(fdshare: Shell, file: Path, words: str) -> None:
     """A supervisor sees that it holds nothing; it went on, and ended with status 0."""
     process = fdshare.start("register", "data", "--open", file, "--hold", stderr=subprocess.PIPE)
     fdshare("wait", "data", "--timeout", "30")
-    fdshare(*words)
+    fdshare(*words.split())
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert errors.startswith("fdshare: data is held no more: ")
+    assert (process.returncode, errors) == (1, "fdshare: data is held no more\n")
 
 
-def test_hold_goes_on_at_a_signal_that_its_caller_ignores(fdshare: Shell, file: Path) -> None:
+def test_hold_goes_on_with_an_entry_that_is_given_back_or_renamed(shell: Shell, file: Path) -> None:
+    shell.serve()
+    process = shell.start("register", "data", "--open", file, "--hold", stderr=subprocess.PIPE)
+    shell("wait", "data", "--timeout", "30")
+    with connect(shell.path) as client:
+        descriptors, claim = Claim.of(client, "data", 0)
+        close_all(descriptors)
+        claim.close()
+        client.wait("data", timeout=30)
+        client.rename("data", "other")
+        Halves(client).kill("server")
+        assert client.names() == ["other"]
+        client.unregister("other")
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (1, "fdshare: data is held no more\n")
+
+
+def test_hold_goes_on_at_a_signal_that_its_caller_ignores(
+    fdshare: Shell, file: Path, until
+) -> None:
     ignored = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         process = fdshare.start("register", "data", "--open", file, "--hold")
     finally:
         signal.signal(signal.SIGHUP, ignored)
-    fdshare("wait", "data", "--timeout", "30")
+    until(lambda: catches(process.pid, signal.SIGTERM), "it waits for signals")
     process.send_signal(signal.SIGHUP)
     process.terminate()
     process.wait(60)
