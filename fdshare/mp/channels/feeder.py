@@ -257,8 +257,8 @@ class Feeder:
     def stop(self) -> None:
         """Calls `ended` when all that was accepted is sent: at once if there is no thread.
 
-        What no process can receive any more is dropped; what waits and no thread can be started
-        for, too, and `failed` is told.
+        What no process can receive any more is dropped. If no thread can be started, what waits is
+        dropped, too, and `failed` is told.
         """
         self._stopping = True
         self._closing()
@@ -305,12 +305,10 @@ class Feeder:
                 self._starting.release()
 
     def _withdraw(self, accepted: list[Any]) -> bool:
-        """Sends what has begun, in this thread, and takes out the message of the put() that has
-        *accepted*: True if it was there. The others wait: their put() has returned, or may."""
+        """Takes out the message of the put() that has *accepted*, if that cannot be sent now: True
+        if it was there. The others wait: their put() has returned, or may."""
         with self._lock:
-            first = self._waiting[0] if self._waiting else None
-            if first is not None and isinstance(first[0], Outgoing) and first[0].holds_lock:
-                self._deliver(self._next_batch())
+            self._deliver_now()
             # A copy: a handler may put, behind all that is there.
             for index, item in enumerate(list(self._waiting)):
                 if item is not None and item[2] is accepted:
@@ -319,9 +317,25 @@ class Feeder:
                     return True
         return False
 
+    def _deliver_now(self) -> None:
+        """Sends, in this thread, what has begun, and what waits while the pipe has room and nobody
+        else writes."""
+        while self._waiting and (first := self._waiting[0]) is not None:
+            if not (isinstance(first[0], Outgoing) and first[0].holds_lock):
+                locked = False
+                if self._room.poll(0):
+                    for locked in self._locking:  # noqa: B007
+                        break
+                if not locked:
+                    return
+            self._deliver(self._next_batch(), locked=True)
+
     def _drop_waiting(self, error: RuntimeError) -> None:
-        while self._waiting:
-            item = self._waiting.popleft()
+        dropped = []
+        with self._lock:
+            while self._waiting:
+                dropped.append(self._waiting.popleft())
+        for item in dropped:
             if item is not None:
                 _close(item)
                 self._failed(error, item[1])
@@ -368,14 +382,14 @@ class Feeder:
             self._waiting.popleft()
         return batch
 
-    def _deliver(self, batch: list[Item]) -> None:
+    def _deliver(self, batch: list[Item], *, locked: bool = False) -> None:
         first = batch[0][0]
         message = first
         if isinstance(message, bytes):
             small = [headed(data) for data, *_ in batch if isinstance(data, bytes)]
             message = Outgoing.joined(small)
         try:
-            if not message.holds_lock:
+            if not (locked or message.holds_lock):
                 self._acquire()
             try:
                 self._push(message)

@@ -250,6 +250,21 @@ def test_where_no_thread_can_start_only_the_callers_message_is_dropped(
     assert harness.called == []
 
 
+def test_without_a_thread_what_waits_is_sent_where_there_is_room(
+    harness: Harness, half_refused: Callable[[], None]
+) -> None:
+    """Each later put was refused, whatever room there was."""
+    harness.release()
+    assert harness.put(b"next")
+    assert harness.read() == (b"accepted", 0)
+    assert harness.read() == (b"next", 0)
+    assert harness.put(b"directly")
+    assert harness.read() == (b"directly", 0)
+    assert not harness.feeder.has_thread
+    assert harness.called == []
+    half_refused()
+
+
 def test_stop_sends_what_waits_for_a_thread(
     harness: Harness, half_refused: Callable[[], None]
 ) -> None:
