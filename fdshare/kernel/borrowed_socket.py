@@ -21,16 +21,16 @@ from fdshare.kernel.plain_socket import view_of
 
 try:
     import ctypes
-except ImportError:  # this Python has none
-    _libc: Any = None
-else:
-    _libc = ctypes.CDLL(None, use_errno=True) if system.LINUX else None
+
+    _libc: Any = ctypes.CDLL(None, use_errno=True) if system.LINUX else None
+except (ImportError, OSError):  # this Python has none
+    _libc = None
 
 __all__ = ["AnySocket", "BorrowedSocket", "borrowed_socket", "can_be_asked", "has_connections"]
 
 _INT: Final = struct.Struct("@i")
-_SO_DOMAIN: Final = 39  # <asm-generic/socket.h>; Python names neither everywhere
-_SO_PROTOCOL: Final = 38
+_SO_DOMAIN: Final = getattr(socket, "SO_DOMAIN", 0)  # on Linux Python names both
+_SO_PROTOCOL: Final = getattr(socket, "SO_PROTOCOL", 0)
 _ADDRESS: Final = 128  # sizeof(struct sockaddr_storage)
 _TCP: Final = frozenset((socket.IPPROTO_TCP, 262))  # and IPPROTO_MPTCP, <linux/in.h>
 
@@ -39,11 +39,14 @@ class BorrowedSocket:
     """What the kernel knows of the socket *fd*, in the words of `socket.socket`: `getsockname` and
     the rest may wait, without the interpreter's lock. `family`, `type` and SO_LINGER never wait."""
 
-    def __init__(self, fd: int) -> None:
-        """*fd* is borrowed for as long as this is used. Raises: OSError (ENOTSOCK, EBADF)."""
+    def __init__(self, fd: int, family: int) -> None:
+        """*fd* is borrowed for as long as this is used."""
         self._fd = fd
-        self.family = _known(socket.AddressFamily, self.getsockopt(socket.SOL_SOCKET, _SO_DOMAIN))
-        self.type = _known(socket.SocketKind, self.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE))
+        self.family = _known(socket.AddressFamily, family)
+
+    @property
+    def type(self) -> int:
+        return _known(socket.SocketKind, _number(self._fd, socket.SOL_SOCKET, socket.SO_TYPE))
 
     def fileno(self) -> int:
         return self._fd
@@ -58,10 +61,12 @@ class BorrowedSocket:
     def getsockopt(self, level: int, option: int, size: int, /) -> bytes: ...
     def getsockopt(self, level: int, option: int, size: int = 0, /) -> int | bytes:
         """An int, or with *size* at most so many bytes."""
-        buffer = ctypes.create_string_buffer(size or _INT.size)
-        length = ctypes.c_uint(len(buffer))
+        if not size:
+            return _number(self._fd, level, option)
+        buffer = ctypes.create_string_buffer(size)
+        length = ctypes.c_uint(size)
         _checked(_libc.getsockopt(self._fd, level, option, buffer, ctypes.byref(length)))
-        return buffer.raw[: length.value] if size else int(_INT.unpack(buffer.raw)[0])
+        return buffer.raw[: length.value]
 
     def setsockopt(self, level: int, option: int, value: bytes, /) -> None:
         _checked(_libc.setsockopt(self._fd, level, option, value, len(value)))
@@ -99,8 +104,8 @@ def borrowed_socket(fd: int) -> AnySocket:
     """
     if _libc is None:
         return view_of(fd)
-    sock = BorrowedSocket(fd)
-    return view_of(fd) if sock.family == socket.AF_UNIX else sock
+    family = _number(fd, socket.SOL_SOCKET, _SO_DOMAIN)
+    return view_of(fd) if family == socket.AF_UNIX else BorrowedSocket(fd, family)
 
 
 def can_be_asked(fd: int) -> bool:
@@ -134,6 +139,14 @@ def has_connections(fd: int) -> bool:
         return sock.family == socket.AF_UNIX
     finally:
         sock.detach()
+
+
+def _number(fd: int, level: int, option: int) -> int:
+    """getsockopt(2) of an int. Raises: OSError."""
+    value = ctypes.c_int()
+    length = ctypes.c_uint(_INT.size)
+    _checked(_libc.getsockopt(fd, level, option, ctypes.byref(value), ctypes.byref(length)))
+    return value.value
 
 
 def _known(enum: type[IntEnum], value: int) -> int:

@@ -65,7 +65,7 @@ def test_a_name_with_a_scope() -> None:
         return 0
 
     with socket.socket(socket.AF_INET6) as sock:
-        assert BorrowedSocket(sock.fileno())._name(call) == ("fe80::1", 0, 0, 7)
+        assert BorrowedSocket(sock.fileno(), sock.family)._name(call) == ("fe80::1", 0, 0, 7)
 
 
 @pytest.mark.usefixtures("ctypes")
