@@ -55,7 +55,7 @@ def _bind_linux(
     """
     os.fchmod(sock.fileno(), _NOBODY_ELSE if owner else mode)
     sock.bind(name)
-    with _kept_if_whole(name), _inode(name) as inode:
+    with _removed_on_error(name), _inode(name) as inode:
         info = os.fstat(inode)
         if owner or stat.S_IMODE(info.st_mode) != mode:
             if not stat.S_ISSOCK(info.st_mode) or info.st_uid != os.geteuid():
@@ -73,7 +73,7 @@ def _bind_umask(
             sock.bind(name)
         finally:
             os.umask(before)
-    with _kept_if_whole(name):
+    with _removed_on_error(name):
         if owner:
             _set(address, name, mode, owner, follow_symlinks=False)
         return os.lstat(name)
@@ -86,17 +86,23 @@ def set_file(address: str, mode: int | None, owner: Owner | None) -> None:
     """
     try:
         with sockaddr(address, exists=True) as name:
-            if not system.LINUX:
-                _set(address, name, mode, owner, follow_symlinks=False)
+            if not system.LINUX or not os.path.exists("/proc/self/fd"):
+                _check_socket(address, os.lstat(name))
+                # Without /proc, Linux sets the mode of no name that may be a link.
+                _set(address, name, mode, owner, follow_symlinks=system.LINUX)
                 return
             with _inode(name) as inode:
-                if not stat.S_ISSOCK(os.fstat(inode).st_mode):
-                    raise EndpointError(address, "it is no socket")
+                _check_socket(address, os.fstat(inode))
                 _set(address, f"/proc/self/fd/{inode}", mode, owner)
     except OSError as error:
         if isinstance(error, EndpointError):
             raise
         raise trouble(address, error) from None
+
+
+def _check_socket(address: str, info: os.stat_result) -> None:
+    if not stat.S_ISSOCK(info.st_mode):
+        raise EndpointError(address, "it is no socket")
 
 
 @contextmanager
@@ -111,7 +117,7 @@ def _inode(name: bytes) -> Iterator[int]:
 
 
 @contextmanager
-def _kept_if_whole(name: bytes) -> Iterator[None]:
+def _removed_on_error(name: bytes) -> Iterator[None]:
     """Removes the file of the socket that was just bound if what follows fails: the next to bind
     would take it for that of a server that died."""
     try:

@@ -2,8 +2,8 @@
 
 SO_RCVTIMEO and SO_SNDTIMEO bound a call without a poll(2) before it. But where a handler of the
 signal module has run, Python makes the call again (PEP 475), and the kernel starts the whole time
-anew: in a program with a timer it never passes. So the kernel's time is BRIEF, and the rest of the
-time is waited for in poll(2), which Python calls again with what is left.
+anew: in a program with a timer it never passes. So FIRST_WAIT is the kernel's, and the rest is
+waited for in poll(2), which Python calls again with what is left.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import struct
 import time
 from typing import Final
 
-__all__ = ["BRIEF", "wait_readable", "wait_writable"]
+__all__ = ["FIRST_WAIT", "wait_readable", "wait_writable"]
 
 # struct timeval, of 5 ms: most answers come sooner, and need no poll(2). The kernel rounds it up to
 # its ticks, of 1 to 10 ms.
-BRIEF: Final = struct.pack("@ll", 0, 5000)
+FIRST_WAIT: Final = struct.pack("@ll", 0, 5000)
 _LONGEST: Final = 86400.0  # seconds; poll(2) takes an int of milliseconds, and is called again
 
 

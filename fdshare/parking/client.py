@@ -40,7 +40,7 @@ from fdshare.kernel.descriptor_limit import as_limit, is_descriptor_limit
 from fdshare.kernel.finaliser import finaliser
 from fdshare.kernel.plain_socket import stream_pair
 from fdshare.kernel.process_limit import why_not_forked
-from fdshare.kernel.socket_wait import BRIEF, wait_readable
+from fdshare.kernel.socket_wait import FIRST_WAIT, wait_readable
 from fdshare.parking.private_address import connect_private, leave, listen_private
 from fdshare.parking.protocol import (
     CREDIT,
@@ -93,7 +93,7 @@ class _Connection:
         """What *read* of this socket returns. Raises: as `answer`."""
         try:
             return read(*args, **kwargs)
-        except BlockingIOError:  # the kernel's time
+        except BlockingIOError:  # SO_RCVTIMEO has passed
             if not wait_readable(self.sock, time.monotonic() + _TIMEOUT):
                 raise
         return read(*args, **kwargs)
@@ -223,8 +223,7 @@ class PrivateServer:
                 if isinstance(error, DescriptorLimit):
                     self._unread[key] = connection
                     raise
-                self._no_answer(connection, error)
-                continue
+                answer = self._no_answer(connection, error)
             if answer:
                 self._give_back(connection)
                 if answer == TAKE:
@@ -238,12 +237,11 @@ class PrivateServer:
         UntrustedServer."""
         for _ in range(_ATTEMPTS):
             connection = self._borrow(start=False)
-            answer = b""
             try:
                 connection.sock.send(REMOVE + key, system.NOSIGNAL)
                 answer = connection.answer()
             except OSError as error:
-                self._no_answer(connection, error)
+                answer = self._no_answer(connection, error)
             if answer:
                 self._give_back(connection)
                 return
@@ -266,13 +264,12 @@ class PrivateServer:
         """b"", as at the end of a stream, where the server dropped it for being idle or has ended:
         another connection may be answered. Raises: ServerTimeout; *error*, if it is none of these.
         """
+        if isinstance(error, BrokenPipeError | ConnectionResetError):
+            return b""
         connection.close()
         if isinstance(error, BlockingIOError):  # none came in time
             raise ServerTimeout(self.address, _TIMEOUT) from None
-        if not isinstance(error, BrokenPipeError | ConnectionResetError):
-            raise as_limit(error)
-        self._drop(connection)
-        return b""
+        raise as_limit(error)
 
     def _drop(self, connection: _Connection) -> None:
         """Closes a connection that has ended, and those that are idle: they are likely to have
@@ -310,7 +307,7 @@ class PrivateServer:
                     raise
                 _start(self.address)
         try:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, BRIEF)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, FIRST_WAIT)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIMEVAL)
         except BaseException:
             sock.close()

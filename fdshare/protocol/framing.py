@@ -16,7 +16,7 @@ read belong to its *last* message, and a reader cannot know from the read alone 
 header's count decides: bytes and descriptors go into two queues, and a frame whose body is complete
 draws its count from the front of the second. A sender must pass all descriptors of a frame with the
 frame's first byte, in one sendmsg(2). Where the kernel dropped those of a read, the reason takes
-their place in the second queue: it is drawn by the frame whose they were, whatever came behind it.
+their place in the second queue: the frame to which they belonged draws it.
 
 When the automaton stops, `drain()` returns the descriptors that belong to no frame.
 """

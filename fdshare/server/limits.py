@@ -44,7 +44,7 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_patterns_per_uid: int = 128  # of watches, with wildcards: each is tried at every change
     request_timeout: float = 30.0  # seconds for a half-sent request, or an unread answer
     lease_timeout: float = 60.0  # seconds for a take to be confirmed
-    session_timeout: float = 300.0  # seconds a client may take to come back after a server's death
+    session_timeout: float = 300.0  # seconds in which a client may come back and repeat a request
     journal_timeout: float = 2.0  # seconds a change may wait for the keeper
     hang_timeout: float = 15.0  # seconds the server may not answer its keeper before it is replaced
 

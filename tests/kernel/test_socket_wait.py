@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from fdshare.kernel.socket_wait import BRIEF, wait_readable, wait_writable
+from fdshare.kernel.socket_wait import FIRST_WAIT, wait_readable, wait_writable
 
 Pair = tuple[socket.socket, socket.socket]
 
@@ -48,7 +48,7 @@ def test_until_it_takes_data(pair: Pair) -> None:
 @pytest.mark.parametrize("wait", [wait_readable, wait_writable])
 def test_a_signals_handler_does_not_prolong_it(pair: Pair, wait: object) -> None:
     near, _ = pair
-    near.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, BRIEF)
+    near.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, FIRST_WAIT)
     with pytest.raises(BlockingIOError):
         near.recv(1)
     near.setblocking(False)

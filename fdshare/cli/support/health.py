@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 import urllib.parse
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final, Self
 
@@ -33,7 +34,8 @@ _ATTEMPTS: Final = 5  # connections in a row, since the old version accepts some
 class CheckCommand:
     """A command of the shell, which succeeds when the version *pid* is ready.
 
-    It takes the time it needs. It has a process group of its own, which is killed with this.
+    It takes the time it needs. It has a process group of its own, which is killed if it still runs
+    at the end.
     """
 
     command: str
@@ -64,7 +66,9 @@ class CheckCommand:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if self._running is not None:
+        if self._running is None:
+            return
+        with suppress(PermissionError):  # it has become another user's (sudo), and goes on
             os.killpg(self._running.pid, signal.SIGKILL)
             self._running.wait()
 

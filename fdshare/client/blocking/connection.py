@@ -19,7 +19,7 @@ from fdshare.client.settings import Dialer, Search
 from fdshare.errors import ClosedDescriptor, FdshareError, NoServer, ServerGone, ServerTimeout
 from fdshare.kernel import system
 from fdshare.kernel.ancillary import close_all, receive_into, rights, send_rights
-from fdshare.kernel.socket_wait import BRIEF, wait_readable, wait_writable
+from fdshare.kernel.socket_wait import FIRST_WAIT, wait_readable, wait_writable
 from fdshare.protocol import messages as m
 
 __all__ = ["BlockingConnection", "ConnectionLost"]
@@ -62,7 +62,7 @@ class BlockingConnection:
             self._sock = sock
             self.opened += 1
             for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
-                sock.setsockopt(socket.SOL_SOCKET, option, BRIEF)
+                sock.setsockopt(socket.SOL_SOCKET, option, FIRST_WAIT)
             self._greeting = self._conversation.hello()
             if self._authkey is not None:
                 self._authenticate(sock, deadline)
@@ -284,7 +284,7 @@ class BlockingConnection:
         while data:
             try:
                 sent = send_rights(sock, (data,), control)
-            except BlockingIOError:  # the kernel's time
+            except BlockingIOError:  # SO_SNDTIMEO has passed
                 if not wait_writable(sock, deadline):
                     raise ServerTimeout(self._dialer.address, 0.0) from None
                 continue
@@ -318,7 +318,7 @@ class BlockingConnection:
             try:
                 count, descriptors, lost = receive_into(sock, self._buffer)
                 break
-            except BlockingIOError:  # the kernel's time
+            except BlockingIOError:  # SO_RCVTIMEO has passed
                 if not wait_readable(sock, deadline):
                     raise ServerTimeout(self._dialer.address, 0.0) from None
             except ConnectionResetError as error:

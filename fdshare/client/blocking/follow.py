@@ -118,7 +118,7 @@ class Follower:
         self._due = 0.0
         given = vars(self._threads).get("seen")
         if given is not None:
-            self._threads.seen = (*given[:-1], self._due)
+            self._threads.seen = (*given[:-1], 0.0)
         try:
             self._renew()
         except FdshareError:
