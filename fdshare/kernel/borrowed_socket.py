@@ -29,8 +29,6 @@ except (ImportError, OSError):  # this Python has none
 __all__ = ["AnySocket", "BorrowedSocket", "borrowed_socket", "can_be_asked", "has_connections"]
 
 _INT: Final = struct.Struct("@i")
-_SO_DOMAIN: Final = getattr(socket, "SO_DOMAIN", 0)  # on Linux Python names both
-_SO_PROTOCOL: Final = getattr(socket, "SO_PROTOCOL", 0)
 _ADDRESS: Final = 128  # sizeof(struct sockaddr_storage)
 _TCP: Final = frozenset((socket.IPPROTO_TCP, 262))  # and IPPROTO_MPTCP, <linux/in.h>
 
@@ -104,7 +102,7 @@ def borrowed_socket(fd: int) -> AnySocket:
     """
     if _libc is None:
         return view_of(fd)
-    family = _number(fd, socket.SOL_SOCKET, _SO_DOMAIN)
+    family = _number(fd, socket.SOL_SOCKET, system.SO_DOMAIN)
     return view_of(fd) if family == socket.AF_UNIX else BorrowedSocket(fd, family)
 
 
@@ -135,7 +133,9 @@ def has_connections(fd: int) -> bool:
         if sock.type not in (socket.SOCK_STREAM, socket.SOCK_SEQPACKET):
             return False
         if sock.family in (socket.AF_INET, socket.AF_INET6):
-            return not system.LINUX or sock.getsockopt(socket.SOL_SOCKET, _SO_PROTOCOL) in _TCP
+            return (
+                not system.LINUX or sock.getsockopt(socket.SOL_SOCKET, system.SO_PROTOCOL) in _TCP
+            )
         return sock.family == socket.AF_UNIX
     finally:
         sock.detach()

@@ -30,7 +30,9 @@ __all__ = [
     "RDHUP",
     "SET_PIPE_SIZE",
     "SOCK_NONBLOCK",
+    "SO_DOMAIN",
     "SO_PRIORITY",
+    "SO_PROTOCOL",
     "UNREAD",
 ]
 
@@ -62,6 +64,9 @@ NOSIGNAL: Final = int(getattr(socket, "MSG_NOSIGNAL", 0))
 SOCK_NONBLOCK: Final = int(getattr(socket, "SOCK_NONBLOCK", 0))
 RDHUP: Final = int(getattr(select, "POLLRDHUP", 0))
 SET_PIPE_SIZE: Final[int | None] = getattr(fcntl, "F_SETPIPE_SZ", None)
+# What a socket was made with; socket(7).
+SO_DOMAIN: Final = int(getattr(socket, "SO_DOMAIN", 0))
+SO_PROTOCOL: Final = int(getattr(socket, "SO_PROTOCOL", 0))
 # An option of each socket that any user may set from 0 to 6; socket(7).
 SO_PRIORITY: Final[int | None] = getattr(socket, "SO_PRIORITY", None)
 # ioctl(2): the bytes that were sent and the peer has not read. SIOCOUTQ, <linux/sockios.h>;

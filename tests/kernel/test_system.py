@@ -54,7 +54,9 @@ def test_linux_lacks_nothing() -> None:
         "SOCK_NONBLOCK": socket.SOCK_NONBLOCK,
         "RDHUP": select.POLLRDHUP,
         "SET_PIPE_SIZE": fcntl.F_SETPIPE_SZ,
+        "SO_DOMAIN": socket.SO_DOMAIN,
         "SO_PRIORITY": socket.SO_PRIORITY,
+        "SO_PROTOCOL": socket.SO_PROTOCOL,
         "UNREAD": 0x5411,
     }
 
