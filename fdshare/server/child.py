@@ -16,6 +16,7 @@ import msgspec
 from fdshare.errors import FdshareError
 from fdshare.protocol import messages as m
 from fdshare.server import logs
+from fdshare.server.failover.service_manager import leave_service
 from fdshare.server.serve import serve
 from fdshare.server.settings import Settings
 
@@ -43,6 +44,8 @@ def main(fd: int, stderr: int) -> int:
 
     *stderr* is the owner's, and from now on this process's too.
     """
+    leave_service()  # the owner's end is reported by the owner
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored by an owner, exec(3) keeps it so
     os.dup2(stderr, 2)
     os.close(stderr)
     with socket.socket(fileno=fd) as control:

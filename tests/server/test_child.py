@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import select
+import signal
 import socket
 import subprocess
 from collections.abc import Iterator
@@ -9,9 +11,12 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from breaking import Halves
 from conftest import wait_until
-from nursery import Process
+from nursery import Manager, Process
 
+import fdshare.manager
+from fdshare.activation import NotifySocket
 from fdshare.client.blocking.client import Client
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.protocol import messages as m
@@ -79,3 +84,28 @@ def test_an_owner_that_ends_while_it_starts(
     pair[0].close()
     child.wait(20)
     assert not (folder / "s").exists()
+
+
+def test_it_tells_nothing_to_the_service_manager_of_its_owner(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with NotifySocket(str(folder / "notify")) as told:
+        monkeypatch.setenv("NOTIFY_SOCKET", told.address)
+        monkeypatch.setenv("WATCHDOG_USEC", "200000")
+        with Manager() as manager:
+            Halves(manager).kill("keeper")
+        with Manager(keeper=False) as manager:
+            manager.ping()
+        assert select.select([told], [], [], 0)[0] == []
+
+
+def test_it_hears_of_its_children_where_its_owner_does_not() -> None:
+    former = signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # exec(3) keeps that
+    try:
+        manager = fdshare.manager.Manager(keeper=False).start()
+    finally:
+        signal.signal(signal.SIGCHLD, former)
+    with manager:
+        status = Path(f"/proc/{manager.stats().server_pid}/status").read_text()
+        ignored = int(status.partition("SigIgn:")[2].split()[0], 16)
+        assert not ignored >> (signal.SIGCHLD - 1) & 1

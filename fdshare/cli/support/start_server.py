@@ -101,11 +101,12 @@ def _command(arguments: list[str]) -> list[str]:
 
 
 def _spawn_orphan(command: list[str], log: int, readies: int) -> None:
-    """Starts *command* as a child of init.
+    """Starts *command* as a child of init, and outside the service that this process may be.
 
     As our child it would send SIGCHLD to the program that replaces this process.
     """
     from fdshare.kernel.descriptor_table import close_all_but
+    from fdshare.server.failover.service_manager import leave_service
 
     if not fork_orphan():
         return
@@ -117,6 +118,7 @@ def _spawn_orphan(command: list[str], log: int, readies: int) -> None:
         close_all_but({readies})
         os.set_inheritable(readies, True)
         os.chdir("/")
+        leave_service()
         os.execv(command[0], command)
     finally:
         os._exit(0)

@@ -14,11 +14,28 @@ from typing import Final, NamedTuple
 from fdshare.activation import notify, watchdog_seconds
 from fdshare.errors import FdshareError
 
-__all__ = ["Watchdog", "announce_main_pid", "ask_systemd", "is_reported", "report", "store_state"]
+__all__ = [
+    "Watchdog",
+    "announce_main_pid",
+    "ask_systemd",
+    "is_reported",
+    "leave_service",
+    "report",
+    "store_state",
+]
 
 log = logging.getLogger("fdshare.keeper")
 
 _PATIENCE: Final = 1.0  # seconds for a manager that does not read
+_OF_SERVICE: Final = ("NOTIFY_SOCKET", "WATCHDOG_", "LISTEN_")
+
+
+def leave_service() -> None:
+    """From now on there is no service manager to tell: that of the environment is for the program
+    that has started this process, which is no service of its own."""
+    for variable in list(os.environ):
+        if variable.startswith(_OF_SERVICE):
+            del os.environ[variable]
 
 
 def is_reported() -> bool:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import select
 import subprocess
 from pathlib import Path
 
 import pytest
 from commandline import Shell
 from users import needs_root
+
+from fdshare.activation import NotifySocket
 
 pytestmark = pytest.mark.usefixtures("fresh")
 
@@ -27,6 +30,15 @@ def test_start_a_server_if_none_answers(shell: Shell, folder: Path) -> None:
     # The second finds the first.
     assert shell.run("run", "--start", "web", "--", "true").stderr == ""
     shell("stop")
+
+
+def test_it_is_no_part_of_the_service_that_starts_it(shell: Shell, folder: Path) -> None:
+    with NotifySocket(str(folder / "notify")) as told:
+        environment = {"NOTIFY_SOCKET": told.address}
+        done = shell.run("run", "--start", "w=tcp://127.0.0.1:0", "--", "true", env=environment)
+        assert done.returncode == 0
+        shell("stop")
+        assert select.select([told], [], [], 0)[0] == []
 
 
 def test_two_starters_start_one_server(shell: Shell) -> None:
