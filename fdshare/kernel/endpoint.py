@@ -134,7 +134,7 @@ class Listener:
         It takes the place of `socket`; other processes that have the old one keep it. With
         *reclaim* it is bound also in the place of another's at which nobody listens. The other
         arguments are those of `listen`. A path that is not ours to remove is not ours to bind
-        either. Raises: as `listen`; nothing has changed then.
+        either. Raises: as `listen`, OSError of socket(2); nothing has changed then.
         """
         if self.inode is None:
             return False

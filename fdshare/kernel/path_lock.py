@@ -14,11 +14,13 @@ import os
 import socket
 import stat
 import time
+from contextlib import suppress
 from typing import Final, TypeAlias
 
 from fdshare.errors import AddressInUse, EndpointError
 from fdshare.kernel.credentials import peer_credentials
 from fdshare.kernel.descriptor import Descriptor
+from fdshare.kernel.descriptor_limit import is_descriptor_limit
 from fdshare.kernel.unix_address import file_type, sockaddr, trouble
 
 __all__ = [
@@ -53,7 +55,8 @@ def lock(address: str) -> Descriptor:
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise _not_our_lock(address, "it is a symbolic link") from None
-        if error.errno == errno.EISDIR or os.path.lexists(path):
+        missing = is_descriptor_limit(error)  # nothing is wrong with the lock
+        if error.errno == errno.EISDIR or (os.path.lexists(path) and not missing):
             raise _not_our_lock(address, error.strerror or str(error)) from None
         raise trouble(address, error) from None
     try:
@@ -182,16 +185,15 @@ def live(address: str, kind: int) -> AddressInUse:
 def _listening_pid(address: str, kind: int) -> int | None:
     """The pid that listens: SO_PEERCRED of a listener is the process that called listen(2).
 
-    None: no process, a full backlog, a datagram socket, or a process outside our pid namespace.
+    None: no process, a full backlog, a datagram socket, a process outside our pid namespace, or no
+    descriptor free to ask with.
     """
-    with socket.socket(socket.AF_UNIX, kind) as probe:
+    with suppress(OSError), socket.socket(socket.AF_UNIX, kind) as probe:
         probe.setblocking(False)
-        try:
-            with sockaddr(address, exists=True) as name:
-                probe.connect(name)
-            return peer_credentials(probe).pid or None
-        except OSError:
-            return None
+        with sockaddr(address, exists=True) as name:
+            probe.connect(name)
+        return peer_credentials(probe).pid or None
+    return None
 
 
 def lock_owner(address: str) -> int | None:

@@ -9,6 +9,7 @@ import socket
 from pathlib import Path
 
 import pytest
+from server.full import limited
 
 from fdshare.errors import AddressInUse, EndpointError
 from fdshare.kernel import (
@@ -17,7 +18,7 @@ from fdshare.kernel import (
     datagram,
     listen,
 )
-from fdshare.kernel.path_lock import lock, remove
+from fdshare.kernel.path_lock import live, lock, remove
 from kernel.sockets import die, leave_stale, live_server, make_other, python
 
 AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become somebody else")
@@ -172,6 +173,18 @@ def test_a_lock_that_is_none(folder: Path, kind: str) -> None:
     with pytest.raises(EndpointError, match="cannot lock"):
         listen(folder / "s")
     assert os.listdir(folder) == ["s.lock"]
+
+
+def test_a_lock_for_which_no_descriptor_is_free_is_none_to_remove(folder: Path) -> None:
+    (folder / "s.lock").touch()
+    with limited(os.getpid(), 0), pytest.raises(EndpointError) as caught:
+        lock(f"{folder}/s")
+    assert caught.value.reason == "Too many open files"
+
+
+def test_a_live_server_is_refused_without_a_descriptor_to_ask_for_its_pid(folder: Path) -> None:
+    with listen(folder / "s"), limited(os.getpid(), 0):
+        assert live(f"{folder}/s", socket.SOCK_STREAM).pid is None
 
 
 @AS_ROOT

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from fdshare.errors import FdshareError
 from fdshare.kernel.credentials import peer_credentials
 from fdshare.kernel.descriptor import Descriptor
+from fdshare.kernel.descriptor_limit import as_limit
 from fdshare.kernel.endpoint import Listener
 from fdshare.server.core.table import Table
 from fdshare.server.settings import Settings
@@ -81,8 +82,9 @@ def bind_anew(listener: Listener, settings: Settings, *, reclaim: bool = False) 
             owner=settings.owner,
             reclaim=reclaim,
         )
-    except FdshareError as error:
-        log.error("the path is gone and cannot be bound again: %s", error)
+    except (FdshareError, OSError) as error:
+        why = as_limit(error, "server")
+        log.error("the path is gone and cannot be bound again: %s", why)
         return False
     if bound:
         log.warning("the path was gone and is bound again: %s", listener.address)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import select
+from contextlib import suppress
 from typing import Final
 
 from fdshare.kernel.descriptor import Descriptor
@@ -42,8 +43,9 @@ def is_ending(pidfd: Descriptor) -> bool:
 
 
 def pid_of(pidfd: Descriptor) -> int:
-    """The pid; -1 for a process that has been reaped. proc_pid_fdinfo(5)."""
-    with open(f"/proc/self/fdinfo/{pidfd.fileno()}") as info:
+    """The pid; -1 where it is not known: the process has been reaped, or no descriptor is free to
+    look with. proc_pid_fdinfo(5)."""
+    with suppress(OSError), open(f"/proc/self/fdinfo/{pidfd.fileno()}") as info:
         for line in info:
             if line.startswith("Pid:"):
                 return int(line.split()[1])
@@ -70,30 +72,47 @@ class Dying:
     def __init__(self, poller: Poller, known: dict[int, str]) -> None:
         self._poller = poller
         self._known = known
-        self._pidfds: dict[int, Descriptor] = {}
-        for pid, what in known.copy().items():
+        self._watched: dict[Descriptor, int] = {}  # pidfd -> pid
+        self._watch_known()
+
+    def _watch_known(self) -> None:
+        for pid in [pid for pid in self._known if pid not in self._watched.values()]:
             try:
-                self.bury(Descriptor(os.pidfd_open(pid)), what)
+                pidfd = Descriptor(os.pidfd_open(pid))
             except ProcessLookupError:
-                del known[pid]
+                del self._known[pid]
+            except OSError:
+                pass  # no descriptor is free: it is tried again
+            else:
+                self._watch(pidfd, pid, self._known[pid])
 
     def bury(self, process: Descriptor, what: str) -> None:
         """Takes over the pidfd of a process that runs no code any more, and was *what*; it is
-        closed, and the process reaped, when that has ended."""
-        pid = pid_of(process)
+        closed, and the process reaped, when that has ended.
 
+        Never fails: without a free descriptor a process that hangs is in no note, and that is all.
+        """
+        self._watch(process, pid_of(process), what)
+
+    def _watch(self, process: Descriptor, pid: int, what: str) -> None:
         def over(*_: object) -> None:
             self._poller.unregister(process.fileno())
             self._known.pop(pid, None)
-            self._pidfds.pop(pid, None)
+            self._watched.pop(process, None)
             reap(process)
             close_quietly(process)
 
         if has_ended(process):
             over()
             return
-        log.error("pid %d hangs in its end; what it holds stays open until that is over", pid)
-        self._known[pid], self._pidfds[pid] = what, process
+        log.error(
+            "the %s, pid %s, hangs in its end; what it holds stays open until that is over",
+            what,
+            pid if pid > 0 else "unknown",
+        )
+        if pid > 0:
+            self._known[pid] = what
+        self._watched[process] = pid
         self._poller.register(process.fileno(), READ, over)
 
     def __len__(self) -> int:
@@ -101,6 +120,7 @@ class Dying:
 
     def notes(self) -> dict[str, str]:
         """For `stats`."""
+        self._watch_known()
         return {
             f"pid {pid}": f"it was the {what} and hangs in its end, for some file system does not "
             "answer; what it holds stays open until that is over"
@@ -109,4 +129,4 @@ class Dying:
 
     def close(self) -> None:
         """Closes the pidfds; `known` stays as it is."""
-        close_quietly(*self._pidfds.values())
+        close_quietly(*self._watched)

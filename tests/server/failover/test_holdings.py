@@ -29,9 +29,10 @@ from fdshare.kernel.endpoint import Listener, connect, listen
 from fdshare.protocol import messages as m
 from fdshare.server.core.records import Put, Record
 from fdshare.server.core.table import Table
-from fdshare.server.failover.holdings import Holdings
+from fdshare.server.failover.holdings import Holdings, bind_anew
 from fdshare.server.loop.closing import Handle
 from fdshare.server.settings import Settings
+from server.full import limited
 from server.orders import KIND
 
 STRANGER = 65534
@@ -276,3 +277,18 @@ def test_the_listener_of_another_user_stays_his(folder: Path) -> None:
         with made.listener:
             who = peer_credentials(made.listener.socket)
             assert (who.pid, who.uid) == (pid, STRANGER)
+
+
+@pytest.mark.parametrize("spare", [0, 1, 2])
+def test_a_path_is_bound_anew_when_there_are_descriptors_for_it(
+    holdings: Holdings, caplog: pytest.LogCaptureFixture, spare: int
+) -> None:
+    listener, settings = holdings.listener, holdings.settings
+    os.unlink(listener.address)
+    os.unlink(f"{listener.address}.lock")  # it takes a socket, a lock, and a look at the file
+    with limited(os.getpid(), spare):
+        assert not bind_anew(listener, settings)
+    assert "RLIMIT_NOFILE of the server is" in caplog.text
+    assert bind_anew(listener, settings)
+    with connect(listener.address) as sock:
+        assert peer_credentials(sock).pid == os.getpid()

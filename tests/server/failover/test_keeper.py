@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -39,7 +40,18 @@ from fdshare.server.failover.journal import encode_letter
 from fdshare.server.failover.keeper import Keeper
 from fdshare.server.loop.poller import READ
 from fdshare.server.settings import Settings
+from server.full import limited
 from server.orders import KIND, SOME, deaths
+
+
+def watched(pid: int) -> set[int]:
+    """The processes of which *pid* has a pidfd; -1 for one that has been reaped."""
+    found = set()
+    for number in os.listdir(f"/proc/{pid}/fdinfo"):
+        with suppress(FileNotFoundError):
+            lines = Path(f"/proc/{pid}/fdinfo/{number}").read_text().splitlines()
+            found.update(int(line.split()[1]) for line in lines if line.startswith("Pid:"))
+    return found
 
 
 @pytest.mark.parametrize("half", ["server", "keeper"])
@@ -51,6 +63,24 @@ def test_it_ends_although_a_half_is_stopped(half: Half) -> None:
     for pid in pids.values():
         wait_until(lambda pid=pid: ended(pid), f"{pid} ends")
     assert not os.path.exists(manager.address)
+
+
+@pytest.mark.parametrize("half", ["server", "keeper"])
+def test_a_half_is_replaced_by_one_that_has_no_descriptor_free(
+    manager: Manager, halves: Halves, half: Half
+) -> None:
+    """Then, and not before: but the other one keeps what both held."""
+    manager.register("a", 0)
+    halves.redundant()
+    pids = halves.pids()
+    survivor = pids["keeper" if half == "server" else "server"]
+    with limited(survivor, 0):
+        kill(pids[half])
+        gone = {pids[half], -1}
+        wait_until(lambda: ended(survivor) or not gone & watched(survivor), "it is seen")
+    assert manager.names() == ["a"]
+    halves.redundant()
+    manager.unregister("a")
 
 
 @pytest.mark.parametrize("history", [[], ["keeper"], ["server"]], ids="-".join)

@@ -17,6 +17,7 @@ from users import AsUser
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.server.loop.dying import Dying, has_ended, is_ending, pid_of, reap
 from fdshare.server.loop.poller import Poller
+from server.full import limited
 
 
 @pytest.fixture
@@ -85,5 +86,39 @@ def test_one_that_has_ended_is_reaped_at_once(poller: Poller) -> None:
     assert dying.notes() == {}
     dying.bury(pidfd, "keeper")
     assert dying.notes() == {}
+    assert pidfd.closed
+    process.returncode = 0
+
+
+def test_one_that_has_ended_is_reaped_without_a_free_descriptor(poller: Poller) -> None:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    pidfd = Descriptor(os.pidfd_open(process.pid))
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    dying = Dying(poller, {})
+    with limited(os.getpid(), 0):
+        dying.bury(pidfd, "keeper")
+    assert pidfd.closed
+    with pytest.raises(ChildProcessError):
+        os.waitpid(process.pid, os.WNOHANG)
+    process.returncode = 0
+
+
+def test_one_that_hangs_is_watched_when_a_descriptor_is_free(poller: Poller) -> None:
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    assert process.stdin is not None
+    pidfd = Descriptor(os.pidfd_open(process.pid))
+    known = {process.pid: "keeper"}
+    with limited(os.getpid(), 0):
+        dying = Dying(poller, known)
+        unknown = Dying(poller, {})
+        unknown.bury(pidfd, "keeper")
+    assert unknown.notes() == {}
+    assert list(dying.notes()) == [f"pid {process.pid}"]
+    process.stdin.write(b"\n")
+    process.stdin.close()
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    for key, events in poller.wait(20):  # both watch it
+        key(events)  # type: ignore[operator]
+    assert known == dying.notes() == {}
     assert pidfd.closed
     process.returncode = 0
