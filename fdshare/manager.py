@@ -6,6 +6,8 @@ owner lives, `Manager(path).connect()` finds one that runs, `Manager(path).get_s
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import logging
 import os
 import secrets
@@ -20,7 +22,6 @@ from fdshare.client.blocking.client import Client
 from fdshare.client.blocking.connection import BlockingConnection
 from fdshare.client.conversation import Exchange, WholeAnswer
 from fdshare.errors import (
-    ClosedDescriptor,
     EndpointError,
     FdshareError,
     InvalidArgument,
@@ -29,7 +30,7 @@ from fdshare.errors import (
 )
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.kernel.endpoint import Listener, listen
-from fdshare.kernel.plain_socket import stream_pair
+from fdshare.kernel.plain_socket import above_standard, stream_pair
 from fdshare.kernel.process_limit import why_not_forked
 from fdshare.protocol import messages as m
 from fdshare.protocol.auth import checked_authkey
@@ -247,9 +248,9 @@ def _spawn(
 ) -> tuple[subprocess.Popen[bytes], socket.socket]:
     """A server process that is ready, and its control socket."""
     process: subprocess.Popen[bytes] | None = None
-    ours, theirs = stream_pair()
+    ours, theirs, stderr = _passed()
     try:
-        with theirs, _standard_error() as stderr:
+        with theirs, stderr:
             try:
                 process = launch(theirs.fileno(), stderr.fileno())
             except BlockingIOError as error:
@@ -280,12 +281,29 @@ def _spawn(
         raise
 
 
-def _standard_error() -> Descriptor:
-    """A duplicate of descriptor 2, or the null device where that is closed."""
+def _passed() -> tuple[socket.socket, socket.socket, Descriptor]:
+    """Our end of a new control socket, and what the server is passed: the other end, and a
+    duplicate of descriptor 2. None has the number of a standard stream that is closed here: the
+    server ends when it reads something from our end, and has streams of its own.
+    """
+    stderr = _standard_error()  # first: one end may get number 2
     try:
-        return Descriptor.dup_of(2)
-    except ClosedDescriptor:
-        return Descriptor(os.open(os.devnull, os.O_WRONLY))
+        ours, theirs = map(above_standard, stream_pair())
+    except BaseException:
+        stderr.close()
+        raise
+    return ours, theirs, stderr
+
+
+def _standard_error() -> Descriptor:
+    """A duplicate of descriptor 2, or of the null device where that is closed."""
+    try:
+        return Descriptor(fcntl.fcntl(2, fcntl.F_DUPFD_CLOEXEC, 3))
+    except OSError as error:
+        if error.errno != errno.EBADF:
+            raise
+    with Descriptor(os.open(os.devnull, os.O_WRONLY)) as null:
+        return Descriptor(fcntl.fcntl(null.fileno(), fcntl.F_DUPFD_CLOEXEC, 3))
 
 
 def _end(

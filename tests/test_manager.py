@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import json
 import multiprocessing
 import multiprocessing.managers
 import os
@@ -496,6 +497,38 @@ def test_children_of_the_owner_do_not_keep_it(child: Any, until: Callable[..., A
         assert not gone(lives)
     finally:
         os.kill(lives, signal.SIGKILL)
+
+
+WITHOUT_STREAMS = """
+import json, os, signal
+for number in {closed}:
+    os.close(number)
+from fdshare.manager import Manager
+manager = Manager({path!r}).start()
+with open(os.devnull) as file:
+    manager.register("a", file)
+os.kill(manager.stats().server_pid, signal.SIGKILL)  # the other half logs that
+names, stats = manager.names(), manager.stats()
+pids = [stats.server_pid, stats.keeper_pid]
+streams = [[os.readlink(f"/proc/{{pid}}/fd/{{number}}") for number in {closed}] for pid in pids]
+with open({told!r}, "w") as told:
+    json.dump({{"names": names, "pids": pids, "streams": streams}}, told)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("closed", [(2,), (0, 2), (0, 1, 2)], ids=str)
+def test_an_owner_without_standard_streams(
+    folder: Path, until: Callable[..., Any], closed: tuple[int, ...]
+) -> None:
+    """What is logged stays out of the control socket, which tells the server of its owner's end."""
+    told = folder / "told"
+    code = WITHOUT_STREAMS.format(closed=closed, path=str(folder / "s"), told=str(told))
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == -signal.SIGKILL
+    said = json.loads(told.read_text())
+    assert said["names"] == ["a"]
+    assert said["streams"] == [["/dev/null"] * len(closed)] * 2
+    until(lambda: all(map(gone, said["pids"])), "the server to end")
 
 
 def test_dropped_without_a_word(until: Callable[..., Any]) -> None:

@@ -19,6 +19,7 @@ from typing import Final
 import click
 
 from fdshare.errors import FdshareError, NoServer, ServerGone
+from fdshare.kernel.descriptor_table import open_standard_streams
 from fdshare.printable import printable
 from fdshare.version import __version__
 
@@ -169,16 +170,12 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _open_standard_streams() -> None:
-    """Opens /dev/null for a standard stream that the caller has closed (`>&-`).
+    """Opens /dev/null for a standard stream that the caller has closed.
 
     A socket of the client would get its number, and Python has None where the stream should be.
     """
+    open_standard_streams()
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: this one
-            os.set_inheritable(number, True)
         if getattr(sys, name) is None:
             setattr(sys, name, open(number, mode, closefd=False))
     if isinstance(sys.stdout, io.TextIOWrapper):

@@ -1,11 +1,12 @@
-"""The descriptor table of this process: closes what a forked child must not keep."""
+"""The descriptor table of this process: closes what a forked child must not keep, and opens the
+standard streams that it must have."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Collection
 
-__all__ = ["close_all_but"]
+__all__ = ["close_all_but", "open_standard_streams"]
 
 
 def close_all_but(kept: Collection[int]) -> None:
@@ -20,6 +21,17 @@ def close_all_but(kept: Collection[int]) -> None:
             os.closerange(low, fd)
         low = max(low, fd + 1)
     os.closerange(low, _end())
+
+
+def open_standard_streams() -> None:
+    """Opens /dev/null for each of 0-2 that the caller of this program has closed (`>&-`): what is
+    opened next would get that number."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: this one
+            os.set_inheritable(number, True)
 
 
 def _end() -> int:

@@ -7,6 +7,7 @@ waited.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import socket
 from _socket import socket as _Socket
@@ -14,7 +15,7 @@ from typing import Final
 
 from fdshare.kernel import system
 
-__all__ = ["WITHOUT_TIMEOUT", "socket_of", "stream_pair", "view_of"]
+__all__ = ["WITHOUT_TIMEOUT", "above_standard", "socket_of", "stream_pair", "view_of"]
 
 # A socket object with this in its type has a timeout of 0, whatever the default is, and is made
 # without a system call for it (init_sockobject, Modules/socketmodule.c). It takes the description
@@ -47,6 +48,19 @@ def socket_of(fd: int) -> socket.socket:
         sock.detach()
         raise
     return sock
+
+
+def above_standard(sock: socket.socket) -> socket.socket:
+    """*sock*, or a duplicate in its place if it has the number of a standard stream, which is
+    closed here.
+
+    What is said there would go into the socket, and a child to whom it is passed has a stream of
+    its own with that number. Takes *sock* over; the caller owns the result.
+    """
+    if sock.fileno() > 2:
+        return sock
+    with sock:
+        return socket_of(fcntl.fcntl(sock, fcntl.F_DUPFD_CLOEXEC, 3))
 
 
 def _type_of(fd: int) -> int:

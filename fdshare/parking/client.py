@@ -38,7 +38,7 @@ from fdshare.kernel.ancillary import MAX_DESCRIPTORS, peek_descriptors, send_mes
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.kernel.descriptor_limit import as_limit, is_descriptor_limit
 from fdshare.kernel.finaliser import finaliser
-from fdshare.kernel.plain_socket import stream_pair
+from fdshare.kernel.plain_socket import above_standard, stream_pair
 from fdshare.kernel.process_limit import why_not_forked
 from fdshare.kernel.socket_wait import FIRST_WAIT, wait_readable
 from fdshare.parking.private_address import connect_private, leave, listen_private
@@ -342,9 +342,11 @@ def _start(address: str) -> None:
     if not listeners:
         time.sleep(_PAUSE)
         return
-    fds = [listener.fileno() for listener in listeners]
     inode = listeners[0].inode
     try:
+        for listener in listeners:
+            listener.socket = above_standard(listener.socket)
+        fds = [listener.fileno() for listener in listeners]
         done = subprocess.run(
             _command(fds, address, inode),
             pass_fds=fds,

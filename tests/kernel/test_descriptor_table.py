@@ -1,4 +1,4 @@
-"""close_all_but: exactly what is kept stays open, asked of the kernel."""
+"""Exactly what is kept stays open, and standard streams are: asked of the kernel."""
 
 from __future__ import annotations
 
@@ -42,6 +42,25 @@ def test_what_is_kept_stays_open(kept: list[int]) -> None:
 
 def test_a_number_that_is_not_open_may_be_kept() -> None:
     assert open_after([3, 5, 8], [4, 8]) == [0, 1, 2, 8]
+
+
+@pytest.mark.parametrize("closed", [[], [0], [1, 2], [0, 1, 2]], ids=str)
+def test_a_standard_stream_that_is_closed_is_opened(closed: list[int]) -> None:
+    code = f"""
+import os
+from fdshare.kernel.descriptor_table import open_standard_streams
+out = os.dup(1)
+for number in {closed}:
+    os.close(number)
+open_standard_streams()
+null = os.stat(os.devnull).st_rdev
+for number in range(3):
+    if os.fstat(number).st_rdev == null and os.get_inheritable(number):
+        os.write(out, b"%d " % number)
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, stdin=subprocess.PIPE, capture_output=True, check=True)
+    assert list(map(int, done.stdout.split())) == closed
 
 
 @needs_root

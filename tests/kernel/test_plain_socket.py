@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 
@@ -39,6 +41,24 @@ def test_a_pair_blocks() -> None:
         assert os.get_blocking(left.fileno())
         assert os.get_blocking(right.fileno())
         assert left.type == socket.SOCK_STREAM
+
+
+def test_one_with_the_number_of_a_standard_stream_gets_another() -> None:
+    code = """
+import os, socket
+from fdshare.kernel.plain_socket import above_standard
+os.closerange(1, 3)
+near, far = socket.socketpair()
+numbers = near.fileno(), far.fileno()
+moved = above_standard(near), above_standard(far)
+both = socket.socketpair()
+moved[0].send(b"x")
+free = near.fileno() == far.fileno() == -1 and both[0].fileno() == 1
+known = moved[1].recv(1) == b"x" and above_standard(moved[0]) is moved[0]
+above = all(sock.fileno() > 2 and not sock.get_inheritable() for sock in moved)
+os._exit(0 if numbers == (1, 2) and free and known and above else 1)
+"""
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 
 def test_a_view_leaves_the_description_as_it_is(number: int) -> None:

@@ -339,6 +339,20 @@ def test_a_forked_child_has_connections_of_its_own(private: PrivateServer, pair:
         private.take(KEY)
 
 
+def test_it_is_started_where_no_standard_stream_is_open(private: PrivateServer) -> None:
+    code = f"""
+import os
+os.closerange(0, 3)
+from fdshare.parking.client import PrivateServer
+with open(os.devnull) as file:
+    PrivateServer({private.address!r}).put({KEY!r}, [file.fileno()], 60, 1)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    (arrived,) = private.take(KEY)
+    with arrived:
+        assert os.readlink(f"/proc/self/fd/{arrived.fileno()}") == os.devnull
+
+
 def test_full_it_says_so(private: PrivateServer, pair: Pair) -> None:
     """Its own limit: 64 descriptors, of which 24 are for what it keeps."""
     code = f"""
