@@ -71,7 +71,7 @@ def _metrics(context: click.Context, parameter: click.Parameter, value: str | No
 
     SIGHUP reads the policy again, and binds PATH again if somebody has removed it; SIGUSR2 upgrades
     to the code that is installed now. Under a service manager it takes its socket from LISTEN_FDS,
-    and reports to NOTIFY_SOCKET.
+    and reports to NOTIFY_SOCKET; with --detach it is no part of the service.
 
     \b
     Examples:

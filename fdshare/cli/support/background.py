@@ -19,6 +19,8 @@ def go_on_in_background(path: str) -> int:
     not return. The output of the server goes to PATH.log. Raises: EndpointError, OSError; in
     the process that waits: `not_started`.
     """
+    from fdshare.server.failover.service_manager import leave_service
+
     log = open_log(path)
     before = os.fstat(log).st_size
     reads, writes = os.pipe()
@@ -30,6 +32,7 @@ def go_on_in_background(path: str) -> int:
         os.dup2(source, target)
     # It must not keep a caller's pipe open: somebody may wait for the end of that.
     close_all_but({writes})
+    leave_service()
     return writes
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import select
 import subprocess
 from pathlib import Path
 
 from commandline import FDSHARE, Shell
+
+from fdshare.activation import NotifySocket
 
 
 def test_it_returns_when_clients_can_connect(shell: Shell) -> None:
@@ -26,6 +29,13 @@ def test_it_returns_when_clients_can_connect(shell: Shell) -> None:
     assert os.readlink(f"/proc/{keeper}/cwd") == "/"
     assert Path(f"{shell.path}.log").read_text() == ""
     shell("stop")
+
+
+def test_it_is_no_part_of_the_service_that_starts_it(shell: Shell, folder: Path) -> None:
+    with NotifySocket(str(folder / "notify")) as told:
+        shell("serve", "--detach", env={"NOTIFY_SOCKET": told.address})
+        shell("stop")
+        assert select.select([told], [], [], 0)[0] == []
 
 
 def test_a_server_that_cannot_start_says_why(shell: Shell, folder: Path) -> None:
