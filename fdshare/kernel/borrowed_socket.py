@@ -133,9 +133,9 @@ def has_connections(fd: int) -> bool:
         if sock.type not in (socket.SOCK_STREAM, socket.SOCK_SEQPACKET):
             return False
         if sock.family in (socket.AF_INET, socket.AF_INET6):
-            return (
-                not system.LINUX or sock.getsockopt(socket.SOL_SOCKET, system.SO_PROTOCOL) in _TCP
-            )
+            if not system.LINUX:
+                return True
+            return sock.getsockopt(socket.SOL_SOCKET, system.SO_PROTOCOL) in _TCP
         return sock.family == socket.AF_UNIX
     finally:
         sock.detach()
