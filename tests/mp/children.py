@@ -29,6 +29,27 @@ class Bomb:
         return explode, self.beside
 
 
+class Exits:
+    """Ends whoever unpickles it, if that looks for an Exception alone."""
+
+    def __reduce__(self) -> Any:
+        return sys.exit, (3,)
+
+
+class ExitsPickled:
+    """The same of whoever pickles it."""
+
+    def __reduce__(self) -> Any:
+        sys.exit(3)
+
+
+class UnloadableError(Exception):
+    """Can be pickled, and not be unpickled."""
+
+    def __reduce__(self) -> Any:
+        return explode, ()
+
+
 class Unpicklable:
     def __reduce__(self) -> Any:
         raise AttributeError("not to be pickled")

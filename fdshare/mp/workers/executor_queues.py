@@ -124,7 +124,7 @@ class CallQueueMixin(QueueMixin, StockSafeQueue):
             self._put_message(message, obj, block, timeout)
         except Full:
             raise
-        except Exception as error:
+        except BaseException as error:  # of any class: it must not end the thread
             self._on_queue_feeder_error(error, obj)
         if type(call) is Call:
             call.close()  # the kernel has it

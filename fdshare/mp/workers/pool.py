@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import suppress
+from functools import partial
 from queue import Empty
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -30,7 +31,7 @@ from fdshare.mp.stock import (
     StockProcess,
     StockSimpleQueue,
 )
-from fdshare.mp.workers.maps import WaitingTasks, tasks_of_map
+from fdshare.mp.workers.maps import Numbered, WaitingTasks, tasks_of_map
 from fdshare.mp.workers.pool_queues import (
     EndingQueueMixin,
     OutcomeQueueMixin,
@@ -101,10 +102,14 @@ class PoolMixin(WorkerHandlerMixin):
         )
 
     def _setup_queues(self) -> None:
-        self._inqueue = inqueue = self._task_queue(ctx=self._ctx)
+        self._inqueue = self._task_queue(ctx=self._ctx)
         self._outqueue = outqueue = self._outcome_queue(ctx=self._ctx)
-        self._quick_put = inqueue.send_task
         self._quick_get = outqueue.take
+
+    @property
+    def _quick_put(self) -> Callable[[Numbered | None], None]:  # type: ignore[override]
+        """Sends a task, for the stock thread, which takes it when the cache is there."""
+        return partial(_send, self._inqueue, self._cache)
 
     def apply_async(
         self,
@@ -191,7 +196,7 @@ class PoolMixin(WorkerHandlerMixin):
             chunks = self._get_tasks(func, iterable, chunksize)
             lists = self._results_of(imap, cls, self._family.pool.mapstar, chunks, 1)
             return (item for items in lists for item in items)
-        results = imap(func, iterable, chunksize)
+        results = imap(func, _until_it_raises(iterable), chunksize)
         results.__class__ = cls
         return results
 
@@ -241,6 +246,43 @@ class PoolMixin(WorkerHandlerMixin):
         _let_go(taskqueue)
         inqueue.close()
         outqueue.close()
+
+
+def _send(tasks: TaskQueueMixin, jobs: Any, task: Numbered | None) -> None:
+    """Sends *task*. An error that is no Exception becomes its job's here: the stock thread, which
+    does that with an Exception, would end, and send no task from then on."""
+    try:
+        tasks.send_task(task)
+    except Exception:
+        raise
+    except BaseException as error:
+        assert task is not None
+        job, index, *_ = task
+        with suppress(KeyError):  # nobody waits for it any more
+            jobs[job]._set(index, (False, error))
+
+
+def _until_it_raises(items: Iterable[T]) -> Iterator[T | _Failed]:
+    """*items*, for the thread that sends tasks. What they raise that is no Exception, and would end
+    it, comes as an item."""
+    try:
+        # No `yield from`: that would close a generator of the program's with this one.
+        for item in items:  # noqa: UP028
+            yield item
+    except (Exception, GeneratorExit):
+        raise
+    except BaseException as error:
+        yield _Failed(error)
+
+
+class _Failed:
+    """An item that raises *error* when it is pickled."""
+
+    def __init__(self, error: BaseException) -> None:
+        self._error = error
+
+    def __reduce__(self) -> str:
+        raise self._error
 
 
 def _survived(callback: Function | None) -> Function | None:

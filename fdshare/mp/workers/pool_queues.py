@@ -144,7 +144,10 @@ class TaskQueueMixin(EndingQueueMixin):
             return job, index, MappedTask(self._family, content), (), {}
         if form == CALL:
             return job, index, Task(self._family, content), (), {}
-        return job, index, *open_arrived(content, self._family.loads)
+        try:
+            return job, index, *open_arrived(content, self._family.loads)
+        except Exception as error:  # of this job alone
+            return job, index, self._family.pool._helper_reraises_exception, (error,), {}
 
 
 class OutcomeQueueMixin(EndingQueueMixin):

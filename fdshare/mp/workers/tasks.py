@@ -122,10 +122,13 @@ def as_buffer(content: Pickled) -> Bytes:
 
 
 def outcome(family: Family, form: int, content: Pickled) -> tuple[bool, Any]:
-    """(True, what the call returned) or (False, what it or loading that raised)."""
+    """(True, what the call returned) or (False, what it or loading that raised).
+
+    For a thread that reads for all jobs: no exception of a pickle's, of any class, may end it.
+    """
     try:
         return form == RETURNED, open_arrived(content, family.loads)
-    except Exception as error:
+    except BaseException as error:
         return False, error
 
 

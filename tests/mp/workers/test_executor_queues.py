@@ -87,6 +87,17 @@ def test_nothing_is_received_from_a_closed_call_queue(calls: Any) -> None:
             calls.get(**limit)
 
 
+def fail_its_own_call(ctx: Any) -> None:
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=ctx) as executor:
+        with pytest.raises(SystemExit):
+            executor.submit(children.same, children.ExitsPickled()).result()
+        assert executor.submit(children.same, 1).result() == 1
+
+
+def test_a_call_that_is_no_exception_when_it_is_pickled() -> None:
+    ends(fail_its_own_call, get_context("fork"))
+
+
 def take_after_a_killed_reader(calls: Any, ctx: Any) -> None:
     reader = ctx.Process(target=methodcaller("get"), args=(calls,))
     reader.start()

@@ -150,6 +150,52 @@ def test_an_iterable_that_fails(package: str) -> None:
         pool.join()
 
 
+def exit_after(number: int) -> Any:
+    yield number
+    sys.exit(4)
+
+
+def end_no_thread(ctx: Any) -> None:
+    with ctx.Pool(1) as pool:
+        with pytest.raises(SystemExit):
+            pool.apply(children.Exits)
+        assert pool.apply(children.same, (1,)) == 1
+        for imap in pool.imap, pool.imap_unordered:
+            for size in 1, 2:
+                results = imap(children.same, [children.ExitsPickled()], size)
+                with pytest.raises(SystemExit, match="3"):
+                    next(results)
+                assert list(results) == []
+                with pytest.raises(SystemExit, match="4"):
+                    list(imap(children.same, exit_after(2), size))
+                assert pool.apply(children.same, (5,)) == 5
+        pool.close()
+        pool.join()
+
+
+def test_no_pickle_and_no_iterable_ends_a_thread(package: str) -> None:
+    ends(end_no_thread, get_context("fork", backend=package))
+
+
+def fail_in_the_iterable(ctx: Any) -> None:
+    def fail() -> Any:
+        yield 1
+        raise children.UnloadableError
+
+    with ctx.Pool(1) as pool:
+        (worker,) = pool._pool
+        results = pool.imap(children.same, fail())
+        assert next(results) == 1
+        with pytest.raises(RuntimeError, match="exploded"):
+            next(results)
+        assert pool.apply(children.same, (1,)) == 1
+        assert pool._pool == [worker]
+
+
+def test_an_error_of_an_iterable_that_no_worker_can_load(package: str) -> None:
+    ends(fail_in_the_iterable, get_context("fork", backend=package))
+
+
 @pytest.mark.parametrize("ask", ["apply_async", "map_async", "imap", "initargs"])
 def test_peers_see_the_end_when_a_pool_is_terminated(package: str, ask: str) -> None:
     ctx = get_context("fork", backend=package)

@@ -79,6 +79,11 @@ def test_an_outcome(family: Family) -> None:
         assert (ok, type(error)) == (False, RuntimeError)
 
 
+def test_an_outcome_that_is_no_exception_when_it_is_loaded(family: Family) -> None:
+    ok, error = outcome(family, RETURNED, pickled(family, children.Exits()))
+    assert (ok, type(error)) == (False, SystemExit)
+
+
 def test_an_outcome_without_its_descriptors_is_why(family: Family) -> None:
     reason = DescriptorLimit(24, "RLIMIT_NOFILE", 9, None, "receiver")
     with socket.socket() as sock:
