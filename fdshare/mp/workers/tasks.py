@@ -233,6 +233,32 @@ class _Argument:
         """The argument. Called once in each worker, which has a copy of the pool's bundle."""
         return self.bundle.load(self.family.loads)
 
+    def close(self) -> None:
+        self.bundle.close()
+
+
+class _Container:
+    """A tuple, a list or a dict with one of these classes in the place of what is held."""
+
+    def __init__(self, items: tuple[Any, ...] | list[Any] | dict[Any, Any]) -> None:
+        self.items = items
+
+    def open(self) -> Any:
+        """The container, with the arguments in it."""
+        if isinstance(self.items, dict):
+            return {key: _open(item) for key, item in self.items.items()}
+        return type(self.items)(map(_open, self.items))
+
+    def close(self) -> None:
+        items = self.items.values() if isinstance(self.items, dict) else self.items
+        for item in items:
+            if type(item) in _HELD:
+                item.close()
+
+
+# Looked for by type(): isinstance() asks the objects of a program for their __class__.
+_HELD: Final = frozenset({_Argument, _Container})
+
 
 def hold_initializer(
     family: Family, initializer: Function | None, initargs: Iterable[Any]
@@ -241,56 +267,53 @@ def hold_initializer(
 
     They are found in tuples, lists and dicts; any other object that has one must stay open for the
     pool's life. Locks and queues can be pickled only while a process starts, so what is not found
-    stays as it is. It is safe to close what was found after this call.
+    stays as it is, and so does what cannot be shared: a forked worker needs no pickle of it. It is
+    safe to close what was found after this call.
+
+    Raises: DescriptorLimit (EMFILE).
     """
     if initializer is None or not callable(initializer):
         return initializer, initargs
-    held = _hold(family, tuple(initargs))
+    initargs = tuple(initargs)  # it may be an iterator
+    held = _hold(family, initargs, frozenset())
     return (initializer, initargs) if held is None else (_initialize, (initializer, held))
 
 
 def release_initializer(initializer: Function | None, initargs: Iterable[Any]) -> None:
     """Closes what `hold_initializer` has duplicated: no worker will start any more."""
     if initializer is _initialize:
-        _release(tuple(initargs))
+        _, held = initargs
+        held.close()
 
 
-def _hold(family: Family, value: Any) -> Any:
-    """*value* with an _Argument for each shareable object in it; None if there is none."""
+def _hold(family: Family, value: Any, above: frozenset[int]) -> _Argument | _Container | None:
+    """What is held of *value*; None: nothing. *above* has the containers that it is in: one that
+    contains itself stays as it is there."""
     cls = type(value)
-    if cls is tuple or cls is list:
-        items = [_hold(family, item) for item in value]
-        if all(item is None for item in items):
+    if cls is tuple or cls is list or cls is dict:
+        if id(value) in above:
             return None
-        return cls(old if new is None else new for old, new in zip(value, items, strict=True))
-    if cls is dict:
-        parts = {key: _hold(family, item) for key, item in value.items()}
-        if all(part is None for part in parts.values()):
+        above |= {id(value)}
+        items = value.values() if cls is dict else value
+        held = [_hold(family, item, above) for item in items]
+        if not any(held):
             return None
-        return {key: value[key] if new is None else new for key, new in parts.items()}
+        new = [old if part is None else part for old, part in zip(items, held, strict=True)]
+        return _Container(dict(zip(value, new, strict=True)) if cls is dict else cls(new))
     # What pickles itself may be made for a single loading, in a process that is being started.
     if not is_shareable(cls) or pickles_itself(cls) or reducer_of_program(family.Pickler, cls):
         return None
-    return _Argument(family, dumps(family, value).own())
+    try:
+        return _Argument(family, dumps(family, value).own())
+    except DescriptorLimit:
+        raise
+    except Exception:
+        return None
 
 
-def _initialize(initializer: Function, held: tuple[Any, ...]) -> None:
-    initializer(*_open(held))
+def _initialize(initializer: Function, held: _Container) -> None:
+    initializer(*held.open())
 
 
 def _open(value: Any) -> Any:
-    cls = type(value)
-    if cls is tuple or cls is list:
-        return cls(map(_open, value))
-    if cls is dict:
-        return {key: _open(item) for key, item in value.items()}
-    return value.open() if cls is _Argument else value
-
-
-def _release(value: Any) -> None:
-    cls = type(value)
-    if cls is _Argument:
-        value.bundle.close()
-    elif cls is tuple or cls is list or cls is dict:
-        for item in value.values() if cls is dict else value:
-            _release(item)
+    return value.open() if type(value) in _HELD else value

@@ -21,6 +21,7 @@ from crowding import run_crowded
 from users import needs_root
 
 from fdshare import SharedMemory, get_context
+from fdshare.errors import ClosedDescriptor
 from fdshare.mp.channels.framing import LENGTH, framed
 from fdshare.mp.channels.incoming import MARK, TORN
 from fdshare.mp.workers.tasks import HEAD_SIZE
@@ -70,6 +71,17 @@ def test_locks_and_queues_as_arguments_of_the_initializer(package: str) -> None:
             pool.close()
             pool.join()
         queue.close()
+
+
+def test_what_cannot_be_shared_as_an_argument_of_the_initializer(package: str) -> None:
+    closed = socket.socket()
+    closed.close()
+    with get_context("fork", backend=package).Pool(1, children.keep, (closed, 2)) as pool:
+        assert pool.apply(children.kept, (1,)) == 2
+        pool.close()
+        pool.join()
+    with pytest.raises(ClosedDescriptor):
+        get_context("spawn", backend=package).Pool(1, children.keep, (closed, 2))
 
 
 def test_every_way_to_ask(package: str) -> None:

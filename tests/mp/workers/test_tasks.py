@@ -27,7 +27,7 @@ from fdshare.mp.workers.tasks import (
     pickled,
 )
 from mp import children
-from mp.common import PACKAGES, identity, open_now, trackers  # noqa: F401
+from mp.common import PACKAGES, descriptor_limit_reached, identity, open_now, trackers  # noqa: F401
 
 
 @pytest.fixture(params=PACKAGES)
@@ -103,6 +103,46 @@ def test_nothing_is_held_where_there_is_nothing_to_hold(family: Family) -> None:
     for initargs in ((), (1, [2], {"a": "b"}), (object(),)):
         assert hold_initializer(family, children.keep, initargs) == (children.keep, initargs)
     assert hold_initializer(family, None, (1,)) == (None, (1,))
+
+
+def test_an_iterator_of_arguments_is_used_once(family: Family) -> None:
+    with socket.socket() as sock:
+        expected = identity(sock)
+        initializer, initargs = hold_initializer(family, children.keep, iter([sock]))
+    initializer(*initargs)
+    assert [children.identity(obj) for obj in children.KEPT] == [expected]
+    children.keep()
+    assert hold_initializer(family, children.keep, iter([1])) == (children.keep, (1,))
+
+
+def test_what_cannot_be_shared_stays_as_it_is(family: Family) -> None:
+    near, far = socket.socketpair()
+    closed = socket.socket()
+    closed.close()
+    with near, far, near.makefile("rwb") as both, near.makefile("rb") as ahead:
+        far.sendall(b"a\nb")
+        assert ahead.readline() == b"a\n"
+        initargs = closed, both, [ahead]
+        assert hold_initializer(family, children.keep, initargs) == (children.keep, initargs)
+        with descriptor_limit_reached(), pytest.raises(DescriptorLimit):
+            hold_initializer(family, children.keep, (near,))
+
+
+@pytest.mark.parametrize("cls", [list, dict])
+def test_what_contains_itself_stays_as_it_is_inside(family: Family, cls: type) -> None:
+    cycle: Any = cls()
+    inside = cycle.setdefault("b", []) if cls is dict else cycle
+    inside.append(cycle)
+    assert hold_initializer(family, children.keep, (cycle,)) == (children.keep, (cycle,))
+    with socket.socket() as sock:
+        inside.append(sock)
+        initializer, initargs = hold_initializer(family, children.keep, (cycle,))
+    initializer(*initargs)
+    copy = children.KEPT[0]["b"] if cls is dict else children.KEPT[0]
+    assert copy[0] is cycle
+    with copy[1] as held:
+        assert held.fileno() >= 0
+    children.keep()
 
 
 def test_what_is_held_is_found_in_tuples_lists_and_dicts(family: Family) -> None:
