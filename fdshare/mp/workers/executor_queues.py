@@ -77,20 +77,26 @@ def adopt(
 ) -> None:
     """Makes the call *queue* of an executor one of *cls*, in place; nothing was put yet.
 
-    *peek_semaphore* is that of its PeekLevel, if it is to have one.
+    *peek_semaphore* is that of its PeekLevel, if it is to have one. Raises: OSError (EMFILE); the
+    queue may be adopted later then.
     """
     if isinstance(queue, QueueMixin):
         return
-    pipe = queue._reader, queue._writer
-    queue.__class__ = cls
-    assert isinstance(queue, CallQueueMixin)
-    queue._reader, queue._writer = cls._pipe(duplex=False)
-    queue._peek_semaphore = peek_semaphore
-    # Where there are none, a worker that is killed keeps the lock, as in the stock executor.
-    with suppress(OSError):
-        queue._turn = ReaderLock(queue._reader)
-    queue._reset()
-    register_after_fork(queue)
+    stock, pipe = type(queue), (queue._reader, queue._writer)
+    reader, writer = cls._pipe(duplex=False)
+    try:
+        queue.__class__ = cls
+        assert isinstance(queue, CallQueueMixin)
+        queue._reader, queue._writer = reader, writer
+        queue._peek_semaphore = peek_semaphore
+        # Where there are none, a worker that is killed keeps the lock, as in the stock executor.
+        with suppress(OSError):
+            queue._turn = ReaderLock(reader)
+        queue._reset()
+        register_after_fork(queue)
+    except BaseException:  # a signal's handler may raise; the next submit() begins anew
+        queue.__class__ = stock
+        raise
     for end in pipe:
         end.close()
 

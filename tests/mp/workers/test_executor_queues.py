@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures.process import _CallItem
 from operator import methodcaller
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from breaking import has_record_lock
@@ -44,6 +44,32 @@ def test_a_call_queue_is_adopted_once(calls: Any) -> None:
     adopt(CLASSES.CallQueue, calls)
     assert calls._reader is reader
     assert isinstance(reader, CLASSES.Connection)
+
+
+def recover(ctx: Any) -> None:
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=ctx) as executor:
+        with descriptor_limit_reached(), pytest.raises(OSError):
+            executor.submit(children.same, 1)
+        assert executor.submit(children.same, 2).result() == 2
+
+
+def test_an_executor_whose_queue_was_not_adopted_at_the_limit_works_later() -> None:
+    ends(recover, get_context("fork"))
+
+
+def test_a_call_queue_whose_adoption_fails_is_as_it_was() -> None:
+    executor: Any = concurrent.futures.ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+    calls, wakeup = executor._call_queue, executor._executor_manager_thread_wakeup
+    cls: type = type(calls)
+    with pytest.raises(AttributeError):
+        adopt(CLASSES.CallQueue, calls, cast("Any", object()))
+    assert type(calls) is cls
+    adopt(CLASSES.CallQueue, calls)
+    calls.put(_CallItem(1, len, ("abc",), {}))
+    assert calls.get().work_id == 1
+    executor.shutdown()
+    finish(calls)
+    wakeup.close()
 
 
 @pytest.mark.parametrize("limit", [{}, *HASTY], ids=str)
