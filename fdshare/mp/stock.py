@@ -316,6 +316,7 @@ class StockPool(_Pool):
     _worker_handler: _Thread
     _cache: Any
     _pool: list[StockProcess]
+    _processes: int
     _ctx: StockContext
     _initializer: Function | None
     _initargs: Iterable[Any]

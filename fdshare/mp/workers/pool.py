@@ -152,7 +152,7 @@ class PoolMixin(WorkerHandlerMixin):
         self._check_running()
         items = iterable if isinstance(iterable, Sized) else list(iterable)
         if chunksize is None:
-            chunksize, extra = divmod(len(items), len(self._pool) * 4)
+            chunksize, extra = divmod(len(items), self._processes * 4)
             chunksize += bool(extra)
         if len(items) == 0:
             chunksize = 0

@@ -461,6 +461,20 @@ def kill_idle_workers(ctx: Any, count: int) -> None:
         pool.join()
 
 
+def map_without_workers(ctx: Any) -> None:
+    with ctx.Pool(1) as pool:
+        (worker,) = pool._pool
+        with descriptor_limit_reached():  # no worker can be started
+            worker.kill()
+            wait_until(lambda: not pool._pool)
+            results = pool.map_async(children.same, range(10))
+        assert results.get() == list(range(10))
+
+
+def test_a_map_waits_where_no_worker_can_be_started(package: str) -> None:
+    ends(map_without_workers, get_context("fork", backend=package))
+
+
 def kill_a_worker_in_a_task(ctx: Any, count: int) -> None:
     with ctx.Pool(3) as pool, open(os.devnull) as file:
         workers = [worker.pid for worker in pool._pool]
