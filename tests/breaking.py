@@ -65,14 +65,14 @@ def state(pid: int) -> str:
         return "X"
 
 
-def has_record_lock(pid: int) -> bool:
-    """Whether the process holds a record lock (fcntl(2)) on anything; Linux."""
-    with open("/proc/locks") as file:  # number, POSIX, ADVISORY, WRITE, pid ...; waiting: `->`
-        return any(words[1] == "POSIX" and words[4] == str(pid) for words in map(str.split, file))
+def has_flock(pid: int) -> bool:
+    """Whether the process has a lock of flock(2) on anything; Linux."""
+    with open("/proc/locks") as file:  # number, FLOCK, ADVISORY, WRITE, pid ...; waiting: `->`
+        return any(words[1] == "FLOCK" and words[4] == str(pid) for words in map(str.split, file))
 
 
-def waits_for_record_lock(pid: int) -> bool:
-    """Whether the process waits for one that another process holds; Linux."""
+def waits_for_lock(pid: int) -> bool:
+    """Whether the process waits for such a lock, or one of fcntl(2); Linux."""
     with open("/proc/locks") as file:
         return any(words[1] == "->" and words[5] == str(pid) for words in map(str.split, file))
 

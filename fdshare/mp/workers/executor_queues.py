@@ -14,7 +14,6 @@ import socket
 import struct
 import traceback
 from collections.abc import Mapping
-from contextlib import suppress
 from queue import Full
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
@@ -84,14 +83,13 @@ def adopt(
         return
     stock, pipe = type(queue), (queue._reader, queue._writer)
     reader, writer = cls._pipe(duplex=False)
+    turn = ReaderLock.create()
     try:
         queue.__class__ = cls
         assert isinstance(queue, CallQueueMixin)
         queue._reader, queue._writer = reader, writer
         queue._peek_semaphore = peek_semaphore
-        # Where there are none, a worker that is killed keeps the lock, as in the stock executor.
-        with suppress(OSError):
-            queue._turn = ReaderLock(reader)
+        queue._turn = turn
         queue._reset()
         register_after_fork(queue)
     except BaseException:  # a signal's handler may raise; the next submit() begins anew
@@ -104,7 +102,8 @@ def adopt(
 class CallQueueMixin(QueueMixin, StockSafeQueue):
     """From the executor to its workers."""
 
-    _turn: ReaderLock | None = None  # in place of _rlock
+    # In place of _rlock. None: a worker that is killed keeps that, as in the stock executor.
+    _turn: ReaderLock | None = None
 
     def __getstate__(self) -> Any:
         return super().__getstate__(), self._turn
@@ -152,6 +151,12 @@ class CallQueueMixin(QueueMixin, StockSafeQueue):
         if form == LOADED_CALL:
             call = open_arrived(content, self._family.loads)
         return _futures._CallItem(work_id, *call)
+
+    def close(self) -> None:
+        """As of a Queue; no thread of this process may be in `get`: only those of workers are."""
+        super().close()
+        if self._turn is not None:
+            self._turn.close()
 
     def _next_call(self, block: bool, timeout: float | None) -> Arrived:
         if block and timeout is None:

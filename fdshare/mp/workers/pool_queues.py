@@ -70,9 +70,9 @@ class TaskQueueMixin(EndingQueueMixin):
 
     def __init__(self, *, ctx: StockContext) -> None:
         SimpleQueueMixin.__init__(self, ctx=ctx)
-        # Where there are none, a worker that is killed keeps the lock, as in the stock pool.
-        with suppress(OSError):
-            self._rlock = ReaderLock(self._reader)  # type: ignore[assignment]
+        turn = ReaderLock.create()
+        if turn is not None:  # else a worker that is killed keeps the lock, as in the stock pool
+            self._rlock = turn  # type: ignore[assignment]
         if system.HAS_SEQPACKET:
             self._packets = TaskPackets(self._reader, self._writer, self._rlock)
 
@@ -95,6 +95,8 @@ class TaskQueueMixin(EndingQueueMixin):
 
     def close(self) -> None:
         super().close()
+        if isinstance(self._rlock, ReaderLock):
+            self._rlock.close()
         if self._packets is not None:
             self._packets.close()
 

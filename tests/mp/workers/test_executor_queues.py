@@ -12,7 +12,7 @@ from operator import methodcaller
 from typing import Any, cast
 
 import pytest
-from breaking import has_record_lock
+from breaking import has_flock
 from conftest import wait_until
 
 from fdshare import get_context
@@ -127,7 +127,7 @@ def test_a_call_that_is_no_exception_when_it_is_pickled() -> None:
 def take_after_a_killed_reader(calls: Any, ctx: Any) -> None:
     reader = ctx.Process(target=methodcaller("get"), args=(calls,))
     reader.start()
-    wait_until(lambda: has_record_lock(reader.pid))
+    wait_until(lambda: has_flock(reader.pid))
     for limit in HASTY[:2]:
         with pytest.raises(queue.Empty):
             calls.get(**limit)
@@ -138,7 +138,7 @@ def take_after_a_killed_reader(calls: Any, ctx: Any) -> None:
         assert calls.get(**limit).work_id == number
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="record locks on sockets")
+@pytest.mark.skipif(sys.platform != "linux", reason="descriptions of a process's own")
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_a_worker_that_is_killed_while_it_waits_keeps_nobody_from_the_queue(
     calls: Any, method: str

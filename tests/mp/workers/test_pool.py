@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from breaking import ended, has_record_lock, state
+from breaking import ended, has_flock, state
 from conftest import wait_until
 from crowding import run_crowded
 from users import needs_root
@@ -483,7 +483,7 @@ def kill_a_worker_in_a_task(ctx: Any, count: int) -> None:
         task = b"".join(framed(data, 1) if count else (LENGTH.pack(len(data)), data))
         socket.send_fds(tasks._writer._carrier(), [task[: 1 << 15]], [file.fileno()] * count)
         tasks._packets._tell(bytes(HEAD_SIZE))
-        (reading,) = wait_until(lambda: list(filter(has_record_lock, workers)))
+        (reading,) = wait_until(lambda: list(filter(has_flock, workers)))
         wait_until(lambda: tasks._reader._carrier().getsockopt(socket.SOL_SOCKET, MARK) == TORN)
         os.kill(reading, signal.SIGKILL)
         wait_until(lambda: reading not in [worker.pid for worker in pool._pool])
@@ -493,8 +493,7 @@ def kill_a_worker_in_a_task(ctx: Any, count: int) -> None:
         wait_until(lambda: not tasks._packets._reader.poll())
         wait_until(
             lambda: all(
-                state(worker.pid) == "S" and not has_record_lock(worker.pid)
-                for worker in pool._pool
+                state(worker.pid) == "S" and not has_flock(worker.pid) for worker in pool._pool
             )
         )
 
@@ -507,7 +506,7 @@ def test_a_pool_whose_worker_was_killed_in_a_task_can_be_terminated(
     ends(kill_a_worker_in_a_task, get_context("fork", backend=package), count)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="record locks on sockets")
+@pytest.mark.skipif(sys.platform != "linux", reason="descriptions of a process's own")
 @pytest.mark.parametrize(("method", "count"), [("fork", 3), ("spawn", 1), ("forkserver", 1)])
 def test_idle_workers_that_are_killed_are_replaced(package: str, method: str, count: int) -> None:
     ends(kill_idle_workers, get_context(method, backend=package), count)
