@@ -34,6 +34,7 @@ __all__ = [
     "CREDIT",
     "FULL",
     "KEY_SIZE",
+    "MOST_USES",
     "ONE_WAY",
     "PUT",
     "PUT_SIZE",
@@ -55,6 +56,7 @@ UNKNOWN: Final = b"U"
 
 KEY_SIZE: Final = 18  # bytes: 16 that nobody can guess, 2 for the part of a large pickle
 TERMS: Final = struct.Struct("=dI")  # of a put: seconds, uses
+MOST_USES: Final = (1 << 32) - 1  # that fit there
 CREDIT: Final = struct.Struct("=I")  # descriptors
 USAGE: Final = struct.Struct("=II")  # descriptors: limit, used
 PUT_SIZE: Final = 1 + KEY_SIZE + TERMS.size  # bytes of a PUT packet

@@ -19,6 +19,7 @@ from fdshare.kinds import Kind, describe, describers
 from fdshare.kinds.files import FileSpec
 from fdshare.mp.pickling.bundle import Reduced
 from fdshare.mp.pickling.parked import Parked, Repeatable
+from fdshare.parking.protocol import MOST_USES
 
 __all__ = ["Held", "hold"]
 
@@ -71,8 +72,9 @@ class Held(Repeatable):
 def hold(obj: T, uses: int = 1, *, newline: str | None = _UNSET) -> T:
     """A Held: sent in place of *obj* through any channel that pickles, it arrives as the object.
 
-    Its descriptors are duplicated now. Each pickle of it can be loaded *uses* times, in as many
-    processes. *newline*: as in `open()`, for a text file whose own is not known to CPython.
+    Its descriptors are duplicated now. Each pickle of it can be loaded *uses* times, at most
+    2**32 - 1, in as many processes. *newline*: as in `open()`, for a text file whose own is not
+    known to CPython.
 
     It is safe to close *obj* after this call. Raises: UnsupportedKind, UnreadData,
     ClosedDescriptor, InvalidArgument, DescriptorLimit (EMFILE).
@@ -83,7 +85,7 @@ def hold(obj: T, uses: int = 1, *, newline: str | None = _UNSET) -> T:
     ...     again.name
     '/dev/null'
     """
-    if isinstance(uses, bool) or not isinstance(uses, int) or uses < 1:
+    if isinstance(uses, bool) or not isinstance(uses, int) or not 1 <= uses <= MOST_USES:
         raise InvalidArgument("uses", f"{uses!r} is not a number of uses")
     kind, fds = describe(obj)
     if newline is not _UNSET:

@@ -136,7 +136,7 @@ def test_a_file_with_a_newline_of_its_own(folder: Path) -> None:
 
 
 def test_refusals(pair: Pair, folder: Path) -> None:
-    for uses in (0, -1, 1.5, True, None):
+    for uses in (0, -1, 1.5, True, None, 1 << 32):
         with pytest.raises(InvalidArgument, match="uses"):
             fdshare.hold(pair[0], uses=uses)  # type: ignore[arg-type]
     with pytest.raises(InvalidArgument, match="newline"):
