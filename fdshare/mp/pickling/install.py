@@ -58,6 +58,14 @@ _patched: dict[type, dict[str, object]] = {}  # class -> its attributes before
 _uninstalled = False  # by uninstall(): no pickle patches this process then
 
 
+def _after_fork_in_child() -> None:
+    global _lock
+    _lock = threading.Lock()  # another thread of the parent may have held it
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
 def install(path: str | os.PathLike[str] | None = None, *, ttl: float = DEFAULT_TTL) -> None:
     """Makes the stock channels of multiprocessing and multiprocess carry descriptors from now on.
 

@@ -7,6 +7,7 @@ import importlib
 import io
 import multiprocessing
 import multiprocessing.reduction
+import os
 import pickle
 import socket
 import subprocess
@@ -20,7 +21,8 @@ from users import needs_root
 
 import fdshare
 from fdshare.errors import ClosedDescriptor, InvalidArgument, NoServer
-from mp.common import trackers  # noqa: F401
+from fdshare.mp.pickling import install
+from mp.common import ends, trackers  # noqa: F401
 
 ForkingPickler = multiprocessing.reduction.ForkingPickler
 Pair = tuple[socket.socket, socket.socket]
@@ -53,6 +55,20 @@ def test_every_channel(package: str, method: str) -> None:
         "through_an_executor",
         "only_once",
     ]
+
+
+def fork_while_it_is_locked() -> None:
+    with install._lock:  # by another thread, for instance
+        pid = os.fork()
+        if not pid:
+            fdshare.install()
+            fdshare.uninstall()
+            os._exit(0)
+        assert os.waitpid(pid, 0)[1] == 0
+
+
+def test_a_child_that_is_forked_meanwhile_can_install() -> None:
+    ends(fork_while_it_is_locked)
 
 
 def enter_network_namespace() -> None:
