@@ -225,7 +225,8 @@ class PoolMixin(WorkerHandlerMixin):
         cache: Any,
     ) -> None:
         """End the pool, whatever it is doing. It waits for its threads, and so for a callback or
-        an iterable of the program's that one of them runs, and for nothing else."""
+        an iterable of the program's that one of them runs; for its workers, and so for one that
+        goes on after SIGTERM; and for nothing else."""
         assert isinstance(inqueue, EndingQueueMixin)
         assert isinstance(outqueue, EndingQueueMixin)
         for handler in (worker_handler, task_handler, result_handler):
