@@ -125,6 +125,26 @@ server.take_back({KEY!r})
     assert done.stdout == "no child\n"
 
 
+@pytest.mark.parametrize("closed", [(0,), (0, 1), (0, 1, 2)], ids=str)
+def test_a_daemon_without_standard_descriptors_starts_it(
+    private: PrivateServer, closed: tuple[int, ...]
+) -> None:
+    """The listeners get their numbers."""
+    code = f"""
+import os, socket
+from fdshare.parking.client import PrivateServer
+near, far = socket.socketpair()
+for number in {closed!r}:
+    os.close(number)
+server = PrivateServer({private.address!r})
+server.put({KEY!r}, [near.fileno()], 60, 1)
+(descriptor,) = server.take({KEY!r})
+os._exit(not os.path.sameopenfile(descriptor.fileno(), near.fileno()))
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    wait_until(lambda: not os.path.exists(os.path.dirname(private.address)))  # it has ended
+
+
 def test_many_at_once_start_one(private: PrivateServer, pair: Pair) -> None:
     code = f"""
 import socket, sys
@@ -337,20 +357,6 @@ def test_a_forked_child_has_connections_of_its_own(private: PrivateServer, pair:
     assert far.recv(10) == b"child"
     with pytest.raises(AlreadyTaken):
         private.take(KEY)
-
-
-def test_it_is_started_where_no_standard_stream_is_open(private: PrivateServer) -> None:
-    code = f"""
-import os
-os.closerange(0, 3)
-from fdshare.parking.client import PrivateServer
-with open(os.devnull) as file:
-    PrivateServer({private.address!r}).put({KEY!r}, [file.fileno()], 60, 1)
-"""
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
-    (arrived,) = private.take(KEY)
-    with arrived:
-        assert os.readlink(f"/proc/self/fd/{arrived.fileno()}") == os.devnull
 
 
 def test_full_it_says_so(private: PrivateServer, pair: Pair) -> None:
