@@ -174,12 +174,12 @@ class _Server:
             if not is_ours(who):
                 self._close(sock, uid)
                 return
-        except OSError:  # it has gone again
+            client = _Client(sock)
+            self.poller.register(sock.fileno(), READ, client)
+        except OSError:  # it has gone again, or the poller has no room for it
             self._close(sock, uid)
             return
-        client = _Client(sock)
         self.clients[client] = None
-        self.poller.register(sock.fileno(), READ, client)
 
     def _drop(self, client: _Client) -> None:
         if self.clients.pop(client, self) is self:

@@ -263,6 +263,39 @@ def test_what_is_put_on_credit_is_not_refused(
     one_way.close()
 
 
+def test_a_connection_that_it_cannot_poll_ends_alone(pair: Pair) -> None:
+    """ENOSPC: its user has max_user_watches of epoll(7)."""
+    server = Server(
+        1024,
+        """
+import errno, select
+epoll = select.epoll
+
+class FullOnce:
+    registered = 0
+    def __init__(self):
+        self.epoll = epoll()
+    def __getattr__(self, name):
+        return getattr(self.epoll, name)
+    def register(self, *args):
+        FullOnce.registered += 1
+        if FullOnce.registered == 3:  # behind the listener and the first client
+            raise OSError(errno.ENOSPC, "No space left on device")
+        self.epoll.register(*args)
+
+select.epoll = FullOnce
+""",
+    )
+    (client,) = server.clients
+    assert put(client, A, pair[0].fileno()) == PUT
+    with server.client() as second:
+        assert second.recv(10) == b""
+    with server.client() as third:
+        assert taken(third, A) == 1
+    client.close()
+    assert server.process.wait(20) == 0
+
+
 def test_one_way_sockets_that_are_none(server: Server, client: socket.socket, pair: Pair) -> None:
     fd = pair[0].fileno()
     put(client, A, fd)
