@@ -100,7 +100,7 @@ class _Connection:
 
     def open_one_way(self) -> socket.socket:
         """The one-way socket, which stays the connection's. Raises: DescriptorLimit: none is free
-        for it, or too many are in flight."""
+        for it, or too many are in flight; ConnectionResetError: the server has ended it."""
         try:
             ours, theirs = stream_pair(socket.SOCK_SEQPACKET)
         except OSError as error:
@@ -112,7 +112,8 @@ class _Connection:
                 ours.close()
                 raise
         self.one_way = ours
-        self.answer()
+        if not self.answer():  # it may be closed with what is put there
+            raise ConnectionResetError
         return ours
 
 

@@ -16,9 +16,11 @@ import resource
 import socket
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Final
 
 from fdshare.errors import DescriptorLimit, FdshareError
+from fdshare.kernel import system
 from fdshare.kernel.ancillary import send_message
 from fdshare.kernel.credentials import peer_credentials
 from fdshare.kernel.imports import import_all
@@ -186,6 +188,10 @@ class _Server:
             return
         self.poller.unregister(client.sock.fileno())
         self._close(client.sock, self.uid)
+        if client.one_way is not None and system.LINUX:  # elsewhere it may drop what is unread
+            # Nothing is put any more, so nothing is put between the last read and the close.
+            with suppress(OSError):  # it is no UNIX socket
+                client.one_way.shutdown(socket.SHUT_RD)
         self._read_one_way(client)
         self._close_one_way(client)
         self.credit -= client.credit

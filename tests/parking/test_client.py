@@ -23,10 +23,13 @@ from users import as_user, needs_root
 
 from fdshare.errors import AlreadyTaken, DescriptorLimit, ServerGone, ServerTimeout
 from fdshare.kernel.credentials import peer_credentials
+from fdshare.kernel.descriptor import Descriptor
 from fdshare.kernel.endpoint import connect
+from fdshare.kernel.passing import recv_fds
 from fdshare.parking import client as module
 from fdshare.parking.client import PrivateServer
 from fdshare.parking.private_address import new_address
+from fdshare.parking.protocol import CREDIT, PUT, PUT_SIZE
 from fdshare.parking.server import serve
 
 Pair = tuple[socket.socket, socket.socket]
@@ -317,6 +320,38 @@ def test_a_server_that_ends_each_connection_is_not_asked_for_ever(pair: Pair, fo
             listener.shutdown(socket.SHUT_RDWR)
             thread.join(30)
     private.close()
+
+
+def test_nothing_is_put_one_way_on_a_connection_that_ends(pair: Pair, folder: Path) -> None:
+    """Whoever has the other end may have read it for the last time."""
+    address = str(folder / "sock")
+    private = PrivateServer(address)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(address)
+        listener.listen()
+        ends: list[Descriptor] = []
+
+        def end_when_asked_for_a_one_way_socket() -> None:
+            with suppress(OSError):  # of shutdown(2)
+                while True:
+                    with listener.accept()[0] as sock:
+                        while (got := recv_fds(sock, PUT_SIZE, 1)).data[:1] == PUT:
+                            got.close()
+                            sock.send(PUT + CREDIT.pack(8))
+                        ends.extend(got.descriptors)
+
+        thread = threading.Thread(target=end_when_asked_for_a_one_way_socket)
+        thread.start()
+        try:
+            for _ in range(2):  # the second one finds a credit
+                private.put(KEY, [pair[0].fileno()], 60, 1)
+        finally:
+            private.close()
+            listener.shutdown(socket.SHUT_RDWR)
+            thread.join(30)
+        (end,) = ends
+        with end.socket() as one_way:
+            assert one_way.recv(1) == b""
 
 
 @pytest.mark.usefixtures("signalled")

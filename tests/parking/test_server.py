@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pytest
 from conftest import wait_until
@@ -263,6 +263,60 @@ def test_what_is_put_on_credit_is_not_refused(
     one_way.close()
 
 
+def test_no_put_is_lost_while_its_client_is_dropped(pair: Pair) -> None:
+    """One that comes behind the last read fails, so that the sender knows."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    reading, writing = os.pipe()
+    server = Server(
+        1024,
+        f"""
+import array, os, socket
+from fdshare.parking import server
+from fdshare.parking.protocol import KEY_SIZE, put_packet
+sender = socket.socket(fileno={ours.fileno()})
+receive = server.receive_handles
+keys = iter(b"cdefg")
+
+def put():
+    key = next(keys)
+    control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [0]))]
+    try:
+        sender.sendmsg([put_packet(bytes([key]) * KEY_SIZE, 60, 1)], control)
+    except BrokenPipeError:
+        return
+    os.write({writing}, bytes([key]))
+
+def put_behind_each_read_that_finds_nothing(*args):
+    try:
+        found = receive(*args)
+    except BlockingIOError:
+        put()
+        raise
+    if not found[0]:
+        put()
+    return found
+
+server.receive_handles = put_behind_each_read_that_finds_nothing
+""",
+        (ours.fileno(), writing),
+    )
+    (client,) = server.clients
+    with ours, theirs, server.client() as other:
+        assert put(client, A, pair[0].fileno()) == PUT
+        assert ask(client, ONE_WAY, (theirs.fileno(),)) == (ONE_WAY, [])
+        client.close()
+        sent = os.read(reading, 1)  # it is about to drop the client
+        assert taken(other, A) == 1
+        os.close(writing)
+        os.set_blocking(reading, False)
+        with suppress(BlockingIOError):
+            sent += os.read(reading, 9)
+        assert [taken(other, bytes([key]) * KEY_SIZE) for key in sent] == [1] * len(sent)
+    server.process.kill()
+    server.process.wait()
+    os.close(reading)
+
+
 def test_a_connection_that_it_cannot_poll_ends_alone(pair: Pair) -> None:
     """ENOSPC: its user has max_user_watches of epoll(7)."""
     server = Server(
@@ -306,6 +360,8 @@ def test_one_way_sockets_that_are_none(server: Server, client: socket.socket, pa
             [ONE_WAY], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [file.fileno()]))]
         )
         assert other.recv(10) == b""
+    with socket.socket(type=socket.SOCK_DGRAM) as datagrams, server.client() as another:
+        assert ask(another, ONE_WAY, (datagrams.fileno(),)) == (ONE_WAY, [])
     one_way = open_one_way(client)
     for packet in (b"", b"x", TAKE + A, PUT * 31):
         one_way.sendmsg(
