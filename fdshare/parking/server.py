@@ -87,9 +87,11 @@ class _Server:
     def __init__(self, listeners: Sequence[socket.socket], nofile: int) -> None:
         self.listeners = listeners
         # Of *nofile* descriptors five eighths are for what is held, an eighth for what may be put
-        # on credit beyond that, the rest for the clients' sockets and our own.
+        # on credit beyond that, a quarter for the clients' sockets, and the reserve is our own.
         self.limit = max(nofile * 5 // 8 - _RESERVE, 1)
         self.most_credit = nofile // 8
+        self.most_sockets = nofile // 4
+        self.sockets = 0  # of clients: connections and one-way sockets
         self.count = 0  # descriptors held
         self.credit = 0  # that all clients have together
         self.stored: dict[bytes, _Stored] = {}
@@ -182,12 +184,21 @@ class _Server:
             self._close(sock, uid)
             return
         self.clients[client] = None
+        self._count_socket(client)
+
+    def _count_socket(self, client: _Client) -> None:
+        """Counts one more of *client*, and drops those that have been idle for longest if there are
+        too many: what is put on credit has to find room."""
+        self.sockets += 1
+        while self.sockets > self.most_sockets and (idle := next(iter(self.clients))) is not client:
+            self._drop(idle)
 
     def _drop(self, client: _Client) -> None:
         if self.clients.pop(client, self) is self:
             return
         self.poller.unregister(client.sock.fileno())
         self._close(client.sock, self.uid)
+        self.sockets -= 1
         if client.one_way is not None and system.LINUX:  # elsewhere it may drop what is unread
             # Nothing is put any more, so nothing is put between the last read and the close.
             with suppress(OSError):  # it is no UNIX socket
@@ -245,6 +256,7 @@ class _Server:
             self.one_way.unregister(client.one_way.fileno())
             self._close(client.one_way, self.uid)
             client.one_way = None
+            self.sockets -= 1
 
     # Requests
 
@@ -296,6 +308,7 @@ class _Server:
         except OSError:
             self.closer.close((handle,))
             return False
+        self._count_socket(client)
         client.one_way.setblocking(False)
         self.one_way.register(client.one_way.fileno(), READ, client)
         client.sock.send(ONE_WAY)

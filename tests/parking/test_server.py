@@ -263,6 +263,44 @@ def test_what_is_put_on_credit_is_not_refused(
     one_way.close()
 
 
+@pytest.mark.parametrize("server", [64], indirect=True)
+def test_what_is_put_on_credit_finds_room_in_a_crowd(
+    server: Server, client: socket.socket, pair: Pair
+) -> None:
+    """Their sockets have a share of its numbers: not those that a credit has been given for."""
+    sender = server.client()
+    fd = pair[0].fileno()
+    assert put(sender, A, fd) == PUT
+    one_way = open_one_way(sender)
+    for _ in range(60):  # there are 16 places
+        put_one_way(one_way, B, fd)
+        server.clients.append(server.client())
+        assert [taken(server.clients[-1], key) for key in (B, A)] == [1, 1]
+        assert put(sender, A, fd) == PUT
+    # Beside them 0-2, the listener, two pollers and A.
+    wait_until(lambda: server.census() == 7 + 16)
+    sender.close()
+    one_way.close()
+
+
+@pytest.mark.parametrize("server", [64], indirect=True)
+def test_one_way_sockets_have_a_share(server: Server, client: socket.socket, pair: Pair) -> None:
+    senders = []
+    for number in range(12):  # of two sockets each; there are 16 places
+        sender = server.client()
+        assert put(sender, bytes([number]) * KEY_SIZE, pair[0].fileno()) == PUT
+        senders += [sender, open_one_way(sender)]
+        assert taken(sender, bytes([number]) * KEY_SIZE) == 1
+    # Beside them 0-2, the listener and two pollers.
+    wait_until(lambda: server.census() == 6 + 16)
+    with pytest.raises(BrokenPipeError):
+        put_one_way(senders[1], A, pair[0].fileno())  # it is told that it has to connect again
+    put_one_way(senders[-1], B, pair[0].fileno())
+    assert taken(senders[-2], B) == 1
+    for sock in senders:
+        sock.close()
+
+
 def test_no_put_is_lost_while_its_client_is_dropped(pair: Pair) -> None:
     """One that comes behind the last read fails, so that the sender knows."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
