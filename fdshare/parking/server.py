@@ -322,9 +322,10 @@ class _Server:
         self.buffer[:PUT_SIZE] = request
         self.credit -= client.credit
         client.credit = 0
-        if not self._put(client, handles, lost, self.limit - self.count):
+        used = self.count + self.closer.left(self.uid)  # a close that hangs keeps its number
+        if not self._put(client, handles, lost, self.limit - used):
             self.closer.close(handles)
-            client.sock.send(FULL + USAGE.pack(self.limit, self.count))
+            client.sock.send(FULL + USAGE.pack(self.limit, used))
             return True
         client.credit = min((self.most_credit - self.credit) // 4, _MOST_CREDIT)
         self.credit += client.credit

@@ -11,12 +11,17 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
 
 import pytest
 from conftest import wait_until
+from hanging import FLUSH, HangingFileSystem, needs_fuse
+from users import AsUser
 
+from fdshare.kernel.passing import recv_fds
 from fdshare.parking.protocol import (
     CREDIT,
     FULL,
@@ -109,6 +114,14 @@ def open_one_way(client: socket.socket) -> socket.socket:
 def put_one_way(one_way: socket.socket, key: bytes, *fds: int) -> None:
     control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
     one_way.sendmsg([put_packet(key, 60, 1)], control)
+
+
+def send_file(files: HangingFileSystem, sock: socket.socket, say: Callable[[object], None]) -> None:
+    """What `AsUser` can run: it sends a descriptor of the file of *files*."""
+    file = files.open()
+    socket.send_fds(sock, [b"f"], [file])
+    os.close(file)
+    say("sent")
 
 
 @contextmanager
@@ -281,6 +294,35 @@ def test_what_is_put_on_credit_finds_room_in_a_crowd(
     wait_until(lambda: server.census() == 7 + 16)
     sender.close()
     one_way.close()
+
+
+@needs_fuse
+@pytest.mark.parametrize("server", [64], indirect=True)
+def test_what_is_put_on_credit_finds_room_where_a_close_hangs(
+    server: Server, client: socket.socket, folder: Path
+) -> None:
+    """A number is free when its close is done: until then it counts as held."""
+    sender, files = server.client(), HangingFileSystem(0)
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with near, far, AsUser(0, partial(send_file, files, far), file_system=files) as process:
+        assert process.hear() == "sent"
+        with recv_fds(near, 1, 1).descriptors[0] as file:
+            assert put(client, A, file.fileno()) == PUT
+        files.hang(FLUSH, only=server.process.pid)
+        assert ask(client, REMOVE + A) == (REMOVE, [])
+        files.wait(FLUSH)
+        one_way = None
+        with open(folder / "file", "w") as other:
+            while put(sender, A, other.fileno()) == PUT:
+                one_way = one_way or open_one_way(sender)
+                put_one_way(one_way, B, other.fileno())
+                assert [taken(client, key) for key in (B, A)] == [1, 1]
+            answer, _ = ask(sender, put_packet(A, 60, 1), (other.fileno(),))
+            assert (answer[:1], USAGE.unpack(answer[1:])[0]) == (FULL, 24)
+        server.process.kill()
+    assert one_way is not None
+    for sock in (sender, one_way):
+        sock.close()
 
 
 @pytest.mark.parametrize("server", [64], indirect=True)
