@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Final
 
 import msgspec
 
 from fdshare.errors import InvalidArgument
 
-__all__ = ["RESERVE", "Limits", "usable"]
+__all__ = ["RESERVE", "Limits", "refuse_too_large", "usable"]
 
 # Descriptors that no limit counts on: the listener, epoll, the journal, the log, files that are
 # open for a moment, one connection for an administrator, and what the interpreter has open.
 RESERVE: Final = 32
+_LARGEST: Final = (1 << 63) - 1  # what msgpack carries: to clients, and to new code
 
 
 def usable(nofile: int) -> int:
@@ -55,8 +58,10 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
         *changed* replaces single limits. Half of *nofile* at most is ever in flight: the kernel
         counts what was sent and not yet read against the whole user (unix(7), ETOOMANYREFS).
-        Raises: InvalidArgument: there is no such limit, or its value is not a number above zero.
+        Raises: InvalidArgument: there is no such limit, or its value is not a number above zero, or
+        has more than 63 bits.
         """
+        refuse_too_large(changed)
         for name, value in changed.items():
             if name not in cls.__struct_fields__:
                 raise InvalidArgument("limits", f"there is no limit {name!r}")
@@ -81,3 +86,10 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         }
         whole = {n: v if n.endswith("_timeout") else int(v) for n, v in changed.items()}
         return cls(**{**defaults, **whole})  # type: ignore[arg-type]
+
+
+def refuse_too_large(changed: Mapping[str, float | int]) -> None:
+    """Raises: InvalidArgument: a value of *changed* has more than 63 bits."""
+    for name, value in changed.items():
+        if isinstance(value, (int, float)) and _LARGEST < abs(value) != math.inf:
+            raise InvalidArgument("limits", f"{name} is {value!r}, at most {_LARGEST}")

@@ -51,6 +51,7 @@ def serve(
     Raises: AddressInUse, EndpointError, PolicyError, InvalidArgument; UnsupportedPlatform: there is
     no /proc for a keeper.
     """
+    settings.refuse_what_cannot_be_sent()  # they may have been changed since they were made
     if settings.keeper and not os.path.exists("/proc/self/fdinfo"):
         # What lists its descriptors for a process that is to have few, and names a pidfd's process.
         raise UnsupportedPlatform(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import grp
 import os
 import pwd
@@ -9,13 +10,15 @@ from typing import Final, Literal
 
 import msgspec
 
-from fdshare.errors import PolicyError
+from fdshare.errors import EndpointError, PolicyError
 from fdshare.server.core.policy import Policy
 from fdshare.server.core.policy_file import policy_from_toml
+from fdshare.server.limits import refuse_too_large
 
 __all__ = ["MAX_POLICY", "Settings", "policy_of", "read_policy"]
 
 MAX_POLICY: Final = 1 << 16  # bytes; it is sent to the keeper in one message
+_NOT_UTF8: Final = "the path is not UTF-8, so it cannot be handed to another process of the server"
 
 
 class Settings(msgspec.Struct, kw_only=True):
@@ -36,6 +39,18 @@ class Settings(msgspec.Struct, kw_only=True):
     metrics: str | None = None  # HOST:PORT for Prometheus text over HTTP
     closed: str = ""  # why nobody is served
     private: bool = False  # the folder of the path is the server's alone, and goes with it
+
+    def __post_init__(self) -> None:
+        self.refuse_what_cannot_be_sent()
+
+    def refuse_what_cannot_be_sent(self) -> None:
+        """Raises: EndpointError, PolicyError: a path that is not UTF-8; InvalidArgument: a limit
+        that is too large."""
+        if not _is_utf8(self.path):
+            raise EndpointError(self.path, f"{_NOT_UTF8}; choose another path", errno.EILSEQ)
+        if self.policy is not None and not _is_utf8(self.policy):
+            raise PolicyError(self.policy, "the file", f"{_NOT_UTF8}; give it another name")
+        refuse_too_large(self.limits)
 
 
 def read_policy(settings: Settings) -> tuple[Policy, bytes | None]:
@@ -62,6 +77,14 @@ def policy_of(settings: Settings) -> Policy:
     if settings.policy is None or settings.policy_text is None:
         return read_policy(settings)[0]
     return _parse(settings.policy, settings.policy_text)
+
+
+def _is_utf8(path: str) -> bool:
+    try:
+        path.encode()
+    except UnicodeEncodeError:  # os.fsdecode made surrogates of its bytes
+        return False
+    return True
 
 
 def _parse(file: str, text: bytes) -> Policy:

@@ -66,6 +66,22 @@ def test_values_that_are_none(value: Any) -> None:
         Limits.for_rlimit(1024, max_names=value)
 
 
+@pytest.mark.parametrize("name", ["max_names", "lease_timeout"])
+@pytest.mark.parametrize("value", [1 << 63, 1e20, 10**400])
+def test_values_that_are_too_large(name: str, value: float) -> None:
+    """They could be told to no client, and handed to no new code."""
+    with pytest.raises(InvalidArgument, match=f"{name} is .*, at most 9223372036854775807"):
+        Limits.for_rlimit(1024, **{name: value})
+    assert Limits.for_rlimit(1024, **{name: (1 << 63) - 1})
+    if isinstance(value, int):
+        with pytest.raises(InvalidArgument, match=name):
+            Manager(limits={name: value})
+
+
+def test_a_time_may_have_no_end() -> None:
+    assert Limits.for_rlimit(1024, lease_timeout=math.inf).lease_timeout == math.inf
+
+
 def test_all_are_shown() -> None:
     wanted = {name: 7 + index for index, name in enumerate(Limits.__struct_fields__)}
     with Manager(limits=wanted) as manager:

@@ -14,7 +14,7 @@ from conftest import wait_until
 
 from fdshare.activation import NotifySocket
 from fdshare.client.blocking.client import Client
-from fdshare.errors import AddressInUse, InvalidArgument, PolicyError
+from fdshare.errors import AddressInUse, EndpointError, InvalidArgument, PolicyError
 from fdshare.kernel.endpoint import listen
 from fdshare.server.serve import serve
 from fdshare.server.settings import Settings
@@ -48,6 +48,13 @@ def test_a_signal_ends_it_and_leaves_no_trace(settings: Settings, number: int) -
     assert [signal.getsignal(ours) for ours in OURS] == before
     assert signal.set_wakeup_fd(-1) == wakeup
     assert os.listdir(os.path.dirname(settings.path)) == ["s.lock"]
+
+
+def test_a_path_that_is_not_utf8_is_refused(settings: Settings, folder: Path) -> None:
+    settings.path = os.fsdecode(bytes(folder) + b"/caf\xe9")
+    with pytest.raises(EndpointError, match="not UTF-8"):
+        serve(settings, stop)
+    assert os.listdir(folder) == []
 
 
 def test_the_end_of_its_owner_ends_it(

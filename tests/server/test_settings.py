@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from fdshare.errors import PolicyError
+from fdshare.errors import EndpointError, PolicyError
 from fdshare.server.core.policy import Subject
 from fdshare.server.settings import MAX_POLICY, Settings, policy_of, read_policy
 
@@ -38,6 +38,19 @@ def test_they_go_to_another_process_whole() -> None:
     )
     data = msgspec.msgpack.encode(settings)
     assert msgspec.msgpack.decode(data, type=Settings) == settings
+
+
+def test_what_cannot_go_there_is_refused() -> None:
+    """At the start, and not when the server is to run new code."""
+    path = os.fsdecode(b"/caf\xe9")
+    with pytest.raises(EndpointError, match="not UTF-8"):
+        Settings(path=path)
+    with pytest.raises(PolicyError, match="not UTF-8"):
+        Settings(path="/path", policy=path)
+    settings = Settings(path="/caf\xe9")
+    settings.path = path
+    with pytest.raises(EndpointError, match="not UTF-8"):
+        settings.refuse_what_cannot_be_sent()
 
 
 def test_without_a_policy_the_owner_and_root_may_all() -> None:

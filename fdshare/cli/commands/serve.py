@@ -169,8 +169,9 @@ def _prepare(
     from fdshare.server.settings import Settings
 
     mode = 0o600 if options["mode"] is None else options["mode"]
+    served = listener.address if listener else path or default_path(create=True)
     settings = Settings(
-        path="",
+        path=served,
         mode=mode,
         backlog=options["backlog"],
         keeper=options["keeper"],
@@ -183,7 +184,6 @@ def _prepare(
         metrics=options["metrics"],
     )
     if listener is None:
-        settings.path = path or default_path(create=True)
         make_own_folder(settings.path)
         listener = _listen(settings, options["owner"], options["group"])
     else:

@@ -338,8 +338,6 @@ class Journal:
         self._lost = self._buried = self._acquainted = False
         self.attach(self._server)
         with suppress(KeeperUnavailable):  # it is dead, too
-            for session, id in self._asked:  # the keeper that died had been told
-                self._tell(Note("upgrade", session, id))
             if self._is_to_end():  # a signal that came during the fork
                 self._tell(Note("shutdown"))
         return None
@@ -361,6 +359,8 @@ class Journal:
         log.warning("keeper %s is gone (%s), %s", self._pid, how, plan)
         if self._upgrading:
             self._upgrade_failed("the new code died at its start; the old one goes on")
+        elif self._asked:  # it may have died of that, and so would the next one
+            self._upgrade_failed("the keeper died meanwhile")
         self._server.dying.bury(self._keeper, "keeper")
         close_quietly(self._sock)
         self._buried = True

@@ -486,8 +486,8 @@ class Keeper:
         try:
             self._lanes.rest()
             self._trial = Trial(self._handover(note), self._cannot_be_closed())
-        except OSError as error:
-            self._upgrade_failed(why_not_forked(error))
+        except Exception as error:  # whatever it is: the next keeper could do no better
+            self._upgrade_failed(why_not_forked(error) if isinstance(error, OSError) else error)
             return
         finally:
             self._lanes.resume()
@@ -519,10 +519,10 @@ class Keeper:
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until the new code can hear them
         try:
             exec_new_code(self._handover(self._upgrade))
-        except OSError as error:
+        except Exception as error:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
             self._lanes.resume()
-            self._upgrade_failed(str(error))
+            self._upgrade_failed(error)
             self._tell(Note("hello"))
 
     def _cannot_be_closed(self) -> list[int]:
@@ -531,9 +531,12 @@ class Keeper:
         kept = [fd for fd, uid in held if not self._closer.at_once(fd, uid)]
         return [*kept, *(fd for fd, _ in self._closer.unfinished())]
 
-    def _upgrade_failed(self, why: str) -> None:
+    def _upgrade_failed(self, why: str | Exception) -> None:
+        if isinstance(why, Exception):
+            why = str(why) or type(why).__name__  # a MemoryError says nothing
         log.error("upgrade failed: %s; the old code goes on", why)
-        self._tell(Note("failed", data=why[:1000].encode()))
+        # A path in it need not be UTF-8.
+        self._tell(Note("failed", data=why[:1000].encode(errors="backslashreplace")))
 
     def _handover(self, note: Note) -> Handover:
         assert self._journal is not None

@@ -83,25 +83,23 @@ class Trial:
     def __init__(self, handover: Handover, kept: Iterable[int]) -> None:
         """*kept*: what the child must have to the end. Everything else is closed before the new
         code runs, and a close that does not return would keep this process waiting, too.
-        Raises: OSError."""
-        file = _memfd(handover)
-        self._output: IO[bytes] = open(create_memfd("fdshare-trial"), "w+b")
-        try:
-            command = fresh_interpreter(_NEW_CODE, f"try_table({file.fileno()})")
-            passed = [fd for fd in (file.fileno(), handover.fdstore) if fd is not None]
-            self._process = subprocess.Popen(
-                command,
-                pass_fds=[*passed, *kept],
-                stdin=subprocess.DEVNULL,
-                stdout=self._output,
-                stderr=self._output,
-            )
-            self.pidfd = Descriptor(os.pidfd_open(self._process.pid))
-        except BaseException:
-            self._output.close()
-            raise
-        finally:
-            file.close()
+        Raises: OSError, and what the handover cannot be encoded for."""
+        with _memfd(handover) as file:
+            self._output: IO[bytes] = open(create_memfd("fdshare-trial"), "w+b")
+            try:
+                command = fresh_interpreter(_NEW_CODE, f"try_table({file.fileno()})")
+                passed = [fd for fd in (file.fileno(), handover.fdstore) if fd is not None]
+                self._process = subprocess.Popen(
+                    command,
+                    pass_fds=[*passed, *kept],
+                    stdin=subprocess.DEVNULL,
+                    stdout=self._output,
+                    stderr=self._output,
+                )
+                self.pidfd = Descriptor(os.pidfd_open(self._process.pid))
+            except BaseException:
+                self._output.close()
+                raise
 
     limit = _TRIAL
 
@@ -141,7 +139,8 @@ class Trial:
 
 def exec_new_code(handover: Handover) -> None:
     """Runs the new code in this process; the pid and the descriptors stay. Does not return.
-    Raises: OSError: exec failed; nothing has changed then."""
+    Raises: OSError: exec failed; and what the handover cannot be encoded for. Nothing has changed
+    then."""
     with _memfd(handover) as file:
         _set_inheritable((file.fileno(), *handover.numbers()), True)
         try:
@@ -217,10 +216,15 @@ class _Version(msgspec.Struct):
 
 
 def _memfd(handover: Handover) -> IO[bytes]:
+    data = msgspec.msgpack.encode(handover)
     file = open(create_memfd("fdshare-handover"), "w+b")
-    file.write(msgspec.msgpack.encode(handover))
-    file.flush()
-    file.seek(0)
+    try:
+        file.write(data)
+        file.flush()
+        file.seek(0)
+    except BaseException:
+        file.close()
+        raise
     return file
 
 

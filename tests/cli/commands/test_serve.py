@@ -210,6 +210,13 @@ def test_an_empty_authkey_file_serves_nobody(shell: Shell, folder: Path, text: s
     assert "key is empty" in why
 
 
+def test_a_path_that_is_not_utf8_is_refused(shell: Shell, folder: Path) -> None:
+    before = os.listdir(folder)
+    path = os.fsdecode(bytes(folder) + b"/caf\xe9")
+    assert "the path is not UTF-8" in shell.fails("serve", path)
+    assert os.listdir(folder) == before
+
+
 # Under a service manager.
 
 

@@ -286,6 +286,17 @@ def test_a_signal_for_the_server_alone_is_forgotten(
     os.waitpid(successor, 0)
 
 
+def test_an_upgrade_of_which_the_keeper_died_is_answered(folder: Path, mortal: int) -> None:
+    """And the next keeper is not asked for it, which might die of it, too."""
+    with alone(folder, mortal) as (server, journal, keeper):
+        assert not journal.command("upgrade", "session", 1)
+        keeper.close()
+        journal.note_signal(signal.SIGTERM, None)  # so there is no next one
+        assert journal.replace_keeper() is None
+        assert server.notes["upgrade"] == "the keeper died meanwhile"
+        assert not journal._asked
+
+
 def test_a_dead_keeper_need_not_be_told(folder: Path, mortal: int) -> None:
     """The next one is a fork of the server, and knows the policy; the server must not end."""
     with alone(folder, mortal) as (_, journal, keeper):

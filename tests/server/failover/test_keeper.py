@@ -36,7 +36,7 @@ from fdshare.protocol import messages as m
 from fdshare.server.core.records import Move, Put, Record
 from fdshare.server.core.table import Table
 from fdshare.server.failover.holdings import Holdings
-from fdshare.server.failover.journal import encode_letter
+from fdshare.server.failover.journal import Note, decode_letter, encode_letter
 from fdshare.server.failover.keeper import Keeper
 from fdshare.server.loop.poller import READ
 from fdshare.server.settings import Settings
@@ -393,3 +393,43 @@ def test_the_dead_servers_other_records_are_applied(
     keeper._on_death(READ)
     assert list(keeper._holdings.table.entries) == ["n1", "n2"]
     assert "cannot be applied" in caplog.text
+
+
+def notes(journal: socket.socket) -> list[Note]:
+    """Those that the keeper has sent since its hello."""
+    got = []
+    with suppress(BlockingIOError):
+        while True:
+            note = decode_letter(journal.recv(1 << 17, socket.MSG_DONTWAIT))
+            assert isinstance(note, Note)
+            got.append(note)
+    assert got.pop(0).verb == "hello"
+    return got
+
+
+@pytest.mark.parametrize("tried", [False, True], ids=["trial", "exec"])
+def test_a_table_that_cannot_be_handed_over_fails_the_upgrade(
+    lone: tuple[Keeper, socket.socket], tried: bool
+) -> None:
+    """And does not end the keeper: the next one could do no better."""
+    keeper, journal = lone
+    keeper._holdings.epoch = "\udcff"  # as what no check has foreseen
+    if tried:
+        keeper._exec()
+        before, failed, after = notes(journal)
+        assert (before.verb, after.verb) == ("upgrading", "hello")
+    else:
+        keeper._start_upgrade(Note("upgrade"))
+        (failed,) = notes(journal)
+    assert failed.verb == "failed"
+    assert failed.data is not None
+    assert b"surrogates not allowed" in failed.data
+    assert keeper._trial is None
+
+
+def test_why_an_upgrade_failed_need_not_be_utf8(lone: tuple[Keeper, socket.socket]) -> None:
+    keeper, journal = lone
+    keeper._upgrade_failed(FileNotFoundError(2, "No such file", "/a\udce9/python"))
+    keeper._upgrade_failed(MemoryError())
+    said = [note.data for note in notes(journal)]
+    assert said == [rb"[Errno 2] No such file: '/a\udce9/python'", b"MemoryError"]

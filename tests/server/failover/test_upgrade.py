@@ -473,7 +473,9 @@ def test_a_half_dies_in_the_middle_of_a_trial(
     kill(halves.pids()[half])  # type: ignore[index]
     thread.join()
     assert len(failed) == 1
-    assert "said nothing" in failed[0]
+    # A keeper may have died of the upgrade: the next one is not asked for it.
+    reason = "the keeper died meanwhile" if half == "keeper" else "said nothing"
+    assert reason in failed[0]
     assert client.names() == ["a"]
     if half == "keeper":  # nobody is left to end its trial
         os.kill(trial, signal.SIGKILL)
