@@ -8,7 +8,8 @@ else, so the table itself is stored, too.
     fdshare-page    the memfd in which followers look (loop/page.py)
     .k3F0, .k3F1 ...   one open file description each (labels.py)
 
-A record is in the store before its client hears "ok". A successor compares the memfd with the
+A record is in the store before its client hears "ok", unless a write fails: then the store is stale
+until the whole table could be written, which is soon tried. A successor compares the memfd with the
 table that it was given.
 
 Two things systemd does without a word. It keeps one descriptor of each open file description and
@@ -22,7 +23,8 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Final
 
 from fdshare.activation import store, unstore
@@ -35,7 +37,7 @@ from fdshare.server.core.image import Image, image_of, table_of
 from fdshare.server.core.records import Put, Record
 from fdshare.server.core.table import Entry, Table
 from fdshare.server.failover.labels import BUDGET, PAGE, TABLE, Labels, new_prefix, price
-from fdshare.server.failover.table_file import Base, Step, Stored, TableFile
+from fdshare.server.failover.table_file import Base, Step, Stored, TableFile, UnreadableTable
 from fdshare.server.loop.closing import UNKNOWN, Handle, close_within
 
 __all__ = ["FdStore", "let_go"]
@@ -77,8 +79,14 @@ class FdStore:
         self._spent = 0  # bytes of LISTEN_FDNAMES
         self.told = 0  # how often the service manager was told anything
         self._silent_until = 0.0
+        self.stale = False  # a write failed: nothing is written until the table is there anew
         self._file = TableFile(memfd)
-        self._load()
+        try:
+            self._load()
+        except UnreadableTable:
+            raise
+        except Exception as error:  # such as KeyError, of a record that does not follow
+            raise UnreadableTable(f"reading it raises {error!r}") from error
         self._labels = Labels(self._prefix, [*self._uses, *self._leftover])
         self._descriptions = Descriptions()
         self._label_of: dict[int, str] = {}  # descriptor -> label
@@ -151,7 +159,25 @@ class FdStore:
     # While serving.
 
     def reconcile(self, table: Table) -> None:
-        """Makes the store hold what *table* does: a predecessor may have died while it wrote."""
+        """Makes the store hold what *table* does: a predecessor may have died while it wrote, or a
+        write may have failed. Never fails; it is `stale` then."""
+        with self._noticing():
+            self._reconcile(table)
+            self.stale = False
+
+    @contextmanager
+    def _noticing(self) -> Iterator[None]:
+        """Whatever a write fails for is in the log, and makes the store stale: what it was about is
+        done, and there may be room for it later."""
+        try:
+            yield
+        except Exception:
+            self.stale = True
+            log.exception("the store is not up to date")
+
+    def _reconcile(self, table: Table) -> None:
+        # After a write that failed, some of those that are noted may be closed.
+        self._descriptions, self._label_of = Descriptions(), {}
         if not self._descriptions.works:
             log.warning("kcmp(2) is refused: an open file under two names may be stored but once")
         known = self._known_labels(table)
@@ -175,7 +201,13 @@ class FdStore:
 
     def record(self, record: Record, fds: Sequence[int]) -> None:
         """*record* and the *fds* that it draws are in the store when this returns, as far as there
-        is room. *fds* are borrowed until a record lets go of them. Never fails."""
+        is room, unless it is `stale`. *fds* are borrowed until a record lets go of them. Never
+        fails."""
+        if not self.stale:
+            with self._noticing():
+                self._record(record, fds)
+
+    def _record(self, record: Record, fds: Sequence[int]) -> None:
         uses = [_Use("", fd) for fd in fds]
         for use in uses:
             self._label(use)
@@ -196,9 +228,11 @@ class FdStore:
         have dropped some when it changed: *held* is how many it has, None where it does not say."""
         self.limit = limit
         self._silent_until = 0.0
-        if held is not None and held != self._count():
-            self._start_over()
-        self._offer()
+        if not self.stale:
+            with self._noticing():
+                if held is not None and held != self._count():
+                    self._start_over()
+                self._offer()
 
     def _start_over(self) -> None:
         """Has the service manager let go of all that it may hold, so that all of it is offered
@@ -216,6 +250,8 @@ class FdStore:
 
     def stored(self, name: str) -> bool | None:
         """Whether the entry would be back after the end of both halves. None: there is none."""
+        if self.stale:
+            return False
         entry = self.held.entries.get(name)
         if entry is None:
             return None
@@ -223,7 +259,7 @@ class FdStore:
         return all(use.label not in self._missing for use in uses)
 
     def stats(self) -> StoreStats:
-        names = self.held.entries if self._missing else ()
+        names = self.held.entries if self._missing or self.stale else ()
         return StoreStats(self._count(), self.limit, sum(not self.stored(name) for name in names))
 
     def _count(self) -> int:

@@ -114,7 +114,7 @@ def _store_of(holdings: Holdings) -> FdStore | None:
     limit = os.environ.get("FDSTORE")  # see store_state
     try:
         fdstore = FdStore(holdings.fdstore, int(limit) if limit else None, holdings.page)
-    except UnreadableTable as error:
+    except (UnreadableTable, OSError) as error:
         log.error("nothing more goes to the store, whose table cannot be read: %s", error)
         return None
     fdstore.reconcile(holdings.table)

@@ -40,7 +40,7 @@ log = logging.getLogger("fdshare.server")
 MAX_LETTER: Final = 1 << 17  # bytes: less than a socket's send buffer
 _SILENCE = 15.0  # seconds from the exec of new code to its hello
 _RETRY = 0.1  # seconds until the next attempt to fork a new keeper
-_AGAIN = 5.0  # seconds until the next attempt to ask the store, where no thread could be started
+_AGAIN = 5.0  # seconds until the next attempt to ask the store, or to write to it
 _LOOK = 1.0  # seconds between looks whether the keeper lives
 # A signal so many seconds before the keeper's death was for both. A keeper that lives obeys sooner.
 _TOGETHER = 10.0
@@ -104,6 +104,7 @@ class Journal:
         self._keeper = keeper
         self._pid: int | None = pid
         self._fdstore = fdstore
+        self._mending = False  # it is stale, and the next attempt is planned
         self._log_dropped = 0  # lines that the keeper's log had no room for
         self._acquainted = False  # the keeper has said hello: it holds what the server holds
         self._lost = False
@@ -123,6 +124,7 @@ class Journal:
         server.loop.poller.register(self._sock.fileno(), READ, self._on_letter)
         server.loop.poller.register(self._keeper.fileno(), READ, self._on_death)
         self._look_after_keeper(self._keeper)
+        self._mend_store()
 
     # `JournalWriter`, for the server.
 
@@ -149,11 +151,9 @@ class Journal:
             if error.errno in NO_MEMORY:
                 raise JournalBusy from None
             raise KeeperUnavailable(str(error)) from None
-        if self._fdstore is not None:
-            try:
-                self._fdstore.record(record, fds)
-            except Exception:  # the keeper has the record: it is done, whatever the store has of it
-                log.exception("a record is not in the store")
+        if self._fdstore is not None:  # whatever that has of the record, it is done
+            self._fdstore.record(record, fds)
+            self._mend_store()
 
     def state(self) -> tuple[int | None, bool]:
         return self._pid, self._acquainted and not self._lost
@@ -191,12 +191,31 @@ class Journal:
         def ask() -> None:  # in a thread: it may wait
             limit, held = store_state()
             # What was counted while the server told more says nothing.
-            loop.post(lambda: fdstore.try_again(limit, held if fdstore.told == told else None))
+            loop.post(lambda: answered(limit, held if fdstore.told == told else None))
+
+        def answered(limit: int | None, held: int | None) -> None:
+            fdstore.try_again(limit, held)
+            self._mend_store()
 
         try:
             threading.Thread(target=ask, name="fdshare-store", daemon=True).start()
         except RuntimeError:  # EAGAIN, from RLIMIT_NPROC or a cgroup's pids.max
             loop.later(_AGAIN, lambda now: self.refill_store())
+
+    def _mend_store(self, delay: float = 0.0) -> None:
+        """Has a store that is stale hold the server's table again in *delay* seconds, and tries it
+        until it does. The table has by then what was just written."""
+        if self._fdstore is not None and self._fdstore.stale and not self._mending:
+            self._mending = True
+            self._server.loop.later(delay, self._try_to_mend_store)
+
+    def _try_to_mend_store(self, now: float) -> None:
+        assert self._fdstore is not None
+        self._mending = False
+        self._fdstore.reconcile(self._server.table)
+        if not self._fdstore.stale:
+            log.warning("the store is up to date again")
+        self._mend_store(_AGAIN)
 
     def hello(self) -> None:
         """Tells the keeper that the server serves; one that is dead is replaced soon."""

@@ -97,7 +97,7 @@ class TableFile:
             yield _frame_in(body)
 
     def rewrite(self, base: Base) -> None:
-        """Puts *base* in the place of all that is there."""
+        """Puts *base* in the place of all that is there. Raises: OSError; what was valid is."""
         fd = self.memfd.fileno()
         frame = _framed(_encode(base))
         header = os.pread(fd, _HEADER.size, 0)
@@ -105,18 +105,27 @@ class TableFile:
         # Never over the image and the records that are valid until the start is written.
         fits = _HEADER.size + len(frame) + len(_END) <= start
         at = _HEADER.size if fits else max(self._at + len(_END), _HEADER.size)
-        os.pwrite(fd, frame + _END, at)
+        _write(fd, frame + _END, at)
         if len(header) < _HEADER.size:
-            os.pwrite(fd, _HEADER.pack(_MAGIC, VERSION, at), 0)
+            _write(fd, _HEADER.pack(_MAGIC, VERSION, at), 0)
         else:
-            os.pwrite(fd, _START.pack(at), _START_AT)
+            _write(fd, _START.pack(at), _START_AT)
         self._at, self._base = at + len(frame), len(frame)
         os.ftruncate(fd, self._at + len(_END))
 
     def append(self, frame: Step | Stored) -> None:
+        """Raises: OSError; it was not written then."""
         body = _framed(_encode(frame))
-        os.pwrite(self.memfd.fileno(), body + _END, self._at)
+        _write(self.memfd.fileno(), body + _END, self._at)
         self._at += len(body)
+
+
+def _write(fd: int, data: bytes, at: int) -> None:
+    """Writes all of *data*. Raises: OSError."""
+    left = memoryview(data)
+    while left:  # a write that meets a limit is a short one; the next says why
+        count = os.pwrite(fd, left, at)
+        left, at = left[count:], at + count
 
 
 def _start_of(data: bytes) -> int:

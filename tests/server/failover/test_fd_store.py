@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -25,6 +26,7 @@ from fdshare.server.core.table import Table
 from fdshare.server.failover import fd_store
 from fdshare.server.failover.fd_store import FdStore
 from fdshare.server.failover.labels import PAGE, TABLE
+from fdshare.server.failover.table_file import Step, UnreadableTable
 from fdshare.server.loop.closing import Handle
 
 Until = Callable[..., Any]
@@ -511,6 +513,93 @@ def test_reconciling_keeps_the_labels_of_what_is_known(
     assert state(again(later)) == state(later)
     assert contents(again(later).restore(passed(played))) == {"b": ["1", "2"], "c": ["3"]}
     assert len(played.names()) == 4
+
+
+@pytest.fixture
+def full(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether nothing more can be written, as at the limit of a cgroup."""
+    full = [False]
+    write = os.pwrite
+
+    def pwrite(fd: int, data: bytes, at: int) -> int:
+        if full[0]:
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+        return write(fd, data, at)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    return full
+
+
+def test_what_could_not_be_written_is_written_later(
+    fdstore: FdStore,
+    played: ServiceManager,
+    files: list[int],
+    full: list[bool],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    table = Table()
+
+    def change(record: Record, *fds: int) -> None:
+        fdstore.record(record, fds)
+        table.apply(record, [Handle(fd) for fd in fds])
+
+    change(put("a", 1), files[0])
+    change(put("b", 2), files[1])
+    full[0] = True
+    change(put("c", 3), files[2])
+    assert fdstore.stale
+    assert "Cannot allocate memory" in caplog.text
+    # Nothing is written that does not follow from what is there.
+    change(drop("c", 3))
+    change(drop("a", 1))
+    change(put("d", 4), files[3])
+    full[0] = False
+    change(put("e", 5), files[4])
+    change(put("g", 6), files[0])  # the number that was a's
+    assert not any(fdstore.stored(name) for name in "abcdeg")
+    assert fdstore.stats().missing == 2
+    assert sorted(again(fdstore).held.entries) == ["a", "b"]
+    full[0] = True
+    fdstore.reconcile(table)
+    assert fdstore.stale
+    fdstore.try_again(fdstore.limit, 0)
+    full[0] = False
+    fdstore.reconcile(table)
+    assert not fdstore.stale
+    assert all(fdstore.stored(name) for name in "bdeg")
+    change(put("f", 7), files[5])
+    assert len(played.names()) == fdstore.stats().descriptors == 6
+    found = contents(again(fdstore).restore(passed(played)))
+    assert found == {"b": ["1"], "d": ["3"], "e": ["4"], "g": ["0"], "f": ["5"]}
+
+
+def test_a_successor_that_cannot_write_serves(
+    fdstore: FdStore, files: list[int], full: list[bool]
+) -> None:
+    fdstore.record(put("a", 1), [files[0]])
+    full[0] = True
+    later = again(fdstore)
+    later.reconcile(Table())
+    assert later.stale
+    full[0] = False
+    later.reconcile(Table())
+    assert not later.stale
+
+
+def test_what_is_offered_again_and_cannot_be_written_is_no_matter(
+    fdstore: FdStore, files: list[int], full: list[bool]
+) -> None:
+    fdstore.limit = 1
+    fdstore.record(put("a", 1), [files[0]])
+    full[0] = True
+    fdstore.try_again(9, None)
+    assert fdstore.stale
+
+
+def test_records_that_do_not_follow_cannot_be_read(fdstore: FdStore) -> None:
+    fdstore._file.append(Step(drop("a", 1), []))
+    with pytest.raises(UnreadableTable, match="KeyError"):
+        again(fdstore)
 
 
 def restored_without(

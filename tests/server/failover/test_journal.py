@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import signal
@@ -32,8 +33,10 @@ from fdshare.errors import (
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.kernel.endpoint import listen
 from fdshare.protocol import messages as m
+from fdshare.server.core.records import Put, Record
 from fdshare.server.failover.fd_store import FdStore
 from fdshare.server.failover.journal import Journal, Note, encode_letter
+from fdshare.server.loop.closing import Handle
 from fdshare.server.loop.server import Server
 from fdshare.server.settings import Settings
 from server.orders import KIND
@@ -242,6 +245,29 @@ def test_the_store_is_asked_later_where_no_thread_can_start(
         before = len(server.loop._timers)
         journal.refill_store()
         assert len(server.loop._timers) == before + 1
+
+
+def test_a_store_that_could_not_be_written_is_mended(
+    folder: Path, null: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(fd: int, data: bytes, at: int) -> int:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr("fdshare.server.failover.journal._AGAIN", 0.0)
+    record = Record([Put("a", 1, KIND, 1, m.Registrant(1, 0, 0), 0.0)])
+    with alone(folder) as (server, journal, _):
+        store = journal._fdstore
+        assert store is not None
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "pwrite", full)
+            journal.write(record, [null])
+            server.table.apply(record, [Handle(os.dup(null))])
+            assert journal.stored("a") is False
+            server.loop.turn()
+            assert store.stale
+        server.loop.turn()
+        assert not store.stale
+        assert list(store.held.entries) == ["a"]
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Iterator
@@ -94,6 +95,44 @@ def test_a_base_takes_the_place_of_all_or_nothing(memfd: Descriptor, file: Table
     os.ftruncate(memfd.fileno(), 0)
     os.pwrite(memfd.fileno(), before[:24] + after[24:], 0)
     assert len(read(memfd)) == 21
+
+
+@pytest.fixture
+def little_room(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many bytes pwrite(2) still writes, as at RLIMIT_FSIZE or the limit of a cgroup."""
+    room = [1 << 20]
+    write = os.pwrite
+
+    def pwrite(fd: int, data: bytes, at: int) -> int:
+        if not room[0]:
+            raise OSError(errno.EFBIG, "File too large")
+        count = write(fd, memoryview(data)[: room[0]], at)
+        room[0] -= count
+        return count
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    return room
+
+
+def test_what_is_written_in_part_was_never_written(
+    memfd: Descriptor, file: TableFile, little_room: list[int]
+) -> None:
+    file.append(step("a"))
+    frames = read(memfd)
+    whole = size(memfd)
+    for room in range(0, whole, 5):
+        little_room[0] = room
+        with pytest.raises(OSError, match="too large"):
+            file.append(Step(Record([]), ["x" * whole]))
+        assert same(read(memfd), frames)
+        little_room[0] = room
+        with pytest.raises(OSError, match="too large"):
+            file.rewrite(base("x" * whole))
+        assert same(read(memfd), frames)
+    little_room[0] = 1 << 20
+    file.rewrite(base("other"))
+    file.append(step("b"))
+    assert same(read(memfd), [base("other"), step("b")])
 
 
 def test_it_does_not_grow_for_ever(memfd: Descriptor, file: TableFile) -> None:
