@@ -18,6 +18,8 @@ from collections.abc import Callable
 from queue import Empty, SimpleQueue
 from typing import Final, Generic, Protocol, TypeVar
 
+from fdshare.kernel.thread_signals import start_without_signals
+
 __all__ = ["ROOM", "Form", "LogWriter"]
 
 T = TypeVar("T")
@@ -141,7 +143,7 @@ class LogWriter(Generic[T]):
             thread = threading.Thread(target=self._run, name="fdshare-log", daemon=True)
             self._thread = thread
             try:
-                thread.start()
+                start_without_signals(thread)
             except RuntimeError:  # there is no room for one: the next line tries again
                 self._thread = None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 
@@ -63,6 +64,18 @@ def drain(fd: int) -> bytes:
         return os.read(fd, 1 << 20)
     except BlockingIOError:
         return b""
+
+
+def test_its_thread_leaves_signals_to_the_main_thread(pipe: tuple[int, int]) -> None:
+    class Blocked(AsItIs):
+        def render(self, item: str) -> bytes:
+            return b"%d" % (signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+
+    writer = LogWriter(pipe[1], Blocked)
+    writer.put("line", 4)
+    writer.flush(20)
+    writer.rest()
+    assert os.read(pipe[0], 99) == b"1"
 
 
 def test_lines_are_written_in_order(pipe: tuple[int, int], make: Make) -> None:

@@ -40,9 +40,12 @@ def run_keeper(holdings: Holdings, ready: Callable[[], None]) -> None:
     _live(Keeper(holdings, _become_server, ready).run)
 
 
-def resume_keeper(holdings: Holdings, journal: socket.socket, server: Descriptor) -> None:
-    """Runs a keeper of new code; *server* is of the old code, and is replaced. Takes both over."""
-    keeper = Keeper(holdings, _become_server, journal=journal, server=server)
+def resume_keeper(
+    holdings: Holdings, journal: socket.socket, server: Descriptor, reloading: bool
+) -> None:
+    """Runs a keeper of new code; *server* is of the old code, and is replaced. Takes both over.
+    *reloading*: see Keeper."""
+    keeper = Keeper(holdings, _become_server, journal=journal, server=server, reloading=reloading)
     _live(partial(keeper.run, relieve=True))
 
 

@@ -96,9 +96,11 @@ class Keeper:
         *,
         journal: socket.socket | None = None,
         server: Descriptor | None = None,
+        reloading: bool = False,
     ) -> None:
         """*become_server* is the life of a forked child. *ready* is called once a server serves.
-        *journal* and *server* are of the server that is there; without them it forks the first."""
+        *journal* and *server* are of the server that is there; without them it forks the first.
+        *reloading*: it may not have heard of the last SIGHUP."""
         self._holdings = holdings
         self._become_server = become_server
         self._ready = ready
@@ -121,13 +123,14 @@ class Keeper:
         self._deaths = Deaths()
         self._start_at: float | None = None if journal is not None else 0.0
         self._stopping = False
-        self._reloading = False  # the server was told to, and has not said that it has
+        self._reloading = reloading  # the server was told to, and has not said that it has
         self._drain_until: float | None = None  # when a server that was told to end is killed
         self._wake, self._waker = socket.socketpair()
         self._signals: list[int] = []
         self._buffer = bytearray(MAX_LETTER)
         self._trial: Trial | None = None
         self._trial_until = 0.0
+        self._tried = False  # the new code has passed its trial, and is to be run
         self._upgrade = Note("upgrade")
         self._relieved = False  # the server was told to drain: its code or its socket is old
         self._look_at = 0.0  # when to see whether the server lives
@@ -178,6 +181,8 @@ class Keeper:
         trial = self._trial
         if trial is not None and (time.monotonic() > self._trial_until or trial.is_over()):
             self._on_trial_over(0)
+        if self._tried:
+            self._exec()
         self._look_after_server()
         if self._drain_until is not None and time.monotonic() > self._drain_until:
             log.warning("the server does not end, killed")
@@ -185,7 +190,7 @@ class Keeper:
         return None
 
     def _timeout(self) -> float | None:
-        if self._drain_until is not None or self._trial is not None:
+        if self._drain_until is not None or self._trial is not None or self._tried:
             return 0.2
         look_at = None if self._server is None else self._look_at
         times = (
@@ -221,7 +226,7 @@ class Keeper:
         for number in SIGNALS:
             signal.signal(number, self._note_signal)
         # A handler in Python runs only after epoll_wait(2) returns, which is not interrupted by a
-        # signal that came just before it, or to another thread.
+        # signal that came just before it.
         signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
         if self._holdings.control is not None:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is the owner's
@@ -479,7 +484,7 @@ class Keeper:
 
     def _start_upgrade(self, note: Note) -> None:
         """Starts a trial of the new code; everything else goes on meanwhile."""
-        if self._trial is not None or self._stopping or self._journal is None:
+        if self._trial is not None or self._tried or self._stopping or self._journal is None:
             return
         if self._fencing:  # the client repeats its request to the successor
             return
@@ -502,8 +507,8 @@ class Keeper:
         self._dying.bury(trial.pidfd, "trial of new code")
         if why:
             self._upgrade_failed(why)
-        elif self._journal is not None and not self._stopping:
-            self._exec()
+        else:
+            self._tried = True
 
     def _exec(self) -> None:
         """Replaces the code of this process; returns only if that failed.
@@ -511,12 +516,21 @@ class Keeper:
         The server goes on meanwhile. Its records wait in the journal for the new code. If that dies
         or hangs, the server forks a keeper of the old code.
         """
+        self._tried = False
+        if self._journal is None or self._stopping:
+            return
         if not self._lanes.stop(timeout=0.5):  # the exec would wait for it, and for its thread
             self._lanes.resume()
             self._upgrade_failed("a close(2) hangs: there is a file system that does not answer")
             return
+        # Until the new code can hear them. The other threads have them blocked, too.
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        if self._signals:  # of which the new code would not hear: they are obeyed before
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+            self._lanes.resume()
+            self._tried = True
+            return
         self._tell(Note("upgrading"))
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until the new code can hear them
         try:
             exec_new_code(self._handover(self._upgrade))
         except Exception as error:
@@ -541,4 +555,6 @@ class Keeper:
     def _handover(self, note: Note) -> Handover:
         assert self._journal is not None
         assert self._server is not None
-        return make_handover(self._holdings, self._journal, self._server, note.session, note.id)
+        made = make_handover(self._holdings, self._journal, self._server, note.session, note.id)
+        made.reloading = self._reloading
+        return made

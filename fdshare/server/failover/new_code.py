@@ -46,5 +46,5 @@ def resume(fd: int) -> int:
         done = Record([], handover.session, handover.id, m.encode(m.Done()))
         holdings.table.apply(done, [])
     with nullcontext() if holdings.control is None else holdings.control:
-        resume_keeper(holdings, journal, server)
+        resume_keeper(holdings, journal, server, handover.reloading)
     return 0

@@ -65,6 +65,7 @@ class Handover(msgspec.Struct):
     fdstore: int | None = None
     dying: dict[int, str] = {}  # see Holdings
     page: int | None = None
+    reloading: bool = False  # the server may not have heard of the last SIGHUP
 
     def numbers(self) -> list[int]:
         """Every descriptor that the new code inherits."""

@@ -18,6 +18,8 @@ from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Final
 
+from fdshare.kernel.thread_signals import start_without_signals
+
 __all__ = ["Lanes"]
 
 log = logging.getLogger("fdshare.server")
@@ -144,7 +146,7 @@ class Lanes:
                 return
             self._threads.add(thread)
         try:
-            thread.start()
+            start_without_signals(thread)
         except RuntimeError:  # EAGAIN; the next call tries again
             with self._lock:
                 self._threads.remove(thread)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import socket
@@ -38,6 +37,7 @@ from fdshare.server.core.table import Table
 from fdshare.server.failover.holdings import Holdings
 from fdshare.server.failover.journal import Note, decode_letter, encode_letter
 from fdshare.server.failover.keeper import Keeper
+from fdshare.server.failover.processes import SIGNALS
 from fdshare.server.loop.poller import READ
 from fdshare.server.settings import Settings
 from server.full import limited
@@ -295,18 +295,22 @@ def test_the_keeper_dies_before_it_has_replaced_the_server(
 
 
 @pytest.mark.parametrize("options", [(), ("--no-keeper",)], ids=["keeper", "no keeper"])
-def test_a_signal_is_heard_whichever_thread_gets_it(
+def test_the_main_thread_alone_gets_signals(
     served: Callable[..., subprocess.Popen[bytes]], folder: Path, options: tuple[str, ...]
 ) -> None:
-    """The wait of the main thread is not interrupted by it."""
+    """What another thread got while new code is about to be run would be lost."""
     process = served("--log-level", "warning", *options)
     with Client(folder / "s") as client:
         client.register("a", 0)
         client.unregister("a")  # which a thread closes, in each half
         tasks = f"/proc/{process.pid}/task"
         threads = wait_until(lambda: [t for t in os.listdir(tasks) if t != str(process.pid)])
+        for thread in threads:
+            with open(f"{tasks}/{thread}/status") as file:
+                (mask,) = (int(line.split()[1], 16) for line in file if line.startswith("SigBlk"))
+            assert all(mask >> number - 1 & 1 for number in SIGNALS)
         wait_until(lambda: state(process.pid) == "S", "the main thread waits")
-        ctypes.CDLL(None).tgkill(process.pid, int(threads[0]), signal.SIGTERM)
+        os.kill(process.pid, signal.SIGTERM)
         wait_until(lambda: ended(process.pid))
     process.wait()
     assert not (folder / "s").exists()
@@ -395,15 +399,15 @@ def test_the_dead_servers_other_records_are_applied(
     assert "cannot be applied" in caplog.text
 
 
-def notes(journal: socket.socket) -> list[Note]:
-    """Those that the keeper has sent since its hello."""
+def notes(journal: socket.socket, *, greeted: bool = False) -> list[Note]:
+    """Those that the keeper has sent by now, without its hello unless that was read before."""
     got = []
     with suppress(BlockingIOError):
         while True:
             note = decode_letter(journal.recv(1 << 17, socket.MSG_DONTWAIT))
             assert isinstance(note, Note)
             got.append(note)
-    assert got.pop(0).verb == "hello"
+    assert greeted or got.pop(0).verb == "hello"
     return got
 
 
@@ -433,3 +437,38 @@ def test_why_an_upgrade_failed_need_not_be_utf8(lone: tuple[Keeper, socket.socke
     keeper._upgrade_failed(MemoryError())
     said = [note.data for note in notes(journal)]
     assert said == [rb"[Errno 2] No such file: '/a\udce9/python'", b"MemoryError"]
+
+
+def test_a_signal_is_obeyed_before_new_code_is_run(lone: tuple[Keeper, socket.socket]) -> None:
+    """Which would not hear of it. A SIGHUP does not cancel the upgrade."""
+    keeper, journal = lone
+    keeper._holdings.epoch = "\udcff"  # so that no exec succeeds
+    keeper._poller.register(keeper._wake.fileno(), READ, keeper._on_signal)
+    keeper._tried = True
+    keeper._note_signal(signal.SIGUSR2, None)  # which the upgrade answers that is under way
+    keeper._note_signal(signal.SIGHUP, None)
+    keeper._exec()
+    assert notes(journal) == []
+    assert keeper._tried
+    keeper._turn()
+    assert [note.verb for note in notes(journal, greeted=True)] == [
+        "reload",
+        "upgrading",
+        "failed",
+        "hello",
+    ]
+    keeper._tried = True
+    keeper._note_signal(signal.SIGTERM, None)
+    keeper._exec()
+    keeper._turn()
+    assert [note.verb for note in notes(journal, greeted=True)] == ["end"]
+    assert not keeper._tried
+
+
+def test_new_code_is_told_of_a_reload_that_the_server_has_not_confirmed(
+    lone: tuple[Keeper, socket.socket],
+) -> None:
+    keeper, _ = lone
+    assert not keeper._handover(Note("upgrade")).reloading
+    keeper._reload()
+    assert keeper._handover(Note("upgrade")).reloading

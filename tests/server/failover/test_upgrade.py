@@ -218,6 +218,20 @@ def test_an_old_server_that_does_not_end(
     assert ended(pids["server"])
 
 
+def test_a_reload_goes_over(folder: Path) -> None:
+    """The server is stopped: it hears of the signal no more than of the new code."""
+    policy = folder / "policy"
+    policy.write_text("")
+    with Manager(folder / "s", policy=policy) as manager:
+        pids = Halves(manager).pids()
+        policy.write_text('[[rule]]\neffect = "allow"\nverbs = ["fetch"]\n')
+        os.kill(pids["server"], signal.SIGSTOP)
+        os.kill(pids["keeper"], signal.SIGHUP)
+        os.kill(pids["keeper"], signal.SIGUSR2)
+        wait_until(lambda: manager.explain("fetch", "x", 12345, 12345).allowed)
+        assert Halves(manager).pids()["keeper"] == pids["keeper"]
+
+
 def test_the_owner_goes_over(folder: Path) -> None:
     """The control socket of a Manager is inherited, too."""
     with Manager(folder / "s") as manager:

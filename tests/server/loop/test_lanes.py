@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 from collections.abc import Iterator
 
@@ -35,6 +36,13 @@ def patient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def threads() -> int:
     return len(os.listdir("/proc/self/task"))
+
+
+def test_they_leave_signals_to_the_main_thread(lanes: Lanes) -> None:
+    seen: list[set[int]] = []
+    lanes.put(7, lambda: seen.append(set(signal.pthread_sigmask(signal.SIG_BLOCK, ()))))
+    wait_until(lambda: seen)
+    assert signal.SIGTERM in seen[0]
 
 
 def test_the_calls_of_a_uid_are_made_in_order_and_never_two_at_once(lanes: Lanes) -> None:
