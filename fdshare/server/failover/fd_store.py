@@ -76,6 +76,7 @@ class FdStore:
         self._uses: dict[str, list[_Use]] = {}
         self._missing: dict[str, None] = {}  # in the order in which they are offered
         self._leftover: dict[str, None] = {}  # nobody uses them, but they may be held
+        self._gone: list[str] = []  # they were let go, which is not written yet
         self._spent = 0  # bytes of LISTEN_FDNAMES
         self.told = 0  # how often the service manager was told anything
         self._silent_until = 0.0
@@ -213,7 +214,7 @@ class FdStore:
             self._label(use)
         labels = [use.label for use in uses]
         missing = [label for label in labels if label in self._missing]
-        self._file.append(Step(record, labels, missing))
+        self._append(Step(record, labels, missing, self._gone))
         for use in self.held.apply(record, list(uses)).freed:
             self._remove(use)
         self._offer()
@@ -336,6 +337,7 @@ class FdStore:
                 return
             del self._leftover[label]
             self._spent -= price(label)
+            self._gone.append(label)
             self._labels.give_back(label)
             self._clean.add(label)
         stored = []
@@ -345,7 +347,7 @@ class FdStore:
             del self._missing[label]
             stored.append(label)
         if stored:
-            self._file.append(Stored(stored))
+            self._append(Stored(stored, self._gone))
             log.info(
                 "the service manager holds %d descriptors that it had no room for", len(stored)
             )
@@ -384,12 +386,15 @@ class FdStore:
 
     def _load(self) -> None:
         for frame in self._file.read():
-            self._leftover = {}
+            if not isinstance(frame, Base):
+                for label in frame.gone:
+                    self._leftover.pop(label, None)
             if isinstance(frame, Base):
                 self.epoch, self._prefix = frame.epoch, frame.prefix
                 uses = [_Use(label) for label in frame.labels]
                 self.held = table_of(frame.image, list(uses))
                 self._missing = dict.fromkeys(frame.missing)
+                self._leftover = dict.fromkeys(frame.leftover)
                 self._note(uses, ())
             elif isinstance(frame, Step):
                 uses = [_Use(label) for label in frame.labels]
@@ -402,9 +407,11 @@ class FdStore:
         self._spent = sum(map(price, (*held, *self._leftover)))
 
     def _note(self, drawn: Iterable[_Use], closed: Iterable[_Use]) -> None:
-        """Follows who uses a label. What the last record let go of may still be held: its writer
-        may have died before it told the service manager."""
+        """Follows who uses a label. What nobody uses any more may be held until a frame says that
+        it is gone: the service manager may not have read, or the writer may have died before it
+        told it."""
         for use in drawn:
+            self._leftover.pop(use.label, None)  # what is used must never be let go
             self._uses.setdefault(use.label, []).append(use)
         for use in closed:
             uses = self._uses[use.label]
@@ -419,7 +426,12 @@ class FdStore:
     def _rewrite(self) -> None:
         image, uses = image_of(self.held)
         labels = [use.label for use in uses]
-        self._file.rewrite(Base(self.epoch, self._prefix, image, labels, list(self._missing)))
+        missing, leftover = list(self._missing), list(self._leftover)
+        self._file.rewrite(Base(self.epoch, self._prefix, image, labels, missing, leftover))
+
+    def _append(self, frame: Step | Stored) -> None:
+        self._file.append(frame)
+        self._gone = []
 
 
 def let_go(label: str) -> None:

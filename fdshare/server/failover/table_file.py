@@ -36,27 +36,32 @@ class UnreadableTable(Exception):
 
 class Base(msgspec.Struct, tag="base"):
     """The table at some moment. *prefix* is that of its labels; *labels* are what the image's
-    record draws, *missing* those of them that the service manager does not hold."""
+    record draws, *missing* those of them that the service manager does not hold, and *leftover*
+    others that it may hold."""
 
     epoch: str
     prefix: str
     image: Image
     labels: list[str]
     missing: list[str]
+    leftover: list[str] = []
 
 
 class Step(msgspec.Struct, tag="step", omit_defaults=True):
-    """A record since then; *labels* are what it draws."""
+    """A record since then; *labels* are what it draws. The service manager was told to let go of
+    *gone* before."""
 
     record: Record
     labels: list[str]
     missing: list[str] = []
+    gone: list[str] = []
 
 
-class Stored(msgspec.Struct, tag="stored"):
-    """What was missing, and is not any more."""
+class Stored(msgspec.Struct, tag="stored", omit_defaults=True):
+    """What was missing, and is not any more; *gone* as in a Step."""
 
     labels: list[str]
+    gone: list[str] = []
 
 
 Frame: TypeAlias = Base | Step | Stored

@@ -496,6 +496,59 @@ def test_the_number_of_a_label_that_is_still_held_is_not_used(
     assert later.stats().descriptors == 2
 
 
+def test_a_successor_knows_all_that_may_still_be_held(
+    fdstore: FdStore, played: ServiceManager, files: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the service manager did not hear: else it would drop what is open already under
+    such a label, and that would count as stored."""
+    address = os.environ["NOTIFY_SOCKET"]
+    copies = [os.dup(fd) for fd in files]
+    fdstore.record(put("z", 1), [files[0]])
+    fdstore.record(drop("z", 1), [])  # whose label is used again
+    for at, name in enumerate("abc"):
+        fdstore.record(put(name, at + 1), [copies[at]])
+    monkeypatch.setenv("NOTIFY_SOCKET", address + ".gone")
+    for at, name in enumerate("abc"):
+        fdstore.record(drop(name, at + 1), [])
+    later = again(fdstore)
+    later.reconcile(Table())  # it writes what may be held, and is not heard either
+    monkeypatch.setenv("NOTIFY_SOCKET", address)
+    last = again(later)
+    assert last.stats() == later.stats() == fdstore.stats() == StoreStats(4, last.limit, 0)
+    last.reconcile(Table())
+    last.record(put("web", 4), [files[1]])
+    assert last.stored("web")
+    assert contents(again(last).restore(passed(played))) == {"web": ["1"]}
+    for fd in copies:
+        os.close(fd)
+
+
+def test_a_successor_lets_go_of_nothing_twice(fdstore: FdStore, files: list[int]) -> None:
+    for at, name in enumerate("abcd"):
+        fdstore.record(put(name, at + 1), [files[at]])
+    for at, name in enumerate("abc"):
+        fdstore.record(drop(name, at + 1), [])
+    fdstore.record(put("e", 5), [files[4]])  # under the label that was a's
+    later = again(fdstore)
+    assert later.stats() == fdstore.stats()
+    assert labels(later, "e") == [f"{labels(later, 'd')[0][:-1]}0"]
+
+
+def test_a_label_that_is_used_again_is_not_let_go(
+    fdstore: FdStore, played: ServiceManager, files: list[int]
+) -> None:
+    """Although no frame says that it was let go before."""
+    table = Table()
+    fdstore.record(put("a", 1), [files[0]])
+    fdstore.record(drop("a", 1), [])
+    fdstore._gone = []
+    fdstore.record(put("b", 2), [files[1]])
+    table.apply(put("b", 2), [Handle(files[1])])
+    later = again(fdstore)
+    later.reconcile(table)
+    assert contents(again(later).restore(passed(played))) == {"b": ["1"]}
+
+
 def test_reconciling_keeps_the_labels_of_what_is_known(
     fdstore: FdStore, played: ServiceManager, files: list[int]
 ) -> None:

@@ -54,7 +54,8 @@ def size(memfd: Descriptor) -> int:
 
 
 def test_what_is_written_is_read(memfd: Descriptor, file: TableFile) -> None:
-    frames = [base(), step("a"), Stored([".abca"]), step("b")]
+    gone = Step(Record([]), [], gone=[".abcb"])
+    frames = [base(), step("a"), Stored([".abca"]), step("b"), gone, Stored([], [".abca"])]
     for frame in frames[1:]:
         assert not isinstance(frame, Base)
         file.append(frame)
