@@ -237,8 +237,8 @@ reader, writer = ctx.Pipe(duplex=False)
 queue = ctx.Queue()
 sock = socket.socket()
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
-os.setuid(65534)
-outgoing.PATIENCE = 0.3
+os.setuid(200_000 + os.getpid())  # of descriptors in flight a user has one count
+outgoing.patiently.__defaults__ = (0.3,)
 for send, receive in ((writer.send, reader.recv), (queue.put, queue.get)):
     sent = 0
     try:
@@ -253,7 +253,7 @@ for send, receive in ((writer.send, reader.recv), (queue.put, queue.get)):
             arrived.close()
     send("goes on")
     assert receive() == "goes on"
-outgoing.PATIENCE = 20
+outgoing.patiently.__defaults__ = (20.0,)
 def read():
     time.sleep(0.2)
     for _ in range(100):
