@@ -350,6 +350,89 @@ def test_an_asynchronous_watch_gives_it_up_too(
     anyio.run(main, backend=backend)
 
 
+def silent_to_a_wait() -> Callable[[socket.socket], None]:
+    """A server that answers nothing from a wait on, on its first connection; then one that does."""
+
+    def fall_silent(connection: socket.socket) -> None:
+        waits = False
+        for id, request in requests(connection):
+            waits = waits or type(request) is m.Wait
+            if not waits:
+                connection.sendall(frame(WELCOME if type(request) is m.Hello else m.Done(), id))
+
+    behave = iter((fall_silent, answering(m.Registered("x", 7))))
+    return lambda connection: next(behave)(connection)
+
+
+def registered_late(connection: socket.socket) -> None:
+    """A server where a name is registered when it was asked twice whether it is there."""
+    waits, asked = 0, 0
+    for id, request in requests(connection):
+        if type(request) is m.Hello:
+            connection.sendall(frame(WELCOME))
+        elif type(request) is m.Wait:
+            waits = id
+        else:
+            asked += bool(waits)
+            connection.sendall(frame(m.Done(), id))
+            if asked == 2:
+                connection.sendall(frame(m.Registered("x", 7), waits))
+
+
+WAITED_FOR = pytest.mark.parametrize(
+    "behave", [silent_to_a_wait, lambda: registered_late], ids=["silent", "late"]
+)
+WAITS = pytest.mark.parametrize("timeout", [None, 3600])
+
+
+@WAITS
+@WAITED_FOR
+def test_a_wait_gives_up_a_connection_without_answers(
+    stranger: Callable[..., Stranger], behave: Callable[[], Any], timeout: float | None
+) -> None:
+    """It may last for ever, so it would never notice."""
+    with Client(stranger(behave()).address, timeout=0.4) as client:
+        assert client.wait("x", timeout=timeout).generation == 7
+
+
+@WAITS
+def test_a_wait_gives_up_a_server_that_never_said_anything(
+    stranger: Callable[..., Stranger], timeout: float | None
+) -> None:
+    """Who has not said whether it has the key is asked nothing else."""
+    sent: list[Any] = []
+
+    def silent(connection: socket.socket) -> None:
+        sent.extend(request for _, request in requests(connection))
+
+    behave = iter((silent, say(frame(WELCOME))))
+    address = stranger(lambda connection: next(behave)(connection)).address
+    with (
+        Client(address, authkey=b"k" * 32, timeout=0.3) as client,
+        pytest.raises(AuthenticationFailed),
+    ):
+        client.wait("x", timeout=timeout)
+    assert [type(request) for request in sent] == [m.Hello]
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+@WAITS
+@WAITED_FOR
+def test_an_asynchronous_wait_gives_it_up_too(
+    stranger: Callable[..., Stranger],
+    backend: str,
+    behave: Callable[[], Any],
+    timeout: float | None,
+) -> None:
+    address = stranger(behave()).address
+
+    async def main() -> None:
+        async with fdshare.aio.connect(address, timeout=0.4) as client:
+            assert (await client.wait("x", timeout=timeout)).generation == 7
+
+    anyio.run(main, backend=backend)
+
+
 GARBAGE = {
     "http": b"HTTP/1.1 400 Bad Request\r\n\r\n",
     "zeros": bytes(64),

@@ -326,12 +326,16 @@ class Pipeline:
         return "it closed the connection"
 
     async def _look_after(self, transport: Transport, timeout: float) -> None:
-        """Asks a server that has said nothing to a watch for long whether it is there: see
-        `exchange`. Until cancelled."""
+        """Asks a server that has said nothing for long to what may wait longer, a watch or a
+        request that waits for a name, whether it is there: see `ask`. Until cancelled."""
         while True:
-            await anyio.sleep(timeout)
-            watched = any(isinstance(pending, Subscription) for pending in self._pending.values())
-            if watched and transport.heard_at < time.monotonic() - timeout:
+            silent = time.monotonic() - transport.heard_at
+            await anyio.sleep(timeout - silent if silent < timeout else timeout)
+            patient = any(
+                isinstance(pending, Subscription) or pending.exchange.wait != 0
+                for pending in self._pending.values()
+            )
+            if patient and transport.heard_at < time.monotonic() - timeout:
                 with suppress(FdshareError):
                     await self.exchange(Exchange(m.Ping()))
 

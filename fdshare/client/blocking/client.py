@@ -555,7 +555,7 @@ class Client(BaseClient):
     def _new_connection(self) -> BlockingConnection:
         if self._closed:
             raise ClosedDescriptor("the client is closed")
-        connection = BlockingConnection(self._dialer, self._authkey)
+        connection = BlockingConnection(self._dialer, self._authkey, self.timeout)
         self._connections.add(connection)
         return connection
 

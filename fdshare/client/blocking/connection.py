@@ -36,11 +36,15 @@ class ConnectionLost(Exception):
 
 
 class BlockingConnection:
-    """One connection to the server, and the conversation that outlives it. For one caller."""
+    """One connection to the server, and the conversation that outlives it. For one caller.
 
-    def __init__(self, dialer: Dialer, authkey: bytes | None) -> None:
+    *patience*: seconds that the server may say nothing, None for ever.
+    """
+
+    def __init__(self, dialer: Dialer, authkey: bytes | None, patience: float | None) -> None:
         self._dialer = dialer
         self._authkey = authkey
+        self._patience = patience
         self._sock: socket.socket | None = None
         self._greeting = b""
         self._conversation = Conversation(authkey)
@@ -319,13 +323,39 @@ class BlockingConnection:
                 count, descriptors, lost = receive_into(sock, self._buffer)
                 break
             except BlockingIOError:  # SO_RCVTIMEO has passed
-                if not wait_readable(sock, deadline):
-                    raise ServerTimeout(self._dialer.address, 0.0) from None
+                self._wait(sock, deadline)
             except ConnectionResetError as error:
                 raise ConnectionLost(str(error)) from None
         if not count:
             raise ConnectionLost("it closed the connection")
         return self._view[:count], descriptors, lost
+
+    def _wait(self, sock: socket.socket, deadline: float | None) -> None:
+        """Returns when there is something to read.
+
+        A server that has said nothing for long is asked whether it is there: one that was killed
+        can hang in its end, and never close the connection. Raises: ServerTimeout; ConnectionLost:
+        it does not answer that either.
+        """
+        due = self._due(deadline)
+        if wait_readable(sock, due):
+            return
+        if due != deadline and self._conversation.welcome is not None:
+            due = self._due(deadline)
+            ping = self._conversation.frame(self._conversation.next_id(), m.Ping(), 0)
+            self._write(sock, ping, (), due)
+            if wait_readable(sock, due):
+                return
+        if due != deadline:
+            raise ConnectionLost("it says nothing")
+        raise ServerTimeout(self._dialer.address, 0.0) from None
+
+    def _due(self, deadline: float | None) -> float | None:
+        """When the server must have said something, at the latest at *deadline*."""
+        if self._patience is None:
+            return deadline
+        due = time.monotonic() + self._patience
+        return due if deadline is None else min(due, deadline)
 
 
 def _belongs(answer: Answer, id: int) -> bool:

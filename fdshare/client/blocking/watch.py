@@ -34,7 +34,7 @@ class Watcher:
         self.timeout = timeout
         self._client = client
         self._state = WatchState(pattern)
-        self._connection = BlockingConnection(client._dialer, client._authkey)
+        self._connection = BlockingConnection(client._dialer, client._authkey, client.timeout)
         self._request = Exchange(m.Watch(pattern))
         self._asked = 0  # which connection has our request
         self._heard_at = 0.0  # when something came last
