@@ -99,7 +99,6 @@ class Subscription:
         self.sent = False
         self.abandoned = False
         self.error: BaseException | None = None
-        self.orphaned = False  # its owner was dropped without closing it
         self._ready: anyio.Event | None = None
 
     async def ready(self) -> None:

@@ -16,6 +16,7 @@ import copy
 import socket
 import sys
 import time
+from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from threading import get_ident
@@ -73,6 +74,8 @@ class Pipeline:
         self._conversation = Conversation(authkey)
         self._pending: dict[int, Pending] = {}
         self._watchers: Subscriptions[Subscription] = Subscriptions()
+        # Whose owner was dropped without closing it, perhaps in another thread.
+        self.dropped: deque[Subscription] = deque()
         self._transport: Transport | None = None
         self._open = True
         self._work = anyio.Event()
@@ -92,6 +95,7 @@ class Pipeline:
         """The whole answer, and the server that gave it. Without *search* a server that is lost is
         not looked for. Raises: as `exchange`."""
         self._check_home()
+        self._unsubscribe_dropped()
         delay = exchange.deadline(0.0, self._timeout)
         began = time.monotonic()
         with anyio.move_on_after(delay):
@@ -130,6 +134,7 @@ class Pipeline:
     def subscribe(self, state: WatchState) -> Subscription:
         """*state* is fed from now on, with a snapshot first. Raises: InvalidArgument."""
         self._check_home()
+        self._unsubscribe_dropped()
         subscription = Subscription(self._new_id(), state, Search(self._reconnect))
         state.lost()
         self._pending[subscription.id] = subscription
@@ -145,6 +150,10 @@ class Pipeline:
         """Ends it, at the server too."""
         if self._pending.get(subscription.id) is subscription and not subscription.abandoned:
             self._abandon(subscription)
+
+    def _unsubscribe_dropped(self) -> None:
+        while self.dropped:
+            self.unsubscribe(self.dropped.popleft())
 
     def close(self) -> None:
         """Ends `run`; every task that waits gets ClosedDescriptor."""
@@ -358,6 +367,7 @@ class Pipeline:
 
     def _dispatch(self, answers: Sequence[Answer]) -> None:
         """Gives each answer to its request. Raises: why the server closes the connection."""
+        self._unsubscribe_dropped()
         reason: FdshareError | None = None
         for answer in answers:
             reply = answer.reply
@@ -385,10 +395,7 @@ class Pipeline:
     def _publish(self, event: m.Event) -> None:
         names = (event.name, event.old) if event.old else (event.name,)
         for subscription in self._watchers.of(*names):
-            if subscription.orphaned:
-                self.unsubscribe(subscription)
-            else:
-                subscription.event(event)
+            subscription.event(event)
 
     def _overflowed(self) -> None:
         for pending in self._pending.values():

@@ -98,6 +98,5 @@ class AsyncWatcher:
         await self.close()
 
     def __del__(self) -> None:
-        # Perhaps in another thread: the pipeline notices when the next event comes.
-        if self._subscription is not None:
-            self._subscription.orphaned = True
+        if self._pipeline is not None and self._subscription is not None:
+            self._pipeline.dropped.append(self._subscription)
