@@ -26,6 +26,8 @@ T = TypeVar("T")
 
 _DETACHED: Final[list[int]] = []  # Descriptor._number of those that are detached
 
+_LARGEST: Final = 2**31 - 1  # a number is an int of C
+
 _DUPLICATE: Final = (fcntl.F_DUPFD_CLOEXEC,)
 _LOWEST: Final = (0,)
 
@@ -42,15 +44,15 @@ def borrow(obj: HasFileno | int) -> int:
     """The descriptor number of *obj*, without taking it over. *obj* must outlive the use.
 
     Raises:
-        ClosedDescriptor: *obj* is closed, or a negative number.
-        UnsupportedKind: *obj* has no `fileno()`.
+        ClosedDescriptor: *obj* is closed, or a number that no descriptor can have.
+        UnsupportedKind: *obj* has no `fileno()`, or one that returns no number.
 
     >>> with open(os.devnull) as file:
     ...     borrow(file) == file.fileno()
     True
     """
     if isinstance(obj, int):
-        if isinstance(obj, bool) or obj < 0:
+        if isinstance(obj, bool) or not 0 <= obj <= _LARGEST:
             raise ClosedDescriptor(f"{obj!r} is not a descriptor")
         return obj
     try:
@@ -63,8 +65,12 @@ def borrow(obj: HasFileno | int) -> int:
         raise
     except (ValueError, OSError) as error:  # "I/O operation on closed file", "handle is closed"
         raise ClosedDescriptor(f"{type(obj).__qualname__}: {error}") from None
+    if not isinstance(fd, int):
+        raise UnsupportedKind(type(obj).__qualname__, f"its fileno() returns {fd!r}")
     if fd < 0:  # what a closed socket answers
         raise ClosedDescriptor(f"the {type(obj).__qualname__} is closed")
+    if fd > _LARGEST:
+        raise ClosedDescriptor(f"{fd} is not a descriptor")
     return fd
 
 

@@ -265,6 +265,8 @@ def test_refusals_of_a_registration(run: Runner, sock: socket.socket) -> None:
             await client.register("x", object())
         with pytest.raises(ClosedDescriptor):
             await client.register("x", -1)
+        with pytest.raises(ClosedDescriptor):
+            await client.register("x", 2**31)
         assert await client.names() == ["web"]
 
     run(body)

@@ -253,10 +253,21 @@ def _closed_file() -> object:
     return file
 
 
+class _Claims:
+    """Something that says that it has that descriptor."""
+
+    def __init__(self, fd: object) -> None:
+        self.fileno = lambda: fd
+
+
 @pytest.mark.parametrize(
     ("thing", "error"),
     [
         (-1, ClosedDescriptor),
+        (2**31, ClosedDescriptor),
+        (_Claims(2**31), ClosedDescriptor),
+        (_Claims(None), UnsupportedKind),
+        (_Claims(3.0), UnsupportedKind),
         (True, ClosedDescriptor),
         (_closed_socket(), ClosedDescriptor),
         (_closed_file(), ClosedDescriptor),
@@ -264,11 +275,28 @@ def _closed_file() -> object:
         (None, UnsupportedKind),
         (io.BytesIO(), UnsupportedKind),
     ],
-    ids=["negative", "bool", "socket", "file", "text", "none", "memory"],
+    ids=[
+        "negative",
+        "large",
+        "large-fileno",
+        "none-fileno",
+        "float-fileno",
+        "bool",
+        "socket",
+        "file",
+        "text",
+        "none",
+        "memory",
+    ],
 )
 def test_borrow_refuses(thing: object, error: type[Exception]) -> None:
-    with pytest.raises(error):
-        borrow(thing)  # type: ignore[arg-type]
+    for call in (borrow, Descriptor.dup_of):
+        with pytest.raises(error):
+            call(thing)  # type: ignore[arg-type]
+
+
+def test_the_largest_number_may_be_open() -> None:
+    assert borrow(2**31 - 1) == 2**31 - 1
 
 
 def test_the_number_0_is_one_like_any_other() -> None:

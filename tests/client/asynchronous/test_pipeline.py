@@ -431,8 +431,9 @@ def test_changes_go_on_over_the_death_of_a_server(pipe: int, backend: str) -> No
 
 
 @BACKENDS
-def test_what_cannot_be_encoded_concerns_nobody_else(folder: Path, null: int, backend: str) -> None:
-    """Asked while there is no connection, it failed all that waited for the next one."""
+def test_what_cannot_be_sent_concerns_nobody_else(folder: Path, null: int, backend: str) -> None:
+    """Asked while there is no connection, it failed all that waited for the next one, or ended the
+    client."""
 
     async def main() -> None:
         path = folder / "x.sock"
@@ -448,6 +449,8 @@ def test_what_cannot_be_encoded_concerns_nobody_else(folder: Path, null: int, ba
                 with pytest.raises(InvalidName):
                     async for _ in mine.watch("\ud800"):
                         pass
+                with pytest.raises(ClosedDescriptor):
+                    await mine.register("large", 2**31)
                 with Manager(path, keeper=False):
                     await mine.ping()
 
