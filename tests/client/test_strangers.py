@@ -19,6 +19,7 @@ import msgspec
 import pytest
 
 import fdshare.aio
+import fdshare.client.asynchronous.pipeline
 import fdshare.client.blocking.client
 from fdshare.client.blocking.client import Client
 from fdshare.errors import (
@@ -429,6 +430,22 @@ def test_an_asynchronous_wait_gives_it_up_too(
     async def main() -> None:
         async with fdshare.aio.connect(address, timeout=0.4) as client:
             assert (await client.wait("x", timeout=timeout)).generation == 7
+
+    anyio.run(main, backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_a_server_that_ends_each_connection_at_once_for_long(
+    stranger: Callable[..., Stranger], monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    """The pause was a power of two: OverflowError, after three minutes."""
+    monkeypatch.setattr(fdshare.client.asynchronous.pipeline, "_FIRST_PAUSE", 0.0)
+    behave = iter((*[hang_up] * 1100, answering(m.Done())))
+    address = stranger(lambda connection: next(behave)(connection)).address
+
+    async def main() -> None:
+        async with fdshare.aio.connect(address, timeout=None, reconnect=60) as client:
+            await client.ping()
 
     anyio.run(main, backend=backend)
 

@@ -238,7 +238,7 @@ class Pipeline:
         """Has a connection while any request waits; until `close`."""
         try:
             with self._scope:
-                losses = 0
+                pause = 0.0
                 while True:
                     if not self._pending:
                         self._work = anyio.Event()
@@ -246,9 +246,11 @@ class Pipeline:
                     began = time.monotonic()
                     await self._connection()
                     brief = time.monotonic() < began + _LONGEST_PAUSE
-                    losses = losses + 1 if self._pending and brief else 0
-                    if losses > 1:  # perhaps the server dies of our request: do not spin
-                        await anyio.sleep(min(_FIRST_PAUSE * 2**losses, _LONGEST_PAUSE))
+                    if self._pending and brief:  # perhaps it dies of our request: do not spin
+                        await anyio.sleep(pause)
+                        pause = min(pause * 2, _LONGEST_PAUSE) or _FIRST_PAUSE
+                    else:
+                        pause = 0.0
         finally:
             self.close()
 
