@@ -26,6 +26,8 @@ async def wait_for(lease: LeaseEnd) -> None:
     try:
         with anyio.move_on_after(LEASE_END, shield=True):
             await anyio.wait_readable(lease.sock)
+    except (OSError, RuntimeError):
+        pass  # the event loop cannot watch one more: the entry is taken
     except anyio.get_cancelled_exc_class() as error:  # of Task.cancel(), which knows no shield
         if task is not None:
             _cancel_where_it_waits_next(task, before, error)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import types
 from collections.abc import AsyncIterator, Callable, Coroutine, Generator
 from contextlib import asynccontextmanager
 from typing import Any, TypeAlias
 
+import anyio
 import pytest
 
 import fdshare
@@ -156,3 +158,37 @@ def test_a_timeout_around_more_than_the_take(server: Any, client: Client, pipe: 
             await mine.ping()
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.ENOSPC, "max_user_watches"), RuntimeError("can't start new thread")],
+    ids=["os", "thread"],
+)
+def test_what_was_taken_is_returned_where_the_end_cannot_be_waited_for(
+    server: Any,
+    client: Client,
+    pipe: int,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    backend: str,
+) -> None:
+    """It was lost: the entry was gone, and the call raised what epoll_ctl(2) did."""
+    client.register("held", pipe)
+
+    async def main() -> None:
+        async with fdshare.aio.connect(server.address) as mine:
+            connection = mine._pipeline._transport.sock
+
+            async def wait_readable(sock: Any) -> None:
+                if sock is not connection:
+                    raise error
+                await watch(sock)
+
+            watch = anyio.wait_readable
+            monkeypatch.setattr(anyio, "wait_readable", wait_readable)
+            (await mine.take("held")).close()
+            assert await mine.names() == []
+
+    anyio.run(main, backend=backend)
