@@ -17,6 +17,7 @@ from fdshare.client.blocking.client import Client
 from fdshare.client.blocking.follow import Follower
 from fdshare.client.default_path import default_path
 from fdshare.errors import ForeignHost
+from fdshare.kernel.descriptor_limit import descriptor_limit, is_descriptor_limit
 from fdshare.protocol.names import check_name
 
 __all__ = ["Ref", "ref"]
@@ -38,7 +39,8 @@ class Ref:
         """Raises ForeignHost unless this is the machine, and the boot, that it was made on.
 
         Containers of one machine share its kernel and may share a server, so their host names do
-        not matter; where there is no boot id (outside Linux) nothing else does.
+        not matter; where there is no boot id (outside Linux) nothing else does. Raises also:
+        DescriptorLimit: none is free to look which machine this is.
         """
         host, boot_id = _here()
         if self.boot_id != boot_id or (not boot_id and self.host != host):
@@ -99,7 +101,7 @@ def ref(name: str, path: str | os.PathLike[str] | None = None) -> Ref:
     """A reference to what is, or will be, registered under *name* at the server on *path*.
 
     *path* as for `connect`; the default is looked up now, and is part of the reference. The server
-    is not asked. Raises: InvalidName.
+    is not asked. Raises: InvalidName; DescriptorLimit: none is free to look which machine this is.
 
     >>> with fdshare.Manager() as manager, open(os.devnull) as file:
     ...     _ = manager.register("null", file)
@@ -120,11 +122,16 @@ def _fetch(ref: Ref) -> Any:
 
 
 def _here() -> tuple[str, str]:
-    """(host name, boot id) of this machine; the second is empty where the kernel has none."""
+    """(host name, boot id) of this machine; the second is empty where the kernel has none.
+
+    Raises: DescriptorLimit.
+    """
     try:
         with open(_BOOT_ID, encoding="ascii") as file:
             boot_id = file.read().strip()
-    except OSError:
+    except OSError as error:
+        if is_descriptor_limit(error):
+            raise descriptor_limit(error.errno, "client") from None
         boot_id = ""
     return socket.gethostname(), boot_id
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import pickle
+import resource
 import socket
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import pytest
 
 import fdshare
 from fdshare.client.blocking.client import Client
-from fdshare.errors import ForeignHost, InvalidName, NameNotFound, NoServer
+from fdshare.errors import DescriptorLimit, ForeignHost, InvalidName, NameNotFound, NoServer
 
 
 @pytest.fixture
@@ -93,6 +94,24 @@ def test_on_another_machine_it_says_so(
     assert socket.gethostname() in refused.value.here
     with pytest.raises(ForeignHost):
         pickle.loads(pickle.dumps(reference.as_object()))
+
+
+def test_at_the_descriptor_limit_it_names_it(folder: Path) -> None:
+    """A reference that was made there was of another machine everywhere, and one that was used
+    there, too."""
+    reference = fdshare.ref("x", folder / "s")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.dup(0)
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
+    try:
+        with pytest.raises(DescriptorLimit):
+            fdshare.ref("x", folder / "s")
+        with pytest.raises(DescriptorLimit):
+            reference.check()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    reference.check()
 
 
 def test_the_path_is_decided_where_it_is_made(
