@@ -7,8 +7,9 @@ for itself only the events that match its pattern and come after its snapshot::
     lost() ──> waiting for a snapshot ──(last part)──> live ──(Overflowed)──> waiting ...
 
 While it waits it ignores events, because the snapshot has their effect. Items that nobody draws are
-kept up to a bound; beyond it they are all folded into one snapshot, as if the watch began now. So
-history may be shortened, but the state always converges.
+kept up to a bound; beyond it they are all folded into one snapshot, as if the watch began now, or
+as after a reconnect if one of them was. So history may be shortened, but the state always
+converges.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ _KEPT: Final = 4096
 _THERE: Final = frozenset(("registered", "replaced", "returned"))
 
 
+Reason: TypeAlias = Literal["start", "overflow", "reconnect"]
+
+
 class Snapshot(msgspec.Struct, frozen=True):
     """All that is registered at *serial*: name -> generation.
 
@@ -37,7 +41,7 @@ class Snapshot(msgspec.Struct, frozen=True):
 
     entries: dict[str, int]
     serial: int
-    reason: Literal["start", "overflow", "reconnect"]
+    reason: Reason
     event: ClassVar[Literal["snapshot"]] = "snapshot"
 
 
@@ -52,7 +56,7 @@ class WatchState:
         self.held: dict[str, int] = {}
         self.live = False
         self._matches = matcher(pattern)
-        self._reason: Literal["start", "overflow", "reconnect"] = "start"
+        self._reason: Reason = "start"
         self._serial = 0
         self._parts: dict[str, int] = {}
         self._queue: deque[WatchItem] = deque()
@@ -61,7 +65,7 @@ class WatchState:
 
     def lost(self) -> None:
         """The connection ended: on the next one a snapshot comes first."""
-        if self.live:
+        if self.live or self._reason == "overflow":
             self._reason = "reconnect"
         self.live = False
         self._parts = {}
@@ -109,10 +113,13 @@ class WatchState:
         self._queue.append(change)
         if len(self._queue) > _KEPT:
             table = dict(self.held)
+            reason: Reason = "overflow"
             for kept in self._queue:
                 table = _applied(table, kept)
+                if type(kept) is Snapshot and kept.reason == "reconnect":
+                    reason = "reconnect"
             self._queue.clear()
-            self._queue.append(Snapshot(table, change.serial, "overflow"))
+            self._queue.append(Snapshot(table, change.serial, reason))
 
 
 def _applied(table: dict[str, int], change: WatchItem) -> dict[str, int]:

@@ -132,3 +132,27 @@ def test_what_is_not_drawn_is_folded(extra: int) -> None:
     while watching.draw() is not None:
         pass
     assert len(watching.held) == module._KEPT + extra
+
+
+def test_a_server_that_was_lost_is_told_of_though_it_is_folded() -> None:
+    """Its successor may have serials of its own."""
+    watching = WatchState("*")
+    watching.snapshot(m.SnapshotPart(0, {}))
+    assert watching.draw() is not None
+    watching.lost()
+    watching.snapshot(m.SnapshotPart(7, {}))
+    for serial in range(8, 2 * module._KEPT + 9):  # folded twice
+        watching.event(m.Event(serial, "registered", "x", serial))
+    snapshot = watching.draw()
+    assert isinstance(snapshot, Snapshot)
+    assert snapshot.reason == "reconnect"
+
+
+def test_a_server_that_was_lost_after_an_overflow_is_told_of() -> None:
+    watching = WatchState("*")
+    watching.snapshot(m.SnapshotPart(1, {}))
+    watching.overflowed()
+    watching.lost()
+    watching.snapshot(m.SnapshotPart(1, {}))
+    reasons = [snapshot.reason for snapshot in watching._queue if isinstance(snapshot, Snapshot)]
+    assert reasons == ["start", "reconnect"]
