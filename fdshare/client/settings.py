@@ -7,7 +7,7 @@ import socket
 import sys
 import time
 import weakref
-from _thread import allocate_lock  # threading imports more, and adds nothing to it
+from _thread import RLock  # threading imports more, and adds nothing to it
 from collections.abc import Collection
 from typing import Any
 
@@ -162,7 +162,7 @@ class Lifeline:
     """
 
     def __init__(self) -> None:
-        self._lock = allocate_lock()
+        self._lock = RLock()  # a signal's handler may close it during a call of ours
         self._ends: tuple[socket.socket, socket.socket] | None = None
         self._closed = False
         _lifelines.add(self)
@@ -173,16 +173,19 @@ class Lifeline:
         Raises: ClosedDescriptor; DescriptorLimit.
         """
         with self._lock:
-            if self._closed:
-                raise ClosedDescriptor("the client is closed")
-            if self._ends is None:
+            if self._ends is None and not self._closed:
                 try:
                     self._ends = stream_pair()
                 except OSError as error:
                     if not is_descriptor_limit(error):
                         raise
                     raise descriptor_limit(error.errno, "client") from None
-            return self._ends[1].fileno()
+            if self._closed:  # perhaps since it was made
+                self._close_ends()
+            ends = self._ends
+            if ends is None:
+                raise ClosedDescriptor("the client is closed")
+            return ends[1].fileno()
 
     def hand_over(self) -> socket.socket:
         """Our end, for entries that are registered: they live as long as it is open, and it hangs
@@ -207,7 +210,7 @@ class Lifeline:
             end.close()
 
     def _after_fork(self) -> None:
-        self._lock = allocate_lock()  # another thread of the parent may have held it
+        self._lock = RLock()  # another thread of the parent may have held it
         self._close_ends()
 
 

@@ -5,8 +5,12 @@ from __future__ import annotations
 import multiprocessing.context
 import os
 import pickle
+import signal
 import socket
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -14,6 +18,7 @@ import pytest
 from fdshare.client.settings import BaseClient, Dialer, Lifeline, Search
 from fdshare.errors import ClosedDescriptor, InvalidArgument, NoServer, UntrustedServer
 from fdshare.kernel.endpoint import listen
+from fdshare.kernel.plain_socket import stream_pair
 
 
 def test_it_travels_as_its_settings() -> None:
@@ -114,6 +119,28 @@ def test_the_end_of_a_lifeline_is_seen_at_the_other_end() -> None:
     lifeline.close()
     with pytest.raises(ClosedDescriptor):
         lifeline.end()
+
+
+@pytest.mark.parametrize("event", ["call", "return"])
+def test_a_signal_handler_may_close_it_while_it_is_made(event: str) -> None:
+    """Its thread waited for itself, for ever; and nothing was there to be closed."""
+
+    def at(frame: FrameType, what: str, _: object) -> Callable[..., Any]:
+        if frame.f_code is stream_pair.__code__ and what == event:
+            sys.settrace(None)
+            signal.raise_signal(signal.SIGUSR1)
+        return at
+
+    lifeline, traced = Lifeline(), sys.gettrace()
+    before = signal.signal(signal.SIGUSR1, lambda *_: lifeline.close())
+    sys.settrace(at)
+    try:
+        with pytest.raises(ClosedDescriptor):
+            lifeline.end()
+    finally:
+        sys.settrace(traced)
+        signal.signal(signal.SIGUSR1, before)
+    assert lifeline._ends is None
 
 
 def test_a_forked_child_holds_no_end_of_it() -> None:
