@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from typing import Protocol
+from typing import Final, Protocol
 
 import anyio
+import anyio.lowlevel
 
 from fdshare.client.conversation import Answer, Exchange, WholeAnswer
 from fdshare.client.settings import Search
@@ -14,7 +15,11 @@ from fdshare.kernel.ancillary import close_all
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.protocol import messages as m
 
-__all__ = ["Pending", "PendingRequest", "Subscription", "discard"]
+__all__ = ["Pending", "PendingRequest", "Subscription", "catch_up", "discard"]
+
+# Of an event loop that stood still, until a task has read what came meanwhile: the loop looks at
+# its sockets, perhaps later than at the time, and then the task runs, perhaps last of all.
+_TURNS: Final = 3
 
 
 class Pending(Protocol):
@@ -134,6 +139,15 @@ class Subscription:
     def fail(self, error: BaseException) -> None:
         self.error = error
         self.notify()
+
+
+async def catch_up() -> None:
+    """Lets the task that reads go on, before one gives up whose time is over.
+
+    If the event loop stood still for so long, the answer may be there, and nobody has seen it.
+    """
+    for _ in range(_TURNS):
+        await anyio.lowlevel.checkpoint()
 
 
 def discard(descriptors: list[Descriptor]) -> None:

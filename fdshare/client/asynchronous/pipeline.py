@@ -13,6 +13,7 @@ answer are closed here; so a take is undone, because nobody confirms it.
 from __future__ import annotations
 
 import copy
+import math
 import socket
 import sys
 import time
@@ -24,7 +25,13 @@ from typing import Final
 
 import anyio
 
-from fdshare.client.asynchronous.pending import Pending, PendingRequest, Subscription, discard
+from fdshare.client.asynchronous.pending import (
+    Pending,
+    PendingRequest,
+    Subscription,
+    catch_up,
+    discard,
+)
 from fdshare.client.asynchronous.transport import Transport
 from fdshare.client.conversation import Answer, Conversation, Exchange, WholeAnswer
 from fdshare.client.settings import Dialer, Search
@@ -98,13 +105,11 @@ class Pipeline:
         self._unsubscribe_dropped()
         delay = exchange.deadline(0.0, self._timeout)
         began = time.monotonic()
-        with anyio.move_on_after(delay):
-            if type(exchange.request) in _CHANGES:
-                await self._changes.acquire()  # released by `_end`
-                if not self._open:
-                    self._changes.release()  # for the next one, to notice it as well
-            call = await self._answered(exchange, self._reconnect if search else 0.0)
-            return call.parts.finish(), call.server
+        due = math.inf if delay is None else anyio.current_time() + delay
+        if type(exchange.request) not in _CHANGES or await self._may_change(due):
+            call = await self._answered(exchange, self._reconnect if search else 0.0, due)
+            if call is not None:
+                return call.parts.finish(), call.server
         if self._transport is not None and self._transport.heard_at < began:
             # Nobody may ever answer on it, nor close it: a server that was killed can hang in its
             # end. What others ask for, and the watches, are sent again on another one.
@@ -118,15 +123,33 @@ class Pipeline:
             return False
         return (welcome.pid, welcome.epoch) == (server.pid, server.epoch)
 
-    async def _answered(self, exchange: Exchange, reconnect: float) -> PendingRequest:
+    async def _may_change(self, due: float) -> bool:
+        """Waits until one more change may be under way, which `_end` counts off; False when it is
+        *due*."""
+        with anyio.CancelScope(deadline=due) as scope:
+            await self._changes.acquire()
+            if not self._open:
+                self._changes.release()  # for the next one, to notice it as well
+        return not scope.cancelled_caught
+
+    async def _answered(
+        self, exchange: Exchange, reconnect: float, due: float
+    ) -> PendingRequest | None:
+        """The request with its answer; None where there is none when it is *due*."""
         call = PendingRequest(self._new_id(), exchange, Search(reconnect))
         self._pending[call.id] = call
         try:
             self._send(call)
-            await call.done.wait()
+            with anyio.CancelScope(deadline=due):
+                await call.done.wait()
+            if not call.done.is_set():
+                await catch_up()
         except BaseException:
             self._abandon(call)
             raise
+        if not call.done.is_set():
+            self._abandon(call)
+            return None
         if call.error is not None:
             raise call.error
         return call

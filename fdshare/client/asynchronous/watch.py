@@ -8,7 +8,7 @@ from typing import Self
 import anyio
 import anyio.lowlevel
 
-from fdshare.client.asynchronous.pending import Subscription
+from fdshare.client.asynchronous.pending import Subscription, catch_up
 from fdshare.client.asynchronous.pipeline import Pipeline
 from fdshare.client.settings import BaseClient
 from fdshare.client.watch_state import WatchItem, WatchState
@@ -75,10 +75,12 @@ class AsyncWatcher:
         patience = None if self._state.live else self._client.timeout
         with anyio.move_on_after(patience) as scope:
             await subscription.ready()
+        if scope.cancelled_caught:
+            await catch_up()
         if subscription.error is not None:
             self._subscription = None  # the next try is a new one
             raise subscription.error
-        if scope.cancelled_caught:
+        if scope.cancelled_caught and not self._state.live:
             raise ServerTimeout(self._client.address, patience or 0.0)
 
     async def close(self) -> None:

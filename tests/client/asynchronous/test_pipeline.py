@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import select
 import types
 from collections.abc import Callable, Coroutine, Generator
 from pathlib import Path
@@ -453,6 +454,32 @@ def test_what_cannot_be_sent_concerns_nobody_else(folder: Path, null: int, backe
                     await mine.register("large", 2**31)
                 with Manager(path, keeper=False):
                     await mine.ping()
+
+    anyio.run(main, backend=backend)
+
+
+@BACKENDS
+@pytest.mark.parametrize("verb", ["names", "watch"])
+def test_an_answer_that_came_while_the_event_loop_stood_still(
+    server: Any, verb: str, backend: str
+) -> None:
+    """It stood still for longer than the server may take: the server did not."""
+
+    async def main() -> None:
+        async with fdshare.aio.connect(server.address) as mine:
+            connection = mine._pipeline._transport.sock
+
+            def stand_still() -> None:
+                assert select.select([connection], [], [], 20)[0]  # the answer is there
+                select.select([], [], [], 2 * timeout)
+
+            timeout = mine.timeout = mine._pipeline._timeout = 0.05
+            if verb == "names":
+                assert await interrupted(mine.names(), 0, stand_still, False) == ([], True)
+            else:
+                first, _ = await interrupted(mine.watch().__anext__(), 1, stand_still, False)
+                assert first.reason == "start"
+            assert mine._pipeline._transport.sock is connection
 
     anyio.run(main, backend=backend)
 
