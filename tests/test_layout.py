@@ -32,6 +32,7 @@ ACROSS = {
     "mp/test_default_timeout.py": "every channel in a program with a default timeout",
     "mp/test_facts.py": "what the stock classes do, which ours answer",
     "mp/test_failures.py": "every channel at its limits, and with peers that die",
+    "mp/test_forks.py": "every channel of which a thread forks while another is in a message",
     "mp/test_interrupts.py": "a handler between any two instructions of every channel",
     "mp/test_matrix.py": "every channel with every start method, of both packages",
     "server/test_audit.py": "the audit log, from the verb to the line",

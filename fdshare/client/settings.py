@@ -6,7 +6,6 @@ import os
 import socket
 import sys
 import time
-import weakref
 from _thread import RLock  # threading imports more, and adds nothing to it
 from collections.abc import Collection
 from typing import Any
@@ -20,6 +19,7 @@ from fdshare.errors import (
     NoServer,
     UntrustedServer,
 )
+from fdshare.kernel.at_fork import forget_after_fork
 from fdshare.kernel.credentials import is_overflow_uid, peer_credentials
 from fdshare.kernel.descriptor_limit import descriptor_limit, is_descriptor_limit
 from fdshare.kernel.endpoint import connect as connect_socket
@@ -165,7 +165,7 @@ class Lifeline:
         self._lock = RLock()  # a signal's handler may close it during a call of ours
         self._ends: tuple[socket.socket, socket.socket] | None = None
         self._closed = False
-        _lifelines.add(self)
+        forget_after_fork(self)
 
     def end(self) -> int:
         """The number of the server's end, made at the first call; still owned by this object.
@@ -212,17 +212,6 @@ class Lifeline:
     def _after_fork(self) -> None:
         self._lock = RLock()  # another thread of the parent may have held it
         self._close_ends()
-
-
-_lifelines: weakref.WeakSet[Lifeline] = weakref.WeakSet()
-
-
-def _after_fork_in_child() -> None:
-    for lifeline in list(_lifelines):
-        lifeline._after_fork()
-
-
-os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 def _spawning() -> bool:

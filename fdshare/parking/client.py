@@ -18,7 +18,6 @@ import struct
 import subprocess
 import sys
 import time
-import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Final, ParamSpec, TypeVar
@@ -35,6 +34,7 @@ from fdshare.errors import (
 )
 from fdshare.kernel import system
 from fdshare.kernel.ancillary import MAX_DESCRIPTORS, peek_descriptors, send_message
+from fdshare.kernel.at_fork import forget_after_fork
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.kernel.descriptor_limit import as_limit, is_descriptor_limit
 from fdshare.kernel.finaliser import finaliser
@@ -123,7 +123,7 @@ class PrivateServer:
     def __init__(self, address: str) -> None:
         self.address = address
         self._renew()
-        _servers.add(self)
+        forget_after_fork(self)
 
     def _renew(self) -> list[_Connection]:
         """Forgets its connections, and returns them."""
@@ -254,6 +254,10 @@ class PrivateServer:
         for connection in self._renew():
             connection.close()
 
+    def _after_fork(self) -> None:
+        """In the child: closes its copies of the parent's connections."""
+        self.close()
+
     @finaliser
     def __del__(self) -> None:
         if hasattr(self, "_unread"):
@@ -314,17 +318,6 @@ class PrivateServer:
             sock.close()
             raise
         return sock
-
-
-_servers: weakref.WeakSet[PrivateServer] = weakref.WeakSet()
-
-
-def _after_fork_in_child() -> None:
-    for server in list(_servers):
-        server.close()
-
-
-os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 # Starting it

@@ -28,6 +28,7 @@ from fdshare.client.conversation import LeaseEnd, WholeAnswer
 from fdshare.client.mapped_page import MappedPage
 from fdshare.client.settings import BaseClient, Lifeline
 from fdshare.errors import ClosedDescriptor, FdshareError, InvalidArgument
+from fdshare.kernel.at_fork import forget_after_fork
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.protocol import messages as m
 
@@ -77,7 +78,7 @@ class AsyncClient(BaseClient):
         self._lifeline = Lifeline()
         self._page = MappedPage()
         self._followers: weakref.WeakSet[AsyncFollower] = weakref.WeakSet()
-        _clients.add(self)
+        forget_after_fork(self)
 
     # The verbs.
 
@@ -332,17 +333,6 @@ class AsyncClient(BaseClient):
         if not self._closed:
             self._closed = True
             self._pipeline.drop()
-
-
-_clients: weakref.WeakSet[AsyncClient] = weakref.WeakSet()
-
-
-def _after_fork_in_child() -> None:
-    for client in list(_clients):
-        client._after_fork()
-
-
-os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 def connect(

@@ -19,6 +19,7 @@ from fdshare.client.conversation import Exchange, LeaseEnd, WholeAnswer
 from fdshare.client.mapped_page import MappedPage
 from fdshare.client.settings import BaseClient, Lifeline
 from fdshare.errors import ClosedDescriptor, FdshareError, NameNotFound, ServerTimeout
+from fdshare.kernel.at_fork import forget_after_fork
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.kernel.descriptor_limit import first_use
 from fdshare.kernel.finaliser import finaliser
@@ -59,7 +60,7 @@ class Client(BaseClient):
         self._page = MappedPage()
         self._followers: weakref.WeakSet[Follower] = weakref.WeakSet()
         self._reset()
-        _clients.add(self)
+        forget_after_fork(self)
 
     def _reset(self) -> None:
         """No connections and no watches, as when it was made."""
@@ -585,17 +586,6 @@ class Client(BaseClient):
         for watch in watches:
             watch._after_fork()
             self._watches.add(watch)
-
-
-_clients: weakref.WeakSet[Client] = weakref.WeakSet()
-
-
-def _after_fork_in_child() -> None:
-    for client in list(_clients):
-        client._after_fork()
-
-
-os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 def connect(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import threading
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from time import monotonic
@@ -14,6 +12,7 @@ from fdshare.client.conversation import Exchange, WholeAnswer
 from fdshare.client.follow_state import FollowState, Seen, check_options
 from fdshare.client.mapped_page import MappedPage
 from fdshare.errors import ClosedDescriptor, FdshareError
+from fdshare.kernel.at_fork import forget_after_fork
 from fdshare.protocol import messages as m
 
 __all__ = ["Follower"]
@@ -69,7 +68,7 @@ class Follower:
         self._due = 0.0  # the same of the state's
         self._closed = False
         self._lock = threading.RLock()  # a signal's handler may use it during a call of ours
-        _followers.add(self)
+        forget_after_fork(self)
         self._renew()
 
     @property
@@ -181,14 +180,3 @@ class Follower:
 
     def __repr__(self) -> str:
         return f"<Follower of {self.name!r}{' closed' if self._closed else ''}>"
-
-
-_followers: weakref.WeakSet[Follower] = weakref.WeakSet()
-
-
-def _after_fork_in_child() -> None:
-    for follower in list(_followers):
-        follower._after_fork()
-
-
-os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -24,8 +24,8 @@ from typing import Any, ClassVar, Protocol, TypeVar
 
 from fdshare.errors import NoTransit
 from fdshare.kernel import system
+from fdshare.kernel.at_fork import forget_after_fork
 from fdshare.kernel.plain_socket import WITHOUT_TIMEOUT, stream_pair
-from fdshare.mp.channels.at_fork import forget_after_fork
 from fdshare.mp.channels.peek_level import PeekLevel
 from fdshare.mp.channels.receiving import MessageReceiver
 from fdshare.mp.channels.sender import Sender
@@ -242,7 +242,7 @@ class ConnectionMixin(StockConnection):
         """Drops the message that was left at the limit."""
         self._open_receiver().receive_without()
 
-    def _forget(self) -> None:
+    def _after_fork(self) -> None:
         """In a forked child: what was begun to send or to receive is the parent's."""
         sender: Sender | None = vars(self).pop("_sender", None)
         if sender is not None:

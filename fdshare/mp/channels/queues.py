@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeAlias
 
 from fdshare.errors import DescriptorLimit
 from fdshare.kernel import system
-from fdshare.mp.channels.at_fork import forget_after_fork
+from fdshare.kernel.at_fork import forget_after_fork
 from fdshare.mp.channels.connection import ConnectionMixin, PipeFunction
 from fdshare.mp.channels.feeder import READER_GONE, Feeder
 from fdshare.mp.channels.peek_level import PeekLevel
@@ -334,7 +334,7 @@ class SimpleQueueMixin(StockSimpleQueue):
         self._poll = self._reader.poll
         forget_after_fork(self)
 
-    def _forget(self) -> None:
+    def _after_fork(self) -> None:
         """In a forked child: what put() has begun is the parent's, and so is the lock."""
         self._finished = None
         self._write_lock._after_fork()

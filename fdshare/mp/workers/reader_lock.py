@@ -11,9 +11,9 @@ from contextlib import suppress
 from typing import Any, Final
 
 from fdshare.kernel import system
+from fdshare.kernel.at_fork import forget_after_fork
 from fdshare.kernel.descriptor import Descriptor, Spare
 from fdshare.kernel.memfd import create_memfd
-from fdshare.mp.channels.at_fork import forget_after_fork
 
 __all__ = ["ReaderLock"]
 
@@ -58,7 +58,7 @@ class ReaderLock:
         self._own = Spare(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
         self._number = self._own.fileno()
 
-    def _forget(self) -> None:
+    def _after_fork(self) -> None:
         """In a forked child: with the parent's description it would have the parent's lock, also
         after that has died."""
         if not self._own.closed:
