@@ -28,6 +28,7 @@ from fdshare.errors import (
     NoServer,
     ServerGone,
 )
+from fdshare.kernel.borrowed_socket import import_ctypes
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.kernel.endpoint import Listener, listen
 from fdshare.kernel.plain_socket import above_standard, stream_pair
@@ -188,6 +189,7 @@ class Manager(Client):
             fresh_interpreter("fdshare.server.child", f"main({control}, {stderr})"),
             pass_fds=[control, stderr],
             stdin=subprocess.DEVNULL,
+            stdout=_standard_output(),
             stderr=subprocess.PIPE,
         )
 
@@ -217,6 +219,7 @@ class ManagedServer:
         return f"<ManagedServer {self.address}>"
 
     def __init__(self, settings: Settings) -> None:
+        import_ctypes()
         self._listener: Listener = listen(settings.path, mode=settings.mode)
         try:
             self._server = Server(self._listener.socket, settings)
@@ -293,6 +296,16 @@ def _passed() -> tuple[socket.socket, socket.socket, Descriptor]:
         stderr.close()
         raise
     return ours, theirs, stderr
+
+
+def _standard_output() -> int | None:
+    """None, which is descriptor 1; or the null device where that is closed: what the server opens
+    next would get its number."""
+    try:
+        os.fstat(1)
+    except OSError:
+        return subprocess.DEVNULL
+    return None
 
 
 def _standard_error() -> Descriptor:

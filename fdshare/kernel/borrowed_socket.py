@@ -13,24 +13,44 @@ import errno
 import os
 import socket
 import struct
+from contextlib import suppress
 from enum import IntEnum
 from typing import Any, Final, TypeAlias, overload
 
 from fdshare.kernel import system
 from fdshare.kernel.plain_socket import view_of
 
-try:
-    import ctypes
+__all__ = [
+    "AnySocket",
+    "BorrowedSocket",
+    "borrowed_socket",
+    "can_be_asked",
+    "has_connections",
+    "import_ctypes",
+]
 
-    _libc: Any = ctypes.CDLL(None, use_errno=True) if system.LINUX else None
-except (ImportError, OSError):  # this Python has none
-    _libc = None
-
-__all__ = ["AnySocket", "BorrowedSocket", "borrowed_socket", "can_be_asked", "has_connections"]
+# See `import_ctypes`. None: sockets are asked as a process asks its own.
+_ctypes: Any = None
+_libc: Any = None
 
 _INT: Final = struct.Struct("@i")
 _ADDRESS: Final = 128  # sizeof(struct sockaddr_storage)
 _TCP: Final = frozenset((socket.IPPROTO_TCP, 262))  # and IPPROTO_MPTCP, <linux/in.h>
+
+
+def import_ctypes() -> None:
+    """For a process that serves, before it does. On Linux: elsewhere the calls have other numbers.
+
+    Not at import: a process that has imported ctypes has one descriptor more, libffi's own file
+    (libffi 3.5 and newer).
+    """
+    global _ctypes, _libc
+    if _libc is not None or not system.LINUX:
+        return
+    with suppress(ImportError, OSError):  # this Python has none
+        import ctypes
+
+        _ctypes, _libc = ctypes, ctypes.CDLL(None, use_errno=True)
 
 
 class BorrowedSocket:
@@ -61,10 +81,10 @@ class BorrowedSocket:
         """An int, or with *size* at most so many bytes."""
         if not size:
             return _number(self._fd, level, option)
-        buffer = ctypes.create_string_buffer(size)
-        length = ctypes.c_uint(size)
-        _checked(_libc.getsockopt(self._fd, level, option, buffer, ctypes.byref(length)))
-        return buffer.raw[: length.value]
+        buffer = _ctypes.create_string_buffer(size)
+        length = _ctypes.c_uint(size)
+        _checked(_libc.getsockopt(self._fd, level, option, buffer, _ctypes.byref(length)))
+        return bytes(buffer.raw[: length.value])
 
     def setsockopt(self, level: int, option: int, value: bytes, /) -> None:
         _checked(_libc.setsockopt(self._fd, level, option, value, len(value)))
@@ -78,9 +98,9 @@ class BorrowedSocket:
         return self._name(_libc.getpeername)
 
     def _name(self, call: Any) -> tuple[Any, ...]:
-        buffer = ctypes.create_string_buffer(_ADDRESS)
-        length = ctypes.c_uint(_ADDRESS)
-        _checked(call(self._fd, buffer, ctypes.byref(length)))
+        buffer = _ctypes.create_string_buffer(_ADDRESS)
+        length = _ctypes.c_uint(_ADDRESS)
+        _checked(call(self._fd, buffer, _ctypes.byref(length)))
         raw = buffer.raw
         (port,) = struct.unpack_from("!H", raw, 2)  # <linux/in.h>, <linux/in6.h>
         if self.family == socket.AF_INET:
@@ -98,7 +118,9 @@ def borrowed_socket(fd: int) -> AnySocket:
     """A view of *fd*, to be detached when it is not needed any more: it owns nothing.
 
     A socket object for a UNIX socket, which has no such lock (unix_getname(), net/unix/af_unix.c),
-    and where ctypes cannot be used. *fd* is borrowed until then. Raises: OSError (ENOTSOCK, EBADF).
+    and where ctypes was not imported. *fd* is borrowed until then.
+
+    Raises: OSError (ENOTSOCK, EBADF).
     """
     if _libc is None:
         return view_of(fd)
@@ -143,10 +165,10 @@ def has_connections(fd: int) -> bool:
 
 def _number(fd: int, level: int, option: int) -> int:
     """getsockopt(2) of an int. Raises: OSError."""
-    value = ctypes.c_int()
-    length = ctypes.c_uint(_INT.size)
-    _checked(_libc.getsockopt(fd, level, option, ctypes.byref(value), ctypes.byref(length)))
-    return value.value
+    value = _ctypes.c_int()
+    length = _ctypes.c_uint(_INT.size)
+    _checked(_libc.getsockopt(fd, level, option, _ctypes.byref(value), _ctypes.byref(length)))
+    return int(value.value)
 
 
 def _known(enum: type[IntEnum], value: int) -> int:
@@ -159,5 +181,5 @@ def _known(enum: type[IntEnum], value: int) -> int:
 
 def _checked(result: int) -> None:
     if result:
-        code = ctypes.get_errno() or errno.EIO
+        code = _ctypes.get_errno() or errno.EIO
         raise OSError(code, os.strerror(code))

@@ -16,8 +16,12 @@ _LAZY: Final[type | None] = getattr(types, "LazyImportType", None)
 
 
 def import_all() -> None:
-    """As `import_lazy`, for a server: all that is there by now stays, and garbage collections look
-    at it no more. Each took 10 ms, in which nobody was served."""
+    """As `import_lazy`, for a server, and ctypes, with which it asks the sockets of others. All
+    that is there by now stays, and garbage collections look at it no more. Each took 10 ms, in
+    which nobody was served."""
+    from fdshare.kernel.borrowed_socket import import_ctypes
+
+    import_ctypes()
     import_lazy()
     gc.freeze()
 

@@ -14,7 +14,6 @@ import struct
 import msgspec
 
 from fdshare.errors import FdshareError
-from fdshare.kernel.descriptor_table import open_standard_streams
 from fdshare.protocol import messages as m
 from fdshare.server import logs
 from fdshare.server.failover.service_manager import leave_service
@@ -49,7 +48,6 @@ def main(fd: int, stderr: int) -> int:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored by an owner, exec(3) keeps it so
     os.dup2(stderr, 2)
     os.close(stderr)
-    open_standard_streams()  # the output is the owner's, who may have closed it
     with socket.socket(fileno=fd) as control:
         control.set_inheritable(False)
         return _serve(control)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import socket
@@ -25,7 +26,8 @@ on_linux = pytest.mark.skipif(not system.LINUX, reason="the fields of sockets ar
 
 
 @pytest.fixture(params=["with ctypes", "without"])
-def ctypes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def with_ctypes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    module.import_ctypes()
     if request.param == "without":
         monkeypatch.setattr(module, "_libc", None)
 
@@ -37,7 +39,7 @@ def file() -> Iterator[int]:
     os.close(fd)
 
 
-@pytest.mark.usefixtures("ctypes")
+@pytest.mark.usefixtures("with_ctypes")
 @pytest.mark.parametrize(("family", "host"), FAMILIES)
 def test_names(family: int, host: str) -> None:
     with socket.create_server((host, 0), family=family) as listener:
@@ -61,14 +63,14 @@ def test_a_name_with_a_scope() -> None:
     raw = struct.pack("=HHI16sI", socket.AF_INET6, 0, 0, socket.inet_pton(10, "fe80::1"), 7)
 
     def call(fd: int, buffer: object, length: object) -> int:
-        module.ctypes.memmove(buffer, raw, len(raw))
+        ctypes.memmove(buffer, raw, len(raw))
         return 0
 
     with socket.socket(socket.AF_INET6) as sock:
         assert BorrowedSocket(sock.fileno(), sock.family)._name(call) == ("fe80::1", 0, 0, 7)
 
 
-@pytest.mark.usefixtures("ctypes")
+@pytest.mark.usefixtures("with_ctypes")
 def test_options() -> None:
     linger = struct.pack("@ii", 1, 30)
     with socket.socket() as sock:
@@ -83,7 +85,7 @@ def test_options() -> None:
         borrowed.detach()
 
 
-@pytest.mark.usefixtures("ctypes")
+@pytest.mark.usefixtures("with_ctypes")
 def test_what_is_no_socket(file: int) -> None:
     with pytest.raises(OSError) as caught:
         borrowed_socket(file)
@@ -93,7 +95,7 @@ def test_what_is_no_socket(file: int) -> None:
     os.fstat(file)
 
 
-@pytest.mark.usefixtures("ctypes")
+@pytest.mark.usefixtures("with_ctypes")
 @pytest.mark.parametrize(
     ("family", "kind", "unix", "connections"),
     [

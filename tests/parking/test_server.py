@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from breaking import open_of
 from conftest import wait_until
 from hanging import FLUSH, HangingFileSystem, needs_fuse
 from users import AsUser
@@ -68,7 +69,7 @@ class Server:
         return sock
 
     def census(self) -> int:
-        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
+        return len(open_of(self.process.pid))
 
 
 @pytest.fixture
