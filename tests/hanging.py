@@ -1,12 +1,13 @@
 """A file system that stops answering: FUSE, served by a process of its own.
 
 It has one file. Until `hang` is called everything about it works; then calls of that kind wait
-until the file system is closed, which aborts them.
+until the file system is closed, which aborts them. Or each close(2) of its file fails.
 """
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import signal
 import socket
@@ -19,6 +20,8 @@ from collections.abc import Callable
 from typing import Final
 
 import pytest
+
+from fdshare.kernel.descriptor import Descriptor
 
 # Calls of the kernel, <linux/fuse.h>.
 LOOKUP, GETATTR, OPEN, READ, WRITE, RELEASE, FLUSH = 1, 3, 14, 15, 16, 18, 25
@@ -39,16 +42,17 @@ needs_fuse = pytest.mark.skipif(
 
 
 class HangingFileSystem:
-    """Mounted for *uid*, in a mount namespace of its own, which `enter` enters."""
+    """Mounted for *uid*, in a mount namespace of its own, which `enter` enters. *close_error* is
+    the errno of each close(2) of its file."""
 
-    def __init__(self, uid: int) -> None:
+    def __init__(self, uid: int, close_error: int = 0) -> None:
         self.folder = tempfile.mkdtemp(prefix="fds-")
         os.chown(self.folder, uid, uid)
         self._control, control = socket.socketpair()
         self._pid: int | None = os.fork()
         if not self._pid:
             try:
-                _serve(self.folder, uid, control)
+                _serve(self.folder, uid, control, close_error)
             finally:
                 os._exit(1)
         control.close()
@@ -62,6 +66,10 @@ class HangingFileSystem:
     def open(self) -> int:
         """A descriptor of its file, in a process that has entered. The caller owns the result."""
         return os.open(f"{self.folder}/file", os.O_RDWR)
+
+    def open_from_outside(self) -> int:
+        """The same in a process of root's that has not entered. The caller owns the result."""
+        return os.open(f"/proc/{self._pid}/root{self.folder}/file", os.O_RDWR)
 
     def hang(self, *calls: int, only: int = 0) -> None:
         """When this returns, these are not answered any more: those of the process *only*, or of
@@ -98,10 +106,20 @@ class HangingFileSystem:
         self.close()
 
 
+class ClosedWithError(Descriptor):
+    """Of a file whose file system says when it is closed that what was written is lost."""
+
+    __slots__ = ()
+
+    def close(self) -> None:
+        super().close()
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def _serve(folder: str, uid: int, control: socket.socket) -> None:
+def _serve(folder: str, uid: int, control: socket.socket, close_error: int) -> None:
     _checked(_libc.unshare(_CLONE_NEWNS))
     _checked(_libc.mount(b"none", b"/", None, _PRIVATE, None))
     fuse = os.open("/dev/fuse", os.O_RDWR)
@@ -132,6 +150,8 @@ def _serve(folder: str, uid: int, control: socket.socket) -> None:
             continue
         body = _answer(call, node)
         error = -_NO_SUCH_CALL if body is None else 0
+        if call == FLUSH and close_error:
+            error = -close_error
         body = body or b""
         os.write(fuse, struct.pack("=IiQ", 16 + len(body), error, unique) + body)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Final, Self
 
 from fdshare.errors import FdshareError
-from fdshare.kernel.ancillary import MAX_DESCRIPTORS, close_all
+from fdshare.kernel.ancillary import MAX_DESCRIPTORS, close_all, discard_all
 from fdshare.kernel.credentials import Credentials, enable_credentials
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.kernel.endpoint import Listener, datagram
@@ -85,7 +85,7 @@ class NotifySocket:
             if got.flags & socket.MSG_TRUNC or "\0" in text.rstrip("\0"):
                 raise UnicodeError
         except UnicodeError:
-            got.close()
+            discard_all((got,))
             return None
         lines = [line for line in text.rstrip("\0").split("\n") if line]
         return Notification(lines, got.descriptors, got.credentials)

@@ -22,7 +22,7 @@ from fdshare.errors import (
     ProtocolError,
     VersionMismatch,
 )
-from fdshare.kernel.ancillary import close_all
+from fdshare.kernel.ancillary import discard_all
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.protocol import messages as m
 from fdshare.protocol.auth import NONCE_SIZE, prove
@@ -127,7 +127,7 @@ class WholeAnswer(msgspec.Struct):
         reply = self.replies[-1]
         failure = m.refusal_error(reply) if type(reply) is m.Refused else self.lost
         if failure is not None:
-            close_all(self.descriptors)
+            discard_all(self.descriptors)
             raise failure
         return self
 
@@ -152,7 +152,7 @@ class Conversation:
 
     def hello(self) -> bytes:
         """The first frame of a new connection. Closes what was half received on the old one."""
-        close_all(self._receiver.drain())
+        discard_all(self._receiver.drain())
         self._receiver = Receiver()
         self.welcome = None
         self._nonce = os.urandom(NONCE_SIZE) if self._authkey is not None else b""
@@ -215,7 +215,7 @@ class Conversation:
             for frame in frames:
                 reply = m.decode_reply(frame.body)
                 if type(reply) is m.Welcome:
-                    close_all(frame.descriptors)
+                    discard_all(frame.descriptors)
                     self._check(reply)
                     continue
                 answers.append(Answer(frame.id, reply, frame.descriptors, frame.lost))
@@ -223,8 +223,8 @@ class Conversation:
                 raise receiver.failure
         except BaseException:
             for frame in frames:
-                close_all(frame.descriptors)
-            close_all(receiver.drain())
+                discard_all(frame.descriptors)
+            discard_all(receiver.drain())
             raise
         return answers
 

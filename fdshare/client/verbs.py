@@ -22,7 +22,7 @@ from fdshare.errors import (
     TooManyDescriptors,
 )
 from fdshare.kernel import system
-from fdshare.kernel.ancillary import close_all
+from fdshare.kernel.ancillary import discard_all
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.kernel.descriptor_limit import first_use
 from fdshare.kinds import describe, discard, owned, rebuild
@@ -84,10 +84,10 @@ def _answer(parts: WholeAnswer, cls: type[R]) -> R:
     """
     reply = parts.replies[0]
     if type(reply) is not cls:
-        close_all(parts.descriptors)
+        discard_all(parts.descriptors)
         raise ProtocolError(f"the answer is {type(reply).__name__} instead of {cls.__name__}")
     if parts.descriptors and cls not in _CARRIERS:
-        close_all(parts.descriptors)
+        discard_all(parts.descriptors)
         raise ProtocolError(f"{len(parts.descriptors)} descriptors came with {cls.__name__}")
     return reply
 
@@ -135,7 +135,7 @@ def followed(parts: WholeAnswer, known: int) -> tuple[m.Followed, Any, Descripto
         if answer.kind is not None:
             return answer, rebuild(answer.kind, descriptors), page
         if descriptors or answer.generation != known:
-            close_all(descriptors)
+            discard_all(descriptors)
             raise ProtocolError("the answer to a follow has no kind")
     except BaseException:
         if page is not None:
@@ -154,7 +154,7 @@ def fetch_many(names: Iterable[str]) -> Steps[dict[str, Any]]:
             parts = yield Exchange(m.FetchMany(asked))
             answer = _answer(parts, m.GivenMany)
             if answer.missing:
-                close_all(parts.descriptors)
+                discard_all(parts.descriptors)
                 missing += _missing(answer.missing, asked)
                 left = left[len(asked) :]
             else:
@@ -199,7 +199,7 @@ def _rebuild_items(
             start, end = end, end + count
             found[item.name] = rebuild(item.kind, descriptors[start:end])
     except BaseException:
-        close_all(descriptors[end:])
+        discard_all(descriptors[end:])
         raise
 
 
@@ -220,7 +220,7 @@ def take_raw(name: str, timeout: float | None) -> Steps[list[Descriptor]]:
     while True:
         descriptors, lease = yield from lease_raw(name, timeout)
         with lease:
-            confirmed = confirm(lease, descriptors, close_all)
+            confirmed = confirm(lease, descriptors, discard_all)
         if confirmed is not None:
             with confirmed:
                 yield LeaseEnd(confirmed)
@@ -235,7 +235,7 @@ def lease_raw(name: str, timeout: float | None) -> Steps[tuple[list[Descriptor],
     try:
         lease = _lease_of(parts)
     except BaseException:
-        close_all(parts.descriptors)
+        discard_all(parts.descriptors)
         raise
     return parts.descriptors, lease
 
@@ -323,7 +323,7 @@ def _bound_socket(name: str, kind: m.Kind, descriptors: list[Descriptor]) -> soc
             return descriptors[0].socket()
     except OSError:
         pass
-    close_all(descriptors)
+    discard_all(descriptors)
     raise KindMismatch("socket", f"{name!r} is registered as a {kind.tag}")
 
 

@@ -37,7 +37,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import zip_longest
-from typing import Any, Final, NamedTuple, TypeAlias
+from typing import Any, Final, NamedTuple, Protocol, TypeAlias
 
 from fdshare.errors import (
     FdshareError,
@@ -57,6 +57,8 @@ __all__ = [
     "Rights",
     "close_all",
     "close_looks",
+    "closing",
+    "discard_all",
     "look_into",
     "looking",
     "numbers_in",
@@ -103,6 +105,10 @@ _LOOK: Final = _PEEK | _CLOEXEC
 _unborn: Final = Descriptor.__new__
 
 
+class _HasClose(Protocol):
+    def close(self) -> object: ...
+
+
 def close_all(descriptors: Iterable[Descriptor]) -> None:
     """Close each; the first error is raised after the last was tried.
 
@@ -116,6 +122,22 @@ def close_all(descriptors: Iterable[Descriptor]) -> None:
             failure = failure or error
     if failure is not None:
         raise failure
+
+
+def discard_all(descriptors: Iterable[_HasClose]) -> None:
+    """Closes each, which nobody gets. What close(2) says of one (EDQUOT, EIO of NFS or FUSE) is for
+    who wrote to the file, and is not raised."""
+    for descriptor in descriptors:
+        try:
+            descriptor.close()
+        except OSError:
+            pass
+
+
+def closing(numbers: Sequence[int]) -> Iterator[None]:
+    """Each step closes one of *numbers*, copies that nobody gets: `deque(closing(...), 0)` is one
+    call for all of them. An error of os.close() would end the steps; closerange() raises none."""
+    return map(os.closerange, numbers, [number + 1 for number in numbers])
 
 
 def send_message(
@@ -219,7 +241,7 @@ def receive_into(
             _own(_numbers(control), owners)
         if not came & _CTRUNC:
             return count, owners, None
-        close_all(owners)
+        discard_all(owners)
         return count, [], _why_dropped(len(owners), control, _ROOM)
     except BaseException:
         if got is not None:
@@ -289,9 +311,9 @@ def close_looks(looks: list[Look]) -> None:
     """Closes the descriptors of each of *looks*, and empties it; to be called again if a handler
     raises."""
     if looks:
-        closing = map(os.close, [number for look in looks for number in numbers_in(look)])
+        steps = closing([number for look in looks for number in numbers_in(look)])
         del looks[:]
-        deque(closing, 0)  # one call, and none since they were forgotten
+        deque(steps, 0)  # one call, and none since they were forgotten
 
 
 def peek_descriptors(sock: socket.socket, count: int) -> list[Descriptor]:
@@ -305,7 +327,7 @@ def peek_descriptors(sock: socket.socket, count: int) -> list[Descriptor]:
     """
     seen = receive(sock, 1, _PEEK)
     if len(seen.descriptors) > count:
-        seen.close()
+        discard_all((seen,))
         raise TooManyDescriptors(len(seen.descriptors), count)
     if seen.pidfd is not None:
         seen.pidfd.close()
@@ -342,9 +364,9 @@ def _close_lost(numbers: Iterable[int], owners: Sequence[Descriptor]) -> None:
     """Closes all of *numbers*, of which *owners* may own the first."""
     for number, owner in zip_longest(numbers, owners):
         if hasattr(owner, "_number"):
-            owner.close()
+            discard_all((owner,))
         else:
-            os.close(number)
+            os.closerange(number, number + 1)
 
 
 def _numbers(control: Control) -> list[int]:

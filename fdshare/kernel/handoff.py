@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Final
 
 from fdshare.errors import InvalidArgument, ProtocolError, RemoteError, ServerGone
-from fdshare.kernel.ancillary import MAX_DESCRIPTORS, close_all
+from fdshare.kernel.ancillary import MAX_DESCRIPTORS, discard_all
 from fdshare.kernel.descriptor import Descriptor, HasFileno
 from fdshare.kernel.passing import peer_name, recv_fds, send_fds
 
@@ -95,7 +95,7 @@ def recv_fd(conn: socket.socket, on_data: Callable[[bytes], object] | None = Non
             raise ProtocolError(f"status 0 came with {len(came)} descriptors instead of 1")
         return came.pop()
     finally:
-        close_all(came)
+        discard_all(came)
 
 
 def _read_status(

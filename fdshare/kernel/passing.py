@@ -23,7 +23,14 @@ from fdshare.errors import (
 )
 from fdshare.kernel import credentials as creds
 from fdshare.kernel import system
-from fdshare.kernel.ancillary import MAX_DESCRIPTORS, Bytes, Received, receive, send_control
+from fdshare.kernel.ancillary import (
+    MAX_DESCRIPTORS,
+    Bytes,
+    Received,
+    discard_all,
+    receive,
+    send_control,
+)
 from fdshare.kernel.credentials import Credentials
 from fdshare.kernel.descriptor import HasFileno, borrow
 from fdshare.kernel.descriptor_limit import descriptor_limit
@@ -160,7 +167,7 @@ def recv_fds(
                 raise ServerGone(peer_name(sock), f"it closed the connection before {expect!r}")
             raise MagicMismatch(expect, got.data)
     except BaseException:
-        got.close()
+        discard_all((got,))
         raise
     return got
 
@@ -172,14 +179,14 @@ def _receive_looking(sock: socket.socket, max_bytes: int) -> Received:
     if len(seen.data) > max_bytes and stream:
         # Descriptors of this peek may belong to the bytes beyond max_bytes. So many were free a
         # moment ago, so the real read will have enough.
-        seen.close()
+        discard_all((seen,))
         return receive(sock, max_bytes)
     try:
         # Without a control buffer: the kernel drops its references, the copies are ours.
         if seen.data or not stream:
             sock.recv(max(1, min(len(seen.data), max_bytes)))
     except BaseException:
-        seen.close()
+        discard_all((seen,))
         raise
     if len(seen.data) > max_bytes:
         return seen._replace(data=seen.data[:max_bytes], flags=seen.flags | socket.MSG_TRUNC)

@@ -36,7 +36,7 @@ from typing import Any, Final, TypeAlias
 import msgspec
 
 from fdshare.errors import ClosedDescriptor, InvalidArgument, KindMismatch, UnknownKind
-from fdshare.kernel.ancillary import close_all
+from fdshare.kernel.ancillary import discard_all
 from fdshare.kernel.descriptor import Descriptor, HasFileno, borrow
 from fdshare.kinds.connections import CONNECTIONS, describe_connection, rebuild_connection
 from fdshare.kinds.described import Described, Describer, Rebuilder, kind_of, only
@@ -105,7 +105,7 @@ def rebuild(kind: Kind, descriptors: list[Descriptor]) -> Any:
             raise UnknownKind(kind.tag)
         return rebuild_it(kind.spec, descriptors)
     except BaseException as error:
-        close_all(descriptors)
+        discard_all(descriptors)
         # RecursionError: a description that is nested too deeply.
         if isinstance(error, msgspec.MsgspecError | UnicodeDecodeError | RecursionError):
             raise KindMismatch(kind.tag, f"its description cannot be read: {error}") from None

@@ -25,6 +25,7 @@ import msgspec
 
 from fdshare.errors import ClosedDescriptor, KindMismatch, UnreadData, UnsupportedKind
 from fdshare.kernel import system
+from fdshare.kernel.ancillary import discard_all
 from fdshare.kernel.descriptor import Descriptor, borrow
 from fdshare.kinds.described import Described, kind_of, only
 
@@ -119,7 +120,7 @@ def rebuild_file(encoded: msgspec.Raw, descriptors: list[Descriptor]) -> IO[Any]
         return file if spec.text is None else _wrap_text(file, spec.text)
     except BaseException as error:
         if raw is not None:
-            raw.close()
+            discard_all((raw,))
         if isinstance(error, IsADirectoryError):
             raise KindMismatch("file", "it is a directory") from error
         if isinstance(error, KindMismatch):  # a ValueError, too

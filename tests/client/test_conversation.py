@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections.abc import Callable
 
 import pytest
+from hanging import ClosedWithError
 
 from fdshare.client.conversation import Answer, Conversation, Exchange, WholeAnswer
 from fdshare.errors import (
@@ -22,6 +24,8 @@ from fdshare.kernel.descriptor import Descriptor
 from fdshare.protocol import messages as m
 from fdshare.protocol.auth import prove
 from fdshare.protocol.framing import HEADER, MAX_FRAME, header
+
+Made = Callable[[], Descriptor]
 
 GIVEN = m.Given("a", 1, m.Kind("fd", m.encode({})))
 LOST = DescriptorLimit(24, "RLIMIT_NOFILE", 10, 10, "client")
@@ -42,6 +46,14 @@ def descriptor() -> Descriptor:
 
 def told(conversation: Conversation, data: bytes, *descriptors: Descriptor) -> list[Answer]:
     return conversation.feed(memoryview(data), list(descriptors), None)
+
+
+def closed_with_error() -> Descriptor:
+    return ClosedWithError(descriptor().detach())
+
+
+# What close(2) says of what nobody gets replaces no other error.
+whatever_close_says = pytest.mark.parametrize("made", [descriptor, closed_with_error])
 
 
 @pytest.fixture
@@ -144,18 +156,22 @@ def test_answers_come_whole_however_the_bytes_come(conversation: Conversation, s
         (b"HTTP/1.1 400 Bad Request\r\n\r\n", (ProtocolError, VersionMismatch)),
     ],
 )
+@whatever_close_says
 def test_what_is_no_answer_closes_what_came(
-    conversation: Conversation, data: bytes, error: type[Exception]
+    conversation: Conversation, data: bytes, error: type[Exception], made: Made
 ) -> None:
     """Also what came before it, in the same read."""
-    given = [descriptor(), descriptor()]
+    given = [made(), made()]
     with pytest.raises(error):
         told(conversation, frame(2, GIVEN, 2) + data, *given)
     assert all(one.closed for one in given)
 
 
-def test_a_new_connection_closes_what_was_half_received(conversation: Conversation) -> None:
-    half = descriptor()
+@whatever_close_says
+def test_a_new_connection_closes_what_was_half_received(
+    conversation: Conversation, made: Made
+) -> None:
+    half = made()
     assert told(conversation, frame(1, GIVEN, 1)[:-1], half) == []
     conversation.hello()
     assert half.closed
@@ -224,10 +240,11 @@ def test_parts_are_put_together() -> None:
         (m.refusal(NameNotFound("a")), LOST, NameNotFound),
     ],
 )
+@whatever_close_says
 def test_what_is_not_whole_is_closed(
-    last: m.Reply, lost: DescriptorLimit | None, error: type[Exception]
+    last: m.Reply, lost: DescriptorLimit | None, error: type[Exception], made: Made
 ) -> None:
-    parts, given = WholeAnswer(), [descriptor(), descriptor()]
+    parts, given = WholeAnswer(), [made(), made()]
     parts.add(Answer(1, m.NameList(["a"], more=True), given[:1], lost))
     assert parts.add(Answer(1, last, given[1:], None))
     with pytest.raises(error):

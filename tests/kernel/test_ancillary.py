@@ -13,11 +13,12 @@ import select
 import socket
 import struct
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 
 import pytest
 from conftest import census
+from hanging import HangingFileSystem, needs_fuse
 from mp.interrupts import (  # noqa: F401
     Interrupt,
     Interrupter,
@@ -35,6 +36,7 @@ from fdshare.errors import (
 from fdshare.kernel import (
     Credentials,
     Descriptor,
+    ancillary,
     close_all,
     enable_credentials,
     recv_fds,
@@ -44,6 +46,7 @@ from fdshare.kernel.ancillary import (
     MAX_DESCRIPTORS,
     Look,
     close_looks,
+    discard_all,
     look_into,
     numbers_in,
     peek_descriptors,
@@ -375,3 +378,66 @@ def test_at_the_limit_peek_loses_nothing_and_receive_into_says_so() -> None:
     )
     said = "b'one' [] DescriptorLimit\nb'two' 1 DescriptorLimit\n3 b'three'\n"
     assert out == f"{errno.EMFILE}\n{said}"
+
+
+# Where close(2) fails: NFS and FUSE say there what was not written.
+
+
+@pytest.fixture(name="failing")
+def make_failing() -> Iterator[int]:
+    """A descriptor that is closed by each close(2), with EDQUOT; so is each copy of it."""
+    with HangingFileSystem(0, close_error=errno.EDQUOT) as files:
+        fd = files.open_from_outside()
+        yield fd
+        with pytest.raises(OSError) as caught:
+            os.close(fd)
+        assert caught.value.errno == errno.EDQUOT
+
+
+def test_closing_what_nobody_gets_says_nothing_of_its_losses() -> None:
+    one, two = (Descriptor(os.open(os.devnull, os.O_RDONLY)) for _ in range(2))
+    os.close(one.fileno())  # so its close(2) fails
+    discard_all([one, two])
+    assert two.closed
+
+
+@needs_fuse
+def test_looks_whose_close_fails(pair: Pair, failing: int) -> None:
+    send_fds(pair[0], [failing, 0, failing, 0], b"x")
+    before = open_count()
+    looks: list[Look] = []
+    look_into(looks, pair[1], 1)
+    assert open_count() == before + 4
+    close_looks(looks)
+    assert not looks
+    assert open_count() == before
+
+
+@needs_fuse
+def test_what_fitted_and_cannot_be_closed_well(pair: Pair, failing: int) -> None:
+    """The error says that descriptors are missing, and what was read is not lost for another."""
+    send_fds(pair[0], [failing, 0, failing, 0], b"x")
+    before = open_count()
+    with pytest.raises(TruncatedControl):
+        receive(pair[1], 1, socket.MSG_PEEK, socket.CMSG_SPACE(2 * 4))
+    assert open_count() == before
+    with pytest.raises(TooManyDescriptors):
+        recv_fds(pair[1], 1, 3)
+    assert open_count() == before
+
+
+@needs_fuse
+def test_a_message_in_whose_place_a_handler_raises(
+    pair: Pair, failing: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that came with it are closed, whatever close(2) says."""
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ancillary, "_own", interrupted)
+    send_fds(pair[0], [failing, 0, failing, 0], b"x")
+    before = open_count()
+    with pytest.raises(KeyboardInterrupt):
+        receive_into(pair[1], bytearray(1))
+    assert open_count() == before

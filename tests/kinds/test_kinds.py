@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 import multiprocess.connection
 import pytest
+from hanging import ClosedWithError
 from hypothesis import given
 from hypothesis import strategies as st
 from mp.common import open_now
@@ -125,6 +126,11 @@ def test_any_description_either_rebuilds_or_closes(spec: bytes, tag: str) -> Non
         rebuild(Kind(tag, msgspec.Raw(spec)), [descriptor]).close()
     except (KindMismatch, OSError):
         assert descriptor.closed
+
+
+def test_the_error_is_not_what_close_says() -> None:
+    with pytest.raises(UnknownKind):
+        rebuild(Kind("no such tag", msgspec.Raw(b"\xc0")), [ClosedWithError(os.dup(0))])
 
 
 def test_an_unknown_tag_closes_what_came() -> None:

@@ -11,11 +11,10 @@ import anyio.lowlevel
 from fdshare.client.conversation import Answer, Exchange, WholeAnswer
 from fdshare.client.settings import Search
 from fdshare.client.watch_state import WatchState
-from fdshare.kernel.ancillary import close_all
-from fdshare.kernel.descriptor import Descriptor
+from fdshare.kernel.ancillary import discard_all
 from fdshare.protocol import messages as m
 
-__all__ = ["Pending", "PendingRequest", "Subscription", "catch_up", "discard"]
+__all__ = ["Pending", "PendingRequest", "Subscription", "catch_up"]
 
 # Of an event loop that stood still, until a task has read what came meanwhile: the loop looks at
 # its sockets, perhaps later than at the time, and then the task runs, perhaps last of all.
@@ -71,7 +70,7 @@ class PendingRequest:
 
     def answer(self, answer: Answer) -> bool:
         if self.abandoned:
-            discard(answer.descriptors)
+            discard_all(answer.descriptors)
             return not getattr(answer.reply, "more", False)
         if not self.parts.add(answer):
             return False
@@ -89,7 +88,7 @@ class PendingRequest:
 
     def discard(self) -> None:
         """Closes what came so far."""
-        discard(self.parts.descriptors)
+        discard_all(self.parts.descriptors)
         self.parts = WholeAnswer()
 
 
@@ -118,7 +117,7 @@ class Subscription:
             self._ready.set()
 
     def answer(self, answer: Answer) -> bool:
-        discard(answer.descriptors)
+        discard_all(answer.descriptors)
         reply = answer.reply
         if type(reply) is m.SnapshotPart:
             self.state.snapshot(reply)
@@ -148,11 +147,3 @@ async def catch_up() -> None:
     """
     for _ in range(_TURNS):
         await anyio.lowlevel.checkpoint()
-
-
-def discard(descriptors: list[Descriptor]) -> None:
-    """Closes descriptors that nobody wants any more."""
-    try:
-        close_all(descriptors)
-    except OSError:
-        pass  # an error of close(2) concerns the process that wrote to it

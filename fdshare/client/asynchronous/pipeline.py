@@ -25,13 +25,7 @@ from typing import Final
 
 import anyio
 
-from fdshare.client.asynchronous.pending import (
-    Pending,
-    PendingRequest,
-    Subscription,
-    catch_up,
-    discard,
-)
+from fdshare.client.asynchronous.pending import Pending, PendingRequest, Subscription, catch_up
 from fdshare.client.asynchronous.transport import Transport
 from fdshare.client.conversation import Answer, Conversation, Exchange, WholeAnswer
 from fdshare.client.settings import Dialer, Search
@@ -44,6 +38,7 @@ from fdshare.errors import (
     ServerGone,
     ServerTimeout,
 )
+from fdshare.kernel.ancillary import discard_all
 from fdshare.protocol import messages as m
 from fdshare.protocol.subscriptions import Subscriptions
 
@@ -397,19 +392,19 @@ class Pipeline:
         for answer in answers:
             reply = answer.reply
             if type(reply) is m.Event:
-                discard(answer.descriptors)
+                discard_all(answer.descriptors)
                 self._publish(reply)
             elif answer.id:
                 pending = self._pending.get(answer.id)
                 if pending is None:
-                    discard(answer.descriptors)
+                    discard_all(answer.descriptors)
                     continue
                 if isinstance(pending, PendingRequest):
                     pending.server = self._conversation.welcome
                 if pending.answer(answer):
                     self._end(pending)
             else:
-                discard(answer.descriptors)
+                discard_all(answer.descriptors)
                 if type(reply) is m.Overflowed:
                     self._overflowed()
                 elif type(reply) is m.Refused:

@@ -18,7 +18,7 @@ from fdshare.client.fetch_cache import FetchCache
 from fdshare.client.settings import Dialer, Search
 from fdshare.errors import ClosedDescriptor, FdshareError, NoServer, ServerGone, ServerTimeout
 from fdshare.kernel import system
-from fdshare.kernel.ancillary import close_all, receive_into, rights, send_rights
+from fdshare.kernel.ancillary import discard_all, receive_into, rights, send_rights
 from fdshare.kernel.socket_wait import FIRST_WAIT, wait_readable, wait_writable
 from fdshare.protocol import messages as m
 
@@ -249,11 +249,11 @@ class BlockingConnection:
                         return parts.finish()
                 answers += self._receive(sock, deadline)
         except BaseException:
-            close_all(parts.descriptors)
+            discard_all(parts.descriptors)
             raise
         finally:
             for answer in answers:  # to what was not asked
-                close_all(answer.descriptors)
+                discard_all(answer.descriptors)
 
     def _end_unless_refused(self, error: BaseException) -> None:
         """Closes the connection unless *error* is a refusal: an answer could still come later."""
@@ -365,7 +365,7 @@ def _belongs(answer: Answer, id: int) -> bool:
     """
     if answer.id == id:
         return True
-    close_all(answer.descriptors)
+    discard_all(answer.descriptors)
     if answer.id == 0 and type(answer.reply) is m.Refused:
         raise m.refusal_error(answer.reply)
     return False

@@ -10,7 +10,7 @@ from fdshare.client.conversation import Answer, Exchange
 from fdshare.client.settings import BaseClient
 from fdshare.client.watch_state import WatchItem, WatchState
 from fdshare.errors import ClosedDescriptor, ServerTimeout, WatchTimeout
-from fdshare.kernel.ancillary import close_all
+from fdshare.kernel.ancillary import discard_all
 from fdshare.kernel.finaliser import finaliser
 from fdshare.protocol import messages as m
 
@@ -119,7 +119,7 @@ class Watcher:
 
     def _feed(self, answer: Answer) -> None:
         reply = answer.reply
-        close_all(answer.descriptors)
+        discard_all(answer.descriptors)
         if type(reply) is m.Event:
             self._state.event(reply)
         elif type(reply) is m.SnapshotPart:

@@ -7,7 +7,6 @@ reads it (kernel/ancillary.py), and the next call goes on from there.
 
 from __future__ import annotations
 
-import os
 import socket
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -16,7 +15,15 @@ from functools import partial
 from typing import Any, Final
 
 from fdshare.errors import InvalidArgument, ProtocolError
-from fdshare.kernel.ancillary import Look, close_looks, look_into, looking, numbers_in, truncation
+from fdshare.kernel.ancillary import (
+    Look,
+    close_looks,
+    closing,
+    look_into,
+    looking,
+    numbers_in,
+    truncation,
+)
 from fdshare.kernel.descriptor import Descriptor, Spare
 from fdshare.mp.channels.framing import (
     BODY,
@@ -264,10 +271,10 @@ class MessageReceiver(Incoming):
         except Exception as error:
             self._fail(error)
             return
-        closing = map(os.close, numbers)
+        steps = closing(numbers)
         self.message, self.parts, self._looks = (made,), [], []
         self._size, self._start, self._data = None, 0, b""
-        deque(closing, 0)  # one call, and none since they were forgotten
+        deque(steps, 0)  # one call, and none since they were forgotten
 
     def _bundle(self, body: bytes, start: int, numbers: list[int]) -> None:
         """The message is a bundle."""

@@ -21,7 +21,7 @@ from msgspec import Raw
 
 from fdshare.errors import AlreadyTaken, NoTransit
 from fdshare.kernel import system
-from fdshare.kernel.ancillary import Bytes, close_all
+from fdshare.kernel.ancillary import Bytes, discard_all
 from fdshare.kernel.descriptor import Descriptor, Spare
 from fdshare.kernel.descriptor_limit import as_limit
 from fdshare.kernel.shared_duplicate import SharedDuplicate, share
@@ -149,7 +149,7 @@ class Bundle:
             try:
                 copies.extend(map(Spare.dup_of, self._of_objects()))
             except BaseException as error:
-                close_all(copies)
+                discard_all(copies)
                 raise as_limit(error) from None
             if self.memory is not None:
                 copies.append(self.memory)
@@ -212,7 +212,7 @@ class Bundle:
                 with owned[0] as memory:
                     return map_array(memory.fileno())
         if self.missing is not None:
-            close_all(owned)
+            discard_all(owned)
             raise self.missing
         return loads(load, data, owned)
 
@@ -224,7 +224,7 @@ class Bundle:
         if memory is not None:
             memory.close()
         if owned:
-            close_all(owned)
+            discard_all(owned)
 
     def __reduce__(self) -> Reduced:
         raise NoTransit("Bundle")  # our picklers have a transit, which carries it
@@ -322,14 +322,14 @@ class _Frame:
         for index in range(first, first + count):
             descriptor = self.descriptors[index] if index < len(self.descriptors) else None
             if descriptor is None:
-                close_all(mine)
+                discard_all(mine)
                 raise AlreadyTaken(tag)
             self.descriptors[index] = None
             mine.append(descriptor)
         return mine
 
     def close(self, built: bool) -> None:
-        close_all(descriptor for descriptor in self.descriptors if descriptor is not None)
+        discard_all(descriptor for descriptor in self.descriptors if descriptor is not None)
         if built:
             for obj in self.built:
                 discard(obj)

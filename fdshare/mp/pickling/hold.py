@@ -11,7 +11,7 @@ from typing import Final, TypeVar, cast
 from msgspec import Raw, msgpack, structs
 
 from fdshare.errors import ClosedDescriptor, InvalidArgument
-from fdshare.kernel.ancillary import close_all
+from fdshare.kernel.ancillary import close_all, discard_all
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.kernel.descriptor_limit import as_limit
 from fdshare.kernel.finaliser import finaliser
@@ -94,7 +94,7 @@ def hold(obj: T, uses: int = 1, *, newline: str | None = _UNSET) -> T:
     try:
         copies.extend(map(Descriptor.dup_of, fds))  # in place, for the except
     except BaseException as error:
-        close_all(copies)
+        discard_all(copies)
         raise as_limit(error) from None
     # What arrives is the object: for a checker it may stand wherever that may.
     return cast("T", Held(kind, copies, uses))

@@ -29,7 +29,7 @@ from fdshare.errors import (
     ServerTimeout,
     UntrustedServer,
 )
-from fdshare.kernel.ancillary import close_all
+from fdshare.kernel.ancillary import discard_all
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.kernel.finaliser import finaliser
 from fdshare.kinds import Kind, describe, rebuild
@@ -393,7 +393,7 @@ class _Arrival:
             # In place: those before a failure are to be closed.
             claimed.extend(map(self._claim, range(first, first + count)))
         except BaseException:
-            close_all(claimed)
+            discard_all(claimed)
             raise
         return claimed
 
@@ -411,4 +411,4 @@ class _Arrival:
     @finaliser
     def __del__(self) -> None:
         for part in self._parts.values():
-            close_all(descriptor for descriptor in part if descriptor is not None)
+            discard_all(descriptor for descriptor in part if descriptor is not None)

@@ -8,7 +8,7 @@ import anyio
 import anyio.lowlevel
 import pytest
 
-from fdshare.client.asynchronous.pending import PendingRequest, Subscription, discard
+from fdshare.client.asynchronous.pending import PendingRequest, Subscription
 from fdshare.client.conversation import Answer, Exchange
 from fdshare.client.settings import Search
 from fdshare.client.watch_state import Snapshot, WatchState
@@ -69,14 +69,6 @@ def test_a_call_that_fails_is_done_and_closes_what_came() -> None:
     assert waits.done.is_set()
     assert isinstance(waits.error, NoServer)
     assert came.closed
-
-
-def test_closing_what_nobody_wants_says_nothing_of_its_losses() -> None:
-    one, two = null(), null()
-    with Descriptor(os.dup(one.fileno())):
-        os.close(one.fileno())  # so its close(2) fails
-        discard([one, two])
-    assert two.closed
 
 
 # Watches.
