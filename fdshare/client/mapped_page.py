@@ -6,8 +6,9 @@ import array
 from collections.abc import Sequence
 from typing import Final
 
-from fdshare.errors import FdshareError, ProtocolError
+from fdshare.errors import DescriptorLimit, FdshareError, ProtocolError
 from fdshare.kernel.descriptor import Descriptor
+from fdshare.kernel.descriptor_limit import first_use
 
 __all__ = ["BLANK", "MappedPage"]
 
@@ -27,12 +28,16 @@ class MappedPage:
         self.now: tuple[int, Sequence[int]] = 0, BLANK
 
     def map(self, id: int, descriptor: Descriptor) -> None:
-        """Maps another page, and closes its *descriptor*. Raises: ProtocolError: it is none."""
-        from fdshare.kernel.shared_memory import SharedMemory  # for who follows; see kinds/
-
+        """Maps another page, and closes its *descriptor*. Raises: ProtocolError: it is none;
+        DescriptorLimit."""
         try:
-            with descriptor, SharedMemory.adopt(descriptor) as memory:
-                words = memory.buf.toreadonly().cast("Q")
+            with descriptor, first_use():
+                from fdshare.kernel.shared_memory import SharedMemory  # for who follows; see kinds/
+
+                with SharedMemory.adopt(descriptor) as memory:
+                    words = memory.buf.toreadonly().cast("Q")
+        except DescriptorLimit:
+            raise
         except (FdshareError, OSError, TypeError) as error:
             raise ProtocolError(f"the server's page is none: {error}") from None
         self.now = id, words

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from fdshare.kernel.descriptor_limit import first_use
+
 if TYPE_CHECKING:
     from fdshare.protocol.bind_address import BindAddress
 
@@ -17,7 +19,8 @@ def why_unreachable(fd: int, address: BindAddress) -> tuple[str, bool]:
     A path is looked up if it is that of *address*, which the caller has chosen: another may be on a
     file system that never answers. *fd* is borrowed for the call.
     """
-    from fdshare.server.loop.inspect import THROUGH_FOLDER, describe_descriptor
+    with first_use():
+        from fdshare.server.loop.inspect import THROUGH_FOLDER, describe_descriptor
 
     found = describe_descriptor(fd, look_up_path=False)
     if found.type != "socket" or found.socket_type != "stream" or found.peer:
@@ -36,7 +39,8 @@ def why_unreachable(fd: int, address: BindAddress) -> tuple[str, bool]:
 def why_nobody_can_connect(fd: int) -> str:
     """What is wrong with a listening socket, wherever it is; empty where nothing is known to be.
     *fd* is borrowed for the call."""
-    from fdshare.server.loop.inspect import describe_descriptor
+    with first_use():
+        from fdshare.server.loop.inspect import describe_descriptor
 
     found = describe_descriptor(fd)
     return found.health if found.listening and "nobody can connect" in found.health else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from typing import Final, Literal, TypeAlias
 from fdshare.errors import DescriptorLimit
 
 __all__ = [
+    "Whose",
     "as_limit",
     "descriptor_limit",
     "first_use",
@@ -50,19 +52,31 @@ def as_limit(error: BaseException, whose: Whose = "sender") -> BaseException:
     free."""
     if isinstance(error, OSError) and is_descriptor_limit(error):
         return descriptor_limit(error.errno, whose)
+    if isinstance(error, ImportError) and (full := _full()) is not None:
+        return descriptor_limit(full.errno, whose)
     return error
 
 
+def _full() -> OSError | None:
+    """Why no descriptor is free; None if one is. Where a shared library of a module cannot be
+    opened, the ImportError has no errno."""
+    try:
+        os.close(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
+    except OSError as error:
+        return error if is_descriptor_limit(error) else None
+    return None
+
+
 @contextmanager
-def first_use() -> Iterator[None]:
+def first_use(whose: Whose = "client") -> Iterator[None]:
     """For an import of what few programs use.
 
     Raises: DescriptorLimit: none is free to read the module's file with.
     """
     try:
         yield
-    except OSError as error:
-        raise as_limit(error, "client") from None
+    except (ImportError, OSError) as error:
+        raise as_limit(error, whose) from None
 
 
 def raise_descriptor_limit() -> int:

@@ -35,9 +35,16 @@ from typing import Any, Final, TypeAlias
 
 import msgspec
 
-from fdshare.errors import ClosedDescriptor, InvalidArgument, KindMismatch, UnknownKind
+from fdshare.errors import (
+    ClosedDescriptor,
+    DescriptorLimit,
+    InvalidArgument,
+    KindMismatch,
+    UnknownKind,
+)
 from fdshare.kernel.ancillary import discard_all
 from fdshare.kernel.descriptor import Descriptor, HasFileno, borrow
+from fdshare.kernel.descriptor_limit import Whose, as_limit
 from fdshare.kinds.connections import CONNECTIONS, describe_connection, rebuild_connection
 from fdshare.kinds.described import Described, Describer, Rebuilder, kind_of, only
 from fdshare.kinds.files import (
@@ -91,11 +98,13 @@ def describe(obj: object) -> Described:
     return describe_it(obj)
 
 
-def rebuild(kind: Kind, descriptors: list[Descriptor]) -> Any:
+def rebuild(kind: Kind, descriptors: list[Descriptor], keep: bool = False) -> Any:
     """The object that *kind* describes, around *descriptors*, which now belong to it.
 
-    Raises: KindMismatch: they are not what the kind says; UnknownKind. Whatever is raised, every
-    one of *descriptors* is closed. The caller owns the result.
+    Raises: KindMismatch: they are not what the kind says; UnknownKind; DescriptorLimit: none is
+    free to import what it takes. Whatever is raised, every one of *descriptors* is closed; but with
+    *keep* and DescriptorLimit they are still open, and the caller's, who may try again. The caller
+    owns the result.
     """
     if kind.tag == "descriptor" and len(descriptors) == 1:
         return owned(descriptors)[0]
@@ -105,7 +114,8 @@ def rebuild(kind: Kind, descriptors: list[Descriptor]) -> Any:
             raise UnknownKind(kind.tag)
         return rebuild_it(kind.spec, descriptors)
     except BaseException as error:
-        discard_all(descriptors)
+        if not keep or type(error) is not DescriptorLimit or kind.tag not in _BUILT_IN_TAGS:
+            discard_all(descriptors)
         # RecursionError: a description that is nested too deeply.
         if isinstance(error, msgspec.MsgspecError | UnicodeDecodeError | RecursionError):
             raise KindMismatch(kind.tag, f"its description cannot be read: {error}") from None
@@ -255,27 +265,29 @@ _DESCRIPTOR: Final = kind_of("descriptor", None)
 
 
 def _describe_memory(memory: Any) -> Described:
-    from fdshare.kinds.memory import describe_memory
-
-    return describe_memory(memory)
+    described: Described = _memory("sender").describe_memory(memory)
+    return described
 
 
 def _describe_array(array: Any) -> Described:
-    from fdshare.kinds.memory import describe_array
-
-    return describe_array(array)
+    described: Described = _memory("sender").describe_array(array)
+    return described
 
 
 def _rebuild_memory(raw: msgspec.Raw, descriptors: list[Descriptor]) -> Any:
-    from fdshare.kinds.memory import rebuild_memory
-
-    return rebuild_memory(raw, descriptors)
+    return _memory("receiver").rebuild_memory(raw, descriptors)
 
 
 def _rebuild_array(raw: msgspec.Raw, descriptors: list[Descriptor]) -> Any:
-    from fdshare.kinds.memory import rebuild_array
+    return _memory("receiver").rebuild_array(raw, descriptors)
 
-    return rebuild_array(raw, descriptors)
+
+def _memory(whose: Whose) -> Any:
+    try:  # with first_use() is slow for what is called each time
+        from fdshare.kinds import memory
+    except (ImportError, OSError) as error:
+        raise as_limit(error, whose) from None
+    return memory
 
 
 # The tables

@@ -13,6 +13,7 @@ import msgspec
 
 from fdshare.errors import KindMismatch, UnsupportedKind
 from fdshare.kernel.descriptor import Descriptor, borrow
+from fdshare.kernel.descriptor_limit import as_limit
 from fdshare.kinds.described import Described, kind_of, only
 
 __all__ = ["CONNECTIONS", "ConnectionSpec", "describe_connection", "rebuild_connection"]
@@ -54,7 +55,8 @@ def describe_connection(connection: Any) -> Described:
 
 
 def rebuild_connection(raw: msgspec.Raw, descriptors: list[Descriptor]) -> Any:
-    """The Connection, which owns the descriptor now. Raises: KindMismatch."""
+    """The Connection, which owns the descriptor now. Raises: KindMismatch; DescriptorLimit: none is
+    free to import its class with."""
     spec = _decode_connection(raw)
     descriptor = only("connection", descriptors)
     if spec.family not in CONNECTIONS:
@@ -65,6 +67,9 @@ def rebuild_connection(raw: msgspec.Raw, descriptors: list[Descriptor]) -> Any:
     if not (stat.S_ISSOCK(mode) or stat.S_ISFIFO(mode)):
         raise KindMismatch("connection", "it is neither a socket nor a pipe")
     module, name = CONNECTIONS[spec.family]
-    cls = getattr(sys.modules.get(module) or importlib.import_module(module), name)
+    try:
+        cls = getattr(sys.modules.get(module) or importlib.import_module(module), name)
+    except (ImportError, OSError) as error:
+        raise as_limit(error, "receiver") from None
     # Not a lambda, in which a signal's handler could raise: as in files.py.
     return descriptor.hand_to(partial(cls, readable=spec.readable, writable=spec.writable))

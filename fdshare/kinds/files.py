@@ -27,6 +27,7 @@ from fdshare.errors import ClosedDescriptor, KindMismatch, UnreadData, Unsupport
 from fdshare.kernel import system
 from fdshare.kernel.ancillary import discard_all
 from fdshare.kernel.descriptor import Descriptor, borrow
+from fdshare.kernel.descriptor_limit import as_limit
 from fdshare.kinds.described import Described, kind_of, only
 
 __all__ = [
@@ -110,11 +111,14 @@ def describe_spooled(spooled: Any) -> Described:
 def rebuild_file(encoded: msgspec.Raw, descriptors: list[Descriptor]) -> IO[Any]:
     """The file object, which owns the descriptor now unless this raises.
 
-    Raises: KindMismatch: not one descriptor, a directory, or not opened for what the mode says.
+    Raises: KindMismatch: not one descriptor, a directory, or not opened for what the mode says;
+    DescriptorLimit: none is free to import the encoding with.
     """
     spec = _decode_file(encoded)
     raw = None
     try:
+        if spec.text is not None:
+            _import_encoding(spec.text.encoding)
         raw = _open_raw(spec.raw, only("file", descriptors))
         file: Any = _BUFFERS[spec.buffer](raw) if spec.buffer else raw
         return file if spec.text is None else _wrap_text(file, spec.text)
@@ -128,6 +132,14 @@ def rebuild_file(encoded: msgspec.Raw, descriptors: list[Descriptor]) -> IO[Any]
         if isinstance(error, ValueError | LookupError | TypeError | OverflowError):
             raise KindMismatch("file", str(error)) from error
         raise
+
+
+def _import_encoding(encoding: str) -> None:
+    """What TextIOWrapper would do when the file has the descriptor."""
+    try:
+        codecs.lookup(encoding)
+    except OSError as error:
+        raise as_limit(error, "receiver") from None
 
 
 def _layer_of(buffer: Any) -> str:

@@ -7,12 +7,14 @@ array against the memory. A dtype travels as text and numbers, never as a pickle
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from fdshare.errors import InvalidArgument, KindMismatch, UnsupportedKind
 from fdshare.kernel.descriptor import Descriptor
+from fdshare.kernel.descriptor_limit import as_limit
 from fdshare.kernel.shared_memory import SharedMemory, array_place, is_sealed
 from fdshare.kinds.described import Described, kind_of, only
 
@@ -92,14 +94,20 @@ def describe_array(array: Any) -> Described:
 def rebuild_array(raw: msgspec.Raw, descriptors: list[Descriptor]) -> numpy.ndarray[Any, Any]:
     """The array, in the memory of the descriptor, which is taken over unless this raises.
 
-    Raises: KindMismatch; UnsupportedKind: numpy is not installed.
+    Raises: KindMismatch; UnsupportedKind: numpy cannot be imported; DescriptorLimit: that takes a
+    free descriptor, and before Python 3.13 to map the memory does.
     """
     spec = msgspec.msgpack.decode(raw, type=ArraySpec)
     descriptor = only("array", descriptors)
     try:
         import numpy
-    except ImportError:
+
+        if sys.version_info < (3, 13):  # mmap keeps a duplicate
+            Descriptor.dup_of(descriptor).close()
+    except ModuleNotFoundError:
         raise UnsupportedKind("a numpy array", "numpy is not installed") from None
+    except (ImportError, OSError) as error:
+        raise _without_numpy(error) from None
     try:
         dtype = _dtype_of_data(numpy, spec.dtype)
     except (
@@ -119,6 +127,14 @@ def rebuild_array(raw: msgspec.Raw, descriptors: list[Descriptor]) -> numpy.ndar
     except InvalidArgument as error:
         memory.close()
         raise KindMismatch("array", error.reason) from None
+
+
+def _without_numpy(error: ImportError | OSError) -> BaseException:
+    """The error to raise where numpy cannot be imported."""
+    limit = as_limit(error, "receiver")
+    if limit is not error:
+        return limit
+    return UnsupportedKind("a numpy array", f"numpy cannot be imported: {error}")
 
 
 def _dtype_as_data(dtype: Any) -> Any:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
 
 import pytest
+from mp.common import descriptor_limit_reached
 
 from fdshare.client.mapped_page import BLANK, MappedPage
-from fdshare.errors import ProtocolError
+from fdshare.errors import DescriptorLimit, ProtocolError
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.server.loop.page import MemoryPage, new_page
 
@@ -26,6 +28,14 @@ def test_what_the_server_writes_is_seen_and_cannot_be_written() -> None:
     assert mapped.now == (0, BLANK)
     memfd.close()
     os.close(page.handle.fd)
+
+
+def test_where_no_descriptor_is_free_to_import_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "fdshare.kernel.shared_memory")
+    page, mapped = Descriptor(os.open(os.devnull, os.O_RDONLY)), MappedPage()
+    with descriptor_limit_reached(), pytest.raises(DescriptorLimit):
+        mapped.map(7, page)
+    assert page.closed
 
 
 def test_another_descriptor_is_closed_and_refused() -> None:

@@ -8,8 +8,10 @@ import subprocess
 import sys
 
 import pytest
+from mp.common import descriptor_limit_reached
 
-from fdshare.kernel.descriptor_limit import descriptor_limit, is_descriptor_limit
+from fdshare.errors import DescriptorLimit
+from fdshare.kernel.descriptor_limit import as_limit, descriptor_limit, is_descriptor_limit
 
 
 def test_the_limits_of_open_descriptors() -> None:
@@ -33,6 +35,16 @@ def test_it_says_which_and_whose(code: int, whose: str, what: str, words: str) -
     assert error.limit == resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     assert f"{what} of the {whose} is {error.limit}, all in use" in str(error)
     assert words in str(error)
+
+
+def test_an_import_that_fails_at_the_limit() -> None:
+    """Where a shared library cannot be opened, an ImportError says so in words alone."""
+    error = ImportError("libopenblas.so.0: cannot open shared object file: Too many open files")
+    assert as_limit(error) is error
+    with descriptor_limit_reached():
+        limit = as_limit(error)
+    assert isinstance(limit, DescriptorLimit)
+    assert limit.errno == errno.EMFILE
 
 
 def test_the_soft_limit_is_raised_to_the_hard_one() -> None:

@@ -13,8 +13,15 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from mp.common import descriptor_limit_reached
 
-from fdshare.errors import ClosedDescriptor, FdshareError, KindMismatch, UnsupportedKind
+from fdshare.errors import (
+    ClosedDescriptor,
+    DescriptorLimit,
+    FdshareError,
+    KindMismatch,
+    UnsupportedKind,
+)
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.kernel.shared_memory import SharedMemory, array_place, shared_copy
 from fdshare.kinds import Kind, describe, in_shared_memory, rebuild
@@ -232,3 +239,30 @@ def test_no_description_reaches_outside_the_memory(spec: ArraySpec) -> None:
         reach = [(n - 1) * step for n, step in zip(made.shape, made.strides, strict=True)]
         assert place.offset + sum(step for step in reach if step < 0) >= 0
         assert place.offset + sum(step for step in reach if step > 0) + made.itemsize <= 80
+
+
+class Broken:
+    """Finds modules, none of which can be imported."""
+
+    def find_spec(self, name: str, *_: object) -> None:
+        raise ImportError(f"{name}: its library cannot be opened")
+
+
+def test_numpy_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the descriptor limit that is why, and the memory can be kept for later."""
+    with SharedMemory(8) as memory:
+        kind, fds = describe(memory.as_array())
+        with monkeypatch.context() as patched:
+            patched.delitem(sys.modules, "numpy")
+            patched.setattr(sys, "meta_path", [Broken()])
+            with pytest.raises(UnsupportedKind, match="numpy: its library cannot be opened"):
+                rebuild(kind, [Descriptor.dup_of(fds[0])])
+            kept, lost = Descriptor.dup_of(fds[0]), Descriptor.dup_of(fds[0])
+            with descriptor_limit_reached():
+                with pytest.raises(DescriptorLimit):
+                    rebuild(kind, [kept], keep=True)
+                assert not kept.closed
+                with pytest.raises(DescriptorLimit):
+                    rebuild(kind, [lost])
+                assert lost.closed
+        assert len(rebuild(kind, [kept], keep=True)) == 8

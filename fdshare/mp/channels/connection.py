@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from queue import Empty
 from typing import Any, ClassVar, Protocol, TypeVar
 
-from fdshare.errors import NoTransit
+from fdshare.errors import DescriptorLimit, NoTransit
 from fdshare.kernel import system
 from fdshare.kernel.at_fork import forget_after_fork
 from fdshare.kernel.plain_socket import WITHOUT_TIMEOUT, stream_pair
@@ -94,7 +94,8 @@ class ConnectionMixin(StockConnection):
         """The next object. The caller owns the result.
 
         Raises: EOFError; DescriptorLimit: at this process's limit; the object is still there, and
-        comes with the next recv() once descriptors are free. If a signal's handler raises, the
+        comes with the next recv() once descriptors are free, unless a part of it was made already
+        when a module for another part could not be imported. If a signal's handler raises, the
         object comes with the next recv(), unless it was being unpickled by code in Python.
         """
         self._check_closed()
@@ -178,20 +179,23 @@ class ConnectionMixin(StockConnection):
 
     def _load_taken(self, taken: list[Arrived | None]) -> Any:
         """The object in the message ``taken[0]``, which is None as soon as the message is gone:
-        while a bundle is loaded, and after an error of unpickling."""
-        message = taken[0]
+        while a bundle is loaded, and after an error of unpickling, unless the bundle can be loaded
+        again."""
+        message, bundle = taken[0], None
         assert message is not None
         if type(message) is tuple:
             return message[0]
         if isinstance(message, Bundle):
-            loading = map(message.load, (self._family.loads,))
+            bundle, loading = message, map(message.load, (self._family.loads,))
             message = taken[0] = None  # without a call before it is loaded
         else:
             loading = map(self._family.loads, (message,))
         try:
             (made,) = loading
-        except Exception:  # not one such as Ctrl-C
+        except Exception as error:  # not one such as Ctrl-C
             taken[0] = None
+            if type(error) is DescriptorLimit and bundle is not None and bundle.numbers:
+                taken[0] = bundle
             raise
         return made
 
@@ -240,7 +244,11 @@ class ConnectionMixin(StockConnection):
 
     def _discard(self) -> None:
         """Drops the message that was left at the limit."""
-        self._open_receiver().receive_without()
+        receiver = self._open_receiver()
+        if receiver.given_back:
+            del receiver.given_back[-1]
+        else:
+            receiver.receive_without()
 
     def _after_fork(self) -> None:
         """In a forked child: what was begun to send or to receive is the parent's."""

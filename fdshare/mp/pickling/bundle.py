@@ -19,7 +19,7 @@ from typing import Any, Final, Protocol, TypeAlias
 
 from msgspec import Raw
 
-from fdshare.errors import AlreadyTaken, NoTransit
+from fdshare.errors import AlreadyTaken, DescriptorLimit, NoTransit
 from fdshare.kernel import system
 from fdshare.kernel.ancillary import Bytes, discard_all
 from fdshare.kernel.descriptor import Descriptor, Spare
@@ -192,7 +192,9 @@ class Bundle:
     def load(self, load: Loads) -> Any:
         """The object; to be called once. The caller owns what is in it.
 
-        Raises: whatever unpickling raises; every descriptor is closed then.
+        Raises: whatever unpickling raises; every descriptor is closed then, but where one more was
+        needed to import what an object takes, and none was free (DescriptorLimit), it may still
+        have all: then `numbers` is not empty, and it can be called again.
         """
         owned, self.owned = self.owned or [], None
         data = self.data
@@ -214,7 +216,11 @@ class Bundle:
         if self.missing is not None:
             discard_all(owned)
             raise self.missing
-        return loads(load, data, owned)
+        try:
+            return loads(load, data, owned)
+        except DescriptorLimit:
+            self.owned = owned
+            raise
 
     def close(self) -> None:
         """Closes what it owns, and drops what it shares."""
@@ -306,7 +312,7 @@ def open_arrived(message: Arrived, load: Loads) -> Any:
 class _Frame:
     """The descriptors of the message that this thread is decoding."""
 
-    __slots__ = ("bare", "built", "descriptors", "large", "load")
+    __slots__ = ("bare", "built", "descriptors", "large", "limit", "load")
 
     def __init__(self, load: Loads, descriptors: list[Descriptor]) -> None:
         self.load = load
@@ -315,6 +321,8 @@ class _Frame:
         self.bare: Kind | None = None  # of the last object built
         # The pickle of an object with one large buffer, and the bytes of that.
         self.large: tuple[bytes, int] | None = None
+        # Why an object could not be built, whose descriptors are here again.
+        self.limit: DescriptorLimit | None = None
 
     def take(self, tag: str, first: int, count: int) -> list[Descriptor]:
         """The caller owns the result. Raises: AlreadyTaken: it is not all there."""
@@ -327,6 +335,14 @@ class _Frame:
             self.descriptors[index] = None
             mine.append(descriptor)
         return mine
+
+    def put_back(self, first: int, mine: list[Descriptor]) -> None:
+        """The reverse of `take`."""
+        self.descriptors[first : first + len(mine)] = mine
+
+    def is_whole(self, error: BaseException) -> bool:
+        """True if *error* is that of an object that could not be built, and none was."""
+        return error is self.limit and not self.built and None not in self.descriptors
 
     def close(self, built: bool) -> None:
         discard_all(descriptor for descriptor in self.descriptors if descriptor is not None)
@@ -346,14 +362,18 @@ def loads(load: Loads, data: bytes | memoryview, descriptors: list[Descriptor]) 
     """The object that *load* makes of *data*, which holds positions in *descriptors*.
 
     *descriptors* belong to this call: those that no object in the pickle takes are closed, and all
-    of them if loading fails.
+    of them if loading fails. It empties the list then, unless all are still open: at the descriptor
+    limit (DescriptorLimit), before an object was built.
     """
     outer = _local.frame
     frame = _local.frame = _Frame(load, descriptors)
     try:
         obj = load(data)
-    except BaseException:
-        frame.close(built=True)
+    except BaseException as error:
+        whole, frame.limit = frame.is_whole(error), None  # its traceback has this frame
+        if not whole:
+            descriptors.clear()
+            frame.close(built=True)
         raise
     finally:
         _local.frame = outer
@@ -445,7 +465,13 @@ def _arrive(tag: str, spec: bytes, first: int, count: int = 1) -> Any:
     mine = frame.take(tag, first, count)
     frame.bare = kind = Kind(tag, Raw(spec))
     # Into the list at once, where it is closed: a signal's handler may raise after any call.
-    frame.built.extend(map(rebuild, (kind,), (mine,)))
+    try:
+        frame.built.extend(map(rebuild, (kind,), (mine,), (True,)))
+    except DescriptorLimit as limit:
+        if not any(descriptor.closed for descriptor in mine):
+            frame.put_back(first, mine)
+            frame.limit = limit
+        raise
     return frame.built[-1]
 
 

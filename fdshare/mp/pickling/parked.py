@@ -31,6 +31,7 @@ from fdshare.errors import (
 )
 from fdshare.kernel.ancillary import discard_all
 from fdshare.kernel.descriptor import Descriptor
+from fdshare.kernel.descriptor_limit import first_use
 from fdshare.kernel.finaliser import finaliser
 from fdshare.kinds import Kind, describe, rebuild
 from fdshare.mp.pickling.bundle import Reduced
@@ -91,7 +92,8 @@ class Place(NamedTuple):
         if self.private:
             return PrivateServer(self.address)
         # Here and not at the top: it brings the whole client, which most children never need.
-        from fdshare.parking.named import NamedServer
+        with first_use():
+            from fdshare.parking.named import NamedServer
 
         return NamedServer(self.address)
 

@@ -131,6 +131,8 @@ class ManagerConnectionMixin(ConnectionMixin):
             try:
                 return ConnectionMixin.recv(self)
             except DescriptorLimit:
+                if not self._poll(0.0):
+                    raise  # a part of it was made when the limit was met, and it is gone
                 if time.monotonic() > deadline:
                     self._discard()
                     raise

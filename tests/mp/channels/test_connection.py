@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import os
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from multiprocessing.connection import wait
@@ -14,6 +16,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel.pairs import HOARD
 
 from fdshare import get_context
 from fdshare.errors import DescriptorLimit, NoTransit
@@ -146,6 +149,61 @@ def test_whatever_was_expected_what_comes_is_received(kinds: list[str]) -> None:
             if kind == "both":
                 assert got == [first, 2, first]
             first.close()
+
+
+AT_THE_LIMIT = """
+import os
+import fdshare
+from fdshare.errors import DescriptorLimit
+from fdshare.mp.backends import backend_of
+
+reader, writer = backend_of({package!r}).CLASSES.Pipe(False)
+if not os.fork():
+    {send}
+    os._exit(0)
+os.wait()
+held = hoard(64)
+for _ in range({free}):
+    os.close(held.pop())
+for _ in range({tries}):
+    try:
+        reader.recv()
+    except DescriptorLimit as error:
+        print(error.whose)
+for fd in held:
+    os.close(fd)
+print(type(reader.recv()).__name__, reader.poll())
+"""
+
+
+def at_the_limit(package: str, send: str, free: int, tries: int) -> str:
+    """What a new process says that receives what another one did *send*, while *free* descriptors
+    are, some *tries*, and once later."""
+    code = HOARD + AT_THE_LIMIT.format(package=package, send=send, free=free, tries=tries)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert not done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+@pytest.mark.parametrize(
+    ("send", "name"),
+    [
+        ("writer.send(fdshare.SharedMemory(4096))", "SharedMemory"),
+        ("writer.send(fdshare.SharedMemory(4096).as_array())", "ndarray"),
+        ("writer.send(open(os.devnull, encoding='cp1006'))", "TextIOWrapper"),
+    ],
+)
+def test_what_takes_an_import_stays_at_the_limit(package: str, send: str, name: str) -> None:
+    """Its descriptor was the last that was free, and a module is a file to open."""
+    said = at_the_limit(package, send, free=1, tries=2)
+    assert said == f"receiver\nreceiver\n{name} False\n"
+
+
+def test_what_is_made_in_part_is_gone_at_the_limit() -> None:
+    send = "writer.send([open(os.devnull), fdshare.SharedMemory(4096)]); writer.send(b'next')"
+    said = at_the_limit("multiprocessing", send, free=2, tries=1)
+    assert said == "receiver\nbytes False\n"
 
 
 def test_collected_together_they_close_once(classes: Any) -> None:

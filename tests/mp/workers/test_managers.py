@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
+import sys
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -12,13 +14,20 @@ from typing import Any
 import pytest
 from conftest import wait_until
 
-from fdshare import get_context
+from fdshare import SharedMemory, get_context, kinds
 from fdshare.errors import DescriptorLimit
+from fdshare.mp.channels.connection import turned_into
 from fdshare.mp.pickling.large import LARGE
 from fdshare.mp.workers import managers
 from fdshare.mp.workers.managers import Serializer, register_serializer
 from mp import children
-from mp.common import PACKAGES, descriptor_limit_reached, identity, trackers  # noqa: F401
+from mp.common import (
+    PACKAGES,
+    descriptor_limit_reached,
+    ends,
+    identity,
+    trackers,  # noqa: F401
+)
 from mp.interrupts import SIGNAL, Interrupt, handled_by, interrupt
 from mp.pickling.test_large import is_mapped
 
@@ -94,6 +103,47 @@ def test_a_reply_that_finds_no_room_is_an_error_and_not_the_next_reply(
         items.append("after")
         assert items[1] == "after"
         items[0].close()
+
+
+def test_a_reply_that_cannot_be_made_for_long_is_not_the_next_reply(
+    ctx: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is one descriptor for it, and none for the module that it takes."""
+    monkeypatch.setattr(managers, "PATIENCE", 0.1)
+    left, right = ctx._classes.Pipe()
+    with left, turned_into(ctx._classes.ManagerConnection, right) as ours:
+        with SharedMemory(1) as memory:
+            left.send(memory)
+        left.send("next")
+        spare = os.dup(0)
+        with monkeypatch.context() as patched, descriptor_limit_reached():
+            patched.delitem(sys.modules, "fdshare.kinds.memory")
+            patched.delattr(kinds, "memory")
+            os.close(spare)
+            with pytest.raises(DescriptorLimit):
+                ours.recv()
+        assert ours.recv() == "next"
+
+
+def _at_the_limit() -> None:
+    raise DescriptorLimit(errno.EMFILE, "RLIMIT_NOFILE", 9, None, "receiver")
+
+
+class AtTheLimit:
+    def __reduce__(self) -> Any:
+        return _at_the_limit, ()
+
+
+def test_a_reply_that_is_gone_is_not_waited_for(ctx: Any) -> None:
+    left, right = ctx._classes.Pipe()
+    with left, turned_into(ctx._classes.ManagerConnection, right) as ours:
+        left.send(AtTheLimit())
+
+        def receive() -> None:
+            with pytest.raises(DescriptorLimit):
+                ours.recv()
+
+        ends(receive)
 
 
 def test_the_serializer_brings_its_registration(ctx: Any) -> None:
