@@ -23,6 +23,7 @@
     ├── WatchTimeout           (TimeoutError)      nothing changed in time
     ├── ServerTimeout          (TimeoutError)      the server did not answer in time
     ├── DescriptorLimit        (OSError)           RLIMIT_NOFILE, somewhere; says whose
+    ├── DescriptorRefused      (PermissionError)   a security module keeps it from the receiver
     ├── QuotaExceeded          (OSError)           a limit of the server
     ├── KeeperUnavailable      (OSError)           the change could not be journaled
     ├── LogFull                (OSError)           the audit log could not have had it
@@ -77,6 +78,7 @@ __all__ = [
     "WatchTimeout",
     "ServerTimeout",
     "DescriptorLimit",
+    "DescriptorRefused",
     "QuotaExceeded",
     "KeeperUnavailable",
     "LogFull",
@@ -507,6 +509,24 @@ class DescriptorLimit(FdshareError, OSError, code="descriptor_limit"):
             whose=whose,
             advice=advice,
         )
+
+
+class DescriptorRefused(FdshareError, PermissionError, code="descriptor_refused"):
+    """A security module, SELinux for instance, does not let a process have a descriptor that came.
+
+    What came with it is closed. Allow it in the policy of that module. *whose* is "receiver" or
+    "server".
+    """
+
+    whose: str
+
+    def __init__(self, whose: str) -> None:
+        super().__init__(
+            f"a security module does not let the {whose} have a descriptor that was sent to it; "
+            "its log says which, and its policy may allow it",
+            whose=whose,
+        )
+        self.errno = errno.EACCES
 
 
 class QuotaExceeded(FdshareError, OSError, code="quota_exceeded"):

@@ -41,8 +41,9 @@ PUBLIC = {
     """,
     errors: """
         AccessDenied AddressInUse AlreadyTaken AuthenticationFailed BadRequest ClosedDescriptor
-        DescriptorLimit EndpointError FdshareError FetchTimeout ForeignHost GenerationMismatch
-        InvalidArgument InvalidName KeeperUnavailable LogFull KindMismatch MagicMismatch MemoryBusy
+        DescriptorLimit DescriptorRefused EndpointError FdshareError FetchTimeout ForeignHost
+        GenerationMismatch InvalidArgument InvalidName KeeperUnavailable LogFull KindMismatch
+        MagicMismatch MemoryBusy
         NameNotFound NameTaken NoServer NoTransit Overflow PolicyError ProtocolError QuotaExceeded
         RemoteError ServerGone ServerTimeout TooManyDescriptors TruncatedControl UnknownKind
         UnreadData UnsupportedKind UnsupportedPlatform UntrustedServer VersionMismatch WatchTimeout

@@ -6,7 +6,7 @@ import socket
 from dataclasses import dataclass, field
 from typing import Final, Self
 
-from fdshare.errors import FdshareError
+from fdshare.errors import DescriptorRefused, FdshareError
 from fdshare.kernel.ancillary import MAX_DESCRIPTORS, close_all, discard_all
 from fdshare.kernel.credentials import Credentials, enable_credentials
 from fdshare.kernel.descriptor import Descriptor
@@ -69,7 +69,8 @@ class NotifySocket:
     def receive(self) -> Notification | None:
         """The next notification; None for one that systemd would not accept either.
 
-        That is one that is too long, has a NUL or more than 253 descriptors, or is not UTF-8.
+        That is one that is too long, has a NUL or more than 253 descriptors, or is not UTF-8; or a
+        security module refuses one of its descriptors.
         Blocks. The caller owns its descriptors.
 
         Raises: DescriptorLimit: no descriptor is free; the notification is still there.
@@ -77,7 +78,7 @@ class NotifySocket:
         try:
             got = recv_fds(self._listener.socket, _MAX_NOTIFICATION, MAX_DESCRIPTORS)
         except FdshareError as error:
-            if isinstance(error, OSError):
+            if isinstance(error, OSError) and not isinstance(error, DescriptorRefused):
                 raise
             return None
         try:

@@ -14,7 +14,10 @@ net/unix/af_unix.c, net/core/scm.c; measured on Linux 6.18):
     MSG_CTRUNC. `peek_descriptors` therefore looks first: a truncated peek leaves the message.
 6.  Descriptors in flight are counted against the *sender's user* and limit (ETOOMANYREFS).
 7.  With SO_PASSCRED on, credentials come first and take room: leave it.
-8.  A peek that fills its buffer looks on, and brings descriptors of a later message. `recv_fds`
+8.  A security module (SELinux, AppArmor, a BPF program) may refuse a descriptor as it arrives.
+    It is dropped, and those behind it, with MSG_CTRUNC, as in 5; but a number is free then, and to
+    look again does not help (receive_fd, fs/file.c; scm_detach_fds, net/core/scm.c).
+9.  A peek that fills its buffer looks on, and brings descriptors of a later message. `recv_fds`
     (passing.py) peeks with one byte more than it wants, so that it knows.
 
 A handler of the signal module may raise after any call, and what the call returned is lost then:
@@ -30,16 +33,18 @@ from __future__ import annotations
 
 import array
 import errno
+import fcntl
 import os
 import socket
 import struct
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from itertools import zip_longest
+from itertools import repeat, zip_longest
 from typing import Any, Final, NamedTuple, Protocol, TypeAlias
 
 from fdshare.errors import (
+    DescriptorRefused,
     FdshareError,
     TooManyDescriptors,
     TruncatedControl,
@@ -102,6 +107,8 @@ _PEEK: Final = int(socket.MSG_PEEK)
 _DONTWAIT: Final = int(socket.MSG_DONTWAIT)
 _CLOEXEC: Final = system.CMSG_CLOEXEC
 _LOOK: Final = _PEEK | _CLOEXEC
+_AGAIN: Final = 8  # looks, or numbers that must be free, before a refusal is believed
+_DUPLICATE: Final = fcntl.F_DUPFD_CLOEXEC
 _unborn: Final = Descriptor.__new__
 
 
@@ -229,8 +236,9 @@ def receive_into(
     """(bytes read, descriptors, why some are missing) of one recvmsg(2) with room for 253.
 
     0 bytes is the end of the stream. The third is None, or the error to raise (DescriptorLimit,
-    TruncatedControl) where the kernel dropped descriptors: then the list is empty, what had fitted
-    is closed, and the bytes in *buffer* are good. The caller owns the descriptors.
+    DescriptorRefused, TruncatedControl) where the kernel dropped descriptors: then the list is
+    empty, what had fitted is closed, and the bytes in *buffer* are good. The caller owns the
+    descriptors.
     """
     got: tuple[int, Control, int, object] | None = None
     owners: list[Descriptor] = []
@@ -241,8 +249,9 @@ def receive_into(
             _own(_numbers(control), owners)
         if not came & _CTRUNC:
             return count, owners, None
+        lost = _why_dropped(sock, len(owners), control, _ROOM)
         discard_all(owners)
-        return count, [], _why_dropped(len(owners), control, _ROOM)
+        return count, [], lost
     except BaseException:
         if got is not None:
             _close_lost(_split(got[1])[0], owners)
@@ -264,7 +273,10 @@ def receive_numbers(
     if not control and not got & _CTRUNC:
         return count, [], None
     numbers = _numbers(control)
-    return count, numbers, _why_dropped(len(numbers), control, room) if got & _CTRUNC else None
+    if not got & _CTRUNC:
+        return count, numbers, None
+    peeked = len(buffer) if flags & _PEEK else 0
+    return count, numbers, _why_dropped(sock, len(numbers), control, room, peeked)
 
 
 def look_into(
@@ -273,7 +285,7 @@ def look_into(
     """Appends at most *size* of the next bytes, which stay, to *looks*, whatever is raised, with
     copies of the first descriptors with them, or after them: a peek of bytes that bring none looks
     past them. What it returns is the error to raise where descriptors are missing: DescriptorLimit
-    (EMFILE).
+    (EMFILE), DescriptorRefused.
 
     Blocks as recvmsg(2) does until there is a byte. Consume the bytes afterwards with a plain
     recv(): without a control buffer the kernel drops its own references. An end of stream gives no
@@ -282,7 +294,7 @@ def look_into(
     """
     (look,) = map(sock.recvmsg, (size,), _ROOMS, (flags | _LOOK,))
     looks.append(look)  # no handler runs before
-    return truncation(look)
+    return truncation(look, sock, size)
 
 
 def looking(sock: socket.socket, size: int, flags: int = 0) -> Iterator[Look]:
@@ -290,10 +302,11 @@ def looking(sock: socket.socket, size: int, flags: int = 0) -> Iterator[Look]:
     return iter(partial(sock.recvmsg, size, _ROOM, _LOOK | flags), None)
 
 
-def truncation(look: Look) -> FdshareError | None:
-    """The error to raise where descriptors are missing in *look*: DescriptorLimit (EMFILE)."""
+def truncation(look: Look, sock: socket.socket, size: int) -> FdshareError | None:
+    """The error to raise where descriptors are missing in *look*, at *size* bytes of *sock*:
+    DescriptorLimit (EMFILE), DescriptorRefused."""
     if look[2] & _CTRUNC:
-        return _why_dropped(len(_numbers(look[1])), look[1], _ROOM)
+        return _why_dropped(sock, len(_numbers(look[1])), look[1], _ROOM, size)
     return None
 
 
@@ -323,7 +336,7 @@ def peek_descriptors(sock: socket.socket, count: int) -> list[Descriptor]:
     plain recv(): without a control buffer the kernel drops its own references. The caller owns the
     descriptors.
     Raises: TooManyDescriptors; DescriptorLimit (EMFILE): nothing is consumed, peek again when
-    descriptors are free.
+    descriptors are free; DescriptorRefused: nothing is consumed.
     """
     seen = receive(sock, 1, _PEEK)
     if len(seen.descriptors) > count:
@@ -406,8 +419,11 @@ def _split(control: Control) -> tuple[list[int], list[int]]:
     return numbers, pidfds
 
 
-def _why_dropped(received: int, control: Control, room: int) -> FdshareError:
-    """The error that says why no more than *received* descriptors came in *control*."""
+def _why_dropped(
+    sock: socket.socket, received: int, control: Control, room: int, peeked: int = 0
+) -> FdshareError:
+    """The error that says why no more than *received* descriptors came in *control*; they are still
+    open. It was a peek at *peeked* bytes, if that is not 0."""
     sizes = [len(data) for _, _, data in control]
     if received:  # the next one would have needed a place after the last
         needed = sum(map(socket.CMSG_SPACE, sizes[:-1])) + socket.CMSG_LEN(sizes[-1] + _INT)
@@ -415,8 +431,45 @@ def _why_dropped(received: int, control: Control, room: int) -> FdshareError:
         needed = sum(map(socket.CMSG_SPACE, sizes)) + socket.CMSG_LEN(_INT)
     if room < needed:
         return TruncatedControl(received, received)
-    # There was room for more: the descriptor table was full (scm_detach_fds stops at -EMFILE).
+    # There was room for more: scm_detach_fds stops at -EMFILE, or at what a module refuses.
+    if _is_refused(sock, room, peeked):
+        return DescriptorRefused("receiver")
     return descriptor_limit(errno.EMFILE, "receiver")
+
+
+def _is_refused(sock: socket.socket, room: int, peeked: int) -> bool:
+    """True if descriptors are missing although numbers are free.
+
+    Another thread may have made them free since then. So a message that is still there is looked at
+    again: what is refused is taken from the socket, and what is not must stay.
+    """
+    if not peeked:
+        return _are_free(sock, _AGAIN)
+    for _ in range(_AGAIN):
+        if not _are_free(sock, 1):
+            return False
+        looks: list[Look] = []
+        try:
+            looks.extend(map(sock.recvmsg, (peeked,), (room,), (_LOOK | _DONTWAIT,)))
+            if not looks[0][2] & _CTRUNC:
+                return False
+        except OSError:  # another process has read it
+            return False
+        finally:
+            close_looks(looks)
+    return True
+
+
+def _are_free(sock: socket.socket, count: int) -> bool:
+    """True if *count* numbers are free; *sock* is duplicated for each."""
+    numbers: list[int] = []
+    try:
+        numbers.extend(map(fcntl.fcntl, repeat(sock, count), repeat(_DUPLICATE), repeat(0)))
+    except OSError:
+        return False
+    finally:
+        deque(closing(numbers), 0)
+    return True
 
 
 class Received(NamedTuple):
@@ -456,8 +509,8 @@ class Received(NamedTuple):
 def receive(sock: socket.socket, max_bytes: int, flags: int = 0, room: int = _ROOM) -> Received:
     """One recvmsg(2) with *room* bytes for control messages. The caller owns the result.
 
-    Raises: DescriptorLimit or TruncatedControl: descriptors were dropped, those that fitted closed.
-    Without MSG_PEEK in *flags* the data are gone then.
+    Raises: DescriptorLimit, DescriptorRefused, TruncatedControl: descriptors were dropped, those
+    that fitted closed. Without MSG_PEEK in *flags* the data are gone then.
     """
     got: tuple[bytes, Control, int, Any] | None = None
     owners: list[Descriptor] = []
@@ -468,7 +521,7 @@ def receive(sock: socket.socket, max_bytes: int, flags: int = 0, room: int = _RO
         for numbers, owned in zip(_split(control), (owners, pidfds), strict=True):
             _own(numbers, owned)
         if came & _CTRUNC:
-            raise _why_dropped(len(owners), control, room)
+            raise _why_dropped(sock, len(owners), control, room, max_bytes if flags & _PEEK else 0)
         pidfd = pidfds[0] if pidfds else None
         who = _credentials(control)
         return Received(data, owners, who, int(came) & ~_CLOEXEC, address or None, pidfd)

@@ -77,6 +77,7 @@ def recv_fd(conn: socket.socket, on_data: Callable[[bytes], object] | None = Non
         ServerGone: the connection ended before the status.
         ProtocolError: status 0 without a descriptor, or with more than one.
         DescriptorLimit: no descriptors free here; call again when there are.
+        DescriptorRefused: a security module does not let this process have it.
         OSError, TimeoutError, BlockingIOError of recvmsg(2).
 
     >>> one, other = s_pipe()

@@ -16,6 +16,8 @@ from collections.abc import Iterable, Sequence
 from fdshare.errors import (
     AccessDenied,
     ClosedDescriptor,
+    DescriptorLimit,
+    DescriptorRefused,
     InvalidArgument,
     MagicMismatch,
     ServerGone,
@@ -143,6 +145,8 @@ def recv_fds(
 
     Raises:
         DescriptorLimit: this process has no descriptors free; the message is still there.
+        DescriptorRefused: a security module does not let this process have one; the message is
+        gone, and the descriptors were closed.
         TooManyDescriptors: more than *max_fds* came, and all were closed; `count` says how many.
         MagicMismatch: the data do not begin with *expect*; the descriptors were closed.
         ServerGone: the stream ended before *expect*.
@@ -174,7 +178,13 @@ def recv_fds(
 
 def _receive_looking(sock: socket.socket, max_bytes: int) -> Received:
     """As `receive`, but where no descriptor is free the message stays unread."""
-    seen = receive(sock, max_bytes + 1, socket.MSG_PEEK)
+    try:
+        seen = receive(sock, max_bytes + 1, socket.MSG_PEEK)
+    except DescriptorRefused as refused:  # for ever: it is read, if it was not one beyond max_bytes
+        try:
+            return receive(sock, max_bytes)
+        except DescriptorLimit:
+            raise refused from None
     stream = sock.type == socket.SOCK_STREAM
     if len(seen.data) > max_bytes and stream:
         # Descriptors of this peek may belong to the bytes beyond max_bytes. So many were free a

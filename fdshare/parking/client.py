@@ -25,6 +25,7 @@ from typing import Final, ParamSpec, TypeVar
 from fdshare.errors import (
     AlreadyTaken,
     DescriptorLimit,
+    DescriptorRefused,
     FdshareError,
     NoServer,
     ServerGone,
@@ -205,7 +206,7 @@ class PrivateServer:
         """What was put under *key*. The caller owns the result.
 
         Raises: AlreadyTaken; UntrustedServer: another user's; DescriptorLimit: of this process, and
-        it can be taken again.
+        it can be taken again; DescriptorRefused.
         """
         for _ in range(_ATTEMPTS):
             connection = self._unread.pop(key, None)
@@ -223,6 +224,9 @@ class PrivateServer:
                     raise
                 if isinstance(error, DescriptorLimit):
                     self._unread[key] = connection
+                    raise
+                if isinstance(error, DescriptorRefused):
+                    self._drop(connection)
                     raise
                 answer = self._no_answer(connection, error)
             if answer:

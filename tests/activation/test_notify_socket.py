@@ -8,6 +8,7 @@ import socket
 import subprocess
 
 import pytest
+from kernel.pairs import Refusing, make_zero  # noqa: F401
 
 from fdshare.activation.notify_socket import NotifySocket
 from fdshare.activation.sd_notify import notify, store, unstore
@@ -49,6 +50,15 @@ def test_what_systemd_refuses_is_refused(manager: NotifySocket, datagram: bytes)
     ):
         send_fds(sock, [0], datagram, address=name)
     assert manager.receive() is None
+
+
+def test_what_a_security_module_refuses_is_dropped(manager: NotifySocket, zero: int) -> None:
+    assert store("refused", [zero])
+    assert notify("READY=1") is True
+    with manager._listener.socket as sock:
+        manager._listener.socket = Refusing(sock)
+    assert manager.receive() is None
+    assert manager.receive().says("READY=1")
 
 
 @pytest.mark.skipif(

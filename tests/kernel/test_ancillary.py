@@ -15,6 +15,7 @@ import struct
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from typing import Any
 
 import pytest
 from conftest import census
@@ -28,6 +29,8 @@ from mp.interrupts import (  # noqa: F401
 )
 
 from fdshare.errors import (
+    DescriptorLimit,
+    DescriptorRefused,
     FdshareError,
     InvalidArgument,
     TooManyDescriptors,
@@ -58,8 +61,17 @@ from fdshare.kernel.ancillary import (
     send_all_into,
     send_into,
     send_message,
+    truncation,
 )
-from kernel.pairs import Pair, make_file, make_pair, open_count, run  # noqa: F401
+from kernel.pairs import (  # noqa: F401
+    Pair,
+    Refusing,
+    make_file,
+    make_pair,
+    make_zero,
+    open_count,
+    run,
+)
 
 
 def test_one_more_than_the_kernel_takes(pair: Pair) -> None:
@@ -378,6 +390,61 @@ def test_at_the_limit_peek_loses_nothing_and_receive_into_says_so() -> None:
     )
     said = "b'one' [] DescriptorLimit\nb'two' 1 DescriptorLimit\n3 b'three'\n"
     assert out == f"{errno.EMFILE}\n{said}"
+
+
+# Where a security module refuses a descriptor, there is a number for it.
+
+
+def test_a_look_at_what_is_refused(pair: Pair, zero: int) -> None:
+    send_fds(pair[0], [0, zero, 0], b"x")
+    before = open_count()
+    looks: list[Look] = []
+    with Refusing(pair[1]) as sock:
+        assert isinstance(look_into(looks, sock, 1), DescriptorRefused)
+        assert len(numbers_in(looks[0])) == 1
+        close_looks(looks)
+        count, numbers, error = receive_numbers(sock, bytearray(1), socket.MSG_PEEK)
+        assert (count, len(numbers)) == (1, 1)
+        assert isinstance(error, DescriptorRefused)
+        os.close(numbers[0])
+        with pytest.raises(DescriptorRefused):
+            peek_descriptors(sock, 3)
+    assert open_count() == before
+    close_all(peek_descriptors(pair[1], 3))  # it is still there
+
+
+@pytest.mark.parametrize("receive", [receive_into, receive_numbers])
+def test_what_is_refused_is_told_after_the_read(pair: Pair, zero: int, receive: Any) -> None:
+    send_fds(pair[0], [0, zero, 0], b"x")
+    before = open_count()
+    with Refusing(pair[1]) as sock:
+        count, came, error = receive(sock, bytearray(1))
+    assert count == 1
+    assert isinstance(error, DescriptorRefused)
+    for number in came:
+        os.close(number)
+    assert open_count() == before
+
+
+@pytest.mark.parametrize("times", [1, 5])
+def test_what_comes_at_another_look_was_not_refused(pair: Pair, zero: int, times: int) -> None:
+    """There was no number for it, and another thread has closed one since."""
+    send_fds(pair[0], [zero], b"x")
+    looks: list[Look] = []
+    with Refusing(pair[1], times) as sock:
+        assert isinstance(look_into(looks, sock, 1), DescriptorLimit)
+        close_looks(looks)
+        assert look_into(looks, sock, 1) is None
+        close_looks(looks)
+
+
+def test_what_another_process_has_read_meanwhile_was_not_refused(pair: Pair, zero: int) -> None:
+    send_fds(pair[0], [zero], b"x")
+    pair[1].settimeout(None)
+    with Refusing(pair[1]) as sock:
+        look = sock.recvmsg(1, 100, socket.MSG_PEEK)
+        sock.recv(1)
+        assert isinstance(truncation(look, sock, 1), DescriptorLimit)
 
 
 # Where close(2) fails: NFS and FUSE say there what was not written.

@@ -20,6 +20,7 @@ from conftest import census
 from fdshare.errors import (
     AccessDenied,
     ClosedDescriptor,
+    DescriptorRefused,
     InvalidArgument,
     MagicMismatch,
     ServerGone,
@@ -28,13 +29,22 @@ from fdshare.errors import (
 from fdshare.kernel import (
     Credentials,
     Descriptor,
+    ancillary,
     enable_credentials,
     own_credentials,
     passing,
     recv_fds,
     send_fds,
 )
-from kernel.pairs import Pair, make_file, make_pair, open_count, run  # noqa: F401
+from kernel.pairs import (  # noqa: F401
+    Pair,
+    Refusing,
+    make_file,
+    make_pair,
+    make_zero,
+    open_count,
+    run,
+)
 
 KINDS = [socket.SOCK_STREAM, socket.SOCK_DGRAM, socket.SOCK_SEQPACKET]
 
@@ -443,3 +453,41 @@ def test_what_another_reader_took_is_not_ours(null: int) -> None:
         with pytest.raises(BlockingIOError):
             recv_fds(raced, 1, 1)
         assert census() == before
+
+
+@pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_DGRAM, socket.SOCK_SEQPACKET])
+def test_what_a_security_module_refuses_does_not_stay(kind: int, zero: int) -> None:
+    left, right = socket.socketpair(socket.AF_UNIX, kind)
+    with left, right, Refusing(right) as refusing:
+        send_fds(left, [0, zero], b"one")
+        send_fds(left, [0], b"two")
+        before = open_count()
+        with pytest.raises(DescriptorRefused) as caught:
+            recv_fds(refusing, 3, 2)
+        assert open_count() == before
+        assert isinstance(caught.value, PermissionError)
+        with recv_fds(refusing, 3, 2) as got:
+            assert (got.data, len(got.descriptors)) == (b"two", 1)
+
+
+def test_what_is_refused_behind_the_bytes_stays(pair: Pair, zero: int) -> None:
+    """The look for descriptors goes on to the next message."""
+    pair[0].send(b"one")
+    send_fds(pair[0], [zero], b"two")
+    with Refusing(pair[1]) as refusing:
+        with recv_fds(refusing, 3, 1) as got:
+            assert (got.data, got.descriptors) == (b"one", [])
+        with pytest.raises(DescriptorRefused):
+            recv_fds(refusing, 3, 1)
+
+
+def test_what_is_refused_with_few_numbers_free_is_gone(
+    pair: Pair, zero: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ancillary, "_are_free", lambda _, count: count == 1)
+    send_fds(pair[0], [zero], b"x")
+    pair[0].close()
+    with Refusing(pair[1]) as refusing:
+        with pytest.raises(DescriptorRefused):
+            recv_fds(refusing, 1, 1)
+        assert not refusing.recv(1)

@@ -19,9 +19,16 @@ from pathlib import Path
 import pytest
 from breaking import open_of
 from conftest import wait_until
+from kernel.pairs import Refusing, make_zero  # noqa: F401
 from users import as_user, needs_root
 
-from fdshare.errors import AlreadyTaken, DescriptorLimit, ServerGone, ServerTimeout
+from fdshare.errors import (
+    AlreadyTaken,
+    DescriptorLimit,
+    DescriptorRefused,
+    ServerGone,
+    ServerTimeout,
+)
 from fdshare.kernel.credentials import peer_credentials
 from fdshare.kernel.descriptor import Descriptor
 from fdshare.kernel.endpoint import connect
@@ -441,6 +448,17 @@ def test_at_the_limit_of_the_receiver_nothing_is_lost(private: PrivateServer, pa
     for descriptor in arrived:
         assert not os.get_inheritable(descriptor.fileno())
         descriptor.close()
+
+
+def test_what_a_security_module_refuses(private: PrivateServer, pair: Pair, zero: int) -> None:
+    private.put(KEY, [pair[0].fileno(), zero], 60, 1)
+    (connection,) = private._idle
+    with connection.sock:
+        connection.sock = Refusing(connection.sock)
+    with pytest.raises(DescriptorRefused):
+        private.take(KEY)
+    with pytest.raises(AlreadyTaken):
+        private.take(KEY)
 
 
 def test_at_the_limit_of_the_sender_it_puts_what_it_has(private: PrivateServer, pair: Pair) -> None:

@@ -14,7 +14,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, Final
 
-from fdshare.errors import InvalidArgument, ProtocolError
+from fdshare.errors import DescriptorRefused, InvalidArgument, ProtocolError
 from fdshare.kernel.ancillary import (
     Look,
     close_looks,
@@ -109,6 +109,9 @@ class MessageReceiver(Incoming):
         Raises: EOFError; OSError: the end came in the middle; BlockingIOError, if the program has
         made the socket non-blocking, or with AlwaysPeek; DescriptorLimit (EMFILE): the message is
         still there. Whatever is raised, the next call goes on with it.
+
+        A message of which a security module refuses a descriptor raises DescriptorRefused where it
+        is opened: it would be refused for ever.
         """
         try:
             if not self.parts:
@@ -146,6 +149,11 @@ class MessageReceiver(Incoming):
             self._go_on(0)
             if self.message is not None and type(self.message) is not bytes:
                 self._count()
+        except DescriptorRefused as refused:
+            self._pause()
+            data = self.receive_without()
+            if data is not None:
+                self._fail(refused, data)
         except BaseException:
             self._pause()
             raise
@@ -185,7 +193,10 @@ class MessageReceiver(Incoming):
         if len(head) > _HEAD and head[_HEAD] == PLAIN:
             size = _unpack(head[:_HEAD])[0]
             if size <= SHORT_BODY:
-                if flags & _CTRUNC and (missing := truncation(look)) is not None:
+                if (
+                    flags & _CTRUNC
+                    and (missing := truncation(look, self._sock, _HEAD + 1)) is not None
+                ):
                     raise missing
                 if control:
                     self._size, self._start = size, _HEAD
@@ -257,9 +268,9 @@ class MessageReceiver(Incoming):
                 self.message, self.parts, self._looks = (made,), [], []
                 self._size, self._start, self._data = None, 0, b""
 
-    def _fail(self, error: Exception) -> None:
-        """The message is gone, and raises *error* where it is opened."""
-        bundle = Bundle(b"")
+    def _fail(self, error: Exception, data: bytes = b"") -> None:
+        """The message is gone, but for its *data*, and raises *error* where it is opened."""
+        bundle = Bundle(data)
         bundle.missing = error
         self._drop()
         self.message = bundle

@@ -13,6 +13,7 @@ from typing import Final
 
 from fdshare.errors import (
     DescriptorLimit,
+    DescriptorRefused,
     FdshareError,
     KeeperUnavailable,
     ProtocolError,
@@ -100,6 +101,8 @@ class Input(Output):
             handles = []
             if isinstance(lost, DescriptorLimit):  # to the sender, the receiver is the server
                 lost = descriptor_limit(lost.errno, "server")
+            elif isinstance(lost, DescriptorRefused):
+                lost = DescriptorRefused("server")
         receiver = connection.receiver
         frames = receiver.feed(self._view[:count], handles, lost)
         if frames:

@@ -17,7 +17,7 @@ import socket
 from collections.abc import Collection
 from typing import Final
 
-from fdshare.errors import DescriptorLimit, FdshareError, QuotaExceeded
+from fdshare.errors import DescriptorLimit, DescriptorRefused, FdshareError, QuotaExceeded
 from fdshare.kernel.ancillary import MAX_DESCRIPTORS, receive_numbers
 from fdshare.server.core.table import Table
 from fdshare.server.core.users import User, allowance
@@ -127,11 +127,12 @@ class Intake:
         if lost is not None:
             self._closer.close(handles)
             handles = []
-            lost = self._no_numbers()
-            if not user.trusted:
-                if closing and not self._is_hanging(user):
-                    raise NotNow
-                raise lost if self.is_short else QuotaExceeded("max_open_per_uid", share, mine)
+            if not isinstance(lost, DescriptorRefused):
+                lost = self._no_numbers()
+                if not user.trusted:
+                    if closing and not self._is_hanging(user):
+                        raise NotNow
+                    raise lost if self.is_short else QuotaExceeded("max_open_per_uid", share, mine)
         if count:
             # Without room for descriptors: the kernel drops its copies. They are not the last, ours
             # are there; or it is a trusted user's loss. Those that a peek did not bring may be of a

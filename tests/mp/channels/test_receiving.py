@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import socket
 from itertools import pairwise
 
 import pytest
+from kernel.pairs import Refusing, make_zero  # noqa: F401
 
-from fdshare.errors import DescriptorLimit, InvalidArgument, ProtocolError
+from fdshare.errors import DescriptorLimit, DescriptorRefused, InvalidArgument, ProtocolError
 from fdshare.kernel.ancillary import MAX_DESCRIPTORS, send_message
 from fdshare.mp.channels.framing import LENGTH, framed, headed
 from fdshare.mp.channels.incoming import Incoming
@@ -61,6 +63,50 @@ def test_at_the_limit_nothing_is_lost(pair: Pair, null: int, count: int, read: R
     assert received(read(right)) == (b"data", count)
     assert not Incoming(right, False)._marked
     assert read(right) == b"next"
+
+
+@expecting_or_not
+@pytest.mark.parametrize("count", [1, 3])
+def test_what_a_security_module_refuses_is_taken_once(
+    pair: Pair, null: int, zero: int, count: int, read: Read
+) -> None:
+    """The message comes without its descriptors, and says why when it is opened."""
+    left, right = pair
+    for data in (b"data", b"more"):
+        send(left, Bundle(data, [null] * (count - 1) + [zero]))
+    send(left, b"next")
+    before = open_now()
+    with Refusing(right) as refusing:
+        for data in (b"data", b"more"):
+            message = read(refusing)
+            assert open_now() == before + 1
+            assert message.data == data
+            with pytest.raises(DescriptorRefused):
+                message.load(pickle.loads)
+        assert read(refusing) == b"next"
+    assert not Incoming(right, False)._marked
+
+
+def test_a_message_at_once_that_is_refused(pair: Pair, zero: int) -> None:
+    """Announcement and body were one send, and are read apart."""
+    left, right = pair
+    announcement, body = framed(b"data", 1)
+    send_message(left, [announcement, body], [zero])
+    send(left, b"next")
+    with Refusing(right) as refusing:
+        message = read_expecting(refusing)
+        with pytest.raises(DescriptorRefused):
+            message.load(pickle.loads)
+        assert read_expecting(refusing) == b"next"
+
+
+def test_a_refusal_that_did_not_last_leaves_the_message(pair: Pair, zero: int) -> None:
+    left, right = pair
+    send(left, Bundle(b"data", [zero]))
+    with Refusing(right, times=1) as refusing:
+        with pytest.raises(DescriptorLimit):
+            read_message(refusing)
+        assert received(read_message(refusing)) == (b"data", 1)
 
 
 def test_what_a_plain_message_is_before_stays(pair: Pair, null: int) -> None:

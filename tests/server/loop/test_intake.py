@@ -10,8 +10,9 @@ from typing import Any
 import msgspec
 import pytest
 from conftest import census, wait_until
+from kernel.pairs import Refusing, make_zero  # noqa: F401
 
-from fdshare.errors import DescriptorLimit, QuotaExceeded
+from fdshare.errors import DescriptorLimit, DescriptorRefused, QuotaExceeded
 from fdshare.kernel.ancillary import send_message
 from fdshare.protocol import messages as m
 from fdshare.protocol.framing import header
@@ -105,6 +106,29 @@ def test_a_message_that_does_not_fit_is_not_read(few: Receiving) -> None:
         few.intake.receive(connection, few.buffer)
     assert socket.recv_fds(connection.sock, 10, 0, socket.MSG_PEEK)[0] == b"much"
     wait_until(lambda: census() == before, "those that had fitted are closed")
+
+
+@pytest.mark.parametrize("size", [FEW, MANY])
+@pytest.mark.parametrize("trusted", [False, True])
+def test_what_a_security_module_refuses_is_read_and_told(
+    zero: int, size: int, trusted: bool
+) -> None:
+    """It is no loss of numbers: the client may go on."""
+    receiving = Receiving(size)
+    connection, client = receiving.connect(User(1, trusted))
+    before = census()
+    send_message(client, (b"one",), [0, zero])
+    send_message(client, (b"two",), [0])
+    with Refusing(connection.sock) as connection.sock:
+        count, handles, lost = receiving.intake.receive(connection, receiving.buffer)
+        receiving.closer.close(handles)
+        assert bytes(receiving.buffer[:count]) == b"one"
+        assert isinstance(lost, DescriptorRefused)
+        count, handles, lost = receiving.intake.receive(connection, receiving.buffer)
+        assert (bytes(receiving.buffer[:count]), len(handles), lost) == (b"two", 1, None)
+        receiving.closer.close(handles)
+    wait_until(lambda: census() == before, "what came is closed")
+    receiving.close()
 
 
 def test_what_a_peek_sees_behind_its_bytes_is_not_lost(few: Receiving) -> None:
