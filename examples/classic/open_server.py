@@ -106,8 +106,9 @@ def requests(conn: socket.socket) -> Iterator[bytes]:
 
 
 def say(text: str) -> None:
-    sys.stdout.write(text + "\n")  # one write: threads that print() mix their lines
-    sys.stdout.flush()
+    # One write(2): threads that print() mix their lines, and one that has the lock of sys.stdout
+    # when the program ends is a fatal error of Python.
+    os.write(1, f"{text}\n".encode(errors="backslashreplace"))
 
 
 def answer(conn: socket.socket, who: Credentials, rules: list[Rule], request: bytes) -> None:

@@ -16,6 +16,7 @@ removes the name.
 """
 
 import argparse
+import os
 import signal
 import socket
 import sys
@@ -25,8 +26,9 @@ from fdshare.kernel import Credentials, serv_accept, serv_listen
 
 
 def say(text: str) -> None:
-    sys.stdout.write(text + "\n")  # one write: threads that print() mix their lines
-    sys.stdout.flush()
+    # One write(2): threads that print() mix their lines, and one that has the lock of sys.stdout
+    # when the program ends is a fatal error of Python.
+    os.write(1, f"{text}\n".encode(errors="backslashreplace"))
 
 
 def serve(conn: socket.socket, who: Credentials) -> None:
