@@ -23,7 +23,6 @@ import os
 import signal
 import socket
 import stat
-import sys
 import threading
 import traceback
 from collections.abc import Iterator

@@ -19,7 +19,6 @@ import argparse
 import os
 import signal
 import socket
-import sys
 import threading
 
 from fdshare.kernel import Credentials, serv_accept, serv_listen
