@@ -191,10 +191,11 @@ class Lifeline:
         """Our end, for entries that are registered: they live as long as it is open, and it hangs
         up when the last of them is gone. The next entry gets another pair. The caller owns the
         result. Raises: as `end`."""
-        self.end()
         with self._lock:
+            self.end()
             ends, self._ends = self._ends, None
-        assert ends is not None
+        if ends is None:  # a signal's handler has closed it
+            raise ClosedDescriptor("the client is closed")
         ends[1].close()
         return ends[0]
 

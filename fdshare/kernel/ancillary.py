@@ -62,7 +62,7 @@ __all__ = [
     "Rights",
     "close_all",
     "close_looks",
-    "closing",
+    "close_steps",
     "discard_all",
     "look_into",
     "looking",
@@ -141,9 +141,9 @@ def discard_all(descriptors: Iterable[_HasClose]) -> None:
             pass
 
 
-def closing(numbers: Sequence[int]) -> Iterator[None]:
-    """Each step closes one of *numbers*, copies that nobody gets: `deque(closing(...), 0)` is one
-    call for all of them. An error of os.close() would end the steps; closerange() raises none."""
+def close_steps(numbers: Sequence[int]) -> Iterator[None]:
+    """Each step closes one of *numbers*, copies that nobody gets: `deque(steps, 0)` is one call for
+    all of them. An error of os.close() would end the steps; closerange() raises none."""
     return map(os.closerange, numbers, [number + 1 for number in numbers])
 
 
@@ -324,7 +324,7 @@ def close_looks(looks: list[Look]) -> None:
     """Closes the descriptors of each of *looks*, and empties it; to be called again if a handler
     raises."""
     if looks:
-        steps = closing([number for look in looks for number in numbers_in(look)])
+        steps = close_steps([number for look in looks for number in numbers_in(look)])
         del looks[:]
         deque(steps, 0)  # one call, and none since they were forgotten
 
@@ -468,7 +468,7 @@ def _are_free(sock: socket.socket, count: int) -> bool:
     except OSError:
         return False
     finally:
-        deque(closing(numbers), 0)
+        deque(close_steps(numbers), 0)
     return True
 
 

@@ -28,10 +28,18 @@ def forget_after_fork(obj: _Forgetful) -> None:
 
 
 def _forget_all() -> None:
+    """Raises: the first error, when all have forgotten what they can: a handler may raise here."""
+    failed: BaseException | None = None
     for found in _objects.copy():
         obj = found()
-        if obj is not None:
+        if obj is None:
+            continue
+        try:
             obj._after_fork()
+        except BaseException as error:
+            failed = failed or error
+    if failed is not None:
+        raise failed
 
 
 os.register_at_fork(after_in_child=_forget_all)

@@ -86,11 +86,12 @@ def set_file(address: str, mode: int | None, owner: Owner | None) -> None:
     """
     try:
         with sockaddr(address, exists=True) as name:
-            if not system.LINUX or not os.path.exists("/proc/self/fd"):
+            if not system.LINUX:
                 _check_socket(address, os.lstat(name))
-                # Without /proc, Linux sets the mode of no name that may be a link.
-                _set(address, name, mode, owner, follow_symlinks=system.LINUX)
+                _set(address, name, mode, owner, follow_symlinks=False)
                 return
+            if not os.path.exists("/proc/self/fd"):
+                raise EndpointError(address, "without /proc its mode and group cannot be set")
             with _inode(name) as inode:
                 _check_socket(address, os.fstat(inode))
                 _set(address, f"/proc/self/fd/{inode}", mode, owner)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import os
 
+import pytest
+
 from fdshare.kernel import at_fork
 from fdshare.kernel.at_fork import forget_after_fork
 
@@ -37,3 +39,17 @@ def test_what_nobody_refers_to_any_more_is_gone() -> None:
     assert len(at_fork._objects) == before + 1
     del known
     assert len(at_fork._objects) == before
+
+
+def test_an_error_of_one_is_raised_when_the_others_have_forgotten(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Failing(Known):
+        def _after_fork(self) -> None:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(at_fork, "_objects", set())
+    first, failing, last = Known(), Failing(), Known()
+    with pytest.raises(KeyboardInterrupt):
+        at_fork._forget_all()
+    assert (first.pid, failing.pid, last.pid) == (0, os.getpid(), 0)

@@ -32,12 +32,13 @@ class AsyncWatcher:
         timeout: float | None,
     ) -> None:
         """*open_pipeline* returns the pipeline of *client*, or raises ClosedDescriptor."""
-        self._subscription: Subscription | None = None  # first: __del__ asks for it
+        # First: __del__ asks for them.
+        self._subscription: Subscription | None = None
+        self._pipeline: Pipeline | None = None  # where the subscription is
         self.pattern = pattern
         self.timeout = timeout
         self._client = client
         self._open_pipeline = open_pipeline
-        self._pipeline: Pipeline | None = None  # where the subscription is
         self._state = WatchState(pattern)
         self._closed = False
 

@@ -321,14 +321,27 @@ class Feeder:
         """Sends, in this thread, what has begun, and what waits while the pipe has room and nobody
         else writes."""
         while self._waiting and (first := self._waiting[0]) is not None:
-            if not (isinstance(first[0], Outgoing) and first[0].holds_lock):
-                locked = False
-                if self._room.poll(0):
-                    for locked in self._locking:  # noqa: B007
-                        break
-                if not locked:
+            message = first[0]
+            if isinstance(message, bytes):  # of at most JOINED bytes, for which there is room
+                if not self._room.poll(0) or not self._lock_now():
                     return
+            elif not message.holds_lock:
+                if not self._lock_now():
+                    return
+                message.holds_lock = True
+                if not message.push_now(self._sock):
+                    if not message.begun:
+                        message.holds_lock = False
+                        self._release()
+                    return  # the rest of what has begun is sent when this is called again
             self._deliver(self._next_batch(), locked=True)
+
+    def _lock_now(self) -> bool:
+        """True if nobody else writes; this process has the write lock then."""
+        locked = False
+        for locked in self._locking:  # noqa: B007
+            break
+        return bool(locked)
 
     def _drop_waiting(self, error: RuntimeError) -> None:
         dropped = []

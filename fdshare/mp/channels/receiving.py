@@ -18,7 +18,7 @@ from fdshare.errors import DescriptorRefused, InvalidArgument, ProtocolError
 from fdshare.kernel.ancillary import (
     Look,
     close_looks,
-    closing,
+    close_steps,
     look_into,
     looking,
     numbers_in,
@@ -282,7 +282,7 @@ class MessageReceiver(Incoming):
         except Exception as error:
             self._fail(error)
             return
-        steps = closing(numbers)
+        steps = close_steps(numbers)
         self.message, self.parts, self._looks = (made,), [], []
         self._size, self._start, self._data = None, 0, b""
         deque(steps, 0)  # one call, and none since they were forgotten

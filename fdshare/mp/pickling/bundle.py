@@ -299,11 +299,17 @@ def as_bundle(message: Encoded, holders: object = None) -> Bundle:
 def open_arrived(message: Arrived, load: Loads) -> Any:
     """The object in *message*; to be called once. The caller owns what is in it.
 
-    Raises: as `Bundle.load`.
+    Raises: as `Bundle.load`; every descriptor is closed then.
     """
     if isinstance(message, bytes):
         return load(message)
-    return message[0] if isinstance(message, tuple) else message.load(load)
+    if isinstance(message, tuple):
+        return message[0]
+    try:
+        return message.load(load)
+    except DescriptorLimit:
+        message.close()
+        raise
 
 
 # Loading

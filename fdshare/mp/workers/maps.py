@@ -20,7 +20,7 @@ from fdshare.mp.pickling.memfd_cache import MemfdCache
 from fdshare.mp.pickling.plain import PROTOCOL
 from fdshare.mp.pickling.program_reducers import leaves_built_in
 from fdshare.mp.stock import Function
-from fdshare.mp.workers.tasks import Pickled, Task, as_buffer, pickled
+from fdshare.mp.workers.tasks import Pickled, Task, as_buffer, not_loaded, pickled
 
 __all__ = ["MappedTask", "Numbered", "WaitingTasks", "tasks_of_map"]
 
@@ -49,10 +49,16 @@ class MappedTask(Task):
         data = as_buffer(self.content)
         starred, size = _unpack(data)
         end = _SIZE + size
-        function = self.family.loads(data[_SIZE:end])
+        try:
+            function = self.family.loads(data[_SIZE:end])
+            items = pickle.loads(data[end:])
+        except (Exception, KeyboardInterrupt):
+            raise
+        except BaseException as error:
+            raise not_loaded(error) from error
         pool = self.family.pool
         mapper = pool.starmapstar if starred else pool.mapstar
-        return mapper((function, pickle.loads(data[end:])))
+        return mapper((function, items))
 
 
 class WaitingTasks(Iterator[Numbered]):

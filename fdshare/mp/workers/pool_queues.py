@@ -17,7 +17,7 @@ from fdshare.kernel import system
 from fdshare.mp.channels.feeder import READER_GONE
 from fdshare.mp.channels.incoming import TornMessage
 from fdshare.mp.channels.queues import SimpleQueueMixin
-from fdshare.mp.pickling.bundle import Encoded, open_arrived
+from fdshare.mp.pickling.bundle import Encoded
 from fdshare.mp.stock import StockContext
 from fdshare.mp.workers.maps import MappedTask, Numbered
 from fdshare.mp.workers.outcome_pipe import LONGEST, VOID, OutcomePipe, is_short
@@ -33,6 +33,7 @@ from fdshare.mp.workers.tasks import (
     Task,
     beheaded,
     headed,
+    open_call,
     outcome,
     pickled,
     receive_patiently,
@@ -147,7 +148,7 @@ class TaskQueueMixin(EndingQueueMixin):
         if form == CALL:
             return job, index, Task(self._family, content), (), {}
         try:
-            return job, index, *open_arrived(content, self._family.loads)
+            return job, index, *open_call(content, self._family.loads)
         except Exception as error:  # of this job alone
             return job, index, self._family.pool._helper_reraises_exception, (error,), {}
 

@@ -62,9 +62,13 @@ class ReaderLock:
         """In a forked child: with the parent's description it would have the parent's lock, also
         after that has died."""
         if not self._own.closed:
-            self._own.close()  # first, so that a number is free
+            self._close_own()  # first, so that a number is free
             with suppress(OSError):
                 self._open()
+
+    def _close_own(self) -> None:
+        self._number = -1  # what has that number next is no lock
+        self._own.close()
 
     def __getstate__(self) -> Spare:
         return self._file
@@ -99,5 +103,5 @@ class ReaderLock:
 
     def close(self) -> None:
         """Closes what this process has of it. Nobody may have it, or wait for it, here."""
-        self._own.close()
+        self._close_own()
         self._file.close()

@@ -20,7 +20,7 @@ from fdshare.kinds import is_shareable
 from fdshare.mp.channels.connection import ConnectionMixin
 from fdshare.mp.channels.framing import JOINED
 from fdshare.mp.family import Family
-from fdshare.mp.pickling.bundle import Arrived, Bundle, Reduced, as_bundle, open_arrived
+from fdshare.mp.pickling.bundle import Arrived, Bundle, Loads, Reduced, as_bundle, open_arrived
 from fdshare.mp.pickling.memfd_cache import MemfdCache
 from fdshare.mp.pickling.program_reducers import pickles_itself, reducer_of_program
 from fdshare.mp.pickling.reducers import dumps, encode
@@ -132,6 +132,22 @@ def outcome(family: Family, form: int, content: Pickled) -> tuple[bool, Any]:
         return False, error
 
 
+def open_call(content: Pickled, load: Loads) -> Any:
+    """As `open_arrived`, for a worker. Raises: as that; what `not_loaded` says."""
+    try:
+        return open_arrived(content, load)
+    except (Exception, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        raise not_loaded(error) from error
+
+
+def not_loaded(error: BaseException) -> RuntimeError:
+    """What to raise where loading a call raises *error*, which is no Exception, such as SystemExit:
+    the worker would end, and nobody hear of the call."""
+    return RuntimeError(f"loading the call raises {error!r}")
+
+
 class Task:
     """A call, pickled: the receiver calls it to make the call."""
 
@@ -157,7 +173,7 @@ class Task:
         return cls(family, content if isinstance(content, bytes) else content.share())
 
     def __call__(self) -> Any:
-        function, args, kwargs = open_arrived(self.content, self.family.loads)
+        function, args, kwargs = open_call(self.content, self.family.loads)
         return function(*args, **kwargs)
 
     @property

@@ -130,7 +130,7 @@ class Keeper:
         self._buffer = bytearray(MAX_LETTER)
         self._trial: Trial | None = None
         self._trial_until = 0.0
-        self._tried = False  # the new code has passed its trial, and is to be run
+        self._ready_to_exec = False  # the new code has passed its trial, and is to be run
         self._upgrade = Note("upgrade")
         self._relieved = False  # the server was told to drain: its code or its socket is old
         self._look_at = 0.0  # when to see whether the server lives
@@ -181,7 +181,7 @@ class Keeper:
         trial = self._trial
         if trial is not None and (time.monotonic() > self._trial_until or trial.is_over()):
             self._on_trial_over(0)
-        if self._tried:
+        if self._ready_to_exec:
             self._exec()
         self._look_after_server()
         if self._drain_until is not None and time.monotonic() > self._drain_until:
@@ -190,7 +190,7 @@ class Keeper:
         return None
 
     def _timeout(self) -> float | None:
-        if self._drain_until is not None or self._trial is not None or self._tried:
+        if self._drain_until is not None or self._trial is not None or self._ready_to_exec:
             return 0.2
         look_at = None if self._server is None else self._look_at
         times = (
@@ -484,7 +484,12 @@ class Keeper:
 
     def _start_upgrade(self, note: Note) -> None:
         """Starts a trial of the new code; everything else goes on meanwhile."""
-        if self._trial is not None or self._tried or self._stopping or self._journal is None:
+        if (
+            self._trial is not None
+            or self._ready_to_exec
+            or self._stopping
+            or self._journal is None
+        ):
             return
         if self._fencing:  # the client repeats its request to the successor
             return
@@ -508,7 +513,7 @@ class Keeper:
         if why:
             self._upgrade_failed(why)
         else:
-            self._tried = True
+            self._ready_to_exec = True
 
     def _exec(self) -> None:
         """Replaces the code of this process; returns only if that failed.
@@ -516,7 +521,7 @@ class Keeper:
         The server goes on meanwhile. Its records wait in the journal for the new code. If that dies
         or hangs, the server forks a keeper of the old code.
         """
-        self._tried = False
+        self._ready_to_exec = False
         if self._journal is None or self._stopping:
             return
         if not self._lanes.stop(timeout=0.5):  # the exec would wait for it, and for its thread
@@ -528,7 +533,7 @@ class Keeper:
         if self._signals:  # of which the new code would not hear: they are obeyed before
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
             self._lanes.resume()
-            self._tried = True
+            self._ready_to_exec = True
             return
         self._tell(Note("upgrading"))
         try:

@@ -172,6 +172,11 @@ def end_no_thread(ctx: Any) -> None:
         with pytest.raises(SystemExit):
             pool.apply(children.Exits)
         assert pool.apply(children.same, (1,)) == 1
+        (worker,) = pool._pool
+        for ask in pool.apply, pool.map:
+            with pytest.raises(RuntimeError, match="SystemExit"):  # of its worker
+                ask(children.same, (children.Exits(),))
+        assert pool._pool == [worker]
         for imap in pool.imap, pool.imap_unordered:
             for size in 1, 2:
                 results = imap(children.same, [children.ExitsPickled()], size)

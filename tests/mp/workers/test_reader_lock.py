@@ -79,14 +79,16 @@ def test_a_forked_child_does_not_have_its_parents(lock: ReaderLock) -> None:
             os.write(tell, b"%d" % os.getpid())
             signal.pause()
 
-    with forked(fork):
-        grandchild = int(os.read(grandchildren, 20))
-        assert not lock.acquire(False)
+    grandchild = 0
     try:
+        with forked(fork):
+            grandchild = int(os.read(grandchildren, 20))
+            assert not lock.acquire(False)
         assert lock.acquire(False)
         lock.release()
     finally:
-        os.kill(grandchild, signal.SIGKILL)
+        if grandchild:
+            os.kill(grandchild, signal.SIGKILL)
         os.close(grandchildren)
         os.close(tell)
 
@@ -96,12 +98,36 @@ def test_a_child_that_is_forked_at_the_limit_has_its_own(lock: ReaderLock) -> No
     with lock, descriptor_limit_reached():
         pid = os.fork()
         if not pid:
-            os.write(tell, b"y" if lock.acquire(False) else b"n")
-            os._exit(0)
+            try:
+                os.write(tell, b"y" if lock.acquire(False) else b"n")
+            finally:
+                os._exit(0)
         os.waitpid(pid, 0)
     assert os.read(told, 1) == b"n"
     os.close(told)
     os.close(tell)
+
+
+def test_a_child_that_has_no_proc_has_no_lock(
+    lock: ReaderLock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor one of whatever has that number by then."""
+    told, tell = os.pipe()
+    monkeypatch.setattr(reader_lock, "_OWN", "/nowhere/%d")
+    pid = os.fork()
+    if not pid:
+        try:
+            with open(os.devnull) as file:
+                os.write(tell, b"%d" % (file.fileno() == lock._number))
+            lock.acquire(False)
+        except ValueError:  # of a number below 0
+            os.write(tell, b" refused")
+        finally:
+            os._exit(0)
+    os.waitpid(pid, 0)
+    os.close(tell)
+    with open(told) as said:
+        assert said.read() == "0 refused"
 
 
 def test_none_is_made_at_the_limit() -> None:
