@@ -250,7 +250,8 @@ class FdStore:
     # What is asked of it.
 
     def stored(self, name: str) -> bool | None:
-        """Whether the entry would be back after the end of both halves. None: there is none."""
+        """Whether the entry would be back after the end of both halves; False while the store is
+        stale. None: there is no entry."""
         if self.stale:
             return False
         entry = self.held.entries.get(name)
