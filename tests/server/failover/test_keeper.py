@@ -444,12 +444,12 @@ def test_a_signal_is_obeyed_before_new_code_is_run(lone: tuple[Keeper, socket.so
     keeper, journal = lone
     keeper._holdings.epoch = "\udcff"  # so that no exec succeeds
     keeper._poller.register(keeper._wake.fileno(), READ, keeper._on_signal)
-    keeper._tried = True
+    keeper._ready_to_exec = True
     keeper._note_signal(signal.SIGUSR2, None)  # which the upgrade answers that is under way
     keeper._note_signal(signal.SIGHUP, None)
     keeper._exec()
     assert notes(journal) == []
-    assert keeper._tried
+    assert keeper._ready_to_exec
     keeper._turn()
     assert [note.verb for note in notes(journal, greeted=True)] == [
         "reload",
@@ -457,12 +457,12 @@ def test_a_signal_is_obeyed_before_new_code_is_run(lone: tuple[Keeper, socket.so
         "failed",
         "hello",
     ]
-    keeper._tried = True
+    keeper._ready_to_exec = True
     keeper._note_signal(signal.SIGTERM, None)
     keeper._exec()
     keeper._turn()
     assert [note.verb for note in notes(journal, greeted=True)] == ["end"]
-    assert not keeper._tried
+    assert not keeper._ready_to_exec
 
 
 def test_new_code_is_told_of_a_reload_that_the_server_has_not_confirmed(
