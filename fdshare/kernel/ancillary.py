@@ -107,7 +107,7 @@ _PEEK: Final = int(socket.MSG_PEEK)
 _DONTWAIT: Final = int(socket.MSG_DONTWAIT)
 _CLOEXEC: Final = system.CMSG_CLOEXEC
 _LOOK: Final = _PEEK | _CLOEXEC
-_AGAIN: Final = 8  # looks, or numbers that must be free, before a refusal is believed
+_AGAIN: Final = 8  # looks before a refusal is believed
 _DUPLICATE: Final = fcntl.F_DUPFD_CLOEXEC
 _unborn: Final = Descriptor.__new__
 
@@ -424,34 +424,41 @@ def _why_dropped(
 ) -> FdshareError:
     """The error that says why no more than *received* descriptors came in *control*; they are still
     open. It was a peek at *peeked* bytes, if that is not 0."""
+    if not _has_room(received, control, room):
+        return TruncatedControl(received, received)
+    # There was room for more: scm_detach_fds stops at -EMFILE, or at what a module refuses.
+    if _is_refused(sock, received, room, peeked):
+        return DescriptorRefused("receiver")
+    return descriptor_limit(errno.EMFILE, "receiver")
+
+
+def _has_room(received: int, control: Control, room: int) -> bool:
+    """Whether *room* was enough for one descriptor more than the *received* in *control*."""
     sizes = [len(data) for _, _, data in control]
     if received:  # the next one would have needed a place after the last
         needed = sum(map(socket.CMSG_SPACE, sizes[:-1])) + socket.CMSG_LEN(sizes[-1] + _INT)
     else:
         needed = sum(map(socket.CMSG_SPACE, sizes)) + socket.CMSG_LEN(_INT)
-    if room < needed:
-        return TruncatedControl(received, received)
-    # There was room for more: scm_detach_fds stops at -EMFILE, or at what a module refuses.
-    if _is_refused(sock, room, peeked):
-        return DescriptorRefused("receiver")
-    return descriptor_limit(errno.EMFILE, "receiver")
+    return room >= needed
 
 
-def _is_refused(sock: socket.socket, room: int, peeked: int) -> bool:
-    """True if descriptors are missing although numbers are free.
+def _is_refused(sock: socket.socket, received: int, room: int, peeked: int) -> bool:
+    """True if descriptors are missing although numbers are free, those that came being open.
 
-    Another thread may have made them free since then. So a message that is still there is looked at
-    again: what is refused is taken from the socket, and what is not must stay.
+    Other threads may have made some free since then. So as many must be free as may be missing; or
+    a message that is still there is looked at again and again, and the same ones must come each
+    time: what is refused is taken from the socket, and what is not must stay.
     """
     if not peeked:
-        return _are_free(sock, _AGAIN)
+        return _are_free(sock, MAX_DESCRIPTORS - received)
     for _ in range(_AGAIN):
-        if not _are_free(sock, 1):
-            return False
         looks: list[Look] = []
         try:
             looks.extend(map(sock.recvmsg, (peeked,), (room,), (_LOOK | _DONTWAIT,)))
-            if not looks[0][2] & _CTRUNC:
+            _, control, flags, _ = looks[0]
+            if not flags & _CTRUNC or len(_numbers(control)) != received:
+                return False
+            if not _are_free(sock, 1):
                 return False
         except OSError:  # another process has read it
             return False

@@ -438,6 +438,42 @@ def test_what_comes_at_another_look_was_not_refused(pair: Pair, zero: int, times
         close_looks(looks)
 
 
+@pytest.mark.parametrize("free", [0, 5])
+@pytest.mark.parametrize("peeked", [True, False])
+def test_a_full_table_in_which_others_close_is_no_refusal(free: int, peeked: bool) -> None:
+    """A number is free each time, and never are those that the message takes."""
+    run(f"""
+        import os, socket
+        from fdshare.errors import DescriptorLimit
+        from fdshare.kernel import send_fds
+        from fdshare.kernel.ancillary import close_looks, look_into, receive_numbers
+
+        class Shared(socket.socket):
+            def recvmsg(self, *args):
+                got = super().recvmsg(*args)
+                os.close(taken.pop())  # another thread
+                return got
+
+            def recvmsg_into(self, *args):
+                got = super().recvmsg_into(*args)
+                os.close(taken.pop())
+                return got
+
+        left, right = socket.socketpair()
+        send_fds(left, [0] * 40, b"x")
+        shared, looks, buffer = Shared(fileno=os.dup(right.fileno())), [], bytearray(1)
+        taken = hoard(100)
+        for _ in range({free}):
+            os.close(taken.pop())
+        if {peeked}:
+            error = look_into(looks, shared, 1)
+        else:
+            error = receive_numbers(shared, buffer)[2]
+        assert type(error) is DescriptorLimit, error
+        shared.close()
+    """)
+
+
 def test_what_another_process_has_read_meanwhile_was_not_refused(pair: Pair, zero: int) -> None:
     send_fds(pair[0], [zero], b"x")
     pair[1].settimeout(None)
