@@ -32,6 +32,7 @@ __all__ = [
 # See `import_ctypes`. None: sockets are asked as a process asks its own.
 _ctypes: Any = None
 _libc: Any = None
+_libc_at_once: Any = None  # its calls keep the interpreter's lock: for those that never wait
 
 _INT: Final = struct.Struct("@i")
 _ADDRESS: Final = 128  # sizeof(struct sockaddr_storage)
@@ -44,13 +45,14 @@ def import_ctypes() -> None:
     Not at import: a process that has imported ctypes has one descriptor more, libffi's own file
     (libffi 3.5 and newer).
     """
-    global _ctypes, _libc
+    global _ctypes, _libc, _libc_at_once
     if _libc is not None or not system.LINUX:
         return
     with suppress(ImportError, OSError):  # this Python has none
         import ctypes
 
         _ctypes, _libc = ctypes, ctypes.CDLL(None, use_errno=True)
+        _libc_at_once = ctypes.PyDLL(None, use_errno=True)
 
 
 class BorrowedSocket:
@@ -64,7 +66,7 @@ class BorrowedSocket:
 
     @property
     def type(self) -> int:
-        return _known(socket.SocketKind, _number(self._fd, socket.SOL_SOCKET, socket.SO_TYPE))
+        return _known(socket.SocketKind, _said_at_once(self._fd, socket.SO_TYPE))
 
     def fileno(self) -> int:
         return self._fd
@@ -80,7 +82,7 @@ class BorrowedSocket:
     def getsockopt(self, level: int, option: int, size: int = 0, /) -> int | bytes:
         """An int, or with *size* at most so many bytes."""
         if not size:
-            return _number(self._fd, level, option)
+            return _number(_libc, self._fd, level, option)
         buffer = _ctypes.create_string_buffer(size)
         length = _ctypes.c_uint(size)
         _checked(_libc.getsockopt(self._fd, level, option, buffer, _ctypes.byref(length)))
@@ -124,7 +126,7 @@ def borrowed_socket(fd: int) -> AnySocket:
     """
     if _libc is None:
         return view_of(fd)
-    family = _number(fd, socket.SOL_SOCKET, system.SO_DOMAIN)
+    family = _said_at_once(fd, system.SO_DOMAIN)
     return view_of(fd) if family == socket.AF_UNIX else BorrowedSocket(fd, family)
 
 
@@ -157,17 +159,30 @@ def has_connections(fd: int) -> bool:
         if sock.family in (socket.AF_INET, socket.AF_INET6):
             if not system.LINUX:
                 return True
-            return sock.getsockopt(socket.SOL_SOCKET, system.SO_PROTOCOL) in _TCP
+            return _protocol(sock) in _TCP
         return sock.family == socket.AF_UNIX
     finally:
         sock.detach()
 
 
-def _number(fd: int, level: int, option: int) -> int:
+def _protocol(sock: AnySocket) -> int:
+    if isinstance(sock, BorrowedSocket):
+        return _said_at_once(sock.fileno(), system.SO_PROTOCOL)
+    return sock.proto
+
+
+def _said_at_once(fd: int, option: int) -> int:
+    """What the socket was made with: options of SOL_SOCKET for which the kernel takes no lock
+    (sk_getsockopt(), net/core/sock.c). A thread that gave up the interpreter's lock for it would
+    wait for its next turn, and close a descriptor in twice the time. Raises: OSError."""
+    return _number(_libc_at_once, fd, socket.SOL_SOCKET, option)
+
+
+def _number(libc: Any, fd: int, level: int, option: int) -> int:
     """getsockopt(2) of an int. Raises: OSError."""
     value = _ctypes.c_int()
     length = _ctypes.c_uint(_INT.size)
-    _checked(_libc.getsockopt(fd, level, option, _ctypes.byref(value), _ctypes.byref(length)))
+    _checked(libc.getsockopt(fd, level, option, _ctypes.byref(value), _ctypes.byref(length)))
     return int(value.value)
 
 
