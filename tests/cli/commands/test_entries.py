@@ -162,6 +162,7 @@ def test_hold_goes_on_at_a_signal_that_its_caller_ignores(
         process = fdshare.start("register", "data", "--open", file, "--hold")
     finally:
         signal.signal(signal.SIGHUP, ignored)
+    fdshare("wait", "data", "--timeout", "30")  # before, it may have signals of who forked it
     until(lambda: catches(process.pid, signal.SIGTERM), "it waits for signals")
     process.send_signal(signal.SIGHUP)
     process.terminate()
