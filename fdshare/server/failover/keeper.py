@@ -72,7 +72,7 @@ from fdshare.server.loop.closing import (
     receive_handles,
 )
 from fdshare.server.loop.connection import NO_MEMORY
-from fdshare.server.loop.dying import Dying, is_ending
+from fdshare.server.loop.dying import Dying, has_ended, is_ending
 from fdshare.server.loop.lanes import Lanes
 from fdshare.server.loop.poller import READ, Poller
 
@@ -416,7 +416,9 @@ class Keeper:
             # server forks a new keeper, which has the whole table.
             log.critical("the journal lost descriptors: %s", lost)
             self._closer.close(handles)
-            if self._fencing:  # no server is left: what is here is all there is
+            # If no server is left, which its end may not have told yet, what is here is all there
+            # is.
+            if self._fencing or self._server is None or has_ended(self._server, _LOOK):
                 return True
             logs.flush()
             os._exit(1)

@@ -22,6 +22,7 @@ from breaking import (
     state,
 )
 from conftest import wait_until
+from mp.common import descriptor_limit_reached
 from nursery import Manager
 
 from fdshare.client.blocking.client import Client
@@ -337,6 +338,18 @@ def lone(folder: Path) -> Iterator[tuple[Keeper, socket.socket]]:
     server.close()
     process.kill()
     process.communicate()
+
+
+def test_a_keeper_that_loses_a_letter_of_a_dead_server_goes_on(
+    lone: tuple[Keeper, socket.socket],
+) -> None:
+    """It may read the last letters before it hears of the death: nobody else has the table."""
+    keeper, journal = lone
+    assert keeper._server is not None
+    send_message(journal, (b"x",), [0])
+    signal.pidfd_send_signal(keeper._server.fileno(), signal.SIGKILL)
+    with descriptor_limit_reached():
+        assert keeper._read_letter()
 
 
 def test_a_keeper_that_fails_leaves_the_path(
