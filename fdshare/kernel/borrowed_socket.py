@@ -57,7 +57,8 @@ def import_ctypes() -> None:
 
 class BorrowedSocket:
     """What the kernel knows of the socket *fd*, in the words of `socket.socket`: `getsockname` and
-    the rest may wait, without the interpreter's lock. `family`, `type` and SO_LINGER never wait."""
+    the rest may wait, without the interpreter's lock. `family`, `type`, `proto` and SO_LINGER never
+    wait."""
 
     def __init__(self, fd: int, family: int) -> None:
         """*fd* is borrowed for as long as this is used."""
@@ -67,6 +68,10 @@ class BorrowedSocket:
     @property
     def type(self) -> int:
         return _known(socket.SocketKind, _said_at_once(self._fd, socket.SO_TYPE))
+
+    @property
+    def proto(self) -> int:
+        return _said_at_once(self._fd, system.SO_PROTOCOL)
 
     def fileno(self) -> int:
         return self._fd
@@ -159,16 +164,10 @@ def has_connections(fd: int) -> bool:
         if sock.family in (socket.AF_INET, socket.AF_INET6):
             if not system.LINUX:
                 return True
-            return _protocol(sock) in _TCP
+            return sock.proto in _TCP
         return sock.family == socket.AF_UNIX
     finally:
         sock.detach()
-
-
-def _protocol(sock: AnySocket) -> int:
-    if isinstance(sock, BorrowedSocket):
-        return _said_at_once(sock.fileno(), system.SO_PROTOCOL)
-    return sock.proto
 
 
 def _said_at_once(fd: int, option: int) -> int:

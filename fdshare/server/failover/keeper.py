@@ -416,8 +416,7 @@ class Keeper:
             # server forks a new keeper, which has the whole table.
             log.critical("the journal lost descriptors: %s", lost)
             self._closer.close(handles)
-            # If no server is left, which its end may not have told yet, what is here is all there
-            # is.
+            # Where no server is left, even if its end was not heard of yet, what is here is all.
             if self._fencing or self._server is None or has_ended(self._server, _LOOK):
                 return True
             logs.flush()
